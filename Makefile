@@ -1,0 +1,49 @@
+# Two commands do everything on a machine with python3 and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow lint format check clean $(VENV)
+
+help:
+	@echo "make demo       install, train Faster R-CNN on the embedded data set, print its AP and where the pictures are"
+	@echo "make test       install, run the tests"
+	@echo "make test-slow  install, run all tests, the long ones too"
+	@echo "make check      install, lint and test: what CI runs"
+	@echo "make format     let ruff rewrite the sources"
+	@echo "make clean      remove the virtual environment and caches (runs/ and datasets/ stay)"
+
+install: $(READY)
+
+$(VENV): $(READY)
+
+# The stamp is written last, so an install that was interrupted starts again.
+$(READY): setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "resbackbone needs Python 3.10 or newer; say which with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python tools/train_coco.py
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint test
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info

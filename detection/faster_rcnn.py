@@ -1,0 +1,217 @@
+"""Faster R-CNN over a Backbone: the FPN, C4 and DC5 variants, on torchvision's detector classes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.ops import MultiScaleRoIAlign
+
+from resbackbone import Backbone
+from resbackbone.backbone import backbone_from_config
+from resbackbone.checks import one_of
+from resbackbone.resnet import ResNet
+from resbackbone.weights import MEAN, STD, fit, read_weights, write_weights
+
+VARIANTS = ("fpn", "c4", "dc5")
+SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
+
+
+class FasterRCNN(TorchvisionFasterRCNN):
+    """torchvision's FasterRCNN that checks its targets and also gives losses in eval mode.
+
+    `num_classes` counts real categories (background is the detector's own), `class_names` names labels 1.., and
+    `config` holds the arguments that build it again. Made by `build_faster_rcnn`.
+    """
+
+    num_classes: int
+    class_names: list[str]
+    config: dict
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
+        """[3, H, W] RGB floats in 0..1 -> losses in training mode, in eval mode boxes, labels and scores an image."""
+        if targets is not None:
+            self._check_targets(targets)
+        return super().forward(images, targets)
+
+    def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The training losses, in either mode: in eval mode norms use their statistics and images the test size."""
+        modules = [module for module in (self, self.rpn, self.roi_heads) if not module.training]
+        for module in modules:
+            module.training = True  # of these three alone: it is they who choose between losses and boxes
+        try:
+            return self(images, targets)
+        finally:
+            for module in modules:
+                module.training = False
+
+    def _check_targets(self, targets: list[dict[str, Tensor]]) -> None:
+        for target in targets:
+            labels, boxes = target["labels"], target["boxes"]
+            name = f"image {target['image_id']}: " if "image_id" in target else ""
+            if labels.numel() and not (1 <= int(labels.min()) and int(labels.max()) <= self.num_classes):
+                raise ValueError(
+                    f"{name}labels {sorted(set(labels.tolist()))}: a label is 1..{self.num_classes} "
+                    f"({self.class_names[0]} .. {self.class_names[-1]}), 0 is background"
+                )
+            if not torch.isfinite(boxes).all():
+                raise ValueError(f"{name}a box has coordinates that are not finite: {boxes.tolist()}")
+
+
+class FP32RPNHead(RPNHead):
+    """Box deltas are coded in fp32 whatever the convolutions ran in: bf16 holds 1000 pixels to the nearest 4."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        objectness, deltas = super().forward(x)
+        return [o.float() for o in objectness], [d.float() for d in deltas]
+
+
+class FP32Predictor(FastRCNNPredictor):
+    """Class scores and box deltas in fp32, for the same reason."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        scores, deltas = super().forward(x)
+        return scores.float(), deltas.float()
+
+
+class Stage5Head(nn.Module):
+    """Stage 5 on every region, then the mean: the C4 detector's box head (He et al. 2015, appendix A)."""
+
+    def __init__(self, stage: nn.Sequential, channels: int):
+        super().__init__()
+        self.layer4, self.channels = stage, channels
+
+    def forward(self, regions: Tensor) -> Tensor:  # [N, 1024, 14, 14] -> [N, 2048]
+        return self.layer4(regions).mean((2, 3))
+
+
+def build_faster_rcnn(
+    backbone: Backbone,
+    num_classes: int,
+    *,
+    variant: str = "fpn",
+    class_names: Sequence[str] | None = None,
+    min_size: int = 800,
+    max_size: int = 1333,
+    resize_in_training: bool = True,
+    anchor_scale: float = 8.0,
+    representation_size: int = 1024,
+    **options,
+) -> FasterRCNN:
+    """Build Faster R-CNN (Ren et al. 2015) over `backbone`; anchors and RoI pooling follow `backbone.features`.
+
+    num_classes: real categories, without background; a target's labels are 1..num_classes.
+    variant: "fpn" (Lin et al. 2017, Sec. 4), over p2..; "c4", the paper's own detector (appendix A): RPN on c4, RoI
+        features through stage 5, which moves from the backbone into the box head; "dc5", on a c5 of stride 16.
+    min_size, max_size: pixels of the shorter and at most of the longer side, for images that come as they are.
+    resize_in_training: False where training images come resized already.
+    anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
+        to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
+    representation_size: width of the two fully connected layers of the fpn and dc5 heads.
+    options: torchvision's own (rpn_..., box_...: thresholds, numbers of proposals), passed through.
+
+    Raises ValueError for a backbone that does not fit the variant, and for a class count that is not 1 or more.
+    """
+    one_of("variant", variant, VARIANTS)
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes is the number of real categories, at least 1, not {num_classes!r}")
+    names = [f"class {label}" for label in range(1, num_classes + 1)] if class_names is None else list(class_names)
+    if len(names) != num_classes:
+        raise ValueError(f"{len(names)} class names for {num_classes} classes")
+    backbone_config = dict(backbone.config)
+    box_head = _take_stage5(backbone) if variant == "c4" else None
+    _use_levels_of(variant, backbone)
+
+    levels = list(backbone.features)
+    strides = [feature.stride for feature in backbone.features.values()]
+    if variant == "fpn":
+        sizes = [(anchor_scale * stride,) for stride in strides]
+    else:
+        sizes = [tuple(side * anchor_scale / 8 for side in SINGLE_MAP_ANCHORS)]
+    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    pool = MultiScaleRoIAlign(
+        featmap_names=[level for level in levels if level not in ("p6", "p7")] or levels,  # p6, p7 are the RPN's
+        output_size=14 if variant == "c4" else 7,
+        sampling_ratio=2,
+        canonical_scale=round(224 * anchor_scale / 8),
+    )
+    if box_head is None:
+        box_head = TwoMLPHead(backbone.out_channels * 7 * 7, representation_size)
+    head_channels = box_head.channels if variant == "c4" else representation_size
+    detector = FasterRCNN(
+        backbone,
+        rpn_anchor_generator=anchors,
+        rpn_head=FP32RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
+        box_roi_pool=pool,
+        box_head=box_head,
+        box_predictor=FP32Predictor(head_channels, num_classes + 1),
+        min_size=min_size,
+        max_size=max_size,
+        image_mean=list(MEAN),
+        image_std=list(STD),
+        size_divisible=backbone.size_divisibility,
+        _skip_resize=not resize_in_training,
+        **options,
+    )
+    detector.num_classes, detector.class_names = num_classes, names
+    detector.config = {
+        "backbone": backbone_config,
+        "detector": {
+            "num_classes": num_classes,
+            "variant": variant,
+            "class_names": names,
+            "min_size": min_size,
+            "max_size": max_size,
+            "resize_in_training": resize_in_training,
+            "anchor_scale": anchor_scale,
+            "representation_size": representation_size,
+            **options,
+        },
+    }
+    return detector
+
+
+def _take_stage5(backbone: Backbone) -> Stage5Head:
+    """Move stage 5 out of the trunk; one that was not built is built, if no weights were meant for it."""
+    if not isinstance(backbone, ResNet) or backbone.fpn is not None:
+        raise ValueError("variant 'c4' runs stage 5 of a ResNet on regions: build the backbone with fpn=False")
+    if "c5" in backbone.stage_features:
+        channels = backbone.stage_features["c5"].channels
+        return Stage5Head(backbone.detach_stage("c5"), channels)
+    if backbone.weights_source is not None:
+        raise ValueError("variant 'c4' needs stage 5 and its weights: build the backbone with levels=('c4', 'c5')")
+    whole = backbone_from_config({**backbone.config, "levels": ["c5"]})
+    return Stage5Head(whole.layer4, whole.stage_features["c5"].channels)
+
+
+def _use_levels_of(variant: str, backbone: Backbone) -> None:
+    levels = list(backbone.features)
+    if variant == "fpn":
+        if not all(level.startswith("p") for level in levels):
+            raise ValueError(f"variant 'fpn' needs pyramid levels, the backbone gives {', '.join(levels)}: use fpn=True")
+        return
+    level = {"c4": "c4", "dc5": "c5"}[variant]
+    if level not in levels:
+        raise ValueError(f"variant {variant!r} needs level {level}, the backbone gives {', '.join(levels)}")
+    if backbone.features[level].stride != 16:
+        raise ValueError(f"variant {variant!r} needs {level} at stride 16: build the backbone with dilate_c5=True")
+    backbone.levels = [level]
+
+
+def save_detector(detector: FasterRCNN, path: str | Path) -> None:
+    """Write a safetensors file that holds the weights and all that `load_detector` needs to build them a detector."""
+    write_weights(path, detector.state_dict(), detector.config)
+
+
+def load_detector(path: str | Path) -> FasterRCNN:
+    """The detector that `save_detector` wrote to `path`, in eval mode. ValueError if the file is of another kind."""
+    weights = read_weights(path)
+    if not {"backbone", "detector"} <= weights.metadata.keys():
+        raise ValueError(f"{path} does not hold a detector of this package: its metadata describe none")
+    detector = build_faster_rcnn(backbone_from_config(weights.metadata["backbone"]), **weights.metadata["detector"])
+    fit(detector, weights)
+    return detector.eval()

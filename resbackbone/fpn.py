@@ -1,0 +1,89 @@
+"""Feature pyramid: c2..c5 -> p2..p6, or p3..p7 (Lin et al. 2017, Sec. 3; p6 and p7 for RetinaNet, Lin et al. 2017b)."""
+
+from collections.abc import Iterable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resbackbone.checks import one_of
+from resbackbone.layers import norm_layer
+from resbackbone.resnet import Feature, sorted_levels
+
+PYRAMID_LEVELS = ("p2", "p3", "p4", "p5", "p6", "p7")
+
+
+def trunk_levels_for(levels: Iterable[str]) -> list[str]:
+    """The trunk levels that a pyramid of `levels` stands on: the top-down path starts at c5 and ends at the finest."""
+    finest = min(min(sorted_levels(levels, PYRAMID_LEVELS, "; fpn=True makes a pyramid")), "p5")
+    return [f"c{k}" for k in range(int(finest[1]), 6)]
+
+
+class FPN(nn.Module):
+    """Trunk maps to pyramid maps of equal channels, finest first.
+
+    Every trunk map goes through a 1x1 convolution, takes the next coarser map upsampled (nearest) to its own size,
+    whatever that size is, and goes through a 3x3 (Sec. 3). Without p7, p6 is p5 subsampled by two (Sec. 4.1); with
+    it, p6 and p7 are 3x3 convolutions of stride 2 that start from `p6_from`, "c5" (RetinaNet's paper, detectron2) or
+    "p5" (torchvision). Parameters have torchvision's names: `inner_blocks.0.0`, `layer_blocks.0.0`,
+    `extra_blocks.p6`. `norm` goes behind each convolution, which then has no bias.
+    """
+
+    def __init__(
+        self,
+        trunk: dict[str, Feature],
+        levels: Iterable[str] = ("p2", "p3", "p4", "p5", "p6"),
+        *,
+        channels: int = 256,
+        norm: str | None = None,
+        p6_from: str = "c5",
+    ):
+        super().__init__()
+        self.levels = sorted_levels(levels, PYRAMID_LEVELS)
+        self.trunk_levels = trunk_levels_for(self.levels)
+        self.p6_from = one_of("source of p6", p6_from, ("c5", "p5"))
+        convolved = "p7" in self.levels  # p6 and p7 by convolutions, else p6 by subsampling
+        needs_p5 = "p6" in self.levels and not convolved or convolved and p6_from == "p5"
+
+        def block(in_channels: int, kernel: int) -> nn.Sequential:
+            conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=norm is None)
+            return nn.Sequential(conv, *([] if norm is None else [norm_layer(norm)(channels)]))
+
+        self.inner_blocks, self.layer_blocks, self.extra_blocks = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.features: dict[str, Feature] = {}
+        for i, level in enumerate(self.trunk_levels):
+            self.inner_blocks[str(i)] = block(trunk[level].channels, 1)
+            name = "p" + level[1]
+            if name in self.levels or (name == "p5" and needs_p5):
+                self.layer_blocks[str(i)] = block(channels, 3)
+            if name in self.levels:
+                self.features[name] = Feature(channels, trunk[level].stride)
+        if convolved:
+            source = trunk["c5"].channels if p6_from == "c5" else channels
+            self.extra_blocks["p6"] = nn.Conv2d(source, channels, 3, stride=2, padding=1)
+            self.extra_blocks["p7"] = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+        for name in ("p6", "p7"):
+            if name in self.levels:
+                self.features[name] = Feature(channels, trunk["c5"].stride * 2 ** (int(name[1]) - 5))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_uniform_(module.weight, a=1)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
+        merged, pyramid = None, {}
+        for i in reversed(range(len(self.trunk_levels))):  # from c5 down
+            level = self.trunk_levels[i]
+            lateral = self.inner_blocks[str(i)](maps[level])
+            if merged is None:
+                merged = lateral
+            else:
+                merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            if str(i) in self.layer_blocks:
+                pyramid["p" + level[1]] = self.layer_blocks[str(i)](merged)
+        if "p7" in self.levels:
+            pyramid["p6"] = self.extra_blocks["p6"](maps["c5"] if self.p6_from == "c5" else pyramid["p5"])
+            pyramid["p7"] = self.extra_blocks["p7"](F.relu(pyramid["p6"]))
+        elif "p6" in self.levels:
+            pyramid["p6"] = F.max_pool2d(pyramid["p5"], kernel_size=1, stride=2)
+        return {level: pyramid[level] for level in self.levels}

@@ -1,0 +1,201 @@
+"""The parts of a residual network that are not the network: convolution + norm, frozen batch norm, shortcuts."""
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from resbackbone.checks import one_of
+
+Norm = Callable[[int], nn.Module]
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose statistics and affine parameters are constants: y = x * scale + shift, channel by channel.
+
+    It holds buffers only, under nn.BatchNorm2d's names, and has no training mode, so neither `.train()` nor an
+    optimizer can thaw it. Next to a convolution it costs nothing: `conv_norm` folds it into the weights.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_load_state_dict_pre_hook(_drop_batch_counter)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The affine map it stands for, [channels] each, in fp32: a variance near zero underflows in half precision."""
+        scale = self.weight.float() * (self.running_var.float() + self.eps).rsqrt()
+        return scale, self.bias.float() - self.running_mean.float() * scale
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W]
+        scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in self.scale_and_shift())
+        return x * scale + shift
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+def _drop_batch_counter(module, state_dict, prefix, *_):
+    # A trainable batch norm also counts its batches; a constant has nothing to count.
+    state_dict.pop(prefix + "num_batches_tracked", None)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)  # 32 groups as in Wu and He 2018
+
+
+NORMS: dict[str, Norm] = {
+    "BN": nn.BatchNorm2d,
+    "FrozenBN": FrozenBatchNorm2d,
+    "SyncBN": nn.SyncBatchNorm,
+    "GN": _group_norm,
+}
+
+
+def norm_layer(name: str) -> Norm:
+    """The norm called `name` as a function of the channel count. ValueError if there is none of that name."""
+    return NORMS[one_of("norm", name, NORMS)]
+
+
+def conv(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1):
+    """A convolution that keeps H and W up to its stride, without bias: a norm follows."""
+    padding = dilation * (kernel - 1) // 2
+    return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=False)
+
+
+def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)). A frozen norm is folded into the convolution: weight * scale, with the shift as its bias.
+
+    Folded, a step computes one pass over the weights instead of one over the activations, in fp32 before any
+    autocast, and gradients reach `conv.weight` through the product.
+    """
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return norm(conv(x))
+    scale, shift = norm.scale_and_shift()
+    weight = conv.weight * scale.view(-1, 1, 1, 1).to(conv.weight.dtype)
+    return F.conv2d(x, weight, shift.to(weight.dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+class PaddedIdentity(nn.Module):
+    """Shortcut A (He et al. 2015, Sec. 3.3): the input subsampled, new channels filled with zeros; no parameters."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int):
+        super().__init__()
+        self.new_channels, self.stride = out_channels - in_channels, stride
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W] -> [B, out_channels, H/stride, W/stride]
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
+
+
+class Projection(nn.Sequential):
+    """Shortcuts B and C: a strided 1x1 convolution and its norm, named `0` and `1` as in published files."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm):
+        super().__init__(conv(in_channels, out_channels, kernel=1, stride=stride), norm(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return conv_norm(self[0], self[1], x)
+
+
+class NoShortcut(nn.Module):
+    """A plain network's block adds nothing."""
+
+    def forward(self, x: Tensor) -> None:
+        return None
+
+
+SHORTCUTS = ("A", "B", "C", "none")
+
+
+def shortcut(option: str, in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module | None:
+    """What a block adds to its output (He et al. 2015, Sec. 4.1): None is the identity.
+
+    A pads with zeros where the shape changes, B projects there, C projects everywhere, "none" is a plain network.
+    """
+    if option == "none":
+        return NoShortcut()
+    changes = stride != 1 or in_channels != out_channels
+    if option == "C" or (option == "B" and changes):
+        return Projection(in_channels, out_channels, stride, norm)
+    return PaddedIdentity(in_channels, out_channels, stride) if changes else None
+
+
+def add_relu(y: Tensor, shortcut: Tensor | None) -> Tensor:
+    """relu(y + shortcut), in y's memory: nothing upstream keeps y for its gradient."""
+    if shortcut is not None:
+        y += shortcut
+    return F.relu_(y)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Stop `module` from changing: no parameter trains, and every batch norm in it becomes a FrozenBatchNorm2d.
+
+    Outputs are those of eval mode: statistics, affine parameters and eps carry over. Works in place, save where
+    `module` itself is a batch norm; use what it returns.
+    """
+    if isinstance(module, _BatchNorm):
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.weight.device)
+        frozen.load_state_dict(module.state_dict())
+        return frozen
+    for name, child in module.named_children():
+        setattr(module, name, freeze(child))
+    return module.requires_grad_(False)
+
+
+@torch.no_grad()
+def fuse(module: nn.Module) -> nn.Module:
+    """Fold every batch norm in `module` into the convolution before it, for inference; works in place.
+
+    Pairs are `convN` with `bnN`, and neighbours in a Sequential. Outputs are those of eval mode; afterwards there
+    is no norm left to train or to load.
+    """
+    for child in module.children():
+        fuse(child)
+    children = dict(module.named_children())
+    if isinstance(module, nn.Sequential):
+        pairs = list(zip(list(children)[:-1], list(children)[1:], strict=True))
+    else:
+        pairs = [(name, name.replace("conv", "bn")) for name in children if name.startswith("conv")]
+    for conv_name, norm_name in pairs:
+        convolution, norm = children[conv_name], children.get(norm_name)
+        if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, _BatchNorm | FrozenBatchNorm2d):
+            continue
+        frozen = freeze(norm)
+        scale, shift = frozen.scale_and_shift()
+        if convolution.bias is not None:
+            shift = shift + convolution.bias * scale
+        convolution.weight.mul_(scale.view(-1, 1, 1, 1))
+        convolution.bias = nn.Parameter(shift.to(convolution.weight.dtype), requires_grad=False)
+        convolution.requires_grad_(False)
+        setattr(module, norm_name, nn.Identity())
+    return module
+
+
+def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    """module(x) that keeps no activations and computes them again in backward; statistics still count once."""
+    return checkpoint(module, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, module))
+
+
+def _checkpoint_contexts(module: nn.Module):
+    return nullcontext(), _statistics_untouched(module)
+
+
+@contextmanager
+def _statistics_untouched(module: nn.Module):
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,230 @@
+"""ResNet-18/34/50/101/152: an image to the feature maps c2..c5 (He et al. 2015, Table 1)."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from resbackbone.checks import one_of
+from resbackbone.layers import (
+    SHORTCUTS,
+    FrozenBatchNorm2d,
+    Norm,
+    add_relu,
+    checkpointed,
+    conv,
+    conv_norm,
+    freeze,
+    norm_layer,
+    shortcut,
+)
+
+
+class Feature(NamedTuple):
+    """What one level holds: channels, and its stride in pixels of the image."""
+
+    channels: int
+    stride: int
+
+
+class Layout(NamedTuple):
+    """How the blocks of one stage are laid out, beside their widths and stride."""
+
+    norm: Norm
+    shortcut: str = "B"  # A, B, C or none (Sec. 3.3 and 4.1)
+    stride_in_1x1: bool = False  # bottlenecks only: True is the paper's and MSRA's, False torchvision's ("v1.5")
+    groups: int = 1  # of the 3x3 (ResNeXt)
+    width_per_group: int = 64
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, added to a shortcut (He et al. 2015, Fig. 5 left)."""
+
+    expansion = 1
+
+    def __init__(
+        self, in_channels: int, width: int, layout: Layout, *, stride: int = 1, dilation: tuple[int, int] = (1, 1)
+    ):
+        super().__init__()
+        if layout.groups != 1 or layout.width_per_group != 64:
+            raise ValueError("groups and width_per_group are for depths 50, 101 and 152: a basic block has neither")
+        norm = layout.norm
+        self.conv1 = conv(in_channels, width, kernel=3, stride=stride, dilation=dilation[0])
+        self.bn1 = norm(width)
+        self.conv2, self.bn2 = conv(width, width, kernel=3, dilation=dilation[1]), norm(width)
+        self.downsample = shortcut(layout.shortcut, in_channels, width, stride, norm)  # None is the identity
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
+        y = F.relu_(conv_norm(self.conv1, self.bn1, x))  # [B, width, H/stride, W/stride], rounded up
+        y = conv_norm(self.conv2, self.bn2, y)  # [B, width, H/stride, W/stride]
+        return add_relu(y, x if self.downsample is None else self.downsample(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1 reduce, 3x3, 1x1 expand, added to a shortcut (He et al. 2015, Sec. 4.1 and Fig. 5 right)."""
+
+    expansion = 4
+
+    def __init__(
+        self, in_channels: int, width: int, layout: Layout, *, stride: int = 1, dilation: tuple[int, int] = (1, 1)
+    ):
+        super().__init__()
+        norm, out_channels = layout.norm, width * self.expansion
+        width = width * layout.width_per_group // 64 * layout.groups
+        stride1, stride2 = (stride, 1) if layout.stride_in_1x1 else (1, stride)
+        dilation2 = dilation[1] if layout.stride_in_1x1 else dilation[0]  # dilated if it comes after the lost stride
+        self.conv1, self.bn1 = conv(in_channels, width, kernel=1, stride=stride1), norm(width)
+        self.conv2 = conv(width, width, kernel=3, stride=stride2, dilation=dilation2, groups=layout.groups)
+        self.bn2 = norm(width)
+        self.conv3, self.bn3 = conv(width, out_channels, kernel=1), norm(out_channels)
+        self.downsample = shortcut(layout.shortcut, in_channels, out_channels, stride, norm)  # None is the identity
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
+        y = F.relu_(conv_norm(self.conv1, self.bn1, x))  # [B, width, H, W]
+        y = F.relu_(conv_norm(self.conv2, self.bn2, y))  # [B, width, H/stride, W/stride], rounded up
+        y = conv_norm(self.conv3, self.bn3, y)  # [B, 4 * 64 * 2^i, H/stride, W/stride]
+        return add_relu(y, x if self.downsample is None else self.downsample(x))
+
+
+# Table 1: the kind of block, and how many of them conv2_x .. conv5_x have.
+DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+    152: (Bottleneck, (3, 8, 36, 3)),
+}
+TRUNK_LEVELS = ("c2", "c3", "c4", "c5")
+STAGES = dict(zip(TRUNK_LEVELS, ("layer1", "layer2", "layer3", "layer4"), strict=True))  # torchvision's and timm's
+
+
+class ResNet(nn.Module):
+    """Image -> {level: map} for the asked levels among c2..c5; stages above the last of them are not built.
+
+    Input [B, in_channels, H, W] of any size. Output [B, channels, ceil(H/stride), ceil(W/stride)] a level, finest
+    first; `features[level]` holds the channels and stride. Parameters have torchvision's names. Weights start as
+    in the paper (Sec. 3.4: He et al. 2015b); `zero_init_residual` starts every block as its shortcut alone.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        *,
+        levels: Iterable[str] = TRUNK_LEVELS,
+        norm: str = "BN",
+        shortcut: str = "B",
+        stride_in_1x1: bool = False,
+        dilate_c5: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        in_channels: int = 3,
+        zero_init_residual: bool = False,
+        checkpoint_activations: bool = False,
+    ):
+        super().__init__()
+        block, counts = DEPTHS[one_of("depth", depth, DEPTHS)]
+        self.levels = sorted_levels(levels, TRUNK_LEVELS)
+        layout = Layout(
+            norm_layer(norm), one_of("shortcut", shortcut, SHORTCUTS), stride_in_1x1, groups, width_per_group
+        )
+        self.checkpoint_activations = checkpoint_activations
+        self.stage_features: dict[str, Feature] = {}  # of every stage that is built
+
+        self.conv1, self.bn1 = conv(in_channels, 64, kernel=7, stride=2), layout.norm(64)
+        channels, stride = 64, 4  # after the max pool
+        for level, count, width in zip(TRUNK_LEVELS, counts, (64, 128, 256, 512), strict=True):
+            if level > self.levels[-1]:
+                break
+            step, dilation = (1 if level == "c2" else 2), (1, 1)
+            if level == "c5" and dilate_c5:
+                # The stride is given up; what came after it looks twice as far, so the maps agree where both exist.
+                step, dilation = 1, (1, 2)
+            stage = nn.Sequential(block(channels, width, layout, stride=step, dilation=dilation))
+            channels, stride = width * block.expansion, stride * step
+            for _ in range(1, count):
+                stage.append(block(channels, width, layout, dilation=(dilation[1], dilation[1])))
+            setattr(self, STAGES[level], stage)
+            self.stage_features[level] = Feature(channels, stride)
+        self._initialize(zero_init_residual)
+        self.register_load_state_dict_pre_hook(_adapt_before_loading)
+
+    def _initialize(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
+                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        """Channels and stride of each map that forward returns, in its order."""
+        return {level: self.stage_features[level] for level in self.levels}
+
+    def stages(self) -> Iterator[tuple[str, nn.Sequential]]:
+        """The stages that are built, as ("c2", layer1), ("c3", layer2), ..."""
+        for level in self.stage_features:
+            yield level, getattr(self, STAGES[level])
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, in_channels, H, W]
+        x = F.relu_(conv_norm(self.conv1, self.bn1, images))  # [B, 64, H/2, W/2]
+        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # [B, 64, H/4, W/4]
+        maps = {}
+        for level, stage in self.stages():
+            for block in stage:
+                recompute = self.checkpoint_activations and self.training and not _is_frozen(block)
+                x = checkpointed(block, x) if recompute else block(x)
+            if level in self.levels:
+                maps[level] = x
+        return maps
+
+    def freeze(self, through: str) -> None:
+        """Freeze the stem and every stage up to `through`: "stem", "c2", .. "c5" (see `layers.freeze`)."""
+        one_of("part to freeze through", through, ("stem", *TRUNK_LEVELS))
+        self.conv1, self.bn1 = freeze(self.conv1), freeze(self.bn1)
+        for level, stage in self.stages():
+            if through != "stem" and level <= through:
+                freeze(stage)
+
+    def detach_stage(self, level: str) -> nn.Sequential:
+        """Take the last stage out of the trunk and return it, for a head that runs it on regions (C4 detectors)."""
+        built = list(self.stage_features)
+        if level != built[-1] or len(built) == 1:
+            raise ValueError(f"{level} is not the last of several stages; this trunk has {', '.join(built)}")
+        stage = getattr(self, STAGES[level])
+        delattr(self, STAGES[level])
+        del self.stage_features[level]
+        self.levels = [kept for kept in self.levels if kept != level] or built[-2:-1]
+        return stage
+
+    def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
+        """Leave out, in place, what a published file holds beyond this trunk: other stages, the classifier."""
+        unbuilt = [name for level, name in STAGES.items() if level not in self.stage_features]
+        for name in [*unbuilt, *([] if hasattr(self, "fc") else ["fc"])]:
+            for key in [key for key in state_dict if key.startswith(f"{prefix}{name}.")]:
+                del state_dict[key]
+
+
+def sorted_levels(levels: Iterable[str], choices: tuple[str, ...], note: str = "") -> list[str]:
+    """The asked levels, finest first, each once; ValueError for an unknown one or for none."""
+    if isinstance(levels, str):
+        raise ValueError(f"levels is a list of names such as {list(choices)}, not the string {levels!r}")
+    asked = {one_of("level", level, choices, note) for level in levels}
+    if not asked:
+        raise ValueError(f"no level asked for; choose from {', '.join(choices)}")
+    return sorted(asked)
+
+
+def count_norms(module: nn.Module) -> tuple[int, int]:
+    """(frozen, trainable) batch norms in `module`."""
+    batch_norms = (nn.modules.batchnorm._BatchNorm,)
+    modules = list(module.modules())
+    return sum(isinstance(m, FrozenBatchNorm2d) for m in modules), sum(isinstance(m, batch_norms) for m in modules)
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(p.requires_grad for p in module.parameters())
+
+
+def _adapt_before_loading(module: ResNet, state_dict, prefix, *_):
+    module.adapt_state_dict(state_dict, prefix)

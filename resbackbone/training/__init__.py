@@ -1,0 +1,1 @@
+"""Training, whatever is trained: run folder, distributed start, schedules, update step, exact resume."""

@@ -1,0 +1,39 @@
+"""Installs two packages: `resbackbone` (the backbone library) and `detection` (Faster R-CNN on COCO)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+# What the tests and `make check` use; the linter's version is written here and nowhere else.
+DEV = ["pytest>=8", "ruff==0.17.6", "timm>=1.0.15"]
+
+setup(
+    name="resbackbone",
+    version="0.1.0",
+    description="ResNet backbones for detection: multi-scale feature maps, frozen batch norm, FPN, Faster R-CNN on COCO",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["resbackbone", "resbackbone.*", "detection", "detection.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "torchvision>=0.26",
+        "safetensors>=0.4.3",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pycocotools>=2.0.8",
+        "pyyaml>=6",
+        "tyro>=0.9",
+        "rich>=13",
+        "tensorboard>=2.15",
+    ],
+    extras_require={"dev": DEV},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+    ],
+)
