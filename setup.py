@@ -12,7 +12,7 @@ DEV = ["pytest>=8", "ruff==0.17.6", "timm>=1.0.15"]
 setup(
     name="resbackbone",
     version="0.1.0",
-    description="ResNet backbones for detection: multi-scale feature maps, frozen batch norm, FPN, Faster R-CNN on COCO",
+    description="ResNet backbones for detection: feature maps, frozen batch norm, FPN, and Faster R-CNN on COCO",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

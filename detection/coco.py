@@ -39,7 +39,7 @@ def coco_paths(data: str | os.PathLike, split: str) -> tuple[Path, Path]:
     images, annotations = folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json"
     missing = [str(path.relative_to(folder)) for path in (annotations, images) if not path.exists()]
     if missing:
-        raise ValueError(f"--data {data}: not COCO's layout, {' and '.join(missing)} not found; it should hold {LAYOUT}")
+        raise ValueError(f"--data {data}: not COCO's layout, no {' and no '.join(missing)}; it should hold {LAYOUT}")
     return images, annotations
 
 
@@ -66,7 +66,7 @@ def read_annotations(path: str | os.PathLike) -> dict:
     for section, keys in needed.items():
         entries = content.get(section)
         if not isinstance(entries, list):
-            raise ValueError(f"annotations {path}: no list {section!r} (an instances file has images, annotations, categories)")
+            raise ValueError(f"annotations {path}: no list {section!r}; wanted are {', '.join(needed)}")
         seen = set()
         for i, entry in enumerate(entries):
             if section == "annotations" and isinstance(entry, dict):
@@ -88,13 +88,16 @@ def read_annotations(path: str | os.PathLike) -> dict:
             raise ValueError(f"annotations {path}: images[{i}] file_name {image['file_name']!r} leaves its folder")
     if not content["categories"]:
         raise ValueError(f"annotations {path}: the list of categories is empty")
+    known = sorted(needed["categories"])
     for i, annotation in enumerate(content["annotations"]):
         if annotation["image_id"] not in needed["images"]:
-            raise ValueError(f"annotations {path}: annotations[{i}] is of image {annotation['image_id']}, not in images")
+            raise ValueError(
+                f"annotations {path}: annotations[{i}] is of image {annotation['image_id']}, not in images"
+            )
         if annotation["category_id"] not in needed["categories"]:
             raise ValueError(
                 f"annotations {path}: annotations[{i}] has category_id {annotation['category_id']}, which is not in "
-                f"categories ({len(needed['categories'])} ids, {min(needed['categories'])}..{max(needed['categories'])})"
+                f"categories ({len(known)} ids, {known[0]}..{known[-1]})"
             )
         box = annotation["bbox"]
         if len(box) != 4 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):

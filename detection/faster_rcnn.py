@@ -1,6 +1,6 @@
 """Faster R-CNN over a Backbone: the FPN, C4 and DC5 variants, on torchvision's detector classes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,20 +17,29 @@ from resbackbone.checks import one_of
 from resbackbone.resnet import ResNet
 from resbackbone.weights import MEAN, STD, fit, read_weights, write_weights
 
-VARIANTS = ("fpn", "c4", "dc5")
+BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
+    "fpn": {"fpn": True},
+    "c4": {"levels": ("c4", "c5")},
+    "dc5": {"levels": ("c5",), "dilate_c5": True},
+}
+VARIANTS = tuple(BACKBONE_OF)
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
 
 
 class FasterRCNN(TorchvisionFasterRCNN):
     """torchvision's FasterRCNN that checks its targets and also gives losses in eval mode.
 
-    `num_classes` counts real categories (background is the detector's own), `class_names` names labels 1.., and
-    `config` holds the arguments that build it again. Made by `build_faster_rcnn`.
+    `num_classes` counts real categories (background is the detector's own), `categories` maps the data set's
+    category ids to names in the order of labels 1.., and `config` holds the arguments that build it again. Made by
+    `build_faster_rcnn`.
     """
 
-    num_classes: int
-    class_names: list[str]
+    categories: dict[int, str]
     config: dict
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.categories)
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         """[3, H, W] RGB floats in 0..1 -> losses in training mode, in eval mode boxes, labels and scores an image."""
@@ -53,10 +62,10 @@ class FasterRCNN(TorchvisionFasterRCNN):
         for target in targets:
             labels, boxes = target["labels"], target["boxes"]
             name = f"image {target['image_id']}: " if "image_id" in target else ""
-            if labels.numel() and not (1 <= int(labels.min()) and int(labels.max()) <= self.num_classes):
+            if labels.numel() and (labels.min() < 1 or labels.max() > self.num_classes):
                 raise ValueError(
                     f"{name}labels {sorted(set(labels.tolist()))}: a label is 1..{self.num_classes} "
-                    f"({self.class_names[0]} .. {self.class_names[-1]}), 0 is background"
+                    f"({', '.join(list(self.categories.values())[:3])} ..), 0 is background"
                 )
             if not torch.isfinite(boxes).all():
                 raise ValueError(f"{name}a box has coordinates that are not finite: {boxes.tolist()}")
@@ -94,7 +103,7 @@ def build_faster_rcnn(
     num_classes: int,
     *,
     variant: str = "fpn",
-    class_names: Sequence[str] | None = None,
+    categories: Mapping[int, str] | None = None,
     min_size: int = 800,
     max_size: int = 1333,
     resize_in_training: bool = True,
@@ -105,6 +114,7 @@ def build_faster_rcnn(
     """Build Faster R-CNN (Ren et al. 2015) over `backbone`; anchors and RoI pooling follow `backbone.features`.
 
     num_classes: real categories, without background; a target's labels are 1..num_classes.
+    categories: the data set's {category id: name}, in the order of the labels; default {1: "class 1", ..}.
     variant: "fpn" (Lin et al. 2017, Sec. 4), over p2..; "c4", the paper's own detector (appendix A): RPN on c4, RoI
         features through stage 5, which moves from the backbone into the box head; "dc5", on a c5 of stride 16.
     min_size, max_size: pixels of the shorter and at most of the longer side, for images that come as they are.
@@ -119,9 +129,9 @@ def build_faster_rcnn(
     one_of("variant", variant, VARIANTS)
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes is the number of real categories, at least 1, not {num_classes!r}")
-    names = [f"class {label}" for label in range(1, num_classes + 1)] if class_names is None else list(class_names)
-    if len(names) != num_classes:
-        raise ValueError(f"{len(names)} class names for {num_classes} classes")
+    categories = dict(categories or {label: f"class {label}" for label in range(1, num_classes + 1)})
+    if len(categories) != num_classes:
+        raise ValueError(f"num_classes is {num_classes}, but there are {len(categories)} categories")
     backbone_config = dict(backbone.config)
     box_head = _take_stage5(backbone) if variant == "c4" else None
     _use_levels_of(variant, backbone)
@@ -157,13 +167,13 @@ def build_faster_rcnn(
         _skip_resize=not resize_in_training,
         **options,
     )
-    detector.num_classes, detector.class_names = num_classes, names
+    detector.categories = categories
     detector.config = {
         "backbone": backbone_config,
         "detector": {
             "num_classes": num_classes,
             "variant": variant,
-            "class_names": names,
+            "categories": list(categories.items()),  # pairs: JSON would turn the ids into strings
             "min_size": min_size,
             "max_size": max_size,
             "resize_in_training": resize_in_training,
@@ -192,7 +202,9 @@ def _use_levels_of(variant: str, backbone: Backbone) -> None:
     levels = list(backbone.features)
     if variant == "fpn":
         if not all(level.startswith("p") for level in levels):
-            raise ValueError(f"variant 'fpn' needs pyramid levels, the backbone gives {', '.join(levels)}: use fpn=True")
+            raise ValueError(
+                f"variant 'fpn' needs pyramid levels, the backbone gives {', '.join(levels)}: use fpn=True"
+            )
         return
     level = {"c4": "c4", "dc5": "c5"}[variant]
     if level not in levels:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.file import Weights
 
+
 def backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's tensors of a detector's state dict (those under `backbone.`), or all of any other."""
     state = {key.removeprefix("module."): tensor for key, tensor in state.items()}

@@ -1,0 +1,147 @@
+"""What every command shares: options from a dataclass, one line for a user's mistake, progress on the terminal."""
+
+import contextlib
+import dataclasses
+import io
+import os
+import sys
+import time
+import typing
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import rich.progress
+import tyro
+from rich.console import Console
+
+from resbackbone.training.run import read_yaml
+
+T = TypeVar("T")
+console = Console(highlight=False, soft_wrap=True)
+SECONDS_BETWEEN_LINES = 20  # of a loop that is not on a terminal
+
+
+def parse(options: type[T], argv: list[str] | None, *, default: T | None = None, description: str | None = None) -> T:
+    """Options from the command line: the dataclass's defaults, over them `default` or --config FILE, then the flags.
+
+    Raises ValueError in one line for a flag that is not there or a value of another type; --help prints and exits.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    names = {field.name for field in dataclasses.fields(options)}
+    if "config" in names and (path := _value_of("--config", argv)) is not None:
+        default = from_config(options, path)
+    wrong = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(wrong):
+            return tyro.cli(options, args=argv, default=default, description=description or options.__doc__)
+    except SystemExit as exit:
+        if exit.code in (0, None):
+            raise
+        said = " ".join(_first_part_of_box(wrong.getvalue()).split())
+    raise ValueError(f"{said} (--help lists the options)")
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    # looked at before the rest is parsed: what the file says are the defaults of that parse
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.removeprefix(flag + "=")
+    return None
+
+
+def main_of(command: Callable[[], object]) -> None:
+    """Run a command to its exit status: 0, or 1 with one line on stderr. RESBACKBONE_DEBUG=1 shows the traceback."""
+    try:
+        command()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (ValueError, OSError) as error:
+        if os.environ.get("RESBACKBONE_DEBUG"):
+            raise
+        sys.exit(f"error: {' '.join(str(error).split())}")
+
+
+def _first_part_of_box(text: str) -> str:
+    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
+    part = []
+    for line in lines:
+        if not line or line.startswith("──"):
+            break
+        part.append(line)
+    return " ".join(part)
+
+
+def track(items: Iterable, total: int, label: str, *, shown: bool = True) -> Iterator:
+    """The items, with a progress bar on a terminal, or a line now and then in a log."""
+    with Progress(label, total, shown=shown) as progress:
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.update(done)
+
+
+class Progress:
+    """A bar on a terminal; in a log a line every 20 seconds, or whenever it is given a `line`."""
+
+    def __init__(self, label: str, total: int, *, start: int = 0, shown: bool = True):
+        self.label, self.total, self.start, self.shown = label, total, start, shown
+        self.on_terminal = shown and console.is_terminal
+        self.began = self.said = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        if self.on_terminal:
+            self.bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.description}"),
+                rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(),
+                rich.progress.TimeElapsedColumn(),
+                rich.progress.TextColumn("left"),
+                rich.progress.TimeRemainingColumn(),
+                rich.progress.TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self.task = self.bar.add_task(self.label, total=self.total, completed=self.start, note="")
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.on_terminal:
+            self.bar.stop()
+
+    def update(self, done: int, note: str | None = None) -> None:
+        """`done` of the total are; `note` says how it goes, and makes a line of a log."""
+        if self.on_terminal:
+            self.bar.update(self.task, completed=done, **({} if note is None else {"note": note}))
+        elif self.shown and (note is not None or time.monotonic() - self.said > SECONDS_BETWEEN_LINES):
+            self.said = time.monotonic()
+            left = (self.said - self.began) / max(done - self.start, 1) * (self.total - done)
+            console.print(f"{self.label} {done}/{self.total}, {left:.0f} s left{'' if note is None else ', ' + note}")
+
+
+def from_config(options: type[T], path: str | Path) -> T:
+    """The options that a YAML file gives, such as a run's config.yaml; ValueError for an unknown or unfit one.
+
+    What a run adds for its reader under `effective` is passed over.
+    """
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    values = read_yaml(path)
+    values.pop("effective", None)
+    for name, value in values.items():
+        if name not in fields:
+            raise ValueError(f"{path}: unknown option {name!r}; choose from {', '.join(fields)}")
+        kinds = typing.get_args(fields[name].type) or (fields[name].type,)
+        if Path in kinds and isinstance(value, str):
+            values[name] = Path(value)
+        elif float in kinds and type(value) is int:
+            values[name] = float(value)
+        elif type(value) not in kinds:
+            wanted = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path}: {name} is {value!r}; {wanted} is wanted")
+    return options(**values)
+
+
+def to_config(options) -> dict:
+    """The options as YAML holds them."""
+    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}

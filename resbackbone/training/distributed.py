@@ -1,0 +1,122 @@
+"""Processes that train together: torchrun's, or one for each GPU of this machine, or just this one."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
+
+
+class Rank(NamedTuple):
+    """This process among those that train together, and its device."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def count_processes(device: str, gpus: int | None) -> int:
+    """How many processes will train: torchrun's number, or one a GPU (`gpus` None: all), or 1.
+
+    Raises ValueError for a device that is not there, and for more GPUs than there are.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda":
+        there = torch.cuda.device_count()
+        if there == 0:
+            raise ValueError("--device cuda: no GPU that this torch can use; python tools/doctor.py says why")
+        if gpus is not None and not 1 <= gpus <= there:
+            raise ValueError(f"--gpus {gpus}: this machine has {there}")
+    elif gpus not in (None, 0, 1):
+        raise ValueError(f"--gpus {gpus} with --device {device}: several CPU processes are started with torchrun")
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    if kind != "cuda" or torch.device(device).index is not None:
+        return 1
+    return gpus or there
+
+
+def launch(function: Callable[..., None], arguments: tuple, *, device: str, gpus: int | None) -> None:
+    """Call function(rank: Rank, *arguments) in every process of `count_processes`, and wait for all of them.
+
+    Under torchrun this process is one of many already. Otherwise further ones are spawned: `function` must be
+    importable then.
+    """
+    processes = count_processes(device, gpus)
+    if "RANK" in os.environ:
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        _run(local_rank, int(os.environ["RANK"]), processes, device, function, arguments)
+    elif processes > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        mp.spawn(_spawned, (address, processes, device, function, arguments), nprocs=processes)
+    else:
+        function(Rank(0, 1, torch.device(device)), *arguments)
+
+
+def _spawned(rank: int, address: dict, processes: int, device: str, function: Callable, arguments: tuple) -> None:
+    os.environ.update(address)
+    _run(rank, rank, processes, device, function, arguments)
+
+
+def _run(local_rank: int, rank: int, processes: int, device: str, function: Callable, arguments: tuple) -> None:
+    place = torch.device(device)
+    if place.type == "cuda":
+        place = torch.device("cuda", local_rank)
+        torch.cuda.set_device(place)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=processes, timeout=TIMEOUT)
+    try:
+        function(Rank(rank, processes, place), *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def gather(value, rank: Rank) -> list | None:
+    """Every rank's `value` (any picklable object) at rank 0, in rank order; None elsewhere."""
+    if rank.ranks == 1:
+        return [value]
+    values = [None] * rank.ranks if rank.is_main else None
+    dist.gather_object(value, values)
+    return values
+
+
+def broadcast(value, rank: Rank):
+    """Rank 0's `value` (any picklable object) at every rank."""
+    if rank.ranks == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def all_agree(flag: bool, rank: Rank) -> bool:
+    """Whether `flag` is true on every rank."""
+    if rank.ranks == 1:
+        return flag
+    votes = torch.tensor(int(flag), device=rank.device)
+    dist.all_reduce(votes, dist.ReduceOp.MIN)
+    return bool(votes.item())
+
+
+def native_precision(device: str) -> str:
+    """ "bf16" where the device computes in it faster than in fp32, else "fp32"."""
+    if torch.device(device).type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"

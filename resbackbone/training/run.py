@@ -1,0 +1,110 @@
+"""A run's folder: its configuration, metrics, TensorBoard events and checkpoints, so that a killed run goes on."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import yaml
+
+from resbackbone.atomic import folder_atomically, write_atomically
+
+KEPT_CHECKPOINTS = 3
+
+
+class Run:
+    """The folder of one training run; only rank 0 writes to it.
+
+    `config.yaml` everything the run was started with; `metrics.jsonl` one JSON object a line; `events.out.tfevents.*`
+    the same for TensorBoard; `checkpoints/step_NNNNNNN/`, each written whole or not at all, the last three kept.
+    """
+
+    def __init__(self, folder: str | os.PathLike, config: Mapping, *, resumed_step: int = 0, writes: bool = True):
+        self.folder, self.writes = Path(folder), writes
+        self._events = None
+        if not writes:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        self._forget_metrics_after(resumed_step)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+        self._events = SummaryWriter(str(self.folder), purge_step=resumed_step + 1 if resumed_step else None)
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+
+    def record(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
+        """Append one line of metrics, and the numbers in it to TensorBoard under `kind/`."""
+        if not self.writes:
+            return
+        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._metrics.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def save(self, step: int, write: Callable[[Path], None]) -> None:
+        """Let `write` fill the checkpoint of `step`; afterwards the oldest ones go."""
+        if not self.writes:
+            return
+        os.fsync(self._metrics.fileno())
+        with folder_atomically(self.folder / "checkpoints" / f"step_{step:07d}") as folder:
+            write(folder)
+        for old in checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
+            shutil.rmtree(old)
+
+    def close(self) -> None:
+        if self._events is not None:
+            self._events.close()
+            self._metrics.close()
+            self._events = None
+
+    def _forget_metrics_after(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):  # the line during which the run was killed
+                continue
+        write_atomically(path, "".join(kept))
+
+
+def checkpoints(folder: str | os.PathLike) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = Path(folder).glob("checkpoints/step_*")
+    return sorted(path for path in found if re.fullmatch(r"step_\d{7,}", path.name) and path.is_dir())
+
+
+def read_yaml(path: str | os.PathLike) -> dict:
+    """A YAML file of `name: value` lines, such as a run's config.yaml; ValueError if it is not there or is not that."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds no options (name: value, a line each)")
+    return content
+
+
+def new_folder(wanted: Path) -> Path:
+    """`wanted`, or `wanted-2`, `-3`, .. where a run is there already: nothing is overwritten."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def latest_folder(wanted: Path) -> Path:
+    """The last of `wanted`, `wanted-2`, .. that is there, or `wanted`."""
+    folder, number = wanted, 2
+    while (following := wanted.with_name(f"{wanted.name}-{number}")).exists():
+        folder, number = following, number + 1
+    return folder

@@ -1,0 +1,98 @@
+"""What changes while training, in one place: the network, the optimizer, the step; one update, and its checkpoint."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from resbackbone.training.distributed import Rank, all_agree
+
+
+class NonFiniteLoss(ValueError):
+    """A loss term is not a number, or infinite; nothing was updated."""
+
+
+class TrainState:
+    """`model` as it trains (wrapped or not), its `optimizer`, and the number of updates done."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: Rank, *, clip_grad: float | None = None
+    ):
+        self.model, self.optimizer, self.rank, self.clip_grad = model, optimizer, rank, clip_grad
+        self.step = 0
+
+    def update(self, losses: Mapping[str, Tensor], *, learning_rate: float) -> dict[str, float]:
+        """One update from the sum of `losses` (scalars); returns them as floats.
+
+        Raises NonFiniteLoss on every rank, before anything has changed, if a term is not finite on any.
+        """
+        numbers = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()  # one wait for the GPU
+        values = dict(zip(losses, numbers, strict=True))
+        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
+        if not all_agree(not wrong, self.rank):
+            where = ", ".join(f"{name} is {value}" for name, value in wrong.items()) or "on another rank"
+            raise NonFiniteLoss(f"loss is not finite at step {self.step}: {where}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        if self.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.optimizer.step()
+        self.step += 1
+        return values
+
+    def save(self, folder: Path) -> None:
+        """Write the optimizer's state and the step into `folder`: tensors as safetensors, the rest as JSON."""
+        content = self.optimizer.state_dict()
+        tensors, plain = {}, {}
+        for index, entries in content["state"].items():
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                else:
+                    plain[f"{index}.{name}"] = value
+        save_file(tensors, folder / "optimizer.safetensors")
+        described = {"step": self.step, "param_groups": content["param_groups"], "state": plain}
+        (folder / "state.json").write_text(json.dumps(described))
+
+    def load(self, folder: Path) -> None:
+        """Take up what `save` wrote. ValueError if it is not whole, or of another network's optimizer."""
+        try:
+            described = json.loads((folder / "state.json").read_text())
+            tensors = load_file(folder / "optimizer.safetensors")
+            state: dict[int, dict] = {}
+            for key, value in {**tensors, **described["state"]}.items():
+                index, name = key.split(".", 1)
+                state.setdefault(int(index), {})[name] = value
+            self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
+            self.step = described["step"]
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise ValueError(f"checkpoint {folder}: cannot be read ({error})") from None
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norms: bool = True) -> list[dict]:
+    """What trains in `model`, for an optimizer; without `decay_norms`, norms and biases are not decayed."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if decay_norms:
+        return [{"params": trainable, "weight_decay": weight_decay}]
+    return [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Make whatever is random in a step a function of these three, so that a resumed run draws alike."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)  # primes, so that two are hardly alike
+
+
+def mean_of(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each entry over the records, which all have the same ones."""
+    records = list(records)
+    return {name: sum(record[name] for record in records) / len(records) for name in records[0]}

@@ -1,0 +1,341 @@
+"""Train Faster R-CNN on COCO-format data and evaluate it. Without --data it trains on an embedded data set.
+
+python tools/train_coco.py                                            the embedded data set, minutes on a CPU
+python tools/train_coco.py --data coco --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V1
+python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     goes on where it stopped
+"""
+
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from detection.coco import LAYOUT
+from detection.data import EMBEDDED, embedded_data, find_coco, open_split, train_batches
+from detection.evaluate import evaluate, percent, results_table, write_results
+from detection.faster_rcnn import BACKBONE_OF, FasterRCNN, build_faster_rcnn, load_detector, save_detector
+from detection.recipes import RECIPES, Recipe
+from detection.report import save_pictures
+from detection.sampler import TrainBatches
+from detection.transforms import TrainTransform
+from resbackbone import build_resnet_backbone
+from resbackbone.checks import one_of
+from resbackbone.resnet import DEPTHS, count_norms
+from resbackbone.training.command import Progress, console, from_config, main_of, parse, to_config, track
+from resbackbone.training.distributed import Rank, broadcast, count_processes, launch, native_precision
+from resbackbone.training.run import Run, checkpoints, latest_folder, new_folder
+from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, parameter_groups, seed_step
+
+MAY_DIFFER = {  # from the run that is resumed: what changes neither the data nor the arithmetic
+    *("data", "output", "max_steps", "device", "gpus", "workers", "resume", "config"),
+    *("checkpoint_period", "eval_period", "log_period", "pictures"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train Faster R-CNN on COCO-format data and evaluate it; without --data, on an embedded data set."""
+
+    data: Path | None = None
+    """Folder in COCO's layout: train2017/, val2017/, annotations/instances_{train,val}2017.json. Default:
+    $DETECTRON2_DATASETS/coco, $COCO_DIR or ./datasets/coco, else the embedded data set."""
+    depth: int | None = None
+    """18, 34, 50, 101 or 152. Default: the recipe's (50; short: 18)."""
+    variant: str = "fpn"
+    """fpn, c4 (the ResNet paper's detector) or dc5."""
+    recipe: str | None = None
+    """1x, 2x, 3x or short. Default: 1x; short on the embedded data set."""
+    weights: str | None = None
+    """What the backbone starts from: a .safetensors or .pth file, or torchvision:ResNet50_Weights.IMAGENET1K_V1.
+    Default: random."""
+    norm: str | None = None
+    """BN, FrozenBN, SyncBN or GN. Default: FrozenBN with weights, else the recipe's (BN)."""
+    frozen_through: str | None = None
+    """stem, c2 .. c5, or none. Default: c2 with weights, none without."""
+    output: Path | None = None
+    """The run's folder. Default: a new one under runs/."""
+    max_steps: int | None = None
+    """Stop after this many updates, wherever the schedule is then."""
+    batch_size: int | None = None
+    """Images an update, over all GPUs; rate and steps follow. Default: the recipe's (16); 2 on a CPU but for short."""
+    checkpoint_period: int | None = None
+    """Updates between checkpoints. Default: the recipe's (5000; short: 200)."""
+    eval_period: int = 0
+    """Updates between evaluations; 0 evaluates at the end only."""
+    log_period: int = 20
+    """Updates between lines of metrics."""
+    pictures: int = 12
+    """Pictures of predictions beside ground truth to draw at the end."""
+    seed: int = 0
+    """Weights, order, augmentation and sampling are functions of it."""
+    device: str | None = None
+    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
+    gpus: int | None = None
+    """How many of this machine's GPUs. Default: all."""
+    workers: int | None = None
+    """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
+    precision: str | None = None
+    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
+    keep_empty: bool = False
+    """Train on images without objects too."""
+    skip_bad_images: bool = False
+    """Go on without images that cannot be read; they are named and counted."""
+    resume: bool = False
+    """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
+    config: Path | None = None
+    """YAML file with options, such as another run's config.yaml; flags override it."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
+    options = complete(parse(Options, argv))
+    if options.resume:
+        options = resumed(options, argv)
+    launch(train, (options,), device=options.device, gpus=options.gpus)
+
+
+def train(rank: Rank, options: Options) -> None:
+    """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
+    say = console.print if rank.is_main else lambda *_: None
+    if options.data == EMBEDDED:
+        say(f"data: the embedded set in {EMBEDDED}; for real ones give --data DIR, which should hold {LAYOUT}")
+        broadcast(embedded_data() if rank.is_main else None, rank)
+    folder = broadcast(claim_folder(options) if rank.is_main else None, rank)
+    recipe = RECIPES[options.recipe]
+    say(f"run:   {folder}")
+
+    transform = TrainTransform(recipe.short_sides, recipe.max_size)
+    images = {"keep_empty": options.keep_empty, "skip_bad_images": options.skip_bad_images}
+    train_set = open_split(options.data, "train", transform=transform, **images)
+    val_set = open_split(options.data, "val", **{**images, "keep_empty": True}, categories=train_set.categories)
+    say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
+
+    last = checkpoints(folder)[-1] if options.resume and checkpoints(folder) else None
+    seed_step(options.seed, 0, 0)  # every rank starts from the same weights
+    if last is None:
+        detector = build(options, recipe, train_set.categories)
+    else:
+        detector = load_detector(last / "model.safetensors")
+    if dict(detector.categories) != train_set.categories:
+        raise ValueError(f"{last}: was trained on other categories than those of {options.data}")
+    detector.to(rank.device, memory_format=torch.channels_last).train()
+    say(detector.backbone.summary())
+
+    state = TrainState(distributed(detector, rank), sgd(detector, recipe), rank, clip_grad=recipe.clip_grad)
+    if last is not None:
+        state.load(last)
+    schedule = recipe.schedule.for_batch(options.batch_size, recipe.batch_size)
+    steps = schedule.steps if options.max_steps is None else options.max_steps
+    effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
+    say(
+        f"{'resumed at step ' + str(state.step) if last else 'from step 0'} to {steps}: {options.batch_size} images an "
+        f"update on {rank.ranks} {rank.device.type}, {options.precision}, learning rate {schedule.rate:g}"
+    )
+    config = {**to_config(options), "effective": effective}
+    run = Run(folder, config, resumed_step=state.step, writes=rank.is_main)
+    batches = TrainBatches(
+        train_set,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        rank=rank.rank,
+        ranks=rank.ranks,
+        start=state.step,
+    )
+
+    def save() -> None:
+        run.save(state.step, lambda to: (save_detector(detector, to / "model.safetensors"), state.save(to)))
+
+    def score() -> tuple[dict, list[dict]]:
+        began = time.monotonic()
+        results, detections = evaluate(
+            detector,
+            val_set,
+            rank,
+            workers=options.workers,
+            bf16=options.precision == "bf16",
+            progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
+        )
+        run.record(state.step, {**results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
+        return results, detections
+
+    with Progress("train", steps, start=state.step, shown=rank.is_main) as progress:
+        loader = train_batches(train_set, batches, workers=options.workers, device=rank.device)
+        recent, began, skipped = [], time.monotonic(), set()
+        while state.step < steps:
+            images, targets = next(loader)
+            loaded = time.monotonic()
+            seed_step(options.seed, state.step, rank.rank)
+            rate = schedule.learning_rate(state.step)
+            with torch.autocast(rank.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                losses = state.model(images, targets)
+            try:
+                values = state.update(losses, learning_rate=rate)
+            except NonFiniteLoss as error:
+                raise NonFiniteLoss(f"{error}; {save_batch(images, targets, folder, state.step, rank)}") from None
+            for message in sorted({m for target in targets for m in target["skipped"]} - skipped):
+                console.print(f"skipped {message}")
+                skipped.add(message)
+            now = time.monotonic()
+            seconds = {"seconds": now - began, "data_seconds": loaded - began}
+            recent.append({"loss": sum(values.values()), **values, **seconds})
+            began = now
+            if state.step % options.log_period == 0 or state.step == steps:
+                record = {**mean_of(recent), "lr": rate, **memory(rank.device)}
+                record["images_per_second"] = options.batch_size / record["seconds"]
+                run.record(state.step, record)
+                progress.update(state.step, describe(record))
+                recent = []
+            else:
+                progress.update(state.step)
+            if state.step % options.checkpoint_period == 0 or state.step == steps:
+                save()
+            if options.eval_period and state.step % options.eval_period == 0 and state.step < steps:
+                results, _ = score()
+                say(f"step {state.step}: AP {percent(results['bbox']['AP'])}, AP50 {percent(results['bbox']['AP50'])}")
+                began = time.monotonic()
+
+    results, detections = score()
+    if rank.is_main:
+        save_detector(detector, folder / "model.safetensors")
+        write_results(folder, results, detections)
+        pictures = save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
+        console.print(results_table(results))
+        ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
+        say(f"AP {ap}, AP50 {ap50} on {results['images']} images")
+        say(f"pictures of predictions beside ground truth: {folder / 'pictures'} ({len(pictures)})")
+        say(f"detector: {folder / 'model.safetensors'}; results: {folder / 'results.json'}")
+    run.close()
+
+
+def complete(options: Options) -> Options:
+    """Every option that was left out gets its value, but for the folder; ValueError for one that is not there."""
+    data = options.data or find_coco() or EMBEDDED
+    recipe_name = one_of("recipe", options.recipe or ("short" if data == EMBEDDED else "1x"), RECIPES)
+    recipe = RECIPES[recipe_name]
+    one_of("variant", options.variant, BACKBONE_OF)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    count_processes(device, options.gpus)  # says so if the device is not there
+    on_gpu = torch.device(device).type == "cuda"
+    batch_size = options.batch_size or (recipe.batch_size if on_gpu or recipe_name == "short" else 2)
+    for name in ("max_steps", "batch_size", "checkpoint_period", "log_period"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 1 or more is wanted")
+    return replace(
+        options,
+        data=data,
+        recipe=recipe_name,
+        depth=one_of("depth", recipe.depth if options.depth is None else options.depth, DEPTHS),
+        batch_size=batch_size,
+        checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
+        device=device,
+        workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
+        precision=one_of("precision", options.precision or native_precision(device), ("fp32", "bf16")),
+    )
+
+
+def resumed(options: Options, argv: list[str] | None) -> Options:
+    """The options of the run that is resumed, which flags may not contradict; those given if there is no such run."""
+    folder = options.output or latest_folder(default_folder(options))
+    if not (folder / "config.yaml").is_file():
+        console.print(f"nothing to resume in {folder}: starting at step 0")
+        return replace(options, output=folder)
+    saved = from_config(Options, folder / "config.yaml")
+    options = parse(Options, argv, default=saved)
+    for name in sorted(asdict(options).keys() - MAY_DIFFER):
+        if (asked := getattr(options, name)) != (had := getattr(saved, name)):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {asked}: the run in {folder} was made with {had}; leave the option out to "
+                "resume that run, or give another --output to start anew"
+            )
+    return complete(replace(options, output=folder))
+
+
+def default_folder(options: Options) -> Path:
+    return Path("runs") / f"{options.data.resolve().name}-r{options.depth}-{options.variant}-{options.recipe}"
+
+
+def claim_folder(options: Options) -> Path:
+    """Where the run is written: --output, which may hold a run only if that is resumed, or a new folder."""
+    if options.output is None:
+        return new_folder(default_folder(options))
+    if not options.resume and (options.output / "config.yaml").exists():
+        raise ValueError(f"--output {options.output} holds a run already; --resume goes on with it")
+    return options.output
+
+
+def build(options: Options, recipe: Recipe, categories: dict[int, str]) -> FasterRCNN:
+    """The detector a new run starts from."""
+    arguments = dict(BACKBONE_OF[options.variant])
+    if options.variant == "fpn":
+        arguments |= recipe.pyramid
+    backbone = build_resnet_backbone(
+        options.depth,
+        norm=options.norm or recipe.norm,
+        frozen_through=options.frozen_through,
+        weights=options.weights,
+        **arguments,
+    )
+    return build_faster_rcnn(
+        backbone,
+        len(categories),
+        variant=options.variant,
+        categories=categories,
+        min_size=recipe.min_size,
+        max_size=recipe.max_size,
+        resize_in_training=False,
+        **recipe.detector,
+    )
+
+
+def sgd(detector: FasterRCNN, recipe: Recipe) -> torch.optim.Optimizer:
+    groups = parameter_groups(detector, recipe.weight_decay)
+    return torch.optim.SGD(groups, lr=recipe.schedule.rate, momentum=recipe.momentum)
+
+
+def distributed(detector: FasterRCNN, rank: Rank) -> torch.nn.Module:
+    """The detector, with gradients averaged over the ranks if there are several; statistics are rank 0's."""
+    if rank.ranks == 1:
+        return detector
+    _, trainable_norms = count_norms(detector)
+    return DistributedDataParallel(
+        detector,
+        device_ids=[rank.device.index] if rank.device.type == "cuda" else None,
+        broadcast_buffers=trainable_norms > 0,
+        find_unused_parameters=False,
+    )
+
+
+def save_batch(images: list, targets: list[dict], folder: Path, step: int, rank: Rank) -> str:
+    """Keep the images and boxes of a batch that went wrong; returns a clause that names them."""
+    path = folder / f"bad_batch_step_{step}_rank_{rank.rank}.safetensors"
+    tensors = {f"image_{i}": image.cpu().contiguous() for i, image in enumerate(images)}
+    for name in ("boxes", "labels"):
+        tensors |= {f"{name}_{i}": target[name].cpu().contiguous() for i, target in enumerate(targets)}
+    save_file(tensors, path)
+    return f"images {', '.join(str(target['image_id']) for target in targets)}, saved in {path}"
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory so far in MiB: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}  # macOS counts bytes
+
+
+def describe(record: dict[str, float]) -> str:
+    """One line on a stretch of updates."""
+    parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in record.items() if "loss_" in name)
+    return (
+        f"loss {record['loss']:.3f} ({parts}), lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s, "
+        f"data {100 * record['data_seconds'] / record['seconds']:.0f}%"
+    )
+
+
+if __name__ == "__main__":
+    main_of(main)
