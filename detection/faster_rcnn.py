@@ -9,12 +9,13 @@ from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.rpn import RPNHead
-from torchvision.ops import MultiScaleRoIAlign
 
+from detection.roi_align import PyramidRoIAlign
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
 from resbackbone.checks import one_of
 from resbackbone.resnet import ResNet
+from resbackbone.training.run import checkpoints
 from resbackbone.weights import MEAN, STD, fit, read_weights, write_weights
 
 BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
@@ -136,15 +137,14 @@ def build_faster_rcnn(
     box_head = _take_stage5(backbone) if variant == "c4" else None
     _use_levels_of(variant, backbone)
 
-    levels = list(backbone.features)
-    strides = [feature.stride for feature in backbone.features.values()]
     if variant == "fpn":
-        sizes = [(anchor_scale * stride,) for stride in strides]
+        sizes = [(anchor_scale * feature.stride,) for feature in backbone.features.values()]
     else:
         sizes = [tuple(side * anchor_scale / 8 for side in SINGLE_MAP_ANCHORS)]
     anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-    pool = MultiScaleRoIAlign(
-        featmap_names=[level for level in levels if level not in ("p6", "p7")] or levels,  # p6, p7 are the RPN's
+    pooled = {level: feature for level, feature in backbone.features.items() if level not in ("p6", "p7")}
+    pool = PyramidRoIAlign(
+        pooled or backbone.features,  # p6 and p7 are the RPN's alone
         output_size=14 if variant == "c4" else 7,
         sampling_ratio=2,
         canonical_scale=round(224 * anchor_scale / 8),
@@ -227,3 +227,17 @@ def load_detector(path: str | Path) -> FasterRCNN:
     detector = build_faster_rcnn(backbone_from_config(weights.metadata["backbone"]), **weights.metadata["detector"])
     fit(detector, weights)
     return detector.eval()
+
+
+def detector_file(run: str | Path) -> Path:
+    """The weights of a run: its model.safetensors, or while it trains those of its last checkpoint."""
+    run = Path(run)
+    if run.is_file():
+        return run
+    if not run.is_dir():
+        raise ValueError(f"{run}: no such run folder or file")
+    candidates = [run / "model.safetensors", *(path / "model.safetensors" for path in reversed(checkpoints(run)))]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise ValueError(f"{run} holds no detector: neither model.safetensors nor a checkpoint is there")
+    return found

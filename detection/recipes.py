@@ -24,7 +24,7 @@ class Recipe:
     short_sides: tuple[int, ...] = DETECTRON_SIDES
     min_size: int = 800
     max_size: int = 1333
-    momentum: float = 0.9
+    optimizer: str = "sgd"  # with momentum 0.9; or "adamw", whose rate does not follow the batch size
     weight_decay: float = 1e-4
     clip_grad: float | None = None
     checkpoint_period: int = 5000
@@ -44,8 +44,10 @@ ONE_X = detectron(90_000, 60_000, 80_000)  # about 12 epochs of COCO
 
 # For the embedded data set, from scratch on two CPU cores: small images, a thin pyramid, few regions.
 SHORT = Recipe(
-    Schedule(rate=0.02, steps=40, cosine=True, warmup_steps=10),
+    Schedule(rate=0.001, steps=1400, cosine=True, warmup_steps=100),
     batch_size=8,
+    optimizer="adamw",
+    weight_decay=0.05,
     depth=18,
     short_sides=(160,),
     min_size=160,

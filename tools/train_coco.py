@@ -126,10 +126,10 @@ def train(rank: Rank, options: Options) -> None:
     detector.to(rank.device, memory_format=torch.channels_last).train()
     say(detector.backbone.summary())
 
-    state = TrainState(distributed(detector, rank), sgd(detector, recipe), rank, clip_grad=recipe.clip_grad)
+    state = TrainState(distributed(detector, rank), optimizer(detector, recipe), rank, clip_grad=recipe.clip_grad)
     if last is not None:
         state.load(last)
-    schedule = recipe.schedule.for_batch(options.batch_size, recipe.batch_size)
+    schedule = recipe.schedule.for_batch(options.batch_size, recipe.batch_size, scale_rate=recipe.optimizer == "sgd")
     steps = schedule.steps if options.max_steps is None else options.max_steps
     effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
     say(
@@ -292,9 +292,12 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str]) -> Faste
     )
 
 
-def sgd(detector: FasterRCNN, recipe: Recipe) -> torch.optim.Optimizer:
-    groups = parameter_groups(detector, recipe.weight_decay)
-    return torch.optim.SGD(groups, lr=recipe.schedule.rate, momentum=recipe.momentum)
+def optimizer(detector: FasterRCNN, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's: SGD as in Detectron, or AdamW, which leaves norms and biases undecayed."""
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameter_groups(detector, recipe.weight_decay), lr=recipe.schedule.rate, momentum=0.9)
+    groups = parameter_groups(detector, recipe.weight_decay, decay_norms=False)
+    return torch.optim.AdamW(groups, lr=recipe.schedule.rate)
 
 
 def distributed(detector: FasterRCNN, rank: Rank) -> torch.nn.Module:

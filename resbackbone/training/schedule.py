@@ -28,16 +28,17 @@ class Schedule:
             return rate * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
         return rate * 0.1 ** sum(step >= milestone for milestone in self.milestones)
 
-    def for_batch(self, batch_size: int, stated_for: int) -> "Schedule":
+    def for_batch(self, batch_size: int, stated_for: int, *, scale_rate: bool = True) -> "Schedule":
         """The schedule for another batch size: rate times k, steps by k, k = batch_size / stated_for.
 
-        The linear scaling rule of Goyal et al. 2017 (Sec. 2.1), for SGD: the same number of images is seen.
+        The linear scaling rule of Goyal et al. 2017 (Sec. 2.1): the same number of images is seen. It holds for
+        SGD; for others `scale_rate=False` leaves the rate.
         """
         k = batch_size / stated_for
         return replace(
             self,
-            rate=self.rate * k,
-            steps=round(self.steps / k),
+            rate=self.rate * k if scale_rate else self.rate,
+            steps=max(1, round(self.steps / k)),
             milestones=tuple(round(milestone / k) for milestone in self.milestones),
             warmup_steps=round(self.warmup_steps / k),
         )

@@ -1,0 +1,74 @@
+"""RoIAlign over a pyramid (He et al. 2017, Mask R-CNN, Sec. 3): torchvision's, but for training on a CPU."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.ops import MultiScaleRoIAlign
+
+from resbackbone import Feature
+
+
+class PyramidRoIAlign(MultiScaleRoIAlign):
+    """torchvision's MultiScaleRoIAlign with the strides that the backbone states, not inferred from sizes.
+
+    On a CPU torchvision's gradient runs on one thread. So while gradients are recorded there, every output bin is
+    computed as what it is, a weighted sum of rows of the channels-last map: an embedding bag, which uses all
+    threads in both directions. Sums are in fp32; outputs and gradients are torchvision's to fp32 rounding.
+    """
+
+    def __init__(self, features: Mapping[str, Feature], output_size: int, sampling_ratio: int, canonical_scale: int):
+        super().__init__(list(features), output_size, sampling_ratio, canonical_scale=canonical_scale)
+        self.strides = [feature.stride for feature in features.values()]
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        """Maps by level, boxes [n, 4] an image in pixels -> [sum of n, channels, output_size, output_size]."""
+        maps = [x[name] for name in self.featmap_names]
+        if maps[0].device.type != "cpu" or not torch.is_grad_enabled():
+            return super().forward(x, boxes, image_shapes)
+        all_boxes = torch.cat(boxes).float()
+        image_of_box = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
+        level_of_box = self._levels(all_boxes)
+        order, pooled = [], []
+        for level, (feature, stride) in enumerate(zip(maps, self.strides, strict=True)):
+            chosen = (level_of_box == level).nonzero().squeeze(1)
+            order.append(chosen)
+            pooled.append(self._pool(feature, all_boxes[chosen] / stride, image_of_box[chosen]))
+        return torch.cat(pooled)[torch.cat(order).argsort()]
+
+    def _levels(self, boxes: Tensor) -> Tensor:
+        """Which map serves each box [n, 4] (Lin et al. 2017, eq. 1): the canonical box goes to stride 16."""
+        sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+        finest = int(math.log2(self.strides[0]))
+        level = torch.floor(self.canonical_level + torch.log2(sides / self.canonical_scale) + 1e-6)
+        return level.clamp(finest, finest + len(self.strides) - 1).long() - finest
+
+    def _pool(self, feature: Tensor, boxes: Tensor, image_of_box: Tensor) -> Tensor:
+        """[B, C, H, W] and boxes [n, 4] in cells of it -> [n, C, size, size]."""
+        batch, channels, height, width = feature.shape
+        size = self.output_size[0]
+        rows_y, weights_y = self._axis(boxes[:, 1], boxes[:, 3], height)  # [n, size, 2 * sampling_ratio]
+        rows_x, weights_x = self._axis(boxes[:, 0], boxes[:, 2], width)
+        rows = rows_y[:, :, None, :, None] * width + rows_x[:, None, :, None, :]  # [n, y bin, x bin, y tap, x tap]
+        rows = rows + (image_of_box * height * width).view(-1, 1, 1, 1, 1)
+        weights = weights_y[:, :, None, :, None] * weights_x[:, None, :, None, :]
+        taps = (2 * self.sampling_ratio) ** 2
+        table = feature.permute(0, 2, 3, 1).reshape(batch * height * width, channels).float()
+        pooled = F.embedding_bag(rows.view(-1, taps), table, mode="sum", per_sample_weights=weights.view(-1, taps))
+        return pooled.view(len(boxes), size, size, channels).permute(0, 3, 1, 2)
+
+    def _axis(self, low: Tensor, high: Tensor, cells: int) -> tuple[Tensor, Tensor]:
+        """The cells that each bin reads along one axis, and their weights: two a sample, bilinear, averaged."""
+        size, samples = self.output_size[0], self.sampling_ratio
+        extent = (high - low).clamp(min=1.0)  # torchvision's unaligned RoIAlign: a region is a cell wide at least
+        at = low[:, None] + (torch.arange(size * samples) + 0.5) * (extent / (size * samples))[:, None]
+        inside = (at >= -1) & (at <= cells)  # beyond that a sample counts as zero
+        at = at.clamp(0, cells - 1)
+        lower = at.floor()
+        upper_share = at - lower
+        upper = (lower + 1).clamp(max=cells - 1)
+        taps = torch.stack((lower, upper), 2).long().view(len(low), size, 2 * samples)
+        shares = torch.stack((1 - upper_share, upper_share), 2) * (inside / samples)[..., None]
+        return taps, shares.view(len(low), size, 2 * samples)

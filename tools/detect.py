@@ -1,0 +1,79 @@
+"""Find objects in images with a trained detector: pictures with boxes, and detections.json.
+
+python tools/detect.py runs/shapes-r18-fpn-short photo.jpg other.png
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from detection.coco import BadImage, read_image
+from detection.evaluate import detect
+from detection.faster_rcnn import detector_file, load_detector
+from detection.report import draw_boxes
+from resbackbone.atomic import write_atomically
+from resbackbone.checks import one_of
+from resbackbone.training.command import console, main_of, parse, track
+from resbackbone.training.distributed import count_processes, native_precision
+
+
+@dataclass(frozen=True)
+class Options:
+    """Find objects in images: pictures with boxes, and JSON."""
+
+    run: tyro.conf.Positional[Path]
+    """A run's folder, or a model.safetensors."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files."""
+    output: Path | None = None
+    """Folder for the pictures and detections.json. Default: detected/ in the run's folder."""
+    threshold: float = 0.5
+    """Boxes with a lower score are not drawn; detections.json has them all."""
+    device: str | None = None
+    """cuda, cuda:N or cpu. Default: a GPU if there is one."""
+    precision: str | None = None
+    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
+    skip_bad_images: bool = False
+    """Go on without images that cannot be read; they are named."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Images -> pictures with boxes, and what was found as JSON: {"image", "category", "bbox", "score", ..} each."""
+    options = parse(Options, argv)
+    if not options.images:
+        raise ValueError("no image given: python tools/detect.py RUN IMAGE...")
+    if not 0 <= options.threshold <= 1:
+        raise ValueError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    count_processes(device, None)
+    precision = one_of("precision", options.precision or native_precision(device), ("fp32", "bf16"))
+    file = detector_file(options.run)
+    detector = load_detector(file).to(device, memory_format=torch.channels_last)
+    folder = options.output or file.parent / "detected"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    everything, ids = [], list(detector.categories)
+    for number, path in enumerate(track(options.images, len(options.images), "detect"), 1):
+        try:
+            image = read_image(path)
+        except BadImage as error:
+            if not options.skip_bad_images:
+                raise
+            console.print(f"skipped {error}")
+            continue
+        found = detect(detector, image, number, ids, torch.device(device), bf16=precision == "bf16")
+        drawn = [entry for entry in found if entry["score"] >= options.threshold]
+        alike = sum(other.stem == path.stem for other in options.images) > 1
+        picture = folder / (f"{path.stem}-{number}.png" if alike else f"{path.stem}.png")
+        draw_boxes(image, drawn, detector.categories).save(picture)
+        console.print(f"{path}: {len(drawn)} found, {picture}")
+        everything += [{"image": str(path), "category": detector.categories[e["category_id"]], **e} for e in found]
+    write_atomically(folder / "detections.json", json.dumps(everything, indent=1))
+    console.print(f"all detections: {folder / 'detections.json'}")
+
+
+if __name__ == "__main__":
+    main_of(main)

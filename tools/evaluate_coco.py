@@ -1,0 +1,91 @@
+"""Evaluate a trained detector: the 12 COCO numbers, a table by class, detections.json and results.json.
+
+python tools/evaluate_coco.py runs/shapes-r18-fpn-short
+python tools/evaluate_coco.py runs/mine --data coco --output scores
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from detection.data import open_split
+from detection.evaluate import evaluate, percent, results_table, write_results
+from detection.faster_rcnn import detector_file, load_detector
+from resbackbone.checks import one_of
+from resbackbone.training.command import console, main_of, parse, track
+from resbackbone.training.distributed import Rank, count_processes, launch, native_precision
+from resbackbone.training.run import read_yaml
+
+
+@dataclass(frozen=True)
+class Options:
+    """Evaluate a trained detector on the val2017 split of COCO-format data."""
+
+    run: tyro.conf.Positional[Path]
+    """A run's folder, or a model.safetensors."""
+    data: Path | None = None
+    """Folder in COCO's layout. Default: the one the run was trained on."""
+    output: Path | None = None
+    """Where detections.json and results.json go. Default: the run's folder."""
+    device: str | None = None
+    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
+    gpus: int | None = None
+    """How many of this machine's GPUs. Default: all."""
+    workers: int | None = None
+    """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
+    precision: str | None = None
+    """fp32 or bf16 (autocast). Default: the run's; bf16 where the device computes in it."""
+    skip_bad_images: bool = False
+    """Go on without images that cannot be read; they count as images without detections, and are named."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """A run -> its 12 numbers, in one process or in one for each GPU."""
+    options = parse(Options, argv)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    count_processes(device, options.gpus)
+    launch(score, (options,), device=device, gpus=options.gpus)
+
+
+def score(rank: Rank, options: Options) -> None:
+    """Detector and data -> results, in every process; rank 0 writes."""
+    file = detector_file(options.run)
+    folder = options.run if options.run.is_dir() else file.parent
+    config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    data = options.data or (Path(config["data"]) if config.get("data") else None)
+    if data is None:
+        raise ValueError(f"{folder} does not say what it was trained on (no config.yaml); give --data DIR")
+    on_gpu = rank.device.type == "cuda"
+    precision = options.precision or config.get("precision") or native_precision(rank.device.type)
+    one_of("precision", precision, ("fp32", "bf16"))
+
+    detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
+    dataset = open_split(data, "val", categories=detector.categories, skip_bad_images=options.skip_bad_images)
+    if rank.is_main:
+        console.print(f"{file} on {dataset.summary()}, {precision}")
+    results, detections = evaluate(
+        detector,
+        dataset,
+        rank,
+        workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
+        bf16=precision == "bf16",
+        progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
+    )
+    if not rank.is_main:
+        return
+    target = options.output or folder
+    target.mkdir(parents=True, exist_ok=True)
+    write_results(target, results, detections)
+    console.print(results_table(results))
+    if results["note"]:
+        console.print(results["note"])
+    for message in results["skipped_images"]:
+        console.print(f"skipped {message}")
+    ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
+    console.print(f"AP {ap}, AP50 {ap50} on {results['images']} images; {target / 'results.json'}")
+
+
+if __name__ == "__main__":
+    main_of(main)
