@@ -45,8 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     """A run -> its 12 numbers, in one process or in one for each GPU."""
     options = parse(Options, argv)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    count_processes(device, options.gpus)
-    launch(score, (options,), device=device, gpus=options.gpus)
+    launch(score, (options,), device=device, processes=count_processes(device, options.gpus))
 
 
 def score(rank: Rank, options: Options) -> None:

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     options = complete(parse(Options, argv))
     if options.resume:
         options = resumed(options, argv)
-    launch(train, (options,), device=options.device, gpus=options.gpus)
+    launch(train, (options,), device=options.device, processes=count_processes(options.device, options.gpus))
 
 
 def train(rank: Rank, options: Options) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import io
-import os
 import sys
 import time
 import typing
@@ -15,6 +14,7 @@ import rich.progress
 import tyro
 from rich.console import Console
 
+from resbackbone.training.errors import one_line_errors
 from resbackbone.training.run import read_yaml
 
 T = TypeVar("T")
@@ -53,15 +53,9 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
 
 
 def main_of(command: Callable[[], object]) -> None:
-    """Run a command to its exit status: 0, or 1 with one line on stderr. RESBACKBONE_DEBUG=1 shows the traceback."""
-    try:
+    """Run a command to its exit status: 0, or 1 with one line on stderr."""
+    with one_line_errors():
         command()
-    except KeyboardInterrupt:
-        sys.exit("interrupted")
-    except (ValueError, OSError) as error:
-        if os.environ.get("RESBACKBONE_DEBUG"):
-            raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
 
 
 def _first_part_of_box(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from resbackbone.training.errors import one_line_errors
 
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
 
@@ -46,26 +49,29 @@ def count_processes(device: str, gpus: int | None) -> int:
     return gpus or there
 
 
-def launch(function: Callable[..., None], arguments: tuple, *, device: str, gpus: int | None) -> None:
-    """Call function(rank: Rank, *arguments) in every process of `count_processes`, and wait for all of them.
+def launch(function: Callable[..., None], arguments: tuple, *, device: str, processes: int) -> None:
+    """Call function(rank: Rank, *arguments) in each of `processes` (see `count_processes`), and wait for all of them.
 
-    Under torchrun this process is one of many already. Otherwise further ones are spawned: `function` must be
-    importable then.
+    Under torchrun this process is one of them already. Otherwise further ones are spawned: `function` must be
+    importable then, and if one fails the others are stopped and this one exits with status 1.
     """
-    processes = count_processes(device, gpus)
     if "RANK" in os.environ:
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         _run(local_rank, int(os.environ["RANK"]), processes, device, function, arguments)
     elif processes > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        mp.spawn(_spawned, (address, processes, device, function, arguments), nprocs=processes)
+        try:
+            mp.spawn(_spawned, (address, processes, device, function, arguments), nprocs=processes)
+        except mp.ProcessExitedException:
+            sys.exit(1)  # it has said why
     else:
         function(Rank(0, 1, torch.device(device)), *arguments)
 
 
 def _spawned(rank: int, address: dict, processes: int, device: str, function: Callable, arguments: tuple) -> None:
-    os.environ.update(address)
-    _run(rank, rank, processes, device, function, arguments)
+    os.environ.update(address, RANK=str(rank))
+    with one_line_errors():
+        _run(rank, rank, processes, device, function, arguments)
 
 
 def _run(local_rank: int, rank: int, processes: int, device: str, function: Callable, arguments: tuple) -> None:

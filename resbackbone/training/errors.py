@@ -1,0 +1,30 @@
+"""How a command ends when its user made a mistake: one line and exit status 1."""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+HEAD_START = 2.0  # seconds; mistakes are mostly found by all ranks at once, and the first one said is enough
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn a ValueError, an OSError or Ctrl-C in the block into one line on stderr and an exit.
+
+    The rank in $RANK, if it is not 0, is named, and waits a moment, in which it is stopped if rank 0 failed too.
+    RESBACKBONE_DEBUG=1 lets the traceback through.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (ValueError, OSError) as error:
+        if os.environ.get("RESBACKBONE_DEBUG"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        if rank != "0":
+            time.sleep(HEAD_START)
+        line = " ".join(str(error).split()) or type(error).__name__
+        sys.exit(f"error: {line}" if rank == "0" else f"error on rank {rank}: {line}")
