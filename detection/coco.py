@@ -283,7 +283,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
     except UnidentifiedImageError:
         empty = os.path.isfile(path) and os.path.getsize(path) == 0
         raise BadImage(f"image {path}: {'empty file' if empty else 'not an image'}") from None
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError, EOFError) as error:
+    except Exception as error:  # whatever its decoders raise: OSError, SyntaxError, RuntimeError, struct.error, ..
         raise BadImage(f"image {path}: cannot be decoded ({error})") from None
     if size is not None and pixels.size != tuple(size):
         raise BadImage(f"image {path}: is {pixels.size[0]} x {pixels.size[1]}, annotations say {size[0]} x {size[1]}")

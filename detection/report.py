@@ -57,7 +57,7 @@ def draw_boxes(
     Boxes are [x, y, width, height] in the image's pixels. A small image is enlarged; a title goes above it.
     """
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    zoom = max(1, -(-MIN_SIDE // min(picture.size)))
+    zoom = max(1, min(-(-MIN_SIDE // min(picture.size)), 4 * MIN_SIDE // max(picture.size)))  # a sliver stays one
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(13, min(picture.size) // 36))
     order = {category: i for i, category in enumerate(categories)}

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops.poolers import initLevelMapper
 
 from resbackbone import Feature
 
@@ -22,6 +23,9 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     def __init__(self, features: Mapping[str, Feature], output_size: int, sampling_ratio: int, canonical_scale: int):
         super().__init__(list(features), output_size, sampling_ratio, canonical_scale=canonical_scale)
         self.strides = [feature.stride for feature in features.values()]
+        self.scales = [1 / stride for stride in self.strides]  # torchvision would infer them from its first image
+        finest = int(math.log2(self.strides[0]))
+        self.map_levels = initLevelMapper(finest, finest + len(self.strides) - 1, canonical_scale=canonical_scale)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps by level, boxes [n, 4] an image in pixels -> [sum of n, channels, output_size, output_size]."""
@@ -30,20 +34,13 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
             return super().forward(x, boxes, image_shapes)
         all_boxes = torch.cat(boxes).float()
         image_of_box = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
-        level_of_box = self._levels(all_boxes)
+        level_of_box = self.map_levels([all_boxes])  # Lin et al. 2017, eq. 1: the canonical box goes to stride 16
         order, pooled = [], []
         for level, (feature, stride) in enumerate(zip(maps, self.strides, strict=True)):
             chosen = (level_of_box == level).nonzero().squeeze(1)
             order.append(chosen)
             pooled.append(self._pool(feature, all_boxes[chosen] / stride, image_of_box[chosen]))
         return torch.cat(pooled)[torch.cat(order).argsort()]
-
-    def _levels(self, boxes: Tensor) -> Tensor:
-        """Which map serves each box [n, 4] (Lin et al. 2017, eq. 1): the canonical box goes to stride 16."""
-        sides = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
-        finest = int(math.log2(self.strides[0]))
-        level = torch.floor(self.canonical_level + torch.log2(sides / self.canonical_scale) + 1e-6)
-        return level.clamp(finest, finest + len(self.strides) - 1).long() - finest
 
     def _pool(self, feature: Tensor, boxes: Tensor, image_of_box: Tensor) -> Tensor:
         """[B, C, H, W] and boxes [n, 4] in cells of it -> [n, C, size, size]."""

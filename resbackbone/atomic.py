@@ -17,7 +17,7 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -26,25 +26,33 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
 def folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder to write in; afterwards it is at `path`, synced, in place of any older one."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old.tmp"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        _sync_folder(temporary)
+        for file in [*temporary.rglob("*"), temporary]:
+            _sync(file)
         if path.exists():
-            shutil.rmtree(path)
+            os.rename(path, replaced)
         os.rename(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def remove_unfinished(folder: str | os.PathLike) -> None:
+    """Remove what a killed process left half-written in `folder`; only its sole writer may call this."""
+    for left in Path(folder).glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,5 +1,6 @@
 """Backbone = trunk (+ FPN), and build_resnet_backbone(), the one way to make it."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from resbackbone.layers import fuse
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, count_norms, sorted_levels
 from resbackbone.weights import Weights, backbone_part, fit, guess_depth, read_weights
 
+_log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
+FREEZABLE = ("none", "stem", *TRUNK_LEVELS)
 DEFAULT_PYRAMID = ("p2", "p3", "p4", "p5", "p6")
 
 
@@ -20,7 +23,7 @@ class Backbone(nn.Module):
     A subclass inherits from this and from its trunk, whose forward gives {"c2": map, ..}; with a pyramid on top
     the maps are p2.. instead. `features[level]` is (channels, stride) of what forward returns, in the same order;
     `out_channels` the channels of the coarsest of them (with a pyramid all are equal); `size_divisibility` the
-    trunk's total stride: padding images to it makes every map exactly H/stride x W/stride (no size is refused).
+    trunk's total stride: on images padded to it the trunk's maps are exactly H/stride x W/stride (any size is taken).
     """
 
     fpn: FPN | None
@@ -111,7 +114,7 @@ def build_resnet_backbone(
         not need is not built. p7 turns p6 and p7 into convolutions that start from `p6_from`, "c5" or "p5".
     norm: "BN", "FrozenBN", "SyncBN" or "GN". Default: FrozenBN with weights, BN without.
     frozen_through: None, "stem", "c2" .. "c5": these parts get no gradient and keep their statistics. Default: "c2"
-        with weights, None without. "none" freezes nothing where there are weights.
+        with weights, None without; "none" freezes nothing, with weights too.
     weights: a file, `torchvision:ResNet50_Weights.IMAGENET1K_V2`, or a state dict; see `weights.read_weights`.
     stride_in_1x1: where a bottleneck strides. False is torchvision's 3x3, True the paper's first 1x1. None takes
         what the weights say, or False.
@@ -126,9 +129,11 @@ def build_resnet_backbone(
     fit, listing every missing, unexpected and mis-shaped key.
     """
     one_of("depth", depth, DEPTHS)
+    if frozen_through is not None:
+        one_of("part to freeze through", frozen_through, FREEZABLE)
     loaded = None if weights is None else read_weights(weights)
     if loaded is None:
-        _refuse_frozen_random_layers(norm, frozen_through)
+        _refuse_frozen_random_layers(norm=norm, frozen_through=frozen_through, fpn_norm=fpn_norm)
     stated = {} if loaded is None else _stated_architecture(loaded)
     asked = {
         "depth": depth,
@@ -138,14 +143,18 @@ def build_resnet_backbone(
         "in_channels": in_channels,
         **({} if stride_in_1x1 is None else {"stride_in_1x1": stride_in_1x1}),
     }
+    if loaded is not None and depth >= 50 and "stride_in_1x1" not in {**stated, **asked} and loaded.is_file:
+        _log.warning("weights from %s do not say where they stride: taken for the 3x3, as torchvision's", loaded.source)
     for name, value in asked.items():
         if name in stated and stated[name] != value:
             raise ValueError(f"weights from {loaded.source} are for {name}={stated[name]}, asked was {name}={value}")
 
     if fpn:
-        levels = sorted_levels(levels or DEFAULT_PYRAMID, PYRAMID_LEVELS, " (a pyramid's levels, with fpn=True)")
+        levels = sorted_levels(
+            DEFAULT_PYRAMID if levels is None else levels, PYRAMID_LEVELS, " (a pyramid's levels, with fpn=True)"
+        )
     else:
-        levels = sorted_levels(levels or TRUNK_LEVELS, TRUNK_LEVELS)
+        levels = sorted_levels(TRUNK_LEVELS if levels is None else levels, TRUNK_LEVELS)
     backbone = backbone_from_config(
         {
             **asked,
@@ -183,8 +192,8 @@ def backbone_from_config(config: Mapping) -> ResNetBackbone:
     return backbone
 
 
-def _refuse_frozen_random_layers(norm: str | None, frozen_through: str | None) -> None:
-    for name, value in (("norm", norm), ("frozen_through", frozen_through)):
+def _refuse_frozen_random_layers(**arguments: str | None) -> None:
+    for name, value in arguments.items():
         if value == "FrozenBN" or (name == "frozen_through" and value not in (None, "none")):
             raise ValueError(f"{name}={value!r} without weights would freeze random layers; give weights, or drop it")
 

@@ -51,7 +51,8 @@ class FPN(nn.Module):
         self.inner_blocks, self.layer_blocks, self.extra_blocks = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         self.features: dict[str, Feature] = {}
         for i, level in enumerate(self.trunk_levels):
-            self.inner_blocks[str(i)] = block(trunk[level].channels, 1)
+            if needs_p5 or self.levels[0] <= "p5":  # else p6 and p7 come straight from c5, and nothing is merged
+                self.inner_blocks[str(i)] = block(trunk[level].channels, 1)
             name = "p" + level[1]
             if name in self.levels or (name == "p5" and needs_p5):
                 self.layer_blocks[str(i)] = block(channels, 3)
@@ -72,7 +73,7 @@ class FPN(nn.Module):
 
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         merged, pyramid = None, {}
-        for i in reversed(range(len(self.trunk_levels))):  # from c5 down
+        for i in reversed(range(len(self.inner_blocks))):  # from c5 down
             level = self.trunk_levels[i]
             lateral = self.inner_blocks[str(i)](maps[level])
             if merged is None:

@@ -191,11 +191,13 @@ def _checkpoint_contexts(module: nn.Module):
 
 @contextmanager
 def _statistics_untouched(module: nn.Module):
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    # It computes on copies. Taking the statistics away would save fewer tensors than forward did: checkpoint objects.
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
+    for norm, name, buffer in kept:
+        setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, name, buffer in kept:
+            setattr(norm, name, buffer)

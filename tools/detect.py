@@ -4,6 +4,7 @@ python tools/detect.py runs/shapes-r18-fpn-short photo.jpg other.png
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.output or file.parent / "detected"
     folder.mkdir(parents=True, exist_ok=True)
 
+    pictures = picture_files(options.images, folder)
     everything, ids = [], list(detector.categories)
     for number, path in enumerate(track(options.images, len(options.images), "detect"), 1):
         try:
@@ -66,13 +68,23 @@ def main(argv: list[str] | None = None) -> None:
             continue
         found = detect(detector, image, number, ids, torch.device(device), bf16=precision == "bf16")
         drawn = [entry for entry in found if entry["score"] >= options.threshold]
-        alike = sum(other.stem == path.stem for other in options.images) > 1
-        picture = folder / (f"{path.stem}-{number}.png" if alike else f"{path.stem}.png")
+        picture = pictures[number - 1]
         draw_boxes(image, drawn, detector.categories).save(picture)
         console.print(f"{path}: {len(drawn)} found, {picture}")
         everything += [{"image": str(path), "category": detector.categories[e["category_id"]], **e} for e in found]
     write_atomically(folder / "detections.json", json.dumps(everything, indent=1))
     console.print(f"all detections: {folder / 'detections.json'}")
+
+
+def picture_files(images: Sequence[Path], folder: Path) -> list[Path]:
+    """Where the picture of each image goes: under its name, numbered where several have it; never over an image."""
+    stems = [path.stem for path in images]
+    names = [f"{stem}-{i}.png" if stems.count(stem) > 1 else f"{stem}.png" for i, stem in enumerate(stems, 1)]
+    given = {path.resolve() for path in images}
+    for name in names:
+        if (folder / name).resolve() in given:
+            raise ValueError(f"--output {folder}: a picture would replace the image {folder / name}; choose another")
+    return [folder / name for name in names]
 
 
 if __name__ == "__main__":

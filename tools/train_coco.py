@@ -136,8 +136,6 @@ def train(rank: Rank, options: Options) -> None:
         f"{'resumed at step ' + str(state.step) if last else 'from step 0'} to {steps}: {options.batch_size} images an "
         f"update on {rank.ranks} {rank.device.type}, {options.precision}, learning rate {schedule.rate:g}"
     )
-    config = {**to_config(options), "effective": effective}
-    run = Run(folder, config, resumed_step=state.step, writes=rank.is_main)
     batches = TrainBatches(
         train_set,
         batch_size=options.batch_size,
@@ -146,6 +144,9 @@ def train(rank: Rank, options: Options) -> None:
         ranks=rank.ranks,
         start=state.step,
     )
+    kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
+    config = {**to_config(kept), "effective": effective}
+    run = Run(folder, config, resumed_step=state.step, writes=rank.is_main)
 
     def save() -> None:
         run.save(state.step, lambda to: (save_detector(detector, to / "model.safetensors"), state.save(to)))
@@ -205,6 +206,10 @@ def train(rank: Rank, options: Options) -> None:
         write_results(folder, results, detections)
         pictures = save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
         console.print(results_table(results))
+        if results["note"]:
+            say(results["note"])
+        for message in results["skipped_images"]:
+            say(f"skipped {message}")
         ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
         say(f"AP {ap}, AP50 {ap50} on {results['images']} images")
         say(f"pictures of predictions beside ground truth: {folder / 'pictures'} ({len(pictures)})")
@@ -225,6 +230,9 @@ def complete(options: Options) -> Options:
     for name in ("max_steps", "batch_size", "checkpoint_period", "log_period"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 1 or more is wanted")
+    for name in ("eval_period", "pictures", "seed", "workers"):
+        if getattr(options, name) is not None and getattr(options, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 0 or more is wanted")
     return replace(
         options,
         data=data,

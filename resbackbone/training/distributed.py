@@ -1,5 +1,6 @@
 """Processes that train together: torchrun's, or one for each GPU of this machine, or just this one."""
 
+import logging
 import os
 import socket
 import sys
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from resbackbone.checks import one_of
 from resbackbone.training.errors import one_line_errors
 
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
@@ -33,13 +35,19 @@ def count_processes(device: str, gpus: int | None) -> int:
 
     Raises ValueError for a device that is not there, and for more GPUs than there are.
     """
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError:
+        kind = device
+    one_of("device", kind, ("cuda", "cpu"), " (a GPU's number may follow: cuda:1)")
     if kind == "cuda":
         there = torch.cuda.device_count()
         if there == 0:
             raise ValueError("--device cuda: no GPU that this torch can use; python tools/doctor.py says why")
         if gpus is not None and not 1 <= gpus <= there:
             raise ValueError(f"--gpus {gpus}: this machine has {there}")
+        if (torch.device(device).index or 0) >= there:
+            raise ValueError(f"--device {device}: this machine has {there} GPUs, cuda:0 to cuda:{there - 1}")
     elif gpus not in (None, 0, 1):
         raise ValueError(f"--gpus {gpus} with --device {device}: several CPU processes are started with torchrun")
     if "WORLD_SIZE" in os.environ:
@@ -60,6 +68,7 @@ def launch(function: Callable[..., None], arguments: tuple, *, device: str, proc
         _run(local_rank, int(os.environ["RANK"]), processes, device, function, arguments)
     elif processes > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells whom it stops
         try:
             mp.spawn(_spawned, (address, processes, device, function, arguments), nprocs=processes)
         except mp.ProcessExitedException:

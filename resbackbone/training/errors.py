@@ -14,12 +14,17 @@ def one_line_errors() -> Iterator[None]:
     """Turn a ValueError, an OSError or Ctrl-C in the block into one line on stderr and an exit.
 
     The rank in $RANK, if it is not 0, is named, and waits a moment, in which it is stopped if rank 0 failed too.
+    So does every rank with a RuntimeError, longer: it is what a rank meets whose peer has gone, and the peer says why.
     RESBACKBONE_DEBUG=1 lets the traceback through.
     """
     try:
         yield
     except KeyboardInterrupt:
         sys.exit("interrupted")
+    except RuntimeError:
+        if "RANK" in os.environ:
+            time.sleep(2 * HEAD_START)
+        raise
     except (ValueError, OSError) as error:
         if os.environ.get("RESBACKBONE_DEBUG"):
             raise

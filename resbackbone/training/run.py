@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from resbackbone.atomic import folder_atomically, write_atomically
+from resbackbone.atomic import folder_atomically, remove_unfinished, write_atomically
 
 KEPT_CHECKPOINTS = 3
 
@@ -27,6 +27,8 @@ class Run:
         if not writes:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(self.folder)
+        remove_unfinished(self.folder / "checkpoints")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         self._forget_metrics_after(resumed_step)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
@@ -77,7 +79,8 @@ class Run:
 def checkpoints(folder: str | os.PathLike) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     found = Path(folder).glob("checkpoints/step_*")
-    return sorted(path for path in found if re.fullmatch(r"step_\d{7,}", path.name) and path.is_dir())
+    finished = [path for path in found if re.fullmatch(r"step_\d{7,}", path.name) and path.is_dir()]
+    return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))  # as text 10000000 is before 9999999
 
 
 def read_yaml(path: str | os.PathLike) -> dict:

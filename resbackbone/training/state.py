@@ -63,6 +63,7 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote. ValueError if it is not whole, or of another network's optimizer."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         try:
             described = json.loads((folder / "state.json").read_text())
             tensors = load_file(folder / "optimizer.safetensors")
@@ -70,9 +71,13 @@ class TrainState:
             for key, value in {**tensors, **described["state"]}.items():
                 index, name = key.split(".", 1)
                 state.setdefault(int(index), {})[name] = value
+                if isinstance(value, Tensor) and value.ndim and value.shape != parameters[int(index)].shape:
+                    raise ValueError(
+                        f"{key} is {list(value.shape)}, the parameter {list(parameters[int(index)].shape)}"
+                    )
             self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
             self.step = described["step"]
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise ValueError(f"checkpoint {folder}: cannot be read ({error})") from None
 
 

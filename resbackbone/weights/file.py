@@ -19,13 +19,20 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values 0..1: the one input e
 STD = (0.229, 0.224, 0.225)
 INPUT = {"channel_order": "RGB", "range": [0.0, 1.0], "mean": list(MEAN), "std": list(STD)}
 
+# What torch.load raises, by what is wrong with the file.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError)
+
 
 class Weights(NamedTuple):
-    """Tensors by name, what their file says about them (empty where it says nothing), and a name for messages."""
+    """Tensors by name, what their file says about them (empty where it says nothing), and a name for messages.
+
+    `is_file` is False for a state dict given as such: its owner knows what it is.
+    """
 
     state: dict[str, Tensor]
     metadata: dict[str, object]
     source: str
+    is_file: bool = True
 
 
 def read_weights(source: str | os.PathLike | Mapping[str, Tensor]) -> Weights:
@@ -35,7 +42,7 @@ def read_weights(source: str | os.PathLike | Mapping[str, Tensor]) -> Weights:
     is taken where there is one. Raises ValueError, with a sentence, for a file that is not there or not readable.
     """
     if isinstance(source, Mapping):
-        return Weights(dict(source), {}, "the given state dict")
+        return Weights(dict(source), {}, "the given state dict", is_file=False)
     name = os.fspath(source)
     if name.startswith("torchvision:"):
         return Weights(_from_torchvision(name.removeprefix("torchvision:")), {}, name)
@@ -77,9 +84,8 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]
 def _read_pytorch(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"weights {str(path)!r}: not a PyTorch file of plain tensors ({reason})") from None
+    except UNREADABLE as error:
+        raise ValueError(f"weights {str(path)!r}: not a PyTorch file of plain tensors ({_reason(error)})") from None
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
@@ -99,9 +105,14 @@ def _from_torchvision(name: str) -> dict[str, Tensor]:
             "torchvision:ResNet50_Weights.IMAGENET1K_V2"
         ) from None
     try:
-        return dict(weights.get_state_dict(progress=True, check_hash=True))
-    except (URLError, OSError) as error:
+        return dict(weights.get_state_dict(progress=True, check_hash=True, map_location="cpu", weights_only=True))
+    except (URLError, *UNREADABLE) as error:  # no network, another hash, or a broken file where it keeps them
         place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
         raise ValueError(
-            f"weights 'torchvision:{name}': could not be downloaded ({error}); put {weights.url} at {place}"
+            f"weights 'torchvision:{name}': could not be downloaded or read ({_reason(error)}); "
+            f"put {weights.url} at {place}"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

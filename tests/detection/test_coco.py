@@ -1,0 +1,545 @@
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from detection.coco import BadImage, CocoImages, Draw, coco_paths, read_annotations, read_image
+
+EXIF_ORIENTATION = 0x0112
+STORED_OF = {  # how a camera stores an upright image [H, W, 3] under each EXIF orientation
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.transpose(1, 0, 2),
+    6: lambda upright: np.rot90(upright, 1),
+    7: lambda upright: upright[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda upright: np.rot90(upright, -1),
+}
+CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}, {"id": 13, "name": "stop sign"}]
+
+
+def content(images=1, boxes=((1, 2, 10, 8),), **changes):
+    """An instances file: images 7, 8, .. of 33 x 21 pixels, `boxes` on the first, of each category in turn."""
+    return {
+        "images": [{"id": 7 + i, "file_name": f"{7 + i}.png", "width": 33, "height": 21} for i in range(images)],
+        "annotations": [
+            {"id": 1 + i, "image_id": 7, "category_id": CATEGORIES[i % 3]["id"], "bbox": list(box), "iscrowd": 0}
+            for i, box in enumerate(boxes)
+        ],
+        "categories": [dict(category) for category in CATEGORIES],
+        **changes,
+    }
+
+
+def write(folder, what, split="train"):
+    """`what` as a data set in COCO's layout, its images drawn in noise; (image folder, annotation file)."""
+    images, annotations = folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json"
+    images.mkdir(parents=True, exist_ok=True)
+    annotations.parent.mkdir(exist_ok=True)
+    annotations.write_text(what if isinstance(what, str) else json.dumps(what))
+    for image in [] if isinstance(what, str) else what["images"]:
+        Image.fromarray(noise(image["height"], image["width"])).save(images / image["file_name"])
+    return images, annotations
+
+
+def noise(height, width):
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def opened(folder, what, **options):
+    return CocoImages(*write(folder, what), **options)
+
+
+# The official layout
+
+
+def test_category_ids_with_gaps_become_labels_from_1_in_their_order(tmp_path):
+    dataset = opened(tmp_path, content(boxes=[(0, 0, 5, 5)] * 3))
+    assert dataset.categories == {3: "car", 13: "stop sign", 90: "toothbrush"}
+    assert dataset.class_names == ["car", "stop sign", "toothbrush"]
+    image, target = dataset[0]
+    assert target["labels"].tolist() == [3, 1, 2]
+    assert (target["labels"].dtype, target["boxes"].dtype, target["image_id"]) == (torch.int64, torch.float32, 7)
+
+
+def test_a_box_is_given_by_its_corners_and_the_image_as_it_is(tmp_path):
+    image, target = opened(tmp_path, content(boxes=[(1.5, 2, 10, 8)]))[0]
+    assert target["boxes"].tolist() == [[1.5, 2, 11.5, 10]]
+    assert torch.equal(image, torch.from_numpy(noise(21, 33)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("split, boxes, crowds", [("train", 444, 6), ("val", 569, 11)])
+def test_real_coco_is_read_whole_but_for_its_crowds(data, split, boxes, crowds):
+    images, annotations = coco_paths(data / "coco_tiny", split)
+    dataset = CocoImages(images, annotations)
+    assert (len(dataset), len(dataset.categories), dataset.report["crowds"]) == (50, 80, crowds)
+    ids, raw = list(dataset.categories), json.loads(annotations.read_text())
+    wanted, found = Counter(), Counter()
+    for annotation in raw["annotations"]:
+        if not annotation["iscrowd"]:
+            wanted[annotation["image_id"], annotation["category_id"]] += 1
+    for index in range(50):
+        target = dataset.target(index)
+        found.update((target["image_id"], ids[label - 1]) for label in target["labels"].tolist())
+    dropped = wanted - found
+    assert not found - wanted and sum(wanted.values()) == boxes - crowds
+    assert sum(dropped.values()) == dataset.report["boxes under a pixel or outside their image"]
+
+
+def test_every_real_image_has_its_annotated_size_and_boxes_inside(data):
+    dataset = CocoImages(*coco_paths(data / "coco_tiny", "val"))
+    for index in range(50):
+        image, target = dataset[index]
+        width, height = dataset.widths_heights[index]
+        assert image.dtype == torch.uint8 and image.shape == (3, height, width)
+        x1, y1, x2, y2 = target["boxes"].unbind(1)
+        assert (x1 >= 0).all() and (y1 >= 0).all() and (x2 <= width).all() and (y2 <= height).all()
+        assert (x2 > x1).all() and (y2 > y1).all()
+
+
+def test_crowds_are_left_out_and_counted(tmp_path):
+    what = content(boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
+    what["annotations"][1]["iscrowd"] = 1
+    dataset = opened(tmp_path, what)
+    assert len(dataset[0][1]["boxes"]) == 1
+    assert dataset.report["crowds"] == 1 and "1 crowds" in dataset.summary()
+
+
+def test_images_without_objects_are_kept_or_left_out(tmp_path):
+    kept = opened(tmp_path, content(images=3))
+    assert len(kept) == 3
+    image, target = kept[2]
+    assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
+    left = opened(tmp_path, content(images=3), keep_empty=False)
+    assert left.image_ids.tolist() == [7]
+    assert left.report["images without boxes"] == 2
+
+
+def test_an_image_whose_only_object_is_a_crowd_counts_as_without_objects(tmp_path):
+    what = content(images=2, boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
+    what["annotations"][1].update(iscrowd=1, image_id=8)
+    assert opened(tmp_path, what, keep_empty=False).image_ids.tolist() == [7]
+
+
+def test_iscrowd_area_and_annotation_ids_may_be_absent(tmp_path):
+    what = content(boxes=[(0, 0, 5, 4), (1, 1, 3, 3)])
+    for annotation in what["annotations"]:
+        del annotation["iscrowd"], annotation["id"]
+    read = read_annotations(write(tmp_path, what)[1])
+    assert [(a["id"], a["iscrowd"], a["area"]) for a in read["annotations"]] == [(1, 0, 20), (2, 0, 9)]
+
+
+def test_a_draw_gives_the_same_sample_for_the_same_seed_and_leaves_the_random_state(tmp_path):
+    def transform(image, target):
+        return image + torch.randint(0, 9, (1,)).byte(), target
+
+    dataset = opened(tmp_path, content(), transform=transform)
+    before = torch.get_rng_state()
+    one, again, others = dataset[Draw(0, 5)][0], dataset[Draw(0, 5)][0], [dataset[Draw(0, s)][0] for s in range(9)]
+    assert torch.equal(one, again) and any(not torch.equal(one, other) for other in others)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# Image files
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_image_is_brought_upright_where_the_annotations_are_of_the_upright_one(tmp_path, orientation):
+    upright = noise(21, 33)
+    save_turned(upright, orientation, tmp_path / "turned.png")
+    for size in [(33, 21), None]:
+        assert np.array_equal(pixels(read_image(tmp_path / "turned.png", size)), upright)
+
+
+@pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+def test_a_turned_image_is_left_as_stored_where_the_annotations_are_of_the_stored_one(tmp_path, orientation):
+    upright = noise(21, 33)
+    save_turned(upright, orientation, tmp_path / "turned.png")
+    stored = read_image(tmp_path / "turned.png", (21, 33))
+    assert np.array_equal(pixels(stored), STORED_OF[orientation](upright))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_square_image_is_brought_upright(tmp_path, orientation):
+    upright = noise(17, 17)
+    save_turned(upright, orientation, tmp_path / "turned.png")
+    assert np.array_equal(pixels(read_image(tmp_path / "turned.png", (17, 17))), upright)
+
+
+def test_an_orientation_in_a_jpeg_is_followed_and_an_unknown_one_passed_over(tmp_path):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = 6
+    stored = Image.new("RGB", (32, 16), "red")
+    stored.save(tmp_path / "phone.jpg", exif=exif)
+    assert read_image(tmp_path / "phone.jpg").shape == (3, 32, 16)
+    exif[EXIF_ORIENTATION] = 42
+    stored.save(tmp_path / "odd.jpg", exif=exif)
+    assert read_image(tmp_path / "odd.jpg").shape == (3, 16, 32)
+
+
+def save_turned(upright, orientation, path):
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    Image.fromarray(np.ascontiguousarray(STORED_OF[orientation](upright))).save(path, exif=exif)
+
+
+def pixels(image):
+    assert image.dtype == torch.uint8
+    return image.permute(1, 2, 0).numpy()
+
+
+GREY = np.arange(21 * 33, dtype=np.uint32).reshape(21, 33)
+
+
+def grey_image():
+    return Image.fromarray((GREY % 256).astype(np.uint8)), GREY % 256
+
+
+def image_16_bit():
+    values = (GREY * 94).astype(np.uint16)  # up to 65048
+    return Image.fromarray(values), values / 257
+
+
+def dark_image_of_8_bits_in_16():
+    values = (GREY % 256).astype(np.uint16)
+    return Image.fromarray(values), values
+
+
+def black_and_white_image():
+    values = GREY % 2 * 255
+    return Image.fromarray(values.astype(np.uint8)).convert("1"), values
+
+
+def image_with_alpha():
+    rgba = np.dstack([noise(21, 33), (GREY % 256).astype(np.uint8)])
+    return Image.fromarray(rgba), rgba[..., :3]
+
+
+def grey_image_with_alpha():
+    grey = (GREY % 256).astype(np.uint8)
+    return Image.fromarray(np.dstack([grey, 255 - grey])), grey
+
+
+def palette_image(**info):
+    colours = np.random.default_rng(1).integers(0, 256, (4, 3), dtype=np.uint8)
+    image = Image.fromarray((GREY % 4).astype(np.uint8), "L").convert("P")
+    image.putpalette(colours.tobytes())
+    image.info.update(info)
+    return image, colours[GREY % 4]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        grey_image,
+        image_16_bit,
+        dark_image_of_8_bits_in_16,
+        black_and_white_image,
+        image_with_alpha,
+        grey_image_with_alpha,
+        palette_image,
+        lambda: palette_image(transparency=2),
+        lambda: palette_image(transparency=bytes([0, 90, 255, 7])),
+    ],
+)
+def test_an_image_of_any_colour_mode_gives_its_colours_as_rgb_bytes(tmp_path, make):
+    image, colours = make()
+    image.save(tmp_path / "image.png")
+    found = pixels(read_image(tmp_path / "image.png", (33, 21)))
+    wanted = np.broadcast_to(colours[..., None] if colours.ndim == 2 else colours, (21, 33, 3))
+    assert np.abs(found - wanted.astype(float)).max() <= 0.51
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])
+def test_a_jpeg_of_any_colour_mode_looks_as_it_should(tmp_path, mode):
+    rows = np.linspace(0, 255, 21)[:, None].repeat(33, 1)
+    columns = np.linspace(255, 60, 33)[None].repeat(21, 0)
+    colours = np.dstack([rows, columns, 0 * rows + 90]) if mode != "L" else np.dstack([rows] * 3)
+    Image.fromarray(colours.astype(np.uint8)).convert(mode).save(tmp_path / "image.jpg", quality=95)
+    found = pixels(read_image(tmp_path / "image.jpg"))
+    assert found.shape == (21, 33, 3)
+    assert np.abs(found - colours).mean() < 8
+
+
+def broken_missing(path):
+    path.unlink()
+
+
+def broken_empty(path):
+    path.write_bytes(b"")
+
+
+def broken_truncated(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def broken_text(path):
+    path.write_text("<html>404 Not Found</html>")
+
+
+def broken_size(path):
+    Image.fromarray(noise(33, 20)).save(path)
+
+
+BROKEN = {
+    broken_missing: "no such file",
+    broken_empty: "empty file",
+    broken_truncated: "cannot be decoded",
+    broken_text: "not an image",
+    broken_size: "is 20 x 33, annotations say 33 x 21",
+}
+broken_files = pytest.mark.parametrize("harm, says", BROKEN.items(), ids=[f.__name__ for f in BROKEN])
+
+
+@broken_files
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_broken_image_is_an_error_that_names_the_file_and_what_is_wrong(tmp_path, harm, says, suffix):
+    path = tmp_path / f"photo.{suffix}"
+    Image.fromarray(noise(21, 33)).save(path)
+    harm(path)
+    with pytest.raises(BadImage, match=f"photo.{suffix}: .*{says}"):
+        read_image(path, (33, 21))
+
+
+def test_whatever_a_decoder_raises_becomes_a_bad_image(tmp_path, monkeypatch):
+    def decoder_fails(image):
+        raise RuntimeError("Failed to decode frame 0")  # as the AVIF decoder does
+
+    path = tmp_path / "photo.png"
+    Image.fromarray(noise(21, 33)).save(path)
+    monkeypatch.setattr("detection.coco._to_rgb", decoder_fails)
+    with pytest.raises(BadImage, match="photo.png: cannot be decoded .Failed to decode frame 0"):
+        read_image(path)
+
+
+def test_a_folder_named_like_an_image_is_a_bad_image(tmp_path):
+    (tmp_path / "photo.jpg").mkdir()
+    with pytest.raises(BadImage, match="photo.jpg"):
+        read_image(tmp_path / "photo.jpg")
+
+
+@broken_files
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_gives_a_broken_image_as_a_value_with_its_message(tmp_path, harm, says, workers):
+    dataset = opened(tmp_path, content(images=3))
+    harm(dataset.folder / "8.png")
+    first, bad, last = DataLoader(dataset, batch_size=None, num_workers=workers)
+    assert isinstance(bad, BadImage) and "8.png" in str(bad) and says in str(bad)
+    assert first[1]["image_id"] == 7 and last[1]["image_id"] == 9
+
+
+@broken_files
+def test_a_broken_image_is_drawn_as_a_value_or_skipped_and_named(tmp_path, harm, says):
+    dataset = opened(tmp_path, content(images=3))
+    harm(dataset.folder / "9.png")
+    assert isinstance(dataset[Draw(2, 0)], BadImage)
+    dataset.skip_bad_images = True
+    image, target = dataset[Draw(2, 0)]
+    assert target["image_id"] == 7 and len(target["boxes"]) == 1 and image.shape == (3, 21, 33)
+    [message] = target["skipped"]
+    assert "9.png" in message and says in message
+    assert dataset[Draw(1, 0)][1]["skipped"] == []
+
+
+def test_with_no_readable_image_at_all_skipping_ends_in_an_error_value(tmp_path):
+    dataset = opened(tmp_path, content(images=2), skip_bad_images=True)
+    for path in dataset.folder.iterdir():
+        path.write_bytes(b"")
+    bad = dataset[Draw(1, 0)]
+    assert isinstance(bad, BadImage) and "none of the 2 images" in str(bad) and "8.png" in str(bad)
+
+
+def test_missing_images_are_named_at_once_or_counted(tmp_path):
+    files = write(tmp_path, content(images=6))
+    for number in (8, 9, 10, 12):
+        (files[0] / f"{number}.png").unlink()
+    with pytest.raises(BadImage, match="lacks 4 of 6 images.*8.png, 9.png, 10.png, .*--skip-bad-images"):
+        CocoImages(*files)
+    dataset = CocoImages(*files, skip_bad_images=True)
+    assert dataset.report["images missing"] == 4 and "4 images missing" in dataset.summary()
+    assert dataset[Draw(1, 0)][1]["image_id"] == 11
+
+
+def test_images_may_lie_in_folders_of_their_own(tmp_path):
+    what = content(images=2)
+    files = write(tmp_path, what)
+    (files[0] / "sub").mkdir()
+    (files[0] / "8.png").rename(files[0] / "sub" / "8.png")
+    what["images"][1]["file_name"] = "sub/8.png"
+    files[1].write_text(json.dumps(what))
+    assert CocoImages(*files)[1][0].shape == (3, 21, 33)
+    (files[0] / "sub" / "8.png").unlink()
+    with pytest.raises(BadImage, match="sub/8.png"):
+        CocoImages(*files)
+
+
+# Boxes
+
+
+@pytest.mark.parametrize(
+    "box, counted",
+    [
+        ((math.nan, 2, 5, 5), "boxes that are not finite"),
+        ((1, 2, math.inf, 5), "boxes that are not finite"),
+        ((1, -math.inf, 5, 5), "boxes that are not finite"),
+        ((10**400, 2, 5, 5), "boxes that are not finite"),
+        ((9, 2, -5, 5), "boxes of zero or negative size"),
+        ((9, 9, 5, -5), "boxes of zero or negative size"),
+        ((1, 2, 0, 5), "boxes of zero or negative size"),
+        ((1, 2, 5, 0.0), "boxes of zero or negative size"),
+        ((40, 2, 5, 5), "boxes under a pixel or outside their image"),
+        ((-9, 2, 5, 5), "boxes under a pixel or outside their image"),
+        ((1, 2, 0.4, 5), "boxes under a pixel or outside their image"),
+        ((1e300, 1e300, 1e300, 1e300), "boxes under a pixel or outside their image"),
+    ],
+)
+def test_a_box_that_is_none_is_dropped_and_counted(tmp_path, box, counted):
+    dataset = opened(tmp_path, content(boxes=[box, (1, 2, 10, 8)]))
+    assert dataset[0][1]["boxes"].tolist() == [[1, 2, 11, 10]]
+    assert dataset[0][1]["labels"].tolist() == [1]  # the second category in the file has the lowest id
+    assert dataset.report == {counted: 1, "images without boxes": 0}
+    assert f"1 {counted}" in dataset.summary()
+
+
+@pytest.mark.parametrize(
+    "box, clipped",
+    [
+        ((-4, 2, 10, 8), [0, 2, 6, 10]),
+        ((1, -3, 10, 8), [1, 0, 11, 5]),
+        ((30, 2, 10, 8), [30, 2, 33, 10]),
+        ((1, 18, 10, 8), [1, 18, 11, 21]),
+        ((-50, -50, 500, 500), [0, 0, 33, 21]),
+    ],
+)
+def test_a_box_partly_outside_is_clipped_and_counted(tmp_path, box, clipped):
+    dataset = opened(tmp_path, content(boxes=[box]))
+    assert dataset[0][1]["boxes"].tolist() == [clipped]
+    assert dataset.report["boxes clipped to their image"] == 1
+
+
+def test_a_box_that_is_whole_is_neither_changed_nor_counted(tmp_path):
+    dataset = opened(tmp_path, content(boxes=[(0, 0, 33, 21), (32, 20, 1, 1), (0, 0, 33.3, 21.2)]))
+    assert dataset[0][1]["boxes"].tolist() == [[0, 0, 33, 21], [32, 20, 33, 21], [0, 0, 33, 21]]
+    assert not any(dataset.report.values()) and "left out" not in dataset.summary()
+
+
+# Annotation files
+
+
+def without(section, key):
+    what = content()
+    del what[section][0][key]
+    return what
+
+
+def with_value(section, key, value, **options):
+    what = json.loads(json.dumps(content(**options)))
+    what[section][-1][key] = value
+    return what
+
+
+BAD_ANNOTATIONS = {
+    "no JSON": ("{'images': []}", "not JSON"),
+    "an empty file": ("", "not JSON"),
+    "half a file": (json.dumps(content())[:-9], "not JSON"),
+    "deep nesting": ("[" * 200_000, "not JSON"),
+    "a number of 5000 digits": ('{"images": ' + "9" * 5000 + "}", "not JSON"),
+    "a list": ("[]", "a JSON object with images, annotations, categories is wanted"),
+    "no images": ({**content(), "images": None}, "no list 'images'"),
+    "no annotations": ({"images": [], "categories": []}, "no list 'annotations'"),
+    "no categories": ({"images": [], "annotations": []}, "no list 'categories'"),
+    "annotations that are a table": ({**content(), "annotations": {}}, "no list 'annotations'"),
+    "an image that is a number": ({**content(), "images": [3]}, r"images\[0\] has no 'id'"),
+    "an image id": (without("images", "id"), r"images\[0\] has no 'id'"),
+    "file_name": (without("images", "file_name"), r"images\[0\] has no 'file_name'"),
+    "width": (without("images", "width"), r"images\[0\] has no 'width'"),
+    "height": (without("images", "height"), r"images\[0\] has no 'height'"),
+    "image_id": (without("annotations", "image_id"), r"annotations\[0\] has no 'image_id'"),
+    "category_id": (without("annotations", "category_id"), r"annotations\[0\] has no 'category_id'"),
+    "bbox": (without("annotations", "bbox"), r"annotations\[0\] has no 'bbox'"),
+    "a category id": (without("categories", "id"), r"categories\[0\] has no 'id'"),
+    "a category name": (without("categories", "name"), r"categories\[0\] has no 'name'"),
+    "an id that is text": (with_value("images", "id", "7"), "has no 'id' of type int"),
+    "an id that is true": (with_value("images", "id", True), "has no 'id' of type int"),
+    "a file_name that is a number": (with_value("images", "file_name", 7), "has no 'file_name' of type str"),
+    "a width of 0": (with_value("images", "width", 0), "has size 0 x 21"),
+    "a negative height": (with_value("images", "height", -5), "has size 33 x -5"),
+    "a box of three numbers": (with_value("annotations", "bbox", [1, 2, 3]), "is not four numbers"),
+    "a box with text": (with_value("annotations", "bbox", [1, 2, 3, "4"]), "is not four numbers"),
+    "a box with null": (with_value("annotations", "bbox", [1, 2, 3, None]), "is not four numbers"),
+    "a box that is text": (with_value("annotations", "bbox", "1 2 3 4"), "has no 'bbox' of type list"),
+    "a repeated image id": (with_value("images", "id", 7, images=2), r"images\[1\] repeats the id 7"),
+    "a repeated annotation id": (
+        with_value("annotations", "id", 1, boxes=[(0, 0, 5, 5)] * 2),
+        r"annotations\[1\] repeats the id 1",
+    ),
+    "a repeated category id": (with_value("categories", "id", 3), r"categories\[2\] repeats the id 3"),
+    "an id over 64 bits": (with_value("images", "id", 2**70), "over 64 bits"),
+    "an unknown category": (with_value("annotations", "category_id", 91), "category_id 91, which is not in categories"),
+    "an unknown image": (with_value("annotations", "image_id", 6), "is of image 6, not in images"),
+    "a way out of the folder": (with_value("images", "file_name", "../7.png"), "leaves its folder"),
+    "a way out further in": (with_value("images", "file_name", "a/../../7.png"), "leaves its folder"),
+    "an absolute name": (with_value("images", "file_name", "/etc/passwd"), "leaves its folder"),
+    "a name with a null": (with_value("images", "file_name", "7.png\0"), "leaves its folder"),
+    "an empty table of categories": (content(boxes=(), categories=[]), "list of categories is empty"),
+    "no image at all": (content(images=0, boxes=()), "no image in it"),
+}
+
+
+@pytest.mark.parametrize("what, says", BAD_ANNOTATIONS.values(), ids=list(BAD_ANNOTATIONS))
+def test_a_bad_annotation_file_is_an_error_that_names_it_and_what_is_wrong(tmp_path, what, says):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "train2017").mkdir()
+    path = tmp_path / "annotations" / "instances_train2017.json"
+    path.write_text(what if isinstance(what, str) else json.dumps(what))
+    with pytest.raises(ValueError, match=says) as error:
+        CocoImages(tmp_path / "train2017", path)
+    assert "instances_train2017.json" in str(error.value)
+
+
+def test_an_annotation_file_that_is_not_text_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "instances.json"
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="instances.json: not JSON"):
+        read_annotations(path)
+
+
+def test_the_file_of_another_split_is_recognised(tmp_path):
+    images, _ = write(tmp_path, content(images=2))
+    _, of_val = write(tmp_path, {**content(images=0, boxes=()), "images": [{**content()["images"][0]}]}, "val")
+    other = content()
+    other["images"][0]["file_name"] = "000000000139.jpg"
+    of_val.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="none of its 1 images .*000000000139.jpg.* another split"):
+        CocoImages(images, of_val)
+
+
+def test_no_usable_box_at_all_is_an_error_where_empty_images_are_left_out(tmp_path):
+    with pytest.raises(ValueError, match="no image with a usable box"):
+        opened(tmp_path, content(boxes=()), keep_empty=False)
+
+
+def test_categories_that_differ_from_the_detectors_are_an_error_that_names_the_first(tmp_path):
+    files = write(tmp_path, content())
+    table = {3: "car", 13: "stop sign", 90: "toothbrush"}
+    assert len(CocoImages(*files, categories=table)) == 1
+    with pytest.raises(ValueError, match="differ.* 1 of 3; id 13 is 'stop sign' here, 'bus' there"):
+        CocoImages(*files, categories={**table, 13: "bus"})
+    with pytest.raises(ValueError, match="differ.* 1 of 4; id 1 is None here, 'person' there"):
+        CocoImages(*files, categories={**table, 1: "person"})
+
+
+def test_a_data_folder_that_is_missing_or_of_another_layout_is_an_error_that_says_what_was_looked_for(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such folder.*annotations/instances_train2017.json.*val2017/"):
+        coco_paths(tmp_path / "nowhere", "train")
+    (tmp_path / "train2017").mkdir()
+    with pytest.raises(ValueError, match="no annotations/instances_train2017.json; it should hold"):
+        coco_paths(tmp_path, "train")
+    with pytest.raises(ValueError, match="no annotations/instances_val2017.json and no val2017; it should hold"):
+        coco_paths(tmp_path, "val")

@@ -1,0 +1,97 @@
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from detection import data as data_module
+from detection.coco import BadImage
+from detection.data import embedded_data, find_coco, open_split, train_batches
+from detection.sampler import TrainBatches
+from detection.shapes import CLASSES, make_shapes
+from detection.transforms import TrainTransform
+
+
+@pytest.fixture(autouse=True)
+def empty_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DETECTRON2_DATASETS", raising=False)
+    monkeypatch.delenv("COCO_DIR", raising=False)
+
+
+def test_coco_is_looked_for_in_the_usual_places_in_their_order(tmp_path, monkeypatch):
+    assert find_coco() is None
+    Path("datasets/coco").mkdir(parents=True)
+    assert find_coco() == Path("datasets/coco")
+    monkeypatch.setenv("COCO_DIR", str(tmp_path / "mine"))
+    assert find_coco() == Path("datasets/coco")  # there is nothing at $COCO_DIR yet
+    (tmp_path / "mine").mkdir()
+    assert find_coco() == tmp_path / "mine"
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
+    assert find_coco() == tmp_path / "mine"
+    (tmp_path / "sets" / "coco").mkdir(parents=True)
+    assert find_coco() == tmp_path / "sets" / "coco"
+
+
+def test_a_variable_that_is_set_to_nothing_is_as_if_unset(monkeypatch):
+    monkeypatch.setenv("COCO_DIR", "")
+    monkeypatch.setenv("DETECTRON2_DATASETS", "")
+    Path("coco").mkdir()
+    assert find_coco() is None
+
+
+def test_the_embedded_data_is_drawn_once_and_opens_as_coco(monkeypatch):
+    monkeypatch.setattr(data_module, "EMBEDDED_IMAGES", {"train_images": 3, "val_images": 2, "size": 64})
+    folder = embedded_data()
+    assert folder == Path("datasets/shapes")
+    drawn = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert embedded_data() == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == drawn
+    train, val = open_split(folder, "train"), open_split(folder, "val")
+    assert (len(train), len(val), train.class_names) == (3, 2, list(CLASSES))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_are_endless_floats_of_the_images_with_their_boxes(workers):
+    make_shapes("shapes", train_images=3, val_images=1, size=64)
+    dataset = open_split(Path("shapes"), "train", transform=TrainTransform((40,), 99))
+    batches = TrainBatches(dataset, batch_size=2, seed=0)
+    drawn = list(islice(batches, 4))
+    loaded = islice(train_batches(dataset, batches, workers=workers, device=torch.device("cpu")), 4)
+    for draws, (images, targets) in zip(drawn, loaded, strict=True):
+        for draw, image, target in zip(draws, images, targets, strict=True):
+            assert image.shape == (3, 40, 40) and image.dtype == torch.float32
+            assert image.min() >= 0 and 0.2 < image.max() <= 1
+            again, same = dataset[draw]
+            assert torch.equal(image, again.float() / 255) and torch.equal(target["boxes"], same["boxes"])
+            assert target["image_id"] == same["image_id"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_stops_the_batches_with_its_message_or_is_skipped(workers):
+    make_shapes("shapes", train_images=3, val_images=1, size=64)
+    Path("shapes/train2017/000000000002.jpg").write_bytes(b"")
+    for skip in (False, True):
+        dataset = open_split(Path("shapes"), "train", skip_bad_images=skip)
+        batches = TrainBatches(dataset, batch_size=3, seed=0)
+        loader = train_batches(dataset, batches, workers=workers, device=torch.device("cpu"))
+        if not skip:
+            with pytest.raises(BadImage, match="000000000002.jpg: empty file"):
+                next(loader)
+        else:
+            images, targets = next(loader)
+            assert len(images) == 3 and {target["image_id"] for target in targets} == {1, 3}
+            assert sum(len(target["skipped"]) for target in targets) == 1
+
+
+def test_open_split_hands_its_options_on():
+    make_shapes("shapes", train_images=2, val_images=1, size=64)
+    with pytest.raises(ValueError, match="categories differ"):
+        open_split(Path("shapes"), "val", categories={1: "person"})
+    content = json.loads(Path("shapes/annotations/instances_train2017.json").read_text())
+    Image.new("RGB", (64, 64)).save("shapes/train2017/empty.png")
+    content["images"].append({"id": 9, "file_name": "empty.png", "width": 64, "height": 64})
+    Path("shapes/annotations/instances_train2017.json").write_text(json.dumps(content))
+    assert [len(open_split(Path("shapes"), "train", keep_empty=keep)) for keep in (True, False)] == [3, 2]

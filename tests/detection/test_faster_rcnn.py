@@ -1,0 +1,346 @@
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection.image_list import ImageList
+
+from detection.coco import CocoImages, coco_paths
+from detection.faster_rcnn import (
+    BACKBONE_OF,
+    build_faster_rcnn,
+    detector_file,
+    load_detector,
+    save_detector,
+)
+from resbackbone import build_resnet_backbone
+
+FEW = {  # regions: enough to train on a tiny image
+    "rpn_pre_nms_top_n_train": 60,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_post_nms_top_n_test": 30,
+    "box_batch_size_per_image": 8,
+    "representation_size": 16,
+}
+
+
+def small_detector(variant="fpn", *, norm="BN", **options):
+    arguments = dict(BACKBONE_OF[variant]) | ({"fpn_channels": 16} if variant == "fpn" else {})
+    options = {"min_size": 64, "max_size": 97, "box_score_thresh": 0.0, **FEW, **options}
+    return build_faster_rcnn(build_resnet_backbone(18, norm=norm, **arguments), 3, variant=variant, **options)
+
+
+def target(*boxes, labels=None):
+    labels = [1 + i % 3 for i in range(len(boxes))] if labels is None else labels
+    return {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64)}
+
+
+TWO_IMAGES = (64, 97), (50, 61)
+SOME_BOXES = (3, 4, 40, 50), (20, 10, 96, 60)
+
+
+def two_images():
+    return [torch.rand(3, *size) for size in TWO_IMAGES]
+
+
+# Beside torchvision
+
+
+@pytest.fixture(scope="module")
+def torchvisions_and_ours():
+    """torchvision's R50-FPN with weights under which boxes, classes and scores vary, and ours with its state dict."""
+    torch.manual_seed(0)
+    options = {"min_size": 200, "max_size": 333, "box_score_thresh": 0.0}
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **options)
+    for module in theirs.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # statistics of what is seen now, so that activations keep their size
+            nn.init.uniform_(module.weight, 0.4, 0.8)
+            nn.init.uniform_(module.bias, -0.2, 0.2)
+    theirs.train()
+    with torch.no_grad():
+        theirs([torch.rand(3, 200, 301)], [target((5, 5, 90, 90))])
+        for layer in (theirs.rpn.head.bbox_pred, theirs.rpn.head.cls_logits, theirs.roi_heads.box_predictor.cls_score):
+            layer.weight.mul_(5)
+    ours = build_faster_rcnn(build_resnet_backbone(50, fpn=True), 90, **options)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.eval(), ours.eval()
+
+
+def assert_same_detections(theirs, ours, images):
+    with torch.inference_mode():
+        for wanted, found in zip(theirs(images), ours(images), strict=True):
+            assert len(wanted["boxes"]) == 100 and len(wanted["labels"].unique()) > 1
+            assert torch.equal(found["labels"], wanted["labels"])
+            torch.testing.assert_close(found["boxes"], wanted["boxes"], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(found["scores"], wanted["scores"], atol=1e-4, rtol=1e-4)
+
+
+def test_r50_fpn_detects_what_torchvisions_does_given_its_state_dict(torchvisions_and_ours):
+    assert_same_detections(*torchvisions_and_ours, [torch.rand(3, 211, 317)])
+
+
+def test_r50_fpn_detects_what_torchvisions_does_on_real_images(torchvisions_and_ours, data):
+    dataset = CocoImages(*coco_paths(data / "coco_tiny", "val"))
+    assert_same_detections(*torchvisions_and_ours, [dataset[index][0] / 255 for index in (0, 1)])
+
+
+def test_r50_fpn_has_torchvisions_losses_and_gradients(torchvisions_and_ours):
+    images = [torch.rand(3, 130, 197), torch.rand(3, 101, 99)]
+    targets = [target((10, 20, 90, 100), (100, 5, 190, 60)), target()]
+    losses, gradients = [], []
+    for detector in torchvisions_and_ours:
+        detector.train()
+        torch.manual_seed(3)
+        losses.append(detector(images, targets))
+        sum(losses[-1].values()).backward()
+        gradients.append({name: parameter.grad for name, parameter in detector.named_parameters()})
+        detector.zero_grad()
+        detector.eval()
+    assert losses[0].keys() == losses[1].keys()
+    for name, wanted in losses[0].items():
+        torch.testing.assert_close(losses[1][name], wanted, atol=1e-4, rtol=1e-4)
+    for name in ("rpn.head.conv.0.0.weight", "roi_heads.box_head.fc6.weight", "backbone.fpn.layer_blocks.0.0.weight"):
+        torch.testing.assert_close(gradients[1][name], gradients[0][name], atol=1e-4, rtol=1e-3)
+
+
+def test_by_default_images_are_resized_and_regions_chosen_as_torchvision_does():
+    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    ours = build_faster_rcnn(build_resnet_backbone(50, fpn=True), 90)
+    for name in ("min_size", "max_size", "image_mean", "image_std", "size_divisible"):
+        assert getattr(ours.transform, name) == getattr(theirs.transform, name)
+    for name in ("score_thresh", "nms_thresh", "detections_per_img"):
+        assert getattr(ours.roi_heads, name) == getattr(theirs.roi_heads, name)
+    for name in ("sizes", "aspect_ratios"):
+        assert tuple(getattr(ours.rpn.anchor_generator, name)) == getattr(theirs.rpn.anchor_generator, name)
+
+
+# Training
+
+
+@pytest.mark.parametrize("variant", BACKBONE_OF)
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_every_depth_and_variant_trains_also_on_images_without_objects(depth, variant):
+    arguments = dict(BACKBONE_OF[variant]) | ({"fpn_channels": 16} if variant == "fpn" else {})
+    backbone = build_resnet_backbone(depth, **arguments)
+    detector = build_faster_rcnn(backbone, 3, variant=variant, resize_in_training=False, **FEW).train()
+    optimizer = torch.optim.SGD(detector.parameters(), lr=1e-4)
+    for targets in ([target(*SOME_BOXES), target()], [target(), target()]):
+        losses = detector(two_images(), targets)
+        assert losses.keys() == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+        assert all(torch.isfinite(loss) for loss in losses.values())
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        without = [name for name, p in detector.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert without == []  # DDP would wait for them
+        optimizer.step()
+
+
+def test_an_update_lowers_the_loss_of_the_same_batch():
+    detector = small_detector(norm="GN").train()
+    images, targets = two_images(), [target(*SOME_BOXES), target((5, 5, 40, 40))]
+    optimizer = torch.optim.Adam(detector.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(8):
+        torch.manual_seed(0)
+        losses.append(sum(detector(images, targets).values()))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_losses_in_eval_mode_leave_modes_and_statistics_as_they_were():
+    detector = small_detector().eval()
+    detector.roi_heads.box_head.train()  # whatever modes the parts have
+    modes = {name: module.training for name, module in detector.named_modules()}
+    state = {name: tensor.clone() for name, tensor in detector.state_dict().items()}
+    losses = detector.losses(two_images(), [target(*SOME_BOXES), target()])
+    assert len(losses) == 4 and all(torch.isfinite(loss) for loss in losses.values())
+    assert {name: module.training for name, module in detector.named_modules()} == modes
+    assert all(torch.equal(tensor, state[name]) for name, tensor in detector.state_dict().items())
+    assert set(detector(two_images())[0]) == {"boxes", "labels", "scores"}
+
+
+def test_losses_are_those_of_training_where_no_norm_tells_the_modes_apart():
+    detector, images, targets = small_detector(norm="GN"), two_images(), [target(*SOME_BOXES), target((5, 5, 40, 40))]
+    torch.manual_seed(3)
+    trained = detector.train().losses(images, targets)
+    torch.manual_seed(3)
+    direct = detector(images, targets)
+    torch.manual_seed(3)
+    detector.eval()
+    for _ in images:
+        torch.empty(1).uniform_()  # in training each size is drawn too, from a choice of one
+    evaluated = detector.losses(images, targets)
+    for name, loss in trained.items():
+        assert torch.equal(direct[name], loss)
+        torch.testing.assert_close(evaluated[name], loss)
+
+
+def test_modes_are_restored_when_losses_fail():
+    detector = small_detector().eval()
+    with pytest.raises(ValueError, match="labels"):
+        detector.losses(two_images(), [target((1, 1, 9, 9), labels=[9]), target()])
+    assert not any(module.training for module in detector.modules())
+
+
+@pytest.mark.parametrize("label", [0, 4, -1])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_label_that_is_not_a_category_is_refused_with_the_image_and_the_range(label, training):
+    detector = small_detector().train(training)
+    bad = {**target((1, 1, 9, 9), (2, 2, 30, 30), labels=[1, label]), "image_id": 42}
+    with pytest.raises(ValueError, match=rf"image 42: labels \[.*{label}.*\]: a label is 1..3 .*0 is background"):
+        detector.losses(two_images(), [target(), bad])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_box_that_is_not_finite_is_refused_in_words(value):
+    with pytest.raises(ValueError, match="a box has coordinates that are not finite"):
+        small_detector().train()(two_images(), [target((1, 1, value, 9)), target()])
+
+
+# What fits together
+
+
+@pytest.mark.parametrize(
+    "variant, backbone, says",
+    [
+        ("fpn", {}, "needs pyramid levels, the backbone gives c2, c3, c4, c5: use fpn=True"),
+        ("c4", {"fpn": True}, "build the backbone with fpn=False"),
+        ("c4", {"levels": ["c3"]}, "needs level c4, the backbone gives c3"),
+        ("dc5", {"levels": ["c4"]}, "needs level c5, the backbone gives c4"),
+        ("dc5", {"levels": ["c5"]}, "needs c5 at stride 16: build the backbone with dilate_c5=True"),
+        ("dc5", {"fpn": True}, "needs level c5, the backbone gives p2"),
+        ("c6", {}, "unknown variant 'c6'; choose from fpn, c4, dc5"),
+    ],
+)
+def test_a_backbone_that_does_not_fit_the_variant_is_refused_in_words(variant, backbone, says):
+    with pytest.raises(ValueError, match=says):
+        build_faster_rcnn(build_resnet_backbone(18, **backbone), 3, variant=variant)
+
+
+def test_c4_refuses_to_invent_a_stage_5_beside_given_weights():
+    weights = build_resnet_backbone(18).state_dict()
+    backbone = build_resnet_backbone(18, levels=["c4"], weights=weights)
+    with pytest.raises(ValueError, match=r"needs stage 5 and its weights: .*levels=\('c4', 'c5'\)"):
+        build_faster_rcnn(backbone, 3, variant="c4")
+
+
+@pytest.mark.parametrize("num_classes", [0, -1, "3", 2.0, None])
+def test_a_class_count_that_is_not_a_positive_number_is_refused(num_classes):
+    with pytest.raises(ValueError, match="number of real categories, at least 1"):
+        build_faster_rcnn(build_resnet_backbone(18, fpn=True), num_classes)
+
+
+def test_a_class_count_that_contradicts_the_categories_is_refused():
+    with pytest.raises(ValueError, match="num_classes is 3, but there are 2 categories"):
+        build_faster_rcnn(build_resnet_backbone(18, fpn=True), 3, categories={1: "a", 7: "b"})
+
+
+@pytest.mark.parametrize("levels, scale", [(None, 8.0), (["p3", "p4", "p5", "p6", "p7"], 4.0), (["p2", "p3"], 2.0)])
+def test_anchors_and_regions_follow_the_levels_and_the_scale(levels, scale):
+    backbone = build_resnet_backbone(18, fpn=True, levels=levels, fpn_channels=16)
+    detector = build_faster_rcnn(backbone, 3, anchor_scale=scale, **FEW).eval()
+    images = torch.zeros(1, 3, 256, 384)
+    maps = backbone(images)
+    anchors = detector.rpn.anchor_generator(ImageList(images, [(256, 384)]), list(maps.values()))[0]
+    at = 0
+    for level, map in maps.items():
+        stride = backbone.features[level].stride
+        of_level = anchors[at : at + map.shape[-2] * map.shape[-1] * 3]
+        at += len(of_level)
+        sides = ((of_level[:, 2] - of_level[:, 0]) * (of_level[:, 3] - of_level[:, 1])).sqrt()
+        torch.testing.assert_close(sides, torch.full_like(sides, scale * stride), rtol=0.05, atol=1.0)
+        centres = (of_level[::3, :2] + of_level[::3, 2:]) / 2
+        assert centres[1, 0] - centres[0, 0] == stride
+    assert at == len(anchors)
+    pool = detector.roi_heads.box_roi_pool
+    assert pool.featmap_names == [level for level in maps if level not in ("p6", "p7")]
+    assert pool.strides == [backbone.features[level].stride for level in pool.featmap_names]
+    side = scale * 7  # of a canonical box, which goes to stride 16 for 224 pixels at a scale of 8
+    chosen = pool.map_levels([torch.tensor([[0, 0, side * 4, side * 4], [0, 0, side * 2.1, side * 2.1]])])
+    wanted = [max(0, min(k - int(pool.featmap_names[0][1]), len(pool.strides) - 1)) for k in (4, 3)]
+    assert chosen.tolist() == wanted
+
+
+@pytest.mark.parametrize("variant", ["c4", "dc5"])
+def test_a_single_map_has_all_anchor_sides_and_stride_16(variant):
+    detector = small_detector(variant, anchor_scale=4.0)
+    assert detector.rpn.anchor_generator.sizes == [(16, 32, 64, 128, 256)]
+    assert detector.roi_heads.box_roi_pool.strides == [16]
+    assert list(detector.backbone.features) == [{"c4": "c4", "dc5": "c5"}[variant]]
+
+
+def test_c4_runs_stage_5_on_regions_and_nowhere_else():
+    detector = small_detector("c4")
+    assert not any(name.startswith("backbone.layer4") for name, _ in detector.named_parameters())
+    regions = torch.rand(5, 256, 14, 14)
+    assert detector.roi_heads.box_head(regions).shape == (5, 512)
+    assert detector.roi_heads.box_roi_pool.output_size == (14, 14)
+
+
+# Use
+
+
+@pytest.mark.parametrize("variant", BACKBONE_OF)
+def test_a_saved_detector_loads_to_bit_equal_outputs(tmp_path, variant):
+    categories = {3: "car", 13: "stop sign", 90: "[b]猫[/b]"}
+    detector = small_detector(variant, categories=categories).train()
+    detector(two_images(), [target(*SOME_BOXES), target()])  # moves the statistics
+    save_detector(detector.eval(), tmp_path / "model.safetensors")
+    loaded = load_detector(tmp_path / "model.safetensors")
+    assert not loaded.training and loaded.categories == categories and loaded.config == detector.config
+    images = two_images()
+    with torch.inference_mode():
+        for wanted, found in zip(detector(images), loaded(images), strict=True):
+            assert len(wanted["boxes"]) > 0
+            assert all(torch.equal(found[name], wanted[name]) for name in ("boxes", "labels", "scores"))
+
+
+def test_a_file_that_holds_no_detector_is_refused_by_name(tmp_path):
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="other.safetensors does not hold a detector"):
+        load_detector(tmp_path / "other.safetensors")
+    (tmp_path / "half.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:20])
+    with pytest.raises(ValueError, match="half.safetensors.*not a readable safetensors file"):
+        load_detector(tmp_path / "half.safetensors")
+
+
+def test_a_runs_detector_is_its_final_one_or_that_of_its_last_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match="nowhere: no such run folder or file"):
+        detector_file(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="holds no detector"):
+        detector_file(tmp_path)
+    for step in (900, 10_000_000, 1000):
+        (tmp_path / "checkpoints" / f"step_{step:07d}").mkdir(parents=True)
+        (tmp_path / "checkpoints" / f"step_{step:07d}" / "model.safetensors").touch()
+    assert detector_file(tmp_path).parent.name == "step_10000000"
+    (tmp_path / "model.safetensors").touch()
+    assert detector_file(tmp_path) == tmp_path / "model.safetensors"
+    assert detector_file(tmp_path / "model.safetensors") == tmp_path / "model.safetensors"
+
+
+@pytest.mark.parametrize("variant", BACKBONE_OF)
+def test_under_bf16_autocast_boxes_scores_and_losses_stay_fp32(variant):
+    detector = small_detector(variant).eval()
+    images = [torch.rand(3, 301, 517)]
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            [found] = detector(images)
+        losses = detector.train()(two_images(), [target(*SOME_BOXES), target()])
+    assert found["boxes"].dtype == found["scores"].dtype == torch.float32
+    assert len(found["boxes"]) > 5
+    assert not torch.equal(found["boxes"], found["boxes"].bfloat16().float())
+    assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
+    sum(losses.values()).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in detector.parameters())
+
+
+def test_an_image_in_a_batch_of_one_may_have_any_size():
+    detector = small_detector().eval()
+    with torch.inference_mode():
+        for size in [(1, 1), (7, 3), (33, 97), (400, 50)]:
+            boxes = detector([torch.rand(3, *size)])[0]["boxes"]
+            height, width = size
+            assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()

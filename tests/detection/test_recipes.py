@@ -1,0 +1,53 @@
+from dataclasses import replace
+
+import pytest
+
+from detection.recipes import RECIPES
+
+
+@pytest.mark.parametrize(
+    "name, steps, milestones",
+    [
+        ("1x", 90_000, (60_000, 80_000)),
+        ("2x", 180_000, (120_000, 160_000)),
+        ("3x", 270_000, (210_000, 250_000)),
+    ],
+)
+def test_the_long_recipes_have_detectrons_figures(name, steps, milestones):
+    recipe = RECIPES[name]
+    assert (recipe.schedule.steps, recipe.schedule.milestones) == (steps, milestones)
+    assert (recipe.schedule.rate, recipe.schedule.warmup_steps, recipe.batch_size) == (0.02, 1000, 16)
+    assert (recipe.optimizer, recipe.weight_decay, recipe.depth) == ("sgd", 1e-4, 50)
+    assert recipe.short_sides == (640, 672, 704, 736, 768, 800)
+    assert (recipe.min_size, recipe.max_size) == (800, 1333)
+
+
+def test_the_rate_warms_up_and_falls_to_a_tenth_at_each_milestone():
+    rate = RECIPES["1x"].schedule.learning_rate
+    assert rate(0) == pytest.approx(0.02 / 1000)
+    assert rate(0) < rate(500) < rate(999) < rate(1000) == pytest.approx(0.02)
+    assert [rate(step) for step in (59_999, 60_000, 79_999, 80_000, 89_999)] == pytest.approx(
+        [0.02, 0.002, 0.002, 0.0002, 0.0002]
+    )
+
+
+def test_half_the_batch_halves_the_rate_and_doubles_the_steps():
+    recipe = RECIPES["1x"]
+    schedule = recipe.schedule.for_batch(8, recipe.batch_size)
+    assert (schedule.rate, schedule.steps, schedule.milestones) == (0.01, 180_000, (120_000, 160_000))
+    assert schedule.warmup_steps == 2000
+
+
+def test_the_short_recipe_ends_at_no_rate_and_keeps_it_for_any_batch_size():
+    recipe = RECIPES["short"]
+    schedule = recipe.schedule
+    assert recipe.optimizer == "adamw" and schedule.cosine
+    assert 0 < schedule.learning_rate(schedule.steps - 1) < schedule.rate / 1000
+    other = schedule.for_batch(2 * recipe.batch_size, recipe.batch_size, scale_rate=False)
+    assert (other.rate, other.steps) == (schedule.rate, schedule.steps // 2)
+
+
+def test_a_recipe_is_varied_by_replacing_and_never_changed_itself():
+    with pytest.raises(AttributeError):
+        RECIPES["1x"].depth = 101
+    assert replace(RECIPES["1x"], depth=101).depth == 101 and RECIPES["1x"].depth == 50

@@ -1,0 +1,88 @@
+from collections import Counter
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from detection.sampler import RankShare, TrainBatches
+
+
+def images(landscape=7, portrait=0, square=0):
+    sizes = [(40, 30)] * landscape + [(30, 40)] * portrait + [(30, 30)] * square
+    return SimpleNamespace(widths_heights=np.array(sizes, dtype=np.int32))
+
+
+def batches(dataset, count, **options):
+    return list(islice(TrainBatches(dataset, **{"batch_size": 4, "seed": 0, **options}), count))
+
+
+def test_a_batch_holds_images_of_one_orientation():
+    dataset = images(landscape=9, portrait=5, square=3)
+    portrait_batches = 0
+    for batch in batches(dataset, 60):
+        portrait = {9 <= draw.index < 14 for draw in batch}
+        assert len(batch) == 4 and len(portrait) == 1
+        portrait_batches += portrait == {True}
+    assert 0 < portrait_batches < 60
+
+
+@pytest.mark.parametrize("landscape, portrait", [(12, 0), (8, 4), (0, 8), (1, 3)])
+def test_every_image_comes_once_an_epoch(landscape, portrait):
+    dataset = images(landscape, portrait)
+    total = landscape + portrait
+    drawn = [draw.index for batch in batches(dataset, total, batch_size=1) for draw in batch]
+    assert len(drawn) == total and set(drawn) == set(range(total))
+    following = [draw.index for batch in batches(dataset, total, batch_size=1, start=total) for draw in batch]
+    assert set(following) == set(range(total)) and (following != drawn or total < 5)
+
+
+def test_no_image_falls_away_where_the_batch_size_does_not_divide_their_number():
+    dataset = images(landscape=7, portrait=3)
+    counts = Counter(draw.index for batch in batches(dataset, 100) for draw in batch)
+    assert len(counts) == 10
+    assert max(counts.values()) - min(counts.values()) <= 2  # up to a batch of each orientation is still waiting
+
+
+def test_a_data_set_smaller_than_a_batch_fills_it_over_several_epochs():
+    for batch in batches(images(landscape=1, portrait=1), 5, batch_size=6):
+        assert len(batch) == 6 and len({draw.index for draw in batch}) == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_batches_of_all_ranks_together_are_those_of_one(ranks):
+    dataset = images(landscape=9, portrait=5)
+    whole = batches(dataset, 20)
+    shares = [batches(dataset, 20, rank=rank, ranks=ranks) for rank in range(ranks)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert all(len(part) == 4 // ranks for part in parts)
+        assert sorted(draw for part in parts for draw in part) == sorted(batch)
+
+
+@pytest.mark.parametrize("start", [1, 5, 17])
+def test_a_stream_that_starts_later_is_the_same_stream(start):
+    dataset = images(landscape=9, portrait=5)
+    assert batches(dataset, 10, start=start) == batches(dataset, start + 10)[start:]
+
+
+def test_the_order_and_the_augmentation_are_functions_of_the_seed():
+    dataset = images(landscape=30)
+    assert batches(dataset, 9, seed=1) == batches(dataset, 9, seed=1)
+    one, other = batches(dataset, 7, seed=1), batches(dataset, 7, seed=2)
+    assert [draw.index for batch in one for draw in batch] != [draw.index for batch in other for draw in batch]
+    seeds = [draw.seed for batch in batches(dataset, 30) for draw in batch]
+    assert len(set(seeds)) == len(seeds)  # an image is augmented otherwise in each epoch
+
+
+@pytest.mark.parametrize("batch_size, ranks", [(4, 3), (2, 4), (1, 2)])
+def test_a_batch_size_that_does_not_divide_over_the_processes_is_refused(batch_size, ranks):
+    with pytest.raises(ValueError, match=f"batch size {batch_size} does not divide evenly over {ranks} processes"):
+        TrainBatches(images(), batch_size=batch_size, seed=0, ranks=ranks)
+
+
+@pytest.mark.parametrize("count, ranks", [(10, 1), (10, 2), (10, 3), (2, 5), (0, 3)])
+def test_the_shares_of_all_ranks_hold_every_image_once(count, ranks):
+    shares = [RankShare(count, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert sorted(index for share in shares for index in share) == list(range(count))
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -1,0 +1,47 @@
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from resbackbone import build_resnet_backbone, build_resnet_classifier
+from resbackbone.analysis import count_multiply_adds, count_parameters
+from resbackbone.layers import freeze
+from resbackbone.resnet import DEPTHS
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_every_depth_has_as_many_parameters_as_torchvision(depth):
+    with torch.device("meta"):
+        reference = getattr(torchvision.models, f"resnet{depth}")()
+        model = build_resnet_classifier(depth)
+    assert count_parameters(model) == sum(p.numel() for p in reference.parameters())
+
+
+@pytest.mark.parametrize("depth, billions", [(18, 1.8), (34, 3.6), (50, 3.8), (101, 7.6), (152, 11.3)])
+def test_every_depth_costs_what_table_1_of_the_paper_says(depth, billions):
+    with torch.device("meta"):
+        model = build_resnet_classifier(depth, stride_in_1x1=True)
+    assert count_multiply_adds(model) / 1e9 == pytest.approx(billions, rel=0.03)
+
+
+def test_multiply_adds_of_a_convolution_and_a_product_are_counted_exactly():
+    convolution = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+    assert count_multiply_adds(convolution, 7, 9) == 8 * 3 * 3 * 3 * 4 * 5
+    network = nn.Sequential(nn.Conv2d(2, 4, 1, groups=2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 6))
+    assert count_multiply_adds(network, 5, 5, in_channels=2) == 4 * 1 * 25 + 4 * 6
+
+
+def test_counting_leaves_the_network_alone():
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=8).train()
+    before = copy.deepcopy(backbone.state_dict())
+    assert count_multiply_adds(backbone, 33, 65) > 0
+    assert backbone.training and next(backbone.parameters()).device.type == "cpu"
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+
+
+def test_frozen_convolutions_are_parameters_and_statistics_are_not():
+    block = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+    assert count_parameters(block) == 3 * 4 + 2 * 4
+    assert count_parameters(freeze(block)) == 3 * 4  # the frozen norm's affine map is a constant

@@ -1,0 +1,66 @@
+"""Imports run one way: tools -> detection -> resbackbone (DESIGN, section 1)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY, CORE = sorted(ROOT.glob("resbackbone/**/*.py")), sorted(ROOT.glob("resbackbone/*.py"))
+WEIGHTS = sorted(ROOT.glob("resbackbone/weights/*.py"))
+HIGHER = ("adapters", "classification", "training")  # parts of the library that stand on its core
+OWN = {"detection", "resbackbone", "tools"}
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of the modules that a file imports, wherever in it."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import, which this test does not follow"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imported(path)}
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_there_are_files_to_look_at():
+    assert len(CORE) > 5 and len(LIBRARY) > len(CORE) and WEIGHTS
+
+
+@pytest.mark.parametrize("path", [*CORE, *WEIGHTS], ids=relative)
+def test_the_core_imports_only_torch_safetensors_and_itself(path):
+    # weights/ names sources that torchvision owns, and asks it for them
+    allowed = {"torch", "safetensors", "resbackbone", *(["torchvision"] if path in WEIGHTS else [])}
+    assert packages(path) - set(sys.stdlib_module_names) <= allowed
+    above = [name for name in imported(path) if name.split(".")[0] == "resbackbone" and name.count(".")]
+    assert not [name for name in above if name.split(".")[1] in HIGHER]
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=relative)
+def test_the_library_imports_neither_detection_nor_tools(path):
+    assert packages(path) & OWN <= {"resbackbone"}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("detection/**/*.py")), ids=relative)
+def test_detection_does_not_import_tools(path):
+    assert packages(path) & OWN <= {"detection", "resbackbone"}
+    assert not packages(path) & {p.stem for p in ROOT.glob("tools/*.py")}  # run as scripts, they are top-level modules
+
+
+def test_importing_the_library_loads_no_other_framework():
+    code = "import resbackbone, sys; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(run.stdout.split())
+    assert {"torch", "resbackbone"} <= loaded
+    assert not loaded & {"torchvision", "timm", "pycocotools", "tyro", "rich", "yaml", "tensorboard", "detection"}

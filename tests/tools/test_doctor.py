@@ -1,0 +1,69 @@
+import importlib
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+doctor = importlib.import_module("doctor")
+
+
+def test_a_machine_where_all_works_gets_a_line_for_each_check_and_status_0(capsys):
+    assert doctor.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("python 3.") and lines[-1] == "all that is needed works"
+    for name in (*doctor.NEEDED, "torchvision nms", "torchvision roi_align", "backbone"):
+        assert any(line.startswith(f"  ok       {name}") for line in lines)
+    assert any(torch.__version__.partition("+")[0] in line for line in lines if "ok       torch " in line)
+    assert any(line.startswith("  device   cpu") for line in lines)
+    assert not any("FAILED" in line for line in lines)
+
+
+def test_an_operator_that_fails_is_named_with_its_fix_and_the_other_checks_are_made(capsys, monkeypatch):
+    def missing(*_):
+        raise RuntimeError("operator torchvision::nms\n does not exist")
+
+    monkeypatch.setattr(torchvision.ops, "nms", missing)
+    assert doctor.main() == 1
+    said = capsys.readouterr().out
+    assert "FAILED   torchvision nms: operator torchvision::nms does not exist\n" in said
+    assert "fix: install torch and torchvision together" in said
+    assert "ok       torchvision roi_align" in said and "1 checks failed" in said
+
+
+def test_an_operator_that_computes_wrongly_fails_too(capsys, monkeypatch):
+    monkeypatch.setattr(torchvision.ops, "nms", lambda boxes, scores, threshold: torch.arange(3))
+    assert doctor.main() == 1
+    assert "kept [0, 1, 2], expected [0, 2]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name, status", [("tyro", 1), ("timm", 0), ("detectron2", 0)])
+def test_a_package_that_is_missing_is_named_and_fails_only_if_it_is_needed(capsys, monkeypatch, name, status):
+    version = importlib.metadata.version
+
+    def without(package):
+        if package == name:
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "1.0" if package in doctor.OPTIONAL else version(package)
+
+    monkeypatch.setattr(importlib.metadata, "version", without)
+    assert doctor.main() == status
+    said = capsys.readouterr().out
+    assert (f"FAILED   {name}" in said and f"fix: pip install {name}" in said) == bool(status)
+    assert (f"not here {name}, which is optional" in said) == (not status)
+
+
+def test_it_says_why_there_is_no_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    doctor.main()
+    assert "no GPU   torch is built " in capsys.readouterr().out
+
+
+def test_from_the_shell_its_status_is_that_of_the_checks():
+    process = subprocess.run([sys.executable, TOOLS / "doctor.py"], capture_output=True, text=True)
+    assert process.returncode == 0 and "all that is needed works" in process.stdout

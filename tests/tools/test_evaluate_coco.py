@@ -1,0 +1,156 @@
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from detection.coco import read_annotations
+from detection.evaluate import score
+from detection.faster_rcnn import build_faster_rcnn, save_detector
+from detection.shapes import CATEGORY_IDS, CLASSES, make_shapes
+from resbackbone import build_resnet_backbone
+from resbackbone.training.command import main_of
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+evaluate_coco = importlib.import_module("evaluate_coco")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("evaluate_coco") / "shapes", train_images=1, val_images=5, size=64)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A detector that finds things at random, and many of them."""
+    torch.manual_seed(0)
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=16)
+    options = {"min_size": 64, "max_size": 97, "box_score_thresh": 0.0, "representation_size": 16}
+    categories = dict(zip(CATEGORY_IDS, CLASSES, strict=True))
+    detector = build_faster_rcnn(backbone, len(CLASSES), categories=categories, anchor_scale=4.0, **options)
+    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    save_detector(detector, path)
+    return path
+
+
+@pytest.fixture
+def run(model, shapes, tmp_path, monkeypatch):
+    """A run's folder, as far as it matters here."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(model, folder)
+    (folder / "config.yaml").write_text(yaml.safe_dump({"data": str(shapes), "precision": "fp32"}))
+    return folder
+
+
+def evaluated(*argv):
+    evaluate_coco.main([*map(str, argv), "--device", "cpu"])
+
+
+def error_of(*argv):
+    with pytest.raises(SystemExit) as exit:
+        main_of(lambda: evaluated(*argv))
+    assert isinstance(exit.value.code, str) and len(exit.value.code.splitlines()) == 1
+    return exit.value.code
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_is_scored_on_the_data_it_was_trained_on(run, shapes, capsys):
+    evaluated(run)
+    detections = json.loads((run / "detections.json").read_text())
+    results = json.loads((run / "results.json").read_text())
+    annotations = read_annotations(shapes / "annotations" / "instances_val2017.json")
+    assert {entry["image_id"] for entry in detections} == {1, 2, 3, 4, 5}
+    assert {entry["category_id"] for entry in detections} <= set(CATEGORY_IDS)
+    assert results == {**score(annotations, detections), "skipped_images": []}
+    assert len(results["bbox"]) == 12 and list(results["per_class"]) == list(CLASSES)
+    said = capsys.readouterr().out
+    assert "checkered square" in said and "AR100" in said and "on 5 images" in said
+
+
+def test_other_data_and_another_place_for_the_results_can_be_given(run, model, shapes, tmp_path):
+    before = names(run)
+    evaluated(run, "--data", shapes, "--output", tmp_path / "a" / "b")
+    assert names(run) == before and names(tmp_path / "a" / "b") == ["detections.json", "results.json"]
+    evaluated(model, "--data", shapes, "--output", "c", "--precision", "fp32")
+    assert (tmp_path / "c" / "results.json").read_bytes() == (tmp_path / "a" / "b" / "results.json").read_bytes()
+
+
+def test_a_run_that_still_trains_is_scored_by_its_last_checkpoint(run):
+    checkpoint = run / "checkpoints" / "step_0000002"
+    checkpoint.mkdir(parents=True)
+    (run / "model.safetensors").rename(checkpoint / "model.safetensors")
+    evaluated(run)
+    assert json.loads((run / "results.json").read_text())["images"] == 5
+
+
+def test_two_processes_write_what_one_does(run, shapes, tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [str(TOOLS / "evaluate_coco.py"), str(run), "--device", "cpu", "--output", "two"]
+    process = subprocess.run(
+        [*start, *argv], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        evaluated(run, "--output", "one")
+    finally:
+        torch.set_num_threads(threads)
+    for name in ("results.json", "detections.json"):
+        assert Path("two", name).read_bytes() == Path("one", name).read_bytes()
+
+
+def test_a_broken_image_stops_it_and_nothing_is_written_or_it_is_skipped_and_named(run, shapes, tmp_path, capsys):
+    data = Path(shutil.copytree(shapes, tmp_path / "own"))
+    (data / "val2017" / "000000000004.jpg").write_bytes(b"")
+    before = names(run)
+    assert "val2017/000000000004.jpg: empty file" in error_of(run, "--data", data)
+    assert names(run) == before
+    evaluated(run, "--data", data, "--skip-bad-images")
+    assert "skipped image" in capsys.readouterr().out
+    results = json.loads((run / "results.json").read_text())
+    assert results["images"] == 5 and "000000000004.jpg" in results["skipped_images"][0]
+
+
+def test_wrong_input_is_one_line_that_names_it(run, shapes, tmp_path):
+    assert "no-run: no such run folder or file" in error_of("no-run")
+    (tmp_path / "empty").mkdir()
+    assert "empty holds no detector" in error_of("empty")
+    assert "--data no-data: no such folder" in error_of(run, "--data", "no-data")
+    assert "not COCO's layout" in error_of(run, "--data", tmp_path)
+    assert "unknown precision 'fp8'; choose from fp32, bf16" in error_of(run, "--precision", "fp8")
+    assert "--depth" in error_of(run, "--depth", "18")
+    assert "--workers" in error_of(run, "--workers", "many")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    assert "other.safetensors does not hold a detector" in error_of("other.safetensors", "--data", shapes)
+    (run / "config.yaml").unlink()
+    assert "does not say what it was trained on (no config.yaml); give --data DIR" in error_of(run)
+
+
+def test_data_of_other_categories_than_the_detectors_is_refused(run, shapes, tmp_path):
+    data = Path(shutil.copytree(shapes, tmp_path / "own"))
+    path = data / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text().replace('"ring"', '"bracelet"'))
+    assert "id 2 is 'bracelet' here, 'ring' there" in error_of(run, "--data", data)
+
+
+def test_from_the_shell_it_is_exit_status_1_and_one_line_on_stderr(tmp_path):
+    process = subprocess.run(
+        [sys.executable, TOOLS / "evaluate_coco.py", tmp_path / "no-run"], capture_output=True, text=True
+    )
+    assert process.returncode == 1
+    [line] = process.stderr.splitlines()
+    assert line.startswith("error: ") and "no-run: no such run folder or file" in line

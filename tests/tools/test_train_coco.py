@@ -1,0 +1,583 @@
+import contextlib
+import importlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from safetensors.torch import load_file
+
+from detection import data as data_module
+from detection.coco import read_annotations
+from detection.evaluate import METRICS
+from detection.faster_rcnn import FasterRCNN
+from detection.shapes import make_shapes
+from resbackbone.training.command import main_of
+from resbackbone.training.state import TrainState
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+train_coco = importlib.import_module("train_coco")
+
+QUICK = ["--recipe", "short", "--depth", "18", "--device", "cpu", "--batch-size", "2", "--log-period", "1"]
+SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6"]
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("train_coco") / "shapes", train_images=6, val_images=3, size=64)
+
+
+@pytest.fixture(scope="session")
+def straight(shapes, tmp_path_factory):
+    """A run of six steps that was left alone; tests only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def empty_place(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("DETECTRON2_DATASETS", "COCO_DIR", "RESBACKBONE_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def own_shapes(shapes, tmp_path):
+    """A copy of the data set that a test may harm."""
+    return Path(shutil.copytree(shapes, tmp_path / "own"))
+
+
+def error_of(argv, capsys):
+    """The one line that the command ends with."""
+    with pytest.raises(SystemExit) as exit:
+        main_of(lambda: train_coco.main([str(word) for word in argv]))
+    assert isinstance(exit.value.code, str)  # to the interpreter: this line on stderr, and status 1
+    assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
+    assert capsys.readouterr().err == ""
+    return exit.value.code
+
+
+def files(folder=Path()):
+    return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
+
+
+def metrics(folder, kind="train"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def annotation_file(folder, split="train"):
+    return folder / "annotations" / f"instances_{split}2017.json"
+
+
+def assert_ended_alike(folder, straight):
+    for name in ("model.safetensors", "checkpoints/step_0000006/optimizer.safetensors"):
+        found, wanted = load_file(folder / name), load_file(straight / name)
+        assert found.keys() == wanted.keys()
+        assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    assert (folder / "detections.json").read_bytes() == (straight / "detections.json").read_bytes()
+    assert (folder / "results.json").read_bytes() == (straight / "results.json").read_bytes()
+    clock = ("seconds", "data_seconds", "images_per_second", "memory_mib")
+    found, wanted = (
+        [{k: v for k, v in line.items() if k not in clock} for line in metrics(run)] for run in (folder, straight)
+    )
+    assert found == wanted  # every step once, with the same losses and rates
+
+
+# A run
+
+
+def test_a_run_leaves_everything_in_its_folder(straight):
+    names = {path.name for path in straight.iterdir()}
+    wanted = {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "detections.json", "results.json"}
+    assert wanted | {"pictures"} <= names
+    assert len(names - wanted - {"pictures"}) == 1 and any(name.startswith("events.out.tfevents") for name in names)
+    steps = sorted(path.name for path in (straight / "checkpoints").iterdir())
+    assert steps == ["step_0000002", "step_0000004", "step_0000006"]
+    assert len(list((straight / "pictures").glob("*.png"))) == 3
+    assert not [path for path in straight.rglob("*") if path.name.endswith((".tmp", ".partial"))]
+
+
+def test_a_run_logs_every_step_and_its_evaluation(straight):
+    lines = metrics(straight)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        parts = [line[f"loss_{name}"] for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")]
+        assert line["loss"] == pytest.approx(sum(parts)) and all(map(math.isfinite, parts))
+        assert line["seconds"] > line["data_seconds"] > 0 and line["memory_mib"] > 0
+    assert [line["lr"] for line in lines] == sorted(line["lr"] for line in lines)  # still warming up
+    [evaluation] = metrics(straight, "eval")
+    assert evaluation["step"] == 6 and set(METRICS) <= evaluation.keys()
+
+
+def test_a_run_states_the_whole_configuration_it_ran_with(straight, shapes):
+    config = yaml.safe_load((straight / "config.yaml").read_text())
+    assert config["data"] == str(shapes) and config["max_steps"] == 6 and config["checkpoint_period"] == 2
+    assert (config["depth"], config["recipe"], config["variant"], config["seed"]) == (18, "short", "fpn", 0)
+    assert None not in (config["workers"], config["precision"], config["batch_size"])
+    assert config["effective"]["steps"] == 4 * 1400 and config["effective"]["rate"] == 0.001
+
+
+def test_the_detections_rescored_by_pycocotools_give_the_results(straight, shapes):
+    results = json.loads((straight / "results.json").read_text())
+    assert json.loads((straight / "detections.json").read_text())
+    assert list(rescored(shapes, straight)) == [results["bbox"][name] for name in METRICS]
+    assert results["images"] == 3
+
+
+def rescored(data, run):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotation_file(data, "val")))
+        scorer = COCOeval(truth, truth.loadRes(str(run / "detections.json")), "bbox")
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return [None if value < 0 else value for value in scorer.stats]
+
+
+def test_real_images_train_and_evaluate(data, capsys):
+    train_coco.main([*QUICK, "--data", str(data / "coco_tiny"), "--max-steps", "2", "--output", "run"])
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["images"] == 50 and len(results["per_class"]) == 80
+    assert rescored(data / "coco_tiny", Path("run")) == [results["bbox"][name] for name in METRICS]
+    said = capsys.readouterr().out
+    assert "6 crowds" in said and "AP " in said
+
+
+def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_own(monkeypatch, capsys):
+    monkeypatch.setattr(data_module, "EMBEDDED_IMAGES", {"train_images": 4, "val_images": 2, "size": 64})
+    train_coco.main(["--device", "cpu", "--batch-size", "2", "--max-steps", "1"])
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert "embedded set in datasets/shapes" in first and "--data DIR" in first and "instances_val2017.json" in first
+    assert second.split() == ["run:", "runs/shapes-r18-fpn-short"]
+    assert Path("runs/shapes-r18-fpn-short/results.json").is_file()
+
+
+def test_coco_in_its_usual_place_is_taken_without_being_asked_for(shapes, monkeypatch, capsys):
+    monkeypatch.setenv("COCO_DIR", str(shapes))
+    train_coco.main([*QUICK, "--max-steps", "1"])
+    assert f"6 images, 18 boxes, 10 classes in {shapes / 'train2017'}" in capsys.readouterr().out
+
+
+def test_a_second_run_of_the_same_name_gets_a_folder_of_its_own(shapes):
+    for _ in range(2):
+        train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--pictures", "0"])
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["shapes-r18-fpn-short", "shapes-r18-fpn-short-2"]
+
+
+def test_a_saved_configuration_starts_a_new_run_and_flags_override_it(straight):
+    before = files(straight)
+    train_coco.main(["--config", str(straight / "config.yaml"), "--max-steps", "1", "--output", "run"])
+    config, saved = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in (Path("run"), straight))
+    assert {**config, "max_steps": 6} == saved
+    assert metrics(Path("run"))[0]["loss"] == metrics(straight)[0]["loss"]
+    assert files(straight) == before
+
+
+def test_the_configuration_of_a_resumed_run_starts_a_new_one_too(shapes):
+    argv = [*QUICK, "--data", str(shapes), "--pictures", "0"]
+    train_coco.main([*argv, "--max-steps", "1", "--output", "old"])
+    train_coco.main(["--output", "old", "--resume", "--max-steps", "2"])
+    before = files(Path("old"))
+    train_coco.main(["--config", "old/config.yaml", "--max-steps", "1"])
+    assert files(Path("old")) == before
+    assert [line["step"] for line in metrics(Path("runs/shapes-r18-fpn-short"))] == [1]
+
+
+def test_another_seed_gives_another_run(shapes, straight):
+    train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--seed", "1", "--output", "run"])
+    assert metrics(Path("run"))[0]["loss"] != metrics(straight)[0]["loss"]
+
+
+def test_evaluations_on_the_way_change_nothing_of_the_training(shapes, straight):
+    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", "run", "--eval-period", "4"])
+    assert [line["step"] for line in metrics(Path("run"), "eval")] == [4, 6]
+    assert_ended_alike(Path("run"), straight)
+
+
+def test_no_detections_give_zero_and_the_reason_is_printed(shapes, monkeypatch, capsys):
+    monkeypatch.setitem(train_coco.RECIPES["short"].detector, "box_score_thresh", 0.999)
+    train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--output", "run"])
+    said = capsys.readouterr().out
+    assert "no detections at all" in said and "AP 0.0, AP50 0.0 on 3 images" in said
+    assert json.loads(Path("run/detections.json").read_text()) == []
+
+
+@pytest.mark.parametrize("variant", ["c4", "dc5"])
+def test_the_other_variants_train_and_resume(shapes, variant):
+    argv = [*QUICK, "--data", str(shapes), "--variant", variant, "--output", "run", "--pictures", "0"]
+    train_coco.main([*argv, "--max-steps", "1"])
+    train_coco.main([*argv, "--max-steps", "2", "--resume"])
+    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+
+
+# Interrupted and resumed
+
+
+def test_three_steps_and_three_resumed_are_six_steps(shapes, straight, capsys):
+    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", "run", "--max-steps", "3"])
+    assert (Path("run") / "checkpoints" / "step_0000003" / "state.json").is_file()
+    train_coco.main(["--output", "run", "--resume", "--max-steps", "6"])  # the rest is known from the run
+    assert "resumed at step 3 to 6" in capsys.readouterr().out
+    assert_ended_alike(Path("run"), straight)
+
+
+def test_a_run_killed_in_the_middle_and_resumed_ends_like_one_left_alone(shapes, straight):
+    argv = [*SIX_STEPS, "--max-steps", "500", "--data", str(shapes), "--output", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        [sys.executable, TOOLS / "train_coco.py", *argv], env=environment, stdout=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (Path("run/metrics.jsonl").is_file() and len(metrics(Path("run"))) >= 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    for path in Path("run/checkpoints").glob("step_*"):  # should it have got further, as on a busy machine
+        if int(path.name[5:]) > 4:
+            shutil.rmtree(path)
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    train_coco.main(["--output", "run", "--resume", "--max-steps", "6"])
+    assert_ended_alike(Path("run"), straight)
+
+
+def test_a_run_that_dies_while_it_writes_a_checkpoint_goes_on_from_the_one_before(shapes, straight, monkeypatch):
+    save = TrainState.save
+
+    def dies(self, folder):
+        save(self, folder)
+        if self.step == 4:
+            raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(TrainState, "save", dies)
+        train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", "run"])
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step_0000002"]
+    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", "run", "--resume"])
+    assert_ended_alike(Path("run"), straight)
+
+
+def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(straight, tmp_path):
+    shutil.copytree(straight, "run")
+    train_coco.main(["--output", "run", "--resume"])
+    assert_ended_alike(Path("run"), straight)
+
+
+def test_resume_without_a_run_starts_one_and_says_so(shapes, capsys):
+    train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--pictures", "0", "--resume"])
+    assert "nothing to resume in runs/shapes-r18-fpn-short: starting at step 0" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(Path("runs/shapes-r18-fpn-short"))] == [1]
+
+
+def test_resume_without_a_folder_goes_on_with_the_latest_run_of_the_name(shapes):
+    argv = [*QUICK, "--data", str(shapes), "--pictures", "0"]
+    for _ in range(2):
+        train_coco.main([*argv, "--max-steps", "1"])
+    train_coco.main([*argv, "--max-steps", "2", "--resume"])
+    steps = {path.name: [line["step"] for line in metrics(path)] for path in Path("runs").iterdir()}
+    assert steps == {"shapes-r18-fpn-short": [1], "shapes-r18-fpn-short-2": [1, 2]}
+
+
+# Several processes
+
+
+def test_two_processes_train_one_detector_and_evaluate_every_image_once(shapes):
+    argv = [*QUICK, "--data", str(shapes), "--max-steps", "2", "--output", "run", "--pictures", "1"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [*start, str(TOOLS / "train_coco.py"), *argv], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert "2 images an update on 2 cpu" in process.stdout and process.stdout.count("from step 0") == 1
+    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["images"] == 3 and rescored(shapes, Path("run")) == [results["bbox"][name] for name in METRICS]
+    assert {entry["image_id"] for entry in json.loads(Path("run/detections.json").read_text())} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("found_by", ["both ranks", "rank 0"])
+def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
+    own_shapes, straight, capfd, monkeypatch, found_by
+):
+    monkeypatch.setattr(train_coco, "count_processes", lambda device, gpus: 2)  # as with two GPUs
+    if found_by == "both ranks":
+        half(annotation_file(own_shapes))
+    with pytest.raises(SystemExit) as exit:
+        train_coco.main([*QUICK, "--data", str(own_shapes), *(["--output", str(straight)] * (found_by == "rank 0"))])
+    assert exit.value.code == 1
+    [line] = capfd.readouterr().err.splitlines()
+    says = "instances_train2017.json: not JSON" if found_by == "both ranks" else "holds a run already"
+    assert line.startswith("error: ") and says in line
+    assert files() == {}
+
+
+# What bad input gets: one line, status 1, nothing half-written
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--depth", "51"], "unknown depth 51; choose from 18, 34, 50, 101, 152"),
+        (["--depth", "fifty"], "--depth"),
+        (["--depth"], "--depth"),
+        (["--recipe", "4x"], "unknown recipe '4x'; choose from 1x, 2x, 3x, short"),
+        (["--variant", "yolo"], "unknown variant 'yolo'; choose from fpn, c4, dc5"),
+        (["--norm", "LN"], "unknown norm 'LN'; choose from BN, FrozenBN, SyncBN, GN"),
+        (["--norm", "FrozenBN"], "norm='FrozenBN' without weights would freeze random layers"),
+        (["--frozen-through", "c3"], "frozen_through='c3' without weights would freeze random layers"),
+        (["--frozen-through", "c9"], "c9"),
+        (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
+        (["--weights", "torchvision:ResNet51"], "torchvision knows no such weights"),
+        (["--precision", "fp8"], "unknown precision 'fp8'; choose from fp32, bf16"),
+        (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu"),
+        (["--device", "mps"], "unknown device 'mps'; choose from cuda, cpu"),
+        (["--gpus", "2"], "--gpus 2 with --device cpu: several CPU processes are started with torchrun"),
+        (["--max-steps", "0"], "--max-steps 0: 1 or more is wanted"),
+        (["--batch-size", "0"], "--batch-size 0: 1 or more is wanted"),
+        (["--checkpoint-period", "-5"], "--checkpoint-period -5: 1 or more is wanted"),
+        (["--seed", "-1"], "--seed -1: 0 or more is wanted"),
+        (["--pictures", "-1"], "--pictures -1: 0 or more is wanted"),
+        (["--learning-rate", "3"], "--learning-rate"),
+        (["surplus"], "surplus"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--data", "nowhere"], "--data nowhere: no such folder; it should hold annotations/instances_train2017.json"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(shapes, capsys, argv, says):
+    assert says in error_of([*QUICK, "--data", shapes, "--max-steps", "1", *argv], capsys)
+    assert files() == {}
+
+
+def test_from_the_shell_it_is_exit_status_1_and_one_line_on_stderr(shapes):
+    argv = [*QUICK, "--data", str(shapes / "train2017")]
+    process = subprocess.run([sys.executable, TOOLS / "train_coco.py", *argv], capture_output=True, text=True)
+    assert process.returncode == 1
+    [line] = process.stderr.splitlines()
+    assert line.startswith("error: --data") and "not COCO's layout, no annotations/instances_train2017.json" in line
+    assert files() == {}
+
+
+def test_help_lists_the_options(capsys):
+    with pytest.raises(SystemExit) as exit:
+        train_coco.main(["--help"])
+    said = capsys.readouterr().out
+    assert exit.value.code in (0, None)
+    assert all(option in said for option in ("--data", "--depth", "--resume", "--skip-bad-images", "--config"))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("depth: [18]", "depth is [18]; int or NoneType is wanted"),
+        ("dept: 18", "unknown option 'dept'; choose from data, depth"),
+        ("just words", "holds no options"),
+        ("a: b: c", "not YAML"),
+    ],
+)
+def test_a_configuration_file_that_is_none_is_refused(tmp_path, capsys, text, says):
+    (tmp_path / "config.yaml").write_text(text)
+    assert says in error_of(["--config", tmp_path / "config.yaml"], capsys)
+    assert files() == {}
+
+
+def half(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def first_image_lost(folder):
+    (folder / "train2017" / "000000000001.jpg").unlink()
+
+
+def annotations_cut_off(folder):
+    half(annotation_file(folder))
+
+
+def val_annotations_as_those_of_train(folder):
+    content = json.loads(annotation_file(folder, "val").read_text())
+    for image in content["images"]:
+        image["file_name"] = f"val-{image['file_name']}"
+    annotation_file(folder).write_text(json.dumps(content))
+
+
+def category_unknown(folder):
+    content = json.loads(annotation_file(folder).read_text())
+    content["annotations"][3]["category_id"] = 3
+    annotation_file(folder).write_text(json.dumps(content))
+
+
+def images_key_lost(folder):
+    content = json.loads(annotation_file(folder).read_text())
+    del content["images"]
+    annotation_file(folder).write_text(json.dumps(content))
+
+
+def other_categories_in_val(folder):
+    content = json.loads(annotation_file(folder, "val").read_text())
+    content["categories"][0]["name"] = "person"
+    annotation_file(folder, "val").write_text(json.dumps(content))
+
+
+def val_lost(folder):
+    annotation_file(folder, "val").unlink()
+
+
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (first_image_lost, "lacks 1 of 6 images that"),
+        (annotations_cut_off, "instances_train2017.json: not JSON"),
+        (val_annotations_as_those_of_train, "is it the file of another split?"),
+        (category_unknown, "annotations[3] has category_id 3, which is not in categories (10 ids, 1..21)"),
+        (images_key_lost, "no list 'images'"),
+        (other_categories_in_val, "id 1 is 'person' here, 'disk' there"),
+        (val_lost, "no annotations/instances_val2017.json; it should hold"),
+    ],
+)
+def test_bad_data_is_one_line_that_says_what_is_wrong_and_nothing_is_written(own_shapes, capsys, harm, says):
+    harm(own_shapes)
+    assert says in error_of([*QUICK, "--data", own_shapes, "--max-steps", "1", "--output", "run"], capsys)
+    assert files() == {}
+
+
+def test_unusable_boxes_are_counted_and_printed_once_and_training_goes_on(own_shapes, capsys):
+    content = read_annotations(annotation_file(own_shapes))
+    nan, inf = float("nan"), float("inf")
+    boxes = [nan, 1, 5, 5], [1, 1, inf, 5], [5, 5, -3, 4], [5, 5, 0, 4], [200, 5, 9, 9], [-4, -4, 30, 30]
+    for i, box in enumerate(boxes):
+        content["annotations"].append({"id": 900 + i, "image_id": 1, "category_id": 1, "bbox": box})
+    annotation_file(own_shapes).write_text(json.dumps(content))
+    train_coco.main([*QUICK, "--data", str(own_shapes), "--max-steps", "4", "--output", "run"])
+    said = capsys.readouterr().out
+    for count in (
+        "2 boxes that are not finite",
+        "2 boxes of zero or negative size",
+        "1 boxes clipped",
+        "1 boxes under",
+    ):
+        assert said.count(count) == 1
+    assert all(math.isfinite(line["loss"]) for line in metrics(Path("run")))
+
+
+@pytest.mark.parametrize("harm", [half, lambda path: path.write_bytes(b""), lambda path: path.write_text("<html>")])
+def test_a_broken_training_image_stops_with_its_name_or_is_skipped_and_named(own_shapes, capsys, harm):
+    harm(own_shapes / "train2017" / "000000000003.jpg")
+    argv = [*QUICK, "--data", own_shapes, "--max-steps", "4", "--pictures", "0"]
+    assert "train2017/000000000003.jpg: " in error_of([*argv, "--output", "run"], capsys)
+    assert not Path("run/model.safetensors").exists() and not Path("run/results.json").exists()
+    train_coco.main([*map(str, argv), "--output", "other", "--skip-bad-images"])
+    assert capsys.readouterr().out.count("000000000003.jpg") == 1
+    assert metrics(Path("other"))[-1]["step"] == 4
+
+
+def test_missing_and_broken_images_are_counted_where_they_are_skipped(own_shapes, capsys):
+    first_image_lost(own_shapes)
+    half(own_shapes / "val2017" / "000000000002.jpg")
+    argv = [*QUICK, "--data", str(own_shapes), "--max-steps", "1", "--output", "run"]
+    train_coco.main([*argv, "--skip-bad-images"])
+    said = capsys.readouterr().out
+    assert "1 images missing" in said and "val2017/000000000002.jpg" in said
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["images"] == 3 and len(results["skipped_images"]) == 1
+    assert len(list(Path("run/pictures").iterdir())) == 2
+
+
+def test_an_image_of_another_size_than_annotated_is_broken_too(own_shapes, capsys):
+    for path in (own_shapes / "train2017").iterdir():
+        Image.new("RGB", (64, 48)).save(path)
+    said = error_of([*QUICK, "--data", own_shapes, "--max-steps", "1"], capsys)
+    assert "is 64 x 48, annotations say 64 x 64" in said
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(shapes, straight, capsys):
+    before = files(straight)
+    said = error_of([*QUICK, "--data", shapes, "--max-steps", "1", "--output", straight], capsys)
+    assert "holds a run already; --resume goes on with it" in said
+    assert files(straight) == before
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--depth", "34"], "--depth 34: the run in {} was made with 18"),
+        (["--batch-size", "4"], "--batch-size 4: the run in {} was made with 2"),
+        (["--variant", "c4"], "--variant c4: the run in {} was made with fpn"),
+        (["--seed", "5"], "--seed 5: the run in {} was made with 0"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_configuration(straight, capsys, argv, says):
+    before = files(straight)
+    assert says.format(straight) in error_of(["--resume", "--output", straight, *argv], capsys)
+    assert files(straight) == before
+
+
+def test_a_run_is_not_resumed_on_data_of_other_categories(straight, own_shapes, capsys):
+    for split in ("train", "val"):
+        content = json.loads(annotation_file(own_shapes, split).read_text())
+        content["categories"][0]["name"] = "person"
+        annotation_file(own_shapes, split).write_text(json.dumps(content))
+    before = files(straight)
+    argv = ["--resume", "--output", straight, "--data", own_shapes, "--max-steps", "7"]
+    assert "was trained on other categories" in error_of(argv, capsys)
+    assert files(straight) == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_a_checkpoint_that_was_harmed_is_one_line_that_names_it(straight, capsys, name):
+    shutil.copytree(straight, "run")
+    half(Path("run/checkpoints/step_0000006") / name)
+    assert "step_0000006" in error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
+
+
+def test_a_batch_that_does_not_divide_over_the_processes_leaves_no_run_behind(shapes, capsys, monkeypatch):
+    monkeypatch.setattr(train_coco, "distributed", lambda detector, rank: detector)
+    monkeypatch.setattr(train_coco, "broadcast", lambda value, rank: value)
+    options = train_coco.complete(train_coco.parse(train_coco.Options, [*QUICK, "--data", str(shapes)]))
+    with pytest.raises(ValueError, match="batch size 2 does not divide evenly over 3 processes"):
+        train_coco.train(train_coco.Rank(0, 3, torch.device("cpu")), options)
+    assert files() == {}
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_names_the_images_and_saves_them(
+    shapes, straight, capsys, monkeypatch
+):
+    forward, calls = FasterRCNN.forward, []
+
+    def third_loss_is_nan(self, images, targets=None):
+        losses = forward(self, images, targets)
+        if targets is not None:
+            calls.append((images, targets))
+            if len(calls) == 3:
+                losses["loss_box_reg"] = losses["loss_box_reg"] * float("nan")
+        return losses
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FasterRCNN, "forward", third_loss_is_nan)
+        said = error_of([*SIX_STEPS, "--data", shapes, "--output", "run"], capsys)
+    images, targets = calls[-1]
+    ids = ", ".join(str(target["image_id"]) for target in targets)
+    assert f"loss is not finite at step 2: loss_box_reg is nan; images {ids}, saved in run/bad_batch" in said
+    saved = load_file("run/bad_batch_step_2_rank_0.safetensors")
+    assert len(calls) == 3 and len(images) == 2
+    for i, (image, target) in enumerate(zip(images, targets, strict=True)):
+        assert torch.equal(saved[f"image_{i}"], image)
+        assert torch.equal(saved[f"boxes_{i}"], target["boxes"]) and torch.equal(saved[f"labels_{i}"], target["labels"])
+    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", "run", "--resume"])
+    assert_ended_alike(Path("run"), straight)

@@ -1,0 +1,167 @@
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from resbackbone.training import errors
+from resbackbone.training.command import Progress, from_config, main_of, parse, to_config, track
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train something."""
+
+    data: Path | None = None
+    """Folder of images."""
+    depth: int = 50
+    rate: float = 0.02
+    max_steps: int | None = None
+    norm: str = "BN"
+    resume: bool = False
+    config: Path | None = None
+
+
+def one_line(argv, **options) -> str:
+    with pytest.raises(ValueError) as error:
+        parse(Options, argv, **options)
+    assert "\n" not in str(error.value) and "│" not in str(error.value)
+    return str(error.value)
+
+
+def test_options_are_the_defaults_and_over_them_the_flags():
+    assert parse(Options, []) == Options()
+    assert parse(Options, ["--data", "a/b", "--max-steps", "3", "--rate=0.5", "--resume"]) == Options(
+        data=Path("a/b"), max_steps=3, rate=0.5, resume=True
+    )
+    assert parse(Options, ["--depth", "18"], default=Options(depth=34, norm="GN")) == Options(depth=18, norm="GN")
+
+
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--no-such-option", "1"], "--no-such-option"),
+        (["--depth", "fifty"], "fifty"),
+        (["--depth"], "--depth"),
+        (["--rate", "fast"], "fast"),
+        (["stray"], "stray"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line_that_names_it(argv, named, capsys):
+    message = one_line(argv)
+    assert named in message and "--help" in message
+    assert not capsys.readouterr().err  # the caller prints, once
+
+
+def test_help_describes_the_options_and_exits_without_an_error(capsys):
+    with pytest.raises(SystemExit) as exit:
+        parse(Options, ["--help"])
+    assert exit.value.code in (0, None)
+    text = capsys.readouterr().out
+    assert "Train something." in text and "--max-steps" in text and "Folder of images." in text
+
+
+@pytest.mark.parametrize("spelling", [["--config", "{}"], ["--config={}"]])
+def test_a_config_file_is_under_the_flags_wherever_it_stands(spelling, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("depth: 18\nrate: 1\nnorm: GN\n")
+    config = [word.format(path) for word in spelling]
+    for argv in (["--norm", "BN", *config], [*config, "--norm", "BN"]):
+        options = parse(Options, argv)
+        assert (options.depth, options.rate, options.norm) == (18, 1.0, "BN")
+        assert isinstance(options.rate, float)
+
+
+def test_what_a_run_wrote_comes_back(tmp_path):
+    options = Options(data=Path("some/where"), rate=1e-4, max_steps=7, resume=True)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({**to_config(options), "effective": {"rate": 3}}))
+    assert from_config(Options, path) == options
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("depht: 18", "unknown option 'depht'; choose from data, depth, rate, max_steps, norm, resume, config"),
+        ("depth: fifty", "depth is 'fifty'; int is wanted"),
+        ("depth: 18.5", "depth is 18.5; int is wanted"),
+        ("depth: true", "depth is True; int is wanted"),
+        ("depth: null", "depth is None; int is wanted"),
+        ("resume: 1", "resume is 1; bool is wanted"),
+        ("max_steps: many", "max_steps is 'many'; int or NoneType is wanted"),
+        ("rate: [1]", r"rate is \[1\]; float is wanted"),
+        ("norm: 3", "norm is 3; str is wanted"),
+        ("data: 3", "data is 3; "),
+    ],
+)
+def test_a_config_with_an_unknown_option_or_a_wrong_type_is_refused_by_name(text, message, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        from_config(Options, path)
+    assert str(path) in one_line(["--config", str(path)])
+
+
+def test_a_config_that_is_not_there_is_refused_by_name(tmp_path):
+    assert str(tmp_path / "no.yaml") in one_line(["--config", str(tmp_path / "no.yaml")])
+
+
+@pytest.mark.parametrize("error", [ValueError("two\n  lines"), FileNotFoundError(2, "No such file", "x.json")])
+def test_a_users_mistake_ends_the_command_with_one_line(error, monkeypatch):
+    def command():
+        raise error
+
+    monkeypatch.delenv("RESBACKBONE_DEBUG", raising=False)
+    with pytest.raises(SystemExit) as exit:
+        main_of(command)
+    assert exit.value.code == f"error: {' '.join(str(error).split())}"  # Python prints it on stderr, status 1
+    monkeypatch.setenv("RESBACKBONE_DEBUG", "1")
+    with pytest.raises(type(error)):
+        main_of(command)
+
+
+def test_a_rank_that_is_not_the_first_says_which_it_is(monkeypatch):
+    monkeypatch.delenv("RESBACKBONE_DEBUG", raising=False)
+    monkeypatch.setattr(errors, "HEAD_START", 0.0)
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as exit:
+        main_of(lambda: int("x"))
+    assert exit.value.code.startswith("error on rank 3: invalid literal")
+
+
+def test_an_interrupted_command_shows_no_traceback():
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="^interrupted$"):
+        main_of(interrupted)
+
+
+def test_our_own_mistake_keeps_its_traceback_and_success_says_nothing():
+    with pytest.raises(AssertionError):
+        main_of(lambda: (_ for _ in ()).throw(AssertionError))
+    assert main_of(lambda: "result") is None
+
+
+def test_a_command_ends_with_status_1_on_a_users_mistake():
+    code = "from resbackbone.training.command import main_of\nmain_of(lambda: int('x'))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (1, "")
+    assert run.stderr == "error: invalid literal for int() with base 10: 'x'\n"
+
+
+def test_tracking_yields_the_items_and_is_quiet_in_a_log(capsys):
+    assert list(track(iter("abc"), 3, "letters")) == ["a", "b", "c"]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_log_gets_a_line_where_there_is_something_to_say(capsys):
+    with Progress("train", 10, start=4) as progress:
+        progress.update(5)
+        progress.update(6, "loss 0.5")
+    with Progress("train", 10, shown=False) as progress:
+        progress.update(6, "another rank")
+    out = capsys.readouterr().out
+    assert out.startswith("train 6/10, ") and out.endswith(", loss 0.5\n") and out.count("\n") == 1

@@ -1,0 +1,142 @@
+import json
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from resbackbone.training.run import KEPT_CHECKPOINTS, Run, checkpoints, latest_folder, new_folder, read_yaml
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write_a_file(folder):
+    (folder / "state.json").write_text("{}")
+
+
+def test_a_run_keeps_its_configuration_and_one_json_object_a_line(tmp_path):
+    folder = tmp_path / "runs" / "first"
+    run = Run(folder, {"rate": 0.02, "data": None, "levels": ["p2", "p3"]})
+    run.record(1, {"loss": 0.5, "lr": 0.1})
+    run.record(1, {"AP": None, "AP50": 0.25}, kind="eval")
+    assert metrics(folder) == [  # there before the run is closed: it may be killed
+        {"kind": "train", "step": 1, "loss": 0.5, "lr": 0.1},
+        {"kind": "eval", "step": 1, "AP": None, "AP50": 0.25},
+    ]
+    run.close()
+    run.close()  # twice does no harm
+    assert read_yaml(folder / "config.yaml") == {"rate": 0.02, "data": None, "levels": ["p2", "p3"]}
+    events = EventAccumulator(str(folder)).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["eval/AP50", "train/loss", "train/lr"]
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 0.5)]
+
+
+def test_metrics_after_the_resumed_step_are_forgotten_and_so_is_a_half_written_line(tmp_path):
+    run = Run(tmp_path, {})
+    for step in (1, 2, 3):
+        run.record(step, {"loss": float(step)})
+    run.record(2, {"AP": 0.5}, kind="eval")
+    run.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 1')  # killed here
+    resumed = Run(tmp_path, {}, resumed_step=2)
+    resumed.record(3, {"loss": 30.0})
+    resumed.close()
+    assert [(line["kind"], line["step"], line.get("loss")) for line in metrics(tmp_path)] == [
+        ("train", 1, 1.0),
+        ("train", 2, 2.0),
+        ("eval", 2, None),
+        ("train", 3, 30.0),
+    ]
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+@pytest.mark.parametrize("line", ["", "null", "[]", "{}", '{"step": "3"}', "\x00\x00"])
+def test_a_line_of_something_else_is_forgotten(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    Run(tmp_path, {}, resumed_step=2).close()
+    assert metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_the_last_three_checkpoints_are_kept_oldest_first(tmp_path):
+    run = Run(tmp_path, {})
+    for step in (5, 50, 500, 9_999_999, 10_000_000):
+        run.save(step, write_a_file)
+    run.close()
+    assert KEPT_CHECKPOINTS == 3
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_0000500", "step_9999999", "step_10000000"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted(p.name for p in checkpoints(tmp_path))
+
+
+def test_a_checkpoint_that_was_not_finished_is_none(tmp_path):
+    run = Run(tmp_path, {})
+    run.save(1, write_a_file)
+
+    def killed(folder):
+        (folder / "half").write_text("")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run.save(2, killed)
+    run.close()
+    (tmp_path / "checkpoints" / ".step_0000003.77.tmp").mkdir()  # what a kill without an exception leaves
+    (tmp_path / "checkpoints" / "step_0000004.old").mkdir()
+    (tmp_path / "checkpoints" / "step_0000005").touch()
+    assert [path.name for path in checkpoints(tmp_path)] == ["step_0000001"]
+
+
+def test_a_checkpoint_of_the_same_step_is_written_over(tmp_path):
+    run = Run(tmp_path, {})
+    run.save(1, write_a_file)
+    run.save(1, lambda folder: (folder / "other").write_text("new"))
+    run.close()
+    assert [p.name for p in checkpoints(tmp_path)[0].iterdir()] == ["other"]
+
+
+def test_a_folder_without_checkpoints_has_none(tmp_path):
+    assert checkpoints(tmp_path / "nothing") == []
+
+
+def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path):
+    run = Run(tmp_path / "run", {}, writes=False)
+    run.record(1, {"loss": 1.0})
+    run.save(1, write_a_file)
+    run.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_folder_is_none_that_is_there_and_the_latest_is_the_last_that_is(tmp_path):
+    wanted = tmp_path / "run"
+    assert latest_folder(wanted) == wanted
+    for name in ("run", "run-2", "run-3"):
+        folder = new_folder(wanted)
+        assert folder == tmp_path / name
+        folder.mkdir()
+        assert latest_folder(wanted) == folder
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "cannot be read"),
+        (b"a: [1", "not YAML"),
+        (b"\xff\xfe\x00", "not YAML"),
+        (b"- 1", "holds no options"),
+        (b"", "holds no"),
+    ],
+)
+def test_a_file_that_holds_no_options_is_refused_by_name(tmp_path, content, reason):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as error:
+        read_yaml(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_configuration_may_hold_any_text(tmp_path):
+    config = {"name": "Füße: [not a list]", "note": "on", "empty": ""}
+    Run(tmp_path, config).close()
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text(encoding="utf-8")) == config

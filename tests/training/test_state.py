@@ -1,0 +1,173 @@
+import copy
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from resbackbone.training.distributed import Rank
+from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, parameter_groups, seed_step
+
+ALONE = Rank(0, 1, torch.device("cpu"))
+OPTIMIZERS = {
+    "SGD": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9, weight_decay=0.01),
+    "plain SGD": lambda parameters: torch.optim.SGD(parameters, 0.1),
+    "AdamW": lambda parameters: torch.optim.AdamW(parameters, 0.1, betas=(0.8, 0.95), weight_decay=0.05),
+}
+
+
+def network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+
+def train_state(make=OPTIMIZERS["SGD"], **options):
+    model = network()
+    return TrainState(model, make(model.parameters()), ALONE, **options)
+
+
+def losses_of(model, step=0):
+    torch.manual_seed(100 + step)
+    y = model(torch.randn(2, 3, 5, 7))
+    return {"a": y.square().mean(), "b": (y - 1).abs().mean()}
+
+
+def assert_same_weights(model, other):
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_an_update_is_sgd_on_the_sum_of_the_losses_by_hand():
+    state = train_state()
+    by_hand = copy.deepcopy(state.model)
+    velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
+    for step, rate in enumerate((0.5, 0.5, 0.05)):
+        values = state.update(losses := losses_of(state.model, step), learning_rate=rate)
+        assert values == {name: pytest.approx(loss.item()) for name, loss in losses.items()}
+        gradients = torch.autograd.grad(sum(losses_of(by_hand, step).values()), list(by_hand.parameters()))
+        with torch.no_grad():
+            for p, gradient, v in zip(by_hand.parameters(), gradients, velocity, strict=True):
+                v.mul_(0.9).add_(gradient + 0.01 * p)  # momentum and weight decay of the optimizer
+                p.sub_(rate * v)
+    assert state.step == 3
+    for p, expected in zip(state.model.parameters(), by_hand.parameters(), strict=True):
+        assert torch.allclose(p, expected, atol=1e-6)
+
+
+def test_gradients_of_an_earlier_backward_are_not_added():
+    state, other = train_state(), train_state()
+    other.model.load_state_dict(state.model.state_dict())
+    losses_of(state.model, 9)["a"].backward()
+    for module, source in zip(state.model.buffers(), other.model.buffers(), strict=True):
+        module.copy_(source)
+    state.update(losses_of(state.model), learning_rate=0.1)
+    other.update(losses_of(other.model), learning_rate=0.1)
+    assert_same_weights(state.model, other.model)
+
+
+def test_clipping_bounds_the_length_of_the_update():
+    state = train_state(OPTIMIZERS["plain SGD"], clip_grad=0.01)
+    before = [p.detach().clone() for p in state.model.parameters()]
+    state.update({"a": 1000 * losses_of(state.model)["a"]}, learning_rate=1.0)
+    steps = [(p - b).flatten() for p, b in zip(state.model.parameters(), before, strict=True)]
+    assert torch.cat(steps).norm().item() == pytest.approx(0.01, rel=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_raises_and_changes_nothing(wrong):
+    state = train_state()
+    state.update(losses_of(state.model), learning_rate=0.1)
+    losses = losses_of(state.model, 1)
+    losses["b"] = losses["b"] * wrong
+    weights, optimizer = copy.deepcopy(state.model.state_dict()), copy.deepcopy(state.optimizer.state_dict())
+    with pytest.raises(NonFiniteLoss, match=rf"loss is not finite at step 1: b is -?{abs(wrong)}"):
+        state.update(losses, learning_rate=0.7)
+    assert state.step == 1
+    assert all(torch.equal(value, weights[name]) for name, value in state.model.state_dict().items())
+    after = state.optimizer.state_dict()
+    assert after["param_groups"] == optimizer["param_groups"]
+    for index, entries in optimizer["state"].items():
+        assert torch.equal(after["state"][index]["momentum_buffer"], entries["momentum_buffer"])
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_a_state_that_is_saved_and_loaded_goes_on_bit_for_bit(make, tmp_path):
+    state = train_state(make)
+    for step in range(3):
+        state.update(losses_of(state.model, step), learning_rate=0.1 / (step + 1))
+    state.save(tmp_path)
+    resumed = train_state(make)
+    resumed.model.load_state_dict(state.model.state_dict())
+    resumed.load(tmp_path)
+    assert resumed.step == 3
+    assert resumed.optimizer.param_groups[0]["lr"] == state.optimizer.param_groups[0]["lr"]
+    for step in range(3, 6):
+        for each in (state, resumed):
+            each.update(losses_of(each.model, step), learning_rate=0.03)
+    assert_same_weights(resumed.model, state.model)
+
+
+def test_a_state_before_its_first_update_can_be_saved_and_loaded(tmp_path):
+    train_state().save(tmp_path)
+    resumed = train_state()
+    resumed.load(tmp_path)
+    assert resumed.step == 0 and not resumed.optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors"])
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", b'{"step": 1'])
+def test_a_broken_checkpoint_is_refused_in_one_line(name, content, tmp_path):
+    state = train_state()
+    state.update(losses_of(state.model), learning_rate=0.1)
+    state.save(tmp_path)
+    if content is None:
+        (tmp_path / name).unlink()
+    else:
+        (tmp_path / name).write_bytes(content)
+    resumed = train_state()
+    with pytest.raises(ValueError, match="checkpoint .*: cannot be read") as error:
+        resumed.load(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert resumed.step == 0
+
+
+def test_a_checkpoint_of_another_networks_optimizer_is_refused(tmp_path):
+    state = train_state()
+    state.update(losses_of(state.model), learning_rate=0.1)
+    state.save(tmp_path)
+    fewer = nn.Conv2d(3, 4, 3)
+    wider = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    for other in (fewer, wider):
+        with pytest.raises(ValueError, match="checkpoint"):
+            TrainState(other, OPTIMIZERS["SGD"](other.parameters()), ALONE).load(tmp_path)
+
+
+def test_the_state_is_plain_json_beside_safetensors(tmp_path):
+    train_state().save(tmp_path)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["optimizer.safetensors", "state.json"]
+
+
+def test_frozen_parameters_go_to_no_group_and_norms_and_biases_are_decayed_or_not():
+    model = network()
+    model[0].requires_grad_(False)
+    (everything,) = parameter_groups(model, 0.1)
+    assert everything["weight_decay"] == 0.1
+    assert [p.shape for p in everything["params"]] == [(4,), (4,), (2, 4, 1, 1), (2,)]
+    decayed, rest = parameter_groups(model, 0.1, decay_norms=False)
+    assert ([p.shape for p in decayed["params"]], decayed["weight_decay"]) == ([(2, 4, 1, 1)], 0.1)
+    assert ([p.shape for p in rest["params"]], rest["weight_decay"]) == ([(4,), (4,), (2,)], 0.0)
+
+
+def test_a_steps_randomness_depends_on_seed_step_and_rank_alone():
+    def draw(*key):
+        seed_step(*key)
+        return torch.rand(3).tolist()
+
+    keys = [(seed, step, rank) for seed in (0, 1, 42) for step in (0, 1, 89_999) for rank in (0, 1, 7)]
+    drawn = [draw(*key) for key in keys]
+    assert [draw(*key) for key in keys] == drawn
+    assert len({tuple(numbers) for numbers in drawn}) == len(keys)
+
+
+def test_the_mean_of_records_is_taken_entry_by_entry():
+    assert mean_of(iter([{"a": 1.0, "b": 4.0}, {"a": 3.0, "b": 0.0}])) == {"a": 2.0, "b": 2.0}
