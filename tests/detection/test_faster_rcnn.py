@@ -324,14 +324,16 @@ def test_a_runs_detector_is_its_final_one_or_that_of_its_last_checkpoint(tmp_pat
 @pytest.mark.parametrize("variant", BACKBONE_OF)
 def test_under_bf16_autocast_boxes_scores_and_losses_stay_fp32(variant):
     detector = small_detector(variant).eval()
-    images = [torch.rand(3, 301, 517)]
+    images, proposals = [torch.rand(3, 301, 517)], []
+    detector.rpn.register_forward_hook(lambda module, inputs, output: proposals.extend(output[0]))
     with torch.autocast("cpu", torch.bfloat16):
         with torch.inference_mode():
             [found] = detector(images)
         losses = detector.train()(two_images(), [target(*SOME_BOXES), target()])
     assert found["boxes"].dtype == found["scores"].dtype == torch.float32
     assert len(found["boxes"]) > 5
-    assert not torch.equal(found["boxes"], found["boxes"].bfloat16().float())
+    for boxes in (found["boxes"], *proposals):
+        assert boxes.dtype == torch.float32 and not torch.equal(boxes, boxes.bfloat16().float())
     assert all(loss.dtype == torch.float32 and torch.isfinite(loss) for loss in losses.values())
     sum(losses.values()).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in detector.parameters())
