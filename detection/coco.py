@@ -17,6 +17,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 LAYOUT = "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/"
 EXIF_ORIENTATION = 0x0112
+MAX_ASPECT = 200  # longer side over shorter; resized to at most max_size, a narrower image would have no width left
 MIN_BOX_SIDE = 1.0  # pixels; a smaller box teaches a detector nothing and turns into nothing when it is resized
 
 
@@ -285,6 +286,8 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
         raise BadImage(f"image {path}: {'empty file' if empty else 'not an image'}") from None
     except Exception as error:  # whatever its decoders raise: OSError, SyntaxError, RuntimeError, struct.error, ..
         raise BadImage(f"image {path}: cannot be decoded ({error})") from None
+    if max(pixels.size) > MAX_ASPECT * min(pixels.size):
+        raise BadImage(f"image {path}: {pixels.size[0]} x {pixels.size[1]} is too narrow to be resized")
     if size is not None and pixels.size != tuple(size):
         raise BadImage(f"image {path}: is {pixels.size[0]} x {pixels.size[1]}, annotations say {size[0]} x {size[1]}")
     return pil_to_tensor(pixels)

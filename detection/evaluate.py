@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from rich.markup import escape
 from rich.table import Table
 from torch.utils.data import DataLoader
 
@@ -19,6 +18,7 @@ from detection.faster_rcnn import FasterRCNN
 from detection.sampler import RankShare
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
+from resbackbone.training.command import console
 from resbackbone.training.distributed import Rank, broadcast, gather
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -118,7 +118,8 @@ def score(ground_truth: dict, detections: list[dict]) -> dict:
         entry = truth.cats[category]
         boxes = truth.getAnnIds(catIds=[category], iscrowd=False)
         ap, ap50 = (_mean(precision[which, :, k, 0, -1]) for which in (slice(None), 0))
-        per_class[entry["name"]] = {"AP": ap, "AP50": ap50, "boxes": len(boxes)}
+        name = entry["name"] if entry["name"] not in per_class else f"{entry['name']} (id {category})"
+        per_class[name] = {"AP": ap, "AP50": ap50, "boxes": len(boxes)}
     return {
         "bbox": dict(zip(METRICS, (None if value < 0 else float(value) for value in scorer.stats), strict=True)),
         "per_class": per_class,
@@ -154,8 +155,8 @@ def percent(value: float | None) -> str:
     return "n/a" if value is None else f"{100 * value:.1f}"
 
 
-def results_table(results: dict) -> Table:
-    """The 12 numbers in percent, and below them AP by class, as a table for the terminal."""
+def print_results(results: dict) -> None:
+    """The 12 numbers and AP by class as a table, what was left out and why, and last one line with AP and AP50."""
     table = Table("", *METRICS[:6], title="COCO box AP, percent")
     table.add_row("all classes", *(percent(results["bbox"][name]) for name in METRICS[:6]))
     table.add_section()
@@ -164,5 +165,11 @@ def results_table(results: dict) -> Table:
     table.add_section()
     table.add_row("by class", "AP", "AP50", "boxes", style="bold")
     for name, entry in results["per_class"].items():
-        table.add_row(escape(name), percent(entry["AP"]), percent(entry["AP50"]), str(entry["boxes"]))
-    return table
+        table.add_row(name, percent(entry["AP"]), percent(entry["AP50"]), str(entry["boxes"]))
+    console.print(table)
+    if results["note"]:
+        console.print(results["note"])
+    for message in results["skipped_images"]:
+        console.print(f"skipped {message}")
+    ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
+    console.print(f"AP {ap}, AP50 {ap50} on {results['images']} images")

@@ -1,4 +1,6 @@
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,3 +47,20 @@ def test_frozen_convolutions_are_parameters_and_statistics_are_not():
     block = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
     assert count_parameters(block) == 3 * 4 + 2 * 4
     assert count_parameters(freeze(block)) == 3 * 4  # the frozen norm's affine map is a constant
+
+
+def test_the_model_zoos_table_of_architectures_is_what_the_code_counts():
+    lines = (Path(__file__).parents[1] / "MODEL_ZOO.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d+ \|", line)]
+    assert [int(row[0]) for row in rows] == list(DEPTHS)
+    for depth, parameters, ours, in_1x1, _, channels, with_fpn, with_fpn_adds in rows:
+        with torch.device("meta"):
+            classifier, first = (build_resnet_classifier(int(depth), stride_in_1x1=first) for first in (False, True))
+            backbone, trunk = (build_resnet_backbone(int(depth), fpn=fpn) for fpn in (True, False))
+        widths = [feature.channels for feature in trunk.features.values()]
+        assert f"{count_parameters(classifier) / 1e6:.2f}" == parameters
+        assert f"{count_multiply_adds(classifier) / 1e9:.2f}" == ours
+        assert f"{count_multiply_adds(first) / 1e9:.2f}" == in_1x1
+        assert ", ".join(map(str, widths)) == channels
+        assert f"{count_parameters(backbone) / 1e6:.2f}" == with_fpn
+        assert f"{count_multiply_adds(backbone, 800, 1216) / 1e9:.1f}" == with_fpn_adds

@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from detection.data import open_split
-from detection.evaluate import evaluate, percent, results_table, write_results
+from detection.evaluate import evaluate, print_results, write_results
 from detection.faster_rcnn import detector_file, load_detector
 from resbackbone.checks import one_of
 from resbackbone.training.command import console, main_of, parse, track
@@ -77,13 +77,8 @@ def score(rank: Rank, options: Options) -> None:
     target = options.output or folder
     target.mkdir(parents=True, exist_ok=True)
     write_results(target, results, detections)
-    console.print(results_table(results))
-    if results["note"]:
-        console.print(results["note"])
-    for message in results["skipped_images"]:
-        console.print(f"skipped {message}")
-    ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
-    console.print(f"AP {ap}, AP50 {ap50} on {results['images']} images; {target / 'results.json'}")
+    print_results(results)
+    console.print(f"results: {target / 'results.json'}")
 
 
 if __name__ == "__main__":

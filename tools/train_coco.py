@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from detection.coco import LAYOUT
 from detection.data import EMBEDDED, embedded_data, find_coco, open_split, train_batches
-from detection.evaluate import evaluate, percent, results_table, write_results
+from detection.evaluate import evaluate, percent, print_results, write_results
 from detection.faster_rcnn import BACKBONE_OF, FasterRCNN, build_faster_rcnn, load_detector, save_detector
 from detection.recipes import RECIPES, Recipe
 from detection.report import save_pictures
@@ -27,12 +27,12 @@ from resbackbone import build_resnet_backbone
 from resbackbone.checks import one_of
 from resbackbone.resnet import DEPTHS, count_norms
 from resbackbone.training.command import Progress, console, from_config, main_of, parse, to_config, track
-from resbackbone.training.distributed import Rank, broadcast, count_processes, launch, native_precision
+from resbackbone.training.distributed import Rank, broadcast, count_processes, gather, launch, native_precision
 from resbackbone.training.run import Run, checkpoints, latest_folder, new_folder
 from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, parameter_groups, seed_step
 
-MAY_DIFFER = {  # from the run that is resumed: what changes neither the data nor the arithmetic
-    *("data", "output", "max_steps", "device", "gpus", "workers", "resume", "config"),
+MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and getting past a broken image
+    *("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config"),
     *("checkpoint_period", "eval_period", "log_period", "pictures"),
 }
 
@@ -164,9 +164,10 @@ def train(rank: Rank, options: Options) -> None:
         run.record(state.step, {**results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
         return results, detections
 
+    skipped: set[str] = set()
     with Progress("train", steps, start=state.step, shown=rank.is_main) as progress:
         loader = train_batches(train_set, batches, workers=options.workers, device=rank.device)
-        recent, began, skipped = [], time.monotonic(), set()
+        recent, began = [], time.monotonic()
         while state.step < steps:
             images, targets = next(loader)
             loaded = time.monotonic()
@@ -201,17 +202,15 @@ def train(rank: Rank, options: Options) -> None:
                 began = time.monotonic()
 
     results, detections = score()
+    unread = gather(skipped, rank)
     if rank.is_main:
+        results["skipped_training_images"] = sorted(set().union(*unread))
         save_detector(detector, folder / "model.safetensors")
         write_results(folder, results, detections)
         pictures = save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
-        console.print(results_table(results))
-        if results["note"]:
-            say(results["note"])
-        for message in results["skipped_images"]:
-            say(f"skipped {message}")
-        ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
-        say(f"AP {ap}, AP50 {ap50} on {results['images']} images")
+        print_results(results)
+        if results["skipped_training_images"]:
+            say(f"{len(results['skipped_training_images'])} training images could not be read and were skipped")
         say(f"pictures of predictions beside ground truth: {folder / 'pictures'} ({len(pictures)})")
         say(f"detector: {folder / 'model.safetensors'}; results: {folder / 'results.json'}")
     run.close()

@@ -18,7 +18,7 @@ from resbackbone.training.errors import one_line_errors
 from resbackbone.training.run import read_yaml
 
 T = TypeVar("T")
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, markup=False, soft_wrap=True)  # paths and class names may hold [brackets]
 SECONDS_BETWEEN_LINES = 20  # of a loop that is not on a terminal
 
 

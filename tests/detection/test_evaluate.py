@@ -8,11 +8,10 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from rich.console import Console
 
 from detection import evaluate as evaluate_module
 from detection.coco import BadImage, CocoImages, coco_paths, read_annotations
-from detection.evaluate import METRICS, detect, evaluate, percent, results_table, score, write_results
+from detection.evaluate import METRICS, detect, evaluate, percent, print_results, score, write_results
 from resbackbone.training.distributed import Rank
 
 CPU = torch.device("cpu")
@@ -239,10 +238,10 @@ def test_progress_is_told_of_every_image(tmp_path):
 # What a person sees
 
 
-def test_the_table_shows_percent_and_every_class_whatever_its_name():
+def test_the_table_shows_percent_and_every_class_whatever_its_name(capsys):
     content = annotations([(1, 1, 20, 30)], categories=("[red]cat[/red]", "dog"))
-    console = Console(file=io.StringIO(), width=100)
-    console.print(results_table(score(content, [found((1, 1, 20, 30))])))
-    text = console.file.getvalue()
+    print_results({**score(content, [found((1, 1, 20, 30))]), "skipped_images": ["image [b].jpg: empty file"]})
+    text = capsys.readouterr().out
+    assert "skipped image [b].jpg: empty file" in text
     assert "[red]cat[/red]" in text and "100.0" in text and "n/a" in text and "AR100" in text
     assert (percent(None), percent(0.3704), percent(0.0)) == ("n/a", "37.0", "0.0")
