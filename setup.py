@@ -28,7 +28,7 @@ setup(
         "pycocotools>=2.0.8",
         "pyyaml>=6",
         "tyro>=0.9",
-        "rich>=13",
+        "rich>=14.1",
         "tensorboard>=2.15",
     ],
     extras_require={"dev": DEV},

@@ -1,5 +1,6 @@
 """COCO-format images and targets: the only place that reads annotation files and knows category ids."""
 
+import hashlib
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 LAYOUT = "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/"
 EXIF_ORIENTATION = 0x0112
+SMALL_SET = 64_000_000  # bytes
 MAX_ASPECT = 200  # longer side over shorter; resized to at most max_size, a narrower image would have no width left
 MIN_BOX_SIDE = 1.0  # pixels; a smaller box teaches a detector nothing and turns into nothing when it is resized
 
@@ -141,6 +143,7 @@ class CocoImages(Dataset):
         categories: Mapping[int, str] | None = None,
     ):
         content = read_annotations(annotations)
+        self.fingerprint = hashlib.sha256(Path(annotations).read_bytes()).hexdigest()
         self.folder, self.annotation_file = Path(images), Path(annotations)
         self.transform, self.skip_bad_images = transform, skip_bad_images
         self.categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
@@ -159,7 +162,7 @@ class CocoImages(Dataset):
             if box is not None:
                 boxes[annotation["image_id"]].append((*box, labels[annotation["category_id"]]))
         kept = [image for image in content["images"] if keep_empty or boxes[image["id"]]]
-        self.report["images without boxes"] = len(content["images"]) - len(kept)
+        self.report["images without a usable box"] = len(content["images"]) - len(kept)
         if not kept:
             raise ValueError(f"annotations {annotations}: no image {'' if keep_empty else 'with a usable box '}in it")
         self._check_files_exist([image["file_name"] for image in kept])
@@ -205,6 +208,22 @@ class CocoImages(Dataset):
     def target(self, index: int) -> dict:
         rows = torch.from_numpy(self.rows[self.offsets[index] : self.offsets[index + 1]])
         return {"boxes": rows[:, :4].clone(), "labels": rows[:, 4].long(), "image_id": int(self.image_ids[index])}
+
+    def check_files(self) -> None:
+        """Find broken images before training does: empty files, and in a small set whatever cannot be decoded.
+
+        Raises BadImage that names the first of them and their number; with `skip_bad_images` they are only counted
+        in `report`. A set over 64 MB is not decoded: that would take minutes, and training names what it meets.
+        """
+        sizes = {i: p.stat().st_size for i in range(len(self)) if (p := self.path(i)).is_file()}
+        empty = [i for i, size in sizes.items() if size == 0]
+        suspects = sizes if sum(sizes.values()) <= SMALL_SET else empty
+        bad = [sample for i in suspects if isinstance(sample := self._load(i), BadImage)]
+        if bad and not self.skip_bad_images:
+            others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            raise BadImage(f"{bad[0]}{others}; --skip-bad-images goes on without")
+        if bad:
+            self.report["images that cannot be read"] = len(bad)
 
     def summary(self) -> str:
         """One line: what there is, and what was clipped or left out."""
@@ -296,7 +315,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: PIL's own conversion clips at 255
         values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if values.max(initial=0) > 255 else 255.0
+        top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
         return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")

@@ -33,9 +33,10 @@ def evaluate(
     bf16: bool = False,
     progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
 ) -> tuple[dict, list[dict]]:
-    """Detect on every image of `dataset` and score: (results, detections), the same on every rank.
+    """Detect on every image of `dataset` and score: (results, detections).
 
-    `results` is what results.json holds, `detections` are in COCO's results format (rank 0's; elsewhere empty).
+    `results` is what results.json holds, the same on every rank; `detections`, in COCO's results format, are all of
+    them on rank 0 and none elsewhere.
     `progress` wraps the loop over this rank's images; it is given their number. An image that cannot be read raises
     BadImage, or with the dataset's `skip_bad_images` counts as one without detections and is named in the results.
     """

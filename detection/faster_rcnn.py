@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
 from detection.roi_align import PyramidRoIAlign
@@ -70,10 +71,20 @@ class FasterRCNN(TorchvisionFasterRCNN):
                 )
             if not torch.isfinite(boxes).all():
                 raise ValueError(f"{name}a box has coordinates that are not finite: {boxes.tolist()}")
+            if not (boxes[:, 2:] > boxes[:, :2]).all():
+                raise ValueError(f"{name}a box x1 y1 x2 y2 without width or height: {boxes.tolist()}")
+
+
+class FP32Anchors(AnchorGenerator):
+    """Anchors in fp32 whatever the maps are in: bf16 holds 1000 pixels to the nearest 4."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        # Only their sizes and their type are looked at.
+        return super().forward(image_list, [x.new_empty(1, dtype=torch.float32).expand_as(x) for x in feature_maps])
 
 
 class FP32RPNHead(RPNHead):
-    """Box deltas are coded in fp32 whatever the convolutions ran in: bf16 holds 1000 pixels to the nearest 4."""
+    """Box deltas in fp32, for the same reason."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         objectness, deltas = super().forward(x)
@@ -141,7 +152,7 @@ def build_faster_rcnn(
         sizes = [(anchor_scale * feature.stride,) for feature in backbone.features.values()]
     else:
         sizes = [tuple(side * anchor_scale / 8 for side in SINGLE_MAP_ANCHORS)]
-    anchors = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    anchors = FP32Anchors(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
     pooled = {level: feature for level, feature in backbone.features.items() if level not in ("p6", "p7")}
     pool = PyramidRoIAlign(
         pooled or backbone.features,  # p6 and p7 are the RPN's alone
@@ -224,7 +235,10 @@ def load_detector(path: str | Path) -> FasterRCNN:
     weights = read_weights(path)
     if not {"backbone", "detector"} <= weights.metadata.keys():
         raise ValueError(f"{path} does not hold a detector of this package: its metadata describe none")
-    detector = build_faster_rcnn(backbone_from_config(weights.metadata["backbone"]), **weights.metadata["detector"])
+    try:
+        detector = build_faster_rcnn(backbone_from_config(weights.metadata["backbone"]), **weights.metadata["detector"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} describes a detector this version cannot build ({error!r})") from None
     fit(detector, weights)
     return detector.eval()
 

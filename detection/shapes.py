@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-FORMAT = 1  # raise it when the same arguments draw other files, so that folders made before are not taken for new ones
+FORMAT = 2  # raise it when the same arguments draw other files, so that folders made before are not taken for new ones
 
 # Lengths are in pixels of a 160 x 160 image and scale with `size`. A pair is a range.
 REFERENCE_SIZE = 160
@@ -37,6 +37,7 @@ NOISE = (1, 7)  # standard deviation, 0..255
 BLUR = (0, 0.7)  # standard deviation in pixels, whatever the size
 JPEG_QUALITY = 92
 SPLITS = ("train2017", "val2017")
+FIRST_ID = {"train2017": 1, "val2017": 1_000_001}  # an image id tells its split, as in COCO
 LUMA = np.array([0.299, 0.587, 0.114])
 
 Polygon = np.ndarray  # [N, 2]: x, y
@@ -109,7 +110,7 @@ def make_shapes(
 ) -> Path:
     """Draw the data set into `folder`, unless it is there already, and return the folder.
 
-    The layout is COCO's: {train,val}2017/000000000001.jpg and on, RGB, `size` x `size` pixels, and
+    The layout is COCO's: train2017/000000000001.jpg, val2017/000001000001.jpg and on, RGB, `size` x `size` pixels, and
     annotations/instances_{train,val}2017.json with boxes [x, y, width, height] of what is visible, in pixels to a
     third, its area in pixels, no outlines ("segmentation": []), and category ids with gaps. The same arguments give
     the same bytes on one machine; other processors, numpys and Pillows may round otherwise. Each image depends on
@@ -156,18 +157,19 @@ def is_made(folder: Path, made_of: dict) -> bool:
 
 
 def write_split(folder: Path, split: str, count: int, *, seed: int, size: int) -> None:
-    """Write count images and their COCO annotations; ids of images and annotations start at 1 in each split."""
+    """Write count images and their COCO annotations, whose ids start at 1 in each split."""
     images, annotations = [], []
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     for number in range(1, count + 1):
         rng = np.random.default_rng([seed, SPLITS.index(split), number])
         image, objects = draw_image(rng, size)
-        file_name = f"{number:012d}.jpg"
+        image_id = FIRST_ID[split] + number - 1
+        file_name = f"{image_id:012d}.jpg"
         image.save(folder / split / file_name, quality=JPEG_QUALITY)
-        images.append({"id": number, "file_name": file_name, "width": size, "height": size, "license": 1})
+        images.append({"id": image_id, "file_name": file_name, "width": size, "height": size, "license": 1})
         for found in objects:
-            annotations.append({"id": len(annotations) + 1, "image_id": number, **found})
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **found})
     named = zip(CATEGORY_IDS, CLASSES, strict=True)
     content = {
         "info": {"description": f"resbackbone shapes, format {FORMAT}, seed {seed}", "version": str(FORMAT)},

@@ -91,6 +91,7 @@ def build_resnet_backbone(
     frozen_through: str | None = None,
     weights: str | Path | Mapping[str, Tensor] | None = None,
     stride_in_1x1: bool | None = None,
+    eps: float | None = None,
     shortcut: str = "B",
     dilate_c5: bool = False,
     groups: int = 1,
@@ -118,6 +119,7 @@ def build_resnet_backbone(
     weights: a file, `torchvision:ResNet50_Weights.IMAGENET1K_V2`, or a state dict; see `weights.read_weights`.
     stride_in_1x1: where a bottleneck strides. False is torchvision's 3x3, True the paper's first 1x1. None takes
         what the weights say, or False.
+    eps: of the norms. None takes what the weights say, or 1e-5.
     shortcut: "A", "B", "C" (Sec. 4.1), or "none" for the plain networks of Sec. 3.3.
     dilate_c5: c5 at stride 16, its later 3x3 convolutions dilated by 2 (DC5).
     groups, width_per_group: ResNeXt (32, 4) and wide (1, 128) bottlenecks.
@@ -142,6 +144,7 @@ def build_resnet_backbone(
         "width_per_group": width_per_group,
         "in_channels": in_channels,
         **({} if stride_in_1x1 is None else {"stride_in_1x1": stride_in_1x1}),
+        **({} if eps is None else {"eps": eps}),
     }
     if loaded is not None and depth >= 50 and "stride_in_1x1" not in {**stated, **asked} and loaded.is_file:
         _log.warning("weights from %s do not say where they stride: taken for the 3x3, as torchvision's", loaded.source)
@@ -163,6 +166,7 @@ def build_resnet_backbone(
             "norm": norm or ("BN" if loaded is None else "FrozenBN"),
             "frozen_through": frozen_through or ("none" if loaded is None else "c2"),
             "stride_in_1x1": stated.get("stride_in_1x1", False) if stride_in_1x1 is None else stride_in_1x1,
+            "eps": stated.get("eps", 1e-5) if eps is None else eps,
             "dilate_c5": dilate_c5,
             "zero_init_residual": zero_init_residual,
             "checkpoint_activations": checkpoint_activations,
@@ -172,6 +176,8 @@ def build_resnet_backbone(
         }
     )
     if loaded is not None:
+        if fpn_norm == "FrozenBN" and not any(key.startswith("fpn.") for key in backbone_part(loaded.state)):
+            raise ValueError(f"fpn_norm='FrozenBN', but weights from {loaded.source} hold no pyramid to freeze")
         fit(backbone, loaded._replace(state=backbone_part(loaded.state)), fresh=("fpn.",))
         backbone.weights_source = loaded.source
     return backbone

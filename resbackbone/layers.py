@@ -49,8 +49,8 @@ def _drop_batch_counter(module, state_dict, prefix, *_):
     state_dict.pop(prefix + "num_batches_tracked", None)
 
 
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels)  # 32 groups as in Wu and He 2018
+def _group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps)  # 32 groups as in Wu and He 2018
 
 
 NORMS: dict[str, Norm] = {
@@ -61,9 +61,9 @@ NORMS: dict[str, Norm] = {
 }
 
 
-def norm_layer(name: str) -> Norm:
+def norm_layer(name: str, eps: float = 1e-5) -> Norm:
     """The norm called `name` as a function of the channel count. ValueError if there is none of that name."""
-    return NORMS[one_of("norm", name, NORMS)]
+    return partial(NORMS[one_of("norm", name, NORMS)], eps=eps)
 
 
 def conv(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1):

@@ -113,6 +113,7 @@ class ResNet(nn.Module):
         *,
         levels: Iterable[str] = TRUNK_LEVELS,
         norm: str = "BN",
+        eps: float = 1e-5,
         shortcut: str = "B",
         stride_in_1x1: bool = False,
         dilate_c5: bool = False,
@@ -125,8 +126,10 @@ class ResNet(nn.Module):
         super().__init__()
         block, counts = DEPTHS[one_of("depth", depth, DEPTHS)]
         self.levels = sorted_levels(levels, TRUNK_LEVELS)
+        if zero_init_residual and shortcut == "none":
+            raise ValueError("zero_init_residual starts a block as its shortcut alone, and a plain net has none")
         layout = Layout(
-            norm_layer(norm), one_of("shortcut", shortcut, SHORTCUTS), stride_in_1x1, groups, width_per_group
+            norm_layer(norm, eps), one_of("shortcut", shortcut, SHORTCUTS), stride_in_1x1, groups, width_per_group
         )
         self.checkpoint_activations = checkpoint_activations
         self.stage_features: dict[str, Feature] = {}  # of every stage that is built

@@ -256,7 +256,8 @@ def test_what_a_file_says_of_itself_cannot_be_asked_otherwise(own_file, depth, o
         (18, {}),
         (50, {"levels": ["c4"], "stride_in_1x1": True, "norm": "GN"}),
         (50, {"fpn": True, "levels": ["p3", "p7"], "fpn_norm": "BN", "p6_from": "p5", "dilate_c5": True}),
-        (18, {"shortcut": "none", "in_channels": 4, "checkpoint_activations": True, "zero_init_residual": True}),
+        (18, {"shortcut": "none", "in_channels": 4, "checkpoint_activations": True, "eps": 1e-3}),
+        (18, {"shortcut": "C", "zero_init_residual": True}),
     ],
 )
 def test_a_backbone_is_made_again_from_its_config(depth, options):
@@ -346,3 +347,32 @@ def test_a_compiled_backbone_is_one_graph_for_every_size(resnet18):
     for size in ((64, 96), (97, 131)):
         images = torch.randn(1, 3, *size)
         assert_same_maps(compiled(images), backbone(images), 1e-5)
+
+
+def test_eps_is_the_weights_own_or_the_asked_one_and_never_another(tmp_path):
+    backbone = build_resnet_backbone(18, levels=["c2"], eps=1e-3)
+    assert backbone.bn1.eps == backbone.layer1[0].bn2.eps == 1e-3
+    write_weights(tmp_path / "own.safetensors", backbone.state_dict(), {"backbone": backbone.config})
+    assert build_resnet_backbone(18, levels=["c2"], weights=tmp_path / "own.safetensors").bn1.eps == 1e-3
+    with pytest.raises(ValueError, match=r"are for eps=0.001, asked was eps=1e-05"):
+        build_resnet_backbone(18, levels=["c2"], weights=tmp_path / "own.safetensors", eps=1e-5)
+
+
+def test_a_plain_net_has_no_shortcut_to_start_from():
+    with pytest.raises(ValueError, match="a plain net has none"):
+        build_resnet_backbone(18, shortcut="none", zero_init_residual=True)
+
+
+def test_a_pyramid_that_no_weights_hold_is_not_frozen():
+    weights = build_resnet_backbone(18).state_dict()
+    with pytest.raises(ValueError, match="fpn_norm='FrozenBN', but weights from the given state dict hold no pyramid"):
+        build_resnet_backbone(18, fpn=True, fpn_norm="FrozenBN", weights=weights)
+
+
+def test_a_file_that_does_not_say_where_it_strides_is_said_to_be_assumed(tmp_path, caplog):
+    torch.save(build_resnet_backbone(50).state_dict(), tmp_path / "plain.pth")
+    build_resnet_backbone(50, weights=tmp_path / "plain.pth")
+    assert len(caplog.messages) == 1 and "do not say where they stride" in caplog.text
+    caplog.clear()
+    build_resnet_backbone(50, weights=tmp_path / "plain.pth", stride_in_1x1=False)
+    assert not caplog.messages

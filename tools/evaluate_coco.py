@@ -28,7 +28,7 @@ class Options:
     data: Path | None = None
     """Folder in COCO's layout. Default: the one the run was trained on."""
     output: Path | None = None
-    """Where detections.json and results.json go. Default: the run's folder."""
+    """Where detections.json and results.json go. Default: the run's folder, or eval-NAME/ in it for other --data."""
     device: str | None = None
     """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
     gpus: int | None = None
@@ -74,7 +74,8 @@ def score(rank: Rank, options: Options) -> None:
     )
     if not rank.is_main:
         return
-    target = options.output or folder
+    own = config.get("data") is not None and data.resolve() == Path(config["data"]).resolve()
+    target = options.output or (folder if own else folder / f"eval-{data.resolve().name}")
     target.mkdir(parents=True, exist_ok=True)
     write_results(target, results, detections)
     print_results(results)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.nn.parallel import DistributedDataParallel
 
 from detection.coco import LAYOUT
@@ -24,11 +24,20 @@ from detection.report import save_pictures
 from detection.sampler import TrainBatches
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
+from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
-from resbackbone.resnet import DEPTHS, count_norms
+from resbackbone.resnet import DEPTHS
 from resbackbone.training.command import Progress, console, from_config, main_of, parse, to_config, track
-from resbackbone.training.distributed import Rank, broadcast, count_processes, gather, launch, native_precision
-from resbackbone.training.run import Run, checkpoints, latest_folder, new_folder
+from resbackbone.training.distributed import (
+    Rank,
+    broadcast,
+    count_processes,
+    gather,
+    launch,
+    native_precision,
+    share_buffers,
+)
+from resbackbone.training.run import Run, checkpoints, latest_folder, new_folder, read_yaml
 from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, parameter_groups, seed_step
 
 MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and getting past a broken image
@@ -113,6 +122,8 @@ def train(rank: Rank, options: Options) -> None:
     images = {"keep_empty": options.keep_empty, "skip_bad_images": options.skip_bad_images}
     train_set = open_split(options.data, "train", transform=transform, **images)
     val_set = open_split(options.data, "val", **{**images, "keep_empty": True}, categories=train_set.categories)
+    for split in (train_set, val_set):
+        split.check_files()
     say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
 
     last = checkpoints(folder)[-1] if options.resume and checkpoints(folder) else None
@@ -144,15 +155,19 @@ def train(rank: Rank, options: Options) -> None:
         ranks=rank.ranks,
         start=state.step,
     )
+    effective["train_annotations_sha256"] = train_set.fingerprint
+    if last is not None and fingerprint_of(folder) != train_set.fingerprint and rank.is_main:
+        raise ValueError(f"--data {options.data}: the run in {folder} was trained on other annotations")
     kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
     config = {**to_config(kept), "effective": effective}
     run = Run(folder, config, resumed_step=state.step, writes=rank.is_main)
 
-    def save() -> None:
+    def checkpoint() -> None:
         run.save(state.step, lambda to: (save_detector(detector, to / "model.safetensors"), state.save(to)))
 
     def score() -> tuple[dict, list[dict]]:
         began = time.monotonic()
+        share_buffers(detector, rank)
         results, detections = evaluate(
             detector,
             val_set,
@@ -178,7 +193,9 @@ def train(rank: Rank, options: Options) -> None:
             try:
                 values = state.update(losses, learning_rate=rate)
             except NonFiniteLoss as error:
-                raise NonFiniteLoss(f"{error}; {save_batch(images, targets, folder, state.step, rank)}") from None
+                clause = save_batch(images, targets, folder, error, rank) if error.terms else None
+                said = "; ".join(filter(None, gather(clause, rank) or [clause or "on another rank"]))
+                raise ValueError(f"loss is not finite at step {error.step}: {said}") from None
             for message in sorted({m for target in targets for m in target["skipped"]} - skipped):
                 console.print(f"skipped {message}")
                 skipped.add(message)
@@ -195,7 +212,7 @@ def train(rank: Rank, options: Options) -> None:
             else:
                 progress.update(state.step)
             if state.step % options.checkpoint_period == 0 or state.step == steps:
-                save()
+                checkpoint()
             if options.eval_period and state.step % options.eval_period == 0 and state.step < steps:
                 results, _ = score()
                 say(f"step {state.step}: AP {percent(results['bbox']['AP'])}, AP50 {percent(results['bbox']['AP50'])}")
@@ -223,9 +240,10 @@ def complete(options: Options) -> Options:
     recipe = RECIPES[recipe_name]
     one_of("variant", options.variant, BACKBONE_OF)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    count_processes(device, options.gpus)  # says so if the device is not there
+    processes = count_processes(device, options.gpus)  # says so if the device is not there
     on_gpu = torch.device(device).type == "cuda"
-    batch_size = options.batch_size or (recipe.batch_size if on_gpu or recipe_name == "short" else 2)
+    batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
+    batch_size = options.batch_size or max(1, batch_size // processes) * processes  # every process gets as many
     for name in ("max_steps", "batch_size", "checkpoint_period", "log_period"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 1 or more is wanted")
@@ -260,6 +278,11 @@ def resumed(options: Options, argv: list[str] | None) -> Options:
                 "resume that run, or give another --output to start anew"
             )
     return complete(replace(options, output=folder))
+
+
+def fingerprint_of(folder: Path) -> str:
+    """The checksum of the annotations that the run in `folder` was trained on."""
+    return str(read_yaml(folder / "config.yaml").get("effective", {}).get("train_annotations_sha256"))
 
 
 def default_folder(options: Options) -> Path:
@@ -308,26 +331,22 @@ def optimizer(detector: FasterRCNN, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def distributed(detector: FasterRCNN, rank: Rank) -> torch.nn.Module:
-    """The detector, with gradients averaged over the ranks if there are several; statistics are rank 0's."""
+    """The detector, with gradients averaged over the ranks if there are several."""
     if rank.ranks == 1:
         return detector
-    _, trainable_norms = count_norms(detector)
-    return DistributedDataParallel(
-        detector,
-        device_ids=[rank.device.index] if rank.device.type == "cuda" else None,
-        broadcast_buffers=trainable_norms > 0,
-        find_unused_parameters=False,
-    )
+    devices = [rank.device.index] if rank.device.type == "cuda" else None
+    return DistributedDataParallel(detector, device_ids=devices, find_unused_parameters=False)
 
 
-def save_batch(images: list, targets: list[dict], folder: Path, step: int, rank: Rank) -> str:
+def save_batch(images: list, targets: list[dict], folder: Path, error: NonFiniteLoss, rank: Rank) -> str:
     """Keep the images and boxes of a batch that went wrong; returns a clause that names them."""
-    path = folder / f"bad_batch_step_{step}_rank_{rank.rank}.safetensors"
+    path = folder / f"bad_batch_step_{error.step}_rank_{rank.rank}.safetensors"
     tensors = {f"image_{i}": image.cpu().contiguous() for i, image in enumerate(images)}
     for name in ("boxes", "labels"):
         tensors |= {f"{name}_{i}": target[name].cpu().contiguous() for i, target in enumerate(targets)}
-    save_file(tensors, path)
-    return f"images {', '.join(str(target['image_id']) for target in targets)}, saved in {path}"
+    write_atomically(path, save(tensors))
+    ids = ", ".join(str(target["image_id"]) for target in targets)
+    return f"{error.terms} on rank {rank.rank} for images {ids}, saved in {path}"
 
 
 def memory(device: torch.device) -> dict[str, float]:

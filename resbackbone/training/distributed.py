@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from resbackbone.checks import one_of
 from resbackbone.training.errors import one_line_errors
@@ -90,10 +91,8 @@ def _run(local_rank: int, rank: int, processes: int, device: str, function: Call
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=processes, timeout=TIMEOUT)
-    try:
-        function(Rank(rank, processes, place), *arguments)
-    finally:
-        dist.destroy_process_group()
+    function(Rank(rank, processes, place), *arguments)
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that do not know of it yet
 
 
 def _free_port() -> int:
@@ -127,6 +126,13 @@ def all_agree(flag: bool, rank: Rank) -> bool:
     votes = torch.tensor(int(flag), device=rank.device)
     dist.all_reduce(votes, dist.ReduceOp.MIN)
     return bool(votes.item())
+
+
+def share_buffers(module: nn.Module, rank: Rank) -> None:
+    """Give every rank rank 0's buffers, in place: in training each rank's batch norm keeps statistics of its own."""
+    if rank.ranks > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def native_precision(device: str) -> str:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from safetensors import SafetensorError
+
 HEAD_START = 2.0  # seconds; mistakes are mostly found by all ranks at once, and the first one said is enough
 
 
@@ -25,7 +27,7 @@ def one_line_errors() -> Iterator[None]:
         if "RANK" in os.environ:
             time.sleep(2 * HEAD_START)
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:  # the last: a disk that is full
         if os.environ.get("RESBACKBONE_DEBUG"):
             raise
         rank = os.environ.get("RANK", "0")

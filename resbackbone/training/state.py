@@ -14,7 +14,11 @@ from resbackbone.training.distributed import Rank, all_agree
 
 
 class NonFiniteLoss(ValueError):
-    """A loss term is not a number, or infinite; nothing was updated."""
+    """A loss term is not finite, on this rank (`terms` names it) or on another; nothing was updated."""
+
+    def __init__(self, step: int, terms: str):
+        super().__init__(f"loss is not finite at step {step}: {terms or 'on another rank'}")
+        self.step, self.terms = step, terms
 
 
 class TrainState:
@@ -35,8 +39,7 @@ class TrainState:
         values = dict(zip(losses, numbers, strict=True))
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not all_agree(not wrong, self.rank):
-            where = ", ".join(f"{name} is {value}" for name, value in wrong.items()) or "on another rank"
-            raise NonFiniteLoss(f"loss is not finite at step {self.step}: {where}")
+            raise NonFiniteLoss(self.step, ", ".join(f"{name} is {value}" for name, value in wrong.items()))
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)

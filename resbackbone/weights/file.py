@@ -19,6 +19,11 @@ MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values 0..1: the one input e
 STD = (0.229, 0.224, 0.225)
 INPUT = {"channel_order": "RGB", "range": [0.0, 1.0], "mean": list(MEAN), "std": list(STD)}
 
+# Trained with the eps of maskrcnn-benchmark; torchvision sets it in the model when it loads these.
+TORCHVISION_WITHOUT_EPS = {
+    f"{kind}_ResNet50_FPN_Weights.COCO_V1" for kind in ("FasterRCNN", "MaskRCNN", "KeypointRCNN", "RetinaNet")
+}
+
 # What torch.load raises, by what is wrong with the file.
 UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError)
 
@@ -45,7 +50,9 @@ def read_weights(source: str | os.PathLike | Mapping[str, Tensor]) -> Weights:
         return Weights(dict(source), {}, "the given state dict", is_file=False)
     name = os.fspath(source)
     if name.startswith("torchvision:"):
-        return Weights(_from_torchvision(name.removeprefix("torchvision:")), {}, name)
+        name_there = name.removeprefix("torchvision:")
+        stated = {"stride_in_1x1": False, "eps": 0.0 if name_there in TORCHVISION_WITHOUT_EPS else 1e-5}
+        return Weights(_from_torchvision(name_there), {"backbone": stated}, name)
     path = Path(name)
     if not path.is_file():
         raise ValueError(f"weights {name!r}: no such file; give a .safetensors, .pth or .pt file, or torchvision:NAME")

@@ -9,6 +9,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from detection.coco import BadImage, CocoImages, Draw, coco_paths, read_annotations, read_image
+from detection.shapes import make_shapes
 
 EXIF_ORIENTATION = 0x0112
 STORED_OF = {  # how a camera stores an upright image [H, W, 3] under each EXIF orientation
@@ -118,7 +119,7 @@ def test_images_without_objects_are_kept_or_left_out(tmp_path):
     assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
     left = opened(tmp_path, content(images=3), keep_empty=False)
     assert left.image_ids.tolist() == [7]
-    assert left.report["images without boxes"] == 2
+    assert left.report["images without a usable box"] == 2
 
 
 def test_an_image_whose_only_object_is_a_crowd_counts_as_without_objects(tmp_path):
@@ -206,9 +207,9 @@ def image_16_bit():
     return Image.fromarray(values), values / 257
 
 
-def dark_image_of_8_bits_in_16():
-    values = (GREY % 256).astype(np.uint16)
-    return Image.fromarray(values), values
+def dark_image_16_bit():
+    values = (GREY % 256).astype(np.uint16)  # black to the eye, though no value is over 255
+    return Image.fromarray(values), values / 257
 
 
 def black_and_white_image():
@@ -239,7 +240,7 @@ def palette_image(**info):
     [
         grey_image,
         image_16_bit,
-        dark_image_of_8_bits_in_16,
+        dark_image_16_bit,
         black_and_white_image,
         image_with_alpha,
         grey_image_with_alpha,
@@ -403,7 +404,7 @@ def test_a_box_that_is_none_is_dropped_and_counted(tmp_path, box, counted):
     dataset = opened(tmp_path, content(boxes=[box, (1, 2, 10, 8)]))
     assert dataset[0][1]["boxes"].tolist() == [[1, 2, 11, 10]]
     assert dataset[0][1]["labels"].tolist() == [1]  # the second category in the file has the lowest id
-    assert dataset.report == {counted: 1, "images without boxes": 0}
+    assert dataset.report == {counted: 1, "images without a usable box": 0}
     assert f"1 {counted}" in dataset.summary()
 
 
@@ -543,3 +544,28 @@ def test_a_data_folder_that_is_missing_or_of_another_layout_is_an_error_that_say
         coco_paths(tmp_path, "train")
     with pytest.raises(ValueError, match="no annotations/instances_val2017.json and no val2017; it should hold"):
         coco_paths(tmp_path, "val")
+
+
+def test_broken_images_are_found_before_training_or_counted(tmp_path):
+    folder = make_shapes(tmp_path / "shapes", train_images=4, val_images=1, size=64)
+    (folder / "train2017" / "000000000002.jpg").write_bytes(b"")
+    whole = (folder / "train2017" / "000000000003.jpg").read_bytes()
+    (folder / "train2017" / "000000000003.jpg").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(BadImage, match=r"000000000002.jpg: empty file \(and 1 more\)"):
+        CocoImages(*coco_paths(folder, "train")).check_files()
+    skipping = CocoImages(*coco_paths(folder, "train"), skip_bad_images=True)
+    skipping.check_files()
+    assert skipping.report["images that cannot be read"] == 2
+    CocoImages(*coco_paths(folder, "val")).check_files()
+
+
+def test_the_annotations_of_the_other_split_are_refused_on_the_embedded_set(tmp_path):
+    folder = make_shapes(tmp_path / "shapes", train_images=2, val_images=2, size=64)
+    with pytest.raises(ValueError, match="is it the file of another split"):
+        CocoImages(folder / "train2017", folder / "annotations" / "instances_val2017.json")
+
+
+def test_an_image_narrower_than_can_be_resized_is_a_bad_image(tmp_path):
+    Image.new("RGB", (1, 3000)).save(tmp_path / "sliver.png")
+    with pytest.raises(BadImage, match="1 x 3000 is too narrow"):
+        read_image(tmp_path / "sliver.png")

@@ -346,3 +346,21 @@ def test_an_image_in_a_batch_of_one_may_have_any_size():
             boxes = detector([torch.rand(3, *size)])[0]["boxes"]
             height, width = size
             assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+
+
+def test_anchors_are_exact_where_the_maps_are_bf16():
+    detector = build_faster_rcnn(build_resnet_backbone(18, fpn=True), 3)
+    sizes = [(1, 8, -(-320 // s), -(-1312 // s)) for s in (4, 8, 16, 32, 64)]
+    images = ImageList(torch.zeros(1, 3, 320, 1312), [(320, 1312)])
+    low, full = (
+        detector.rpn.anchor_generator(images, [torch.zeros(size, dtype=dtype) for size in sizes])[0]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert low.dtype == torch.float32 and torch.equal(low, full)
+
+
+def test_a_box_without_width_is_refused_in_words():
+    detector = build_faster_rcnn(build_resnet_backbone(18, fpn=True), 3)
+    target = {"boxes": torch.tensor([[5.0, 5, 5, 9]]), "labels": torch.tensor([1]), "image_id": 7}
+    with pytest.raises(ValueError, match="image 7: a box x1 y1 x2 y2 without width"):
+        detector([torch.rand(3, 33, 47)], [target])

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from detection import shapes
-from detection.shapes import CATEGORY_IDS, CLASSES, FORMAT, make_shapes
+from detection.shapes import CATEGORY_IDS, CLASSES, FIRST_ID, FORMAT, make_shapes
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -42,13 +42,13 @@ def test_an_image_is_the_same_however_many_are_drawn(tmp_path):
     shared = [name for name in three if name.endswith(".jpg")]
     assert len(shared) == 4
     assert all(three[name] == five[name] for name in shared)
-    assert three["train2017/000000000001.jpg"] != three["val2017/000000000001.jpg"]
+    assert three["train2017/000000000001.jpg"] != three["val2017/000001000001.jpg"]
 
 
 @pytest.mark.parametrize("split, count", [("train2017", 60), ("val2017", 7)])
 def test_there_are_as_many_images_as_asked_for_and_of_the_size_asked_for(drawn, split, count):
     listed = annotations(drawn, split)["images"]
-    assert [image["id"] for image in listed] == list(range(1, count + 1))
+    assert [image["id"] for image in listed] == list(range(FIRST_ID[split], FIRST_ID[split] + count))
     assert sorted(image["file_name"] for image in listed) == sorted(os.listdir(drawn / split))
     for image in listed:
         with Image.open(drawn / split / image["file_name"]) as opened:

@@ -72,7 +72,7 @@ def test_a_run_is_scored_on_the_data_it_was_trained_on(run, shapes, capsys):
     detections = json.loads((run / "detections.json").read_text())
     results = json.loads((run / "results.json").read_text())
     annotations = read_annotations(shapes / "annotations" / "instances_val2017.json")
-    assert {entry["image_id"] for entry in detections} == {1, 2, 3, 4, 5}
+    assert {entry["image_id"] for entry in detections} == set(range(1_000_001, 1_000_006))
     assert {entry["category_id"] for entry in detections} <= set(CATEGORY_IDS)
     assert results == {**score(annotations, detections), "skipped_images": []}
     assert len(results["bbox"]) == 12 and list(results["per_class"]) == list(CLASSES)
@@ -115,14 +115,14 @@ def test_two_processes_write_what_one_does(run, shapes, tmp_path):
 
 def test_a_broken_image_stops_it_and_nothing_is_written_or_it_is_skipped_and_named(run, shapes, tmp_path, capsys):
     data = Path(shutil.copytree(shapes, tmp_path / "own"))
-    (data / "val2017" / "000000000004.jpg").write_bytes(b"")
+    (data / "val2017" / "000001000004.jpg").write_bytes(b"")
     before = names(run)
-    assert "val2017/000000000004.jpg: empty file" in error_of(run, "--data", data)
+    assert "val2017/000001000004.jpg: empty file" in error_of(run, "--data", data)
     assert names(run) == before
     evaluated(run, "--data", data, "--skip-bad-images")
     assert "skipped image" in capsys.readouterr().out
-    results = json.loads((run / "results.json").read_text())
-    assert results["images"] == 5 and "000000000004.jpg" in results["skipped_images"][0]
+    results = json.loads((run / "eval-own" / "results.json").read_text())  # the run's own results are not written over
+    assert results["images"] == 5 and "000001000004.jpg" in results["skipped_images"][0]
 
 
 def test_wrong_input_is_one_line_that_names_it(run, shapes, tmp_path):

@@ -130,7 +130,7 @@ def test_a_run_states_the_whole_configuration_it_ran_with(straight, shapes):
     assert config["data"] == str(shapes) and config["max_steps"] == 6 and config["checkpoint_period"] == 2
     assert (config["depth"], config["recipe"], config["variant"], config["seed"]) == (18, "short", "fpn", 0)
     assert None not in (config["workers"], config["precision"], config["batch_size"])
-    assert config["effective"]["steps"] == 4 * 1400 and config["effective"]["rate"] == 0.001
+    assert config["effective"]["steps"] == 4 * 1200 and config["effective"]["rate"] == 0.002
 
 
 def test_the_detections_rescored_by_pycocotools_give_the_results(straight, shapes):
@@ -309,7 +309,12 @@ def test_two_processes_train_one_detector_and_evaluate_every_image_once(shapes):
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
     results = json.loads(Path("run/results.json").read_text())
     assert results["images"] == 3 and rescored(shapes, Path("run")) == [results["bbox"][name] for name in METRICS]
-    assert {entry["image_id"] for entry in json.loads(Path("run/detections.json").read_text())} == {1, 2, 3}
+    detections = json.loads(Path("run/detections.json").read_text())
+    assert {entry["image_id"] for entry in detections} == {1_000_001, 1_000_002, 1_000_003}
+    # Both ranks evaluated the detector that was saved, statistics included: one process finds the same with it.
+    start[-1] = "1"
+    process = subprocess.run([*start, str(TOOLS / "evaluate_coco.py"), "run"], env=environment, capture_output=True)
+    assert process.returncode == 0 and json.loads(Path("run/detections.json").read_text()) == detections
 
 
 @pytest.mark.parametrize("found_by", ["both ranks", "rank 0"])
@@ -488,11 +493,11 @@ def test_a_broken_training_image_stops_with_its_name_or_is_skipped_and_named(own
 
 def test_missing_and_broken_images_are_counted_where_they_are_skipped(own_shapes, capsys):
     first_image_lost(own_shapes)
-    half(own_shapes / "val2017" / "000000000002.jpg")
+    half(own_shapes / "val2017" / "000001000002.jpg")
     argv = [*QUICK, "--data", str(own_shapes), "--max-steps", "1", "--output", "run"]
     train_coco.main([*argv, "--skip-bad-images"])
     said = capsys.readouterr().out
-    assert "1 images missing" in said and "val2017/000000000002.jpg" in said
+    assert "1 images missing" in said and "val2017/000001000002.jpg" in said
     results = json.loads(Path("run/results.json").read_text())
     assert results["images"] == 3 and len(results["skipped_images"]) == 1
     assert len(list(Path("run/pictures").iterdir())) == 2
@@ -538,6 +543,16 @@ def test_a_run_is_not_resumed_on_data_of_other_categories(straight, own_shapes, 
     assert files(straight) == before
 
 
+def test_a_run_is_not_resumed_on_other_annotations(straight, own_shapes, capsys):
+    content = json.loads(annotation_file(own_shapes).read_text())
+    content["annotations"].pop()
+    annotation_file(own_shapes).write_text(json.dumps(content))
+    before = files(straight)
+    argv = ["--resume", "--output", straight, "--data", own_shapes, "--max-steps", "7"]
+    assert "was trained on other annotations" in error_of(argv, capsys)
+    assert files(straight) == before
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_checkpoint_that_was_harmed_is_one_line_that_names_it(straight, capsys, name):
     shutil.copytree(straight, "run")
@@ -572,7 +587,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_names_the_images_and_
         said = error_of([*SIX_STEPS, "--data", shapes, "--output", "run"], capsys)
     images, targets = calls[-1]
     ids = ", ".join(str(target["image_id"]) for target in targets)
-    assert f"loss is not finite at step 2: loss_box_reg is nan; images {ids}, saved in run/bad_batch" in said
+    assert (
+        f"loss is not finite at step 2: loss_box_reg is nan on rank 0 for images {ids}, saved in run/bad_batch" in said
+    )
     saved = load_file("run/bad_batch_step_2_rank_0.safetensors")
     assert len(calls) == 3 and len(images) == 2
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
