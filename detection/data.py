@@ -13,7 +13,7 @@ from detection.shapes import make_shapes
 from detection.transforms import to_model_input
 
 EMBEDDED = Path("datasets/shapes")
-EMBEDDED_IMAGES = {"train_images": 3000, "val_images": 200}
+EMBEDDED_SET = {"train_images": 3000, "val_images": 200, "size": 128}
 
 
 def find_coco() -> Path | None:
@@ -29,7 +29,7 @@ def find_coco() -> Path | None:
 def embedded_data() -> Path:
     """The folder of the embedded data set, drawn now if it is not there."""
     EMBEDDED.parent.mkdir(exist_ok=True)
-    return make_shapes(EMBEDDED, **EMBEDDED_IMAGES)
+    return make_shapes(EMBEDDED, **EMBEDDED_SET)
 
 
 def open_split(data: Path, split: str, **options) -> CocoImages:

@@ -47,12 +47,12 @@ ONE_X = detectron(90_000, 60_000, 80_000)  # about 12 epochs of COCO
 # For the embedded data set, from scratch on two CPU cores: small images, a thin pyramid, few regions, and AdamW, with
 # which so few updates go further than with SGD.
 SHORT = Recipe(
-    Schedule(rate=0.002, steps=1200, cosine=True, warmup_steps=100),
+    Schedule(rate=0.002, steps=1100, cosine=True, warmup_steps=100),
     batch_size=8,
     depth=18,
-    short_sides=(160,),
-    min_size=160,
-    max_size=320,
+    short_sides=(128,),
+    min_size=128,
+    max_size=256,
     optimizer="adamw",
     weight_decay=0.05,
     clip_grad=10.0,
@@ -66,7 +66,8 @@ SHORT = Recipe(
         "rpn_pre_nms_top_n_test": 300,
         "rpn_post_nms_top_n_train": 100,
         "rpn_post_nms_top_n_test": 100,
-        "box_batch_size_per_image": 64,
+        "box_batch_size_per_image": 128,
+        "box_positive_fraction": 0.5,
         "box_score_thresh": 0.01,
     },
 )

@@ -113,6 +113,8 @@ def train(rank: Rank, options: Options) -> None:
     say = console.print if rank.is_main else lambda *_: None
     if options.data == EMBEDDED:
         say(f"data: the embedded set in {EMBEDDED}; for real ones give --data DIR, which should hold {LAYOUT}")
+        if not EMBEDDED.exists():
+            say("drawing it first, some thousand images")
         broadcast(embedded_data() if rank.is_main else None, rank)
     folder = broadcast(claim_folder(options) if rank.is_main else None, rank)
     recipe = RECIPES[options.recipe]

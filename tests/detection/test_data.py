@@ -43,7 +43,7 @@ def test_a_variable_that_is_set_to_nothing_is_as_if_unset(monkeypatch):
 
 
 def test_the_embedded_data_is_drawn_once_and_opens_as_coco(monkeypatch):
-    monkeypatch.setattr(data_module, "EMBEDDED_IMAGES", {"train_images": 3, "val_images": 2, "size": 64})
+    monkeypatch.setattr(data_module, "EMBEDDED_SET", {"train_images": 3, "val_images": 2, "size": 64})
     folder = embedded_data()
     assert folder == Path("datasets/shapes")
     drawn = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -130,7 +130,7 @@ def test_a_run_states_the_whole_configuration_it_ran_with(straight, shapes):
     assert config["data"] == str(shapes) and config["max_steps"] == 6 and config["checkpoint_period"] == 2
     assert (config["depth"], config["recipe"], config["variant"], config["seed"]) == (18, "short", "fpn", 0)
     assert None not in (config["workers"], config["precision"], config["batch_size"])
-    assert config["effective"]["steps"] == 4 * 1200 and config["effective"]["rate"] == 0.002
+    assert config["effective"]["steps"] == 4 * 1100 and config["effective"]["rate"] == 0.002
 
 
 def test_the_detections_rescored_by_pycocotools_give_the_results(straight, shapes):
@@ -160,7 +160,7 @@ def test_real_images_train_and_evaluate(data, capsys):
 
 
 def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_own(monkeypatch, capsys):
-    monkeypatch.setattr(data_module, "EMBEDDED_IMAGES", {"train_images": 4, "val_images": 2, "size": 64})
+    monkeypatch.setattr(data_module, "EMBEDDED_SET", {"train_images": 4, "val_images": 2, "size": 64})
     train_coco.main(["--device", "cpu", "--batch-size", "2", "--max-steps", "1"])
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert "embedded set in datasets/shapes" in first and "--data DIR" in first and "instances_val2017.json" in first
