@@ -162,9 +162,9 @@ def test_real_images_train_and_evaluate(data, capsys):
 def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_own(monkeypatch, capsys):
     monkeypatch.setattr(data_module, "EMBEDDED_SET", {"train_images": 4, "val_images": 2, "size": 64})
     train_coco.main(["--device", "cpu", "--batch-size", "2", "--max-steps", "1"])
-    first, second, *_ = capsys.readouterr().out.splitlines()
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
     assert "embedded set in datasets/shapes" in first and "--data DIR" in first and "instances_val2017.json" in first
-    assert second.split() == ["run:", "runs/shapes-r18-fpn-short"]
+    assert "drawing it" in second and third.split() == ["run:", "runs/shapes-r18-fpn-short"]
     assert Path("runs/shapes-r18-fpn-short/results.json").is_file()
 
 
