@@ -29,7 +29,10 @@ def find_coco() -> Path | None:
 def embedded_data() -> Path:
     """The folder of the embedded data set, drawn now if it is not there."""
     EMBEDDED.parent.mkdir(exist_ok=True)
-    return make_shapes(EMBEDDED, **EMBEDDED_SET)
+    try:
+        return make_shapes(EMBEDDED, **EMBEDDED_SET)
+    except ValueError as error:  # drawn by another version, or not ours
+        raise ValueError(f"{error}; or remove {EMBEDDED}, and it is drawn anew") from None
 
 
 def open_split(data: Path, split: str, **options) -> CocoImages:
