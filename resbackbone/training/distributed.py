@@ -92,7 +92,10 @@ def _run(local_rank: int, rank: int, processes: int, device: str, function: Call
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=processes, timeout=TIMEOUT)
     function(Rank(rank, processes, place), *arguments)
-    dist.destroy_process_group()  # not after an error: it would wait for ranks that do not know of it yet
+    # Not after an error: these would wait for ranks that do not know of it yet. A rank that leaves while another
+    # still talks to it makes gloo abort that one now and then, so they leave together.
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _free_port() -> int:
