@@ -6,6 +6,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -143,7 +144,6 @@ class CocoImages(Dataset):
         categories: Mapping[int, str] | None = None,
     ):
         content = read_annotations(annotations)
-        self.fingerprint = hashlib.sha256(Path(annotations).read_bytes()).hexdigest()
         self.folder, self.annotation_file = Path(images), Path(annotations)
         self.transform, self.skip_bad_images = transform, skip_bad_images
         self.categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
@@ -173,6 +173,11 @@ class CocoImages(Dataset):
         self.offsets = np.cumsum([0, *(len(boxes[image["id"]]) for image in kept)])
         rows = [row for image in kept for row in boxes[image["id"]]]
         self.rows = np.array(rows, dtype=np.float32).reshape(-1, 5)  # x1, y1, x2, y2, label
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the annotation file, in hex: tells a run that is resumed whether its data are the same."""
+        return hashlib.sha256(self.annotation_file.read_bytes()).hexdigest()
 
     @property
     def class_names(self) -> list[str]:
