@@ -6,8 +6,9 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 # What the tests and `make check` use; the linter's version is written here and nowhere else.
-DEV = ["pytest>=8", "ruff==0.17.6", "timm>=1.0.15"]
+DEV = [*EXPORT, "pytest>=8", "ruff==0.17.6", "hypothesis>=6.100", "transformers>=4.50"]
 
 setup(
     name="resbackbone",
@@ -25,13 +26,16 @@ setup(
         "safetensors>=0.4.3",
         "numpy>=1.26",
         "pillow>=10",
+        "timm>=1.0.15",
+        "huggingface_hub>=0.30",
+        "filelock>=3.12",
         "pycocotools>=2.0.8",
         "pyyaml>=6",
         "tyro>=0.9",
         "rich>=14.1",
         "tensorboard>=2.15",
     ],
-    extras_require={"dev": DEV},
+    extras_require={"export": EXPORT, "dev": DEV},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",

@@ -11,6 +11,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
+from detection.foreign import describe_detector
 from detection.roi_align import PyramidRoIAlign
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
@@ -25,6 +26,8 @@ BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
     "dc5": {"levels": ("c5",), "dilate_c5": True},
 }
 VARIANTS = tuple(BACKBONE_OF)
+GEOMETRIES = ("torchvision", "detectron2")
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
 
 
@@ -75,12 +78,33 @@ class FasterRCNN(TorchvisionFasterRCNN):
                 raise ValueError(f"{name}a box x1 y1 x2 y2 without width or height: {boxes.tolist()}")
 
 
-class FP32Anchors(AnchorGenerator):
-    """Anchors in fp32 whatever the maps are in: bf16 holds 1000 pixels to the nearest 4."""
+class Anchors(AnchorGenerator):
+    """torchvision's anchors with the strides that the backbone states, where it infers them from the sizes.
+
+    In fp32 whatever the maps are in: bf16 holds 1000 pixels to the nearest 4. `rounded` puts corners on whole pixels,
+    as torchvision does and detectron2 does not.
+    """
+
+    def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, rounded: bool):
+        self.rounded = rounded  # before what makes the anchors
+        super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
+        self.strides = strides
+
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> Tensor:
+        """Boxes around (0, 0), [ratios * sizes, 4], by ratio and then by size; a ratio is height to width."""
+        scales, ratios = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scales, aspect_ratios))
+        heights = (ratios.sqrt()[:, None] * scales).flatten()
+        widths = ((1 / ratios.sqrt())[:, None] * scales).flatten()
+        boxes = torch.stack((-widths, -heights, widths, heights), 1) / 2
+        return boxes.round() if self.rounded else boxes
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        # Only their sizes and their type are looked at.
-        return super().forward(image_list, [x.new_empty(1, dtype=torch.float32).expand_as(x) for x in feature_maps])
+        """[cells * anchors a cell, 4] an image, the levels one after the other."""
+        self.set_cell_anchors(torch.float32, feature_maps[0].device)
+        device = feature_maps[0].device
+        strides = [[torch.full((), stride, dtype=torch.int64, device=device)] * 2 for stride in self.strides]
+        anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in feature_maps], strides))
+        return [anchors] * len(image_list.image_sizes)
 
 
 class FP32RPNHead(RPNHead):
@@ -121,6 +145,7 @@ def build_faster_rcnn(
     resize_in_training: bool = True,
     anchor_scale: float = 8.0,
     representation_size: int = 1024,
+    geometry: str = "torchvision",
     **options,
 ) -> FasterRCNN:
     """Build Faster R-CNN (Ren et al. 2015) over `backbone`; anchors and RoI pooling follow `backbone.features`.
@@ -134,11 +159,15 @@ def build_faster_rcnn(
     anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
         to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
     representation_size: width of the two fully connected layers of the fpn and dc5 heads.
+    geometry: "torchvision": anchors on whole pixels, RoIAlign with 2 x 2 samples a bin; "detectron2": anchors as
+        they are, aligned RoIAlign with as many samples as cells, and single maps not padded to their stride. Weights
+        trained with one give about as good, but not the same, detections with the other.
     options: torchvision's own (rpn_..., box_...: thresholds, numbers of proposals), passed through.
 
     Raises ValueError for a backbone that does not fit the variant, and for a class count that is not 1 or more.
     """
     one_of("variant", variant, VARIANTS)
+    one_of("geometry", geometry, GEOMETRIES)
     if not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes is the number of real categories, at least 1, not {num_classes!r}")
     categories = dict(categories or {label: f"class {label}" for label in range(1, num_classes + 1)})
@@ -152,13 +181,15 @@ def build_faster_rcnn(
         sizes = [(anchor_scale * feature.stride,) for feature in backbone.features.values()]
     else:
         sizes = [tuple(side * anchor_scale / 8 for side in SINGLE_MAP_ANCHORS)]
-    anchors = FP32Anchors(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    strides = [feature.stride for feature in backbone.features.values()]
+    anchors = Anchors(sizes, strides, rounded=geometry == "torchvision")
     pooled = {level: feature for level, feature in backbone.features.items() if level not in ("p6", "p7")}
     pool = PyramidRoIAlign(
         pooled or backbone.features,  # p6 and p7 are the RPN's alone
         output_size=14 if variant == "c4" else 7,
         sampling_ratio=2,
         canonical_scale=round(224 * anchor_scale / 8),
+        aligned=geometry == "detectron2",
     )
     if box_head is None:
         box_head = TwoMLPHead(backbone.out_channels * 7 * 7, representation_size)
@@ -174,7 +205,7 @@ def build_faster_rcnn(
         max_size=max_size,
         image_mean=list(MEAN),
         image_std=list(STD),
-        size_divisible=backbone.size_divisibility,
+        size_divisible=1 if geometry == "detectron2" and variant != "fpn" else backbone.size_divisibility,
         _skip_resize=not resize_in_training,
         **options,
     )
@@ -190,6 +221,7 @@ def build_faster_rcnn(
             "resize_in_training": resize_in_training,
             "anchor_scale": anchor_scale,
             "representation_size": representation_size,
+            "geometry": geometry,
             **options,
         },
     }
@@ -231,16 +263,30 @@ def save_detector(detector: FasterRCNN, path: str | Path) -> None:
 
 
 def load_detector(path: str | Path) -> FasterRCNN:
-    """The detector that `save_detector` wrote to `path`, in eval mode. ValueError if the file is of another kind."""
+    """The detector that `save_detector` wrote to `path`, or one of a foreign format (`read_weights`), in eval mode.
+
+    ValueError if the weights are not of a Faster R-CNN that this package builds.
+    """
     weights = read_weights(path)
-    if not {"backbone", "detector"} <= weights.metadata.keys():
-        raise ValueError(f"{path} does not hold a detector of this package: its metadata describe none")
+    if "detector" not in weights.metadata:
+        if weights.format == "resbackbone":
+            raise ValueError(f"{path} does not hold a detector of this package: its metadata describe none")
+        weights.announce_assumptions()
+        weights.metadata.update(describe_detector(weights))
     try:
-        detector = build_faster_rcnn(backbone_from_config(weights.metadata["backbone"]), **weights.metadata["detector"])
+        detector = build_faster_rcnn(_backbone(weights.metadata["backbone"]), **weights.metadata["detector"])
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} describes a detector this version cannot build ({error!r})") from None
     fit(detector, weights)
     return detector.eval()
+
+
+def _backbone(config: Mapping) -> Backbone:
+    if "timm" not in config:
+        return backbone_from_config(config)
+    from resbackbone.adapters.from_timm import timm_backbone_from_config  # only here: other detectors do without timm
+
+    return timm_backbone_from_config(config)
 
 
 def detector_file(run: str | Path) -> Path:

@@ -1,18 +1,19 @@
 """Backbone = trunk (+ FPN), and build_resnet_backbone(), the one way to make it."""
 
-import logging
+import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from resbackbone.checks import one_of
+from resbackbone.export import export_backbone
 from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
 from resbackbone.layers import fuse
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, count_norms, sorted_levels
-from resbackbone.weights import Weights, backbone_part, fit, guess_depth, read_weights
+from resbackbone.weights import DEFAULTS, backbone_part, fit, pyramid_of, read_weights, settle
 
-_log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
 FREEZABLE = ("none", "stem", *TRUNK_LEVELS)
 DEFAULT_PYRAMID = ("p2", "p3", "p4", "p5", "p6")
 
@@ -44,6 +45,10 @@ class Backbone(nn.Module):
         """Fold every batch norm into its convolution, in place, for inference; returns self in eval mode."""
         fuse(self.eval())
         return self
+
+    def export(self, path: str | os.PathLike, format: str | None = None) -> None:
+        """Write a fused fp32 copy, free in batch, height and width, as "onnx" or "pt2": see `export_backbone`."""
+        export_backbone(self, path, format)
 
     def summary(self) -> str:
         """One line on what trains: `frozen BN 53, trainable BN 0, parameters 23.2 M trainable, 0.2 M frozen`."""
@@ -83,7 +88,7 @@ class ResNetBackbone(Backbone, ResNet):
 
 
 def build_resnet_backbone(
-    depth: int,
+    depth: int | None = None,
     *,
     levels: Iterable[str] | None = None,
     fpn: bool = False,
@@ -92,16 +97,16 @@ def build_resnet_backbone(
     weights: str | Path | Mapping[str, Tensor] | None = None,
     stride_in_1x1: bool | None = None,
     eps: float | None = None,
-    shortcut: str = "B",
+    shortcut: str | None = None,
     dilate_c5: bool = False,
-    groups: int = 1,
-    width_per_group: int = 64,
-    in_channels: int = 3,
+    groups: int | None = None,
+    width_per_group: int | None = None,
+    in_channels: int | None = None,
     zero_init_residual: bool = False,
     checkpoint_activations: bool = False,
-    fpn_channels: int = 256,
+    fpn_channels: int | None = None,
     fpn_norm: str | None = None,
-    p6_from: str = "c5",
+    p6_from: str | None = None,
 ) -> ResNetBackbone:
     """Build a ResNet as multi-scale feature maps; tools, adapters and tests all come through here.
 
@@ -110,75 +115,81 @@ def build_resnet_backbone(
     Output {level: [B, channels, ceil(H/stride), ceil(W/stride)]}, finest first; `features[level]` of the result
     holds that level's channels and stride.
 
-    depth: 18, 34, 50, 101 or 152.
+    depth: 18, 34, 50, 101 or 152; with weights that tell it, None will do. The same goes for the arguments below
+        that are None: what the weights say holds, and asking for something else is an error.
     levels: which of c2..c5, or with `fpn` which of p2..p7, to return; the number is log2 of the stride. What they do
-        not need is not built. p7 turns p6 and p7 into convolutions that start from `p6_from`, "c5" or "p5".
+        not need is not built. p7 turns p6 and p7 into convolutions that start from `p6_from`, "c5" (default) or "p5".
+        Default: all of the trunk; the pyramid that the weights hold, else p2..p6.
     norm: "BN", "FrozenBN", "SyncBN" or "GN". Default: FrozenBN with weights, BN without.
     frozen_through: None, "stem", "c2" .. "c5": these parts get no gradient and keep their statistics. Default: "c2"
         with weights, None without; "none" freezes nothing, with weights too.
-    weights: a file, `torchvision:ResNet50_Weights.IMAGENET1K_V2`, or a state dict; see `weights.read_weights`.
-    stride_in_1x1: where a bottleneck strides. False is torchvision's 3x3, True the paper's first 1x1. None takes
-        what the weights say, or False.
-    eps: of the norms. None takes what the weights say, or 1e-5.
-    shortcut: "A", "B", "C" (Sec. 4.1), or "none" for the plain networks of Sec. 3.3.
+    weights: a file of any known format, a named source (`torchvision:ResNet50_Weights.IMAGENET1K_V2`, `timm:..`,
+        `hf:..`, `detectron2:..`, a URL), or a state dict; see `weights.read_weights`.
+    stride_in_1x1: where a bottleneck strides. False (default) is torchvision's 3x3, True the paper's first 1x1.
+    eps: of the norms (1e-5).
+    shortcut: "A", "B" (default), "C" (Sec. 4.1), or "none" for the plain networks of Sec. 3.3.
     dilate_c5: c5 at stride 16, its later 3x3 convolutions dilated by 2 (DC5).
-    groups, width_per_group: ResNeXt (32, 4) and wide (1, 128) bottlenecks.
+    groups, width_per_group: ResNeXt (32, 4) and wide (1, 128) bottlenecks; default 1, 64.
+    in_channels: of the images (3).
     zero_init_residual: start the last norm of each block at zero (Goyal et al. 2017).
     checkpoint_activations: compute each block's activations again in backward instead of keeping them.
     fpn_channels, fpn_norm: channels of the pyramid (256) and the norm behind its convolutions (none).
 
-    Raises ValueError for an unknown name or level, for frozen layers without weights, and for weights that do not
-    fit, listing every missing, unexpected and mis-shaped key.
+    Raises ValueError for an unknown name or level, for frozen layers without weights, and for weights that are of
+    another network than is asked or do not fit, listing every missing, unexpected and mis-shaped key.
     """
-    one_of("depth", depth, DEPTHS)
+    if depth is not None or weights is None:
+        one_of("depth", depth, DEPTHS)
     if frozen_through is not None:
         one_of("part to freeze through", frozen_through, FREEZABLE)
-    loaded = None if weights is None else read_weights(weights)
-    if loaded is None:
-        _refuse_frozen_random_layers(norm=norm, frozen_through=frozen_through, fpn_norm=fpn_norm)
-    stated = {} if loaded is None else _stated_architecture(loaded)
-    asked = {
+    trunk = {
         "depth": depth,
         "shortcut": shortcut,
+        "stride_in_1x1": stride_in_1x1,
         "groups": groups,
         "width_per_group": width_per_group,
         "in_channels": in_channels,
-        **({} if stride_in_1x1 is None else {"stride_in_1x1": stride_in_1x1}),
-        **({} if eps is None else {"eps": eps}),
+        "eps": eps,
+        "norm": norm,
     }
-    if loaded is not None and depth >= 50 and "stride_in_1x1" not in {**stated, **asked} and loaded.is_file:
-        _log.warning("weights from %s do not say where they stride: taken for the 3x3, as torchvision's", loaded.source)
-    for name, value in asked.items():
-        if name in stated and stated[name] != value:
-            raise ValueError(f"weights from {loaded.source} are for {name}={stated[name]}, asked was {name}={value}")
+    loaded = None
+    if weights is None:
+        _refuse_frozen_random_layers(norm=norm, frozen_through=frozen_through, fpn_norm=fpn_norm)
+        trunk = {**DEFAULTS, **{name: value for name, value in trunk.items() if value is not None}}
+    else:
+        loaded = read_weights(weights)
+        loaded.announce_assumptions(**trunk)
+        trunk = settle(loaded, **trunk)
+        if norm is None and trunk["norm"] != "GN":
+            trunk["norm"] = "FrozenBN"
 
+    pyramid = {"levels": DEFAULT_PYRAMID, "fpn_channels": 256, "fpn_norm": None, "p6_from": "c5"}
+    if loaded is not None:
+        held, stated = pyramid_of(backbone_part(loaded.state)), loaded.metadata.get("backbone", {})
+        pyramid |= {name: stated.get(name, value) for name, value in held.items()}
+    asked = {"levels": levels, "fpn_channels": fpn_channels, "fpn_norm": fpn_norm, "p6_from": p6_from}
+    pyramid |= {name: value for name, value in asked.items() if value is not None}
     if fpn:
-        levels = sorted_levels(
-            DEFAULT_PYRAMID if levels is None else levels, PYRAMID_LEVELS, " (a pyramid's levels, with fpn=True)"
-        )
+        note = " (a pyramid's levels, with fpn=True)"
+        levels = sorted_levels(pyramid["levels"], PYRAMID_LEVELS, note)
     else:
         levels = sorted_levels(TRUNK_LEVELS if levels is None else levels, TRUNK_LEVELS)
     backbone = backbone_from_config(
         {
-            **asked,
+            **trunk,
+            **pyramid,
             "levels": levels,
             "fpn": fpn,
-            "norm": norm or ("BN" if loaded is None else "FrozenBN"),
             "frozen_through": frozen_through or ("none" if loaded is None else "c2"),
-            "stride_in_1x1": stated.get("stride_in_1x1", False) if stride_in_1x1 is None else stride_in_1x1,
-            "eps": stated.get("eps", 1e-5) if eps is None else eps,
             "dilate_c5": dilate_c5,
             "zero_init_residual": zero_init_residual,
             "checkpoint_activations": checkpoint_activations,
-            "fpn_channels": fpn_channels,
-            "fpn_norm": fpn_norm,
-            "p6_from": p6_from,
         }
     )
     if loaded is not None:
         if fpn_norm == "FrozenBN" and not any(key.startswith("fpn.") for key in backbone_part(loaded.state)):
             raise ValueError(f"fpn_norm='FrozenBN', but weights from {loaded.source} hold no pyramid to freeze")
-        fit(backbone, loaded._replace(state=backbone_part(loaded.state)), fresh=("fpn.",))
+        fit(backbone, replace(loaded, state=backbone_part(loaded.state)), fresh=("fpn.",))
         backbone.weights_source = loaded.source
     return backbone
 
@@ -202,12 +213,3 @@ def _refuse_frozen_random_layers(**arguments: str | None) -> None:
     for name, value in arguments.items():
         if value == "FrozenBN" or (name == "frozen_through" and value not in (None, "none")):
             raise ValueError(f"{name}={value!r} without weights would freeze random layers; give weights, or drop it")
-
-
-def _stated_architecture(weights: Weights) -> dict:
-    """What a file says of its network, in its metadata or through its names."""
-    stated = dict(weights.metadata.get("backbone", {}))
-    depth = guess_depth(backbone_part(weights.state))
-    if depth is not None:
-        stated["depth"] = depth
-    return stated

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from resbackbone.resnet import ResNet
-from resbackbone.weights import fit, read_weights
+from resbackbone.checks import one_of
+from resbackbone.resnet import DEPTHS, ResNet
+from resbackbone.weights import DEFAULTS, fit, read_weights, settle
 
 
 class ResNetClassifier(ResNet):
@@ -22,35 +23,57 @@ class ResNetClassifier(ResNet):
 
 
 def build_resnet_classifier(
-    depth: int,
-    num_classes: int = 1000,
+    depth: int | None = None,
+    num_classes: int | None = None,
     *,
     weights: str | Path | Mapping[str, Tensor] | None = None,
-    norm: str = "BN",
-    stride_in_1x1: bool = False,
-    shortcut: str = "B",
-    groups: int = 1,
-    width_per_group: int = 64,
-    in_channels: int = 3,
+    norm: str | None = None,
+    stride_in_1x1: bool | None = None,
+    eps: float | None = None,
+    shortcut: str | None = None,
+    groups: int | None = None,
+    width_per_group: int | None = None,
+    in_channels: int | None = None,
     zero_init_residual: bool = False,
     checkpoint_activations: bool = False,
 ) -> ResNetClassifier:
     """Build the paper's classifier of a depth in 18, 34, 50, 101, 152; arguments as in `build_resnet_backbone`.
 
-    Raises ValueError for an unknown name, and for weights that do not fit, their `fc` included.
+    What is None comes from the weights, or is the default: 1000 classes, norm "BN", and so on. Raises ValueError for
+    an unknown name, and for weights that are of another network than is asked or do not fit, their `fc` included.
     """
+    if depth is not None or weights is None:
+        one_of("depth", depth, DEPTHS)
+    trunk = {
+        "depth": depth,
+        "shortcut": shortcut,
+        "stride_in_1x1": stride_in_1x1,
+        "groups": groups,
+        "width_per_group": width_per_group,
+        "in_channels": in_channels,
+        "eps": eps,
+        "norm": norm,
+    }
+    loaded = None
+    if weights is None:
+        trunk = {**DEFAULTS, **{name: value for name, value in trunk.items() if value is not None}}
+    else:
+        loaded = read_weights(weights)
+        if "fc.weight" not in loaded.state:
+            raise ValueError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")
+        held = len(loaded.state["fc.weight"])
+        if num_classes not in (None, held):
+            raise ValueError(
+                f"weights from {loaded.source} are for num_classes={held}, asked was num_classes={num_classes}"
+            )
+        loaded.announce_assumptions(**trunk)
+        trunk, num_classes = settle(loaded, **trunk), held
     model = ResNetClassifier(
-        depth,
-        num_classes,
-        norm=norm,
-        stride_in_1x1=stride_in_1x1,
-        shortcut=shortcut,
-        groups=groups,
-        width_per_group=width_per_group,
-        in_channels=in_channels,
+        num_classes=1000 if num_classes is None else num_classes,
         zero_init_residual=zero_init_residual,
         checkpoint_activations=checkpoint_activations,
+        **trunk,
     )
-    if weights is not None:
-        fit(model, read_weights(weights))
+    if loaded is not None:
+        fit(model, loaded)
     return model

@@ -170,7 +170,12 @@ class ResNet(nn.Module):
             yield level, getattr(self, STAGES[level])
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, in_channels, H, W]
-        x = F.relu_(conv_norm(self.conv1, self.bn1, images))  # [B, 64, H/2, W/2]
+        return self.from_stem(self.stem(images))
+
+    def stem(self, images: Tensor) -> Tensor:  # [B, in_channels, H, W] -> [B, 64, H/2, W/2]
+        return F.relu_(conv_norm(self.conv1, self.bn1, images))
+
+    def from_stem(self, x: Tensor) -> dict[str, Tensor]:  # [B, 64, H/2, W/2]
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # [B, 64, H/4, W/4]
         maps = {}
         for level, stage in self.stages():
@@ -219,10 +224,10 @@ def sorted_levels(levels: Iterable[str], choices: tuple[str, ...], note: str = "
 
 
 def count_norms(module: nn.Module) -> tuple[int, int]:
-    """(frozen, trainable) batch norms in `module`."""
-    batch_norms = (nn.modules.batchnorm._BatchNorm,)
+    """(frozen, trainable) batch norms in `module`; frozen ones of other libraries are known by their class's name."""
     modules = list(module.modules())
-    return sum(isinstance(m, FrozenBatchNorm2d) for m in modules), sum(isinstance(m, batch_norms) for m in modules)
+    frozen = sum(type(m).__name__.startswith("FrozenBatchNorm") for m in modules)
+    return frozen, sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
 
 
 def _is_frozen(module: nn.Module) -> bool:

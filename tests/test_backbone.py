@@ -372,7 +372,46 @@ def test_a_pyramid_that_no_weights_hold_is_not_frozen():
 def test_a_file_that_does_not_say_where_it_strides_is_said_to_be_assumed(tmp_path, caplog):
     torch.save(build_resnet_backbone(50).state_dict(), tmp_path / "plain.pth")
     build_resnet_backbone(50, weights=tmp_path / "plain.pth")
-    assert len(caplog.messages) == 1 and "do not say where they stride" in caplog.text
+    assert len(caplog.messages) == 1 and caplog.text.rstrip().endswith(
+        "plain.pth have torchvision / timm names and say no more: taken for an input of RGB 0..1, mean 0.485 0.456 "
+        "0.406, std 0.229 0.224 0.225, the stride in the 3x3"
+    )
     caplog.clear()
     build_resnet_backbone(50, weights=tmp_path / "plain.pth", stride_in_1x1=False)
+    assert len(caplog.messages) == 1 and "the stride" not in caplog.text
+    caplog.clear()
+    build_resnet_backbone(18, weights=build_resnet_backbone(18).state_dict())  # its owner knows
     assert not caplog.messages
+
+
+def test_what_is_not_asked_comes_from_the_weights(own_file):
+    backbone, path = own_file
+    loaded = build_resnet_backbone(weights=path, fpn=True)
+    images = torch.randn(1, 3, 33, 65)
+    assert list(loaded.features) == ["p3", "p5"] and loaded.fpn is not None
+    assert_same_maps(loaded(images), backbone(images), 1e-5)
+    with pytest.raises(ValueError, match="unknown depth None; choose from 18"):
+        build_resnet_backbone()
+
+
+@pytest.mark.parametrize(
+    "options", [{"shortcut": "C"}, {"groups": 32, "width_per_group": 4}, {"in_channels": 4}, {"norm": "GN"}]
+)
+def test_names_and_shapes_tell_what_a_plain_state_dict_does_not_say(options):
+    state = build_resnet_backbone(50, levels=["c2", "c4"], **options).state_dict()
+    loaded = build_resnet_backbone(weights=state, levels=["c4"])
+    assert {**loaded.config, **options} == {**loaded.config} and loaded.config["depth"] == 50
+
+
+def test_norms_that_hold_other_tensors_are_a_conflict(resnet18):
+    with pytest.raises(ValueError, match="are for norm=BN, asked was norm=GN"):
+        build_resnet_backbone(18, weights=resnet18, norm="GN")
+
+
+def test_a_network_of_no_published_depth_has_to_be_named():
+    state = build_resnet_backbone(18).state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith("layer2.1.")}
+    with pytest.raises(ValueError, match="do not tell a depth of 18, 34, 50, 101, 152; give it"):
+        build_resnet_backbone(weights=state)
+    with pytest.raises(ValueError, match=r"missing: layer2\.1\.conv1\.weight"):
+        build_resnet_backbone(18, weights=state)

@@ -23,14 +23,20 @@ def test_a_classifier_and_torchvision_load_each_other_strictly():
     model.load_state_dict(reference.state_dict())
 
 
-def test_a_classifier_of_another_number_of_classes_is_a_misfit_that_names_its_fc():
+def test_what_is_not_asked_comes_from_the_weights_and_what_is_asked_otherwise_is_refused():
     state = torchvision.models.resnet18(num_classes=10).state_dict()
-    with pytest.raises(ValueError) as error:
-        build_resnet_classifier(18, 7, weights=state)
-    assert "fc.weight is [10, 512], not [7, 512]" in str(error.value)
-    assert "fc.bias is [10], not [7]" in str(error.value)
-    del state["fc.weight"], state["fc.bias"]
-    with pytest.raises(ValueError, match="2 missing: fc.weight, fc.bias"):
+    assert build_resnet_classifier(weights=state).fc.weight.shape == (10, 512)
+    for depth, classes, said in (
+        (18, 7, "num_classes=10, asked was num_classes=7"),
+        (34, 10, "depth=18, asked was depth=34"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            build_resnet_classifier(depth, classes, weights=state)
+    del state["fc.bias"]
+    with pytest.raises(ValueError, match="1 missing: fc.bias"):
+        build_resnet_classifier(18, 10, weights=state)
+    del state["fc.weight"]
+    with pytest.raises(ValueError, match="hold no classifier: fc.weight is missing"):
         build_resnet_classifier(18, 10, weights=state)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY, CORE = sorted(ROOT.glob("resbackbone/**/*.py")), sorted(ROOT.glob("resbackbone/*.py"))
-WEIGHTS = sorted(ROOT.glob("resbackbone/weights/*.py"))
+WEIGHTS, ADAPTERS = (sorted(ROOT.glob(f"resbackbone/{folder}/*.py")) for folder in ("weights", "adapters"))
 HIGHER = ("adapters", "classification", "training")  # parts of the library that stand on its core
 OWN = {"detection", "resbackbone", "tools"}
 
@@ -35,16 +35,25 @@ def relative(path: Path) -> str:
 
 
 def test_there_are_files_to_look_at():
-    assert len(CORE) > 5 and len(LIBRARY) > len(CORE) and WEIGHTS
+    assert len(CORE) > 5 and len(LIBRARY) > len(CORE) and WEIGHTS and ADAPTERS
 
 
 @pytest.mark.parametrize("path", [*CORE, *WEIGHTS], ids=relative)
 def test_the_core_imports_only_torch_safetensors_and_itself(path):
-    # weights/ names sources that torchvision owns, and asks it for them
-    allowed = {"torch", "safetensors", "resbackbone", *(["torchvision"] if path in WEIGHTS else [])}
+    # weights/ names sources that others own, and asks them; inside functions, as the last test here shows
+    owners = {"torchvision", "timm", "huggingface_hub", "filelock"} if path in WEIGHTS else set()
+    allowed = {"torch", "safetensors", "resbackbone", *owners}
     assert packages(path) - set(sys.stdlib_module_names) <= allowed
     above = [name for name in imported(path) if name.split(".")[0] == "resbackbone" and name.count(".")]
     assert not [name for name in above if name.split(".")[1] in HIGHER]
+
+
+@pytest.mark.parametrize("path", ADAPTERS, ids=relative)
+def test_an_adapter_imports_the_core_and_its_one_framework(path):
+    frameworks = packages(path) - set(sys.stdlib_module_names) - {"torch", "resbackbone"}
+    assert frameworks <= {"__init__": set(), "from_timm": {"timm"}}.get(path.stem, {path.stem})
+    above = [name.split(".")[1] for name in imported(path) if name.startswith("resbackbone.")]
+    assert not {"classification", "training"} & set(above)
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=relative)
@@ -63,4 +72,11 @@ def test_importing_the_library_loads_no_other_framework():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(run.stdout.split())
     assert {"torch", "resbackbone"} <= loaded
-    assert not loaded & {"torchvision", "timm", "pycocotools", "tyro", "rich", "yaml", "tensorboard", "detection"}
+    heavy = {"torchvision", "timm", "huggingface_hub", "onnx", "pycocotools", "tyro", "rich", "yaml", "tensorboard"}
+    assert not loaded & {*heavy, "detection"}
+
+
+def test_a_framework_is_loaded_with_its_adapter_and_not_before():
+    code = "import detection.faster_rcnn, resbackbone.adapters, sys; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not {"timm", "transformers", "detectron2"} & set(run.stdout.split())

@@ -40,6 +40,7 @@ from resbackbone.training.distributed import (
 from resbackbone.training.run import Run, checkpoints, latest_folder, new_folder, read_yaml
 from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, parameter_groups, seed_step
 
+ENGINES = ("torchvision", "detectron2")
 MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and getting past a broken image
     *("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config"),
     *("checkpoint_period", "eval_period", "log_period", "pictures"),
@@ -57,6 +58,8 @@ class Options:
     """18, 34, 50, 101 or 152. Default: the recipe's (50; short: 18)."""
     variant: str = "fpn"
     """fpn, c4 (the ResNet paper's detector) or dc5."""
+    engine: str = "torchvision"
+    """Whose detector and trainer: torchvision (this package's own loop) or detectron2, where that is installed."""
     recipe: str | None = None
     """1x, 2x, 3x or short. Default: 1x; short on the embedded data set."""
     weights: str | None = None
@@ -127,6 +130,9 @@ def train(rank: Rank, options: Options) -> None:
     for split in (train_set, val_set):
         split.check_files()
     say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
+    if options.engine == "detectron2":
+        detectron2_engine().train_with_detectron2(rank, options, folder, train_set=train_set, val_set=val_set)
+        return
 
     last = checkpoints(folder)[-1] if options.resume and checkpoints(folder) else None
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
@@ -241,11 +247,14 @@ def complete(options: Options) -> Options:
     recipe_name = one_of("recipe", options.recipe or ("short" if data == EMBEDDED else "1x"), RECIPES)
     recipe = RECIPES[recipe_name]
     one_of("variant", options.variant, BACKBONE_OF)
+    if one_of("engine", options.engine, ENGINES) == "detectron2":
+        detectron2_engine().check_options(options)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     processes = count_processes(device, options.gpus)  # says so if the device is not there
     on_gpu = torch.device(device).type == "cuda"
     batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
     batch_size = options.batch_size or max(1, batch_size // processes) * processes  # every process gets as many
+    default_precision = native_precision(device) if options.engine == "torchvision" else "fp32"
     for name in ("max_steps", "batch_size", "checkpoint_period", "log_period"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 1 or more is wanted")
@@ -261,8 +270,22 @@ def complete(options: Options) -> Options:
         checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
         device=device,
         workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
-        precision=one_of("precision", options.precision or native_precision(device), ("fp32", "bf16")),
+        precision=one_of("precision", options.precision or default_precision, ("fp32", "bf16")),
     )
+
+
+def detectron2_engine():
+    """The module that trains with detectron2, which is optional; ValueError if it is not there."""
+    try:
+        from detection import detectron2_engine
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "detectron2":
+            raise
+        raise ValueError(
+            "--engine detectron2: detectron2 is not installed; pip install --no-build-isolation "
+            "git+https://github.com/facebookresearch/detectron2 builds it"
+        ) from None
+    return detectron2_engine
 
 
 def resumed(options: Options, argv: list[str] | None) -> Options:
@@ -288,7 +311,8 @@ def fingerprint_of(folder: Path) -> str:
 
 
 def default_folder(options: Options) -> Path:
-    return Path("runs") / f"{options.data.resolve().name}-r{options.depth}-{options.variant}-{options.recipe}"
+    name = f"{options.data.resolve().name}-r{options.depth}-{options.variant}-{options.recipe}"
+    return Path("runs") / (name if options.engine == "torchvision" else f"{name}-{options.engine}")
 
 
 def claim_folder(options: Options) -> Path:

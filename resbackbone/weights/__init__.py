@@ -1,6 +1,22 @@
 """The one door for weights: where they come from, what they say about themselves, and whether they fit."""
 
-from resbackbone.weights.file import MEAN, STD, Weights, read_weights, write_weights
-from resbackbone.weights.fit import backbone_part, fit, guess_depth
+from resbackbone.weights.file import write_weights
+from resbackbone.weights.fit import DEFAULTS, architecture_of, backbone_part, fit, fitting, pyramid_of, settle
+from resbackbone.weights.inputs import INPUT, MEAN, STD
+from resbackbone.weights.read import Weights, read_weights
 
-__all__ = ["MEAN", "STD", "Weights", "backbone_part", "fit", "guess_depth", "read_weights", "write_weights"]
+__all__ = [
+    "DEFAULTS",
+    "INPUT",
+    "MEAN",
+    "STD",
+    "Weights",
+    "architecture_of",
+    "backbone_part",
+    "fit",
+    "fitting",
+    "pyramid_of",
+    "read_weights",
+    "settle",
+    "write_weights",
+]

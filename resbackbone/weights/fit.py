@@ -6,23 +6,105 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from resbackbone.resnet import DEPTHS, Bottleneck
-from resbackbone.weights.file import Weights
+from resbackbone.weights.read import Weights
 
 
 def backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's tensors of a detector's state dict (those under `backbone.`), or all of any other."""
-    state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     part = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
-    return part or state
+    return part or dict(state)
 
 
-def guess_depth(state: Mapping[str, Tensor]) -> int | None:
-    """The depth whose blocks the names in `state` count, or None if they count none that is published."""
-    blocks = re.findall(r"(?:^|\s)(?:body\.)?layer([1-4])\.(\d+)\.", " ".join(state))
-    counts = tuple(max((int(i) + 1 for stage, i in blocks if stage == str(k)), default=0) for k in (1, 2, 3, 4))
-    bottleneck = any(".conv3.weight" in key for key in state)
-    known = {(layers, block is Bottleneck): depth for depth, (block, layers) in DEPTHS.items()}
-    return known.get((counts, bottleneck))
+def architecture_of(state: Mapping[str, Tensor]) -> dict[str, object]:
+    """What names and shapes tell of a trunk, in the words of `build_resnet_backbone`.
+
+    Of depth, shortcut, groups, width_per_group, in_channels and norm those that they tell: a depth that is none of
+    the published ones is left out, and so are shortcuts without parameters (A and none look the same).
+    """
+    blocks = {(int(i), int(j)) for key in state for i, j in re.findall(r"^(?:body\.)?layer([1-4])\.(\d+)\.", key)}
+    if not blocks:
+        return {}
+    shapes = {key.removeprefix("body."): tuple(tensor.shape) for key, tensor in state.items()}
+    counts = tuple(len({j for stage, j in blocks if stage == i}) for i in (1, 2, 3, 4))
+    bottleneck = "layer1.0.conv3.weight" in shapes
+    told: dict[str, object] = {}
+    built = counts[: counts.index(0)] if 0 in counts else counts
+    depths = [  # that a trunk which ends early may have
+        depth
+        for depth, (block, layers) in DEPTHS.items()
+        if (block is Bottleneck) == bottleneck and layers[: len(built)] == built
+    ]
+    if len(depths) == 1 and not any(counts[len(built) :]):
+        told["depth"] = depths[0]
+    projected = {block for block in blocks if f"layer{block[0]}.{block[1]}.downsample.0.weight" in shapes}
+    if projected:
+        told["shortcut"] = "C" if projected == blocks else "B"
+    if len(stem := shapes.get("conv1.weight", ())) == 4:
+        told["in_channels"] = stem[1]
+    if bottleneck and len(conv2 := shapes.get("layer1.0.conv2.weight", ())) == 4 and conv2[1]:
+        told |= {"groups": conv2[0] // conv2[1], "width_per_group": conv2[1]}
+    if "bn1.weight" in shapes:
+        told["norm"] = "BN" if "bn1.running_var" in shapes else "GN"
+    return told
+
+
+def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, object]:
+    """What names and shapes tell of a pyramid, in the words of `build_resnet_backbone`; nothing if there is none.
+
+    Levels, fpn_channels, fpn_norm ("FrozenBN" for any batch norm) and p6_from. A p6 that is subsampled p5 has no
+    tensors, so it is there wherever p6 and p7 are not convolutions.
+    """
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith("fpn.")}
+    laterals = {key.split(".")[2] for key in shapes if key.startswith("fpn.inner_blocks.")}
+    outputs = sorted(int(key.split(".")[2]) for key in shapes if key.startswith("fpn.layer_blocks."))
+    convolved = shapes.get("fpn.extra_blocks.p6.weight", ())
+    channels = next((shape[0] for key, shape in shapes.items() if key.endswith(".0.weight") and shape), None)
+    if channels is None:
+        return {}
+    levels = {f"p{6 - len(laterals) + i}" for i in outputs}
+    norm = None
+    if "fpn.inner_blocks.0.1.weight" in shapes:
+        norm = "FrozenBN" if "fpn.inner_blocks.0.1.running_var" in shapes else "GN"
+    return {
+        "levels": sorted(levels | ({"p6", "p7"} if convolved else {"p6"})),
+        "fpn_channels": channels,
+        "fpn_norm": norm,
+        "p6_from": "p5" if len(convolved) == 4 and convolved[1] == channels else "c5",
+    }
+
+
+DEFAULTS = {  # of what makes a trunk; the depth has none
+    "shortcut": "B",
+    "stride_in_1x1": False,
+    "groups": 1,
+    "width_per_group": 64,
+    "in_channels": 3,
+    "eps": 1e-5,
+    "norm": "BN",
+}
+ARCHITECTURE = ("depth", *DEFAULTS)
+
+
+def settle(weights: Weights, **asked: object) -> dict[str, object]:
+    """The ARCHITECTURE of a network for `weights`: what is asked, else what they say, else what is assumed of them.
+
+    An argument of None is not asked. Raises ValueError where a question and an answer differ, and where nothing says
+    the depth.
+    """
+    told = {**weights.metadata.get("backbone", {}), **architecture_of(backbone_part(weights.state))}
+    told = {name: told[name] for name in ARCHITECTURE if name in told}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    for name, value in asked.items():
+        if name in told and (_family(told[name]) != _family(value) if name == "norm" else told[name] != value):
+            raise ValueError(f"weights from {weights.source} are for {name}={told[name]}, asked was {name}={value}")
+    settled = {**DEFAULTS, **weights.assumed, **told, **asked}
+    if "depth" not in settled:
+        raise ValueError(f"weights from {weights.source} do not tell a depth of {', '.join(map(str, DEPTHS))}; give it")
+    return {name: settled[name] for name in ARCHITECTURE}
+
+
+def _family(norm: str) -> str:
+    return "GN" if norm == "GN" else "BN"  # frozen and synchronised ones hold the same tensors
 
 
 def fit(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> None:
@@ -32,6 +114,11 @@ def fit(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> 
     pyramid on a classifier's trunk). Raises ValueError that names every missing and unexpected key and both shapes
     of every mis-shaped one; `module` is unchanged then.
     """
+    module.load_state_dict(fitting(module, weights, fresh=fresh), strict=False)
+
+
+def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """The tensors that `fit` would load; its ValueError if they do not fit. `module` may be on the meta device."""
     given = dict(weights.state)
     if hasattr(module, "adapt_state_dict"):
         module.adapt_state_dict(given)
@@ -53,4 +140,4 @@ def fit(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> 
         problems.append(f"{len(misshapen)} of another shape: {', '.join(shapes)}")
     if problems:
         raise ValueError(f"weights from {weights.source} do not fit: {'; '.join(problems)}")
-    module.load_state_dict(given, strict=False)
+    return given

@@ -5,8 +5,9 @@ import torch
 import torchvision
 from torch import nn
 
+from resbackbone import build_resnet_backbone
 from resbackbone.resnet import DEPTHS, ResNet
-from resbackbone.weights import Weights, backbone_part, fit, guess_depth
+from resbackbone.weights import Weights, architecture_of, backbone_part, fit, pyramid_of, settle
 
 
 def state_of(depth, **options):
@@ -19,24 +20,70 @@ def state_of(depth, **options):
 def test_the_depth_is_read_off_the_names(depth, prefix):
     with torch.device("meta"):
         state = getattr(torchvision.models, f"resnet{depth}")().state_dict()
-    assert guess_depth({prefix + name: value for name, value in state.items()}) == depth
+    assert architecture_of({prefix + name: value for name, value in state.items()}) == {
+        "depth": depth,
+        "shortcut": "B",
+        "in_channels": 3,
+        "norm": "BN",
+        **({"groups": 1, "width_per_group": 64} if depth >= 50 else {}),
+    }
 
 
 def test_34_and_50_have_the_same_blocks_a_stage_and_are_told_apart():
     assert [counts for _, counts in (DEPTHS[34], DEPTHS[50])] == [(3, 4, 6, 3)] * 2
-    assert guess_depth(state_of(34)) == 34
-    assert guess_depth(state_of(50, groups=32, width_per_group=4)) == 50
+    assert architecture_of(state_of(34))["depth"] == 34
+    assert architecture_of(state_of(50, groups=32, width_per_group=4))["depth"] == 50
 
 
-@pytest.mark.parametrize("state", [{}, {"fc.weight": 0}, state_of(50, levels=["c4"])], ids=["empty", "fc", "no c5"])
-def test_names_that_count_no_published_network_tell_no_depth(state):
-    assert guess_depth(state) is None
+@pytest.mark.parametrize("state", [{}, {"fc.weight": torch.zeros(1)}, state_of(50, levels=["c3"])], ids=len)
+def test_names_that_fit_no_or_several_published_networks_tell_no_depth(state):
+    assert "depth" not in architecture_of(state)
+
+
+def test_a_trunk_that_ends_early_has_the_only_depth_that_fits():
+    assert architecture_of(state_of(101, levels=["c4"]))["depth"] == 101
+    assert architecture_of(state_of(18, levels=["c2"]))["depth"] == 18
+
+
+@pytest.mark.parametrize("shortcut, told", [("A", None), ("B", "B"), ("C", "C"), ("none", None)])
+def test_shortcuts_are_told_where_they_have_parameters(shortcut, told):
+    assert architecture_of(state_of(34, shortcut=shortcut)).get("shortcut") == told
+
+
+def test_groups_width_channels_and_norm_are_read_off_the_shapes():
+    state = state_of(50, groups=32, width_per_group=4, in_channels=5, norm="GN")
+    told = architecture_of(state)
+    assert (told["groups"], told["width_per_group"], told["in_channels"], told["norm"]) == (32, 4, 5, "GN")
+
+
+@pytest.mark.parametrize(
+    "options, told",
+    [
+        ({"fpn_channels": 8}, {"levels": ["p2", "p3", "p4", "p5", "p6"], "fpn_channels": 8}),
+        ({"levels": ["p3", "p7"]}, {"levels": ["p3", "p6", "p7"]}),
+        ({"levels": ["p3", "p7"], "p6_from": "p5"}, {"levels": ["p3", "p5", "p6", "p7"], "p6_from": "p5"}),
+        ({"levels": ["p4"], "fpn_norm": "BN"}, {"levels": ["p4", "p6"], "fpn_norm": "FrozenBN"}),
+        ({"fpn_norm": "GN"}, {"fpn_norm": "GN"}),
+    ],
+)
+def test_a_pyramid_is_read_off_its_names_and_shapes(options, told):
+    state = build_resnet_backbone(18, fpn=True, **options).state_dict()
+    assert {**pyramid_of(state), **told} == pyramid_of(state)
+    assert pyramid_of(state_of(18)) == {}
+
+
+def test_what_is_asked_stands_over_what_is_assumed_and_may_not_contradict_what_is_told():
+    said = Weights(state_of(50), {"backbone": {"eps": 0.1}}, "a file", assumed={"stride_in_1x1": True})
+    assert settle(said)["stride_in_1x1"] is True and settle(said)["eps"] == 0.1
+    assert settle(said, stride_in_1x1=False, depth=50)["stride_in_1x1"] is False
+    assert settle(said, norm="SyncBN")["norm"] == "SyncBN"
+    with pytest.raises(ValueError, match="weights from a file are for eps=0.1, asked was eps=1e-05"):
+        settle(said, eps=1e-5)
 
 
 def test_a_detectors_backbone_is_taken_out_and_any_other_dict_is_taken_whole():
     assert backbone_part({"backbone.conv1.weight": 1, "rpn.head": 2}) == {"conv1.weight": 1}
-    assert backbone_part({"module.backbone.body.bn1.bias": 1, "module.rpn.head": 2}) == {"body.bn1.bias": 1}
-    assert backbone_part({"module.conv1.weight": 1, "module.fc.bias": 2}) == {"conv1.weight": 1, "fc.bias": 2}
+    assert backbone_part({"conv1.weight": 1, "fc.bias": 2}) == {"conv1.weight": 1, "fc.bias": 2}
 
 
 def network():

@@ -1,0 +1,316 @@
+"""Faster R-CNN trained by detectron2 on the backbones here: the same data, schedule and scores as the other engine.
+
+Data are read by `CocoImages` and registered with detectron2, which loads, augments, trains and checkpoints as it
+does; evaluation is `detection.evaluate`'s. Importing this needs detectron2.
+"""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import detectron2
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog, MetadataCatalog, build_detection_train_loader
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.engine import HookBase, SimpleTrainer, create_ddp_model, hooks
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.structures import BoxMode
+from detectron2.utils.env import seed_all_rng
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from detection.coco import CocoImages
+from detection.evaluate import evaluate, percent, print_results, write_results
+from detection.recipes import RECIPES, Recipe
+from detection.report import save_pictures
+from resbackbone import build_resnet_backbone
+from resbackbone.adapters.detectron2 import INPUT, NORMS
+from resbackbone.atomic import write_atomically
+from resbackbone.backbone import FREEZABLE
+from resbackbone.checks import one_of
+from resbackbone.resnet import DEPTHS
+from resbackbone.training.command import Progress, console, to_config, track
+from resbackbone.training.distributed import Rank, share_buffers
+from resbackbone.training.run import KEPT_CHECKPOINTS, Run, read_yaml
+from resbackbone.training.state import mean_of, parameter_groups, seed_step
+
+CONFIGS = Path(detectron2.__file__).parent / "model_zoo" / "configs"  # its model_zoo module needs an old setuptools
+BASES = {"fpn": "Base-RCNN-FPN.yaml", "c4": "Base-RCNN-C4.yaml", "dc5": "Base-RCNN-DilatedC5.yaml"}
+KEYS = {  # what a recipe says in torchvision's words
+    "representation_size": "MODEL.ROI_BOX_HEAD.FC_DIM",
+    "rpn_batch_size_per_image": "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
+    "rpn_pre_nms_top_n_train": "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
+    "rpn_pre_nms_top_n_test": "MODEL.RPN.PRE_NMS_TOPK_TEST",
+    "rpn_post_nms_top_n_train": "MODEL.RPN.POST_NMS_TOPK_TRAIN",
+    "rpn_post_nms_top_n_test": "MODEL.RPN.POST_NMS_TOPK_TEST",
+    "box_batch_size_per_image": "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
+    "box_positive_fraction": "MODEL.ROI_HEADS.POSITIVE_FRACTION",
+    "box_score_thresh": "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+}
+LOSSES = {  # detectron2's names, and those of the other engine's metrics
+    "loss_cls": "loss_classifier",
+    "loss_box_reg": "loss_box_reg",
+    "loss_rpn_cls": "loss_objectness",
+    "loss_rpn_loc": "loss_rpn_box_reg",
+}
+
+
+def check_options(options) -> None:
+    """Raise ValueError for what tools/train_coco.py's Options ask of this engine and it does not do."""
+    if options.precision == "bf16":
+        raise ValueError("--precision bf16: --engine detectron2 trains in fp32; leave the option out")
+    if options.skip_bad_images:
+        raise ValueError("--skip-bad-images: --engine detectron2 stops at the first image that cannot be read")
+
+
+def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoImages, val_set: CocoImages) -> None:
+    """Data -> detector -> updates -> evaluation, in every process; `options` are those of tools/train_coco.py.
+
+    The run's folder gets detectron2.yaml (all its settings), log.txt (what it logs) and its checkpoints up to
+    model_final.pth, beside config.yaml, metrics.jsonl, detections.json, results.json and pictures as of any run.
+    A run that is resumed goes on from detectron2's last checkpoint, in an order of images of its own.
+    """
+    say = console.print if rank.is_main else lambda *_: None
+    recipe = RECIPES[options.recipe]
+    schedule = recipe.schedule.for_batch(options.batch_size, recipe.batch_size, scale_rate=recipe.optimizer == "sgd")
+    steps = schedule.steps if options.max_steps is None else options.max_steps
+    cfg = detectron2_config(options, recipe, num_classes=len(train_set.categories), device=rank.device)
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = schedule.rate, steps, tuple(schedule.milestones)
+    cfg.SOLVER.WARMUP_ITERS, cfg.SOLVER.WARMUP_FACTOR = schedule.warmup_steps, schedule.warmup_factor
+    cfg.OUTPUT_DIR = str(folder)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = (register(train_set),), (register(val_set),)
+
+    seed_step(options.seed, 0, 0)  # every rank starts from the same weights
+    model = build_model(cfg)
+    say(model.backbone.body.summary())
+    optimizer = build_optimizer(cfg, model) if recipe.optimizer == "sgd" else adamw(model, recipe, schedule.rate)
+    rates = LambdaLR(optimizer, lambda step: schedule.learning_rate(step) / schedule.rate)
+    devices = [rank.device.index] if rank.device.type == "cuda" else None
+    trainer = SimpleTrainer(
+        create_ddp_model(model, device_ids=devices, broadcast_buffers=False),
+        build_detection_train_loader(cfg),
+        optimizer,
+    )
+    trainer.register_hooks([hooks.LRScheduler(optimizer, rates)])  # before loading: it has a state
+    checkpointer = DetectionCheckpointer(model, str(folder), trainer=trainer)
+    start = 0
+    if options.resume and checkpointer.has_checkpoint():
+        if annotations_of(folder) != train_set.fingerprint:
+            raise ValueError(f"--data {options.data}: the run in {folder} was trained on other annotations")
+        checkpointer.resume_or_load("", resume=True)
+        start = trainer.iter + 1
+        cfg.SEED = options.seed + start  # else the first images would come again
+        trainer.reset_data_loader(lambda: build_detection_train_loader(cfg))
+
+    kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
+    effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
+    effective |= {"detectron2": detectron2.__version__, "train_annotations_sha256": train_set.fingerprint}
+    run = Run(folder, {**to_config(kept), "effective": effective}, resumed_step=start, writes=rank.is_main)
+    if rank.is_main:
+        write_atomically(folder / "detectron2.yaml", cfg.dump())
+    say(
+        f"{f'resumed at step {start}' if start else 'from step 0'} to {steps}: {options.batch_size} images an update "
+        f"on {rank.ranks} {rank.device.type}, fp32, learning rate {schedule.rate:g}, by detectron2"
+    )
+
+    def score(step: int) -> tuple[dict, list[dict]]:
+        began = time.monotonic()
+        share_buffers(model, rank)
+        results, detections = evaluate(
+            Detector(model, cfg),
+            val_set,
+            rank,
+            workers=options.workers,
+            progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
+        )
+        run.record(step, {**results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
+        return results, detections
+
+    def score_on_the_way(trainer: SimpleTrainer) -> None:
+        step = trainer.iter + 1
+        if options.eval_period and step % options.eval_period == 0 and step < steps:
+            bbox = score(step)[0]["bbox"]
+            say(f"step {step}: AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}")
+
+    with logs_in(folder / "log.txt", rank), Progress("train", steps, start=start, shown=rank.is_main) as progress:
+        trainer.register_hooks(
+            [
+                None if recipe.clip_grad is None else ClipGradients(recipe.clip_grad),
+                Metrics(run, progress, options) if rank.is_main else None,
+                hooks.PeriodicCheckpointer(checkpointer, options.checkpoint_period, max_to_keep=KEPT_CHECKPOINTS),
+                hooks.CallbackHook(after_step=score_on_the_way),
+            ]
+        )
+        seed_all_rng((options.seed + start + rank.rank) % 2**31)  # augmentation, and sampling of regions
+        try:
+            trainer.train(start, steps)
+        except FloatingPointError as error:
+            raise ValueError(" ".join(str(error).split())) from None
+        results, detections = score(max(start, steps))
+
+    if rank.is_main:
+        results["skipped_training_images"] = []
+        write_results(folder, results, detections)
+        pictures = save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
+        print_results(results)
+        say(f"pictures of predictions beside ground truth: {folder / 'pictures'} ({len(pictures)})")
+        say(f"detector: {folder / 'model_final.pth'}; results: {folder / 'results.json'}")
+    run.close()
+
+
+def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torch.device) -> CfgNode:
+    """detectron2's own Faster R-CNN of the variant, changed to what options and recipe ask."""
+    cfg = get_cfg()
+    cfg.merge_from_file(str(CONFIGS / BASES[options.variant]))
+    asked = dict(recipe.detector)
+    scale = asked.pop("anchor_scale", 8.0) / 8
+    settings = {**INPUT, **{KEYS[name]: value for name, value in asked.items()}}
+    cfg.merge_from_list([word for setting in settings.items() for word in setting])
+
+    basic = DEPTHS[options.depth][0].expansion == 1
+    norm = options.norm or recipe.norm or ("FrozenBN" if options.weights else "BN")
+    frozen_through = options.frozen_through or ("c2" if options.weights else "none")
+    model = cfg.MODEL
+    model.DEVICE = str(device)
+    model.BACKBONE.NAME = "build_resbackbone_fpn" if options.variant == "fpn" else "build_resbackbone"
+    model.BACKBONE.FREEZE_AT = FREEZABLE.index(one_of("part to freeze through", frozen_through, FREEZABLE))
+    model.RESBACKBONE.WEIGHTS = options.weights or ""
+    model.RESNETS.DEPTH, model.RESNETS.NORM = options.depth, one_of("norm", norm, NORMS)
+    model.RESNETS.RES2_OUT_CHANNELS = 64 if basic else 256
+    # Its config can only say yes or no; the weights know.
+    stem = build_resnet_backbone(options.depth, levels=["c2"], weights=options.weights)
+    model.RESNETS.STRIDE_IN_1X1 = stem.config["stride_in_1x1"]
+    if options.variant == "fpn" and recipe.pyramid:
+        model.RPN.IN_FEATURES = list(recipe.pyramid["levels"])
+        model.FPN.OUT_CHANNELS = recipe.pyramid["fpn_channels"]
+    elif options.variant == "c4":
+        model.ROI_HEADS.NAME = "ResBackboneRes5ROIHeads"
+    sizes = model.ANCHOR_GENERATOR.SIZES[: len(model.RPN.IN_FEATURES)]
+    model.ANCHOR_GENERATOR.SIZES = [[size * scale for size in of_level] for of_level in sizes]
+    model.ROI_HEADS.NUM_CLASSES = num_classes
+
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = tuple(recipe.short_sides), recipe.min_size
+    cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST = recipe.max_size
+    cfg.DATALOADER.NUM_WORKERS = options.workers
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = not options.keep_empty
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.WEIGHT_DECAY = options.batch_size, recipe.weight_decay
+    cfg.SOLVER.CHECKPOINT_PERIOD, cfg.SEED = options.checkpoint_period, options.seed
+    return cfg
+
+
+def register(dataset: CocoImages) -> str:
+    """Make the images known to detectron2, in place of any of the same name; returns that name."""
+    name = str(dataset.annotation_file)
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.pop(name, None)
+    DatasetCatalog.register(name, lambda: dataset_dicts(dataset))
+    MetadataCatalog.get(name).thing_classes = dataset.class_names
+    return name
+
+
+def dataset_dicts(dataset: CocoImages) -> list[dict]:
+    """The images as detectron2 lists them: `category_id` is the label less one, 0..N-1, whatever the file's ids."""
+    entries = []
+    for index in range(len(dataset)):
+        target, (width, height) = dataset.target(index), dataset.widths_heights[index].tolist()
+        annotations = [
+            {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": label - 1}
+            for box, label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True)
+        ]
+        entry = {"file_name": str(dataset.path(index)), "image_id": target["image_id"], "annotations": annotations}
+        entries.append({**entry, "width": width, "height": height})
+    return entries
+
+
+class Detector(nn.Module):
+    """A detectron2 model as `evaluate` takes detectors: [3, H, W] RGB in 0..1 -> boxes, labels 1..N and scores."""
+
+    def __init__(self, model: nn.Module, cfg: CfgNode):
+        super().__init__()
+        self.model = model
+        self.resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        outputs = self.model([self._entry(image) for image in images])
+        found = [output["instances"] for output in outputs]
+        return [{"boxes": x.pred_boxes.tensor, "labels": x.pred_classes + 1, "scores": x.scores} for x in found]
+
+    def _entry(self, image: Tensor) -> dict:
+        pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()  # what it was read as
+        height, width, _ = pixels.shape
+        resized = self.resize.get_transform(pixels).apply_image(pixels)
+        return {"image": torch.from_numpy(resized.copy()).permute(2, 0, 1), "height": height, "width": width}
+
+
+class Metrics(HookBase):
+    """Every `log_period` updates a line of metrics.jsonl, in the other engine's names, and one of progress."""
+
+    def __init__(self, run: Run, progress: Progress, options):
+        self.run, self.progress, self.options = run, progress, options
+        self.recent: list[dict[str, float]] = []
+
+    def before_step(self) -> None:
+        self.began = time.monotonic()
+
+    def after_step(self) -> None:
+        step = self.trainer.iter + 1
+        latest = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
+        values = {LOSSES.get(name, name): value for name, value in latest.items() if name.startswith("loss_")}
+        seconds = {"seconds": time.monotonic() - self.began, "data_seconds": latest["data_time"]}
+        self.recent.append({"loss": latest["total_loss"], **values, **seconds})
+        if step % self.options.log_period and step != self.trainer.max_iter:
+            self.progress.update(step)
+            return
+        record = {**mean_of(self.recent), "lr": latest["lr"]}
+        record["images_per_second"] = self.options.batch_size / record["seconds"]
+        self.run.record(step, record)
+        line = f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s"
+        self.progress.update(step, line)
+        self.recent = []
+
+
+class ClipGradients(HookBase):
+    """The norm of all gradients together is kept at `limit` at most."""
+
+    def __init__(self, limit: float):
+        self.limit = limit
+
+    def after_backward(self) -> None:
+        nn.utils.clip_grad_norm_(self.trainer.model.parameters(), self.limit)
+
+
+def adamw(model: nn.Module, recipe: Recipe, rate: float) -> torch.optim.Optimizer:
+    """The recipe's AdamW, which detectron2 has not: norms and biases are not decayed."""
+    return torch.optim.AdamW(parameter_groups(model, recipe.weight_decay, decay_norms=False), lr=rate)
+
+
+def annotations_of(folder: Path) -> str | None:
+    """The checksum of the annotations that the run in `folder` was trained on."""
+    return read_yaml(folder / "config.yaml").get("effective", {}).get("train_annotations_sha256")
+
+
+@contextmanager
+def logs_in(path: Path, rank: Rank) -> Iterator[None]:
+    """What detectron2 logs goes to a file: on the terminal it would lie among our lines, tracebacks included."""
+    handler = logging.FileHandler(path) if rank.is_main else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
+    before = [(logger.level, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    try:
+        yield
+    finally:
+        for logger, (level, propagate) in zip(loggers, before, strict=True):
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            logger.propagate = propagate
+        handler.close()

@@ -1,0 +1,79 @@
+"""Faster R-CNN weights that others published: what detector of this package they are for."""
+
+from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+from resbackbone.weights import Weights, backbone_part, pyramid_of, settle
+from resbackbone.weights.formats import STAGE5
+
+NOT_A_CLASS = "N/A"  # torchvision's name for the ids that COCO skips: its detectors have outputs for them
+# All of Detectron's single-map detectors; torchvision's pyramids have torchvision's numbers, which agree with theirs.
+SINGLE_MAP_PROPOSALS = {
+    "rpn_pre_nms_top_n_train": 12000,
+    "rpn_pre_nms_top_n_test": 6000,
+    "rpn_post_nms_top_n_train": 2000,
+    "rpn_post_nms_top_n_test": 1000,
+}
+
+
+def describe_detector(weights: Weights) -> dict[str, dict]:
+    """The "backbone" and "detector" that `load_detector` builds for foreign weights, in the layout of our own files.
+
+    The format tells the geometry (mmdetection's is detectron2's), names and shapes the rest; what they do not tell is
+    that format's default: 800 pixels on the shorter side and at most 1333, a score of 0.05, 100 detections. Categories
+    are COCO's where their number is (80, or torchvision's 90 with the ids that COCO skips), else those the file
+    names, else "class 1" and on. Raises ValueError for weights that are not of a Faster R-CNN that this package
+    builds, naming the tensors that are not.
+    """
+    state = weights.state
+    if weights.unknown:
+        raise ValueError(
+            f"weights from {weights.source} hold {len(weights.unknown)} tensors that no Faster R-CNN of this package "
+            f"has (their trunk and pyramid can be read alone): {', '.join(weights.unknown)}"
+        )
+    scores = state.get("roi_heads.box_predictor.cls_score.weight")
+    if scores is None or scores.dim() != 2:
+        raise ValueError(
+            f"weights from {weights.source} do not hold a Faster R-CNN: roi_heads.box_predictor is missing"
+        )
+    pyramid = any(key.startswith("backbone.fpn.") for key in state)
+    at_c4 = any(key.startswith(f"{STAGE5}layer4.") for key in state)
+    variant = "fpn" if pyramid else "c4" if at_c4 else "dc5"
+    detector: dict[str, object] = {
+        "num_classes": len(scores) - 1,
+        "variant": variant,
+        "categories": list(_categories(len(scores) - 1, weights.metadata.get("classes")).items()),
+        "min_size": 800,
+        "max_size": 1333,
+        "geometry": "torchvision" if weights.format in ("torchvision", "resbackbone") else "detectron2",
+    }
+    if variant != "c4" and "roi_heads.box_head.fc6.weight" in state:
+        detector["representation_size"] = len(state["roi_heads.box_head.fc6.weight"])
+    if variant != "fpn":
+        detector |= SINGLE_MAP_PROPOSALS
+    return {"backbone": _backbone_config(weights, variant), "detector": detector}
+
+
+def _backbone_config(weights: Weights, variant: str) -> dict[str, object]:
+    trunk = {**settle(weights), "zero_init_residual": False, "checkpoint_activations": False}
+    if trunk["norm"] != "GN":
+        trunk["norm"] = "FrozenBN"
+    single = {"levels": ["c4", "c5"] if variant == "c4" else ["c5"], "fpn_channels": 256, "fpn_norm": None}
+    return {
+        **trunk,
+        **(pyramid_of(backbone_part(weights.state)) or {**single, "p6_from": "c5"}),
+        "fpn": variant == "fpn",
+        "frozen_through": "c2",
+        "dilate_c5": variant == "dc5",
+    }
+
+
+def _categories(count: int, names: object) -> dict[int, str]:
+    """{category id: name} in the order of the labels."""
+    coco = dict(enumerate(FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]))  # 0 is the background
+    del coco[0]
+    real = {category: name for category, name in coco.items() if name != NOT_A_CLASS}
+    if count in (len(coco), len(real)):
+        return coco if count == len(coco) else real
+    if isinstance(names, list) and len(names) == count:
+        return {label: str(name) for label, name in enumerate(names, 1)}
+    return {label: f"class {label}" for label in range(1, count + 1)}

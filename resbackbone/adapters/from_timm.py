@@ -1,0 +1,216 @@
+"""Networks of timm as a Backbone: VGG (the paper's baseline), ConvNeXt, Swin, a plain ViT, and whatever gives maps."""
+
+from collections.abc import Iterable, Mapping
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Format, freeze_batch_norm_2d
+from timm.models import FeatureDictNet
+from timm.models.efficientnet import EfficientNetFeatures
+from timm.models.mobilenetv3 import MobileNetV3Features
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from resbackbone.backbone import DEFAULT_PYRAMID, FREEZABLE, Backbone
+from resbackbone.checks import one_of
+from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
+from resbackbone.resnet import TRUNK_LEVELS, Feature, sorted_levels
+from resbackbone.weights import MEAN, STD
+
+SOURCE_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # say where weights are, not what is built
+IN_ORDER = (FeatureDictNet, EfficientNetFeatures, MobileNetV3Features)  # register their parts as they run
+
+
+class TimmTrunk(nn.Module):
+    """A timm network as an image's maps {"c2": [B, channels, H/4, W/4], ..}, sizes rounded up, whatever it does inside.
+
+    The image is padded at its right and bottom, with zeros, to the coarsest stride, and the maps are cropped. On
+    images padded already, as detectors feed them, they are what timm's network gives.
+    """
+
+    def __init__(self, network: nn.Module, taps: dict[str, int], features: dict[str, Feature], mean, std):
+        super().__init__()
+        self.network, self.trunk_features = network, features
+        self.map_strides = network.feature_info.reduction()
+        outputs = sorted(set(taps.values()))
+        self.outputs = {level: outputs.index(taps[level]) for level in features}
+        self.size_divisibility = max(*self.map_strides, *(feature.stride for feature in features.values()))
+        self.channels_last = getattr(network, "output_fmt", Format.NCHW) == Format.NHWC
+        # From images normalized by our mean and std to ones normalized by the network's own; None where it is the same.
+        same = (tuple(mean), tuple(std)) == (MEAN, STD)
+        ours, theirs = (torch.tensor(pair).view(2, 1, -1, 1, 1) for pair in ((MEAN, STD), (mean, std)))
+        self.register_buffer("scale", None if same else ours[1] / theirs[1], persistent=False)
+        self.register_buffer("shift", None if same else (ours[0] - theirs[0]) / theirs[1], persistent=False)
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, channels, H, W]
+        height, width = images.shape[-2:]
+        x = F.pad(images, (0, -width % self.size_divisibility, 0, -height % self.size_divisibility))
+        outputs = self.network(x if self.scale is None else x * self.scale + self.shift)
+        if self.channels_last:
+            outputs = [y.permute(0, 3, 1, 2).contiguous() for y in outputs]
+        if not torch.compiler.is_compiling():
+            for y, stride in zip(outputs, self.map_strides, strict=True):
+                if tuple(y.shape[-2:]) != (x.shape[-2] // stride, x.shape[-1] // stride):
+                    raise ValueError(f"a map said to have stride {stride} is {list(y.shape)} for {list(x.shape)}")
+        maps = {}
+        for level, (_, stride) in self.trunk_features.items():
+            y = _at_stride(stride, outputs[self.outputs[level]], self.map_strides[self.outputs[level]])
+            maps[level] = y[..., : -(-height // stride), : -(-width // stride)]
+        return maps
+
+
+class TimmBackbone(Backbone, TimmTrunk):
+    """A timm network as a Backbone; `from_timm` makes it."""
+
+    def __init__(self, network: nn.Module, taps: dict, features: dict, mean, std, *, pyramid: Mapping | None):
+        TimmTrunk.__init__(self, network, taps, features, mean, std)
+        self.fpn = None if pyramid is None else FPN(features, **pyramid)
+
+    @property
+    def features(self) -> dict[str, Feature]:
+        return self.trunk_features if self.fpn is None else self.fpn.features
+
+    def fuse(self) -> "TimmBackbone":
+        """Eval mode alone: which norm belongs to which convolution is not known of every timm network."""
+        return self.eval()
+
+
+def from_timm(
+    name: str,
+    *,
+    levels: Iterable[str] | None = None,
+    fpn: bool = False,
+    pretrained: bool = False,
+    norm: str | None = None,
+    frozen_through: str | None = None,
+    fpn_channels: int = 256,
+    fpn_norm: str | None = None,
+    p6_from: str = "c5",
+    **options,
+) -> TimmBackbone:
+    """Make a Backbone of any timm network that gives feature maps: `from_timm("vgg16", fpn=True)`.
+
+    Its last map of stride 4, 8, 16 and 32 is c2, c3, c4 and c5; input and output are those of `build_resnet_backbone`,
+    weights that were trained on images normalized otherwise included. A network whose maps all have one stride (a
+    plain ViT) gives its last one resampled to c2..c5, bilinearly upwards and by max pooling downwards: ViTDet's simple
+    pyramid (Li et al. 2022, Sec. 3) without its deconvolutions.
+
+    levels: of the maps there are, or with `fpn` which of p2..p7, to return. Default: c2..c5, or p2..p6, as far as
+        there are maps for them.
+    pretrained: with the weights that timm has for `name`, tag included ("vgg16.tv_in1k").
+    norm: "BN" or "FrozenBN", for the batch norms there are. Default: FrozenBN with weights, BN without.
+    frozen_through: None and "none" freeze no part; "stem", "c2" .. "c5" all up to that map (for VGG, "stem" is what
+        Ren et al. 2015 froze: conv1 and conv2). For networks that timm runs part after part.
+    fpn_channels, fpn_norm, p6_from: of the pyramid, as in `build_resnet_backbone`.
+    options: timm.create_model's (output_stride, img_size, patch_size, pretrained_cfg_overlay, ..).
+
+    Raises ValueError for a name, level or option that there is not, and for weights that cannot be had. A network of
+    fixed input size that timm cannot lift (Hiera, MaxViT, MLP-Mixer) takes only that size (`img_size`, if it has it).
+    """
+    one_of("norm", norm, (None, "BN", "FrozenBN"))
+    one_of("part to freeze through", frozen_through, (None, *FREEZABLE))
+    if not pretrained and (norm == "FrozenBN" or fpn_norm == "FrozenBN" or frozen_through not in (None, "none")):
+        raise ValueError(f"from_timm({name!r}) without pretrained=True has random weights, and is not to be frozen")
+    source = {key: options.pop(key) for key in SOURCE_OPTIONS if key in options}
+    config = {
+        "timm": name,
+        "levels": None if levels is None else sorted_levels(levels, PYRAMID_LEVELS if fpn else TRUNK_LEVELS),
+        "fpn": fpn,
+        "norm": norm or ("FrozenBN" if pretrained else "BN"),
+        "frozen_through": frozen_through or "none",
+        "fpn_channels": fpn_channels,
+        "fpn_norm": fpn_norm,
+        "p6_from": p6_from,
+        "options": options,
+    }
+    return timm_backbone_from_config(config, pretrained=pretrained, **source)
+
+
+def timm_backbone_from_config(config: Mapping, *, pretrained: bool = False, **source) -> TimmBackbone:
+    """The backbone that `config`, a TimmBackbone's own, describes; with random weights, unless `pretrained`."""
+    name, fpn, levels, options = config["timm"], config["fpn"], config["levels"], config["options"]
+    if "checkpoint_path" in options:
+        raise ValueError("give a file as pretrained=True, pretrained_cfg_overlay={'file': ..}, not as checkpoint_path")
+    probe, options = _features_of(name, options)  # to see which maps there are
+    taps, features = _levels_of(name, probe.feature_info.info)
+    if levels is None:
+        levels = [p for p in DEFAULT_PYRAMID if p[1] >= min(features)[1]] if fpn else list(features)
+    trunk_levels = trunk_levels_for(levels) if fpn else levels
+    for level in trunk_levels:
+        one_of("level", level, features, f" ({name} gives these; a pyramid needs all from its finest to c5)")
+    taps, features = ({level: of[level] for level in trunk_levels} for of in (taps, features))
+
+    outputs = {"out_indices": tuple(sorted(set(taps.values())))}
+    network, _ = _features_of(name, {**options, **outputs, **source}, pretrained=pretrained)
+    if config["norm"] == "FrozenBN":
+        network = freeze_batch_norm_2d(network)
+    if config["frozen_through"] != "none":
+        _freeze(name, network, config["frozen_through"])
+    given = network.pretrained_cfg if pretrained else {}
+    mean, std = (list(config.get(key) or given.get(key, ours)) for key, ours in (("mean", MEAN), ("std", STD)))
+
+    pyramid = {"channels": config["fpn_channels"], "norm": config["fpn_norm"], "p6_from": config["p6_from"]}
+    pyramid = {**pyramid, "levels": levels} if fpn else None
+    backbone = TimmBackbone(network, taps, features, mean, std, pyramid=pyramid)
+    backbone.config = {**config, "levels": levels, "options": options, "mean": mean, "std": std}
+    backbone.weights_source = f"timm:{name}" if pretrained else None
+    return backbone
+
+
+def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tuple[nn.Module, dict]:
+    """timm's network of maps, and `options` with what lets it take images of any size, where it needs that."""
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        raise ValueError(f"timm has no network {name!r}; timm.list_models() names those it has")
+    fixed = timm.get_pretrained_cfg(architecture).fixed_input_size and "img_size" not in options
+    refusal = None
+    for lifted in ({"dynamic_img_size": True}, {}) if fixed else ({},):
+        try:
+            arguments = {**lifted, **options}
+            return timm.create_model(name, pretrained=pretrained, features_only=True, **arguments), arguments
+        except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, OSError) as error:
+            refusal = error
+    reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
+    raise ValueError(f"timm cannot make feature maps of {name!r}{' with its weights' if pretrained else ''}: {reason}")
+
+
+def _levels_of(name: str, info: list[dict]) -> tuple[dict[str, int], dict[str, Feature]]:
+    """Which of a network's maps is which level, and what the level holds."""
+    last = {entry["reduction"]: index for index, entry in enumerate(info)}  # of each stride
+    strides = {level: 2 ** int(level[1]) for level in TRUNK_LEVELS}
+    if len(last) == 1:
+        ((stride, index),) = last.items()
+        if stride not in strides.values():
+            raise ValueError(f"{name} has maps of stride {stride} alone, not of 4, 8, 16 or 32: give patch_size=16")
+        taps = dict.fromkeys(strides, index)
+    else:
+        taps = {level: last[stride] for level, stride in strides.items() if stride in last}
+    return taps, {level: Feature(info[index]["num_chs"], strides[level]) for level, index in taps.items()}
+
+
+def _at_stride(stride: int, x: Tensor, given: int) -> Tensor:
+    """A map of stride `given`, resampled to `stride`."""
+    if given > stride:
+        return F.interpolate(x, scale_factor=float(given // stride), mode="bilinear", align_corners=False)
+    return x if given == stride else F.max_pool2d(x, stride // given)
+
+
+def _freeze(name: str, network: nn.Module, through: str) -> None:
+    """Freeze, in place, the parts that run before the map `through` is there; "stem": before those of stride 4."""
+    if not isinstance(network, IN_ORDER):
+        raise ValueError(f"frozen_through={through!r}: which parts of {name} come first is not known; leave it out")
+    modules = list(network.named_modules())
+    names = [key.replace("_", ".") + "." for key, _ in modules]  # timm flattens stages.0 to stages_0
+
+    def parts(entry: dict) -> list[int]:
+        return [i for i, key in enumerate(names) if key.startswith(entry["module"].replace("_", ".") + ".")]
+
+    stride = 2 if through == "stem" else 2 ** int(through[1])
+    finer = [entry for entry in network.feature_info.info if entry["reduction"] <= stride]
+    end = max(parts(finer[-1])) + 1 if finer else min(parts(network.feature_info.info[0]))
+    for key, module in modules[:end]:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+        if isinstance(module, _BatchNorm):
+            network.set_submodule(key, freeze_batch_norm_2d(module))

@@ -1,0 +1,129 @@
+"""ResNets in timm: importing this registers `resbackbone_18` .. `resbackbone_152` with `timm.create_model`.
+
+The other way, a timm network as a Backbone, is `from_timm`, found here too.
+"""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+
+import timm
+from timm.models import (
+    FeatureInfo,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    register_model,
+)
+from torch import Tensor, nn
+
+from resbackbone.adapters.from_timm import TimmBackbone, from_timm
+from resbackbone.checks import one_of
+from resbackbone.classifier import ResNetClassifier
+from resbackbone.resnet import DEPTHS, STAGES, TRUNK_LEVELS, ResNet
+
+TRUNK_ARGUMENTS = ("norm", "eps", "shortcut", "stride_in_1x1", "groups", "width_per_group")
+DILATE_C5 = {32: False, 16: True}  # by timm's output_stride
+
+
+class TimmFeatures(ResNet):
+    """[B, in_chans, H, W] -> a list of maps, those of `out_indices` among c1 (the stem's, stride 2), c2, .. c5."""
+
+    def __init__(self, depth: int, out_indices: int | Iterable[int] = (0, 1, 2, 3, 4), **arguments):
+        indices = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices
+        self.out_indices = sorted({one_of("out index", i, range(-5, 5)) % 5 for i in indices})
+        levels = [level for i, level in enumerate(TRUNK_LEVELS, 1) if i in self.out_indices]
+        super().__init__(depth, levels=levels or ("c2",), **_trunk_arguments(depth, arguments))
+        info = [{"num_chs": 64, "reduction": 2, "module": "bn1"}]
+        for level, (channels, stride) in self.stage_features.items():
+            info.append({"num_chs": channels, "reduction": stride, "module": STAGES[level]})
+        self.feature_info = FeatureInfo(info, tuple(self.out_indices))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        stem = self.stem(images)
+        maps = {"c1": stem, **self.from_stem(stem)}
+        return [maps[f"c{i + 1}"] for i in self.out_indices]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.checkpoint_activations = enable
+
+
+class TimmClassifier(ResNetClassifier):
+    """The classifier with the methods that timm's own have: [B, in_chans, H, W] -> logits [B, num_classes]."""
+
+    set_grad_checkpointing = TimmFeatures.set_grad_checkpointing
+
+    def __init__(self, depth: int, num_classes: int = 1000, global_pool: str = "avg", **arguments):
+        super().__init__(depth, **_trunk_arguments(depth, arguments))
+        self.num_features = self.head_hidden_size = self.features["c5"].channels
+        self.reset_classifier(num_classes, global_pool)
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh last layer; 0 classes leave the pooled features, and `global_pool=""` with them the map itself."""
+        self.num_classes = num_classes
+        self.global_pool = one_of("global_pool", self.global_pool if global_pool is None else global_pool, ("avg", ""))
+        if num_classes and not self.global_pool:
+            raise ValueError(f"global_pool='' leaves a map, which {num_classes} classes cannot be told from")
+        self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.fc.to(self.conv1.weight.device)
+
+    def forward_features(self, images: Tensor) -> Tensor:  # [B, 512 or 2048, H/32, W/32]
+        return ResNet.forward(self, images)["c5"]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = x.mean((2, 3)) if self.global_pool else x
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images))
+
+
+def _trunk_arguments(depth: int, given: Mapping) -> dict:
+    """timm's arguments by our names. What asks for nothing (drop_rate=0.0) passes, what we do not do is refused."""
+    trunk = dict(given)
+    trunk["in_channels"] = trunk.pop("in_chans", 3)
+    trunk["dilate_c5"] = DILATE_C5[one_of("output_stride", trunk.pop("output_stride", 32), DILATE_C5)]
+    for name in [name for name, value in trunk.items() if name not in ("in_channels", "dilate_c5", *TRUNK_ARGUMENTS)]:
+        if trunk.pop(name):
+            raise ValueError(
+                f"resbackbone_{depth} does not take {name}={given[name]!r}; it takes num_classes, in_chans, "
+                f"global_pool, output_stride, features_only, out_indices, {', '.join(TRUNK_ARGUMENTS)}"
+            )
+    return trunk
+
+
+def _create(depth: int, pretrained: bool = False, features_only: bool = False, **arguments) -> nn.Module:
+    kind, unused = (TimmFeatures, ("num_classes", "global_pool")) if features_only else (TimmClassifier, None)
+    name = f"resbackbone_{depth}"
+    return build_model_with_cfg(partial(kind, depth), name, pretrained, kwargs_filter=unused, **arguments)
+
+
+def _register(depth: int) -> None:
+    """Make `timm.create_model("resbackbone_50", ..)` known, its parameters named as those of timm's resnet50.
+
+    features_only=True gives a `TimmFeatures`, otherwise it is a `TimmClassifier`. pretrained=True loads what timm has
+    for its own network, and a tag chooses as it does there (`resbackbone_50.a1_in1k`). A file (`checkpoint_path`)
+    goes by its names alone: for one with strides in the 1x1, say stride_in_1x1=True.
+    """
+
+    def create(pretrained: bool = False, **arguments) -> nn.Module:
+        return _create(depth, pretrained, **arguments)
+
+    create.__name__ = create.__qualname__ = f"resbackbone_{depth}"
+    globals()[create.__name__] = create  # timm adds the name to this module's __all__
+    if not timm.is_model(create.__name__):
+        register_model(create)
+
+
+__all__ = ["TimmBackbone", "TimmClassifier", "TimmFeatures", "from_timm"]
+default_cfgs = generate_default_cfgs(  # where timm looks for what a module's networks can load
+    {
+        f"resbackbone_{depth}.{name.partition('.')[2]}": cfg
+        for depth in DEPTHS
+        for name, cfg in get_arch_pretrained_cfgs(f"resnet{depth}").items()
+    }
+)
+for depth in DEPTHS:
+    _register(depth)

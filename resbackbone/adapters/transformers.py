@@ -1,0 +1,97 @@
+"""The trunk as a backbone of Hugging Face transformers; importing this registers it with AutoBackbone."""
+
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, initialization
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+from resbackbone.backbone import ResNetBackbone, backbone_from_config, build_resnet_backbone
+from resbackbone.resnet import TRUNK_LEVELS
+
+STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]  # c1 .. c5
+
+
+class ResBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
+    """`depth`, and as `trunk` the other arguments of `build_resnet_backbone` that are not its defaults.
+
+    `out_features` (or `out_indices`) are transformers' own: of "stem", "stage1" .. "stage4", the maps c1 .. c5, the
+    last if none is named.
+    """
+
+    model_type = "resbackbone"
+    depth: int = 50
+    trunk: dict | None = None
+
+    def __post_init__(self, **kwargs):
+        self.stage_names = list(STAGES)
+        asked = {name: kwargs.pop(name, None) for name in ("out_features", "out_indices")}
+        self.set_output_features_output_indices(**asked)
+        super().__post_init__(**kwargs)
+
+
+class ResBackboneModel(BackboneMixin, PreTrainedModel):
+    """[B, 3, H, W], normalized by ImageNet's mean and std -> BackboneOutput whose feature_maps are `out_features`.
+
+    Every stage is built, as transformers' own backbones do it: what lies above the last map asked for has no gradient.
+    """
+
+    config_class = ResBackboneConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    has_attentions = False
+
+    def __init__(self, config: ResBackboneConfig):
+        super().__init__(config)
+        defaults = build_resnet_backbone(config.depth).config
+        self.backbone = backbone_from_config({**defaults, **(config.trunk or {})})
+        self.num_features = [64, *(feature.channels for feature in self.backbone.features.values())]
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *arguments, **options):
+        """As transformers has it; what was frozen is frozen again, for a parameter that it loads is a trainable one."""
+        loaded = super().from_pretrained(*arguments, **options)
+        backbone = (loaded[0] if isinstance(loaded, tuple) else loaded).backbone
+        if backbone.config["frozen_through"] != "none":
+            backbone.freeze(backbone.config["frozen_through"])
+        return loaded
+
+    def _init_weights(self, module: nn.Module) -> None:  # for what a file does not hold, as ResNet does it
+        if isinstance(module, nn.Conv2d):
+            initialization.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            super()._init_weights(module)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **unused,
+    ) -> BackboneOutput | tuple:
+        stem = self.backbone.stem(pixel_values)  # [B, 64, H/2, W/2]
+        maps = (stem, *self.backbone.from_stem(stem).values())
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output = BackboneOutput(
+            feature_maps=tuple(maps[STAGES.index(name)] for name in self.out_features),
+            hidden_states=maps if wanted else None,
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+
+def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = None) -> ResBackboneModel:
+    """The trunk of `backbone`, its weights included, as a transformers backbone, to train, save and load over there.
+
+    It does not share memory with `backbone`. Raises ValueError for one with a pyramid, or without all of c2..c5.
+    """
+    if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None or tuple(backbone.levels) != TRUNK_LEVELS:
+        raise ValueError("transformers takes the four stages of a ResNet: build the backbone with fpn=False, c2 to c5")
+    trunk = {name: value for name, value in backbone.config.items() if name != "depth"}
+    config = ResBackboneConfig(depth=backbone.config["depth"], trunk=trunk, out_features=out_features)
+    model = ResBackboneModel(config)
+    model.backbone.load_state_dict(backbone.state_dict())
+    return model
+
+
+AutoConfig.register(ResBackboneConfig.model_type, ResBackboneConfig, exist_ok=True)
+AutoBackbone.register(ResBackboneConfig, ResBackboneModel, exist_ok=True)

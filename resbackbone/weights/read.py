@@ -1,0 +1,239 @@
+"""Weights from anywhere, under our names and for our input: the door that every reader goes through."""
+
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from resbackbone.weights.file import NOTES, read_notes, read_safetensors
+from resbackbone.weights.formats import FORMATS
+from resbackbone.weights.inputs import INPUT, check_input, describe_input, for_canonical_input
+from resbackbone.weights.pickles import read_pickle
+from resbackbone.weights.sources import is_named, locate, locate_in_folder
+from resbackbone.weights.translate import to_ours
+
+_log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
+
+# Where checkpoints keep a state dict, the averaged one first: published figures are those of the average.
+AVERAGES = ("model_ema", "state_dict_ema", "ema")
+ENTRIES = (*AVERAGES, "state_dict", "model_state_dict", "model", "net", "blobs")
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+BOOKKEEPING = re.compile(r"(.*_momentum|n_averaged|lr|model_iter|weight_order)")  # of the training that made a file
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Tensors under our names (a detector's trunk and pyramid behind `backbone.`), and what is known of them.
+
+    `metadata` is what the file or its publisher says, in the layout of `file.write_weights`; `assumed` what was taken
+    for granted because nobody says it. `source` is a name for messages; `is_file` False for a state dict given as
+    such: its owner knows what it is. `format` is the one whose names the tensors had ("resbackbone": ours), None if
+    none knows them; `unknown` the keys it does not know, which kept their names, `left_out` what the network implies
+    or only training needs, `entry` the part of the file that holds the tensors.
+    """
+
+    state: dict[str, Tensor]
+    metadata: dict[str, object]
+    source: str
+    is_file: bool = True
+    assumed: dict[str, object] = field(default_factory=dict)
+    format: str | None = None
+    unknown: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    entry: str = ""
+
+    def announce_assumptions(self, **asked: object) -> None:
+        """Log one line on what was taken for granted and was not asked for either; nothing if there is nothing."""
+        assumed = {key: value for key, value in self.assumed.items() if asked.get(key) is None}
+        said = []
+        if "input" in assumed and (self.is_file or assumed["input"] != INPUT):
+            said.append(f"an input of {describe_input(assumed['input'])}")
+        if "stride_in_1x1" in assumed and self.is_file and has_bottlenecks(self.state):
+            said.append(f"the stride in the {'1x1' if assumed['stride_in_1x1'] else '3x3'}")
+        if said:
+            title = FORMATS[self.format].title if self.format in FORMATS else "names like ours"
+            _log.warning("weights from %s have %s and say no more: taken for %s", self.source, title, ", ".join(said))
+
+
+def read_weights(
+    source: str | os.PathLike | Mapping[str, Tensor],
+    *,
+    entry: str | None = None,
+    given_input: Mapping | None = None,
+) -> Weights:
+    """Read weights of any known format (`formats.FORMATS`) and turn them into ours: RGB 0..1, ImageNet mean and std.
+
+    source: a file (safetensors, or of PyTorch's or Caffe2's kind: told by its content), a folder of transformers with
+        config.json, a named source or URL (`sources.locate`), or a state dict.
+    entry: which part of a checkpoint to take, where it holds several ("model", "model_ema").
+    given_input: the input the weights were made for, in the layout of `inputs.INPUT`, where the file does not say.
+
+    No file can run code (`pickles`). Raises ValueError, with a sentence, for what is not there, not readable, not of
+    floating point numbers, or made for an input that cannot be converted exactly.
+    """
+    if isinstance(source, Mapping):
+        weights = Weights(dict(source), {}, "the given state dict", is_file=False)
+    else:
+        weights = _read_file(os.fspath(source), entry)
+    weights = _unwrapped(weights)
+    if weights.format == "resbackbone":
+        return weights
+    try:
+        translated = to_ours(weights.state)
+    except ValueError as error:
+        raise ValueError(f"weights from {weights.source}: {error}") from None
+    if translated.format is None:
+        return weights
+    weights = replace(
+        weights,
+        state=_in_fp32(translated.state, weights.source),
+        format=translated.format,
+        unknown=tuple(translated.unknown),
+        left_out=(*weights.left_out, *translated.constants),
+    )
+    return _for_our_input(weights, given_input, translated.constants)
+
+
+def has_bottlenecks(state: Mapping[str, Tensor]) -> bool:
+    """Whether the blocks in `state` are bottlenecks: only these can stride in two places."""
+    return any(key.endswith("layer1.0.conv3.weight") for key in state)
+
+
+def _read_file(name: str, entry: str | None) -> Weights:
+    path, stated = Path(name), {}
+    if is_named(name):
+        path, stated = locate(name)
+    elif path.is_dir():
+        path, stated = locate_in_folder(path)
+    if not path.is_file():
+        raise ValueError(
+            f"weights {name!r}: no such file; give a weight file (.safetensors, .pth, .pkl, ..), a named source such "
+            "as torchvision:ResNet50_Weights.IMAGENET1K_V2, or a URL"
+        )
+    if path.suffix == ".safetensors":
+        state, metadata = read_safetensors(path)
+        if metadata.get("format") == "resbackbone":
+            return Weights(state, metadata, name, format="resbackbone")
+        return Weights(state, {**metadata, **stated}, name)
+    content = read_pickle(path)
+    state, at = _entry_of(content, entry, name)
+    return Weights(state, {**_notes_in(content), **stated}, name, entry=".".join(at))
+
+
+def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, Tensor], list[str]]:
+    """The state dict in a checkpoint, and the keys that lead to it."""
+    at = []
+    while isinstance(content, dict):
+        nested = [key for key in ENTRIES if isinstance(content.get(key), dict) and content[key]]
+        if entry is not None and isinstance(content.get(entry), dict):
+            nested, entry = [entry], None
+        if not nested:
+            break
+        if entry is None and len(nested) > 1 and nested[0] in AVERAGES:
+            _log.warning("weights from %s hold %s: took %s", name, " and ".join(nested), nested[0])
+        at.append(nested[0])
+        content = content[nested[0]]
+    if entry is not None:
+        raise ValueError(f"weights {name!r}: holds no part {entry!r}")
+    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"weights {name!r}: holds no state dict (tensors by name)")
+    others = [
+        str(key)
+        for key, value in content.items()
+        if not isinstance(key, str) or not (isinstance(value, Tensor) or BOOKKEEPING.fullmatch(key))
+    ]
+    if others:
+        raise ValueError(f"weights {name!r}: {len(others)} entries are no tensors by name: {', '.join(others)[:200]}")
+    return content, at
+
+
+def _notes_in(content: object) -> dict[str, object]:
+    """What a checkpoint says beside its tensors: this package's notes, detectron2's author, mmdetection's config."""
+    if not isinstance(content, dict):
+        return {}
+    if isinstance(content.get(NOTES), str):
+        return read_notes(content[NOTES])
+    if content.get("__author__") == "torchvision":  # detectron2's own conversion keeps torchvision's input and stride
+        return {"input": INPUT, "backbone": {"stride_in_1x1": False}}
+    meta = content.get("meta")
+    texts = [value for value in meta.values() if isinstance(value, str)] if isinstance(meta, dict) else []
+    config = next((text for text in texts if "backbone" in text), "")
+    style, to_rgb = re.search(r"style='(caffe|pytorch)'", config), re.search(r"to_rgb=(True|False)", config)
+    mean, std = (re.search(rf"\b{name}=\[([\d., ]+)\]", config) for name in ("mean", "std"))
+    notes: dict[str, object] = {}
+    if style:
+        notes["backbone"] = {"stride_in_1x1": style[1] == "caffe"}
+    if to_rgb and mean and std:
+        numbers = [[float(number) for number in found[1].split(",") if number.strip()] for found in (mean, std)]
+        order = "RGB" if to_rgb[1] == "True" else "BGR"
+        notes["input"] = {"channel_order": order, "range": [0.0, 255.0], "mean": numbers[0], "std": numbers[1]}
+    classes = next((meta[key] for key in ("CLASSES", "classes") if isinstance(meta, dict) and key in meta), None)
+    if classes is None and isinstance(meta, dict) and isinstance(meta.get("dataset_meta"), dict):
+        classes = next((v for k, v in meta["dataset_meta"].items() if k.lower() == "classes"), None)
+    if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+        notes["classes"] = list(classes)
+    return notes
+
+
+def _unwrapped(weights: Weights) -> Weights:
+    """Without the prefix that a wrapper put before every name, and without what only training needs."""
+    left_out = tuple(key for key in weights.state if BOOKKEEPING.fullmatch(key))
+    state = {key: value for key, value in weights.state.items() if key not in left_out}
+    while prefix := next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return replace(weights, state=state, left_out=left_out)
+
+
+def _in_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    converted = {}
+    for key, tensor in state.items():
+        if not key.endswith("num_batches_tracked"):
+            if not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise ValueError(f"weights from {source}: {key} holds {kind}, floating point numbers are wanted")
+            tensor = tensor.float()
+        converted[key] = tensor
+    return converted
+
+
+def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Mapping[str, Tensor]) -> Weights:
+    """Change the first convolution to take `inputs.INPUT`, and note what was known and what was assumed."""
+    metadata, assumed = dict(weights.metadata), {}
+    defaults = FORMATS[weights.format].assumed
+    given = given_input or metadata.get("input") or _input_of_detectron2(constants)
+    stride_in_1x1 = defaults["stride_in_1x1"]
+    if given is None:
+        given = assumed["input"] = defaults["input"]
+    elif weights.format == "detectron2":
+        stride_in_1x1 = list(given["std"]) == [1.0] * 3  # MSRA's networks; its other ones take torchvision's
+    if "stride_in_1x1" not in metadata.get("backbone", {}):
+        assumed["stride_in_1x1"] = stride_in_1x1
+    state = dict(weights.state)
+    key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
+    if given != INPUT:
+        check_input(given)
+        if state[key].dim() != 4 or state[key].shape[1] != 3:
+            raise ValueError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, takes no colours")
+        state[key] = for_canonical_input(state[key], given)
+    metadata |= {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
+    return replace(weights, state=state, metadata=metadata, assumed=assumed)
+
+
+def _input_of_detectron2(constants: Mapping[str, Tensor]) -> dict | None:
+    """The input that a detectron2 checkpoint with its pixel statistics was made for."""
+    if not {"pixel_mean", "pixel_std"} <= constants.keys():
+        return None
+    mean, std = (constants[key].double().flatten().tolist() for key in ("pixel_mean", "pixel_std"))
+    mean, std = ([float(f"{value:.7g}") for value in values] for values in (mean, std))  # 103.53, not its fp32
+    if len(mean) != 3 or len(std) != 3:
+        raise ValueError(f"pixel_mean {mean} and pixel_std {std} are not of three channels")
+    return {
+        "channel_order": "BGR" if mean[0] < mean[2] else "RGB",  # ImageNet is redder than blue
+        "range": [0.0, 255.0] if max(mean) > 1 else [0.0, 1.0],
+        "mean": mean,
+        "std": std,
+    }

@@ -1,0 +1,382 @@
+"""Named sources: weights found at whoever publishes them, fetched once, with what their publisher says of them."""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import unquote, urldefrag, urlsplit
+
+import torch
+
+from resbackbone.weights.download import download
+from resbackbone.weights.inputs import BGR_255, INPUT
+from resbackbone.weights.zoo import (
+    DETECTRON2_FASTER_RCNN,
+    DETECTRON2_IMAGENET,
+    DETECTRON2_LICENCE,
+    TORCHVISION_LICENCE,
+    detectron2_accuracy,
+    timm_accuracy,
+    torchvision_accuracy,
+    torchvision_names,
+)
+
+# Trained with the eps of maskrcnn-benchmark; torchvision sets it in the model when it loads these.
+TORCHVISION_WITHOUT_EPS = {
+    f"{kind}_ResNet50_FPN_Weights.COCO_V1" for kind in ("FasterRCNN", "MaskRCNN", "KeypointRCNN", "RetinaNet")
+}
+STRIDE_IN_3X3 = {"stride_in_1x1": False, "eps": 1e-5}
+STRIDE_IN_1X1 = {"stride_in_1x1": True, "eps": 1e-5}
+
+DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
+# Folders of its zoo whose configs keep the defaults for R-50 and R-101: MSRA's input, stride in the 1x1.
+DETECTRON2_DEFAULT = ("ImageNetPretrained/MSRA/", "COCO-", "LVISv0.5-", "PascalVOC-", "Cityscapes/", "Detectron1-")
+BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}
+RGB_255 = {
+    "channel_order": "RGB",
+    "range": [0.0, 255.0],
+    "mean": [123.675, 116.28, 103.53],
+    "std": [58.395, 57.12, 57.375],
+}
+
+MAX_JSON_BYTES = 16 << 20  # a config that names 22,000 classes has two
+
+
+class Located(NamedTuple):
+    """A file on this machine, and what its publisher says of it, in the layout of our own files' metadata.
+
+    `stated` always has source, licence ("unknown" where none is given) and accuracy (a list, perhaps empty); url,
+    backbone (stride_in_1x1, eps), input (channel_order, range, mean, std), classes and recipe where they are known.
+    """
+
+    path: Path
+    stated: dict[str, object]
+
+
+def is_named(source: str) -> bool:
+    """Whether `source` is a name to look up: torchvision:, timm:, hf:, detectron2:, http: or https:; else a path."""
+    return source.partition(":")[0].lower() in _SOURCES and ":" in source
+
+
+def locate(source: str) -> Located:
+    """Find the file of a named source, downloading it where this machine does not have it.
+
+    torchvision:ENUM.MEMBER                 torchvision.models.get_weight, in torch.hub's folder
+    timm:ARCHITECTURE[.TAG]                 timm's registry of pretrained models, in the Hugging Face cache
+    hf:OWNER/REPO[@REVISION][:FILE]         Hugging Face; FILE is model.safetensors, else pytorch_model.bin
+    detectron2:PATH.pkl or CONFIG.yaml      detectron2's model zoo, in the folder detectron2 itself uses
+    http(s)://HOST/PATH[#sha256=HEX]        anything else, in torch.hub's folder
+
+    Raises ValueError with one sentence that names the source if there is no such thing or it cannot be had; for one
+    that cannot be reached, the sentence says what to fetch and where to put it.
+    """
+    if not is_named(source):
+        raise ValueError(f"weights {source!r}: not a named source; one begins with {':, '.join(_SOURCES)}:")
+    scheme, _, name = source.partition(":")
+    try:
+        return _SOURCES[scheme.lower()](name if scheme.lower() not in ("http", "https") else source)
+    except ValueError as error:
+        raise ValueError(f"weights {source!r}: {error}") from None
+
+
+def locate_in_folder(folder: Path) -> Located:
+    """The weights in a folder as transformers writes it, and what its config.json says; ValueError if none is there."""
+    file = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise ValueError(f"weights {str(folder)!r}: the folder holds no {' and no '.join(HUB_FILES)}")
+    try:
+        config, preprocessor = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
+    except ValueError as error:
+        raise ValueError(f"weights {str(folder)!r}: {error}") from None
+    resnet = config.get("model_type") == "resnet"
+    return Located(file, _stated_by_transformers(config, preprocessor) if resnet else {})
+
+
+def _torchvision(name: str) -> Located:
+    import torchvision
+
+    try:
+        weights = torchvision.models.get_weight(name)
+    except (ValueError, AttributeError, KeyError):
+        example = "torchvision:ResNet50_Weights.IMAGENET1K_V2"
+        raise ValueError(
+            f"torchvision knows no such weights; {_close(name, torchvision_names(), f'an example is {example}')}"
+        ) from None
+    file = Path(weights.url).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file
+    download(weights.url, path, sha256=published_sha256(file))
+    stated = {
+        "source": f"torchvision:{weights}",
+        "url": weights.url,
+        "licence": TORCHVISION_LICENCE,
+        "accuracy": torchvision_accuracy(weights),
+    }
+    if "ResNe" in str(weights):  # other networks have another eps
+        stated["backbone"] = {**STRIDE_IN_3X3, **({"eps": 0.0} if str(weights) in TORCHVISION_WITHOUT_EPS else {})}
+        preset = weights.transforms()  # a detector's has no mean and std: the detector normalizes, with ImageNet's
+        mean, std = getattr(preset, "mean", INPUT["mean"]), getattr(preset, "std", INPUT["std"])
+        stated["input"] = {**INPUT, "mean": list(mean), "std": list(std)}
+    for ours, theirs in (("classes", "categories"), ("recipe", "recipe")):
+        if theirs in weights.meta:
+            stated[ours] = weights.meta[theirs]
+    return Located(path, stated)
+
+
+def _timm(name: str) -> Located:
+    from timm.models import get_deprecated_models, get_pretrained_cfg, is_model_in_modules, list_models
+
+    if current := get_deprecated_models().get(name):
+        raise ValueError(f"timm calls it timm:{current} now")
+    try:
+        config = get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:
+        names = [*list_models(module="resnet", pretrained=True), *list_models(module="resnet")]
+        raise ValueError(
+            f"timm knows no such weights; {_close(name, names, 'an example is timm:resnet50.a1_in1k')}"
+        ) from None
+    if not is_model_in_modules(name, ("resnet",)):
+        raise ValueError("not one of timm's ResNets (timm/models/resnet.py), which are all that can be read here")
+    if not config.hf_hub_id:
+        raise ValueError("timm publishes no weights for it")
+    repository, _, revision = config.hf_hub_id.partition("@")
+    files = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES
+    path = _hub_weights(repository, revision or None, files)
+    name = f"{config.architecture}.{config.tag}" if config.tag else config.architecture
+    stated = {"source": f"timm:{name}", "url": f"https://huggingface.co/{repository}", "licence": "unknown"}
+    return Located(path, {**stated, "accuracy": timm_accuracy(name), **_stated_by_timm(config.to_dict())})
+
+
+def _stated_by_timm(config: Mapping) -> dict[str, object]:
+    """What a pretrained_cfg says: timm's own registry's, or the one in a config.json."""
+    stated = {"backbone": dict(STRIDE_IN_3X3), **_input(config.get("mean"), config.get("std"))}
+    if isinstance(config.get("license"), str):
+        stated["licence"] = config["license"]
+    if isinstance(config.get("label_names"), list | tuple):
+        stated["classes"] = [str(name) for name in config["label_names"]]
+    if config.get("tag") and config.get("paper_ids"):
+        papers = config["paper_ids"]
+        stated["recipe"] = f"{config['tag']} ({papers if isinstance(papers, str) else ', '.join(map(str, papers))})"
+    return stated
+
+
+def _hugging_face(name: str) -> Located:
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^:@]+))?(?::([^:]+))?", name)
+    if not match:
+        raise ValueError("Hugging Face sources are hf:OWNER/REPO[@REVISION][:FILE], such as hf:microsoft/resnet-50")
+    repository, revision, file = match.groups()
+    # The small files first: were the network to go between, nothing would be read without what it says of itself.
+    config = _hub_json(repository, revision, "config.json")
+    card = _hub_file_beside(repository, revision, "README.md")
+    stated = {
+        "source": f"hf:{name}",
+        "url": f"https://huggingface.co/{repository}",
+        "licence": _licence(card),
+        "accuracy": timm_accuracy(repository.removeprefix("timm/")) if repository.startswith("timm/") else [],
+    }
+    if config.get("model_type") == "resnet":
+        preprocessor = _hub_json(repository, revision, "preprocessor_config.json")
+        stated |= _stated_by_transformers(config, preprocessor)
+    elif "architecture" in config:  # older files have its content at the top
+        inner = config.get("pretrained_cfg")
+        stated |= _stated_by_timm({**config, **(inner if isinstance(inner, Mapping) else {})})
+    return Located(_hub_weights(repository, revision, [file] if file else HUB_FILES), stated)
+
+
+def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str, object]:
+    stated = {"backbone": {**STRIDE_IN_3X3, "stride_in_1x1": config.get("downsample_in_bottleneck") is True}}
+    if preprocessor.get("do_normalize", True):
+        stated |= _input(preprocessor.get("image_mean"), preprocessor.get("image_std"))
+    labels = config.get("id2label")
+    if isinstance(labels, Mapping) and set(labels) == {str(i) for i in range(len(labels))}:
+        names = [str(labels[str(i)]) for i in range(len(labels))]
+        if names and names != [f"LABEL_{i}" for i in range(len(names))]:  # what transformers writes for unnamed ones
+            stated["classes"] = names
+    return stated
+
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+
+
+class _NotHere(ValueError):
+    """Not in the cache, and the network does not give it."""
+
+
+def _hub_weights(repository: str, revision: str | None, files: Iterable[str]) -> Path:
+    unreachable = None
+    for file in files:
+        try:
+            if path := _hub_file(repository, revision, file):
+                return path
+        except _NotHere as error:  # the next may be in the cache
+            unreachable = unreachable or error
+    raise unreachable or ValueError(f"https://huggingface.co/{repository} holds no {' and no '.join(files)}")
+
+
+def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
+    """The file in huggingface_hub's cache (which locks, resumes and checks), or None if the repository has none."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+    except errors.LocalEntryNotFoundError:
+        url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
+        raise _NotHere(
+            f"{url} could not be downloaded (offline, and not in the cache); fetch it elsewhere and give the path of "
+            f"the downloaded {Path(file).name} instead"
+        ) from None
+    except errors.EntryNotFoundError:
+        return None
+    except errors.GatedRepoError:
+        reason = "its owner has to grant access; ask for it on that page and log in with `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "there is no such repository, or it is private"
+    except errors.RevisionNotFoundError:
+        reason = f"it has no revision {revision!r}"
+    except Exception as error:  # by its version, huggingface_hub lets those of requests or of httpx through
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    raise ValueError(f"https://huggingface.co/{repository} could not be read: {reason}")
+
+
+def _hub_file_beside(repository: str, revision: str | None, file: str) -> Path | None:
+    try:
+        return _hub_file(repository, revision, file)
+    except _NotHere:  # weights that are in the cache do not need it
+        return None
+
+
+def _hub_json(repository: str, revision: str | None, file: str) -> dict[str, object]:
+    path = _hub_file_beside(repository, revision, file)
+    return {} if path is None else _json(path)
+
+
+def _json(path: Path) -> dict[str, object]:
+    """A JSON object of a sane size; empty if the file is not there."""
+    file = path.name
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"its {file} has more than {MAX_JSON_BYTES:,} bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {file} is not readable JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"its {file} holds a {type(content).__name__}, where an object is expected")
+    return content
+
+
+def _licence(card: Path | None) -> str:
+    """The `license` in the YAML at the head of a model card, or "unknown"."""
+    if card is None:
+        return "unknown"
+    with open(card, encoding="utf-8", errors="replace") as file:
+        head = re.match(r"---\n(.*?)\n---", file.read(1 << 16), re.DOTALL)
+    line = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
+    return line[1] if line else "unknown"
+
+
+def _detectron2(name: str) -> Located:
+    config = name.removesuffix(".yaml")
+    if config in DETECTRON2_FASTER_RCNN:
+        name = f"{config}/{DETECTRON2_FASTER_RCNN[config][1]}"
+    elif not name.endswith(".pkl") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ".." in name:
+        known = [*DETECTRON2_IMAGENET, *(f"{config}.yaml" for config in DETECTRON2_FASTER_RCNN)]
+        raise ValueError(
+            "give the path of a .pkl below its download folder, or a Faster R-CNN config of its zoo; "
+            + _close(name, known, f"examples are {known[0]} and {known[-1]}")
+        )
+    # detectron2's own cache (iopath), so that each uses the other's copies
+    cache = Path(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
+    path = cache / "detectron2" / name
+    md5 = re.search(r"/model_final_([0-9a-f]{6})\.pkl$", name)  # its MODEL_ZOO.md: the digits begin the file's md5
+    download(DETECTRON2_URL + name, path, md5=md5[1] if md5 else None)
+    stated = {
+        "source": f"detectron2:{name}",
+        "url": DETECTRON2_URL + name,
+        "licence": DETECTRON2_LICENCE,
+        "accuracy": detectron2_accuracy(name),
+        **_stated_by_detectron2(name),
+    }
+    if name.count("/") == 3:  # FOLDER/CONFIG/ID/model_final_MD5.pkl
+        stated["recipe"] = f"detectron2 configs/{'/'.join(name.split('/')[:2])}.yaml"
+    return Located(path, stated)
+
+
+def _stated_by_detectron2(path: str) -> dict[str, object]:
+    """The input and the stride that detectron2's configs set for a file (its configs/ and config/defaults.py)."""
+    if path.startswith("ImageNetPretrained/torchvision/"):  # its tools/convert-torchvision-to-d2.py
+        return {"backbone": dict(STRIDE_IN_3X3), "input": dict(RGB_255)}
+    if path.startswith("ImageNetPretrained/FAIR/X-101-32x8d") or (
+        path.startswith(DETECTRON2_DEFAULT) and "_X_101_32x8d_" in path
+    ):
+        return {"backbone": dict(STRIDE_IN_3X3), "input": dict(BGR_255_WITH_STD)}
+    if path.startswith(DETECTRON2_DEFAULT) and re.search(r"R[-_](50|101)", path):
+        return {"backbone": dict(STRIDE_IN_1X1), "input": dict(BGR_255)}
+    return {}
+
+
+def _url(source: str) -> Located:
+    url, fragment = urldefrag(source)
+    parts = urlsplit(url)
+    file = re.sub(r"[^\w.+-]", "_", unquote(parts.path).rsplit("/", 1)[-1])[-100:]
+    if not parts.hostname or not file.strip("."):
+        raise ValueError("a URL has a host and ends in a file's name: https://HOST/PATH/FILE")
+    if not re.fullmatch(r"[!-~]+", url):
+        raise ValueError("a URL has no spaces and no letters beyond ASCII; write them percent-encoded")
+    if parts.username or parts.password:
+        raise ValueError("a URL with a user name or password is not supported")
+    sha256 = published_sha256(file)
+    if fragment:
+        match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
+        if not match:
+            raise ValueError(f"unknown ending #{fragment}; a URL may end in #sha256= and 8 to 64 hexadecimal digits")
+        sha256 = match[1]
+    # A folder a URL, as one file name (model_final.pth) may come from several.
+    folder = hashlib.sha256(url.encode()).hexdigest()[:16]
+    path = Path(torch.hub.get_dir()) / "resbackbone" / folder / file
+    download(url, path, sha256=sha256)
+    public = parts._replace(query="").geturl()  # a query may be a key to a private file, and this is kept in files
+    return Located(path, {"source": public, "url": public, "licence": "unknown", "accuracy": []})
+
+
+def published_sha256(file: str) -> str | None:
+    """The first 8 digits of a file's sha256, or all 64, where its name ends in them: resnet50-0676ba61.pth.
+
+    torch.hub's convention, which timm and mmdetection keep: behind a hyphen, before .pth or .pt. Eight digits that
+    read as a day (-20200130.pth) are taken for one, and so are no hash; #sha256= behind a URL goes before either.
+    """
+    match = re.search(r"-([0-9a-f]{64}|[0-9a-f]{8})\.pth?$", file)
+    if not match or re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", match[1]):
+        return None
+    return match[1]
+
+
+def _input(mean: object, std: object) -> dict[str, object]:
+    """{"input": RGB of 0..1 with these}, or nothing if they are not three numbers each."""
+    for values in (mean, std):
+        if not isinstance(values, list | tuple) or len(values) != 3:
+            return {}
+        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+            return {}
+    return {"input": {**INPUT, "mean": list(mean), "std": list(std)}}
+
+
+def _close(name: str, names: Iterable[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
+    return f"close ones are {', '.join(dict.fromkeys(close))}" if close else otherwise
+
+
+_SOURCES: dict[str, Callable[[str], Located]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+    "hf": _hugging_face,
+    "detectron2": _detectron2,
+    "http": _url,
+    "https": _url,
+}

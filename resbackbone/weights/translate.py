@@ -1,0 +1,226 @@
+"""Tensors of a foreign format under our names, and ours under a foreign format's: one table, both ways."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resbackbone.checks import one_of
+from resbackbone.weights.formats import (
+    ANCHOR_RATIOS,
+    CLASSIFIER,
+    EPS,
+    FORMATS,
+    HEADS,
+    PYRAMID,
+    STAGE5,
+    TRUNK,
+    Format,
+    Place,
+)
+from resbackbone.weights.names import Template, with_value
+
+
+class Rule(NamedTuple):
+    """One line of a table: our name, theirs, and how a value changes on the way in and on the way out."""
+
+    ours: Template
+    theirs: Template
+    take: Callable[[Tensor], Tensor] | None = None
+    give: Callable[[Tensor], Tensor] | None = None
+
+
+class Translated(NamedTuple):
+    """Tensors under our names, with `backbone.` before the trunk and pyramid of a detector.
+
+    `format` is the name of the one that knows most of the keys, None if it is no network of ours; `unknown` are the
+    keys it does not know (a mask head, say), which stay as they are; `constants` those that the network implies.
+    """
+
+    state: dict[str, Tensor]
+    format: str | None
+    unknown: list[str]
+    constants: dict[str, Tensor]
+
+
+def to_ours(state: Mapping[str, Tensor]) -> Translated:
+    """Tell the format of `state` by its names, and rename. ValueError if two names stand for one tensor."""
+    best: tuple[dict, str, Place, list[str], list[str]] | None = None
+    for name, known in FORMATS.items():
+        for place in dict.fromkeys((known.bare, known.pyramidal, known.detecting, known.single, *known.elsewhere)):
+            found, constants, unknown = _match(state, known, place)
+            if any(ours == "conv1.weight" for ours, _ in found.values()) and (
+                best is None or len(unknown) < len(best[-1])
+            ):
+                best = found, name, place, constants, unknown
+    if best is None:
+        return Translated(dict(state), None, list(state), {})
+    found, name, place, constants, unknown = best
+    heads = any(not _of_network(ours) for ours, _ in found.values())
+    detector = heads or (
+        place.trunk.startswith("backbone.") and any(not key.startswith("backbone.") for key in unknown)
+    )
+    renamed: dict[str, Tensor] = {}
+    giver: dict[str, str] = {}
+    for theirs, (ours, rule) in found.items():
+        ours = f"backbone.{ours}" if detector and _of_network(ours) else ours
+        if ours in renamed:
+            raise ValueError(f"{giver[ours]} and {theirs} both stand for {ours}")
+        renamed[ours] = state[theirs] if rule.take is None else rule.take(state[theirs])
+        giver[ours] = theirs
+    if name == "msra":
+        _add_merged_statistics(renamed, giver)
+    renamed |= {f"backbone.{key}" if key.startswith("neck.") else key: state[key] for key in unknown}
+    return Translated(renamed, name, unknown, {key: state[key] for key in constants})
+
+
+def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> dict[str, Tensor]:
+    """The tensors of `state`, which are under our names and whose norms have `eps`, under those of `format`.
+
+    Other packages' norms have an eps of 1e-5: scales are changed where ours is another, so that outputs stay. Counters
+    of batches are left out where the format's norms have none. Raises ValueError that names every tensor the format
+    has no name for.
+    """
+    known = FORMATS[one_of("format", format, FORMATS)]
+    state = _with_usual_eps(state, eps)
+    if format == "msra":
+        state = merged_norms(state)
+    network = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
+    pyramid = any(key.startswith("fpn.") for key in network)
+    detector = not all(_of_network(key) for key in network)
+    places = {  # detector, pyramid
+        (False, False): known.bare,
+        (False, True): known.pyramidal,
+        (True, False): known.single,
+        (True, True): known.detecting,
+    }
+    place = places[detector, pyramid]
+    rules = list(_rules(known, place, _laterals(network), reading=False))
+    renamed, nameless = {}, []
+    for key, tensor in network.items():
+        if key.endswith("num_batches_tracked") and not known.counts_batches:
+            continue
+        for rule in rules:
+            values = rule.ours.read(key)
+            if values is not None:
+                renamed[rule.theirs.write(values)] = tensor if rule.give is None else rule.give(tensor)
+                break
+        else:
+            nameless.append(key)
+    if nameless:
+        raise ValueError(f"the format {format} has no name for {len(nameless)} tensors: {', '.join(nameless)}")
+    return renamed
+
+
+def _match(state: Mapping[str, Tensor], known: Format, place: Place):
+    """({their key: (our key, rule)}, constants, unknown keys) of `state` as a file of this format."""
+    rules = list(_rules(known, place, _laterals(state), reading=True))
+    constant = [Template(text) for text in known.constants]
+    found, constants, unknown = {}, [], []
+    for key in state:
+        for rule in rules:
+            values = rule.theirs.read(key)
+            if values is not None:
+                found[key] = rule.ours.write(values), rule
+                break
+        else:
+            (constants if any(template.read(key) is not None for template in constant) else unknown).append(key)
+    return found, constants, unknown
+
+
+def _rules(known: Format, place: Place, laterals: int, *, reading: bool) -> Iterator[Rule]:
+    """The lines of a format's table. `laterals` is how many trunk levels its pyramid merges: 4 from c2, 3 from c3."""
+
+    def rule(ours: str, theirs: str, *changes) -> Rule:
+        for name, value in (("first", 6 - laterals), ("count", laterals)):
+            theirs = theirs.replace(f"{{level+{name}}}", f"{{level+{value}}}")
+            theirs = with_value(theirs, name, value)
+        return Rule(Template(ours), Template(theirs), *changes)
+
+    trunk = list(zip(TRUNK, known.trunk, strict=True)) if known.trunk else []
+    for ours, theirs in trunk:
+        yield rule(ours, place.trunk + theirs)
+    if known.classifier:
+        yield rule(CLASSIFIER, known.classifier)
+    pyramid = list(zip(PYRAMID, known.pyramid, strict=True)) if known.pyramid else []
+    for ours, theirs in sorted(pyramid, key=lambda pair: "{count" not in pair[1]):  # a fixed number before any
+        yield rule(ours, place.pyramid + theirs)
+    for ours, theirs in zip(HEADS, known.heads, strict=True) if known.heads else ():
+        yield rule(ours, theirs, *_changes(ours, known))
+    for ours, theirs in trunk if known.stage5 else ():
+        if ours.startswith("layer"):
+            yield rule(STAGE5 + with_value(ours, "i", 4), known.stage5 + with_value(theirs, "i", 4))
+    if reading or not known.trunk:
+        for ours, theirs in known.aliases:
+            yield rule(ours, (place.pyramid if ours.startswith("fpn.") else "") + theirs)
+
+
+def _changes(ours: str, known: Format) -> tuple:
+    """How the values of one tensor of the heads change on the way in and out of a format."""
+    if known.background_last and ".cls_score." in ours:
+        return (lambda x: x.roll(1, 0)), (lambda x: x.roll(-1, 0))
+    if known.background_last and ".box_predictor.bbox_pred." in ours:
+        # Theirs has no box for the background; ours has one that nothing reads.
+        return (lambda x: torch.cat((torch.zeros_like(x[:4]), x))), (lambda x: x[4:])
+    if known.sizes_first and ".cls_logits." in ours:
+        return (lambda x: _swap_anchors(x, 1, sizes_first=True)), (lambda x: _swap_anchors(x, 1, sizes_first=False))
+    if known.sizes_first and "rpn.head.bbox_pred." in ours:
+        return (lambda x: _swap_anchors(x, 4, sizes_first=True)), (lambda x: _swap_anchors(x, 4, sizes_first=False))
+    return ()
+
+
+def _swap_anchors(x: Tensor, numbers: int, *, sizes_first: bool) -> Tensor:
+    """[anchors * numbers, ...] from one order of a location's anchors to the other: by size, or by ratio."""
+    sizes = len(x) // numbers // ANCHOR_RATIOS
+    if sizes * ANCHOR_RATIOS * numbers != len(x):
+        raise ValueError(f"a box head for {len(x) // numbers} anchors a location: three ratios a size are wanted")
+    order = (sizes, ANCHOR_RATIOS) if sizes_first else (ANCHOR_RATIOS, sizes)
+    return x.unflatten(0, (*order, numbers)).transpose(0, 1).flatten(0, 2)
+
+
+def _norms(state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Names of the batch norms in `state`, by their scales."""
+    return (key.removesuffix(".running_var") for key in state if key.endswith(".running_var"))
+
+
+def _with_usual_eps(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
+    state = dict(state)
+    for norm in _norms(state) if eps != EPS else ():
+        variance = state[f"{norm}.running_var"].double()
+        scale = state[f"{norm}.weight"].double() * ((variance + EPS) / (variance + eps)).sqrt()
+        state[f"{norm}.weight"] = scale.float()
+    return state
+
+
+def _add_merged_statistics(state: dict[str, Tensor], giver: Mapping[str, str]) -> None:
+    """Give norms that are scale and shift alone the statistics 0 and 1, with eps in it."""
+    for key, theirs in giver.items():
+        norm = key.removesuffix(".weight")
+        if theirs.endswith("_bn_s") and f"{norm}.running_var" not in state:
+            state[f"{norm}.running_mean"] = torch.zeros_like(state[key])
+            state[f"{norm}.running_var"] = torch.full_like(state[key], 1 - EPS)
+
+
+def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, Tensor]:
+    """The tensors of `state`, its batch norms as a scale (weight) and a shift (bias) alone; computed in fp64."""
+    state = dict(state)
+    for norm in list(_norms(state)):
+        weight, bias, mean, variance = (
+            state.pop(f"{norm}.{leaf}").double() for leaf in ("weight", "bias", "running_mean", "running_var")
+        )
+        scale = weight / (variance + eps).sqrt()
+        state[f"{norm}.weight"], state[f"{norm}.bias"] = scale.float(), (bias - mean * scale).float()
+    return state
+
+
+def _of_network(key: str) -> bool:
+    """Whether one of our names is of a trunk, its classifier or its pyramid, and not of a detector's heads."""
+    return not key.startswith(("rpn.", "roi_heads."))
+
+
+def _laterals(state: Mapping[str, Tensor]) -> int:
+    """How many trunk levels a pyramid merges, by the names of its 1x1 convolutions in any format; 4 if it has none."""
+    marks = ("inner_blocks.", "fpn_lateral", "lateral_convs.")
+    levels = {key.split(mark)[1].split(".")[0] for key in state for mark in marks if mark in key}
+    return len(levels) or 4

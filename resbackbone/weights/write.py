@@ -1,0 +1,180 @@
+"""Weights out: files of every known format, and the proof that what was written is the same network."""
+
+import io
+import json
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from resbackbone.atomic import folder_atomically, write_atomically
+from resbackbone.checks import one_of
+from resbackbone.resnet import DEPTHS, Bottleneck
+from resbackbone.weights.file import NOTES, write_weights
+from resbackbone.weights.fit import backbone_part, settle
+from resbackbone.weights.formats import FORMATS
+from resbackbone.weights.inputs import INPUT, for_given_input
+from resbackbone.weights.read import Weights
+from resbackbone.weights.translate import from_ours, merged_norms
+
+OURS = "resbackbone"
+TARGETS = (OURS, *FORMATS)
+STRIDING_IN_3X3 = ("torchvision", "timm")  # their networks have it nowhere else
+
+
+def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> None:
+    """Write `weights`, as `read_weights` gave them, as a file of `format`, with its names and for its input.
+
+    Ours is a safetensors file. Of foreign formats the suffix of `path` tells the kind: .safetensors, .pth, .pt or
+    .bin (PyTorch), .pkl (detectron2 and msra: arrays in a pickle); transformers gets a folder with config.json, from
+    which `from_pretrained` loads. Foreign files carry our metadata too, where their own readers do not mind.
+
+    Raises ValueError for a network the format has not got, naming what it lacks, and for an unknown suffix.
+    """
+    one_of("format", format, TARGETS)
+    path = Path(path)
+    trunk = settle(weights)
+    metadata = {
+        **{key: value for key, value in weights.metadata.items() if key not in ("format", "input")},
+        "architecture": architecture_name(trunk),
+        "backbone": {**weights.metadata.get("backbone", {}), **trunk},
+    }
+    if "fc.weight" in weights.state:
+        metadata["num_classes"] = len(weights.state["fc.weight"])
+    if format == OURS:
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{path}: files of this package are .safetensors")
+        write_weights(path, weights.state, metadata)
+        return
+    _check_network(trunk, format)
+    state, given = dict(weights.state), FORMATS[format].assumed["input"]
+    if given != INPUT:
+        key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
+        state[key] = for_given_input(state[key], given)
+    state = {name: tensor.contiguous() for name, tensor in from_ours(state, format, eps=trunk["eps"]).items()}
+    notes = json.dumps({**metadata, "backbone": {**metadata["backbone"], "eps": 1e-5}, "input": given})
+    if format == "transformers":
+        _write_transformers_folder(path, state, trunk, metadata, notes)
+    else:
+        write_atomically(path, _packed(path, state, format, notes))
+
+
+def architecture_name(trunk: Mapping[str, object]) -> str:
+    """torchvision's name for a trunk: resnet50, resnext101_32x8d, wide_resnet50_2, plain34."""
+    depth, groups, width = trunk["depth"], trunk["groups"], trunk["width_per_group"]
+    if groups > 1:
+        return f"resnext{depth}_{groups}x{width}d"
+    if width > 64:
+        return f"wide_resnet{depth}_{width // 64}"
+    return f"{'plain' if trunk['shortcut'] == 'none' else 'resnet'}{depth}"
+
+
+def largest_difference(a: Weights, b: Weights) -> tuple[float, str]:
+    """How far two sets of weights are from being one network: the largest relative difference, and its tensor.
+
+    Each tensor's difference is relative to its largest value. Norms are compared as the scale and shift they stand
+    for, with each side's eps; the background's box, which nothing reads, is not. ValueError if names differ.
+    """
+    first, second = (_comparable(weights) for weights in (a, b))
+    if first.keys() != second.keys():
+        raise ValueError(f"different tensors: {', '.join(sorted(first.keys() ^ second.keys()))}")
+    worst = (0.0, "")
+    for key, tensor in first.items():
+        if tensor.shape != second[key].shape:
+            raise ValueError(f"{key} is {list(tensor.shape)} and {list(second[key].shape)}")
+        if tensor.numel():
+            difference = (tensor.double() - second[key].double()).abs().max() / tensor.double().abs().max().clamp(1e-30)
+            worst = max(worst, (float(difference), key))
+    return worst
+
+
+def _comparable(weights: Weights) -> dict[str, Tensor]:
+    state = merged_norms(weights.state, eps=settle(weights)["eps"])
+    for key in [key for key in state if ".box_predictor.bbox_pred." in key]:
+        state[key] = state[key][4:]
+    return {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
+
+
+def _check_network(trunk: Mapping[str, object], format: str) -> None:
+    if trunk["shortcut"] != "B":
+        raise ValueError(f"shortcut={trunk['shortcut']!r}: {format} has no such network, only the one of shortcut B")
+    if trunk["stride_in_1x1"] and trunk["depth"] >= 50 and format in STRIDING_IN_3X3:
+        raise ValueError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3, and would compute wrong")
+    if format == "transformers" and (trunk["groups"], trunk["width_per_group"]) != (1, 64):
+        raise ValueError("transformers has neither groups nor other widths in its ResNet")
+
+
+def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:
+    if path.suffix == ".safetensors":
+        return save(state, {"format": "pt", NOTES: notes})
+    if path.suffix == ".pkl" and format in ("detectron2", "msra"):
+        arrays = {name: tensor.numpy() for name, tensor in state.items()}
+        if format == "msra":
+            return pickle.dumps({"blobs": arrays, NOTES: notes})
+        # What detectron2's checkpointer wants to see; it then matches names by their ends, as trunks need it.
+        return pickle.dumps({"model": arrays, "__author__": OURS, "matching_heuristics": True, NOTES: notes})
+    if path.suffix not in (".pth", ".pt", ".bin"):
+        kinds = ".safetensors, .pth, .pt, .bin" + (", .pkl" if format in ("detectron2", "msra") else "")
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r} for {format}; choose from {kinds}")
+    content: dict[str, object] = dict(state)  # torchvision and timm load a bare state dict
+    if format == "detectron2":
+        content = {"model": state, "__author__": OURS, "matching_heuristics": True, NOTES: notes}
+    elif format == "mmdetection":
+        content = {"meta": {"author": OURS}, "state_dict": state, NOTES: notes}
+    elif format == "msra":
+        content = {"blobs": state, NOTES: notes}
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _write_transformers_folder(
+    path: Path, state: dict[str, Tensor], trunk: Mapping[str, object], metadata: Mapping[str, object], notes: str
+) -> None:
+    if path.suffix:
+        raise ValueError(f"{path}: transformers reads a folder; give a name without a suffix")
+    block, counts = DEPTHS[trunk["depth"]]
+    config: dict[str, object] = {
+        "model_type": "resnet",
+        "architectures": ["ResNetForImageClassification" if "classifier.1.weight" in state else "ResNetModel"],
+        "num_channels": trunk["in_channels"],
+        "embedding_size": 64,
+        "hidden_sizes": [width * block.expansion for width in (64, 128, 256, 512)],
+        "depths": list(counts),
+        "layer_type": "bottleneck" if block is Bottleneck else "basic",
+        "hidden_act": "relu",
+        "downsample_in_first_stage": False,
+        "downsample_in_bottleneck": trunk["stride_in_1x1"] and block is Bottleneck,
+    }
+    names = metadata.get("classes") or [f"LABEL_{i}" for i in range(int(metadata.get("num_classes", 0)))]
+    if names:
+        config |= {"id2label": {str(i): name for i, name in enumerate(names)}}
+        config |= {"label2id": {name: i for i, name in enumerate(names)}}
+    preprocessor = {
+        "image_processor_type": "ConvNextImageProcessor",
+        "do_normalize": True,
+        "image_mean": INPUT["mean"],
+        "image_std": INPUT["std"],
+        "size": {"shortest_edge": 224},
+        "crop_pct": 0.875,
+    }
+    with folder_atomically(path) as folder:
+        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        write_atomically(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2) + "\n")
+        write_atomically(folder / "model.safetensors", save(state, {"format": "pt", NOTES: notes}))
+
+
+def only_part(weights: Weights, part: str) -> Weights:
+    """The weights without what is beside the part: a detector's heads ("backbone"), or all but the stages ("trunk")."""
+    one_of("part", part, ("backbone", "trunk"))
+    state = backbone_part(weights.state)
+    if part == "trunk":
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(("fpn.", "fc."))}
+    metadata = {key: value for key, value in weights.metadata.items() if key not in ("detector", "num_classes")}
+    unknown = tuple(key.removeprefix("backbone.") for key in weights.unknown if key.removeprefix("backbone.") in state)
+    return replace(weights, state=state, metadata=metadata, unknown=unknown)

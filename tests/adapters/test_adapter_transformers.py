@@ -1,0 +1,87 @@
+"""The trunk inside transformers: its backbone interface, a detector over it, files."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+from transformers import AutoBackbone, DetrConfig, DetrForObjectDetection  # noqa: E402
+
+from resbackbone import build_resnet_backbone  # noqa: E402
+from resbackbone.adapters.transformers import ResBackboneConfig, ResBackboneModel, as_transformers  # noqa: E402
+
+
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 97, 130)
+
+
+def test_autobackbone_gives_the_stages_asked_for_and_their_channels():
+    model = AutoBackbone.from_config(ResBackboneConfig(depth=50, out_features=["stem", "stage2", "stage4"]))
+    assert isinstance(model, ResBackboneModel) and model.channels == [64, 512, 2048]
+    with torch.no_grad():
+        maps = model.eval()(images()).feature_maps
+    assert [tuple(x.shape) for x in maps] == [(2, 64, 49, 65), (2, 512, 13, 17), (2, 2048, 4, 5)]
+
+
+def test_indices_name_the_same_stages():
+    model = ResBackboneModel(ResBackboneConfig(depth=18, out_indices=[1, 4]))
+    assert model.out_features == ["stage1", "stage4"] and model.channels == [64, 512]
+    assert ResBackboneConfig(depth=18).out_features == ["stage4"]
+
+
+def test_maps_and_hidden_states_are_those_of_the_trunk(randomised):
+    backbone = randomised(build_resnet_backbone(18))
+    model = as_transformers(backbone, out_features=["stage1", "stage4"]).eval()
+    x = images()
+    with torch.no_grad():
+        expected, given = backbone(x), model(x, output_hidden_states=True)
+        as_tuple = model(x, return_dict=False)
+    assert torch.equal(given.feature_maps[0], expected["c2"]) and torch.equal(given.feature_maps[1], expected["c5"])
+    assert len(given.hidden_states) == 5 and torch.equal(given.hidden_states[2], expected["c3"])
+    assert model(x).hidden_states is None and torch.equal(as_tuple[0][1], expected["c5"])
+
+
+def test_weights_start_as_the_library_starts_them_not_as_transformers_does():
+    model = ResBackboneModel(ResBackboneConfig(depth=18))
+    weight = model.backbone.layer4[1].conv2.weight  # fan out 512 * 9
+    assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.02)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_saved_model_comes_back_with_its_norms_options_and_outputs(tmp_path, randomised, frozen):
+    weights = randomised(build_resnet_backbone(18)).state_dict() if frozen else None
+    backbone = randomised(build_resnet_backbone(18, weights=weights, eps=1e-3, dilate_c5=True))
+    as_transformers(backbone, out_features=["stage2", "stage4"]).save_pretrained(tmp_path)
+    again = ResBackboneModel.from_pretrained(tmp_path).eval()
+    x = images()
+    with torch.no_grad():
+        expected, given = backbone(x), again(x).feature_maps
+    assert torch.equal(given[0], expected["c3"]) and torch.equal(given[1], expected["c5"])
+    assert again.backbone.summary() == backbone.summary()
+    assert ResBackboneModel.from_pretrained(tmp_path, out_features=["stage1"]).channels == [64]
+
+
+def test_gradients_reach_the_trunk_under_detr():
+    config = DetrConfig(
+        backbone_config=ResBackboneConfig(depth=18, out_features=["stage4"]),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        num_queries=5,
+        num_labels=3,
+    )
+    detr = DetrForObjectDetection(config)
+    output = detr(images()[:1])
+    (output.logits.square().sum() + output.pred_boxes.sum()).backward()  # its own loss needs scipy
+    trunk = detr.model.backbone.model.backbone
+    for weight in (trunk.conv1.weight, trunk.layer4[1].conv2.weight):
+        assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("arguments", [{"fpn": True}, {"levels": ["c3", "c4"]}])
+def test_a_pyramid_or_part_of_a_trunk_is_refused(arguments):
+    with pytest.raises(ValueError, match="four stages"):
+        as_transformers(build_resnet_backbone(18, **arguments))

@@ -1,0 +1,202 @@
+"""Exported files, run by onnxruntime and by torch.export's loader, against the backbone they were made from."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from resbackbone import build_resnet_backbone
+from resbackbone.weights.inputs import INPUT
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+P3_TO_P7 = ("p3", "p4", "p5", "p6", "p7")
+ODD_SIZES = [(1, 97, 130), (2, 224, 160), (3, 65, 33), (1, 1, 40)]  # batch, height, width
+
+
+def run(path: Path, images: Tensor) -> dict[str, Tensor]:
+    """The feature maps that the file at `path` computes."""
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(images)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, map(torch.from_numpy, session.run(None, {"images": images.numpy()})), strict=True))
+
+
+def assert_computes_the_same(path: Path, backbone, sizes) -> None:
+    for batch, height, width in sizes:
+        images = torch.randn(batch, backbone.conv1.in_channels, height, width)
+        with torch.no_grad():
+            expected = backbone.eval()(images)
+        maps = run(path, images)
+        assert list(maps) == list(expected) == list(backbone.features)
+        for level, x in expected.items():
+            assert maps[level].shape == x.shape
+            difference = (maps[level] - x).abs().max()
+            assert difference <= 1e-5 * x.abs().max(), f"{level} of {batch} x {height} x {width}"
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.parametrize(
+    "network",
+    [
+        {},
+        {"fpn": True},
+        {"fpn": True, "levels": P3_TO_P7, "p6_from": "c5"},
+        {"fpn": True, "levels": P3_TO_P7, "p6_from": "p5"},
+    ],
+    ids=["trunk", "p2-p6", "p3-p7 from c5", "p3-p7 from p5"],
+)
+def test_an_exported_file_computes_what_the_backbone_does_at_any_batch_and_size(tmp_path, randomised, network, suffix):
+    backbone = randomised(build_resnet_backbone(18, **network))
+    path = tmp_path / f"backbone.{suffix}"
+    backbone.export(path)
+    assert_computes_the_same(path, backbone, ODD_SIZES)
+
+
+@pytest.mark.parametrize(
+    "depth, network",
+    [
+        (50, {"fpn": True}),
+        (50, {"levels": ["c3"], "groups": 32, "width_per_group": 4, "stride_in_1x1": True}),
+        (18, {"levels": ["c3"], "norm": "SyncBN", "shortcut": "C", "in_channels": 1}),
+        (18, {"levels": ["c3"], "shortcut": "none", "checkpoint_activations": True}),
+        (18, {"levels": ["c5"], "shortcut": "A", "dilate_c5": True}),
+        (18, {"levels": ["p4", "p5"], "fpn": True, "norm": "GN", "fpn_norm": "GN", "fpn_channels": 32}),
+    ],
+    ids=["50 with a pyramid", "ResNeXt", "SyncBN, C, grey", "plain", "A, dilated", "GN"],
+)
+def test_every_kind_of_network_exports_to_onnx(tmp_path, randomised, depth, network):
+    backbone = randomised(build_resnet_backbone(depth, **network))
+    path = tmp_path / "backbone.onnx"
+    backbone.train().export(path)
+    onnx.checker.check_model(path, full_check=True)
+    assert_computes_the_same(path, backbone, [(3, 97, 70)])
+
+
+def test_the_format_is_told_by_the_suffix_or_by_name(tmp_path):
+    backbone = build_resnet_backbone(18, levels=["c2"])
+    for suffix, format in [(".onnx", None), (".pt2", None), (".model", "onnx"), (".model", "pt2")]:
+        path = tmp_path / f"backbone{suffix}"
+        backbone.export(str(path), format)
+        is_zip = path.read_bytes()[:2] == b"PK"
+        assert is_zip == ("pt2" in (suffix[1:], format))
+    assert {path.name for path in tmp_path.iterdir()} == {"backbone.onnx", "backbone.pt2", "backbone.model"}
+
+
+def test_an_onnx_file_names_its_input_its_outputs_and_their_free_dimensions(tmp_path):
+    build_resnet_backbone(18, levels=["c2", "c3"]).export(tmp_path / "backbone.onnx")
+    graph = onnx.load(tmp_path / "backbone.onnx").graph
+    (images,) = graph.input
+    assert images.name == "images"
+    assert shape(images) == ["batch", 3, "height", "width"]
+    assert [output.name for output in graph.output] == ["c2", "c3"]
+    for output in graph.output:
+        batch, channels, height, width = shape(output)
+        assert batch == "batch" and isinstance(channels, int)
+        assert "height" in height and "width" in width
+
+
+def shape(value) -> list[str | int]:
+    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_an_exported_file_says_what_it_is_and_what_it_takes(tmp_path, suffix):
+    weights = build_resnet_backbone(18, levels=["c3"]).state_dict()
+    backbone = build_resnet_backbone(18, levels=["c2", "c3"], weights=weights)
+    path = tmp_path / f"backbone.{suffix}"
+    backbone.export(path)
+    if suffix == "onnx":
+        metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+    else:
+        files = {"metadata.json": ""}
+        torch.export.load(path, extra_files=files)
+        metadata = json.loads(files["metadata.json"])
+    assert metadata == {
+        "format": "resbackbone",
+        "input": INPUT,
+        "levels": {"c2": {"channels": 64, "stride": 4}, "c3": {"channels": 128, "stride": 8}},
+        "backbone": backbone.config,
+        "weights_source": "the given state dict",
+    }
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_norms_are_folded_and_nothing_of_this_machine_is_written(tmp_path, suffix):
+    path = tmp_path / f"backbone.{suffix}"
+    build_resnet_backbone(18, levels=["c2"]).export(path)
+    content = path.read_bytes()
+    assert b"batch_norm" not in content and b"BatchNorm" not in content
+    assert str(Path(__file__).parents[1]).encode() not in content
+
+
+def test_export_leaves_the_backbone_as_it_is(tmp_path):
+    backbone = build_resnet_backbone(18, levels=["c2"]).train()
+    backbone.bn1.eval()
+    backbone.conv1.requires_grad_(False)
+    backbone(torch.randn(2, 3, 33, 34))["c2"].sum().backward()
+
+    def condition() -> dict:
+        return {
+            "modules": {name: (type(module), module.training) for name, module in backbone.named_modules()},
+            "trainable": {name: parameter.requires_grad for name, parameter in backbone.named_parameters()},
+            "identities": [id(parameter) for parameter in backbone.parameters()],
+        }
+
+    def tensors() -> dict[str, Tensor]:
+        gradients = {f"{name}.grad": p.grad for name, p in backbone.named_parameters() if p.grad is not None}
+        return {name: tensor.clone() for name, tensor in {**backbone.state_dict(), **gradients}.items()}
+
+    before, tensors_before = condition(), tensors()
+    backbone.export(tmp_path / "backbone.pt2")
+    assert condition() == before
+    torch.testing.assert_close(tensors(), tensors_before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_whatever_its_precision_and_memory_format_a_backbone_exports_in_fp32(tmp_path, randomised, suffix):
+    backbone = randomised(build_resnet_backbone(18, levels=["c2"])).bfloat16().to(memory_format=torch.channels_last)
+    path = tmp_path / f"backbone.{suffix}"
+    backbone.export(path)
+    assert backbone.conv1.weight.dtype == torch.bfloat16
+    assert_computes_the_same(path, backbone.float(), [(2, 33, 70)])
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_export_prints_nothing(tmp_path, capfd, recwarn, suffix):
+    build_resnet_backbone(18, levels=["p5"], fpn=True, fpn_norm="GN").export(tmp_path / f"backbone.{suffix}")
+    assert capfd.readouterr() == ("", "")
+    assert not list(recwarn)
+
+
+@pytest.mark.parametrize(
+    "path, format, message",
+    [
+        ("net.pth", None, r"unknown suffix '\.pth'; choose from \.onnx, \.pt2 or give format="),
+        ("net", None, "unknown suffix ''"),
+        ("net.onnx", "tensorrt", "unknown format 'tensorrt'; choose from onnx, pt2"),
+        ("net.pt2", "onnx", r"format 'onnx' and a path that ends in '\.pt2' do not agree"),
+        ("nowhere/net.onnx", None, "there is no folder"),
+    ],
+)
+def test_a_path_or_format_that_will_not_do_is_refused_in_one_sentence(tmp_path, path, format, message):
+    with pytest.raises(ValueError, match=message) as error:
+        build_resnet_backbone(18, levels=["c2"]).export(tmp_path / path, format)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(ValueError, match=rf"export to ONNX needs {package}: pip install 'resbackbone\[export\]'"):
+        build_resnet_backbone(18, levels=["c2"]).export(tmp_path / "backbone.onnx")
+    assert not list(tmp_path.iterdir())

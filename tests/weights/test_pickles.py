@@ -1,0 +1,227 @@
+"""PyTorch and pickle files give what torch.load, and numpy through pickle, give."""
+
+import argparse
+import io
+import pickle
+import zipfile
+from collections import Counter, OrderedDict, defaultdict
+
+import numpy as np
+import pytest
+import torch
+
+from resbackbone.weights.pickles import read_pickle
+
+FORMATS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
+TORCH_DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16, torch.int8,
+    torch.uint8, torch.bool, torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
+]  # fmt: skip
+
+
+@pytest.fixture(params=FORMATS)
+def through_torch(request, tmp_path):
+    """Saves with torch.save in one of its formats, and reads it back."""
+
+    def save_and_read(value, **options):
+        torch.save(value, tmp_path / "w.pth", **FORMATS[request.param], **options)
+        return read_pickle(tmp_path / "w.pth")
+
+    return save_and_read
+
+
+def through_pickle(value, protocol, tmp_path):
+    (tmp_path / "w.pkl").write_bytes(pickle.dumps(value, protocol))
+    return read_pickle(tmp_path / "w.pkl")
+
+
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
+def test_every_dtype_comes_back_bit_for_bit(through_torch, dtype):
+    given = torch.tensor([[0, 1, 1], [1, 0, 2]]).to(dtype)
+    got = through_torch({"w": given})["w"]
+    assert got.dtype == dtype and got.shape == given.shape
+    assert torch.equal(got.view(torch.uint8), given.view(torch.uint8))
+
+
+def test_strides_offsets_scalars_and_empty_tensors_come_back(through_torch):
+    whole = torch.arange(60.0).view(3, 4, 5)
+    given = {
+        "t": whole.permute(2, 0, 1), "part": whole[1:, :, 2], "scalar": torch.tensor(3), "empty": torch.empty(0, 4),
+        "channels_last": torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last),
+    }  # fmt: skip
+    got = through_torch(given)
+    for name, tensor in given.items():
+        assert torch.equal(got[name], tensor) and got[name].shape == tensor.shape and got[name].dtype == tensor.dtype
+    assert got["channels_last"].stride() == given["channels_last"].stride()
+
+
+def test_shared_storage_stays_shared(through_torch):
+    whole = torch.arange(6.0)
+    got = through_torch({"whole": whole, "part": whole[2:], "tied": whole})
+    got["whole"][3] = 99
+    assert got["part"][1] == 99 and got["tied"][3] == 99
+
+
+def test_parameters_and_buffers_of_a_module_come_back_as_plain_tensors(through_torch):
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5))
+    state = module.state_dict(keep_vars=True)
+    state["0.weight"].note = "an attribute somebody set"
+    state["1.running_mean"].note = "another"
+    got = through_torch(state)
+    assert type(got) is dict and list(got) == list(state)  # an OrderedDict with _metadata before
+    for name in state:
+        assert type(got[name]) is torch.Tensor and not got[name].requires_grad and torch.equal(got[name], state[name])
+
+
+def test_a_training_checkpoint_comes_back_as_plain_content(through_torch):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 5])
+    got = through_torch(
+        {
+            "state_dict": OrderedDict(w=weight), "optimizer": optimizer.state_dict(), "epoch": 3,
+            "best": np.float64(0.5), "schedule": schedule.state_dict(),
+            "args": argparse.Namespace(lr=0.1, layers=[1, 2], model="r50"),
+            "size": torch.Size([2, 3]), "device": torch.device("cuda", 1), "dtype": torch.float16, "names": {"a", "b"},
+            "raw": b"\x00\xff", "buffer": bytearray(b"ab"), "version": torch.__version__, "none": None, "yes": True,
+            "later": defaultdict(dict, {1: {}}), "mean": (0.5, 0.25), "random": torch.get_rng_state(), "big": 2**100,
+        }
+    )  # fmt: skip
+    assert torch.equal(got["state_dict"]["w"], weight) and got["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+    assert torch.equal(got["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+    assert got["schedule"]["milestones"] == Counter([2, 2, 5]) and got["best"] == 0.5 and type(got["best"]) is float
+    assert got["args"] == {"lr": 0.1, "layers": [1, 2], "model": "r50"}
+    assert got["size"] == (2, 3) and got["device"] == torch.device("cuda", 1) and got["dtype"] is torch.float16
+    assert got["names"] == {"a", "b"} and got["raw"] == b"\x00\xff" and got["buffer"] == bytearray(b"ab")
+    assert type(got["version"]) is str and got["version"] == str(torch.__version__) and got["later"] == {1: {}}
+    assert (got["none"], got["yes"], got["mean"], got["big"], got["epoch"]) == (None, True, (0.5, 0.25), 2**100, 3)
+    assert torch.equal(got["random"], torch.get_rng_state())
+
+
+def test_what_torch_load_reads_weights_only_is_read_the_same(through_torch, tmp_path):
+    torch.manual_seed(1)
+    given = OrderedDict((f"layer{i}.weight", torch.randn(i + 1, 3)) for i in range(9))
+    got, reference = through_torch(given), torch.load(tmp_path / "w.pth", weights_only=True)
+    assert list(got) == list(reference) and all(torch.equal(got[name], reference[name]) for name in reference)
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_every_pickle_protocol_that_torch_writes_is_read(through_torch, protocol):
+    assert torch.equal(through_torch([torch.arange(3)], pickle_protocol=protocol)[0], torch.arange(3))
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors", ""])
+def test_the_kind_of_file_is_told_by_content(through_torch, tmp_path, suffix):
+    through_torch([torch.ones(2)])
+    (tmp_path / f"other{suffix}").write_bytes((tmp_path / "w.pth").read_bytes())
+    assert torch.equal(read_pickle(tmp_path / f"other{suffix}")[0], torch.ones(2))
+
+
+def test_what_is_read_lies_on_the_cpu_whatever_the_default_device_is(through_torch, tmp_path):
+    through_torch({"w": torch.ones(2), "none": torch.empty(0)})
+    (tmp_path / "n.pkl").write_bytes(pickle.dumps([np.ones(2), np.ones(0)]))
+    with torch.device("meta"):
+        tensors = [*read_pickle(tmp_path / "w.pth").values(), *read_pickle(tmp_path / "n.pkl")]
+    assert [tensor.device.type for tensor in tensors] == ["cpu"] * 4
+
+
+# numpy's arrays
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize("code", ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"])
+def test_arrays_of_every_protocol_and_byte_order_come_back(tmp_path, protocol, code):
+    array = (np.arange(6).reshape(2, 3) % 5 * 50).astype(code)
+    given = {"native": array, "big": array.astype(f">{code}"), "little": array.astype(f"<{code}")}
+    for got in through_pickle(given, protocol, tmp_path).values():
+        assert got.numpy().dtype == array.dtype and np.array_equal(got.numpy(), array)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
+def test_orders_empty_arrays_and_scalars_of_numpy_come_back(tmp_path, protocol):
+    array = np.arange(24.0).reshape(2, 3, 4)
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    arrays = {
+        "fortran": np.asfortranarray(array), "swapped": array.transpose(1, 0, 2), "part": array[:, 1],
+        "0d": np.array(7), "empty": np.zeros((0, 3), "f4"), "read_only": read_only,
+    }  # fmt: skip
+    scalars = {"f": np.float32(1.5), "d": np.float64(0.1), "i": np.int64(-3), "u": np.uint8(200), "b": np.bool_(True)}
+    got = through_pickle({**arrays, **scalars}, protocol, tmp_path)
+    for name, given in arrays.items():
+        assert np.array_equal(got[name].numpy(), given) and got[name].numpy().dtype == given.dtype
+        got[name].zero_()  # its own memory, that may be written to
+    for name, given in scalars.items():
+        assert got[name] == given.item() and type(got[name]) is type(given.item())
+
+
+ARRAY = np.array([[0.5, -2.0], [3.0, 2.0**100]], dtype="<f4")  # its bytes are not ASCII
+
+
+def python_2(protocol: int) -> bytes:
+    """{"weight": ARRAY, "name": "\\xe9"} as Python 2 wrote it: byte strings, the old name of numpy's module."""
+    if protocol == 0:
+        data = repr(ARRAY.tobytes())[1:].encode()
+        return (
+            b"(dp0\nS'weight'\np1\ncnumpy.core.multiarray\n_reconstruct\np2\n(cnumpy\nndarray\np3\n(I0\ntp4\nS'b'\np5\n"
+            b"tp6\nRp7\n(I1\n(I2\nI2\ntp8\ncnumpy\ndtype\np9\n(S'f4'\np10\nI0\nI1\ntp11\nRp12\n(I3\nS'<'\np13\nNNNI-1\n"
+            b"I-1\nI0\ntp14\nbI00\nS" + data + b"\np15\ntp16\nbsS'name'\nS'\\xe9'\ns."
+        )
+    data = ARRAY.tobytes()
+    return (
+        b"\x80\x02}q\x00(U\x06weightcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
+        b"\x8a\x01\x02\x8a\x01\x02\x86cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff"
+        b"\xff\xffK\x00tb\x89T" + len(data).to_bytes(4, "little") + data + b"tbU\x04nameU\x01\xe9u."
+    )
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_pickles_of_python_2_are_read_as_numpy_reads_them(tmp_path, protocol):
+    reference = pickle.loads(python_2(protocol), encoding="latin1")  # noqa: S301 - our own bytes
+    (tmp_path / "w.pkl").write_bytes(python_2(protocol))
+    got = read_pickle(tmp_path / "w.pkl")
+    assert np.array_equal(got["weight"].numpy(), reference["weight"]) and np.array_equal(reference["weight"], ARRAY)
+    assert got["name"] == reference["name"] == "é"
+
+
+def test_an_ordered_dict_of_python_2_is_read_with_its_items(tmp_path):
+    (tmp_path / "w.pkl").write_bytes(
+        b"\x80\x02ccollections\nOrderedDict\n](](U\x01bK\x01e](U\x01aK\x02ee\x85R}U\x01_K\x00sb."
+    )
+    assert list(read_pickle(tmp_path / "w.pkl").items()) == [("b", 1), ("a", 2)]
+
+
+def test_a_view_of_the_first_pytorch_is_read(tmp_path):
+    def pickled(value):
+        return pickle.dumps(value, 2)
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            return value[1:] if type(value) is tuple and value[0] == "outside" else None
+
+    class Tensor:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor, self.arguments
+
+    file = io.BytesIO()
+    storage = ("outside", "storage", torch.FloatStorage, "7", "cpu", 6, ("8", 2, 3))
+    Pickler(file, 2).dump({"w": Tensor(storage, 1, (2,), (1,))})
+    head = pickled(0x1950A86A20F9469CFC6C) + pickled(1001) + pickled({"little_endian": True})
+    data = (6).to_bytes(8, "little") + torch.arange(6.0).numpy().tobytes()
+    (tmp_path / "w.pth").write_bytes(head + file.getvalue() + pickled(["7"]) + data)
+    got = read_pickle(tmp_path / "w.pth")["w"]
+    assert torch.equal(got, torch.tensor([3.0, 4.0]))
+    assert torch.equal(got, torch.load(tmp_path / "w.pth", weights_only=True)["w"])
+
+
+def test_a_checkpoint_repacked_by_zip_is_read(tmp_path):
+    torch.save([torch.ones(3)], tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as old, zipfile.ZipFile(tmp_path / "new.pth", "w") as new:
+        for name in sorted(old.namelist()):
+            new.writestr(name, old.read(name))
+    assert torch.equal(read_pickle(tmp_path / "new.pth")[0], torch.ones(3))

@@ -1,0 +1,263 @@
+"""The door for weights: what it understands, what it says, and what it refuses."""
+
+import json
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from resbackbone import build_resnet_backbone
+from resbackbone.weights import read_weights, write_weights
+from resbackbone.weights.inputs import BGR_255, INPUT, for_canonical_input
+from resbackbone.weights.translate import from_ours
+
+STATE = {"conv1.weight": torch.arange(24.0).view(2, 3, 2, 2), "bn1.num_batches_tracked": torch.tensor(3)}
+
+
+def assert_same_state(state, expected=STATE):
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def refusal(source, **options) -> str:
+    with pytest.raises(ValueError) as error:
+        read_weights(source, **options)
+    message = str(error.value)
+    assert "\n" not in message and str(source) in message
+    return message
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".bin", ".tar", ""])
+@pytest.mark.parametrize(
+    "wrap, entry",
+    [
+        (lambda state: state, ""),
+        (lambda state: {"state_dict": state, "epoch": 3}, "state_dict"),
+        (lambda state: {"model": state, "optimizer": {"lr": 0.1}}, "model"),
+        (lambda state: {"model": {"state_dict": state}}, "model.state_dict"),
+        (lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}}, "state_dict"),
+        (lambda state: {f"_orig_mod.module.{key}": value for key, value in state.items()}, ""),
+    ],
+    ids=["bare", "state_dict", "model", "twice", "DataParallel", "compiled"],
+)
+def test_a_pytorch_file_is_read_bare_nested_or_wrapped(tmp_path, suffix, wrap, entry):
+    path = tmp_path / f"checkpoint{suffix}"
+    torch.save(wrap(STATE), path)
+    weights = read_weights(path)
+    assert_same_state(weights.state)
+    assert weights.source == str(path) and weights.entry == entry and weights.format == "torchvision"
+    assert "backbone" not in weights.metadata and weights.assumed == {"input": INPUT, "stride_in_1x1": False}
+
+
+def test_the_averaged_weights_are_taken_unless_others_are_asked_for(tmp_path, caplog):
+    path = tmp_path / "checkpoint.pth"
+    average = {f"module.{key}": value + 1 for key, value in STATE.items()} | {"n_averaged": torch.tensor(9)}
+    torch.save({"model": STATE, "model_ema": average}, path)
+    weights = read_weights(path)
+    assert torch.equal(weights.state["conv1.weight"], STATE["conv1.weight"] + 1)
+    assert weights.left_out == ("n_averaged",) and weights.entry == "model_ema"
+    assert "hold model_ema and model: took model_ema" in caplog.text
+    assert_same_state(read_weights(path, entry="model").state)
+    assert "holds no part 'teacher'" in refusal(path, entry="teacher")
+
+
+def test_a_state_dict_is_taken_as_it_is():
+    weights = read_weights(STATE)
+    assert_same_state(weights.state)
+    assert weights.state is not STATE and not weights.is_file
+
+
+class Malicious:
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda x, path: path.write_bytes(pickle.dumps(x, protocol=2))], ids=["zip", "pickle"]
+)
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path, save):
+    path, trace = tmp_path / "malicious.pth", tmp_path / "trace"
+    save({"conv1.weight": STATE["conv1.weight"].tolist(), "x": Malicious(trace)}, path)
+    assert "posix.system" in refusal(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("content", [[1, 2], {}, {"a": 1}, {"model": {"a": 1}}, {"model": {}}])
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content):
+    path = tmp_path / "other.pth"
+    torch.save(content, path)
+    assert "holds no state dict (tensors by name)" in refusal(path)
+
+
+@pytest.mark.parametrize("name, value", [("note", "text"), (3, torch.zeros(1)), ("layer1", {"a": 1})])
+def test_what_is_no_tensor_among_tensors_is_named_and_refused(tmp_path, name, value):
+    path = tmp_path / "other.pth"
+    torch.save({**STATE, name: value}, path)
+    assert f"1 entries are no tensors by name: {name}" in refusal(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
+def test_a_tensor_of_another_kind_of_numbers_is_refused(dtype):
+    with pytest.raises(ValueError, match=f"bn1.bias holds {str(dtype)[6:]}, floating point numbers are wanted"):
+        read_weights({**STATE, "bn1.bias": torch.zeros(2, dtype=dtype)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_point_numbers_of_any_width_become_fp32(dtype):
+    state = read_weights({**STATE, "bn1.bias": torch.tensor([0.5, 2.0], dtype=dtype)}).state
+    assert state["bn1.bias"].dtype == torch.float32 and state["bn1.bias"].tolist() == [0.5, 2.0]
+
+
+def test_a_missing_file_is_answered_with_what_there_is(tmp_path):
+    assert "no such file; give a weight file (.safetensors, .pth, .pkl, ..), a named source" in refusal(
+        tmp_path / "no.pth"
+    )
+    assert "the folder holds no model.safetensors" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"\x80\x02}q\x00.", b"\x00" * 64, b"garbage " * 50])
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pkl", ".onnx"])
+def test_a_file_of_something_else_is_refused(tmp_path, content, suffix):
+    path = tmp_path / f"download{suffix}"
+    path.write_bytes(content)
+    refusal(path)
+
+
+@pytest.fixture(scope="module")
+def resnet50():
+    return torchvision.models.resnet50().state_dict()
+
+
+def caffe2_file(path, state, **more):
+    arrays = {name: tensor.numpy() for name, tensor in from_ours(state, "msra").items()}
+    path.write_bytes(pickle.dumps({"blobs": {**arrays, **more}}, protocol=2))
+
+
+def test_msras_pickles_are_read_as_bgr_with_the_stride_in_the_1x1(tmp_path, resnet50):
+    path = tmp_path / "R-50.pkl"
+    caffe2_file(path, resnet50, conv1_w_momentum=np.zeros(3), lr=np.float32(0.1), weight_order=["conv1_w"])
+    weights = read_weights(path)
+    assert weights.format == "msra" and weights.assumed == {"input": BGR_255, "stride_in_1x1": True}
+    assert set(weights.left_out) == {"conv1_w_momentum", "lr", "weight_order"} and not weights.unknown
+    assert torch.equal(weights.state["conv1.weight"], for_canonical_input(resnet50["conv1.weight"], BGR_255))
+    assert weights.metadata["input"] == INPUT
+    assert build_resnet_backbone(weights=path).config["stride_in_1x1"] is True
+    assert build_resnet_backbone(weights=path, stride_in_1x1=False).config["stride_in_1x1"] is False
+
+
+def test_what_is_assumed_is_said_in_one_line(tmp_path, resnet50, caplog):
+    caffe2_file(tmp_path / "R-50.pkl", resnet50)
+    build_resnet_backbone(50, weights=tmp_path / "R-50.pkl", levels=["c2"])
+    assert caplog.messages == [
+        f"weights from {tmp_path / 'R-50.pkl'} have Caffe2 names, as MSRA's and say no more: taken for an input of BGR "
+        "0..255, mean 103.53 116.28 123.675, std 1 1 1, the stride in the 1x1"
+    ]
+
+
+def test_an_input_that_is_given_stands_over_the_one_that_is_usual(tmp_path, resnet50):
+    caffe2_file(tmp_path / "X.pkl", resnet50)
+    given = {**BGR_255, "std": [57.375, 57.12, 58.395]}
+    weights = read_weights(tmp_path / "X.pkl", given_input=given)
+    assert torch.equal(weights.state["conv1.weight"], for_canonical_input(resnet50["conv1.weight"], given))
+    assert "input" not in weights.assumed
+
+
+@pytest.mark.parametrize(
+    "mean, std, stride_in_1x1",
+    [
+        ([103.53, 116.28, 123.675], [1.0, 1.0, 1.0], True),
+        ([103.53, 116.28, 123.675], [57.375, 57.12, 58.395], False),
+        ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375], False),
+    ],
+    ids=["msra", "resnext", "torchvision"],
+)
+def test_detectron2s_pixel_statistics_tell_the_input(tmp_path, resnet50, mean, std, stride_in_1x1):
+    state = {name: tensor.numpy() for name, tensor in from_ours(resnet50, "detectron2").items()}
+    pixels = {"pixel_mean": np.float32(mean).reshape(3, 1, 1), "pixel_std": np.float32(std).reshape(3, 1, 1)}
+    path = tmp_path / "model_final.pkl"
+    path.write_bytes(pickle.dumps({"model": {**state, **pixels}, "__author__": "Detectron2 Model Zoo"}))
+    weights = read_weights(path)
+    given = {**BGR_255, "channel_order": "BGR" if mean[0] < mean[2] else "RGB", "mean": mean, "std": std}
+    assert weights.metadata["converted_from"] == {"format": "detectron2", "input": given}
+    assert torch.equal(weights.state["conv1.weight"], for_canonical_input(resnet50["conv1.weight"], given))
+    assert weights.assumed == {"stride_in_1x1": stride_in_1x1}
+    assert set(weights.left_out) == pixels.keys()
+
+
+def test_detectron2s_own_conversion_of_torchvision_keeps_torchvisions_input(tmp_path, resnet50):
+    state = {name: tensor.numpy() for name, tensor in from_ours(resnet50, "detectron2").items()}
+    path = tmp_path / "R-50.pkl"
+    path.write_bytes(pickle.dumps({"model": state, "__author__": "torchvision", "matching_heuristics": True}))
+    weights = read_weights(path)
+    assert weights.assumed == {} and weights.metadata["backbone"] == {"stride_in_1x1": False}
+    assert torch.equal(weights.state["conv1.weight"], resnet50["conv1.weight"])
+
+
+@pytest.mark.parametrize(
+    "style, config_input, given",
+    [
+        ("pytorch", "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True", "RGB"),
+        ("caffe", "mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False", "BGR"),
+    ],
+)
+def test_mmdetections_config_tells_style_input_and_classes(tmp_path, resnet50, style, config_input, given):
+    state = {f"backbone.{name}": tensor for name, tensor in resnet50.items() if not name.startswith("fc.")}
+    state |= {f"neck.lateral_convs.{i}.conv.bias": torch.zeros(256) for i in range(4)}
+    config = f"model = dict(backbone=dict(type='ResNet', depth=50, style='{style}'))\nnorm = dict({config_input})"
+    path = tmp_path / "faster_rcnn.pth"
+    torch.save({"meta": {"config": config, "CLASSES": ("a", "b")}, "state_dict": state}, path)
+    weights = read_weights(path)
+    assert weights.format == "mmdetection" and weights.assumed == {}
+    assert weights.metadata["backbone"] == {"stride_in_1x1": style == "caffe"}
+    assert weights.metadata["converted_from"]["input"]["channel_order"] == given
+    assert weights.metadata["classes"] == ["a", "b"]
+    expected = resnet50["conv1.weight"]
+    expected = for_canonical_input(expected, BGR_255) if given == "BGR" else expected
+    assert torch.allclose(weights.state["conv1.weight"], expected, rtol=1e-6)
+
+
+def test_a_safetensors_file_of_a_foreign_format_is_translated(tmp_path, resnet50):
+    save_file(from_ours(resnet50, "transformers"), tmp_path / "model.safetensors", {"format": "pt"})
+    weights = read_weights(tmp_path / "model.safetensors")
+    assert weights.format == "transformers" and weights.state.keys() == resnet50.keys()
+
+
+def test_a_folder_of_transformers_says_its_stride_and_classes(tmp_path, resnet50):
+    save_file(from_ours(resnet50, "transformers"), tmp_path / "model.safetensors", {"format": "pt"})
+    config = {"model_type": "resnet", "downsample_in_bottleneck": True, "id2label": {str(i): f"n{i}" for i in range(3)}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = read_weights(tmp_path)
+    assert weights.metadata["backbone"]["stride_in_1x1"] is True and weights.metadata["classes"] == ["n0", "n1", "n2"]
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json is not readable JSON" in refusal(tmp_path)
+
+
+def test_our_own_file_is_not_converted_again(tmp_path):
+    write_weights(tmp_path / "own.safetensors", STATE, {"backbone": {"stride_in_1x1": True}})
+    weights = read_weights(tmp_path / "own.safetensors")
+    assert_same_state(dict(sorted(weights.state.items(), reverse=True)))
+    assert weights.format == "resbackbone" and weights.assumed == {}
+
+
+def test_a_torchvision_source_is_read_from_torchvisions_own_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    state = torchvision.models.resnet18().state_dict()
+    url = torchvision.models.ResNet18_Weights.DEFAULT.url
+    torch.save(state, folder / os.path.basename(url))
+    monkeypatch.setattr("resbackbone.weights.sources.download", lambda *_, **__: None)  # as if it had been fetched
+    weights = read_weights("torchvision:ResNet18_Weights.DEFAULT")
+    assert_same_state(weights.state, state)
+    assert weights.assumed == {} and len(weights.metadata["classes"]) == 1000
+    assert (
+        weights.metadata["accuracy"][0]["value"]
+        == torchvision.models.ResNet18_Weights.DEFAULT.meta["_metrics"]["ImageNet-1K"]["acc@1"]
+    )

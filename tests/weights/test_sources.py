@@ -1,0 +1,440 @@
+import functools
+import hashlib
+import http.server
+import json
+import threading
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+import torchvision
+from huggingface_hub import constants, errors
+
+from resbackbone.weights import sources
+from resbackbone.weights.inputs import BGR_255, INPUT, MEAN
+from resbackbone.weights.sources import is_named, locate, published_sha256
+from resbackbone.weights.zoo import torchvision_names
+
+STRIDE_IN_3X3 = {"stride_in_1x1": False, "eps": 1e-5}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    """Every cache in the test's own folder, and no network."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("FVCORE_CACHE", str(tmp_path / "iopath"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: pytest.fail("a test went to the network"))
+
+
+@pytest.fixture
+def downloads(monkeypatch):
+    """The calls of download(), none of which downloads."""
+    calls = []
+
+    def record(url, to, *, sha256=None, md5=None):
+        calls.append((url, to, sha256, md5))
+
+    monkeypatch.setattr(sources, "download", record)
+    return calls
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A stand-in for Hugging Face: repository -> file -> content, or an error to raise."""
+    repositories = {}
+
+    def hf_hub_download(repository, file, *, revision=None):
+        content = repositories[f"{repository}@{revision}" if revision else repository].get(file)
+        if content is None:
+            raise errors.EntryNotFoundError("404")
+        if isinstance(content, Exception):
+            raise content
+        path = tmp_path / "snapshot" / repository / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    return repositories
+
+
+def refusal(source: str) -> str:
+    with pytest.raises(ValueError) as error:
+        locate(source)
+    message = str(error.value)
+    assert "\n" not in message and message.startswith(f"weights {source!r}: ")
+    return message
+
+
+def test_names_are_told_from_paths():
+    for name in ("torchvision:A.B", "timm:resnet50", "hf:a/b", "detectron2:R-50.pkl", "https://h/a.pth", "HTTP://h/a"):
+        assert is_named(name)
+    for path in ("r50.safetensors", "runs/timm/r50.pth", "C:\\r50.pth", "timm", "ftp://h/a.pth", "./hf:a/b"):
+        assert not is_named(path)
+    assert "not a named source" in refusal("r50.pth")
+
+
+# torchvision
+
+
+def test_torchvision_weights_lie_where_torchvision_keeps_them_and_say_what_it_says(downloads):
+    path, stated = locate("torchvision:ResNet50_Weights.IMAGENET1K_V2")
+    url = "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"
+    assert path == Path(torch.hub.get_dir()) / "checkpoints" / "resnet50-11ad3fa6.pth"
+    assert downloads == [(url, path, "11ad3fa6", None)]
+    assert stated["source"] == "torchvision:ResNet50_Weights.IMAGENET1K_V2" and stated["url"] == url
+    top1 = stated["accuracy"][0]
+    assert (top1["data"], top1["metric"], top1["value"]) == ("ImageNet-1k val", "top-1", 80.858)
+    assert top1["published"].startswith("torchvision ") and "ResNet50_Weights.IMAGENET1K_V2" in top1["published"]
+    assert stated["backbone"] == STRIDE_IN_3X3
+    assert stated["input"] == INPUT
+    assert len(stated["classes"]) == 1000 and stated["classes"][0] == "tench"
+    assert stated["recipe"].startswith("https://github.com/pytorch/vision/")
+    assert stated["licence"] == "BSD-3-Clause"
+    json.dumps(stated)  # as metadata of a file
+
+
+def test_an_alias_of_torchvision_is_stated_by_its_own_name(downloads):
+    assert locate("torchvision:ResNet50_Weights.DEFAULT").stated["source"].endswith(".IMAGENET1K_V2")
+
+
+@pytest.mark.parametrize(
+    "name, eps",
+    [
+        ("FasterRCNN_ResNet50_FPN_Weights.COCO_V1", 0.0),
+        ("KeypointRCNN_ResNet50_FPN_Weights.COCO_LEGACY", 1e-5),
+        ("FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1", 1e-5),
+    ],
+)
+def test_torchvision_detectors_state_the_eps_that_torchvision_loads_them_with(downloads, monkeypatch, name, eps):
+    _, stated = locate(f"torchvision:{name}")
+    assert stated["backbone"] == {"stride_in_1x1": False, "eps": eps}
+    assert stated["input"] == INPUT and stated["accuracy"][0]["metric"] == "box AP"
+
+    weights = torchvision.models.get_weight(name)
+    builder = torchvision.models.get_model_builder(name.split("_Weights")[0].lower())
+    monkeypatch.setattr(type(weights), "get_state_dict", lambda *_, **__: {})
+    monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
+    assert builder(weights=weights).backbone.body.bn1.eps == eps
+
+
+def test_other_networks_of_torchvision_state_no_resnet(downloads):
+    assert "backbone" not in locate("torchvision:VGG16_Weights.IMAGENET1K_V1").stated
+
+
+@pytest.mark.parametrize("name", ["ResNet50_Weights", "ResNet50_Weights.IMAGENET1K_V3", "ResNet50.IMAGENET1K_V2"])
+def test_a_name_torchvision_does_not_know_shows_close_ones(name):
+    assert "ResNet50_Weights.IMAGENET1K_V2" in refusal(f"torchvision:{name}")
+
+
+# timm
+
+
+def test_timm_weights_come_from_its_hub_and_say_what_its_registry_says(hub):
+    hub["timm/resnet50.a1_in1k"] = {"model.safetensors": "tensors"}
+    path, stated = locate("timm:resnet50.a1_in1k")
+    assert path.name == "model.safetensors" and path.read_text() == "tensors"
+    assert stated["licence"] == "apache-2.0" and stated["url"] == "https://huggingface.co/timm/resnet50.a1_in1k"
+    assert stated["accuracy"][0]["value"] == 80.382 and "results-imagenet.csv" in stated["accuracy"][0]["published"]
+    assert stated["backbone"] == STRIDE_IN_3X3 and stated["input"] == INPUT
+    assert stated["recipe"] == "a1_in1k (arXiv:2110.00476)"
+    assert locate("timm:resnet50").stated["source"] == "timm:resnet50.a1_in1k"  # its default tag
+
+
+def test_a_timm_network_trained_on_another_input_says_so(hub):
+    hub["timm/resnet34.ra4_e3600_r224_in1k"] = {"pytorch_model.bin": "tensors"}
+    path, stated = locate("timm:resnet34.ra4_e3600_r224_in1k")
+    assert path.name == "pytorch_model.bin"
+    assert stated["input"] == {**INPUT, "mean": [0.5] * 3, "std": [0.5] * 3}
+
+
+@pytest.mark.parametrize(
+    "name, answer",
+    [
+        ("resnet50.a9_in1k", "resnet50.a3_in1k"),
+        ("resnet51", "close ones are resnet50"),
+        ("tv_resnet50", "timm:resnet50.tv_in1k"),
+        ("vgg16.tv_in1k", "not one of timm's ResNets"),
+        ("resnet200.untrained", "publishes no weights"),
+        ("", "timm:resnet50.a1_in1k"),
+    ],
+)
+def test_a_name_timm_has_nothing_for_is_answered_with_what_there_is(name, answer):
+    assert answer in refusal(f"timm:{name}")
+
+
+# Hugging Face
+
+TRANSFORMERS = {
+    "model_type": "resnet",
+    "downsample_in_bottleneck": True,
+    "id2label": {"1": "dog", "0": "cat"},
+}
+
+
+def test_a_transformers_repository_states_stride_input_classes_and_licence(hub):
+    hub["me/net"] = {
+        "model.safetensors": "tensors",
+        "config.json": TRANSFORMERS,
+        "preprocessor_config.json": {"image_mean": list(MEAN), "image_std": [0.5, 0.25, 0.125]},
+        "README.md": '---\ntags:\n- x\nlicense: "mit"\n---\n# Net\nlicense: gpl\n',
+    }
+    path, stated = locate("hf:me/net")
+    assert path.read_text() == "tensors"
+    assert stated == {
+        "source": "hf:me/net",
+        "url": "https://huggingface.co/me/net",
+        "licence": "mit",
+        "accuracy": [],
+        "backbone": {"stride_in_1x1": True, "eps": 1e-5},
+        "input": {**INPUT, "std": [0.5, 0.25, 0.125]},
+        "classes": ["cat", "dog"],
+    }
+
+
+def test_what_a_repository_does_not_say_is_not_stated(hub):
+    hub["me/net"] = {
+        "pytorch_model.bin": "tensors",
+        "config.json": {"model_type": "resnet", "id2label": {"0": "LABEL_0", "1": "LABEL_1"}},
+        "preprocessor_config.json": {"image_mean": list(MEAN), "image_std": [1.0, "1", None]},
+        "README.md": "# Net\nlicense: gpl\n",
+    }
+    path, stated = locate("hf:me/net")
+    assert path.name == "pytorch_model.bin"
+    assert stated["licence"] == "unknown" and not {"input", "classes"} & set(stated)
+    assert stated["backbone"] == STRIDE_IN_3X3  # transformers' default
+    for preprocessor in (
+        {"image_mean": list(MEAN), "image_std": [1.0, float("nan"), 1.0]},
+        {"image_mean": list(MEAN), "image_std": [1.0, 1.0, 1.0], "do_normalize": False},
+    ):
+        hub["me/net"]["preprocessor_config.json"] = preprocessor
+        assert "input" not in locate("hf:me/net").stated
+    hub["me/net"] = {"model.safetensors": "tensors"}
+    assert not {"backbone", "input"} & set(locate("hf:me/net").stated)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_timm_repository_states_its_pretrained_cfg(hub, nested):
+    config = {"mean": [0.5] * 3, "std": [0.25] * 3, "license": "mit", "label_names": ["a", "b"]}
+    config = {"architecture": "resnet18", **({"pretrained_cfg": config} if nested else config)}
+    hub["timm/resnet18.a1_in1k"] = {"model.safetensors": "tensors", "config.json": config}
+    stated = locate("hf:timm/resnet18.a1_in1k").stated
+    assert stated["input"] == {**INPUT, "mean": [0.5] * 3, "std": [0.25] * 3}
+    assert (stated["licence"], stated["classes"], stated["backbone"]) == ("mit", ["a", "b"], STRIDE_IN_3X3)
+    assert stated["accuracy"][0]["value"] == 71.504
+
+
+def test_a_revision_and_a_file_can_be_named(hub):
+    hub["me/net@refs/pr/1"] = {"sub/last.pth": "tensors", "model.safetensors": "others"}
+    assert locate("hf:me/net@refs/pr/1:sub/last.pth").path.name == "last.pth"
+    hub["me/net"] = {}
+    assert "holds no sub/last.pth" in refusal("hf:me/net:sub/last.pth")
+    assert "holds no model.safetensors and no pytorch_model.bin" in refusal("hf:me/net")
+
+
+@pytest.mark.parametrize("name", ["", "resnet-50", "a/b/c", "a/b@", "a/b:", "a b/c", "https://huggingface.co/a/b"])
+def test_a_name_that_is_no_repository_is_refused(name):
+    assert "hf:OWNER/REPO[@REVISION][:FILE]" in refusal(f"hf:{name}")
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"a": 1}' + " " * (17 << 20), "nul"])
+def test_a_config_that_is_no_json_object_is_refused(hub, content):
+    hub["me/net"] = {"model.safetensors": "tensors", "config.json": content}
+    assert "its config.json" in refusal("hf:me/net")
+
+
+@pytest.mark.parametrize(
+    "kind, answer",
+    [
+        ("RepositoryNotFoundError", "no such repository, or it is private"),
+        ("GatedRepoError", "hf auth login"),
+        ("RevisionNotFoundError", "no revision 'v2'"),
+        ("HFValidationError", "HFValidationError"),
+    ],
+)
+def test_what_hugging_face_refuses_is_one_line(hub, kind, answer):
+    error = getattr(errors, kind)
+    hub["me/net@v2"] = {"config.json": error.__new__(error)}  # their constructors want the server's answer
+    assert answer in refusal("hf:me/net@v2")
+
+
+@pytest.mark.parametrize("source", ["timm:resnet50.a1_in1k", "hf:timm/resnet50.a1_in1k"])
+def test_offline_one_line_says_what_to_fetch_and_that_its_path_will_do(source):
+    message = refusal(source)
+    assert "https://huggingface.co/timm/resnet50.a1_in1k/resolve/main/model.safetensors" in message
+    assert "give the path of the downloaded model.safetensors instead" in message
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_offline_what_is_in_the_cache_is_used(tmp_path, file):
+    repository = tmp_path / "hub" / "models--timm--resnet50.a1_in1k"
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    (snapshot / file).write_text("tensors")
+    for source in ("timm:resnet50.a1_in1k", "hf:timm/resnet50.a1_in1k"):
+        assert locate(source).path == snapshot / file
+
+
+# detectron2
+
+MASK_RCNN = "mask_rcnn_{}/1/model_final_a54504.pkl"
+
+
+@pytest.mark.parametrize(
+    "path, stride_in_1x1, order, std",
+    [
+        ("ImageNetPretrained/MSRA/R-50.pkl", True, "BGR", [1.0, 1.0, 1.0]),
+        ("ImageNetPretrained/torchvision/R-50.pkl", False, "RGB", [58.395, 57.12, 57.375]),
+        ("ImageNetPretrained/FAIR/X-101-32x8d.pkl", False, "BGR", [57.375, 57.12, 58.395]),
+        ("COCO-InstanceSegmentation/" + MASK_RCNN.format("R_101_FPN_3x"), True, "BGR", [1.0, 1.0, 1.0]),
+        ("COCO-Keypoints/" + MASK_RCNN.format("X_101_32x8d_FPN_3x"), False, "BGR", [57.375, 57.12, 58.395]),
+    ],
+)
+def test_detectron2_files_state_what_their_configs_set(downloads, tmp_path, path, stride_in_1x1, order, std):
+    located = locate(f"detectron2:{path}")
+    assert located.path == tmp_path / "iopath" / "detectron2" / path  # detectron2's own place
+    assert located.stated["backbone"] == {"stride_in_1x1": stride_in_1x1, "eps": 1e-5}
+    given = located.stated["input"]
+    assert (given["channel_order"], given["range"], given["std"]) == (order, [0, 255], std)
+    mean = [255 * value for value in MEAN]
+    assert given["mean"] == pytest.approx(mean if order == "RGB" else mean[::-1])
+    assert located.stated["licence"] == "CC-BY-SA-3.0"
+
+
+@pytest.mark.parametrize("path", ["Misc/" + MASK_RCNN.format("R_50_FPN_3x_gn"), "new_baselines/mask_rcnn_R_50/a.pkl"])
+def test_detectron2_files_with_configs_of_their_own_state_nothing_assumed(downloads, path):
+    assert not {"backbone", "input"} & set(locate(f"detectron2:{path}").stated)
+
+
+def test_a_config_of_detectron2s_zoo_stands_for_its_file(downloads):
+    path, stated = locate("detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    name = "COCO-Detection/faster_rcnn_R_50_FPN_1x/137257794/model_final_b275ba.pkl"
+    assert downloads == [(f"https://dl.fbaipublicfiles.com/detectron2/{name}", path, None, "b275ba")]  # md5: MODEL_ZOO
+    assert stated["source"] == f"detectron2:{name}" and stated["accuracy"][0]["value"] == 37.9
+    assert stated["recipe"] == "detectron2 configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
+    assert stated["input"] == BGR_255
+    assert locate(f"detectron2:{name}") == locate("detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x") == (path, stated)
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../../R-50.pkl", "/etc/R-50.pkl", "a/../b.pkl", "R-50.pth", "a b.pkl", "a?b.pkl"]
+)
+def test_a_path_outside_detectron2s_folder_is_refused(downloads, name):
+    refusal(f"detectron2:{name}")
+    assert not downloads
+
+
+def test_a_config_that_detectron2s_zoo_lacks_shows_close_ones(downloads):
+    assert "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml" in refusal(
+        "detectron2:COCO-Detection/faster_rcnn_R_50_FPN_2x.yaml"
+    )
+
+
+# URLs
+
+
+@pytest.fixture
+def folder_url(tmp_path, monkeypatch):
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    monkeypatch.undo()  # the network, that is this machine's
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    yield folder, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_url_is_downloaded_checked_and_found_again(folder_url):
+    folder, url = folder_url
+    digest = hashlib.sha256(b"tensors").hexdigest()
+    (folder / f"net-{digest[:8]}.pth").write_bytes(b"tensors")
+    path, stated = locate(f"{url}/net-{digest[:8]}.pth?key=secret")
+    assert path.read_bytes() == b"tensors" and path.name == f"net-{digest[:8]}.pth"
+    public = f"{url}/net-{digest[:8]}.pth"  # without the query, which may be a key
+    assert stated == {"source": public, "url": public, "licence": "unknown", "accuracy": []}
+    (folder / path.name).unlink()
+    assert locate(f"{url}/net-{digest[:8]}.pth?key=secret#sha256={digest}").path == path
+
+
+def test_a_url_whose_file_is_another_than_its_name_or_ending_says_is_refused(folder_url):
+    folder, url = folder_url
+    (folder / "net-00000000.pth").write_bytes(b"tensors")
+    assert "00000000 is published" in refusal(f"{url}/net-00000000.pth")
+    assert "1111111111 is published" in refusal(f"{url}/net-00000000.pth#sha256=1111111111")
+    digest = hashlib.sha256(b"tensors").hexdigest()
+    assert locate(f"{url}/net-00000000.pth#sha256={digest.upper()}").path.read_bytes() == b"tensors"
+
+
+def test_files_of_one_name_from_two_urls_are_kept_apart(downloads):
+    paths = {locate(url).path for url in ("https://a/m.pth", "https://b/m.pth", "https://a/m.pth?v=2")}
+    assert len(paths) == 3 and {path.name for path in paths} == {"m.pth"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http:net.pth",
+        "https:///net.pth",
+        "https://host",
+        "https://host/folder/",
+        "https://host/..",
+        "https://[host/net.pth",
+        "https://me:secret@host/net.pth",
+        "https://host/a net.pth",
+        "https://host/n\u00e9t.pth",
+        "https://host/net.pth#sha256=123",
+        "https://host/net.pth#md5=12345678",
+    ],
+)
+def test_a_url_that_names_no_file_or_hash_is_refused(downloads, url):
+    refusal(url)
+    assert not downloads
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host/%2e%2e%2f%2e%2e%2fnet.pth", "https://host/a%00b.pth", "https://h/" + "n" * 999]
+)
+def test_no_url_leads_out_of_the_cache(downloads, url):
+    path = locate(url).path
+    assert path.parents[1] == Path(torch.hub.get_dir()) / "resbackbone"
+    assert path.resolve() == path and len(path.name) <= 100 and "\0" not in str(path)
+
+
+@pytest.mark.parametrize(
+    "file, digits",
+    [
+        ("resnet50-0676ba61.pth", "0676ba61"),
+        ("faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth", "047c8118"),
+        ("resnet34-43635321.pth", "43635321"),  # timm's, and no day
+        (f"net-{'a1' * 32}.pt", "a1" * 32),
+        ("net-20200130.pth", None),  # a day
+        ("resnet18_fbgemm_16fa66dd.pth", None),
+        ("net-0676ba6.pth", None),
+        ("net-0676ba61.pkl", None),
+        ("net-" + "0676ba61" * 5 + ".pth", None),  # a commit
+        ("model.safetensors", None),
+    ],
+)
+def test_the_digits_of_a_file_name_that_are_its_hash(file, digits):
+    assert published_sha256(file) == digits
+
+
+def test_the_digits_are_those_that_torch_hub_checks():
+    files = {Path(torchvision.models.get_weight(name).url).name for name in torchvision_names() if "ResNe" in name}
+    assert len(files) > 20
+    for file in files:
+        hashed = torch.hub.HASH_REGEX.search(file)
+        assert published_sha256(file) == (hashed[1] if hashed else None)

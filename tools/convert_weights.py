@@ -1,0 +1,204 @@
+"""Weights of any known format in, of any known format out: says what was found, and checks what was written.
+
+python tools/convert_weights.py --list                                             every named source
+python tools/convert_weights.py detectron2:ImageNetPretrained/MSRA/R-50.pkl r50.safetensors
+python tools/convert_weights.py fasterrcnn_resnet50_fpn_coco.pth detector.safetensors
+python tools/convert_weights.py runs/mine/model.safetensors mine.pkl --to detectron2
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import tyro
+from rich.table import Table
+
+from detection.faster_rcnn import build_faster_rcnn
+from detection.foreign import describe_detector
+from resbackbone.backbone import backbone_from_config
+from resbackbone.checks import one_of
+from resbackbone.classifier import ResNetClassifier
+from resbackbone.resnet import STAGES
+from resbackbone.training.command import console, main_of, parse
+from resbackbone.weights import Weights, fitting, pyramid_of, read_weights, settle
+from resbackbone.weights.formats import FORMATS
+from resbackbone.weights.inputs import BGR_255, INPUT, describe_input
+from resbackbone.weights.read import has_bottlenecks
+from resbackbone.weights.write import OURS, TARGETS, architecture_name, largest_difference, only_part, write_as
+from resbackbone.weights.zoo import list_sources
+
+BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}
+GEOMETRY_OF = {"torchvision": "torchvision", "detectron2": "detectron2", "mmdetection": "detectron2"}
+# A backbone's config beside its trunk's, of a network that is built to be compared and not to be run.
+BARE = {
+    "fpn": False,
+    "frozen_through": "none",
+    "dilate_c5": False,
+    "zero_init_residual": False,
+    "checkpoint_activations": False,
+    "fpn_channels": None,
+    "fpn_norm": None,
+    "p6_from": "c5",
+}
+INPUTS = {"rgb": INPUT, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Convert weights between this package, torchvision, timm, detectron2, MSRA, mmdetection and transformers."""
+
+    source: tyro.conf.Positional[str] = ""
+    """A weight file, a folder of transformers, or a named source (torchvision:, timm:, hf:, detectron2:, a URL)."""
+    destination: tyro.conf.Positional[Path | None] = None
+    """The file to write (.safetensors; for other formats .pth or .pkl too), or a folder for transformers."""
+    to: str = OURS
+    """resbackbone, torchvision, timm, detectron2, msra, mmdetection or transformers."""
+    part: str | None = None
+    """backbone: without a detector's heads; trunk: without pyramid and classifier too. Default: everything."""
+    entry: str | None = None
+    """Which part of a checkpoint to read where it holds several: model, model_ema, .. Default: the average."""
+    input: str | None = None
+    """What the weights take: rgb (0..1, ImageNet mean and std), bgr-255 (std 1, as MSRA's) or bgr-255-std. Default:
+    what the file says, or is usual for its names."""
+    stride_in_1x1: bool | None = None
+    """Where its bottlenecks stride. Default: what the file says, or is usual for its names."""
+    licence: str | None = None
+    """Licence of the weights, kept in the file."""
+    recipe: str | None = None
+    """How they were trained, kept in the file."""
+    overwrite: bool = False
+    """Replace a file that is there."""
+    list: bool = False
+    """List every named source, with depth, published accuracy and licence, and stop."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Weights from anywhere -> a file of the asked format that was read back and found to be the same network."""
+    options = parse(Options, argv)
+    if options.list:
+        print_sources()
+        return
+    if not options.source or options.destination is None:
+        raise ValueError("SRC and DST are wanted: python tools/convert_weights.py SRC DST [--to FORMAT], or --list")
+    one_of("format", options.to, TARGETS)
+    given = None if options.input is None else INPUTS[one_of("input", options.input, INPUTS)]
+    if options.destination.exists() and not options.overwrite:
+        raise ValueError(f"{options.destination} is there already; --overwrite replaces it")
+    if not options.destination.parent.is_dir():
+        raise ValueError(f"{options.destination.parent}: no such folder to write into")
+
+    weights = read_weights(options.source, entry=options.entry, given_input=given)
+    weights = described(weights, options)
+    print_found(weights)
+    check_whole(weights)
+    write_as(options.destination, weights, options.to)
+    difference, tensor = largest_difference(weights, read_weights(options.destination))
+    if difference > 1e-5:
+        raise ValueError(f"{options.destination} does not read back as it was: {tensor} is off by {difference:.1g}")
+    console.print(
+        f"wrote   {options.destination} ({options.to}), read back: {len(weights.state)} tensors, "
+        f"largest relative difference {difference:.1g}"
+    )
+    print_advice(weights, options)
+
+
+def described(weights: Weights, options: Options) -> Weights:
+    """The asked part of the weights, its metadata complete: whatever had to be assumed or was given stands in them."""
+    if weights.format is None:
+        names = ", ".join(list(weights.state)[:3])
+        known = ", ".join(dict.fromkeys(known.title for known in FORMATS.values()))
+        raise ValueError(f"{weights.source}: names of no known format ({names}, ..); known are {known}")
+    if options.part is not None:
+        weights = only_part(weights, options.part)
+    metadata = {"source": weights.source, **weights.metadata}
+    for name in ("licence", "recipe"):
+        if getattr(options, name) is not None:
+            metadata[name] = getattr(options, name)
+    trunk = settle(weights, stride_in_1x1=options.stride_in_1x1)
+    weights = replace(weights, metadata={**metadata, "backbone": {**metadata.get("backbone", {}), **trunk}})
+    if is_detector(weights) and "detector" not in metadata:
+        try:
+            weights.metadata.update(describe_detector(weights))
+        except ValueError as error:
+            raise ValueError(f"{error}; --part backbone converts these") from None
+    return weights
+
+
+def is_detector(weights: Weights) -> bool:
+    """Whether the weights hold more than a trunk, its classifier and its pyramid."""
+    return any(key.startswith("backbone.") for key in weights.state)
+
+
+def print_found(weights: Weights) -> None:
+    """What the source holds, what was known of it and what assumed."""
+    trunk, state = weights.metadata["backbone"], weights.state
+    kind = "trunk"
+    if is_detector(weights):
+        detector = weights.metadata["detector"]
+        kind = f"Faster R-CNN ({detector['variant']}, {detector['num_classes']} classes)"
+    elif "fc.weight" in state:
+        kind = f"classifier of {len(state['fc.weight'])} classes"
+    elif any(key.startswith("fpn.") for key in state):
+        kind = "backbone with pyramid"
+    title = FORMATS[weights.format].title if weights.format in FORMATS else "a file of this package"
+    where = f", in its part {weights.entry}" if weights.entry else ""
+    console.print(f"found   {title}{where}: {architecture_name(trunk)}, {kind}, {len(state)} tensors")
+    if has_bottlenecks({key.removeprefix("backbone."): value for key, value in state.items()}):
+        said = ", assumed" if "stride_in_1x1" in weights.assumed else ""
+        console.print(f"stride  in the {'1x1' if trunk['stride_in_1x1'] else '3x3'}{said}")
+    given = weights.metadata.get("converted_from", {}).get("input", INPUT)
+    said = ", assumed" if "input" in weights.assumed else ""
+    converted = "" if given == INPUT else f"; converted to {describe_input(INPUT)}"
+    console.print(f"input   {describe_input(given)}{said}{converted}")
+    if weights.left_out:
+        some = ", ".join(weights.left_out[:3]) + (", .." if len(weights.left_out) > 3 else "")
+        console.print(f"left    out {len(weights.left_out)} tensors that training needs or the network implies: {some}")
+
+
+def check_whole(weights: Weights) -> None:
+    """ValueError unless the weights are all of a network of this package and nothing else."""
+    state, config = weights.state, weights.metadata["backbone"]
+    trunk = {name: config[name] for name in settle(weights)}
+    with torch.device("meta"):
+        if is_detector(weights):
+            network = build_faster_rcnn(backbone_from_config(config), **weights.metadata["detector"])
+        elif "fc.weight" in state:
+            network = ResNetClassifier(num_classes=len(state["fc.weight"]), **trunk)
+        elif pyramid := pyramid_of(state):
+            network = backbone_from_config({**BARE, **trunk, "fpn": True, **pyramid})
+        else:
+            levels = [level for level, stage in STAGES.items() if any(key.startswith(f"{stage}.") for key in state)]
+            network = backbone_from_config({**BARE, **trunk, "levels": levels[-1:]})
+    fitting(network, weights)
+
+
+def print_advice(weights: Weights, options: Options) -> None:
+    """How to use what was written."""
+    trunk = weights.metadata["backbone"]
+    if options.to == OURS:
+        call = "load_detector(" if is_detector(weights) else "build_resnet_backbone(weights="
+        console.print(f'use     {call}"{options.destination}")')
+    elif options.to in ("detectron2", "msra"):
+        console.print(
+            f"use     MODEL.WEIGHTS {options.destination}, MODEL.RESNETS.DEPTH {trunk['depth']}, "
+            f"MODEL.RESNETS.STRIDE_IN_1X1 {trunk['stride_in_1x1']}, and detectron2's default input (BGR, PIXEL_STD 1)"
+        )
+    elif options.to == "mmdetection":
+        style = "caffe" if trunk["stride_in_1x1"] else "pytorch"
+        console.print(f"use     style='{style}', to_rgb=True, mean and std of ImageNet")
+    geometry = weights.metadata.get("detector", {}).get("geometry")
+    if geometry is not None and options.to != OURS and geometry != GEOMETRY_OF[options.to]:
+        console.print(f"note    made with {geometry}'s RoIAlign and anchors: boxes differ a little in {options.to}")
+
+
+def print_sources() -> None:
+    """Every named source with depth, published accuracy and licence."""
+    table = Table("weights", "depth", "what", "accuracy", "published in", "licence", box=None)
+    for source in list_sources():
+        value = "" if source.value is None else f"{source.value:.1f} {source.metric}"
+        table.add_row(source.name, str(source.depth), source.kind, value, source.published, source.licence)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main_of(main)
