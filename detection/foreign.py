@@ -32,9 +32,7 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         )
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
     if scores is None or scores.dim() != 2:
-        raise ValueError(
-            f"weights from {weights.source} do not hold a Faster R-CNN: roi_heads.box_predictor is missing"
-        )
+        raise ValueError(f"weights from {weights.source} hold no Faster R-CNN: roi_heads.box_predictor is missing")
     pyramid = any(key.startswith("backbone.fpn.") for key in state)
     at_c4 = any(key.startswith(f"{STAGE5}layer4.") for key in state)
     variant = "fpn" if pyramid else "c4" if at_c4 else "dc5"

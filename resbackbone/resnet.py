@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from resbackbone.checks import one_of
 from resbackbone.layers import (
     SHORTCUTS,
-    FrozenBatchNorm2d,
     Norm,
     add_relu,
     checkpointed,

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 import tyro
-from rich.table import Table
 
 from detection.faster_rcnn import build_faster_rcnn
 from detection.foreign import describe_detector
@@ -193,11 +192,13 @@ def print_advice(weights: Weights, options: Options) -> None:
 
 def print_sources() -> None:
     """Every named source with depth, published accuracy and licence."""
-    table = Table("weights", "depth", "what", "accuracy", "published in", "licence", box=None)
+    rows = [("weights", "depth", "what", "accuracy", "licence", "published in")]
     for source in list_sources():
         value = "" if source.value is None else f"{source.value:.1f} {source.metric}"
-        table.add_row(source.name, str(source.depth), source.kind, value, source.published, source.licence)
-    console.print(table)
+        rows.append((source.name, str(source.depth), source.kind, value, source.licence, source.published))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:  # a line each, however wide the terminal is: names are there to be copied
+        console.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@ import json
 import math
 import os
 import re
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urldefrag, urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -223,7 +225,8 @@ def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
     from huggingface_hub import errors
 
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+        cached_only = {} if _hub_has_an_address() else {"local_files_only": True}
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, **cached_only))
     except errors.LocalEntryNotFoundError:
         url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
         raise _NotHere(
@@ -241,6 +244,18 @@ def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
     except Exception as error:  # by its version, huggingface_hub lets those of requests or of httpx through
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise ValueError(f"https://huggingface.co/{repository} could not be read: {reason}")
+
+
+def _hub_has_an_address() -> bool:
+    """False on a machine without a network, where huggingface_hub would try for half a minute a file."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE or getproxies():  # it knows, or a proxy looks names up
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None))
+    except OSError:
+        return False
 
 
 def _hub_file_beside(repository: str, revision: str | None, file: str) -> Path | None:

@@ -85,7 +85,7 @@ def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> 
     known = FORMATS[one_of("format", format, FORMATS)]
     state = _with_usual_eps(state, eps)
     if format == "msra":
-        state = merged_norms(state)
+        state = _with_msras_norms(state)
     network = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
     pyramid = any(key.startswith("fpn.") for key in network)
     detector = not all(_of_network(key) for key in network)
@@ -194,12 +194,23 @@ def _with_usual_eps(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor
 
 
 def _add_merged_statistics(state: dict[str, Tensor], giver: Mapping[str, str]) -> None:
-    """Give norms that are scale and shift alone the statistics 0 and 1, with eps in it."""
+    """Give norms that are scale and shift alone the statistics 0 and 1.
+
+    So detectron2 reads these files, and adds its eps to that 1: Caffe2's own scales are larger by 5e-6.
+    """
     for key, theirs in giver.items():
         norm = key.removesuffix(".weight")
         if theirs.endswith("_bn_s") and f"{norm}.running_var" not in state:
             state[f"{norm}.running_mean"] = torch.zeros_like(state[key])
-            state[f"{norm}.running_var"] = torch.full_like(state[key], 1 - EPS)
+            state[f"{norm}.running_var"] = torch.ones_like(state[key])
+
+
+def _with_msras_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scales and shifts alone, such that they are right again with the statistics 0 and 1 (and eps)."""
+    merged = merged_norms(state)
+    for norm in _norms(state):
+        merged[f"{norm}.weight"] = (merged[f"{norm}.weight"].double() * (1 + EPS) ** 0.5).float()
+    return merged
 
 
 def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@ import hashlib
 import http.server
 import json
 import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -438,3 +439,16 @@ def test_the_digits_are_those_that_torch_hub_checks():
     for file in files:
         hashed = torch.hub.HASH_REGEX.search(file)
         assert published_sha256(file) == (hashed[1] if hashed else None)
+
+
+def test_without_a_network_nothing_is_tried_again_and_again(monkeypatch, capfd):
+    def no_network(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("socket.getaddrinfo", no_network)
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited for a network"))
+    for source in ("hf:microsoft/resnet-50", "timm:resnet50.a1_in1k"):
+        with pytest.raises(ValueError, match=r"could not be downloaded \(offline, and not in the cache\)"):
+            locate(source)
+    assert capfd.readouterr() == ("", "")

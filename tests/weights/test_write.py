@@ -1,0 +1,146 @@
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from resbackbone import build_resnet_backbone, build_resnet_classifier
+from resbackbone.weights import Weights, read_weights
+from resbackbone.weights.write import architecture_name, largest_difference, only_part, write_as
+
+
+def weights_of(model, **metadata):
+    return Weights(model.state_dict(), metadata, "a model", format="resbackbone")
+
+
+@pytest.fixture
+def classifier(randomised):
+    return randomised(build_resnet_classifier(18, 5))
+
+
+def test_our_file_says_everything_about_itself(classifier, tmp_path):
+    said = {"source": "here", "licence": "MIT", "recipe": "none", "classes": list("abcde"), "accuracy": []}
+    write_as(tmp_path / "own.safetensors", weights_of(classifier, **said, backbone={"stride_in_1x1": True}))
+    with safe_open(tmp_path / "own.safetensors", "pt") as file:
+        metadata = {key: json.loads(value) for key, value in file.metadata().items()}
+    assert metadata == {
+        **said,
+        "format": "resbackbone",
+        "architecture": "resnet18",
+        "num_classes": 5,
+        "input": {"channel_order": "RGB", "range": [0, 1], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        "backbone": {
+            "depth": 18,
+            "shortcut": "B",
+            "stride_in_1x1": True,
+            "groups": 1,
+            "width_per_group": 64,
+            "in_channels": 3,
+            "eps": 1e-5,
+            "norm": "BN",
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    "format, suffix",
+    [
+        *(
+            (format, suffix)
+            for format in ("torchvision", "timm", "mmdetection")
+            for suffix in (".pth", ".bin", ".safetensors")
+        ),
+        *((format, suffix) for format in ("detectron2", "msra") for suffix in (".pkl", ".pth", ".safetensors")),
+        ("transformers", ""),
+        ("resbackbone", ".safetensors"),
+    ],
+)
+@pytest.mark.parametrize("eps", [1e-5, 1e-3])
+def test_a_written_file_reads_back_as_the_same_network(classifier, format, suffix, eps, tmp_path):
+    weights = weights_of(classifier, backbone={"eps": eps})
+    write_as(tmp_path / f"out{suffix}", weights, format)
+    back = read_weights(tmp_path / f"out{suffix}")
+    difference, _ = largest_difference(weights, back)
+    assert difference < 1e-6
+    if suffix != ".pth" and format not in ("torchvision", "timm") or format == "resbackbone":
+        assert not back.assumed  # it says for what input and stride it is
+
+
+def test_the_largest_difference_is_found_and_named(classifier):
+    weights = weights_of(classifier)
+    other = {name: tensor.clone() for name, tensor in weights.state.items()}
+    other["layer3.0.conv1.weight"][0, 0, 0, 0] += other["layer3.0.conv1.weight"].abs().max() / 2
+    assert largest_difference(weights, weights) == (0.0, "")
+    assert largest_difference(weights, Weights(other, {}, "b")) == (
+        pytest.approx(0.5, rel=0.01),
+        "layer3.0.conv1.weight",
+    )
+    assert largest_difference(weights, weights_of(classifier, backbone={"eps": 1e-3}))[0] > 1e-5
+    del other["fc.bias"]
+    with pytest.raises(ValueError, match="different tensors: fc.bias"):
+        largest_difference(weights, Weights(other, {}, "b"))
+
+
+@pytest.mark.parametrize(
+    "format, options, message",
+    [
+        ("torchvision", {"shortcut": "C"}, "shortcut='C': torchvision has no such network"),
+        ("timm", {"stride_in_1x1": True}, "timm's networks have the stride in the 3x3"),
+        ("transformers", {"groups": 32, "width_per_group": 4}, "neither groups nor other widths"),
+        ("caffe", {}, "unknown format 'caffe'; choose from resbackbone, torchvision"),
+    ],
+)
+def test_a_network_that_a_format_has_not_got_is_refused(format, options, message, tmp_path):
+    weights = weights_of(build_resnet_backbone(50, **options), backbone=options)
+    with pytest.raises(ValueError, match=message):
+        write_as(tmp_path / "out", weights, format)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "format, name, message",
+    [
+        ("torchvision", "out.pkl", r"unknown suffix '.pkl' for torchvision; choose from .safetensors, .pth, .pt, .bin"),
+        ("detectron2", "out.npz", r"choose from .safetensors, .pth, .pt, .bin, .pkl"),
+        ("transformers", "out.pth", "transformers reads a folder"),
+        ("resbackbone", "out.pth", "files of this package are .safetensors"),
+    ],
+)
+def test_a_suffix_that_a_format_has_not_got_is_refused(classifier, format, name, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        write_as(tmp_path / name, weights_of(classifier), format)
+
+
+def test_detectron2_gets_what_its_checkpointer_looks_for(classifier, tmp_path):
+    write_as(tmp_path / "out.pkl", weights_of(classifier), "detectron2")
+    content = pickle.loads((tmp_path / "out.pkl").read_bytes())  # noqa: S301 - written by this test
+    assert content["matching_heuristics"] is True and content["__author__"] == "resbackbone"
+    assert content["model"]["stem.conv1.weight"].shape == (64, 3, 7, 7)
+
+
+@pytest.mark.parametrize(
+    "trunk, name",
+    [
+        ({"depth": 50}, "resnet50"),
+        ({"depth": 101, "groups": 32, "width_per_group": 8}, "resnext101_32x8d"),
+        ({"depth": 50, "width_per_group": 128}, "wide_resnet50_2"),
+        ({"depth": 34, "shortcut": "none"}, "plain34"),
+    ],
+)
+def test_trunks_have_torchvisions_names(trunk, name):
+    assert architecture_name({"groups": 1, "width_per_group": 64, "shortcut": "B", **trunk}) == name
+
+
+def test_a_part_is_taken_out():
+    pyramid = build_resnet_backbone(18, fpn=True, fpn_channels=8).state_dict()
+    state = {f"backbone.{name}": tensor for name, tensor in pyramid.items()} | {"rpn.head.x": torch.zeros(1)}
+    weights = Weights(state, {"detector": {}, "licence": "MIT"}, "a file", unknown=("rpn.head.x",))
+    backbone = only_part(weights, "backbone")
+    assert (
+        backbone.state.keys() == pyramid.keys() and backbone.unknown == () and backbone.metadata == {"licence": "MIT"}
+    )
+    trunk = only_part(weights, "trunk")
+    assert trunk.state.keys() == {name for name in pyramid if not name.startswith("fpn.")}
+    with pytest.raises(ValueError, match="unknown part 'head'; choose from backbone, trunk"):
+        only_part(weights, "head")
