@@ -123,7 +123,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
         began = time.monotonic()
         share_buffers(model, rank)
         results, detections = evaluate(
-            Detector(model, cfg),
+            Detector(model, cfg, val_set.categories),
             val_set,
             rank,
             workers=options.workers,
@@ -231,9 +231,9 @@ def dataset_dicts(dataset: CocoImages) -> list[dict]:
 class Detector(nn.Module):
     """A detectron2 model as `evaluate` takes detectors: [3, H, W] RGB in 0..1 -> boxes, labels 1..N and scores."""
 
-    def __init__(self, model: nn.Module, cfg: CfgNode):
+    def __init__(self, model: nn.Module, cfg: CfgNode, categories: dict[int, str]):
         super().__init__()
-        self.model = model
+        self.model, self.categories = model, categories
         self.resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:

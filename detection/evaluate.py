@@ -39,10 +39,11 @@ def evaluate(
     them on rank 0 and none elsewhere.
     `progress` wraps the loop over this rank's images; it is given their number. An image that cannot be read raises
     BadImage, or with the dataset's `skip_bad_images` counts as one without detections and is named in the results.
+    A detection of a class that the data set has not is none (torchvision's detectors know the ids that COCO skips).
     """
     share = RankShare(len(dataset), rank=rank.rank, ranks=rank.ranks)
     loader = DataLoader(dataset, batch_size=None, sampler=share, num_workers=workers)
-    category_ids, was_training = list(dataset.categories), detector.training
+    category_ids, was_training = list(detector.categories), detector.training
     detector.eval()
     found: dict[int, list[dict]] = {}
     skipped: list[str] = []
@@ -54,7 +55,8 @@ def evaluate(
                 skipped.append(str(sample))
                 continue
             image, image_id = sample[0], sample[1]["image_id"]
-            found[image_id] = detect(detector, image, image_id, category_ids, rank.device, bf16=bf16)
+            entries = detect(detector, image, image_id, category_ids, rank.device, bf16=bf16)
+            found[image_id] = [e for e in entries if e["category_id"] in dataset.categories]
     finally:
         detector.train(was_training)
     parts = gather((found, skipped), rank)

@@ -11,7 +11,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
-from detection.foreign import describe_detector
+from detection.foreign import NOT_A_CLASS, describe_detector
 from detection.roi_align import PyramidRoIAlign
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
@@ -19,6 +19,7 @@ from resbackbone.checks import one_of
 from resbackbone.resnet import ResNet
 from resbackbone.training.run import checkpoints
 from resbackbone.weights import MEAN, STD, fit, read_weights, write_weights
+from resbackbone.weights.sources import is_named
 
 BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
     "fpn": {"fpn": True},
@@ -45,6 +46,11 @@ class FasterRCNN(TorchvisionFasterRCNN):
     @property
     def num_classes(self) -> int:
         return len(self.categories)
+
+    @property
+    def real_categories(self) -> dict[int, str]:
+        """`categories` without the outputs that stand for no class, which torchvision's COCO detectors have."""
+        return {category: name for category, name in self.categories.items() if name != NOT_A_CLASS}
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         """[3, H, W] RGB floats in 0..1 -> losses in training mode, in eval mode boxes, labels and scores an image."""
@@ -289,8 +295,13 @@ def _backbone(config: Mapping) -> Backbone:
     return timm_backbone_from_config(config)
 
 
-def detector_file(run: str | Path) -> Path:
-    """The weights of a run: its model.safetensors, or while it trains those of its last checkpoint."""
+def detector_file(run: str | Path) -> str | Path:
+    """The weights of a run: its model.safetensors, or while it trains those of its last checkpoint.
+
+    A file, a named source or a URL is what it is.
+    """
+    if is_named(str(run)):
+        return run
     run = Path(run)
     if run.is_file():
         return run

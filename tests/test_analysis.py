@@ -49,6 +49,30 @@ def test_frozen_convolutions_are_parameters_and_statistics_are_not():
     assert count_parameters(freeze(block)) == 3 * 4  # the frozen norm's affine map is a constant
 
 
+def other_trunks() -> dict[str, dict]:
+    """The arguments that make the trunks of the model zoo's second table, by name."""
+    trunks = {f"plain{depth}": {"depth": depth, "shortcut": "none"} for depth in (18, 34)}
+    for depth, groups, width in ((50, 32, 4), (101, 32, 8), (101, 64, 4)):
+        name = f"resnext{depth}_{groups}x{width}d"
+        trunks[name] = {"depth": depth, "groups": groups, "width_per_group": width}
+    return trunks | {f"wide_resnet{depth}_2": {"depth": depth, "width_per_group": 128} for depth in (50, 101)}
+
+
+@pytest.mark.parametrize("name", other_trunks())
+def test_the_model_zoos_other_trunks_are_what_the_code_counts(name):
+    zoo = (Path(__file__).parents[1] / "MODEL_ZOO.md").read_text()
+    _, *figures = [cell.strip() for cell in re.search(rf"\| {name} \|.*", zoo)[0].strip("|").split("|")]
+    with torch.device("meta"):
+        classifier = build_resnet_classifier(**other_trunks()[name])
+        backbone = build_resnet_backbone(fpn=True, **other_trunks()[name])
+    assert figures == [
+        f"{count_parameters(classifier) / 1e6:.2f}",
+        f"{count_multiply_adds(classifier) / 1e9:.2f}",
+        f"{count_parameters(backbone) / 1e6:.2f}",
+        f"{count_multiply_adds(backbone, 800, 1216) / 1e9:.1f}",
+    ]
+
+
 def test_the_model_zoos_table_of_architectures_is_what_the_code_counts():
     lines = (Path(__file__).parents[1] / "MODEL_ZOO.md").read_text().splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| \d+ \|", line)]

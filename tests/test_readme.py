@@ -5,14 +5,18 @@ from pathlib import Path
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_the_readmes_python_runs_as_it_stands_and_prints_what_it_says(capsys):
+def test_the_readmes_python_runs_as_it_stands_and_prints_what_it_says(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
     assert "Feature(channels=256, stride=16)" in capsys.readouterr().out
     assert list(names["maps"]["p2"].shape) == [2, 256, 120, 160]
+    assert (tmp_path / "backbone.onnx").is_file()
+    assert names["features"].feature_info.channels() == [256, 512, 1024, 2048]
+    assert list(names["convnext"].features) == ["p2", "p3", "p4", "p5", "p6"]
     assert set(names["losses"]) == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
 
 

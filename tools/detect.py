@@ -19,18 +19,20 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
 from resbackbone.training.command import console, main_of, parse, track
 from resbackbone.training.distributed import count_processes, native_precision
+from resbackbone.weights.sources import is_named
 
 
 @dataclass(frozen=True)
 class Options:
     """Find objects in images: pictures with boxes, and JSON."""
 
-    run: tyro.conf.Positional[Path]
-    """A run's folder, or a model.safetensors."""
+    run: tyro.conf.Positional[str]
+    """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
+    source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
     images: tyro.conf.Positional[tuple[Path, ...]]
     """Image files."""
     output: Path | None = None
-    """Folder for the pictures and detections.json. Default: detected/ in the run's folder."""
+    """Folder for the pictures and detections.json. Default: detected/ in the run's folder, or beside the file."""
     threshold: float = 0.5
     """Boxes with a lower score are not drawn; detections.json has them all."""
     device: str | None = None
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     precision = one_of("precision", options.precision or native_precision(device), ("fp32", "bf16"))
     file = detector_file(options.run)
     detector = load_detector(file).to(device, memory_format=torch.channels_last)
-    folder = options.output or file.parent / "detected"
+    folder = options.output or (Path() if is_named(options.run) else file.parent) / "detected"
     folder.mkdir(parents=True, exist_ok=True)
 
     pictures = picture_files(options.images, folder)
@@ -67,6 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             console.print(f"skipped {error}")
             continue
         found = detect(detector, image, number, ids, torch.device(device), bf16=precision == "bf16")
+        found = [entry for entry in found if entry["category_id"] in detector.real_categories]
         drawn = [entry for entry in found if entry["score"] >= options.threshold]
         picture = pictures[number - 1]
         draw_boxes(image, drawn, detector.categories).save(picture)

@@ -17,14 +17,16 @@ from resbackbone.checks import one_of
 from resbackbone.training.command import console, main_of, parse, track
 from resbackbone.training.distributed import Rank, count_processes, launch, native_precision
 from resbackbone.training.run import read_yaml
+from resbackbone.weights.sources import is_named
 
 
 @dataclass(frozen=True)
 class Options:
     """Evaluate a trained detector on the val2017 split of COCO-format data."""
 
-    run: tyro.conf.Positional[Path]
-    """A run's folder, or a model.safetensors."""
+    run: tyro.conf.Positional[str]
+    """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
+    source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
     data: Path | None = None
     """Folder in COCO's layout. Default: the one the run was trained on."""
     output: Path | None = None
@@ -51,17 +53,17 @@ def main(argv: list[str] | None = None) -> None:
 def score(rank: Rank, options: Options) -> None:
     """Detector and data -> results, in every process; rank 0 writes."""
     file = detector_file(options.run)
-    folder = options.run if options.run.is_dir() else file.parent
+    folder = Path(options.run) if Path(options.run).is_dir() else Path() if is_named(options.run) else file.parent
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     data = options.data or (Path(config["data"]) if config.get("data") else None)
     if data is None:
-        raise ValueError(f"{folder} does not say what it was trained on (no config.yaml); give --data DIR")
+        raise ValueError(f"{options.run} does not say what it was trained on (no config.yaml); give --data DIR")
     on_gpu = rank.device.type == "cuda"
     precision = options.precision or config.get("precision") or native_precision(rank.device.type)
     one_of("precision", precision, ("fp32", "bf16"))
 
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
-    dataset = open_split(data, "val", categories=detector.categories, skip_bad_images=options.skip_bad_images)
+    dataset = open_split(data, "val", categories=detector.real_categories, skip_bad_images=options.skip_bad_images)
     if rank.is_main:
         console.print(f"{file} on {dataset.summary()}, {precision}")
     results, detections = evaluate(

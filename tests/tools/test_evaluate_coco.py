@@ -135,7 +135,7 @@ def test_wrong_input_is_one_line_that_names_it(run, shapes, tmp_path):
     assert "--depth" in error_of(run, "--depth", "18")
     assert "--workers" in error_of(run, "--workers", "many")
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    assert "other.safetensors does not hold a detector" in error_of("other.safetensors", "--data", shapes)
+    assert "other.safetensors hold no Faster R-CNN" in error_of("other.safetensors", "--data", shapes)
     (run / "config.yaml").unlink()
     assert "does not say what it was trained on (no config.yaml); give --data DIR" in error_of(run)
 
