@@ -6,6 +6,7 @@ python tools/convert_weights.py fasterrcnn_resnet50_fpn_coco.pth detector.safete
 python tools/convert_weights.py runs/mine/model.safetensors mine.pkl --to detectron2
 """
 
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from resbackbone.checks import one_of
 from resbackbone.classifier import ResNetClassifier
 from resbackbone.resnet import STAGES
 from resbackbone.training.command import console, main_of, parse
-from resbackbone.weights import Weights, fitting, pyramid_of, read_weights, settle
+from resbackbone.weights import Weights, backbone_part, fitting, pyramid_of, read_weights, settle
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255, INPUT, describe_input
 from resbackbone.weights.read import has_bottlenecks
@@ -40,6 +41,7 @@ BARE = {
     "p6_from": "c5",
 }
 INPUTS = {"rgb": INPUT, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}
+TRANSFORMERS_FILES = {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,14 @@ class Options:
     what the file says, or is usual for its names."""
     stride_in_1x1: bool | None = None
     """Where its bottlenecks stride. Default: what the file says, or is usual for its names."""
+    depth: int | None = None
+    """Depth of the network, where its tensors do not tell one: a trunk that ends early may be of several."""
     licence: str | None = None
     """Licence of the weights, kept in the file."""
     recipe: str | None = None
     """How they were trained, kept in the file."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace a file that is there, or a folder of transformers."""
     list: bool = False
     """List every named source, with depth, published accuracy and licence, and stop."""
 
@@ -81,24 +85,38 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError("SRC and DST are wanted: python tools/convert_weights.py SRC DST [--to FORMAT], or --list")
     one_of("format", options.to, TARGETS)
     given = None if options.input is None else INPUTS[one_of("input", options.input, INPUTS)]
-    if options.destination.exists() and not options.overwrite:
-        raise ValueError(f"{options.destination} is there already; --overwrite replaces it")
-    if not options.destination.parent.is_dir():
-        raise ValueError(f"{options.destination.parent}: no such folder to write into")
+    check_destination(options)
 
     weights = read_weights(options.source, entry=options.entry, given_input=given)
+    if weights.format == OURS and given not in (None, INPUT):
+        raise ValueError(f"{options.source} is a file of this package, for {describe_input(INPUT)}: --input is not")
     weights = described(weights, options)
-    print_found(weights)
-    check_whole(weights)
-    write_as(options.destination, weights, options.to)
-    difference, tensor = largest_difference(weights, read_weights(options.destination))
-    if difference > 1e-5:
-        raise ValueError(f"{options.destination} does not read back as it was: {tensor} is off by {difference:.1g}")
+    try:
+        print_found(weights)
+        check_whole(weights)
+        difference = write_checked(options.destination, weights, options.to)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{options.source} describes a network this version cannot build ({error!r})") from None
     console.print(
         f"wrote   {options.destination} ({options.to}), read back: {len(weights.state)} tensors, "
         f"largest relative difference {difference:.1g}"
     )
     print_advice(weights, options)
+
+
+def check_destination(options: Options) -> None:
+    """ValueError unless the destination may be written, before anything is downloaded or read."""
+    path = options.destination
+    if not path.name:
+        raise ValueError(f"{path}: a name to write to is wanted")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}: no such folder to write into")
+    if path.is_dir() and options.to != "transformers":
+        raise ValueError(f"{path} is a folder; for {options.to} the name of a file is wanted")
+    if path.exists() and not options.overwrite:
+        raise ValueError(f"{path} is there already; --overwrite replaces it")
+    if path.is_dir() and (others := sorted({file.name for file in path.iterdir()} - TRANSFORMERS_FILES)):
+        raise ValueError(f"{path} holds more than transformers' files and is not replaced: {', '.join(others[:3])}")
 
 
 def described(weights: Weights, options: Options) -> Weights:
@@ -107,14 +125,19 @@ def described(weights: Weights, options: Options) -> Weights:
         names = ", ".join(list(weights.state)[:3])
         known = ", ".join(dict.fromkeys(known.title for known in FORMATS.values()))
         raise ValueError(f"{weights.source}: names of no known format ({names}, ..); known are {known}")
+    hollow = (k for k, x in weights.state.items() if not x.numel() or not (x.dim() or k.endswith("_tracked")))
+    if (key := next(hollow, None)) is not None:
+        raise ValueError(f"{weights.source}: {key} is {list(weights.state[key].shape)}, which no layer has")
     if options.part is not None:
         weights = only_part(weights, options.part)
     metadata = {"source": weights.source, **weights.metadata}
     for name in ("licence", "recipe"):
         if getattr(options, name) is not None:
             metadata[name] = getattr(options, name)
-    trunk = settle(weights, stride_in_1x1=options.stride_in_1x1)
-    weights = replace(weights, metadata={**metadata, "backbone": {**metadata.get("backbone", {}), **trunk}})
+    trunk = settle(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
+    assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name) is None}
+    metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}
+    weights = replace(weights, metadata=metadata, assumed=assumed)
     if is_detector(weights) and "detector" not in metadata:
         try:
             weights.metadata.update(describe_detector(weights))
@@ -141,7 +164,8 @@ def print_found(weights: Weights) -> None:
         kind = "backbone with pyramid"
     title = FORMATS[weights.format].title if weights.format in FORMATS else "a file of this package"
     where = f", in its part {weights.entry}" if weights.entry else ""
-    console.print(f"found   {title}{where}: {architecture_name(trunk)}, {kind}, {len(state)} tensors")
+    name = architecture_name(trunk) + (" with GN" if trunk["norm"] == "GN" else "")
+    console.print(f"found   {title}{where}: {name}, {kind}, {len(state)} tensors")
     if has_bottlenecks({key.removeprefix("backbone."): value for key, value in state.items()}):
         said = ", assumed" if "stride_in_1x1" in weights.assumed else ""
         console.print(f"stride  in the {'1x1' if trunk['stride_in_1x1'] else '3x3'}{said}")
@@ -166,9 +190,36 @@ def check_whole(weights: Weights) -> None:
         elif pyramid := pyramid_of(state):
             network = backbone_from_config({**BARE, **trunk, "fpn": True, **pyramid})
         else:
-            levels = [level for level, stage in STAGES.items() if any(key.startswith(f"{stage}.") for key in state)]
-            network = backbone_from_config({**BARE, **trunk, "levels": levels[-1:]})
+            network = backbone_from_config({**BARE, **trunk, "levels": [last_level(weights)]})
     fitting(network, weights)
+
+
+def last_level(weights: Weights) -> str:
+    """The level at which the trunk ends: c5, but for one that was built without its last stages."""
+    state = backbone_part(weights.state)
+    return [level for level, stage in STAGES.items() if any(key.startswith(f"{stage}.") for key in state)][-1]
+
+
+def write_checked(path: Path, weights: Weights, format: str) -> float:
+    """Write the file, after one beside it was read back and found to be the same network; their largest difference."""
+    network = {name: value for name, value in settle(weights).items() if name != "eps"}  # that is in the scales then
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as scratch:
+        trial = Path(scratch) / path.name
+        try:
+            write_as(trial, weights, format)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(trial), str(path))) from None
+        try:
+            back = read_weights(trial)
+            settle(back, **network)
+            difference, tensor = largest_difference(weights, back)
+            if difference > 1e-5:
+                raise ValueError(f"{tensor} is off by {difference:.1g}")
+        except ValueError as error:
+            said = str(error).replace(str(trial), str(path))
+            raise ValueError(f"{path} is not written, as {format} does not hold all of this network: {said}") from None
+    write_as(path, weights, format)
+    return difference
 
 
 def print_advice(weights: Weights, options: Options) -> None:
@@ -176,7 +227,8 @@ def print_advice(weights: Weights, options: Options) -> None:
     trunk = weights.metadata["backbone"]
     if options.to == OURS:
         call = "load_detector(" if is_detector(weights) else "build_resnet_backbone(weights="
-        console.print(f'use     {call}"{options.destination}")')
+        cut = "" if is_detector(weights) or last_level(weights) == "c5" else f', levels=["{last_level(weights)}"]'
+        console.print(f'use     {call}"{options.destination}"{cut})')
     elif options.to in ("detectron2", "msra"):
         console.print(
             f"use     MODEL.WEIGHTS {options.destination}, MODEL.RESNETS.DEPTH {trunk['depth']}, "

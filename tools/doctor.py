@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable
 
 NEEDED = (
-    *("torch", "torchvision", "safetensors", "numpy", "pillow"),
+    *("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "huggingface_hub", "filelock"),
     *("pycocotools", "pyyaml", "tyro", "rich", "tensorboard"),
 )
-OPTIONAL = {"timm": "pip install timm", "detectron2": "no release on the registry: build it from its repository"}
+OPTIONAL = {
+    "onnxruntime": "pip install 'resbackbone[export]', with onnx and onnxscript",
+    "transformers": "pip install transformers",
+    "detectron2": "no release on the registry: build it from its repository",
+}
 
 
 def main() -> int:

@@ -5,8 +5,6 @@ python tools/train_coco.py --data coco --depth 50 --weights torchvision:ResNet50
 python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     goes on where it stopped
 """
 
-import resource
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +25,8 @@ from resbackbone import build_resnet_backbone
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
 from resbackbone.resnet import DEPTHS
-from resbackbone.training.command import Progress, console, from_config, main_of, parse, to_config, track
+from resbackbone.training import loop
+from resbackbone.training.command import console, from_config, main_of, parse, to_config, track
 from resbackbone.training.distributed import (
     Rank,
     broadcast,
@@ -38,7 +37,7 @@ from resbackbone.training.distributed import (
     share_buffers,
 )
 from resbackbone.training.run import Run, checkpoints, latest_folder, new_folder, read_yaml
-from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, parameter_groups, seed_step
+from resbackbone.training.state import NonFiniteLoss, TrainState, parameter_groups, seed_step
 
 ENGINES = ("torchvision", "detectron2")
 MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and getting past a broken image
@@ -187,44 +186,34 @@ def train(rank: Rank, options: Options) -> None:
         run.record(state.step, {**results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
         return results, detections
 
+    def score_on_the_way() -> None:
+        bbox = score()[0]["bbox"]
+        say(f"step {state.step}: AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}")
+
     skipped: set[str] = set()
-    with Progress("train", steps, start=state.step, shown=rank.is_main) as progress:
-        loader = train_batches(train_set, batches, workers=options.workers, device=rank.device)
-        recent, began = [], time.monotonic()
-        while state.step < steps:
-            images, targets = next(loader)
-            loaded = time.monotonic()
-            seed_step(options.seed, state.step, rank.rank)
-            rate = schedule.learning_rate(state.step)
-            with torch.autocast(rank.device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                losses = state.model(images, targets)
-            try:
-                values = state.update(losses, learning_rate=rate)
-            except NonFiniteLoss as error:
-                clause = save_batch(images, targets, folder, error, rank) if error.terms else None
-                said = "; ".join(filter(None, gather(clause, rank) or [clause or "on another rank"]))
-                raise ValueError(f"loss is not finite at step {error.step}: {said}") from None
-            for message in sorted({m for target in targets for m in target["skipped"]} - skipped):
-                console.print(f"skipped {message}")
-                skipped.add(message)
-            now = time.monotonic()
-            seconds = {"seconds": now - began, "data_seconds": loaded - began}
-            recent.append({"loss": sum(values.values()), **values, **seconds})
-            began = now
-            if state.step % options.log_period == 0 or state.step == steps:
-                record = {**mean_of(recent), "lr": rate, **memory(rank.device)}
-                record["images_per_second"] = options.batch_size / record["seconds"]
-                run.record(state.step, record)
-                progress.update(state.step, describe(record))
-                recent = []
-            else:
-                progress.update(state.step)
-            if state.step % options.checkpoint_period == 0 or state.step == steps:
-                checkpoint()
-            if options.eval_period and state.step % options.eval_period == 0 and state.step < steps:
-                results, _ = score()
-                say(f"step {state.step}: AP {percent(results['bbox']['AP'])}, AP50 {percent(results['bbox']['AP50'])}")
-                began = time.monotonic()
+
+    def say_what_is_skipped(batch: tuple[list, list[dict]]) -> None:
+        for message in sorted({m for target in batch[1] for m in target["skipped"]} - skipped):
+            console.print(f"skipped {message}")
+            skipped.add(message)
+
+    loop.train(
+        state,
+        train_batches(train_set, batches, workers=options.workers, device=rank.device),
+        lambda batch: state.model(*batch),
+        schedule=schedule,
+        steps=steps,
+        images_per_update=options.batch_size,
+        seed=options.seed,
+        bf16=options.precision == "bf16",
+        rank=rank,
+        run=run,
+        periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
+        checkpoint=checkpoint,
+        evaluate=score_on_the_way,
+        bad_batch=lambda batch, error: save_batch(*batch, folder, error, rank),
+        after_update=say_what_is_skipped,
+    )
 
     results, detections = score()
     unread = gather(skipped, rank)
@@ -373,23 +362,6 @@ def save_batch(images: list, targets: list[dict], folder: Path, error: NonFinite
     write_atomically(path, save(tensors))
     ids = ", ".join(str(target["image_id"]) for target in targets)
     return f"{error.terms} on rank {rank.rank} for images {ids}, saved in {path}"
-
-
-def memory(device: torch.device) -> dict[str, float]:
-    """Peak memory so far in MiB: the GPU's, or this process's."""
-    if device.type == "cuda":
-        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}  # macOS counts bytes
-
-
-def describe(record: dict[str, float]) -> str:
-    """One line on a stretch of updates."""
-    parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in record.items() if "loss_" in name)
-    return (
-        f"loss {record['loss']:.3f} ({parts}), lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s, "
-        f"data {100 * record['data_seconds'] / record['seconds']:.0f}%"
-    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,24 +32,39 @@ class TrainState:
         self.model, self.optimizer, self.rank, self.clip_grad = model, optimizer, rank, clip_grad
         self.step = 0
 
-    def update(self, losses: Mapping[str, Tensor], *, learning_rate: float) -> dict[str, float]:
-        """One update from the sum of `losses` (scalars); returns them as floats.
+    def update(
+        self, losses_of: Callable[[Any], Mapping[str, Tensor]], parts: Sequence[Any], *, learning_rate: float
+    ) -> dict[str, float]:
+        """One update from the mean over `parts` of the sum of their losses (scalars); returns the means as floats.
 
-        Raises NonFiniteLoss on every rank, before anything has changed, if a term is not finite on any.
+        Gradients of several parts are accumulated, and exchanged between the ranks with the last. Raises
+        NonFiniteLoss on every rank, before anything has changed, if a term is not finite on any.
         """
+        self.optimizer.zero_grad(set_to_none=True)
+        values = []
+        for i, part in enumerate(parts):
+            with self._exchanging(i == len(parts) - 1):
+                losses = losses_of(part)
+                values.append(self._finite(losses))
+                (sum(losses.values()) / len(parts)).backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.clip_grad is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.optimizer.step()
+        self.step += 1
+        return mean_of(values)
+
+    def _exchanging(self, exchanges: bool):
+        several = isinstance(self.model, nn.parallel.DistributedDataParallel)
+        return self.model.no_sync() if several and not exchanges else nullcontext()
+
+    def _finite(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
         numbers = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()  # one wait for the GPU
         values = dict(zip(losses, numbers, strict=True))
         wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
         if not all_agree(not wrong, self.rank):
             raise NonFiniteLoss(self.step, ", ".join(f"{name} is {value}" for name, value in wrong.items()))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        if self.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
-        self.optimizer.step()
-        self.step += 1
         return values
 
     def save(self, folder: Path) -> None:

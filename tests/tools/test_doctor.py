@@ -42,7 +42,7 @@ def test_an_operator_that_computes_wrongly_fails_too(capsys, monkeypatch):
     assert "kept [0, 1, 2], expected [0, 2]" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name, status", [("tyro", 1), ("timm", 0), ("detectron2", 0)])
+@pytest.mark.parametrize("name, status", [("tyro", 1), ("timm", 1), ("transformers", 0), ("detectron2", 0)])
 def test_a_package_that_is_missing_is_named_and_fails_only_if_it_is_needed(capsys, monkeypatch, name, status):
     version = importlib.metadata.version
 

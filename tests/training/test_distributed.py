@@ -34,7 +34,7 @@ def work(rank, folder):
     weight = torch.nn.Parameter(torch.tensor(2.0))
     state = TrainState(torch.nn.ParameterList([weight]), torch.optim.SGD([weight], 1.0), rank)
     try:
-        state.update({"loss": weight * (1.0 if rank.is_main else math.nan)}, learning_rate=1.0)
+        state.update(lambda factor: {"loss": weight * factor}, [1.0 if rank.is_main else math.nan], learning_rate=1.0)
     except NonFiniteLoss as error:
         seen["non-finite"] = str(error)
     seen["weight"] = weight.item()

@@ -41,7 +41,8 @@ def test_an_update_is_sgd_on_the_sum_of_the_losses_by_hand():
     by_hand = copy.deepcopy(state.model)
     velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
     for step, rate in enumerate((0.5, 0.5, 0.05)):
-        values = state.update(losses := losses_of(state.model, step), learning_rate=rate)
+        losses = losses_of(state.model, step)
+        values = state.update(lambda _, losses=losses: losses, [None], learning_rate=rate)
         assert values == {name: pytest.approx(loss.item()) for name, loss in losses.items()}
         gradients = torch.autograd.grad(sum(losses_of(by_hand, step).values()), list(by_hand.parameters()))
         with torch.no_grad():
@@ -59,15 +60,36 @@ def test_gradients_of_an_earlier_backward_are_not_added():
     losses_of(state.model, 9)["a"].backward()
     for module, source in zip(state.model.buffers(), other.model.buffers(), strict=True):
         module.copy_(source)
-    state.update(losses_of(state.model), learning_rate=0.1)
-    other.update(losses_of(other.model), learning_rate=0.1)
+    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
+    other.update(lambda _: losses_of(other.model), [None], learning_rate=0.1)
     assert_same_weights(state.model, other.model)
+
+
+def test_gradients_of_several_parts_make_the_update_of_their_mean():
+    state, whole = train_state(), train_state()
+    whole.model.load_state_dict(state.model.state_dict())
+    values = state.update(lambda step: losses_of(state.model, step), [1, 2, 4], learning_rate=0.1)
+    parts = [losses_of(whole.model, step) for step in (1, 2, 4)]
+    mean = {name: sum(part[name] for part in parts) / 3 for name in parts[0]}
+    whole.update(lambda _: mean, [None], learning_rate=0.1)
+    assert values == {name: pytest.approx(loss.item()) for name, loss in mean.items()}
+    for got, expected in zip(state.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.allclose(got, expected, atol=1e-6)
+
+
+def test_a_later_part_that_is_not_finite_stops_the_update_too():
+    state = train_state()
+    before = [parameter.clone() for parameter in state.model.parameters()]
+    with pytest.raises(NonFiniteLoss):
+        state.update(lambda k: {"a": k * losses_of(state.model)["a"]}, [1.0, float("nan")], learning_rate=0.1)
+    assert state.step == 0
+    assert all(torch.equal(p, kept) for p, kept in zip(state.model.parameters(), before, strict=True))
 
 
 def test_clipping_bounds_the_length_of_the_update():
     state = train_state(OPTIMIZERS["plain SGD"], clip_grad=0.01)
     before = [p.detach().clone() for p in state.model.parameters()]
-    state.update({"a": 1000 * losses_of(state.model)["a"]}, learning_rate=1.0)
+    state.update(lambda _: {"a": 1000 * losses_of(state.model)["a"]}, [None], learning_rate=1.0)
     steps = [(p - b).flatten() for p, b in zip(state.model.parameters(), before, strict=True)]
     assert torch.cat(steps).norm().item() == pytest.approx(0.01, rel=1e-3)
 
@@ -75,12 +97,12 @@ def test_clipping_bounds_the_length_of_the_update():
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
 def test_a_loss_that_is_not_finite_raises_and_changes_nothing(wrong):
     state = train_state()
-    state.update(losses_of(state.model), learning_rate=0.1)
+    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
     losses = losses_of(state.model, 1)
     losses["b"] = losses["b"] * wrong
     weights, optimizer = copy.deepcopy(state.model.state_dict()), copy.deepcopy(state.optimizer.state_dict())
     with pytest.raises(NonFiniteLoss, match=rf"loss is not finite at step 1: b is -?{abs(wrong)}"):
-        state.update(losses, learning_rate=0.7)
+        state.update(lambda _: losses, [None], learning_rate=0.7)
     assert state.step == 1
     assert all(torch.equal(value, weights[name]) for name, value in state.model.state_dict().items())
     after = state.optimizer.state_dict()
@@ -93,7 +115,7 @@ def test_a_loss_that_is_not_finite_raises_and_changes_nothing(wrong):
 def test_a_state_that_is_saved_and_loaded_goes_on_bit_for_bit(make, tmp_path):
     state = train_state(make)
     for step in range(3):
-        state.update(losses_of(state.model, step), learning_rate=0.1 / (step + 1))
+        state.update(lambda step: losses_of(state.model, step), [step], learning_rate=0.1 / (step + 1))
     state.save(tmp_path)
     resumed = train_state(make)
     resumed.model.load_state_dict(state.model.state_dict())
@@ -102,7 +124,7 @@ def test_a_state_that_is_saved_and_loaded_goes_on_bit_for_bit(make, tmp_path):
     assert resumed.optimizer.param_groups[0]["lr"] == state.optimizer.param_groups[0]["lr"]
     for step in range(3, 6):
         for each in (state, resumed):
-            each.update(losses_of(each.model, step), learning_rate=0.03)
+            each.update(lambda step, each=each: losses_of(each.model, step), [step], learning_rate=0.03)
     assert_same_weights(resumed.model, state.model)
 
 
@@ -117,7 +139,7 @@ def test_a_state_before_its_first_update_can_be_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", b'{"step": 1'])
 def test_a_broken_checkpoint_is_refused_in_one_line(name, content, tmp_path):
     state = train_state()
-    state.update(losses_of(state.model), learning_rate=0.1)
+    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
     state.save(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
@@ -132,7 +154,7 @@ def test_a_broken_checkpoint_is_refused_in_one_line(name, content, tmp_path):
 
 def test_a_checkpoint_of_another_networks_optimizer_is_refused(tmp_path):
     state = train_state()
-    state.update(losses_of(state.model), learning_rate=0.1)
+    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
     state.save(tmp_path)
     fewer = nn.Conv2d(3, 4, 3)
     wider = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1))

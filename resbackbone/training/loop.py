@@ -1,0 +1,114 @@
+"""The loop that every training here goes through: batches to updates, with metrics, checkpoints and evaluations."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resbackbone.training.command import Progress
+from resbackbone.training.distributed import Rank, gather
+from resbackbone.training.run import Run
+from resbackbone.training.schedule import Schedule
+from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, seed_step
+
+
+@dataclass(frozen=True)
+class Periods:
+    """How often, in updates: a line of metrics, a checkpoint, an evaluation (0: only at the end)."""
+
+    log: int
+    checkpoint: int
+    evaluation: int = 0
+
+
+def train(
+    state: TrainState,
+    batches: Iterator[Any],
+    losses_of: Callable[[Any], Mapping[str, Tensor]],
+    *,
+    schedule: Schedule,
+    steps: int,
+    images_per_update: int,
+    seed: int,
+    bf16: bool,
+    rank: Rank,
+    run: Run,
+    periods: Periods,
+    checkpoint: Callable[[], None],
+    evaluate: Callable[[], None],
+    bad_batch: Callable[[Any, NonFiniteLoss], str],
+    parts_of: Callable[[Any], Sequence[Any]] = lambda batch: [batch],
+    after_update: Callable[[Any], None] = lambda batch: None,
+) -> None:
+    """Update `state` from its step to `steps`, one batch an update.
+
+    losses_of: a batch, or a part of one, to its loss terms, under bf16 autocast if asked for.
+    parts_of: the parts of a batch whose gradients are accumulated, all of the same size (default: the whole).
+    images_per_update: over all ranks, for the images a second that are recorded.
+    checkpoint, evaluate: called at their periods; a checkpoint also at the end.
+    after_update: called with every batch.
+    bad_batch: for a batch with a loss that is not finite, on the rank that has it: keeps what is wanted of it and
+        returns a clause that names it.
+
+    Everything random in a step follows from `seed`, the step and the rank, so that a resumed run draws alike. Metrics
+    are the mean loss terms, seconds an update and of these the seconds spent waiting for data, memory and images a
+    second. Raises ValueError, on every rank and before anything has changed, for a loss that is not finite.
+    """
+    with Progress("train", steps, start=state.step, shown=rank.is_main) as progress:
+        recent, began = [], time.monotonic()
+        while state.step < steps:
+            batch = next(batches)
+            loaded = time.monotonic()
+            seed_step(seed, state.step, rank.rank)
+            rate = schedule.learning_rate(state.step)
+
+            def losses(part: Any) -> Mapping[str, Tensor]:
+                with torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16):
+                    return losses_of(part)
+
+            try:
+                values = state.update(losses, parts_of(batch), learning_rate=rate)
+            except NonFiniteLoss as error:
+                clause = bad_batch(batch, error) if error.terms else None
+                said = "; ".join(filter(None, gather(clause, rank) or [clause or "on another rank"]))
+                raise ValueError(f"loss is not finite at step {error.step}: {said}") from None
+            after_update(batch)
+            now = time.monotonic()
+            seconds = {"seconds": now - began, "data_seconds": loaded - began}
+            recent.append({"loss": sum(values.values()), **values, **seconds})
+            began = now
+            if state.step % periods.log == 0 or state.step == steps:
+                record = {**mean_of(recent), "lr": rate, **memory(rank.device)}
+                record["images_per_second"] = images_per_update / record["seconds"]
+                run.record(state.step, record)
+                progress.update(state.step, describe(record))
+                recent = []
+            else:
+                progress.update(state.step)
+            if state.step % periods.checkpoint == 0 or state.step == steps:
+                checkpoint()
+            if periods.evaluation and state.step % periods.evaluation == 0 and state.step < steps:
+                evaluate()
+                began = time.monotonic()
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Peak memory so far in MiB: the GPU's, or this process's."""
+    if device.type == "cuda":
+        return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}  # macOS counts bytes
+
+
+def describe(record: Mapping[str, float]) -> str:
+    """One line on a stretch of updates."""
+    parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in record.items() if "loss_" in name)
+    return (
+        f"loss {record['loss']:.3f}{f' ({parts})' if parts else ''}, lr {record['lr']:.2g}, "
+        f"{record['images_per_second']:.1f} images/s, data {100 * record['data_seconds'] / record['seconds']:.0f}%"
+    )

@@ -1,0 +1,434 @@
+"""The command that converts weights: what it writes, what it says, and what it refuses."""
+
+import importlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from safetensors import safe_open
+
+from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
+from resbackbone import build_resnet_backbone
+from resbackbone.training.command import main_of
+from resbackbone.weights import read_weights
+from resbackbone.weights.file import write_weights
+from resbackbone.weights.sources import is_named
+from resbackbone.weights.translate import from_ours, merged_norms
+from resbackbone.weights.write import TARGETS
+
+TOOL = Path(__file__).parents[2] / "tools" / "convert_weights.py"
+sys.path.insert(0, str(TOOL.parent))
+convert_weights = importlib.import_module("convert_weights")
+
+CATEGORIES = {3: "car", 13: "stop sign"}
+INPUT = "RGB 0..1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
+MSRA_INPUT = "BGR 0..255, mean 103.53 116.28 123.675, std 1 1 1"
+
+
+def lively(model):
+    for module in model.modules():
+        if isinstance(getattr(module, "running_var", None), torch.Tensor):
+            with torch.no_grad():
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(0, 0.2)
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    torch.manual_seed(0)
+    return lively(torchvision.models.resnet18(num_classes=5)).state_dict()
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=8)
+    return lively(build_faster_rcnn(backbone, 2, categories=CATEGORIES, representation_size=8, min_size=64)).eval()
+
+
+@pytest.fixture(scope="module")
+def bottlenecks():
+    """Of a ResNet-50, narrow and without its last stage."""
+    torch.manual_seed(0)
+    return lively(build_resnet_backbone(50, levels=["c4"], width_per_group=4)).state_dict()
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def convert(*argv):
+    convert_weights.main([*map(str, argv)])
+
+
+def said_by(capsys, *argv):
+    capsys.readouterr()
+    convert(*argv)
+    return capsys.readouterr().out
+
+
+def error_of(*argv):
+    """The one line of a conversion that fails; no file is made, changed or gone then."""
+    before = everything()
+    with pytest.raises(SystemExit) as exit:
+        main_of(lambda: convert(*argv))
+    assert isinstance(exit.value.code, str) and len(exit.value.code.splitlines()) == 1
+    assert everything() == before
+    return exit.value.code
+
+
+def everything():
+    return {path: path.read_bytes() if path.is_file() else None for path in Path().rglob("*")}
+
+
+def metadata_of(path):
+    with safe_open(path, "pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items()}
+
+
+def assert_same_tensors(state, expected, *, atol=0.0):
+    state, expected = (
+        {key: value for key, value in tensors.items() if not key.endswith("num_batches_tracked")}
+        for tensors in (state, expected)
+    )
+    assert state.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert (state[key] - tensor).abs().max() <= atol, key
+
+
+def test_a_chain_through_every_format_ends_with_the_tensors_it_began_with(classifier, capsys):
+    torch.save(classifier, "start.pth")
+    chain = [
+        ("detectron2", "a.pkl", "torchvision / timm names: ", f"{INPUT}, assumed\n"),
+        ("mmdetection", "b.pth", "detectron2 names, in its part model: ", f"{MSRA_INPUT}; converted to {INPUT}\n"),
+        ("transformers", "c", "mmdetection names, in its part state_dict: ", f"{INPUT}\n"),
+        ("timm", "d.bin", "transformers names: ", f"{INPUT}\n"),
+        ("resbackbone", "e.safetensors", "torchvision / timm names: ", f"{INPUT}, assumed\n"),
+        ("torchvision", "f.pt", "a file of this package: ", f"{INPUT}\n"),
+    ]
+    source = "start.pth"
+    for format, destination, found, given in chain:
+        said = said_by(capsys, source, destination, "--to", format)
+        assert f"found   {found}resnet18, classifier of 5 classes, " in said
+        assert f"input   {given}" in said and "stride" not in said  # blocks of two 3x3 have one place for it
+        assert f"wrote   {destination} ({format}), read back: " in said
+        source = destination
+    assert_same_tensors(torch.load("f.pt"), classifier, atol=1e-7)
+    assert json.loads(Path("c/config.json").read_text())["depths"] == [2, 2, 2, 2]
+
+
+def test_caffe2s_names_have_merged_norms_and_end_as_the_same_network(classifier):
+    torch.save(classifier, "start.pth")
+    convert("start.pth", "msra.pkl", "--to", "msra")
+    convert("msra.pkl", "end.safetensors")
+    assert "conv1_w" in pickle.loads(Path("msra.pkl").read_bytes())["blobs"]  # noqa: S301 - written by this test
+    assert_same_tensors(merged_norms(read_weights("end.safetensors").state), merged_norms(classifier), atol=1e-6)
+
+
+def test_what_is_given_is_kept_in_the_file_and_no_longer_assumed(bottlenecks, capsys):
+    torch.save(bottlenecks, "r50.pth")
+    said = said_by(capsys, "r50.pth", "assumed.safetensors")
+    assert "found   torchvision / timm names: resnet50, trunk, " in said
+    assert "stride  in the 3x3, assumed\n" in said and f"input   {INPUT}, assumed\n" in said
+    assert metadata_of("assumed.safetensors")["backbone"]["stride_in_1x1"] is False
+
+    given = ["--stride-in-1x1", "True", "--input", "bgr-255", "--licence", "MIT", "--recipe", "90 [epochs]"]
+    said = said_by(capsys, "r50.pth", "given.safetensors", *given)
+    assert "stride  in the 1x1\n" in said and f"input   {MSRA_INPUT}; converted to {INPUT}\n" in said
+    metadata = metadata_of("given.safetensors")
+    assert metadata["backbone"]["stride_in_1x1"] is True and metadata["backbone"]["depth"] == 50
+    assert (metadata["licence"], metadata["recipe"], metadata["source"]) == ("MIT", "90 [epochs]", "r50.pth")
+    assert metadata["converted_from"]["input"]["channel_order"] == "BGR" and metadata["input"]["range"] == [0, 1]
+
+    image = torch.rand(1, 3, 33, 47)
+    theirs = build_resnet_backbone(50, levels=["c4"], width_per_group=4, stride_in_1x1=True).eval()
+    theirs.load_state_dict(bottlenecks, strict=False)
+    mean = torch.tensor([103.53, 116.28, 123.675]).view(3, 1, 1)
+    std, ours_mean = (torch.tensor(x).view(3, 1, 1) for x in ([0.229, 0.224, 0.225], [0.485, 0.456, 0.406]))
+    ours = build_resnet_backbone(weights="given.safetensors", levels=["c4"]).eval()
+    with torch.inference_mode():
+        got, expected = ours((image - ours_mean) / std)["c4"], theirs(255 * image.flip(1) - mean)["c4"]
+    assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_an_input_with_detectrons_deviations_is_another_one(classifier, capsys):
+    torch.save(classifier, "r18.pth")
+    said = said_by(capsys, "r18.pth", "std.safetensors", "--input", "bgr-255-std")
+    assert "input   BGR 0..255, mean 103.53 116.28 123.675, std 57.375 57.12 58.395; converted to" in said
+    weights = read_weights("std.safetensors").state["conv1.weight"]
+    assert (weights - classifier["conv1.weight"].flip(1)).abs().max() < 1e-6  # the same units, the other order
+
+
+def test_files_that_say_their_stride_and_input_are_not_told_others(bottlenecks):
+    torch.save(bottlenecks, "r50.pth")
+    convert("r50.pth", "ours.safetensors", "--stride-in-1x1", "True")
+    said = error_of("ours.safetensors", "other.safetensors", "--stride-in-1x1", "False")
+    assert said.endswith("ours.safetensors are for stride_in_1x1=True, asked was stride_in_1x1=False")
+    assert f"ours.safetensors is a file of this package, for {INPUT}" in error_of(
+        "ours.safetensors", "other.safetensors", "--input", "bgr-255"
+    )
+    assert "torchvision's networks have the stride in the 3x3" in error_of(
+        "ours.safetensors", "other.pth", "--to", "torchvision"
+    )
+
+
+def test_a_cut_trunk_is_used_with_the_level_it_ends_at(bottlenecks, capsys):
+    torch.save(bottlenecks, "r50.pth")
+    call = said_by(capsys, "r50.pth", "cut.safetensors").split("use     ")[1].strip()
+    backbone = eval(call, {"build_resnet_backbone": build_resnet_backbone})  # noqa: S307 - printed to be copied
+    assert list(backbone.features) == ["c4"]
+
+
+def test_a_depth_that_names_do_not_tell_can_be_given(bottlenecks):
+    torch.save({key: value for key, value in bottlenecks.items() if not key.startswith("layer3")}, "two.pth")
+    assert "two.pth do not tell a depth of 18, 34, 50, 101, 152" in error_of("two.pth", "two.safetensors")
+    convert("two.pth", "two.safetensors", "--depth", "101")
+    assert metadata_of("two.safetensors")["backbone"]["depth"] == 101
+
+
+def test_a_part_of_a_checkpoint_is_chosen_by_its_name(classifier, capsys):
+    average = {key: value + 1 if value.is_floating_point() else value for key, value in classifier.items()}
+    wrapped = {f"module.{key}": value for key, value in classifier.items()}
+    torch.save({"model": wrapped, "model_ema": average, "epoch": 3}, "run.pth")
+    assert "in its part model_ema: resnet18" in said_by(capsys, "run.pth", "ema.safetensors")
+    assert "in its part model: resnet18" in said_by(capsys, "run.pth", "own.safetensors", "--entry", "model")
+    assert_same_tensors(read_weights("ema.safetensors").state, average)
+    assert_same_tensors(read_weights("own.safetensors").state, classifier)
+    assert "'run.pth': holds no part 'teacher'" in error_of("run.pth", "x.safetensors", "--entry", "teacher")
+
+
+def test_what_only_training_needs_is_left_out_and_named(classifier, capsys):
+    torch.save({**classifier, "n_averaged": torch.tensor(7)}, "averaged.pth")
+    assert "left    out 1 tensors" in (said := said_by(capsys, "averaged.pth", "out.safetensors"))
+    assert "n_averaged" in said and "n_averaged" not in read_weights("out.safetensors").state
+
+
+def test_a_detector_goes_out_and_comes_back_with_its_categories(detector, capsys):
+    save_detector(detector, "model.safetensors")
+    assert "resnet18, Faster R-CNN (fpn, 2 classes), " in said_by(
+        capsys, "model.safetensors", "a.pkl", "--to", "detectron2"
+    )
+    said = said_by(capsys, "a.pkl", "b.pth", "--to", "mmdetection")
+    assert "note    made with torchvision's RoIAlign and anchors" in said
+    said = said_by(capsys, "b.pth", "c.safetensors", "--to", "torchvision")
+    assert "note" not in said
+    assert 'use     load_detector("d.safetensors")' in said_by(capsys, "c.safetensors", "d.safetensors")
+    back = load_detector("d.safetensors")
+    assert dict(back.categories) == CATEGORIES and back.config == detector.config
+    expected = detector.state_dict()
+    predictor = "roi_heads.box_predictor.bbox_pred"
+    for state in (expected, got := back.state_dict()):
+        for leaf in ("weight", "bias"):
+            state[f"{predictor}.{leaf}"] = state[f"{predictor}.{leaf}"][4:]  # no format but ours has background's box
+    assert_same_tensors(got, expected, atol=1e-6)
+
+
+def test_a_part_of_a_detector_is_a_backbone_or_a_trunk(detector, capsys):
+    save_detector(detector, "model.safetensors")
+    whole = detector.backbone.state_dict()
+    said = said_by(capsys, "model.safetensors", "backbone.safetensors", "--part", "backbone")
+    assert "resnet18, backbone with pyramid, " in said and "load_detector" not in said
+    assert_same_tensors(read_weights("backbone.safetensors").state, whole)
+    assert "detector" not in metadata_of("backbone.safetensors")
+    assert "resnet18, trunk, " in said_by(capsys, "model.safetensors", "trunk.safetensors", "--part", "trunk")
+    trunk = {key: value for key, value in whole.items() if not key.startswith("fpn.")}
+    assert_same_tensors(read_weights("trunk.safetensors").state, trunk)
+    assert build_resnet_backbone(weights="trunk.safetensors").config["depth"] == 18
+    error_of("model.safetensors", "trunk", "--to", "transformers")
+
+
+def test_a_mask_head_is_refused_by_name_and_its_backbone_converts(detector):
+    state = from_ours(detector.state_dict(), "torchvision")
+    torch.save({**state, "roi_heads.mask_predictor.conv5_mask.weight": torch.zeros(2, 3)}, "mask.pth")
+    said = error_of("mask.pth", "mask.safetensors")
+    assert "conv5_mask.weight; --part backbone converts these" in said
+    convert("mask.pth", "mask.safetensors", "--part", "backbone")
+    assert_same_tensors(read_weights("mask.safetensors").state, detector.backbone.state_dict())
+
+
+def test_the_list_has_every_source_in_a_line_of_its_own_that_begins_with_its_name():
+    narrow = {**os.environ, "COLUMNS": "40"}
+    done = subprocess.run([sys.executable, TOOL, "--list"], capture_output=True, text=True, check=True, env=narrow)
+    heading, *rows = done.stdout.splitlines()
+    names = [row.split()[0] for row in rows]
+    assert heading.split()[0] == "weights" and len(names) == len(set(names)) > 100
+    assert all(is_named(name) and name.partition(":")[2] for name in names)
+    assert all(row.split()[1] in {"18", "34", "50", "101", "152"} for row in rows)
+    assert {"timm:resnet50.a1_in1k", "detectron2:ImageNetPretrained/MSRA/R-50.pkl"} <= set(names)
+    assert all("  " in row and row.index(row.split()[2]) == heading.index("what") for row in rows)
+
+
+def test_the_command_ends_with_status_1_and_one_line():
+    done = subprocess.run([sys.executable, TOOL, "nowhere.pth", "x.safetensors"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and not list(Path().iterdir())
+    assert done.stderr.startswith("error: weights 'nowhere.pth': no such file") and done.stderr.count("\n") == 1
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(classifier):
+    torch.save(classifier, "r18.pth")
+    Path("out.safetensors").write_text("precious")
+    assert "out.safetensors is there already; --overwrite replaces it" in error_of("r18.pth", "out.safetensors")
+    convert("r18.pth", "out.safetensors", "--overwrite")
+    assert_same_tensors(read_weights("out.safetensors").state, classifier)
+    convert("out.safetensors", "out.safetensors", "--overwrite", "--licence", "MIT")  # onto itself
+    assert metadata_of("out.safetensors")["licence"] == "MIT"
+
+
+def test_only_a_folder_of_transformers_is_replaced(classifier):
+    torch.save(classifier, "r18.pth")
+    convert("r18.pth", "net", "--to", "transformers")
+    assert "net is there already" in error_of("r18.pth", "net", "--to", "transformers")
+    convert("r18.pth", "net", "--to", "transformers", "--overwrite")
+    Path("net/thesis.tex").write_text("precious")
+    said = error_of("r18.pth", "net", "--to", "transformers", "--overwrite")
+    assert "net holds more than transformers' files and is not replaced: thesis.tex" in said
+    assert "net is a folder; for resbackbone the name of a file is wanted" in error_of("r18.pth", "net", "--overwrite")
+    for nameless in (".", "/", ""):
+        assert "a name to write to is wanted" in error_of("r18.pth", nameless, "--to", "transformers", "--overwrite")
+
+
+@pytest.mark.parametrize("at", ["write_as", "read_weights"])
+@pytest.mark.parametrize("to, name", [("resbackbone", "out.safetensors"), ("transformers", "out")])
+def test_a_conversion_that_fails_in_the_middle_leaves_the_old_one_whole(classifier, at, to, name, monkeypatch):
+    torch.save(classifier, "r18.pth")
+    convert("r18.pth", name, "--to", to)
+    real, calls = getattr(convert_weights, at), []
+
+    def failing(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == 2:  # the first reads the source, or writes what is tried
+            raise OSError(28, "No space left on device")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(convert_weights, at, failing)
+    assert "No space left on device" in error_of("r18.pth", name, "--to", to, "--overwrite")
+    assert len(calls) == 2
+
+
+def test_a_file_that_does_not_read_back_is_not_put_in_the_place_of_the_old_one(classifier, monkeypatch):
+    torch.save(classifier, "r18.pth")
+    Path("out.safetensors").write_text("precious")
+    real = convert_weights.write_as
+
+    def damaging(path, weights, format):
+        state = {**weights.state, "layer3.1.bn2.bias": weights.state["layer3.1.bn2.bias"] + 1}
+        real(path, convert_weights.replace(weights, state=state), format)
+
+    monkeypatch.setattr(convert_weights, "write_as", damaging)
+    said = error_of("r18.pth", "out.safetensors", "--overwrite")
+    assert "out.safetensors is not written, as resbackbone does not hold all of this network: layer3.1.bn2.bias" in said
+
+
+@pytest.mark.parametrize(
+    "options, given, told",
+    [
+        ({"norm": "GN"}, "norm=GN", "out.pkl is not written, as msra does not hold all of this network"),
+        ({"in_channels": 1}, "in_channels=1", "out.pkl is not written, as msra does not hold all of this network"),
+        ({"shortcut": "C"}, "shortcut='C'", "msra has no such network"),
+    ],
+)
+def test_a_network_that_a_format_cannot_hold_is_not_written(options, given, told):
+    torch.save(build_resnet_backbone(18, **options).state_dict(), "own.pth")
+    said = error_of("own.pth", "out.pkl", "--to", "msra")
+    assert told in said and given in said
+
+
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"layer2.0.conv1.weight": None}, "1 missing: layer2.0.conv1.weight"),
+        ({"fc.bias": None}, "1 missing: fc.bias"),
+        ({"layer1.0.bn1.running_mean": None}, "1 missing: layer1.0.bn1.running_mean"),
+        ({"layer2.0.conv9.weight": torch.zeros(3, 3)}, "1 unexpected: layer2.0.conv9.weight"),
+        (
+            {"layer2.0.conv1.weight": torch.zeros(128, 64, 5, 5)},
+            "layer2.0.conv1.weight is [128, 64, 5, 5], not [128, 64, 3, 3]",
+        ),
+        ({"layer2.2.conv1.weight": torch.zeros(1)}, "do not tell a depth of 18, 34, 50, 101, 152"),
+        ({"fc.weight": torch.tensor(1.0)}, "bad.pth: fc.weight is [], which no layer has"),
+        ({"fc.weight": torch.zeros(0, 512)}, "bad.pth: fc.weight is [0, 512], which no layer has"),
+        ({"conv1.weight": torch.zeros(64, 0, 7, 7)}, "bad.pth: conv1.weight is [64, 0, 7, 7], which no layer has"),
+        ({"bn1.bias": torch.zeros(64, dtype=torch.int8)}, "bn1.bias holds int8, floating point numbers are wanted"),
+        ({"conv1.weight": None}, "bad.pth: names of no known format"),
+    ],
+)
+def test_weights_that_are_not_a_whole_network_are_refused_by_name(classifier, change, told):
+    state = {key: value for key, value in {**classifier, **change}.items() if value is not None}
+    torch.save(state, "bad.pth")
+    said = error_of("bad.pth", "out.safetensors")
+    assert told in said and "bad.pth" in said
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "best_prec1": 91.6}])
+def test_a_network_for_cifar_is_none_of_these_depths(wrap):
+    state = {"conv1.weight": torch.zeros(16, 3, 3, 3), "linear.weight": torch.zeros(10, 64)}
+    state |= {f"layer{i}.{j}.conv1.weight": torch.zeros(16, 16, 3, 3) for i in (1, 2, 3) for j in range(3)}
+    torch.save(wrap({f"module.{key}": value for key, value in state.items()}), "resnet20.th")
+    assert "resnet20.th do not tell a depth of 18, 34, 50, 101, 152" in error_of("resnet20.th", "x.safetensors")
+
+
+def test_a_cifar_variant_of_resnet18_is_refused_by_the_names_of_its_shortcuts(classifier):
+    for ours, theirs in (("fc.", "linear."), ("downsample", "shortcut")):
+        classifier = {key.replace(ours, theirs): value for key, value in classifier.items()}
+    torch.save({"net": {f"module.{key}": value for key, value in classifier.items()}, "acc": 95.1}, "ckpt.pth")
+    said = error_of("ckpt.pth", "x.safetensors")
+    assert "unexpected: layer2.0.shortcut.0.weight" in said and "fc" not in said
+
+
+class Touch:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+def test_a_damaged_or_malicious_file_is_refused_and_runs_nothing(classifier):
+    torch.save(classifier, "r18.pth")
+    Path("cut.pth").write_bytes(Path("r18.pth").read_bytes()[:-1000])
+    assert "'cut.pth': a damaged file" in error_of("cut.pth", "x.safetensors")
+    convert("r18.pth", "ours.safetensors")
+    Path("cut.safetensors").write_bytes(Path("ours.safetensors").read_bytes()[:-1000])
+    assert "cut.safetensors': not a readable safetensors file" in error_of("cut.safetensors", "x.safetensors")
+    Path("evil.pkl").write_bytes(pickle.dumps({"model": Touch()}))
+    assert "'evil.pkl': it would run " in error_of("evil.pkl", "x.safetensors")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize("metadata", [{"detector": {}}, {"detector": {"variant": "fpn", "num_classes": 2, "x": 1}}])
+def test_a_detector_whose_description_is_broken_is_one_line(detector, metadata):
+    write_weights("bad.safetensors", detector.state_dict(), {**detector.config, **metadata})
+    said = error_of("bad.safetensors", "x.safetensors")
+    assert "bad.safetensors describes a network this version cannot build" in said
+
+
+def test_metadata_of_a_strange_kind_is_one_line(classifier):
+    write_weights("bad.safetensors", classifier, {"backbone": {"eps": "small"}})
+    assert "bad.safetensors describes a network this version" in error_of("bad.safetensors", "x.safetensors")
+
+
+def test_wrong_arguments_are_one_line_that_names_them(classifier):
+    torch.save(classifier, "r18.pth")
+    Path("empty").mkdir()
+    assert "SRC and DST are wanted" in error_of("r18.pth")
+    assert "SRC and DST are wanted" in error_of()
+    assert "weights 'empty': the folder holds no model.safetensors" in error_of("empty", "x.safetensors")
+    assert f"unknown format 'caffe'; choose from {', '.join(TARGETS)}" in error_of("r18.pth", "x.pkl", "--to", "caffe")
+    assert "nowhere: no such folder to write into" in error_of("r18.pth", "nowhere/x.safetensors")
+    assert "r18.pth: no such folder to write into" in error_of("r18.pth", "r18.pth/x.safetensors")
+    assert "x.pth: files of this package are .safetensors" in error_of("r18.pth", "x.pth")
+    assert "error: x.pkl: unknown suffix '.pkl' for timm" in error_of("r18.pth", "x.pkl", "--to", "timm")
+    assert "error: x.pth: transformers reads a folder" in error_of("r18.pth", "x.pth", "--to", "transformers")
+    assert "unknown input 'bgr'; choose from rgb, bgr-255" in error_of("r18.pth", "x.safetensors", "--input", "bgr")
+    assert "unknown part 'head'" in error_of("r18.pth", "x.safetensors", "--part", "head")
+    assert "--stride-in-1x1" in error_of("r18.pth", "x.safetensors", "--stride-in-1x1", "perhaps")
+    assert "depth=18, asked was depth=34" in error_of("r18.pth", "x.safetensors", "--depth", "34")
+    assert "--overwrit" in error_of("r18.pth", "x.safetensors", "--overwrit")
+    assert "torchvision knows no such weights" in error_of("torchvision:ResNet51_Weights.DEFAULT", "x.safetensors")
