@@ -1,6 +1,6 @@
-"""Faster R-CNN over a Backbone: the FPN, C4 and DC5 variants, on torchvision's detector classes."""
+"""Faster R-CNN over a Backbone: the FPN, C4, DC5 and VGG-16 variants, on torchvision's detector classes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 
 from detection.foreign import NOT_A_CLASS, describe_detector
+from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
@@ -26,7 +27,8 @@ BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
     "c4": {"levels": ("c4", "c5")},
     "dc5": {"levels": ("c5",), "dilate_c5": True},
 }
-VARIANTS = tuple(BACKBONE_OF)
+VARIANTS = (*BACKBONE_OF, "vgg16")
+LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the one map of a variant
 GEOMETRIES = ("torchvision", "detectron2")
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
@@ -85,14 +87,15 @@ class FasterRCNN(TorchvisionFasterRCNN):
 
 
 class Anchors(AnchorGenerator):
-    """torchvision's anchors with the strides that the backbone states, where it infers them from the sizes.
+    """Anchors in fp32 whatever the maps are in: bf16 holds 1000 pixels to the nearest 4.
 
-    In fp32 whatever the maps are in: bf16 holds 1000 pixels to the nearest 4. `rounded` puts corners on whole pixels,
-    as torchvision does and detectron2 does not.
+    torchvision's stand on whole pixels, and their strides are inferred: the padded image's size by the map's, rounded
+    down, which for p6 is often less than 64. detectron2's are neither rounded nor inferred. Weights are used to
+    theirs, so `as_torchvision` tells which.
     """
 
-    def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, rounded: bool):
-        self.rounded = rounded  # before what makes the anchors
+    def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, as_torchvision: bool):
+        self.as_torchvision = as_torchvision  # before what makes the anchors
         super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
         self.strides = strides
 
@@ -102,14 +105,19 @@ class Anchors(AnchorGenerator):
         heights = (ratios.sqrt()[:, None] * scales).flatten()
         widths = ((1 / ratios.sqrt())[:, None] * scales).flatten()
         boxes = torch.stack((-widths, -heights, widths, heights), 1) / 2
-        return boxes.round() if self.rounded else boxes
+        return boxes.round() if self.as_torchvision else boxes
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
         """[cells * anchors a cell, 4] an image, the levels one after the other."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         device = feature_maps[0].device
-        strides = [[torch.full((), stride, dtype=torch.int64, device=device)] * 2 for stride in self.strides]
-        anchors = torch.cat(self.grid_anchors([x.shape[-2:] for x in feature_maps], strides))
+        cells = [x.shape[-2:] for x in feature_maps]
+        strides = [(stride, stride) for stride in self.strides]
+        if self.as_torchvision:
+            height, width = image_list.tensors.shape[-2:]
+            strides = [(height // rows, width // columns) for rows, columns in cells]
+        steps = [[torch.full((), step, dtype=torch.int64, device=device) for step in pair] for pair in strides]
+        anchors = torch.cat(self.grid_anchors(cells, steps))
         return [anchors] * len(image_list.image_sizes)
 
 
@@ -150,8 +158,10 @@ def build_faster_rcnn(
     max_size: int = 1333,
     resize_in_training: bool = True,
     anchor_scale: float = 8.0,
-    representation_size: int = 1024,
+    anchor_sides: Sequence[float] | None = None,
+    representation_size: int | None = None,
     geometry: str = "torchvision",
+    global_context: bool = False,
     **options,
 ) -> FasterRCNN:
     """Build Faster R-CNN (Ren et al. 2015) over `backbone`; anchors and RoI pooling follow `backbone.features`.
@@ -159,15 +169,19 @@ def build_faster_rcnn(
     num_classes: real categories, without background; a target's labels are 1..num_classes.
     categories: the data set's {category id: name}, in the order of the labels; default {1: "class 1", ..}.
     variant: "fpn" (Lin et al. 2017, Sec. 4), over p2..; "c4", the paper's own detector (appendix A): RPN on c4, RoI
-        features through stage 5, which moves from the backbone into the box head; "dc5", on a c5 of stride 16.
+        features through stage 5, which moves from the backbone into the box head; "dc5", on a c5 of stride 16;
+        "vgg16", the paper's baseline, over `detection.paper.build_vgg16_backbone()` or `from_timm("vgg16",
+        levels=["c4"])`: RPN on c4, RoI features through fc6 and fc7, which `detection.paper.load_vgg16` fills.
     min_size, max_size: pixels of the shorter and at most of the longer side, for images that come as they are.
     resize_in_training: False where training images come resized already.
     anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
         to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
-    representation_size: width of the two fully connected layers of the fpn and dc5 heads.
-    geometry: "torchvision": anchors on whole pixels, RoIAlign with 2 x 2 samples a bin; "detectron2": anchors as
-        they are, aligned RoIAlign with as many samples as cells, and single maps not padded to their stride. Weights
-        trained with one give about as good, but not the same, detections with the other.
+    anchor_sides: the sides of a single map's anchors where they are others, at an anchor_scale of 8.
+    representation_size: width of the two fully connected layers of the fpn and dc5 (1024) and vgg16 heads (4096).
+    geometry: "torchvision": anchors on whole pixels at inferred strides, RoIAlign with 2 x 2 samples a bin;
+        "detectron2": anchors as they are, aligned RoIAlign with as many samples as cells, and single maps not padded
+        to their stride. Weights trained with one give about as good, but not the same, detections with the other.
+    global_context: every region's feature has its whole image's behind it (He et al. 2015, appendix B).
     options: torchvision's own (rpn_..., box_...: thresholds, numbers of proposals), passed through.
 
     Raises ValueError for a backbone that does not fit the variant, and for a class count that is not 1 or more.
@@ -179,6 +193,10 @@ def build_faster_rcnn(
     categories = dict(categories or {label: f"class {label}" for label in range(1, num_classes + 1)})
     if len(categories) != num_classes:
         raise ValueError(f"num_classes is {num_classes}, but there are {len(categories)} categories")
+    if anchor_sides is not None and variant == "fpn":
+        raise ValueError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")
+    if representation_size is None:
+        representation_size = 4096 if variant == "vgg16" else 1024
     backbone_config = dict(backbone.config)
     box_head = _take_stage5(backbone) if variant == "c4" else None
     _use_levels_of(variant, backbone)
@@ -186,11 +204,11 @@ def build_faster_rcnn(
     if variant == "fpn":
         sizes = [(anchor_scale * feature.stride,) for feature in backbone.features.values()]
     else:
-        sizes = [tuple(side * anchor_scale / 8 for side in SINGLE_MAP_ANCHORS)]
+        sizes = [tuple(side * anchor_scale / 8 for side in anchor_sides or SINGLE_MAP_ANCHORS)]
     strides = [feature.stride for feature in backbone.features.values()]
-    anchors = Anchors(sizes, strides, rounded=geometry == "torchvision")
+    anchors = Anchors(sizes, strides, as_torchvision=geometry == "torchvision")
     pooled = {level: feature for level, feature in backbone.features.items() if level not in ("p6", "p7")}
-    pool = PyramidRoIAlign(
+    pool = (ContextRoIAlign if global_context else PyramidRoIAlign)(
         pooled or backbone.features,  # p6 and p7 are the RPN's alone
         output_size=14 if variant == "c4" else 7,
         sampling_ratio=2,
@@ -198,8 +216,10 @@ def build_faster_rcnn(
         aligned=geometry == "detectron2",
     )
     if box_head is None:
-        box_head = TwoMLPHead(backbone.out_channels * 7 * 7, representation_size)
+        box_head = (VGGHead if variant == "vgg16" else TwoMLPHead)(backbone.out_channels * 7 * 7, representation_size)
     head_channels = box_head.channels if variant == "c4" else representation_size
+    if global_context:
+        box_head, head_channels = ContextHead(box_head), 2 * head_channels
     detector = FasterRCNN(
         backbone,
         rpn_anchor_generator=anchors,
@@ -226,8 +246,10 @@ def build_faster_rcnn(
             "max_size": max_size,
             "resize_in_training": resize_in_training,
             "anchor_scale": anchor_scale,
+            "anchor_sides": None if anchor_sides is None else list(anchor_sides),
             "representation_size": representation_size,
             "geometry": geometry,
+            "global_context": global_context,
             **options,
         },
     }
@@ -255,12 +277,15 @@ def _use_levels_of(variant: str, backbone: Backbone) -> None:
                 f"variant 'fpn' needs pyramid levels, the backbone gives {', '.join(levels)}: use fpn=True"
             )
         return
-    level = {"c4": "c4", "dc5": "c5"}[variant]
+    level = LEVEL_OF[variant]
     if level not in levels:
         raise ValueError(f"variant {variant!r} needs level {level}, the backbone gives {', '.join(levels)}")
     if backbone.features[level].stride != 16:
         raise ValueError(f"variant {variant!r} needs {level} at stride 16: build the backbone with dilate_c5=True")
-    backbone.levels = [level]
+    if isinstance(backbone, ResNet):
+        backbone.levels = [level]
+    elif levels != [level]:
+        raise ValueError(f"variant {variant!r} needs level {level} alone: build the backbone with levels=[{level!r}]")
 
 
 def save_detector(detector: FasterRCNN, path: str | Path) -> None:

@@ -107,6 +107,7 @@ def build_resnet_backbone(
     fpn_channels: int | None = None,
     fpn_norm: str | None = None,
     p6_from: str | None = None,
+    relu_before_p7: bool | None = None,
 ) -> ResNetBackbone:
     """Build a ResNet as multi-scale feature maps; tools, adapters and tests all come through here.
 
@@ -133,6 +134,7 @@ def build_resnet_backbone(
     in_channels: of the images (3).
     zero_init_residual: start the last norm of each block at zero (Goyal et al. 2017).
     checkpoint_activations: compute each block's activations again in backward instead of keeping them.
+    relu_before_p7: whether p7 starts from p6's positive part (True), which mmdetection's RetinaNets leave out.
     fpn_channels, fpn_norm: channels of the pyramid (256) and the norm behind its convolutions (none).
 
     Raises ValueError for an unknown name or level, for frozen layers without weights, and for weights that are of
@@ -158,16 +160,24 @@ def build_resnet_backbone(
         trunk = {**DEFAULTS, **{name: value for name, value in trunk.items() if value is not None}}
     else:
         loaded = read_weights(weights)
-        loaded.announce_assumptions(**trunk)
-        trunk = settle(loaded, **trunk)
+        asked, trunk = trunk, settle(loaded, **trunk)
+        loaded.announce_assumptions(**asked)
         if norm is None and trunk["norm"] != "GN":
             trunk["norm"] = "FrozenBN"
 
-    pyramid = {"levels": DEFAULT_PYRAMID, "fpn_channels": 256, "fpn_norm": None, "p6_from": "c5"}
+    pyramid = {
+        "levels": DEFAULT_PYRAMID,
+        "fpn_channels": 256,
+        "fpn_norm": None,
+        "p6_from": "c5",
+        "relu_before_p7": True,
+    }
     if loaded is not None:
         held, stated = pyramid_of(backbone_part(loaded.state)), loaded.metadata.get("backbone", {})
+        held |= {"relu_before_p7": loaded.assumed.get("relu_before_p7", True)}
         pyramid |= {name: stated.get(name, value) for name, value in held.items()}
     asked = {"levels": levels, "fpn_channels": fpn_channels, "fpn_norm": fpn_norm, "p6_from": p6_from}
+    asked["relu_before_p7"] = relu_before_p7
     pyramid |= {name: value for name, value in asked.items() if value is not None}
     if fpn:
         note = " (a pyramid's levels, with fpn=True)"
@@ -199,6 +209,7 @@ def backbone_from_config(config: Mapping) -> ResNetBackbone:
     trunk = dict(config)
     fpn, levels, frozen_through = trunk.pop("fpn"), trunk.pop("levels"), trunk.pop("frozen_through")
     pyramid = {"channels": trunk.pop("fpn_channels"), "norm": trunk.pop("fpn_norm"), "p6_from": trunk.pop("p6_from")}
+    pyramid["relu_before_p7"] = trunk.pop("relu_before_p7", True)  # older files do not have it
     if fpn:
         backbone = ResNetBackbone(**trunk, levels=trunk_levels_for(levels), pyramid={**pyramid, "levels": levels})
     else:

@@ -66,8 +66,8 @@ def build_resnet_classifier(
             raise ValueError(
                 f"weights from {loaded.source} are for num_classes={held}, asked was num_classes={num_classes}"
             )
-        loaded.announce_assumptions(**trunk)
-        trunk, num_classes = settle(loaded, **trunk), held
+        asked, trunk, num_classes = trunk, settle(loaded, **trunk), held
+        loaded.announce_assumptions(**asked)
     model = ResNetClassifier(
         num_classes=1000 if num_classes is None else num_classes,
         zero_init_residual=zero_init_residual,

@@ -25,7 +25,8 @@ class FPN(nn.Module):
     whatever that size is, and goes through a 3x3 (Sec. 3). Without p7, p6 is p5 subsampled by two (Sec. 4.1); with
     it, p6 and p7 are 3x3 convolutions of stride 2 that start from `p6_from`, "c5" (RetinaNet's paper, detectron2) or
     "p5" (torchvision). Parameters have torchvision's names: `inner_blocks.0.0`, `layer_blocks.0.0`,
-    `extra_blocks.p6`. `norm` goes behind each convolution, which then has no bias.
+    `extra_blocks.p6`. `norm` goes behind each convolution, which then has no bias. Between p6 and p7 there is a ReLU
+    (Lin et al. 2017b), but not in mmdetection's RetinaNets: `relu_before_p7` tells.
     """
 
     def __init__(
@@ -36,10 +37,12 @@ class FPN(nn.Module):
         channels: int = 256,
         norm: str | None = None,
         p6_from: str = "c5",
+        relu_before_p7: bool = True,
     ):
         super().__init__()
         self.levels = sorted_levels(levels, PYRAMID_LEVELS)
         self.trunk_levels = trunk_levels_for(self.levels)
+        self.relu_before_p7 = relu_before_p7
         self.p6_from = one_of("source of p6", p6_from, ("c5", "p5"))
         convolved = "p7" in self.levels  # p6 and p7 by convolutions, else p6 by subsampling
         needs_p5 = "p6" in self.levels and not convolved or convolved and p6_from == "p5"
@@ -84,7 +87,8 @@ class FPN(nn.Module):
                 pyramid["p" + level[1]] = self.layer_blocks[str(i)](merged)
         if "p7" in self.levels:
             pyramid["p6"] = self.extra_blocks["p6"](maps["c5"] if self.p6_from == "c5" else pyramid["p5"])
-            pyramid["p7"] = self.extra_blocks["p7"](F.relu(pyramid["p6"]))
+            p6 = F.relu(pyramid["p6"]) if self.relu_before_p7 else pyramid["p6"]
+            pyramid["p7"] = self.extra_blocks["p7"](p6)
         elif "p6" in self.levels:
             pyramid["p6"] = F.max_pool2d(pyramid["p5"], kernel_size=1, stride=2)
         return {level: pyramid[level] for level in self.levels}

@@ -135,7 +135,7 @@ def described(weights: Weights, options: Options) -> Weights:
         if getattr(options, name) is not None:
             metadata[name] = getattr(options, name)
     trunk = settle(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
-    assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name) is None}
+    assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name, None) is None}
     metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}
     weights = replace(weights, metadata=metadata, assumed=assumed)
     if is_detector(weights) and "detector" not in metadata:
@@ -236,7 +236,9 @@ def print_advice(weights: Weights, options: Options) -> None:
         )
     elif options.to == "mmdetection":
         style = "caffe" if trunk["stride_in_1x1"] else "pytorch"
-        console.print(f"use     style='{style}', to_rgb=True, mean and std of ImageNet")
+        relu = trunk.get("relu_before_p7", True) and any(".extra_blocks.p7." in key for key in weights.state)
+        more = ", relu_before_extra_convs=True" if relu else ""
+        console.print(f"use     style='{style}', to_rgb=True, mean and std of ImageNet{more}")
     geometry = weights.metadata.get("detector", {}).get("geometry")
     if geometry is not None and options.to != OURS and geometry != GEOMETRY_OF[options.to]:
         console.print(f"note    made with {geometry}'s RoIAlign and anchors: boxes differ a little in {options.to}")

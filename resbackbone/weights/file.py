@@ -22,8 +22,9 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata
 
     What files of this package say, each where it is known: "backbone" (the arguments of `build_resnet_backbone`:
     depth, shortcut, stride_in_1x1, groups, width_per_group, eps, norm, in_channels, ..), "detector" (those of
-    `detection.build_faster_rcnn`), "input" (always: `inputs.INPUT`), "num_classes" and "classes" (their names),
-    "source", "url", "licence", "recipe", and "accuracy": [{"data", "metric", "value", "published"}].
+    `detection.build_faster_rcnn`), "cifar" (those of `cifar.build_cifar_resnet`), "input" (always, and `inputs.INPUT`
+    but for "cifar"), "num_classes" and "classes" (their names), "source", "url", "licence", "recipe", and
+    "accuracy": [{"data", "metric", "value", "published"}].
     """
     metadata = {"format": "resbackbone", "input": INPUT, **metadata}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -50,11 +51,11 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
         metadata = {key: json.loads(value) for key, value in text.items()}
     except (json.JSONDecodeError, TypeError, RecursionError) as error:
         raise ValueError(f"weights {str(path)!r}: metadata is not JSON ({error})") from None
-    if metadata["input"] != INPUT:
+    if metadata["input"] != INPUT and "cifar" not in metadata:  # those take the mean image of what they were trained on
         raise ValueError(
             f"weights {str(path)!r}: made for input {metadata['input']}, this library feeds {describe_input(INPUT)}"
         )
-    for key in ("backbone", "detector"):
+    for key in ("backbone", "detector", "cifar"):
         if not isinstance(metadata.get(key, {}), dict):
             raise ValueError(f"weights {str(path)!r}: its metadata {key!r} is {metadata[key]!r}, not a table")
     return state, metadata

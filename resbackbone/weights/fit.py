@@ -99,7 +99,13 @@ def settle(weights: Weights, **asked: object) -> dict[str, object]:
             raise ValueError(f"weights from {weights.source} are for {name}={told[name]}, asked was {name}={value}")
     settled = {**DEFAULTS, **weights.assumed, **told, **asked}
     if "depth" not in settled:
-        raise ValueError(f"weights from {weights.source} do not tell a depth of {', '.join(map(str, DEPTHS))}; give it")
+        if not told:
+            names = ", ".join([*list(weights.state)[:3], ".."])
+            raise ValueError(f"weights from {weights.source} hold no ResNet under names that are known ({names})")
+        raise ValueError(
+            f"weights from {weights.source} do not tell a depth of {', '.join(map(str, DEPTHS))}; give it, if they are "
+            "of one of these"
+        )
     return {name: settled[name] for name in ARCHITECTURE}
 
 

@@ -13,7 +13,7 @@ from resbackbone.weights.file import NOTES, read_notes, read_safetensors
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import INPUT, check_input, describe_input, for_canonical_input
 from resbackbone.weights.pickles import read_pickle
-from resbackbone.weights.sources import is_named, locate, locate_in_folder
+from resbackbone.weights.sources import BGR_255_WITH_STD, is_named, locate, locate_in_folder, published_eps
 from resbackbone.weights.translate import to_ours
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
@@ -54,6 +54,8 @@ class Weights:
             said.append(f"an input of {describe_input(assumed['input'])}")
         if "stride_in_1x1" in assumed and self.is_file and has_bottlenecks(self.state):
             said.append(f"the stride in the {'1x1' if assumed['stride_in_1x1'] else '3x3'}")
+        if "relu_before_p7" in assumed:
+            said.append("no ReLU between p6 and p7")
         if said:
             title = FORMATS[self.format].title if self.format in FORMATS else "names like ours"
             _log.warning("weights from %s have %s and say no more: taken for %s", self.source, title, ", ".join(said))
@@ -114,6 +116,8 @@ def _read_file(name: str, entry: str | None) -> Weights:
             f"weights {name!r}: no such file; give a weight file (.safetensors, .pth, .pkl, ..), a named source such "
             "as torchvision:ResNet50_Weights.IMAGENET1K_V2, or a URL"
         )
+    if eps := published_eps(path.name):
+        stated = {**stated, "backbone": {"stride_in_1x1": False, **eps}}
     if path.suffix == ".safetensors":
         state, metadata = read_safetensors(path)
         if metadata.get("format") == "resbackbone":
@@ -165,8 +169,10 @@ def _notes_in(content: object) -> dict[str, object]:
     style, to_rgb = re.search(r"style='(caffe|pytorch)'", config), re.search(r"to_rgb=(True|False)", config)
     mean, std = (re.search(rf"\b{name}=\[([\d., ]+)\]", config) for name in ("mean", "std"))
     notes: dict[str, object] = {}
-    if style:
-        notes["backbone"] = {"stride_in_1x1": style[1] == "caffe"}
+    relu = re.search(r"relu_before_extra_convs=(True|False)", config)
+    told = {"stride_in_1x1": style and style[1] == "caffe", "relu_before_p7": relu and relu[1] == "True"}
+    if told := {name: value for name, value in told.items() if value is not None}:
+        notes["backbone"] = told
     if to_rgb and mean and std:
         numbers = [[float(number) for number in found[1].split(",") if number.strip()] for found in (mean, std)]
         order = "RGB" if to_rgb[1] == "True" else "BGR"
@@ -203,15 +209,18 @@ def _in_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Mapping[str, Tensor]) -> Weights:
     """Change the first convolution to take `inputs.INPUT`, and note what was known and what was assumed."""
     metadata, assumed = dict(weights.metadata), {}
-    defaults = FORMATS[weights.format].assumed
+    usual = _usual(weights.format, weights.state)
     given = given_input or metadata.get("input") or _input_of_detectron2(constants)
-    stride_in_1x1 = defaults["stride_in_1x1"]
+    stride_in_1x1 = usual["stride_in_1x1"]
     if given is None:
-        given = assumed["input"] = defaults["input"]
-    elif weights.format == "detectron2":
-        stride_in_1x1 = list(given["std"]) == [1.0] * 3  # MSRA's networks; its other ones take torchvision's
-    if "stride_in_1x1" not in metadata.get("backbone", {}):
+        given = assumed["input"] = usual["input"]
+    elif weights.format == "detectron2":  # MSRA's networks; its other ones take torchvision's
+        stride_in_1x1 = stride_in_1x1 and list(given["std"]) == [1.0] * 3
+    told = metadata.get("backbone", {})
+    if "stride_in_1x1" not in told:
         assumed["stride_in_1x1"] = stride_in_1x1
+    if weights.format == "mmdetection" and "relu_before_p7" not in told and any(".p7." in key for key in weights.state):
+        assumed["relu_before_p7"] = False  # what its pyramids do unless told otherwise
     state = dict(weights.state)
     key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
     if given != INPUT:
@@ -221,6 +230,25 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
         state[key] = for_canonical_input(state[key], given)
     metadata |= {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
     return replace(weights, state=state, metadata=metadata, assumed=assumed)
+
+
+def _usual(format: str, state: Mapping[str, Tensor]) -> dict[str, object]:
+    """The input and the stride of published networks with these names.
+
+    Of Detectron's, those with groups or group norm stride in the 3x3 (FAIR's X-101-32x8d.pkl and R-50-GN.pkl, and what
+    detectron2's zoo trained from them), and X-101-32x8d alone divides by a deviation.
+    """
+    usual = dict(FORMATS[format].assumed)
+    if not usual["stride_in_1x1"]:
+        return usual
+    prefix = "backbone." if "backbone.conv1.weight" in state else ""
+    conv2 = state.get(f"{prefix}layer1.0.conv2.weight")
+    groups = conv2.shape[0] // max(1, conv2.shape[1]) if conv2 is not None and conv2.dim() == 4 else 1
+    if groups > 1 or f"{prefix}bn1.running_var" not in state:
+        usual["stride_in_1x1"] = False
+    if groups == 32 and f"{prefix}layer3.35.conv1.weight" not in state:  # X-152-32x8d has no deviation
+        usual["input"] = BGR_255_WITH_STD
+    return usual
 
 
 def _input_of_detectron2(constants: Mapping[str, Tensor]) -> dict | None:

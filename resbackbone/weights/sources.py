@@ -32,6 +32,8 @@ from resbackbone.weights.zoo import (
 TORCHVISION_WITHOUT_EPS = {
     f"{kind}_ResNet50_FPN_Weights.COCO_V1" for kind in ("FasterRCNN", "MaskRCNN", "KeypointRCNN", "RetinaNet")
 }
+# timm's networks with the tensors of a ResNet that blur before they subsample: no name or shape tells them apart.
+TIMM_ANTI_ALIASED = ("resnetaa", "resnetblur")
 STRIDE_IN_3X3 = {"stride_in_1x1": False, "eps": 1e-5}
 STRIDE_IN_1X1 = {"stride_in_1x1": True, "eps": 1e-5}
 
@@ -143,6 +145,7 @@ def _timm(name: str) -> Located:
         ) from None
     if not is_model_in_modules(name, ("resnet",)):
         raise ValueError("not one of timm's ResNets (timm/models/resnet.py), which are all that can be read here")
+    _refuse_anti_aliased(name)
     if not config.hf_hub_id:
         raise ValueError("timm publishes no weights for it")
     repository, _, revision = config.hf_hub_id.partition("@")
@@ -151,6 +154,11 @@ def _timm(name: str) -> Located:
     name = f"{config.architecture}.{config.tag}" if config.tag else config.architecture
     stated = {"source": f"timm:{name}", "url": f"https://huggingface.co/{repository}", "licence": "unknown"}
     return Located(path, {**stated, "accuracy": timm_accuracy(name), **_stated_by_timm(config.to_dict())})
+
+
+def _refuse_anti_aliased(architecture: object) -> None:
+    if str(architecture).startswith(TIMM_ANTI_ALIASED):
+        raise ValueError(f"timm's {architecture} blurs its maps before it subsamples them, which no network here does")
 
 
 def _stated_by_timm(config: Mapping) -> dict[str, object]:
@@ -184,6 +192,7 @@ def _hugging_face(name: str) -> Located:
         preprocessor = _hub_json(repository, revision, "preprocessor_config.json")
         stated |= _stated_by_transformers(config, preprocessor)
     elif "architecture" in config:  # older files have its content at the top
+        _refuse_anti_aliased(config["architecture"])
         inner = config.get("pretrained_cfg")
         stated |= _stated_by_timm({**config, **(inner if isinstance(inner, Mapping) else {})})
     return Located(_hub_weights(repository, revision, [file] if file else HUB_FILES), stated)
@@ -358,6 +367,16 @@ def _url(source: str) -> Located:
     download(url, path, sha256=sha256)
     public = parts._replace(query="").geturl()  # a query may be a key to a private file, and this is kept in files
     return Located(path, {"source": public, "url": public, "licence": "unknown", "accuracy": []})
+
+
+def published_eps(file: str) -> dict[str, float]:
+    """{"eps": 0.0} for a file that has the name of one of torchvision's whose norms have none, else nothing."""
+    if "_resnet50_fpn_coco-" not in file:  # do not import torchvision for any other
+        return {}
+    import torchvision
+
+    urls = (torchvision.models.get_weight(name).url for name in TORCHVISION_WITHOUT_EPS)
+    return {"eps": 0.0} if any(Path(url).name == file for url in urls) else {}
 
 
 def published_sha256(file: str) -> str | None:

@@ -202,5 +202,5 @@ def _look_up(module: object, name: object) -> object:
         raise Refused("it refers to a name that is no string")
     if (module, name) not in ADMITTED:
         what = shown(f"{module}.{name}")
-        raise Refused(f"it would run {what}, which no weight file needs; only tensors and plain containers are read")
+        raise Refused(f"it would run {what}: only tensors and plain containers are read; save the state_dict() alone")
     return ADMITTED[module, name]

@@ -24,6 +24,7 @@ from resbackbone.weights.translate import from_ours, merged_norms
 
 OURS = "resbackbone"
 TARGETS = (OURS, *FORMATS)
+RELU_BEFORE_P7 = ("torchvision", "detectron2")  # their pyramids always have it
 STRIDING_IN_3X3 = ("torchvision", "timm")  # their networks have it nowhere else
 
 
@@ -44,6 +45,8 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         "architecture": architecture_name(trunk),
         "backbone": {**weights.metadata.get("backbone", {}), **trunk},
     }
+    if any("fpn.extra_blocks.p7." in key for key in weights.state):
+        metadata["backbone"].setdefault("relu_before_p7", weights.assumed.get("relu_before_p7", True))
     if "fc.weight" in weights.state:
         metadata["num_classes"] = len(weights.state["fc.weight"])
     if format == OURS:
@@ -52,6 +55,8 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         write_weights(path, weights.state, metadata)
         return
     _check_network(trunk, format)
+    if metadata["backbone"].get("relu_before_p7") is False and format in RELU_BEFORE_P7:
+        raise ValueError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7, and would differ")
     state, given = dict(weights.state), FORMATS[format].assumed["input"]
     if given != INPUT:
         key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
@@ -89,7 +94,7 @@ def largest_difference(a: Weights, b: Weights) -> tuple[float, str]:
             raise ValueError(f"{key} is {list(tensor.shape)} and {list(second[key].shape)}")
         if tensor.numel():
             difference = (tensor.double() - second[key].double()).abs().max() / tensor.double().abs().max().clamp(1e-30)
-            worst = max(worst, (float(difference), key))
+            worst = max(worst, (float(difference), key), key=lambda pair: pair[0])
     return worst
 
 
@@ -107,6 +112,10 @@ def _check_network(trunk: Mapping[str, object], format: str) -> None:
         raise ValueError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3, and would compute wrong")
     if format == "transformers" and (trunk["groups"], trunk["width_per_group"]) != (1, 64):
         raise ValueError("transformers has neither groups nor other widths in its ResNet")
+    if format in ("transformers", "msra") and trunk["norm"] == "GN":
+        raise ValueError(f"norm='GN': {format} has no such network, only the one of batch norms")
+    if FORMATS[format].assumed["input"] != INPUT and trunk["in_channels"] != 3:
+        raise ValueError(f"in_channels={trunk['in_channels']}: {format}'s networks take three colours, as BGR")
 
 
 def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:

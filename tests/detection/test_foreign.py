@@ -42,14 +42,14 @@ def assert_same_detections(got, scores, boxes, labels):
 @torch.inference_mode()
 def test_a_torchvision_checkpoint_is_a_detector_with_the_classes_of_its_ninety_ids(tmp_path):
     theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, box_score_thresh=0.0, min_size=101
+        weights=None, weights_backbone=None, box_score_thresh=0.0, min_size=160
     )
     lively(theirs)
     torch.save({"model": theirs.state_dict(), "epoch": 25}, tmp_path / "model_25.pth")
     ours = load_detector(tmp_path / "model_25.pth")
     assert (ours.categories[1], ours.categories[90], ours.categories[12]) == ("person", "toothbrush", "N/A")
-    ours.roi_heads.score_thresh, ours.transform.min_size = 0.0, (101,)
-    image = torch.rand(3, 101, 135)
+    ours.roi_heads.score_thresh, ours.transform.min_size = 0.0, (160,)
+    image = torch.rand(3, 140, 210)  # 160 x 240, padded to 160 x 256: p6 is 3 x 4, and its stride is taken for 53
     expected = theirs([image])[0]
     assert_same_detections(ours([image])[0], expected["scores"], expected["boxes"], expected["labels"])
 
@@ -64,7 +64,7 @@ def test_a_detectron2_checkpoint_gives_detectron2s_boxes(config, tmp_path):
     from detectron2 import model_zoo
     from detectron2.modeling import build_model
 
-    settings = model_zoo.get_config(f"COCO-Detection/faster_rcnn_{config}.yaml")
+    settings = model_zoo.get_config(f"COCO-Detection/{config}.yaml")
     settings.MODEL.DEVICE, settings.MODEL.WEIGHTS, settings.MODEL.ROI_HEADS.SCORE_THRESH_TEST = "cpu", "", 0.0
     theirs = lively(build_model(settings))
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}

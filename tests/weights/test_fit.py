@@ -81,6 +81,11 @@ def test_what_is_asked_stands_over_what_is_assumed_and_may_not_contradict_what_i
         settle(said, eps=1e-5)
 
 
+def test_weights_of_no_known_names_are_refused_by_their_names():
+    with pytest.raises(ValueError, match=r"hold no ResNet under names that are known \(stem.0.weight, \.\.\)"):
+        settle(Weights({"stem.0.weight": torch.zeros(1)}, {}, "a file"))
+
+
 def test_a_detectors_backbone_is_taken_out_and_any_other_dict_is_taken_whole():
     assert backbone_part({"backbone.conv1.weight": 1, "rpn.head": 2}) == {"conv1.weight": 1}
     assert backbone_part({"conv1.weight": 1, "fc.bias": 2}) == {"conv1.weight": 1, "fc.bias": 2}

@@ -191,6 +191,24 @@ def test_detectron2s_pixel_statistics_tell_the_input(tmp_path, resnet50, mean, s
     assert set(weights.left_out) == pixels.keys()
 
 
+@pytest.mark.parametrize(
+    "format, options, std",
+    [
+        ("detectron2", {"norm": "GN"}, 1.0),
+        ("detectron2", {"groups": 32, "width_per_group": 8}, 57.375),
+        ("msra", {"groups": 32, "width_per_group": 8}, 57.375),
+        ("msra", {"groups": 64, "width_per_group": 4}, 1.0),
+    ],
+)
+def test_detectrons_networks_with_group_norm_or_groups_stride_in_the_3x3(tmp_path, format, options, std):
+    state = build_resnet_backbone(50, levels=["c2"], **options).state_dict()
+    path = tmp_path / "net.pkl"
+    arrays = {name: tensor.numpy() for name, tensor in from_ours(state, format).items()}
+    path.write_bytes(pickle.dumps({"model": arrays}))
+    assumed = read_weights(path).assumed
+    assert assumed["stride_in_1x1"] is False and assumed["input"]["std"][0] == std
+
+
 def test_detectron2s_own_conversion_of_torchvision_keeps_torchvisions_input(tmp_path, resnet50):
     state = {name: tensor.numpy() for name, tensor in from_ours(resnet50, "detectron2").items()}
     path = tmp_path / "R-50.pkl"
@@ -261,3 +279,24 @@ def test_a_torchvision_source_is_read_from_torchvisions_own_folder(tmp_path, mon
         weights.metadata["accuracy"][0]["value"]
         == torchvision.models.ResNet18_Weights.DEFAULT.meta["_metrics"]["ImageNet-1K"]["acc@1"]
     )
+
+
+def retinanet_of_mmdetection(config=""):
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=8, levels=["p3", "p4", "p5", "p6", "p7"])
+    return {"meta": {"config": config}, "state_dict": from_ours(backbone.state_dict(), "mmdetection")}
+
+
+@pytest.mark.parametrize("config, relu", [("", False), ("backbone=1, neck=dict(relu_before_extra_convs=True)", True)])
+def test_mmdetections_p7_has_no_relu_before_it_unless_its_config_says_so(tmp_path, config, relu):
+    torch.save(retinanet_of_mmdetection(config), tmp_path / "retinanet.pth")
+    backbone = build_resnet_backbone(weights=tmp_path / "retinanet.pth", fpn=True).eval()
+    assert backbone.config["relu_before_p7"] is relu
+    maps = backbone(torch.rand(1, 3, 65, 97))
+    p6 = maps["p6"].relu() if relu else maps["p6"]
+    assert torch.equal(maps["p7"], backbone.fpn.extra_blocks["p7"](p6)) and (maps["p6"] < 0).any()
+
+
+@pytest.mark.parametrize("name, eps", [("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", 0.0), ("mine.pth", 1e-5)])
+def test_a_file_with_the_name_of_one_of_torchvisions_without_eps_has_none(tmp_path, resnet50, name, eps):
+    torch.save({f"backbone.body.{key}": value for key, value in resnet50.items() if key[:3] != "fc."}, tmp_path / name)
+    assert build_resnet_backbone(weights=tmp_path / name, levels=["c2"]).config["eps"] == eps

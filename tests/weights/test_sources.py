@@ -160,6 +160,8 @@ def test_a_timm_network_trained_on_another_input_says_so(hub):
         ("resnet51", "close ones are resnet50"),
         ("tv_resnet50", "timm:resnet50.tv_in1k"),
         ("vgg16.tv_in1k", "not one of timm's ResNets"),
+        ("resnetblur50.bt_in1k", "blurs its maps"),
+        ("resnetaa50.a1h_in1k", "blurs its maps"),
         ("resnet200.untrained", "publishes no weights"),
         ("", "timm:resnet50.a1_in1k"),
     ],
@@ -227,6 +229,11 @@ def test_a_timm_repository_states_its_pretrained_cfg(hub, nested):
     assert stated["input"] == {**INPUT, "mean": [0.5] * 3, "std": [0.25] * 3}
     assert (stated["licence"], stated["classes"], stated["backbone"]) == ("mit", ["a", "b"], STRIDE_IN_3X3)
     assert stated["accuracy"][0]["value"] == 71.504
+
+
+def test_a_timm_repository_of_a_network_that_only_looks_like_a_resnet_is_refused(hub):
+    hub["me/net"] = {"model.safetensors": "tensors", "config.json": {"architecture": "resnetblur50"}}
+    assert "resnetblur50 blurs its maps" in refusal("hf:me/net")
 
 
 def test_a_revision_and_a_file_can_be_named(hub):

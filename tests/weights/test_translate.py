@@ -139,6 +139,12 @@ def test_names_of_torchvision_before_version_0_13_and_of_cifar_repositories_are_
     assert to_ours(cifar).state.keys() == {"conv1.weight", "fc.weight"}
 
 
+def test_a_classifier_inside_another_module_is_read_whole():
+    state = build_resnet_classifier(18, 5).state_dict()
+    translated = to_ours({f"backbone.{name}": tensor for name, tensor in state.items()})
+    assert translated.state.keys() == state.keys() and not translated.unknown
+
+
 def test_two_names_for_one_tensor_are_refused():
     with pytest.raises(ValueError, match=r"fc\.weight and linear\.weight both stand for fc\.weight"):
         to_ours({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1), "linear.weight": torch.ones(1)})

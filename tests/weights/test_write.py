@@ -88,6 +88,9 @@ def test_the_largest_difference_is_found_and_named(classifier):
         ("torchvision", {"shortcut": "C"}, "shortcut='C': torchvision has no such network"),
         ("timm", {"stride_in_1x1": True}, "timm's networks have the stride in the 3x3"),
         ("transformers", {"groups": 32, "width_per_group": 4}, "neither groups nor other widths"),
+        ("transformers", {"norm": "GN"}, "norm='GN': transformers has no such network"),
+        ("msra", {"norm": "GN"}, "norm='GN': msra has no such network"),
+        ("detectron2", {"in_channels": 4}, "in_channels=4: detectron2's networks take three colours, as BGR"),
         ("caffe", {}, "unknown format 'caffe'; choose from resbackbone, torchvision"),
     ],
 )
@@ -96,6 +99,23 @@ def test_a_network_that_a_format_has_not_got_is_refused(format, options, message
     with pytest.raises(ValueError, match=message):
         write_as(tmp_path / "out", weights, format)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("format", ["torchvision", "detectron2"])
+def test_a_pyramid_without_relu_before_p7_goes_only_where_there_is_one(format, tmp_path):
+    options = {"fpn": True, "fpn_channels": 8, "levels": ["p3", "p7"], "relu_before_p7": False}
+    backbone = build_resnet_backbone(18, **options)
+    weights = weights_of(backbone, backbone=backbone.config)
+    with pytest.raises(ValueError, match=f"relu_before_p7=False: {format}'s pyramids have a ReLU"):
+        write_as(tmp_path / "out.pth", weights, format)
+    write_as(tmp_path / "out.pth", weights, "mmdetection")
+    assert build_resnet_backbone(weights=tmp_path / "out.pth", fpn=True).config["relu_before_p7"] is False
+
+
+def test_a_pyramid_with_relu_before_p7_says_so_in_mmdetections_file(tmp_path):
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=8, levels=["p3", "p7"])
+    write_as(tmp_path / "out.pth", Weights(backbone.state_dict(), {}, "a model", format="torchvision"), "mmdetection")
+    assert build_resnet_backbone(weights=tmp_path / "out.pth", fpn=True).config["relu_before_p7"] is True
 
 
 @pytest.mark.parametrize(
