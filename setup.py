@@ -6,9 +6,10 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 
+SCALE = ["webdataset>=0.2.100"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 # What the tests and `make check` use; the linter's version is written here and nowhere else.
-DEV = [*EXPORT, "pytest>=8", "ruff==0.17.6", "hypothesis>=6.100", "transformers>=4.50"]
+DEV = [*EXPORT, *SCALE, "pytest>=8", "ruff==0.17.6", "hypothesis>=6.100", "transformers>=4.50"]
 
 setup(
     name="resbackbone",
@@ -34,8 +35,10 @@ setup(
         "tyro>=0.9",
         "rich>=14.1",
         "tensorboard>=2.15",
+        "matplotlib>=3.8",
+        "simplejpeg>=1.7",
     ],
-    extras_require={"export": EXPORT, "dev": DEV},
+    extras_require={"export": EXPORT, "scale": SCALE, "dev": DEV},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",

@@ -17,15 +17,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from resbackbone.classification.decode import BadImage, to_rgb
+
 LAYOUT = "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/"
 EXIF_ORIENTATION = 0x0112
 SMALL_SET = 64_000_000  # bytes
 MAX_ASPECT = 200  # longer side over shorter; resized to at most max_size, a narrower image would have no width left
 MIN_BOX_SIDE = 1.0  # pixels; a smaller box teaches a detector nothing and turns into nothing when it is resized
-
-
-class BadImage(ValueError):
-    """An image file that is missing, broken, or not the one the annotations speak of."""
 
 
 class Draw(NamedTuple):
@@ -302,7 +300,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
             turn = image.getexif().get(EXIF_ORIENTATION, 1) != 1
             if turn and size is not None and image.size == size != image.size[::-1]:
                 turn = image.getexif().get(EXIF_ORIENTATION) < 5  # 5..8 swap width and height, and size says no
-            pixels = _to_rgb(ImageOps.exif_transpose(image) if turn else image)
+            pixels = to_rgb(ImageOps.exif_transpose(image) if turn else image)
     except FileNotFoundError:
         raise BadImage(f"image {path}: no such file") from None
     except UnidentifiedImageError:
@@ -315,13 +313,3 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
     if size is not None and pixels.size != tuple(size):
         raise BadImage(f"image {path}: is {pixels.size[0]} x {pixels.size[1]}, annotations say {size[0]} x {size[1]}")
     return pil_to_tensor(pixels)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I") or image.mode == "F":  # 16 bits and more: PIL's own conversion clips at 255
-        values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
-        return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")

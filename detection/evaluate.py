@@ -15,11 +15,10 @@ from torch.utils.data import DataLoader
 
 from detection.coco import BadImage, CocoImages, read_annotations
 from detection.faster_rcnn import FasterRCNN
-from detection.sampler import RankShare
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
 from resbackbone.training.command import console
-from resbackbone.training.distributed import Rank, broadcast, gather
+from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 

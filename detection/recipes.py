@@ -1,6 +1,6 @@
-"""Training recipes for Faster R-CNN: Detectron's 1x, 2x and 3x on COCO, and a short one for the embedded data set."""
+"""Training recipes for Faster R-CNN: Detectron's 1x, 2x and 3x on COCO, the ResNet paper's own, and a short one."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from resbackbone.training.schedule import Schedule
 
@@ -13,14 +13,17 @@ class Recipe:
 
     The schedule is stated for `batch_size` images an update. Sizes are in pixels: training images get one of
     `short_sides` as their shorter side, test images `min_size`, and neither is longer than `max_size`. `norm` None
-    is FrozenBN where weights are given, BN from scratch. `pyramid` goes to `build_resnet_backbone` (variant fpn),
-    `detector` to `build_faster_rcnn`.
+    is FrozenBN where weights are given, BN from scratch. `variant` and `frozen_through` hold where none is asked for,
+    the latter where weights are given (None: "c2"). `pyramid` goes to `build_resnet_backbone` (variant fpn), `detector`
+    to `build_faster_rcnn`.
     """
 
     schedule: Schedule
     batch_size: int = 16
+    variant: str = "fpn"
     depth: int = 50
     norm: str | None = None
+    frozen_through: str | None = None
     short_sides: tuple[int, ...] = DETECTRON_SIDES
     min_size: int = 800
     max_size: int = 1333
@@ -43,6 +46,37 @@ def detectron(steps: int, *milestones: int) -> Recipe:
 
 
 ONE_X = detectron(90_000, 60_000, 80_000)  # about 12 epochs of COCO
+
+# Faster R-CNN on COCO as in He et al. 2015, appendix A, with what it takes from Ren et al. 2015: shorter sides of 600,
+# longer ones of at most 1000; anchors of four sides; 256 anchors and 64 regions an image to train on; 300 proposals in
+# testing; NMS at 0.3; conv1 and conv2 of VGG-16 frozen, of ResNets the norms alone. Published (Table 8: train2014, the
+# 40k images of val2014): AP 27.2, AP50 48.4 with ResNet-101; AP 21.2, AP50 41.5 with VGG-16.
+# Departures: RPN and Fast R-CNN are trained together, not in turns, by the schedule of the latter (16 images); RoIAlign
+# instead of RoI max pooling; the cut at a score of 0.01.
+PAPER_R101_C4 = Recipe(
+    Schedule(rate=0.001, steps=320_000, milestones=(240_000,)),
+    variant="c4",
+    depth=101,
+    frozen_through="none",
+    short_sides=(600,),
+    min_size=600,
+    max_size=1000,
+    weight_decay=5e-4,
+    detector={
+        "anchor_sides": (64, 128, 256, 512),
+        "rpn_pre_nms_top_n_train": 12000,
+        "rpn_pre_nms_top_n_test": 6000,
+        "rpn_post_nms_top_n_train": 2000,
+        "rpn_post_nms_top_n_test": 300,
+        "box_batch_size_per_image": 64,
+        "box_nms_thresh": 0.3,
+        "box_score_thresh": 0.01,
+    },
+)
+PAPER_VGG16_C5 = replace(PAPER_R101_C4, variant="vgg16", depth=16, frozen_through="stem")
+# With global context, which has to be trained. The other improvements (appendix B) are options of testing, in
+# tools/evaluate_coco.py. Published (Table 9): AP 29.9 with refinement, 30.0 with context too, 32.5 with all scales too.
+PAPER_R101_C4_CONTEXT = replace(PAPER_R101_C4, detector={**PAPER_R101_C4.detector, "global_context": True})
 
 # For the embedded data set, from scratch on two CPU cores: small images, a thin pyramid, few regions, and AdamW, with
 # which so few updates go further than with SGD.
@@ -77,4 +111,7 @@ RECIPES: dict[str, Recipe] = {
     "2x": detectron(180_000, 120_000, 160_000),
     "3x": detectron(270_000, 210_000, 250_000),
     "short": SHORT,
+    "paper-r101-c4": PAPER_R101_C4,
+    "paper-r101-c4-context": PAPER_R101_C4_CONTEXT,
+    "paper-vgg16-c5": PAPER_VGG16_C5,
 }

@@ -40,16 +40,3 @@ class TrainBatches(Sampler):
                         yield group[self.rank :: self.ranks]
                     group.clear()
             epoch += 1
-
-
-class RankShare(Sampler):
-    """Indices of rank r of n, every image once over all ranks and none twice: no padding, so no score is skewed."""
-
-    def __init__(self, count: int, *, rank: int = 0, ranks: int = 1):
-        self.indices = range(rank, count, ranks)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)

@@ -2,6 +2,7 @@
 
 python tools/evaluate_coco.py runs/shapes-r18-fpn-short
 python tools/evaluate_coco.py runs/mine --data coco --output scores
+python tools/evaluate_coco.py runs/mine --box-refinement --scales 200 400 600 800 1000     as the ResNet paper tests
 """
 
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import tyro
 from detection.data import open_split
 from detection.evaluate import evaluate, print_results, write_results
 from detection.faster_rcnn import detector_file, load_detector
+from detection.paper import ImprovedTesting
 from resbackbone.checks import one_of
 from resbackbone.training.command import console, main_of, parse, track
 from resbackbone.training.distributed import Rank, count_processes, launch, native_precision
@@ -30,7 +32,13 @@ class Options:
     data: Path | None = None
     """Folder in COCO's layout. Default: the one the run was trained on."""
     output: Path | None = None
-    """Where detections.json and results.json go. Default: the run's folder, or eval-NAME/ in it for other --data."""
+    """Where detections.json and results.json go. Default: the run's folder, or eval-NAME/ in it for other --data or
+    with what changes the detections."""
+    box_refinement: bool = False
+    """Score and regress once more from the regressed boxes, and vote (He et al. 2015, appendix B)."""
+    scales: tuple[int, ...] = ()
+    """Shorter sides in pixels of an image pyramid: a region's features are the larger of those on its two best scales
+    (the same appendix, which has 200 400 600 800 1000). Default: the detector's own size."""
     device: str | None = None
     """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
     gpus: int | None = None
@@ -66,6 +74,8 @@ def score(rank: Rank, options: Options) -> None:
     dataset = open_split(data, "val", categories=detector.real_categories, skip_bad_images=options.skip_bad_images)
     if rank.is_main:
         console.print(f"{file} on {dataset.summary()}, {precision}")
+    if options.box_refinement or options.scales:
+        detector = ImprovedTesting(detector, box_refinement=options.box_refinement, scales=options.scales)
     results, detections = evaluate(
         detector,
         dataset,
@@ -77,7 +87,9 @@ def score(rank: Rank, options: Options) -> None:
     if not rank.is_main:
         return
     own = config.get("data") is not None and data.resolve() == Path(config["data"]).resolve()
-    target = options.output or (folder if own else folder / f"eval-{data.resolve().name}")
+    names = [] if own else [data.resolve().name]
+    names += ["refined"] * options.box_refinement + [str(scale) for scale in options.scales]
+    target = options.output or (folder / f"eval-{'-'.join(names)}" if names else folder)
     target.mkdir(parents=True, exist_ok=True)
     write_results(target, results, detections)
     print_results(results)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from torch.nn.parallel import DistributedDataParallel
 
 from detection.coco import LAYOUT
 from detection.data import EMBEDDED, embedded_data, find_coco, open_split, train_batches
 from detection.evaluate import evaluate, percent, print_results, write_results
-from detection.faster_rcnn import BACKBONE_OF, FasterRCNN, build_faster_rcnn, load_detector, save_detector
+from detection.faster_rcnn import BACKBONE_OF, VARIANTS, FasterRCNN, build_faster_rcnn, load_detector, save_detector
+from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
 from detection.recipes import RECIPES, Recipe
 from detection.report import save_pictures
 from detection.sampler import TrainBatches
@@ -26,18 +26,21 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
 from resbackbone.resnet import DEPTHS
 from resbackbone.training import loop
-from resbackbone.training.command import console, from_config, main_of, parse, to_config, track
+from resbackbone.training.command import console, main_of, parse, to_config, track
 from resbackbone.training.distributed import (
     Rank,
     broadcast,
     count_processes,
+    distributed,
     gather,
     launch,
     native_precision,
     share_buffers,
 )
-from resbackbone.training.run import Run, checkpoints, latest_folder, new_folder, read_yaml
-from resbackbone.training.state import NonFiniteLoss, TrainState, parameter_groups, seed_step
+from resbackbone.training.optimizers import build_optimizer
+from resbackbone.training.options import check_counts, claim_folder, resumed
+from resbackbone.training.run import Run, checkpoints, read_yaml
+from resbackbone.training.state import NonFiniteLoss, TrainState, seed_step
 
 ENGINES = ("torchvision", "detectron2")
 MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and getting past a broken image
@@ -54,20 +57,21 @@ class Options:
     """Folder in COCO's layout: train2017/, val2017/, annotations/instances_{train,val}2017.json. Default:
     $DETECTRON2_DATASETS/coco, $COCO_DIR or ./datasets/coco, else the embedded data set."""
     depth: int | None = None
-    """18, 34, 50, 101 or 152. Default: the recipe's (50; short: 18)."""
-    variant: str = "fpn"
-    """fpn, c4 (the ResNet paper's detector) or dc5."""
+    """18, 34, 50, 101 or 152 (vgg16: 16). Default: the recipe's (50; short: 18)."""
+    variant: str | None = None
+    """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: the recipe's (fpn)."""
     engine: str = "torchvision"
     """Whose detector and trainer: torchvision (this package's own loop) or detectron2, where that is installed."""
     recipe: str | None = None
-    """1x, 2x, 3x or short. Default: 1x; short on the embedded data set."""
+    """1x, 2x, 3x, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default: 1x;
+    short on the embedded data set."""
     weights: str | None = None
     """What the backbone starts from: a .safetensors or .pth file, or torchvision:ResNet50_Weights.IMAGENET1K_V1.
     Default: random."""
     norm: str | None = None
     """BN, FrozenBN, SyncBN or GN. Default: FrozenBN with weights, else the recipe's (BN)."""
     frozen_through: str | None = None
-    """stem, c2 .. c5, or none. Default: c2 with weights, none without."""
+    """stem, c2 .. c5, or none. Default: none without weights; with them the recipe's (c2; vgg16: stem)."""
     output: Path | None = None
     """The run's folder. Default: a new one under runs/."""
     max_steps: int | None = None
@@ -106,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
     options = complete(parse(Options, argv))
     if options.resume:
-        options = resumed(options, argv)
+        options = complete(resumed(options, argv, default=default_folder(options), may_differ=MAY_DIFFER))
     launch(train, (options,), device=options.device, processes=count_processes(options.device, options.gpus))
 
 
@@ -118,7 +122,8 @@ def train(rank: Rank, options: Options) -> None:
         if not EMBEDDED.exists():
             say("drawing it first, some thousand images")
         broadcast(embedded_data() if rank.is_main else None, rank)
-    folder = broadcast(claim_folder(options) if rank.is_main else None, rank)
+    claimed = {"default": default_folder(options), "resume": options.resume}
+    folder = broadcast(claim_folder(options.output, **claimed) if rank.is_main else None, rank)
     recipe = RECIPES[options.recipe]
     say(f"run:   {folder}")
 
@@ -144,7 +149,14 @@ def train(rank: Rank, options: Options) -> None:
     detector.to(rank.device, memory_format=torch.channels_last).train()
     say(detector.backbone.summary())
 
-    state = TrainState(distributed(detector, rank), optimizer(detector, recipe), rank, clip_grad=recipe.clip_grad)
+    optimizer = build_optimizer(
+        detector,
+        recipe.optimizer,
+        rate=recipe.schedule.rate,
+        weight_decay=recipe.weight_decay,
+        decay_norms=recipe.optimizer == "sgd",  # as in Detectron
+    )
+    state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad)
     if last is not None:
         state.load(last)
     schedule = recipe.schedule.for_batch(options.batch_size, recipe.batch_size, scale_rate=recipe.optimizer == "sgd")
@@ -235,26 +247,26 @@ def complete(options: Options) -> Options:
     data = options.data or find_coco() or EMBEDDED
     recipe_name = one_of("recipe", options.recipe or ("short" if data == EMBEDDED else "1x"), RECIPES)
     recipe = RECIPES[recipe_name]
-    one_of("variant", options.variant, BACKBONE_OF)
+    variant = one_of("variant", options.variant or recipe.variant, VARIANTS)
     if one_of("engine", options.engine, ENGINES) == "detectron2":
+        if variant not in BACKBONE_OF or "anchor_sides" in recipe.detector:
+            raise ValueError(f"--engine detectron2 trains no {variant} of --recipe {recipe_name}; leave the engine out")
         detectron2_engine().check_options(options)
+    depth, depths = (VGG16_DEPTH, [VGG16_DEPTH]) if variant == "vgg16" else (recipe.depth, DEPTHS)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     processes = count_processes(device, options.gpus)  # says so if the device is not there
     on_gpu = torch.device(device).type == "cuda"
     batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
     batch_size = options.batch_size or max(1, batch_size // processes) * processes  # every process gets as many
     default_precision = native_precision(device) if options.engine == "torchvision" else "fp32"
-    for name in ("max_steps", "batch_size", "checkpoint_period", "log_period"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 1 or more is wanted")
-    for name in ("eval_period", "pictures", "seed", "workers"):
-        if getattr(options, name) is not None and getattr(options, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: 0 or more is wanted")
+    check_counts(options, least=1, names=("max_steps", "batch_size", "checkpoint_period", "log_period"))
+    check_counts(options, least=0, names=("eval_period", "pictures", "seed", "workers"))
     return replace(
         options,
         data=data,
         recipe=recipe_name,
-        depth=one_of("depth", recipe.depth if options.depth is None else options.depth, DEPTHS),
+        variant=variant,
+        depth=one_of("depth", depth if options.depth is None else options.depth, depths),
         batch_size=batch_size,
         checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
         device=device,
@@ -277,23 +289,6 @@ def detectron2_engine():
     return detectron2_engine
 
 
-def resumed(options: Options, argv: list[str] | None) -> Options:
-    """The options of the run that is resumed, which flags may not contradict; those given if there is no such run."""
-    folder = options.output or latest_folder(default_folder(options))
-    if not (folder / "config.yaml").is_file():
-        console.print(f"nothing to resume in {folder}: starting at step 0")
-        return replace(options, output=folder)
-    saved = from_config(Options, folder / "config.yaml")
-    options = parse(Options, argv, default=saved)
-    for name in sorted(asdict(options).keys() - MAY_DIFFER):
-        if (asked := getattr(options, name)) != (had := getattr(saved, name)):
-            raise ValueError(
-                f"--{name.replace('_', '-')} {asked}: the run in {folder} was made with {had}; leave the option out to "
-                "resume that run, or give another --output to start anew"
-            )
-    return complete(replace(options, output=folder))
-
-
 def fingerprint_of(folder: Path) -> str:
     """The checksum of the annotations that the run in `folder` was trained on."""
     return str(read_yaml(folder / "config.yaml").get("effective", {}).get("train_annotations_sha256"))
@@ -304,28 +299,25 @@ def default_folder(options: Options) -> Path:
     return Path("runs") / (name if options.engine == "torchvision" else f"{name}-{options.engine}")
 
 
-def claim_folder(options: Options) -> Path:
-    """Where the run is written: --output, which may hold a run only if that is resumed, or a new folder."""
-    if options.output is None:
-        return new_folder(default_folder(options))
-    if not options.resume and (options.output / "config.yaml").exists():
-        raise ValueError(f"--output {options.output} holds a run already; --resume goes on with it")
-    return options.output
-
-
 def build(options: Options, recipe: Recipe, categories: dict[int, str]) -> FasterRCNN:
     """The detector a new run starts from."""
-    arguments = dict(BACKBONE_OF[options.variant])
-    if options.variant == "fpn":
-        arguments |= recipe.pyramid
-    backbone = build_resnet_backbone(
-        options.depth,
-        norm=options.norm or recipe.norm,
-        frozen_through=options.frozen_through,
-        weights=options.weights,
-        **arguments,
-    )
-    return build_faster_rcnn(
+    frozen_through = options.frozen_through or (recipe.frozen_through if options.weights else None)
+    if options.variant == "vgg16":
+        if options.norm is not None:
+            raise ValueError(f"--norm {options.norm}: VGG-16 has no norms; leave the option out")
+        if not options.weights and frozen_through not in (None, "none"):
+            raise ValueError(f"--frozen-through {frozen_through} without --weights would freeze random layers")
+        backbone = build_vgg16_backbone(frozen_through=frozen_through or ("stem" if options.weights else "none"))
+    else:
+        backbone = build_resnet_backbone(
+            options.depth,
+            norm=options.norm or recipe.norm,
+            frozen_through=frozen_through,
+            weights=options.weights,
+            **BACKBONE_OF[options.variant],
+            **(recipe.pyramid if options.variant == "fpn" else {}),
+        )
+    detector = build_faster_rcnn(
         backbone,
         len(categories),
         variant=options.variant,
@@ -335,22 +327,9 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str]) -> Faste
         resize_in_training=False,
         **recipe.detector,
     )
-
-
-def optimizer(detector: FasterRCNN, recipe: Recipe) -> torch.optim.Optimizer:
-    """The recipe's: SGD as in Detectron, or AdamW, which leaves norms and biases undecayed."""
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameter_groups(detector, recipe.weight_decay), lr=recipe.schedule.rate, momentum=0.9)
-    groups = parameter_groups(detector, recipe.weight_decay, decay_norms=False)
-    return torch.optim.AdamW(groups, lr=recipe.schedule.rate)
-
-
-def distributed(detector: FasterRCNN, rank: Rank) -> torch.nn.Module:
-    """The detector, with gradients averaged over the ranks if there are several."""
-    if rank.ranks == 1:
-        return detector
-    devices = [rank.device.index] if rank.device.type == "cuda" else None
-    return DistributedDataParallel(detector, device_ids=devices, find_unused_parameters=False)
+    if options.variant == "vgg16" and options.weights:
+        load_vgg16(detector, options.weights)
+    return detector
 
 
 def save_batch(images: list, targets: list[dict], folder: Path, error: NonFiniteLoss, rank: Rank) -> str:

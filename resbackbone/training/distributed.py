@@ -4,7 +4,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
 
 from resbackbone.checks import one_of
 from resbackbone.training.errors import one_line_errors
@@ -131,11 +133,32 @@ def all_agree(flag: bool, rank: Rank) -> bool:
     return bool(votes.item())
 
 
+class RankShare(Sampler):
+    """Indices of rank r of n, every image once over all ranks and none twice: no padding, so no score is skewed."""
+
+    def __init__(self, count: int, *, rank: int = 0, ranks: int = 1):
+        self.indices = range(rank, count, ranks)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
 def share_buffers(module: nn.Module, rank: Rank) -> None:
     """Give every rank rank 0's buffers, in place: in training each rank's batch norm keeps statistics of its own."""
     if rank.ranks > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
+
+
+def distributed(model: nn.Module, rank: Rank) -> nn.Module:
+    """The model, with gradients averaged over the ranks if there are several."""
+    if rank.ranks == 1:
+        return model
+    devices = [rank.device.index] if rank.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=False)
 
 
 def native_precision(device: str) -> str:

@@ -43,7 +43,7 @@ def train(
     evaluate: Callable[[], None],
     bad_batch: Callable[[Any, NonFiniteLoss], str],
     parts_of: Callable[[Any], Sequence[Any]] = lambda batch: [batch],
-    after_update: Callable[[Any], None] = lambda batch: None,
+    after_update: Callable[[Any], Mapping[str, float] | None] = lambda batch: None,
 ) -> None:
     """Update `state` from its step to `steps`, one batch an update.
 
@@ -51,7 +51,7 @@ def train(
     parts_of: the parts of a batch whose gradients are accumulated, all of the same size (default: the whole).
     images_per_update: over all ranks, for the images a second that are recorded.
     checkpoint, evaluate: called at their periods; a checkpoint also at the end.
-    after_update: called with every batch.
+    after_update: called with every batch; numbers that it returns, the same ones each time, are metrics too.
     bad_batch: for a batch with a loss that is not finite, on the rank that has it: keeps what is wanted of it and
         returns a clause that names it.
 
@@ -62,6 +62,7 @@ def train(
     with Progress("train", steps, start=state.step, shown=rank.is_main) as progress:
         recent, began = [], time.monotonic()
         while state.step < steps:
+            asked = time.monotonic()  # later than `began` by what a checkpoint took
             batch = next(batches)
             loaded = time.monotonic()
             seed_step(seed, state.step, rank.rank)
@@ -77,10 +78,10 @@ def train(
                 clause = bad_batch(batch, error) if error.terms else None
                 said = "; ".join(filter(None, gather(clause, rank) or [clause or "on another rank"]))
                 raise ValueError(f"loss is not finite at step {error.step}: {said}") from None
-            after_update(batch)
+            values = {"loss": sum(values.values()), **values, **(after_update(batch) or {})}
             now = time.monotonic()
-            seconds = {"seconds": now - began, "data_seconds": loaded - began}
-            recent.append({"loss": sum(values.values()), **values, **seconds})
+            seconds = {"seconds": now - began, "data_seconds": loaded - asked}
+            recent.append({**values, **seconds})
             began = now
             if state.step % periods.log == 0 or state.step == steps:
                 record = {**mean_of(recent), "lr": rate, **memory(rank.device)}

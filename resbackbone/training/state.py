@@ -79,7 +79,7 @@ class TrainState:
                     plain[f"{index}.{name}"] = value
         save_file(tensors, folder / "optimizer.safetensors")
         described = {"step": self.step, "param_groups": content["param_groups"], "state": plain}
-        (folder / "state.json").write_text(json.dumps(described))
+        (folder / "state.json").write_text(json.dumps(described, default=Tensor.item))  # LAMB counts in a tensor
 
     def load(self, folder: Path) -> None:
         """Take up what `save` wrote. ValueError if it is not whole, or of another network's optimizer."""
@@ -90,11 +90,13 @@ class TrainState:
             state: dict[int, dict] = {}
             for key, value in {**tensors, **described["state"]}.items():
                 index, name = key.split(".", 1)
+                parameter = parameters[int(index)]
+                if isinstance(value, Tensor) and value.ndim:
+                    if value.shape != parameter.shape:
+                        raise ValueError(f"{key} is {list(value.shape)}, the parameter {list(parameter.shape)}")
+                    # in the parameter's memory layout, in which it was: sums over it (LAMB's norms) depend on that
+                    value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
                 state.setdefault(int(index), {})[name] = value
-                if isinstance(value, Tensor) and value.ndim and value.shape != parameters[int(index)].shape:
-                    raise ValueError(
-                        f"{key} is {list(value.shape)}, the parameter {list(parameters[int(index)].shape)}"
-                    )
             self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
             self.step = described["step"]
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:

@@ -314,7 +314,7 @@ def test_whatever_a_decoder_raises_becomes_a_bad_image(tmp_path, monkeypatch):
 
     path = tmp_path / "photo.png"
     Image.fromarray(noise(21, 33)).save(path)
-    monkeypatch.setattr("detection.coco._to_rgb", decoder_fails)
+    monkeypatch.setattr("detection.coco.to_rgb", decoder_fails)
     with pytest.raises(BadImage, match="photo.png: cannot be decoded .Failed to decode frame 0"):
         read_image(path)
 

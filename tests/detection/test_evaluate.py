@@ -155,6 +155,8 @@ def test_more_detections_than_100_an_image_count_as_in_coco():
 class Stub(torch.nn.Module):
     """Finds, in every image, one object whose place and score are functions of its pixels, and in some a second."""
 
+    categories = {3: "cat", 7: "dog"}
+
     def forward(self, images):
         [image] = images
         assert not self.training and image.dtype == torch.float32 and image.max() <= 1
@@ -245,3 +247,15 @@ def test_the_table_shows_percent_and_every_class_whatever_its_name(capsys):
     assert "skipped image [b].jpg: empty file" in text
     assert "[red]cat[/red]" in text and "100.0" in text and "n/a" in text and "AR100" in text
     assert (percent(None), percent(0.3704), percent(0.0)) == ("n/a", "37.0", "0.0")
+
+
+def test_detections_of_what_the_data_set_has_not_are_left_out(tmp_path):
+    class Torchvisions(Stub):
+        categories = {3: "cat", 5: "N/A"}  # label 2 stands for no class
+
+    dataset = data_set(tmp_path / "images")
+    rank = Rank(0, 1, CPU)
+    _, everything = evaluate(Stub(), dataset, rank)
+    _, real = evaluate(Torchvisions(), dataset, rank)
+    assert {entry["category_id"] for entry in everything} == {3, 7}
+    assert real == [entry for entry in everything if entry["category_id"] == 3]

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from detection.sampler import RankShare, TrainBatches
+from detection.sampler import TrainBatches
 
 
 def images(landscape=7, portrait=0, square=0):
@@ -78,11 +78,3 @@ def test_the_order_and_the_augmentation_are_functions_of_the_seed():
 def test_a_batch_size_that_does_not_divide_over_the_processes_is_refused(batch_size, ranks):
     with pytest.raises(ValueError, match=f"batch size {batch_size} does not divide evenly over {ranks} processes"):
         TrainBatches(images(), batch_size=batch_size, seed=0, ranks=ranks)
-
-
-@pytest.mark.parametrize("count, ranks", [(10, 1), (10, 2), (10, 3), (2, 5), (0, 3)])
-def test_the_shares_of_all_ranks_hold_every_image_once(count, ranks):
-    shares = [RankShare(count, rank=rank, ranks=ranks) for rank in range(ranks)]
-    assert sorted(index for share in shares for index in share) == list(range(count))
-    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1

@@ -9,6 +9,7 @@ import torch
 
 from resbackbone.training.distributed import (
     Rank,
+    RankShare,
     all_agree,
     broadcast,
     count_processes,
@@ -180,3 +181,11 @@ def test_a_device_that_is_not_there_is_an_error_that_says_so(device, gpus, there
 
 def test_the_precision_of_a_cpu_is_one_that_it_has():
     assert native_precision("cpu") in ("bf16", "fp32")
+
+
+@pytest.mark.parametrize("count, ranks", [(10, 1), (10, 2), (10, 3), (2, 5), (0, 3)])
+def test_the_shares_of_all_ranks_hold_every_image_once(count, ranks):
+    shares = [RankShare(count, rank=rank, ranks=ranks) for rank in range(ranks)]
+    assert sorted(index for share in shares for index in share) == list(range(count))
+    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

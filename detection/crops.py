@@ -1,0 +1,49 @@
+"""The embedded objects as a classification set: each drawn object cut out, in folders by class."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from detection.shapes import CATEGORY_IDS, CLASSES, FORMAT, JPEG_QUALITY, draw_image
+from resbackbone.atomic import folder_atomically
+
+ROOM = 1.3  # side of a crop over the longer side of its object
+MIN_CROP = 24  # pixels
+
+
+def make_shape_crops(folder: str | Path, *, train_scenes: int = 1000, val_scenes: int = 200, size: int = 96) -> Path:
+    """Draw scenes as `shapes.make_shapes` does, and cut their objects out into {train,val}/<class>/NNNNNN_N.jpg.
+
+    A crop is a square around one object, which others may reach into; about four come from a scene of `size` x `size`
+    pixels. Made whole or not at all, and not again if it is there; ValueError if `folder` holds anything else.
+    """
+    folder = Path(folder)
+    made_of = {"format": FORMAT, "train_scenes": train_scenes, "val_scenes": val_scenes, "size": size}
+    note = folder / "shapes.json"
+    if folder.exists():
+        if note.is_file() and json.loads(note.read_text()) == made_of:
+            return folder
+        raise ValueError(f"{folder} holds something else than the embedded set; move it away, and that is drawn anew")
+    with folder_atomically(folder) as partial:
+        for name, split, scenes in (("train", 0, train_scenes), ("val", 1, val_scenes)):
+            for label in CLASSES:
+                (partial / name / label).mkdir(parents=True)
+            for number in range(scenes):
+                _write_crops(partial / name, np.random.default_rng([0, split, number]), number, size)
+        (partial / note.name).write_text(json.dumps(made_of) + "\n")
+    return folder
+
+
+def _write_crops(folder: Path, rng: np.random.Generator, number: int, size: int) -> None:
+    image, objects = draw_image(rng, size)
+    for i, found in enumerate(objects):
+        x, y, width, height = found["bbox"]
+        side = min(size, max(MIN_CROP, round(ROOM * max(width, height))))
+        left, top = (
+            int(np.clip(round(corner + length / 2 - side / 2), 0, size - side))
+            for corner, length in ((x, width), (y, height))
+        )
+        crop = image.crop((left, top, left + side, top + side))
+        name = CLASSES[CATEGORY_IDS.index(found["category_id"])]
+        crop.save(folder / name / f"{number:06d}_{i}.jpg", quality=JPEG_QUALITY)

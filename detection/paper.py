@@ -1,0 +1,270 @@
+"""The ResNet paper's detectors: VGG-16 as the baseline, and the improvements (He et al. 2015, appendices A and B)."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+
+from detection.roi_align import PyramidRoIAlign
+from resbackbone import Backbone
+from resbackbone.backbone import FREEZABLE
+from resbackbone.checks import one_of
+from resbackbone.weights import fit, read_weights
+from resbackbone.weights.inputs import INPUT, describe_input
+
+REFINEMENT_NMS = 0.3  # IoU, of the union of first and refined predictions
+VOTING_IOU = 0.5  # between a box and those that vote on it (Gidaris & Komodakis 2015)
+SMALLEST_BOX = 0.01  # pixels; smaller ones are dropped, as torchvision does
+
+# VGG-16, the baseline (Ren et al. 2015)
+
+VGG16_DEPTH = 16
+VGG16 = {  # as `from_timm` notes it
+    "timm": "vgg16",
+    "levels": ["c4"],
+    "fpn": False,
+    "norm": "BN",  # it has none
+    "fpn_channels": 256,
+    "fpn_norm": None,
+    "p6_from": "c5",
+    "options": {"mlp_ratio": 0.01},  # timm makes fully connected layers and drops them: let them be small
+}
+FULLY_CONNECTED = {  # timm's and torchvision's names, and those of Fast R-CNN; the classes' own layer is left out
+    "pre_logits.fc1": "fc6",
+    "pre_logits.fc2": "fc7",
+    "classifier.0": "fc6",
+    "classifier.3": "fc7",
+}
+
+
+class VGGHead(TwoMLPHead):
+    """fc6 and fc7 of VGG-16 on every region, with dropout of one half behind each, as in Fast R-CNN."""
+
+    def forward(self, regions: Tensor) -> Tensor:  # [N, 512, 7, 7] -> [N, 4096]
+        x = F.dropout(F.relu(self.fc6(regions.flatten(1))), 0.5, self.training)
+        return F.dropout(F.relu(self.fc7(x)), 0.5, self.training)
+
+
+def build_vgg16_backbone(*, frozen_through: str = "none") -> Backbone:
+    """The 13 convolutions of VGG-16 up to conv5_3, before its last pooling, as level c4 [B, 512, H/16, W/16].
+
+    frozen_through: "none", "stem" (conv1 and conv2, which Ren et al. 2015 froze), "c2" (conv3 too) .. "c4". The weights
+        are random until `load_vgg16` reads some.
+    """
+    one_of("part to freeze through", frozen_through, FREEZABLE[:-1])
+    from resbackbone.adapters.from_timm import timm_backbone_from_config  # only here: ResNets need no timm
+
+    return timm_backbone_from_config({**VGG16, "frozen_through": frozen_through})
+
+
+def load_vgg16(detector: FasterRCNN, source: str) -> None:
+    """Start a detector of the variant "vgg16" from an ImageNet classifier: its convolutions, and its fc6 and fc7.
+
+    source: a file with timm's or torchvision's names, timm:vgg16.tv_in1k, torchvision:VGG16_Weights.IMAGENET1K_V1, ..
+    Raises ValueError for weights that do not fit, made for another input than ours, or not finite (torchvision's
+    IMAGENET1K_FEATURES has no classifier).
+    """
+    weights = read_weights(_on_the_hub(source))
+    if weights.metadata.get("input", INPUT) != INPUT:
+        raise ValueError(f"weights from {source} are made for {describe_input(weights.metadata['input'])}")
+    parts: dict[str, dict[str, Tensor]] = {"features": {}, "head": {}}
+    for key, tensor in weights.state.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"weights from {source}: {key} holds numbers that are not finite")
+        layer, _, leaf = key.rpartition(".")
+        if layer in FULLY_CONNECTED:
+            name = f"{FULLY_CONNECTED[layer]}.{leaf}"
+            parts["head"][name] = tensor.flatten(1) if leaf == "weight" else tensor  # timm has them as convolutions
+        elif layer.startswith("features."):
+            parts["features"][f"{layer.replace('.', '_')}.{leaf}"] = tensor
+    box_head = detector.roi_heads.box_head
+    box_head = box_head.head if isinstance(box_head, ContextHead) else box_head
+    for module, part in ((detector.backbone.network, "features"), (box_head, "head")):
+        fit(module, replace(weights, state=parts[part], source=source))
+    detector.backbone.weights_source = source
+
+
+def _on_the_hub(source: str) -> str:
+    """timm:NAME as hf:REPOSITORY: `read_weights` takes only timm's ResNets under timm's names."""
+    scheme, _, name = source.partition(":")
+    if scheme != "timm":
+        return source
+    from timm.models import get_pretrained_cfg, list_pretrained
+
+    names = list_pretrained("vgg16.*")
+    if name not in {*names, *(known.partition(".")[0] for known in names)}:
+        raise ValueError(f"weights {source!r}: not a VGG-16; timm has {', '.join(names)}")
+    return f"hf:{get_pretrained_cfg(name).hf_hub_id}"
+
+
+# Global context
+
+
+class ContextRoIAlign(PyramidRoIAlign):
+    """RoIAlign of regions and, as one more region, of each whole image."""
+
+    def forward(
+        self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The regions' features [N, channels, size, size], the images' [B, ..], and the image of each region [N]."""
+        whole = [boxes[0].new_tensor([[0, 0, width, height]]) for height, width in image_shapes]
+        counts = torch.tensor([len(of_image) for of_image in boxes], device=boxes[0].device)
+        image_of_region = torch.arange(len(boxes), device=counts.device).repeat_interleave(counts)
+        regions, images = (super(ContextRoIAlign, self).forward(x, of, image_shapes) for of in (boxes, whole))
+        return regions, images, image_of_region
+
+
+class ContextHead(nn.Module):
+    """A box head whose feature of a region has its image's behind it, from the same layers (He et al. 2015, B)."""
+
+    def __init__(self, head: nn.Module):
+        super().__init__()
+        self.head = head
+
+    def forward(self, pooled: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # of ContextRoIAlign -> [N, 2 * channels]
+        regions, images, image_of_region = pooled
+        features, context = self.head(torch.cat((regions, images))).split((len(regions), len(images)))
+        return torch.cat((features, context[image_of_region]), 1)
+
+
+# Testing
+
+
+class PyramidLevel(NamedTuple):
+    """An image at one size, as the detector sees it."""
+
+    maps: dict[str, Tensor]
+    size: tuple[int, int]  # height and width in pixels, without padding
+    scale: Tensor  # [4], from boxes on the image at the detector's own size to boxes on this one
+
+
+class ImprovedTesting(nn.Module):
+    """A detector with the paper's improvements of testing (appendix B), in the place of the detector itself.
+
+    scales: shorter sides in pixels of an image pyramid (the paper's: 200, 400, 600, 800, 1000; the longer side is
+        limited in proportion). A region's features come from the two scales where its area is nearest to 224 x 224
+        (more exactly: nearest to the area that the anchors' scale makes of it), both through the box head, and the
+        larger of the two is taken, number by number (maxout, Ren et al. 2015, NoC). Proposals are found at the
+        detector's own size alone. Empty: that size for regions too.
+    box_refinement: score and regress once more from the box that each proposal was regressed to; the new predictions
+        join the old ones before NMS at an IoU of 0.3 and box voting.
+
+    With neither it detects what the detector does, bit for bit. Global context is not chosen here: a detector that was
+    trained with it has it. Raises ValueError for a scale that is given twice or is not positive.
+    """
+
+    def __init__(self, detector: FasterRCNN, *, box_refinement: bool = False, scales: Sequence[int] = ()):
+        super().__init__()
+        if any(scale < 1 for scale in scales) or len(set(scales)) < len(scales):
+            raise ValueError(f"scales {', '.join(map(str, scales))}: shorter sides in pixels are wanted, each once")
+        self.detector, self.box_refinement = detector, box_refinement
+        own = detector.transform
+        self.resizes = nn.ModuleList(
+            GeneralizedRCNNTransform(
+                scale,
+                own.max_size * scale / own.min_size[-1],
+                own.image_mean,
+                own.image_std,
+                size_divisible=own.size_divisible,
+            )
+            for scale in scales
+        )
+        self.eval()
+
+    @property
+    def categories(self) -> dict[int, str]:
+        return self.detector.categories
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        """[3, H, W] RGB floats in 0..1 -> boxes, labels and scores an image."""
+        return [self._detect(image) for image in images]
+
+    def _detect(self, image: Tensor) -> dict[str, Tensor]:
+        detector = self.detector
+        resized, _ = detector.transform([image])
+        maps = detector.backbone(resized.tensors)
+        (proposals,), _ = detector.rpn(resized, maps)
+        [size] = resized.image_sizes
+        own = PyramidLevel(maps, size, proposals.new_ones(4))
+        levels = [
+            own if resize.min_size == detector.transform.min_size else self._level(image, resize, size)
+            for resize in self.resizes
+        ] or [own]
+        if self.box_refinement:
+            found = self._refined(levels, proposals, size)
+        else:
+            logits, deltas = self._predict(levels, proposals)
+            outputs = detector.roi_heads.postprocess_detections(logits, deltas, [proposals], [size])
+            found = {name: of_image for name, (of_image,) in zip(("boxes", "scores", "labels"), outputs, strict=True)}
+        return detector.transform.postprocess([found], [size], [tuple(image.shape[-2:])])[0]
+
+    def _level(self, image: Tensor, resize: GeneralizedRCNNTransform, own_size: tuple[int, int]) -> PyramidLevel:
+        resized, _ = resize([image])
+        [size] = resized.image_sizes
+        y, x = (there / here for there, here in zip(size, own_size, strict=True))
+        return PyramidLevel(self.detector.backbone(resized.tensors), size, resized.tensors.new_tensor([x, y, x, y]))
+
+    def _predict(self, levels: list[PyramidLevel], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Boxes [n, 4] at the detector's own size -> class scores before softmax [n, K], box deltas [n, 4 * K]."""
+        heads = self.detector.roi_heads
+        chosen = _two_scales(boxes, levels, heads.box_roi_pool.canonical_scale)
+        features = None
+        for i, level in enumerate(levels):
+            here = (chosen == i).any(1).nonzero().squeeze(1)
+            part = heads.box_head(heads.box_roi_pool(level.maps, [boxes[here] * level.scale], [level.size]))
+            if features is None:
+                features = part.new_full((len(boxes), part.shape[1]), -torch.inf)
+            features[here] = features[here].maximum(part)
+        return heads.box_predictor(features)
+
+    def _refined(self, levels: list[PyramidLevel], proposals: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+        heads = self.detector.roi_heads
+
+        def predictions(rois: Tensor) -> tuple[Tensor, Tensor]:  # boxes [n, K, 4], scores [n, K], background left out
+            logits, deltas = self._predict(levels, rois)
+            boxes = clip_boxes_to_image(heads.box_coder.decode(deltas, [rois]), size)
+            return boxes[:, 1:], logits.softmax(1)[:, 1:]
+
+        first = predictions(proposals)
+        best = first[1].argmax(1)  # of the boxes that the classes regress to, that of the likeliest one
+        second = predictions(first[0][torch.arange(len(best), device=best.device), best])
+        boxes, scores = (torch.cat(pair) for pair in zip(first, second, strict=True))
+        return select_and_vote(boxes, scores, score_thresh=heads.score_thresh, count=heads.detections_per_img)
+
+
+def _two_scales(boxes: Tensor, levels: list[PyramidLevel], side: int) -> Tensor:
+    """On which two levels, [n, 2], each box's area is nearest to side x side; two in a row. [n, 1] for one level."""
+    factors = torch.stack([level.scale[0] * level.scale[1] for level in levels])
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None] * factors
+    return (areas - side**2).abs().topk(min(2, len(levels)), dim=1, largest=False).indices
+
+
+def select_and_vote(boxes: Tensor, scores: Tensor, *, score_thresh: float, count: int) -> dict[str, Tensor]:
+    """The `count` best of the boxes [n, K, 4] with scores [n, K] of K classes, labelled 1..K, the surest first.
+
+    NMS is by class, at an IoU of 0.3; each box that is left is then placed by a vote of those above `score_thresh`.
+    """
+    kept = (scores > score_thresh).nonzero()
+    boxes, scores, labels = boxes[kept[:, 0], kept[:, 1]], scores[kept[:, 0], kept[:, 1]], kept[:, 1] + 1
+    large = remove_small_boxes(boxes, SMALLEST_BOX)
+    boxes, scores, labels = boxes[large], scores[large], labels[large]
+    best = batched_nms(boxes, scores, labels, REFINEMENT_NMS)[:count]
+    voted = vote(boxes[best], labels[best], boxes, labels, scores)
+    return {"boxes": voted, "labels": labels[best], "scores": scores[best]}
+
+
+def vote(kept: Tensor, kept_labels: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
+    """Each kept box [m, 4] becomes the mean, weighted by score, of the boxes [n, 4] of its class that overlap it.
+
+    Box voting of Gidaris & Komodakis 2015: an IoU of 0.5 or more overlaps. A kept box is among the boxes itself.
+    """
+    voting = (box_iou(kept, boxes) >= VOTING_IOU) & (kept_labels[:, None] == labels)
+    weights = (voting * scores)[..., None]
+    return (weights * boxes).sum(1) / weights.sum(1)  # not as a matrix product: autocast would round it to bf16

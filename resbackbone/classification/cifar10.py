@@ -1,0 +1,207 @@
+"""CIFAR-10 in memory, and the paper's training batches of it: per-pixel mean, padded crops, flips (Sec. 4.2)."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.datasets import CIFAR10
+
+from resbackbone.classification.decode import SUFFIXES, BadImage, decode
+from resbackbone.classification.images import split_folder
+
+SYNTHETIC = "synthetic"
+SYNTHETIC_IMAGES = {"train": 2000, "test": 500}
+LAYOUT = "cifar-10-batches-py/, or train/<class>/ and test/<class>/ (or val/<class>/) with 32 x 32 images"
+HELD_OUT = 0.1  # the share of the training images that --validation keeps: 5,000 of 50,000, as the paper
+PADDING = 4  # pixels on each side
+
+
+class Split(NamedTuple):
+    """`images` uint8 [N, 3, 32, 32] in RGB, `labels` int64 [N], from 0."""
+
+    images: Tensor
+    labels: Tensor
+
+
+class Cifar10(NamedTuple):
+    """What there is to train and to test on; `classes` names the labels."""
+
+    train: Split
+    test: Split
+    classes: list[str]
+
+    def summary(self) -> str:
+        """One line: what there is."""
+        return f"{len(self.train.labels)} training and {len(self.test.labels)} test images, {len(self.classes)} classes"
+
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of classes, training images and labels: tells a run that is resumed from others."""
+        digest = hashlib.sha256("\n".join(self.classes).encode())
+        for tensor in self.train:
+            digest.update(tensor.numpy())
+        return digest.hexdigest()
+
+    def held_out(self) -> "Cifar10":
+        """The training images in two: a tenth of them, drawn once and for all, to test on (the paper's 45k/5k)."""
+        order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(0))
+        kept = order[round(HELD_OUT * len(order)) :].sort().values
+        held = order[: len(order) - len(kept)].sort().values
+        train, test = (Split(self.train.images[part], self.train.labels[part]) for part in (kept, held))
+        return self._replace(train=train, test=test)
+
+
+def open_cifar10(data: str | os.PathLike) -> Cifar10:
+    """CIFAR-10, or another set of 32 x 32 images, as tensors.
+
+    data: a folder with CIFAR-10's own batches (cifar-10-batches-py/) or with class folders, train/<class>/ and
+    test/<class>/ or val/<class>/; or "synthetic": random patterns of ten classes, drawn here, that can be learnt.
+    60,000 small JPEGs decode in some ten seconds, so nothing is kept on disk. Raises ValueError, in a sentence, for a
+    folder that is not there or holds neither, batches that are damaged, classes that differ between the splits or are
+    empty, and images that cannot be read or have another size, which are named.
+    """
+    if str(data) == SYNTHETIC:
+        return make_synthetic()
+    path = Path(data)
+    if path.is_file():
+        unpack = f"; unpack it first: mkdir -p FOLDER && tar -xf {path} -C FOLDER" if ".t" in path.name else ""
+        raise ValueError(f"--data {data}: a file, not a folder{unpack}")
+    if not path.is_dir():
+        raise ValueError(f"--data {data}: no such folder; it should hold {LAYOUT}")
+    for root in (path, path.parent):
+        if (root / CIFAR10.base_folder).is_dir() and (root == path or path.name == CIFAR10.base_folder):
+            return _open_batches(root)
+    folders = {"train": split_folder(path, "train"), "test": split_folder(path, "val")}
+    if None in folders.values():
+        missing = " and ".join(name for name, folder in folders.items() if folder is None)
+        raise ValueError(f"--data {data}: no folder {missing} in it; it should hold {LAYOUT}")
+    classes, others = (sorted(p.name for p in folder.iterdir() if p.is_dir()) for folder in folders.values())
+    if classes != others or len(classes) < 2:
+        apart = ", ".join(sorted(set(classes) ^ set(others))) or f"only {len(classes)} there"
+        raise ValueError(f"--data {data}: train and {folders['test'].name} should hold the same class folders: {apart}")
+    return Cifar10(*(_open_folder(folder, classes) for folder in folders.values()), classes)
+
+
+def make_synthetic() -> Cifar10:
+    """Images of ten classes, each a coarse random pattern under noise; always the same."""
+    random = torch.Generator().manual_seed(0)
+    patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=random), size=32, mode="bilinear")
+    splits = []
+    for count in SYNTHETIC_IMAGES.values():
+        labels = torch.arange(count) % 10
+        noise = torch.randn(count, 3, 32, 32, generator=random)
+        splits.append(Split((128 + 32 * (patterns[labels] + noise)).clamp(0, 255).to(torch.uint8), labels))
+    return Cifar10(*splits, [f"pattern-{i}" for i in range(10)])
+
+
+def mean_image_of(split: Split) -> Tensor:
+    """[3, 32, 32]: the mean of each pixel over the images, in 0..1; exact, so the same on any machine."""
+    return (split.images.sum(0, dtype=torch.int64).double() / (255 * len(split.images))).float()
+
+
+def to_model_input(images: Tensor, mean_image: Tensor) -> Tensor:
+    """uint8 [B, 3, 32, 32] to what the network takes: values in 0..1 less the per-pixel mean, with no std."""
+    return images.float() / 255 - mean_image
+
+
+def train_batches(
+    split: Split,
+    mean_image: Tensor,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    ranks: int = 1,
+    start: int = 0,
+    device: torch.device | str = "cpu",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless augmented batches, ([b, 3, 32, 32] channels last, labels [b]) on `device`, from the `start`-th on.
+
+    A batch of all ranks together holds `batch_size` images, of which this rank makes every `ranks`-th. Every image is
+    drawn once an epoch, in an order that follows from the seed and the epoch; the next epoch begins within a batch.
+    What is random in a batch follows from the seed, its number and the rank. ValueError for an uneven `batch_size`.
+    """
+    if batch_size < ranks or batch_size % ranks:
+        raise ValueError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
+    images, labels, mean_image = (tensor.to(device) for tensor in (*split, mean_image))
+    epochs: dict[int, np.ndarray] = {}
+    for number in _from(start):
+        positions = np.arange(number * batch_size + rank, (number + 1) * batch_size, ranks)
+        epoch_of, place = np.divmod(positions, len(labels))
+        epochs = {e: epochs[e] if e in epochs else _order(seed, e, len(labels)) for e in np.unique(epoch_of).tolist()}
+        indices = [epochs[e][i] for e, i in zip(epoch_of.tolist(), place.tolist(), strict=True)]
+        chosen = torch.tensor(indices, device=device)
+        # Sequences of three are no others' seeds: epochs have two numbers.
+        random = torch.Generator().manual_seed(int(np.random.default_rng((seed, number, rank)).integers(2**62)))
+        yield augment(to_model_input(images[chosen], mean_image), random), labels[chosen]
+
+
+def augment(images: Tensor, random: torch.Generator) -> Tensor:
+    """Each of [B, 3, H, W] padded by 4 zeros a side (the mean's value), cropped to H x W anywhere, flipped or not.
+
+    The result is channels last. `random` is the CPU's generator, so every device gets the same crops.
+    """
+    count, _, height, width = images.shape
+    top, left = torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=random)
+    flipped = torch.randint(0, 2, (count, 1), generator=random).bool()
+    rows = top + torch.arange(height)  # [B, H]
+    columns = torch.arange(width).expand(count, width)
+    columns = left + torch.where(flipped, columns.flip(1), columns)  # [B, W]
+    rows, columns = rows.to(images.device), columns.to(images.device)
+    padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)  # [B, H + 8, W + 8, 3]
+    which = torch.arange(count, device=images.device)
+    cropped = padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]  # [B, H, W, 3]
+    return cropped.permute(0, 3, 1, 2)
+
+
+def _from(number: int) -> Iterator[int]:
+    while True:
+        yield number
+        number += 1
+
+
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def _open_batches(root: Path) -> Cifar10:
+    try:
+        train, test = (CIFAR10(str(root), train=part) for part in (True, False))  # checks them before it reads them
+    except (RuntimeError, OSError):
+        raise ValueError(
+            f"--data {root}: {CIFAR10.base_folder} is not whole or not the original; {CIFAR10.url} has it, MD5 "
+            f"{CIFAR10.tgz_md5}"
+        ) from None
+    return Cifar10(
+        *(Split(_channels_first(part.data), torch.tensor(part.targets)) for part in (train, test)), list(train.classes)
+    )
+
+
+def _open_folder(folder: Path, classes: list[str]) -> Split:
+    pixels, labels, wrong = [], [], []
+    for label, name in enumerate(classes):
+        files = sorted(path for path in (folder / name).iterdir() if path.name.lower().endswith(SUFFIXES))
+        if not files:
+            raise ValueError(f"{folder / name}: no images in it ({', '.join(SUFFIXES)})")
+        for path in files:
+            try:
+                image = decode(path.read_bytes(), str(path))
+                if image.shape != (32, 32, 3):
+                    raise BadImage(f"image {path}: {image.shape[1]} x {image.shape[0]} pixels, 32 x 32 are wanted")
+            except (BadImage, OSError) as error:
+                wrong.append(str(error))
+                continue
+            pixels.append(image)
+            labels.append(label)
+    if wrong:
+        raise ValueError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+    return Split(_channels_first(np.stack(pixels)), torch.tensor(labels))
+
+
+def _channels_first(pixels: np.ndarray) -> Tensor:  # [N, 32, 32, 3] -> [N, 3, 32, 32]
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))

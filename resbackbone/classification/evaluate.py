@@ -1,0 +1,171 @@
+"""Top-1 and top-5 under the protocols of He et al. 2015 (Sec. 3.4), every image once on any number of ranks."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as F
+
+from resbackbone.checks import one_of
+from resbackbone.classification.decode import BadImage
+from resbackbone.classification.images import Images
+from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
+from resbackbone.weights.inputs import MEAN, STD
+
+PROTOCOLS = ("1crop", "10crop", "multiscale")
+SCALES = (224, 256, 384, 480, 640)  # shorter sides, of a network for crops of 224
+
+
+def evaluate(
+    models: nn.Module | Sequence[nn.Module],
+    images: Images,
+    rank: Rank,
+    *,
+    protocol: str = "1crop",
+    crop: int = 224,
+    resize: int = 256,
+    batch_size: int = 64,
+    workers: int = 0,
+    bf16: bool = False,
+    progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
+) -> dict:
+    """Classify every image and count: {"top1", "top5", "images", "unreadable", "protocol"}, the same on every rank.
+
+    `top1` and `top5` are the fractions, 0..1, of the images whose class is the first, or among the first five, of
+    those that `predict` gives; arguments and errors are its own. An unreadable image, where going on without is
+    asked for, counts as one of the images and as wrong.
+    """
+    options = {"protocol": protocol, "crop": crop, "resize": resize, "batch_size": batch_size, "workers": workers}
+    predicted = predict(models, images, rank, **options, bf16=bf16, progress=progress)
+    results = None
+    if predicted is not None:
+        right = predicted == torch.as_tensor(images.labels).view(-1, 1)  # [images, 5]
+        top1, top5 = (hits.double().mean().item() for hits in (right[:, 0], right.any(1)))
+        unreadable = int((predicted[:, 0] < 0).sum())
+        counts = {"images": len(predicted), "unreadable": unreadable}
+        results = {"top1": top1, "top5": top5, **counts, "protocol": protocol}
+    return broadcast(results, rank)
+
+
+@torch.inference_mode()
+def predict(
+    models: nn.Module | Sequence[nn.Module],
+    images: Images,
+    rank: Rank,
+    *,
+    protocol: str = "1crop",
+    crop: int = 224,
+    resize: int = 256,
+    batch_size: int = 64,
+    workers: int = 0,
+    bf16: bool = False,
+    progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
+) -> Tensor | None:
+    """The five best classes of every image, best first, int64 [images, 5] on the CPU of rank 0; None elsewhere.
+
+    `models` take [B, 3, H, W] (RGB, normalized by MEAN and STD) to logits [B, classes]. The score of a class is its
+    softmax averaged over what `protocol` looks at, and over the models of an ensemble:
+    - "1crop": the central `crop` of the image resized to a shorter side of `resize`. Decoded, resized and normalized
+      by torchvision's functions on a PIL image, so that the input is that of its ImageClassification bit for bit.
+    - "10crop": the four corners and the centre of the same image, and their mirror images (Krizhevsky et al. 2012).
+    - "multiscale": the whole image, fully convolutional, at shorter sides of SCALES (in proportion where `crop` is
+      not 224), and its mirror image, as in Simonyan and Zisserman 2014 (Sec. 3.2), whom the paper follows. There the
+      last layer is a 1x1 convolution whose score map is averaged over its positions; pool and fc of a ResNet are
+      linear, so fc of the mean over the whole map, which the classifier computes on any size, is that average.
+      Images keep their aspect ratio, and go through one by one.
+
+    `batch_size` is how many crops go through at once on this rank. `progress` wraps the loop over this rank's batches;
+    it is given their number. With fewer than five classes there are as many columns as classes. An image that cannot be
+    read raises BadImage; with `images.skip_bad_images` its classes are -1, and rank 0's `images.skipped` says why.
+    Raises ValueError for an unknown protocol, no images, a crop that does not fit in, models of other classes than
+    `images`, and scores that are not finite.
+    """
+    models = [models] if isinstance(models, nn.Module) else list(models)
+    if not models or not len(images.labels):
+        raise ValueError(f"nothing to evaluate: {len(models)} models, {len(images.labels)} images")
+    if one_of("protocol", protocol, PROTOCOLS) != "multiscale" and crop > resize:
+        raise ValueError(f"a crop of {crop} does not fit into a shorter side of {resize}")
+    views = {"1crop": 1, "10crop": 10, "multiscale": batch_size}[protocol]  # of one size, of an image
+    share = RankShare(len(images.labels), rank=rank.rank, ranks=rank.ranks)
+    loader = DataLoader(
+        _Views(images, protocol, crop, resize),
+        batch_size=max(1, batch_size // views),
+        sampler=share,
+        num_workers=workers,
+        pin_memory=rank.device.type == "cuda",
+    )
+    was_training = [model.training for model in models]
+    for model in models:
+        model.eval()
+    found, skipped = [], []
+    try:
+        for groups, problems in progress(iter(loader), len(loader)):
+            bad = torch.tensor([bool(problem) for problem in problems])
+            skipped += filter(None, problems)
+            if skipped and not images.skip_bad_images:
+                raise BadImage(f"{skipped[0]}; --skip-bad-images goes on without")
+            scores = sum(
+                _scores(model, group, rank.device, mirrored=protocol != "1crop", bf16=bf16, classes=len(images.classes))
+                for model in models
+                for group in groups
+            )
+            found.append(scores.topk(min(5, scores.shape[1])).indices.cpu().masked_fill(bad[:, None], -1))
+    finally:
+        for model, training in zip(models, was_training, strict=True):
+            model.train(training)
+    parts = gather((list(share), found, skipped), rank)
+    if parts is None:
+        return None
+    images.skipped.update(message for _, _, messages in parts for message in messages)
+    order = torch.tensor([index for indices, _, _ in parts for index in indices])
+    predicted = torch.cat([batch for _, batches, _ in parts for batch in batches])
+    return predicted[order.argsort()]
+
+
+def _scores(model: nn.Module, group: Tensor, device: torch.device, *, mirrored: bool, bf16: bool, classes: int):
+    """uint8 [images, views, 3, H, W] to class scores, fp64 [images, classes]: softmax, averaged over the views."""
+    x = to_model_input(group.flatten(0, 1).to(device, non_blocking=True))
+    if mirrored:
+        x = torch.cat([x, x.flip(-1)])
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        logits = model(x.contiguous(memory_format=torch.channels_last))
+    if logits.shape[1] != classes:
+        raise ValueError(f"the network scores {logits.shape[1]} classes, and the images are of {classes}")
+    if not logits.isfinite().all():
+        raise ValueError("the network's scores are not finite")
+    probabilities = logits.double().softmax(1)  # in fp32 logits that differ can come out equal
+    return probabilities.view(-1, *group.shape[:2], classes).mean((0, 2))
+
+
+def to_model_input(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] RGB to what networks take: fp32, normalized by MEAN and STD, as torchvision computes it."""
+    return F.normalize(F.convert_image_dtype(images, torch.float), MEAN, STD, inplace=True)
+
+
+class _Views(Dataset):
+    """What a protocol looks at: for each image a list of uint8 [views, 3, H, W], before mirroring, and "".
+
+    Of one that cannot be read it is blank, and what is wrong with it follows: a worker's exception would lose it.
+    """
+
+    def __init__(self, images: Images, protocol: str, crop: int, resize: int):
+        self.images, self.protocol, self.crop, self.resize = images, protocol, crop, resize
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], str]:
+        try:
+            return self._views(self.images.read(index)), ""
+        except BadImage as error:
+            return self._views(Image.new("RGB", (self.crop, self.crop))), str(error)
+
+    def _views(self, image: Image.Image) -> list[Tensor]:
+        if self.protocol == "multiscale":
+            sides = [round(scale * self.crop / 224) for scale in SCALES]
+            return [F.pil_to_tensor(F.resize(image, side))[None] for side in sides]
+        image = F.resize(image, self.resize)  # PIL's own bilinear filter, which is antialiased
+        crops = F.five_crop(image, self.crop) if self.protocol == "10crop" else [F.center_crop(image, self.crop)]
+        return [torch.stack([F.pil_to_tensor(one) for one in crops])]
+
+    def __len__(self) -> int:
+        return len(self.images.labels)

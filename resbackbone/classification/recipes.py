@@ -1,0 +1,203 @@
+"""Training recipes for ImageNet classifiers, each with where it is from and what was published with it."""
+
+from dataclasses import dataclass
+
+from resbackbone.training.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained and tested: all that is not data, hardware or network.
+
+    Lengths are in epochs (as many images as the training set has), and `rate` is stated for `batch_size` images an
+    update. Training crops are of `size` pixels: of an image whose shorter side is drawn from `shorter_side`, or, where
+    that is None, of random scale and shape as torchvision's RandomResizedCrop; mirrored half the time. Test images get
+    a shorter side of `resize`, of which `crop` pixels are seen.
+    """
+
+    source: str
+    published: str
+    epochs: int
+    batch_size: int
+    rate: float
+    optimizer: str = "sgd"  # or "lamb", "adamw", whose rates do not follow the batch size
+    drops: tuple[int, ...] = ()  # epochs after which the rate is a tenth
+    cosine: bool = False
+    warmup_epochs: int = 0
+    warmup_factor: float = 0.01
+    weight_decay: float = 1e-4
+    decay_norms: bool = True  # False: neither norms nor biases
+    size: int = 224
+    shorter_side: tuple[int, int] | None = None
+    colour: str = "none"  # or "pca"
+    auto_augment: str | None = None  # "trivial", or RandAugment in timm's words
+    erase: float = 0.0  # probability of a blank rectangle
+    repeats: int = 1  # copies of an image, augmented differently, among those that are drawn together
+    mixup: float = 0.0  # alpha; where both are, half the batches are mixed one way and half the other
+    cutmix: float = 0.0
+    smoothing: float = 0.0
+    bce: bool = False  # a binary cross entropy of each class, in place of the softmax's
+    bce_threshold: float | None = None  # soft targets over it count as 1, others as 0
+    ema: bool = False
+    resize: int = 256
+    crop: int = 224
+    depth: int = 50
+
+    def schedule(self, images: int, batch_size: int, epochs: int | None = None) -> Schedule:
+        """The rate by update for a training set of `images`; with other `epochs`, drops and warm-up in proportion."""
+        stretch = 1.0 if epochs is None else epochs / self.epochs
+        updates = images / batch_size * stretch  # in an epoch of the recipe's
+        scale = batch_size / self.batch_size if self.optimizer == "sgd" else 1.0  # Goyal et al. 2017, Sec. 2.1
+        return Schedule(
+            self.rate * scale,
+            max(1, round(self.epochs * updates)),
+            milestones=tuple(round(epoch * updates) for epoch in self.drops),
+            cosine=self.cosine,
+            warmup_steps=round(self.warmup_epochs * updates),
+            warmup_factor=self.warmup_factor,
+        )
+
+
+PAPER = Recipe(
+    source="He et al. 2015, Sec. 3.4: 60e4 updates of 256 images, which is 120 epochs",
+    published="top-1 error, 10-crop, Table 3: 34 24.5 (C), 50 22.9, 101 21.8, 152 21.4; 1 crop (KaimingHe/"
+    "deep-residual-networks): 50 24.7, 101 23.6, 152 23.0. Time not given",
+    epochs=120,
+    batch_size=256,
+    rate=0.1,
+    drops=(30, 60, 90),  # the paper drops it when the error plateaus; Fig. 4 falls after about 15e4 and 30e4 updates
+    shorter_side=(256, 480),
+    colour="pca",
+)
+
+TORCHVISION_V1 = Recipe(
+    source="torchvision, references/classification, its defaults (8 x 32 images), the IMAGENET1K_V1 weights",
+    published="top-1: 18 69.758, 34 73.314, 50 76.130, 101 77.374, 152 78.312 on 8 V100; time not given",
+    epochs=90,
+    batch_size=256,
+    rate=0.1,
+    drops=(30, 60),
+)
+
+# Biases are not decayed here either: the source decays the last layer's.
+TORCHVISION_V2 = Recipe(
+    source="torchvision, issue 3995 and references/classification (8 x 128 images), the IMAGENET1K_V2 weights",
+    published="top-1: 50 80.858, 101 81.886, 152 82.284 (repeated augmentation for 50 only); time not given",
+    epochs=600,
+    batch_size=1024,
+    rate=0.5,
+    cosine=True,
+    warmup_epochs=5,
+    weight_decay=2e-5,
+    decay_norms=False,
+    size=176,
+    auto_augment="trivial",
+    erase=0.1,
+    repeats=4,
+    mixup=0.2,
+    cutmix=1.0,
+    smoothing=0.1,
+    ema=True,
+    resize=232,
+)
+
+
+def strikes_back(
+    *,
+    published: str,
+    epochs: int,
+    rate: float,
+    weight_decay: float,
+    magnitude: int,
+    mixup: float,
+    size: int = 224,
+    repeats: int = 1,
+    smoothing: float = 0.0,
+    bce_threshold: float | None = None,
+) -> Recipe:
+    """A procedure of "ResNet strikes back" (Wightman et al. 2021, Table 2): LAMB, 2048 images, binary cross entropy.
+
+    Not as there: A1's and A2's stochastic depth of 0.05, which these blocks have not got; test images are resized
+    bilinearly, not bicubically."""
+    return Recipe(
+        source="Wightman et al. 2021 (arXiv 2110.00476), Table 2, without stochastic depth",
+        published=published,
+        epochs=epochs,
+        batch_size=2048,
+        rate=rate,
+        optimizer="lamb",
+        cosine=True,
+        warmup_epochs=5,
+        warmup_factor=1e-4 / rate,
+        weight_decay=weight_decay,
+        decay_norms=False,
+        size=size,
+        auto_augment=f"rand-m{magnitude}-mstd0.5-inc1",
+        repeats=repeats,
+        mixup=mixup,
+        cutmix=1.0,
+        smoothing=smoothing,
+        bce=True,
+        bce_threshold=bce_threshold,
+        resize=235,  # 224 / 0.95
+    )
+
+
+A1 = strikes_back(
+    published="top-1 at 224: 18 71.5, 34 76.4, 50 80.4, 101 81.5, 152 82.0; R50 110 h on 4 V100",
+    epochs=600,
+    rate=5e-3,
+    weight_decay=0.01,
+    magnitude=7,
+    mixup=0.2,
+    repeats=3,
+    smoothing=0.1,
+)
+A2 = strikes_back(
+    published="top-1 at 224: 18 70.6, 34 75.5, 50 79.8, 101 81.3, 152 81.8; R50 55 h on 4 V100",
+    epochs=300,
+    rate=5e-3,
+    weight_decay=0.02,
+    magnitude=7,
+    mixup=0.1,
+    repeats=3,
+    bce_threshold=0.2,
+)
+A3 = strikes_back(
+    published="top-1 at 224: 18 68.2, 34 73.0, 50 78.1, 101 79.8, 152 80.5; R50 15 h on 4 V100",
+    epochs=100,
+    rate=8e-3,
+    weight_decay=0.02,
+    magnitude=6,
+    mixup=0.1,
+    size=160,
+    bce_threshold=0.2,
+)
+
+DEMO = Recipe(
+    source="this package's, for the embedded objects: small images, few epochs, from scratch on two CPU cores",
+    published="see MODEL_ZOO.md",
+    epochs=4,
+    batch_size=32,
+    rate=1e-3,
+    optimizer="adamw",
+    cosine=True,
+    warmup_epochs=1,
+    weight_decay=0.05,
+    decay_norms=False,
+    size=64,
+    shorter_side=(64, 76),  # whole objects: their forms are what tells them apart
+    resize=64,
+    crop=64,
+    depth=18,
+)
+
+RECIPES: dict[str, Recipe] = {
+    "paper": PAPER,
+    "torchvision-v1": TORCHVISION_V1,
+    "torchvision-v2": TORCHVISION_V2,
+    "a1": A1,
+    "a2": A2,
+    "a3": A3,
+    "demo": DEMO,
+}

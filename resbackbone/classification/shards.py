@@ -1,0 +1,318 @@
+"""Labelled images in webdataset's shards: tar files of `key.jpg` and `key.cls` (the label) beside each other.
+
+Shards that can be reached as files are read image by image, at random, by their place in the tar. Shards behind a URL
+are streamed, one after the other, with webdataset's openers (http, gs, hf, `pipe:aws s3 cp ... -`): each rank takes
+every n-th shard of the epoch's order, and mixes what comes within a window.
+
+An index beside the shards, train.json for train-000000.tar and so on, says what is in them: `tools/make_shards.py`
+writes it. Files without one are read through before training starts; for URLs it is needed.
+"""
+
+import io
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from resbackbone.classification.decode import SUFFIXES, BadImage
+from resbackbone.classification.images import Draw, Images
+
+WINDOW = 5000  # images of which a stream gives any next; 0.2 to 0.5 GB of files for a rank
+SHARD = re.compile(r"[^/\s]*\.tar(?!.*\.tar)")  # a shard's file name, in a path, a URL or a command
+NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
+
+class ShardImages(Images):
+    """Images in tar files, read at random."""
+
+    def __init__(self, pattern: str, index: dict, *, skip_bad_images: bool = False):
+        shards = index["shards"]
+        super().__init__(
+            index["classes"],
+            np.concatenate([np.array(shard["labels"], dtype=np.int64) for shard in shards]),
+            skip_bad_images=skip_bad_images,
+        )
+        if not len(self) or self.labels.max() >= len(self.classes):
+            raise ValueError(f"{pattern}: labels up to {self.labels.max(initial=-1)}, and {len(self.classes)} classes")
+        self.pattern, self.shards = pattern, [shard["name"] for shard in shards]
+        self.firsts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])  # of each shard, and the end
+        self.offsets = np.concatenate([np.array(shard["offsets"], dtype=np.int64) for shard in shards])
+        self.sizes = np.concatenate([np.array(shard["sizes"], dtype=np.int64) for shard in shards])
+
+    def shard_of(self, index: int) -> int:
+        return int(np.searchsorted(self.firsts, index, side="right")) - 1
+
+    def name(self, index: int) -> str:
+        shard = self.shard_of(index)
+        return f"{index - self.firsts[shard]} of {beside(self.pattern, self.shards[shard])}"
+
+    def file(self, index: int) -> bytes:
+        try:
+            with open(beside(self.pattern, self.shards[self.shard_of(index)]), "rb") as shard:
+                shard.seek(self.offsets[index])
+                return shard.read(self.sizes[index])
+        except OSError as error:
+            raise BadImage(f"image {self.name(index)}: cannot be read ({error.strerror})") from None
+
+    def summary(self) -> str:
+        return f"{super().summary()} in {len(self.shards)} shards, {self.pattern}"
+
+
+class StreamedImages(ShardImages):
+    """Images in tar files behind URLs. Training streams them; `file` does too, best in the order of the index."""
+
+    _reading: "_Reading | None" = None
+
+    def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[Draw]:
+        if len(self.shards) < ranks:
+            raise ValueError(f"--data {self.pattern}: {len(self.shards)} shards are too few for {ranks} processes")
+        if repeats > 1:
+            raise ValueError(
+                f"--data {self.pattern}: streamed images cannot be repeated; copy the shards here for that"
+            )
+        counts = np.diff(self.firsts)
+        for epoch in range(2**62):
+            random = np.random.default_rng((seed, epoch))
+            shards = random.permutation(len(self.shards))[rank::ranks]
+            comes = np.concatenate([np.arange(self.firsts[s], self.firsts[s + 1]) for s in shards])
+            # An image leaves up to a window later than it comes, so no more than a window waits at any time.
+            leaves = np.argsort(np.arange(len(comes)) + random.uniform(0, WINDOW, len(comes)), kind="stable")
+            seeds = random.integers(0, 2**62, len(comes))
+            if start >= len(comes):
+                start -= len(comes)
+                continue
+            wanted = np.zeros(len(comes), dtype=bool)
+            wanted[leaves[start:]] = True
+            ends = np.cumsum(counts[shards])
+            files = self._files_of(shards, ends, wanted)
+            waiting: dict[int, bytes] = {}
+            for place in leaves[start:].tolist():
+                while place not in waiting:
+                    at, file = next(files)
+                    waiting[at] = file
+                yield Draw(int(comes[place]), int(seeds[place]), waiting.pop(place))
+            start = 0
+
+    def _files_of(self, shards: np.ndarray, ends: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[int, bytes]]:
+        """(place, file) of what is wanted of these shards one after the other; a shard without any is not opened."""
+        place = 0
+        for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
+            if wanted[place:end].any():
+                for i, file in enumerate(self._stream(shard)):
+                    if wanted[place + i]:
+                        yield place + i, file
+            place = end
+
+    def _stream(self, shard: int) -> Iterator[bytes]:
+        """The files of a shard; ValueError if they are not those of the index."""
+        url, first = beside(self.pattern, self.shards[shard]), int(self.firsts[shard])
+        expected, count = self.labels[first : self.firsts[shard + 1]].tolist(), 0
+        with open_url(url) as stream:
+            for image, label in zip(tar_images(stream, url), expected, strict=False):
+                if image.label != label:
+                    break
+                count += 1
+                yield image.file
+        if count < len(expected):
+            raise ValueError(f"{url}: image {count} is not the one of the index; was the shard written anew?")
+
+    def file(self, index: int) -> bytes:
+        shard = self.shard_of(index)
+        if self._reading is None or self._reading.shard != shard or self._reading.next > index:
+            self._reading = _Reading(shard, int(self.firsts[shard]), self._stream(shard))
+        while True:
+            file = next(self._reading.files)
+            self._reading.next += 1
+            if self._reading.next > index:
+                return file
+
+
+@dataclass
+class _Reading:
+    """A shard that is being streamed, and the image that comes next."""
+
+    shard: int
+    next: int
+    files: Iterator[bytes]
+
+
+def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> ShardImages:
+    """The images of the shards that `data` names: 'path/train-{000000..000146}.tar', a path, URL or `pipe:` command.
+
+    For the split "val", the shards beside them that have "val" in place of "train" in their names. Raises ValueError
+    in one sentence for shards that are not there, are not those of their index, or hold an image without a label.
+    """
+    pattern = SHARD.search(data)[0]
+    if split == "val" and "val" not in pattern:
+        if "train" not in pattern:
+            raise ValueError(f"--data {data}: names of shards should hold 'train', so that those for val can be found")
+        pattern = pattern.replace("train", "val")
+    data = beside(data, pattern)
+    remote = is_url(data)
+    try:
+        with open_url(beside(data, index_name(pattern))) as file:
+            index = json.loads(file.read())
+        if not isinstance(index, dict) or not {"classes", "shards"} <= index.keys():
+            raise ValueError("it has no classes and shards")
+    except (OSError, ValueError) as error:
+        if remote or not isinstance(error, FileNotFoundError):
+            raise ValueError(
+                f"--data {data}: cannot read the index {index_name(pattern)} beside the shards, which "
+                f"tools/make_shards.py writes ({' '.join(str(error).split())})"
+            ) from None
+        index = index_shards(_shards_there(data, pattern, split))
+    if split == "train":
+        index["shards"] = _those_named(data, expand(pattern), index["shards"])
+    if remote:
+        return StreamedImages(data, index, skip_bad_images=skip_bad_images)
+    for shard in index["shards"]:
+        path = Path(beside(data, shard["name"]))
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard["bytes"]:
+            found = "there is no such file" if size is None else f"it has {size:,} bytes"
+            raise ValueError(f"{path}: the index says {shard['bytes']:,} bytes, and {found}; copy or write it anew")
+    return ShardImages(data, index, skip_bad_images=skip_bad_images)
+
+
+def index_shards(paths: list[Path]) -> dict:
+    """What an index holds, read from the shards themselves; classes are then named by their numbers."""
+    shards = []
+    for path in paths:
+        with open(path, "rb") as file:
+            shards.append(describe_shard(path.name, file))
+    highest = max((label for shard in shards for label in shard["labels"]), default=-1)
+    if highest < 0:
+        raise ValueError(f"no image in {len(paths)} shards, of which the first is {paths[0]}")
+    return {"classes": [str(i) for i in range(highest + 1)], "shards": shards}
+
+
+def describe_shard(name: str, file: BinaryIO) -> dict:
+    """A shard's entry in an index: {"name", "bytes", and for each image "labels", "offsets", "sizes"}."""
+    images = [(image.label, image.offset, image.size) for image in tar_images(file, name, whole=False)]
+    labels, offsets, sizes = (list(column) for column in zip(*images, strict=True)) if images else ([], [], [])
+    return {"name": name, "bytes": file.seek(0, os.SEEK_END), "labels": labels, "offsets": offsets, "sizes": sizes}
+
+
+class TarImage(NamedTuple):
+    """An image in a shard: its class, where it is in bytes, and the file itself unless that was passed over."""
+
+    label: int
+    offset: int
+    size: int
+    file: bytes | None
+
+
+def tar_images(stream: BinaryIO, name: str, *, whole: bool = True) -> Iterator[TarImage]:
+    """Every image of a tar file; one that is not read `whole` must be a file on disk, and images are passed over.
+
+    Raises ValueError for an image without a label, a label without an image, and a tar file that is cut off.
+    """
+    key, parts = None, {}
+    try:
+        with tarfile.open(fileobj=stream, mode="r|" if whole else "r:") as tar:
+            for member in tar:
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                if not member.isfile() or not stem:
+                    continue
+                if (folder, stem) != key:
+                    if parts:
+                        yield _labelled(name, key, parts)
+                    key, parts = (folder, stem), {}
+                if f".{suffix.lower()}".endswith(SUFFIXES):
+                    file = tar.extractfile(member).read() if whole else None
+                    parts["image"] = (member.offset_data, member.size, file)
+                elif suffix == "cls":
+                    parts["cls"] = tar.extractfile(member).read()
+                tar.members = []  # they would all be kept
+            if parts:
+                yield _labelled(name, key, parts)
+    except tarfile.TarError as error:
+        raise ValueError(f"shard {name}: not a whole tar file ({error})") from None
+
+
+def _labelled(name: str, key: tuple[str, str], parts: dict) -> TarImage:
+    said = "/".join(filter(None, key))
+    if "image" not in parts:
+        raise ValueError(f"shard {name}: {said} has no image; an image and its label, .jpg and .cls, are wanted")
+    label = parts.get("cls", b"").decode(errors="replace").strip()
+    if not label.isdecimal():
+        raise ValueError(f"shard {name}: {said} has no label; {said}.cls with the number of its class is wanted")
+    return TarImage(int(label), *parts["image"])
+
+
+def write_shard(images: list[tuple[bytes, int]]) -> bytes:
+    """A tar file of (file, label) pairs in webdataset's form, the same for the same images."""
+    written = io.BytesIO()
+    with tarfile.open(fileobj=written, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for i, (file, label) in enumerate(images):
+            for suffix, content in (("jpg", file), ("cls", str(label).encode())):
+                member = tarfile.TarInfo(f"{i:08d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return written.getvalue()
+
+
+def expand(pattern: str) -> list[str]:
+    """The file names that a pattern with {000000..000146} stands for."""
+    numbers = NUMBERS.search(pattern)
+    if numbers is None:
+        return [pattern]
+    first, last = numbers.groups()
+    names = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
+    return [pattern[: numbers.start()] + name + pattern[numbers.end() :] for name in names]
+
+
+def index_name(pattern: str) -> str:
+    """The index of train-{000000..000146}.tar is train.json."""
+    return re.sub(r"[-_.]*(\{.*\}|\d+)?\.tar$", "", pattern) + ".json"
+
+
+def beside(data: str, name: str) -> str:
+    """`data`, a path, URL or command, with another file name in place of the shards'."""
+    return SHARD.sub(lambda _: name, data, count=1)
+
+
+def is_url(data: str) -> bool:
+    return re.match(r"[a-z][a-z0-9+.-]*:", data) is not None
+
+
+def open_url(data: str) -> BinaryIO:
+    """A file or URL to read from; URLs need webdataset, and ValueError says so."""
+    if not is_url(data):
+        return open(data, "rb")
+    try:
+        from webdataset import gopen
+    except ModuleNotFoundError:
+        raise ValueError(f"{data}: shards behind a URL need webdataset; pip install 'resbackbone[scale]'") from None
+    return gopen(data)
+
+
+def _shards_there(data: str, pattern: str, split: str) -> list[Path]:
+    """The files of a pattern without an index; for val, whose number is not known, those that look like it."""
+    folder = Path(beside(data, pattern)).parent
+    if split == "val":
+        paths = sorted(folder.glob(NUMBERS.sub("*", pattern)))
+    else:
+        paths = [folder / name for name in expand(pattern)]
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing or not paths:
+        said = (
+            f"{len(missing)} of {len(paths)} shards are missing, {missing[0]} the first" if paths else "no such shard"
+        )
+        raise ValueError(f"--data {data}: {said}")
+    return paths
+
+
+def _those_named(data: str, names: list[str], shards: list[dict]) -> list[dict]:
+    known = {shard["name"]: shard for shard in shards}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"--data {data}: {unknown[0]} is not in the index, which has {len(known)} shards")
+    return [known[name] for name in names]

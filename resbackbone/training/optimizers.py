@@ -1,0 +1,26 @@
+"""The optimizers that recipes name."""
+
+import torch
+from torch import nn
+
+from resbackbone.checks import one_of
+from resbackbone.training.state import parameter_groups
+
+OPTIMIZERS = ("sgd", "adamw", "lamb")
+
+
+def build_optimizer(
+    model: nn.Module, name: str, *, rate: float, weight_decay: float, decay_norms: bool
+) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, AdamW, or LAMB as timm has it, of what trains in `model`.
+
+    Without `decay_norms`, norms and biases are not decayed. LAMB clips the gradient to a norm of 1, as published.
+    """
+    groups = parameter_groups(model, weight_decay, decay_norms=decay_norms)
+    if one_of("optimizer", name, OPTIMIZERS) == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=0.9)
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=rate)
+    from timm.optim import Lamb  # slow to import
+
+    return Lamb(groups, lr=rate)

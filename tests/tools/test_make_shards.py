@@ -1,0 +1,172 @@
+"""The command that writes shards, and the one that measures what they bring."""
+
+import importlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resbackbone.classification.images import open_images
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+make_shards = importlib.import_module("make_shards")
+benchmark_input = importlib.import_module("benchmark_input")
+
+
+def picture(path, width, height, seed):
+    small = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).save(path, quality=95)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three classes, 13 training images, every other one larger than 40 pixels a side, and 3 to test on."""
+    for i in range(13):
+        picture(tmp_path / "data" / "train" / f"c{i % 3}" / f"{i:02d}.jpg", *((90, 61) if i % 2 else (33, 50)), i)
+    for i in range(3):
+        picture(tmp_path / "data" / "val" / f"c{i}" / f"{i}.jpg", 90, 61, 20 + i)
+    return tmp_path / "data"
+
+
+def run(folder, *flags):
+    output = folder.parent / "shards"
+    sizes = ["--shorter-side", "40", "--images-per-shard", "5"]
+    make_shards.main(["--data", str(folder), "--output", str(output), *sizes, "--workers", "1", *flags])
+    return output
+
+
+def contents(output):
+    return {path.name: path.read_bytes() for path in sorted(output.iterdir())}
+
+
+def test_every_image_is_in_the_shards_with_its_label_large_ones_resized(folder):
+    output = run(folder)
+    assert sorted(contents(output)) == [
+        *(f"train-00000{i}.tar" for i in range(3)),
+        "train.json",
+        "val-000000.tar",
+        "val.json",
+    ]
+    images, originals = open_images(f"{output}/train-{{000000..000002}}.tar", "train"), open_images(folder, "train")
+    assert images.classes == ["c0", "c1", "c2"]
+    order = np.random.default_rng(0).permutation(13)
+    for i, original in enumerate(order):
+        assert images.labels[i] == originals.labels[original]
+        before, after = originals.read(original), images.read(i)
+        if before.size == (33, 50):
+            assert images.file(i) == originals.file(original)
+        else:
+            assert after.size == (59, 40)
+            resized = before.resize((59, 40), Image.Resampling.BICUBIC)
+            assert np.abs(np.asarray(resized, dtype=float) - np.asarray(after)).mean() < 4
+
+
+def test_images_to_test_on_are_copied_as_they_are(folder):
+    images, originals = open_images(f"{run(folder)}/train-{{000000..000002}}.tar", "val"), open_images(folder, "val")
+    assert sorted(images.file(i) for i in range(3)) == sorted(originals.file(i) for i in range(3))
+
+
+def test_two_processes_write_what_one_does(folder, tmp_path):
+    one = contents(run(folder))
+    make_shards.main(
+        ["--data", str(folder), "--output", str(tmp_path / "two"), "--shorter-side", "40", "--images-per-shard", "5"]
+        + ["--workers", "2"]
+    )
+    assert contents(tmp_path / "two") == one
+
+
+def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(folder, monkeypatch, capsys):
+    whole = contents(run(folder))
+    for path in (folder.parent / "shards").iterdir():
+        path.unlink()
+    made, make = [], make_shards.make_shard
+
+    def killed_after_two(images, part, entry, **options):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(entry.name)
+        return make(images, part, entry, **options)
+
+    monkeypatch.setattr(make_shards, "make_shard", killed_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder)
+    before = {p.name: p.stat().st_ino for p in (folder.parent / "shards").glob("*.tar")}
+    assert len(before) == 2 and not (folder.parent / "shards" / "train.json").exists()
+    monkeypatch.setattr(make_shards, "make_shard", make)
+    output = run(folder)
+    assert contents(output) == whole
+    assert all((output / name).stat().st_ino == inode for name, inode in before.items())
+    run(folder)
+    assert "train.json is there already" in capsys.readouterr().out and contents(output) == whole
+
+
+def test_shards_of_other_settings_are_not_mixed(folder):
+    run(folder)
+    with pytest.raises(ValueError, match="train.json is of other images or settings; give another --output"):
+        run(folder, "--quality", "80")
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_broken_image_is_named_or_left_out_and_counted(folder, capsys, monkeypatch, workers):
+    monkeypatch.setattr("resbackbone.classification.images.LOOKED_AT", 0)  # so that it is met on the way
+    broken = folder / "train" / "c1" / "04.jpg"
+    broken.write_bytes(b"")
+    with pytest.raises(ValueError, match="04.jpg: empty file; --skip-bad-images goes on without"):
+        run(folder, "--workers", workers)
+    output = run(folder, "--workers", workers, "--skip-bad-images")
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"skipped image {broken}: empty file" in said and "12 images, without 1 that cannot be read" in said
+    assert len(open_images(f"{output}/train-{{000000..000002}}.tar", "train")) == 12
+
+
+def test_side_0_keeps_every_file(folder):
+    output = run(folder, "--shorter-side", "0")
+    images, originals = open_images(f"{output}/train-{{000000..000002}}.tar", "train"), open_images(folder, "train")
+    assert sorted(images.file(i) for i in range(13)) == sorted(originals.file(i) for i in range(13))
+
+
+def test_an_index_can_be_written_for_shards_that_are_there(folder):
+    output = run(folder)
+    before = json.loads((output / "train.json").read_text())
+    (output / "train.json").unlink()
+    make_shards.main(["--index", f"{output}/train-{{000000..000002}}.tar"])
+    after = json.loads((output / "train.json").read_text())
+    assert after["shards"] == before["shards"] and after["classes"] == ["0", "1", "2"]
+    with pytest.raises(ValueError, match="1 of 4 shards are missing, the first .*train-000003.tar"):
+        make_shards.main(["--index", f"{output}/train-{{000000..000003}}.tar"])
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ([], "--data and --output are wanted"),
+        (["--data", "nowhere", "--output", "x"], "--data nowhere: no images; it should hold train/<class>/"),
+        (["--data", ".", "--output", "x", "--quality", "0"], "--data .: no images|--quality 0: 1 to 95 is wanted"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_line(flags, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        make_shards.main(flags)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_number_out_of_range_is_answered_in_one_line(folder):
+    with pytest.raises(ValueError, match="--quality 96: 1 to 95 is wanted"):
+        run(folder, "--quality", "96")
+
+
+def test_the_benchmark_compares_each_pipeline_with_the_plain_one(folder, capsys):
+    flags = ["--size", "32", "--batch-size", "4", "--images", "8", "--rounds", "2"]
+    ratios = benchmark_input.main(["--data", str(folder / "train"), *flags])
+    rows = ["PIL + torchvision", "resbackbone, files as they are"]
+    assert list(ratios) == [*rows, *(f"resbackbone, shards of {side} pixels" for side in (320, 256))]
+    assert ratios["PIL + torchvision"] == 1.0 and all(ratio > 0 for ratio in ratios.values())
+    said = capsys.readouterr().out
+    assert all(row in said for row in ratios) and "8 images a round, 2 rounds taken in turns" in said

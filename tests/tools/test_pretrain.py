@@ -1,0 +1,422 @@
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from detection import crops
+from resbackbone import build_resnet_backbone, build_resnet_classifier
+from resbackbone.classification.evaluate import evaluate
+from resbackbone.classification.images import open_images
+from resbackbone.training.command import main_of
+from resbackbone.training.distributed import Rank
+from resbackbone.training.state import TrainState
+from resbackbone.weights import read_weights
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+pretrain = importlib.import_module("pretrain")
+
+QUICK = ["--depth", "18", "--device", "cpu", "--precision", "fp32", "--log-period", "1", "--size", "32"]
+SIX_STEPS = [*QUICK, "--batch-size", "4", "--checkpoint-period", "2", "--max-steps", "6"]
+RUNS = {  # what is resumed: the optimizers, an average, mixing, parts
+    "a2": ["--recipe", "a2", "--epochs", "3"],
+    "torchvision-v2": ["--recipe", "torchvision-v2", "--epochs", "8", "--accumulate", "2"],
+}
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """Three classes told by their colour, of unequal size; odd-sized images."""
+    folder, rng = tmp_path_factory.mktemp("pretrain") / "photos", np.random.default_rng(0)
+    for split, count in (("train", 5), ("val", 3)):
+        for label, name in enumerate(("blue", "green", "red")):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count + label):
+                pixels = rng.integers(0, 120, (37 + i, 45, 3), dtype=np.uint8)
+                pixels[..., 2 - label] += 100
+                Image.fromarray(pixels).save(folder / split / name / f"{i}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def straight(photos, tmp_path_factory):
+    """Runs of six steps that were left alone, by recipe; tests only read them."""
+    folder = tmp_path_factory.mktemp("pretrain_runs")
+    for name, argv in RUNS.items():
+        pretrain.main([*SIX_STEPS, *argv, "--data", str(photos), "--output", str(folder / name)])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def empty_place(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("IMAGENET_DIR", "RESBACKBONE_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def error_of(argv, capsys):
+    """The one line that the command ends with."""
+    with pytest.raises(SystemExit) as exit:
+        main_of(lambda: pretrain.main([str(word) for word in argv]))
+    assert isinstance(exit.value.code, str)
+    assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
+    assert capsys.readouterr().err == ""
+    return exit.value.code
+
+
+def metrics(folder, kind="train"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def differing(one, other):
+    """Names of the tensors that are not the same in two files, bit for bit."""
+    one, other = load_file(one), load_file(other)
+    assert one.keys() == other.keys()
+    return [key for key in one if not torch.equal(one[key], other[key])]
+
+
+def assert_ended_alike(folder, straight):
+    last = "checkpoints/step_0000006"
+    for name in ("model.safetensors", *(f"{last}/{path.name}" for path in (straight / last).glob("*.safetensors"))):
+        assert differing(folder / name, straight / name) == []
+    assert (folder / "results.json").read_bytes() == (straight / "results.json").read_bytes()
+    clock = ("seconds", "data_seconds", "images_per_second", "memory_mib")
+    found, wanted = (
+        [{k: v for k, v in line.items() if k not in clock} for line in metrics(run)] for run in (folder, straight)
+    )
+    assert found == wanted
+
+
+# A run
+
+
+def test_a_run_leaves_everything_in_its_folder(straight, photos):
+    run = straight / "torchvision-v2"
+    names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "results.json"}
+    last = {path.name for path in (run / "checkpoints/step_0000006").iterdir()}
+    assert last == {"model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"}
+    assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
+    assert all(line["loss_class"] > 0 and line["seconds"] > line["data_seconds"] > 0 for line in metrics(run))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["data"], config["size"], config["accumulate"]) == (str(photos), 32, 2)
+    assert config["effective"]["steps"] == 36 and config["effective"]["rate"] == pytest.approx(0.5 * 4 / 1024)
+
+
+def test_the_results_are_what_the_written_classifier_scores(straight, photos):
+    results = json.loads((straight / "a2" / "results.json").read_text())
+    model = build_resnet_classifier(weights=straight / "a2" / "model.safetensors")
+    again = evaluate(
+        model, open_images(photos, "val"), Rank(0, 1, torch.device("cpu")), crop=32, resize=34, batch_size=50
+    )
+    assert results == again and results["images"] == 12 and 0 <= results["top1"] <= results["top5"] <= 1
+
+
+def test_the_file_says_what_it_is_and_a_detectors_backbone_starts_from_it(straight):
+    path = straight / "a2" / "model.safetensors"
+    metadata, results = read_weights(path).metadata, json.loads((straight / "a2" / "results.json").read_text())
+    assert metadata["classes"] == ["blue", "green", "red"] and metadata["num_classes"] == 3
+    assert metadata["architecture"] == "resnet18" and metadata["backbone"]["stride_in_1x1"] is False
+    assert metadata["recipe"]["name"] == "a2" and metadata["recipe"]["optimizer"] == "lamb"
+    [top1, _] = metadata["accuracy"]
+    assert top1["metric"] == "top-1" and top1["value"] == pytest.approx(100 * results["top1"], abs=1e-3)
+    assert "photos, 12 validation images, 1crop" in top1["data"]
+    backbone = build_resnet_backbone(18, fpn=True, weights=path)
+    state, trunk = load_file(path), backbone.state_dict()
+    assert torch.equal(next(v for k, v in trunk.items() if k.endswith("conv1.weight")), state["conv1.weight"])
+
+
+def test_train_coco_takes_the_file_as_weights(straight):
+    train_coco = importlib.import_module("train_coco")
+    argv = ["--depth", "18", "--weights", str(straight / "a2" / "model.safetensors"), "--recipe", "short"]
+    options = train_coco.complete(train_coco.parse(train_coco.Options, [*argv, "--device", "cpu"]))
+    detector = train_coco.build(options, train_coco.RECIPES["short"], {1: "thing"})
+    state = load_file(straight / "a2" / "model.safetensors")
+    assert torch.equal(detector.backbone.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
+
+
+def test_the_average_is_what_is_evaluated_and_written(straight):
+    run = straight / "torchvision-v2"
+    last = run / "checkpoints" / "step_0000006"
+    assert differing(run / "model.safetensors", last / "average.safetensors") == []
+    assert differing(run / "model.safetensors", last / "model.safetensors") != []
+
+
+def test_it_learns_colours(photos, capsys):
+    argv = [*QUICK, "--data", str(photos), "--recipe", "demo", "--batch-size", "6", "--epochs", "8"]
+    pretrain.main([*argv, "--output", "run", "--norm", "GN"])
+    assert json.loads(Path("run/results.json").read_text())["top1"] > 0.9
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if line.startswith("| photos, 18 + 12 images |"))
+    assert row.count("|") == 10 and "resnet18, demo, 1crop" in row
+
+
+def test_parts_of_a_batch_make_the_same_update_as_the_whole(photos):
+    argv = [*QUICK, "--data", str(photos), "--recipe", "torchvision-v1", "--batch-size", "8", "--max-steps", "2"]
+    for parts in ("1", "2"):
+        pretrain.main([*argv, "--norm", "GN", "--accumulate", parts, "--output", f"in-{parts}"])
+    one, other = (load_file(f"in-{parts}/model.safetensors") for parts in ("1", "2"))
+    start = build_start()
+    for key in one:
+        torch.testing.assert_close(other[key], one[key], rtol=1e-4, atol=1e-6)
+        assert start[key].shape != one[key].shape or not torch.equal(start[key], one[key])  # and it is an update
+
+
+def build_start():
+    pretrain.seed_step(0, 0, 0)
+    return build_resnet_classifier(18, 3, norm="GN").state_dict()
+
+
+def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_own(monkeypatch, capsys):
+    drawn = {"train_scenes": 8, "val_scenes": 4, "size": 64}
+    monkeypatch.setattr(pretrain, "make_shape_crops", lambda folder: crops.make_shape_crops(folder, **drawn))
+    monkeypatch.setattr(pretrain, "open_images", lambda data, split, **_: open_anyway(Path(data), split))
+    pretrain.main(["--device", "cpu", "--batch-size", "2", "--size", "32", "--max-steps", "1"])
+    first, second, third, *_ = capsys.readouterr().out.splitlines()
+    assert "embedded set in datasets/shape-crops" in first and "--data DIR" in first and "train/<class>/" in first
+    assert "drawing it" in second and third.split() == ["run:", "runs/shape-crops-r18-demo"]
+    assert Path("runs/shape-crops-r18-demo/results.json").is_file()
+
+
+def open_anyway(data, split):
+    """So few scenes leave classes empty, which is an error."""
+    for path in data.glob("*/*"):
+        if not any(path.iterdir()):
+            Image.new("RGB", (24, 24)).save(path / "0.jpg")
+    return open_images(data, split)
+
+
+def test_imagenet_in_its_usual_place_is_taken_without_being_asked_for(photos, monkeypatch):
+    monkeypatch.setenv("IMAGENET_DIR", str(photos))
+    options = pretrain.complete(pretrain.parse(pretrain.Options, []))
+    assert (options.data, options.recipe, options.depth) == (str(photos), "torchvision-v1", 50)
+
+
+def test_synthetic_images_show_the_speed_and_are_not_evaluated(capsys):
+    pretrain.main([*QUICK, "--data", "synthetic", "--batch-size", "2", "--max-steps", "2", "--output", "run"])
+    assert [line["images_per_second"] > 0 for line in metrics(Path("run"))] == [True, True]
+    assert not Path("run/results.json").exists() and not metrics(Path("run"), "eval")
+    assert "nothing is evaluated" in capsys.readouterr().out
+
+
+def test_a_plain_net_and_the_papers_stride_are_in_the_files_that_are_written(photos):
+    argv = [*QUICK, "--data", str(photos), "--batch-size", "2", "--max-steps", "1", "--recipe", "paper"]
+    pretrain.main([*argv, "--plain", "--output", "plain"])
+    pretrain.main([*argv, "--depth", "50", "--stride-in-1x1", "--shortcut", "C", "--norm", "GN", "--output", "strided"])
+    plain, strided = (read_weights(f"{run}/model.safetensors").metadata for run in ("plain", "strided"))
+    assert plain["architecture"] == "plain18" and plain["backbone"]["shortcut"] == "none"
+    assert strided["backbone"]["stride_in_1x1"] is True and strided["backbone"]["shortcut"] == "C"
+
+
+def test_a_run_starts_from_weights_it_is_given(straight, photos):
+    path = straight / "a2" / "model.safetensors"
+    argv = [*QUICK, "--data", str(photos), "--recipe", "paper", "--batch-size", "2", "--max-steps", "1"]
+    pretrain.main([*argv, "--weights", str(path), "--output", "run"])
+    pretrain.main([*argv, "--seed", "1", "--output", "random"])
+    far, start = (
+        (load_file(f"{run}/model.safetensors")["fc.weight"] - load_file(path)["fc.weight"]).norm()
+        for run in ("random", "run")
+    )
+    assert start < far / 10
+
+
+@pytest.mark.parametrize("flags, averages", [([], False), (["--ema"], True), (["--recipe", "torchvision-v2"], True)])
+def test_an_average_is_kept_where_it_is_asked_for_or_the_recipe_does(photos, flags, averages):
+    options = pretrain.complete(pretrain.parse(pretrain.Options, ["--data", str(photos), "--device", "cpu", *flags]))
+    assert pretrain.recipe_of(options).ema is averages
+
+
+def test_a_smaller_size_shrinks_all_that_is_seen_in_proportion(photos):
+    argv = ["--data", str(photos), "--device", "cpu", "--recipe", "paper", "--size", "112"]
+    recipe = pretrain.recipe_of(pretrain.complete(pretrain.parse(pretrain.Options, argv)))
+    assert (recipe.size, recipe.shorter_side, recipe.crop, recipe.resize) == (112, (128, 240), 112, 128)
+
+
+# Interrupted and resumed
+
+
+@pytest.mark.parametrize("recipe", RUNS)
+def test_three_steps_and_three_resumed_are_six_steps(straight, photos, recipe):
+    argv = [*SIX_STEPS, *RUNS[recipe], "--data", str(photos)]
+    pretrain.main([*argv, "--output", "run", "--max-steps", "3"])
+    pretrain.main(["--output", "run", "--resume", "--max-steps", "6"])  # the rest is known from the run
+    assert_ended_alike(Path("run"), straight / recipe)
+
+
+def test_a_run_that_dies_while_it_writes_a_checkpoint_goes_on_from_the_one_before(straight, photos, monkeypatch):
+    save, argv = TrainState.save, [*SIX_STEPS, *RUNS["torchvision-v2"], "--data", str(photos), "--output", "run"]
+
+    def dies(self, folder):
+        save(self, folder)
+        if self.step == 4:
+            raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(TrainState, "save", dies)
+        pretrain.main(argv)
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step_0000002"]
+    pretrain.main([*argv, "--resume"])
+    assert_ended_alike(Path("run"), straight / "torchvision-v2")
+
+
+def test_a_run_killed_in_the_middle_and_resumed_ends_like_one_left_alone(straight, photos):
+    argv = [*SIX_STEPS, *RUNS["a2"], "--max-steps", "500", "--data", str(photos), "--output", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(
+        [sys.executable, TOOLS / "pretrain.py", *argv], env=environment, stdout=subprocess.DEVNULL
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not (Path("run/metrics.jsonl").is_file() and len(metrics(Path("run"))) >= 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    for path in Path("run/checkpoints").glob("step_*"):  # should it have got further
+        if int(path.name[5:]) > 4:
+            shutil.rmtree(path)
+    pretrain.main(["--output", "run", "--resume", "--max-steps", "6"])
+    assert_ended_alike(Path("run"), straight / "a2")
+
+
+def test_a_run_is_not_resumed_on_other_images_or_with_another_recipe(straight, photos, tmp_path, capsys):
+    run = shutil.copytree(straight / "a2", "run")
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "train" / "blue" / "0.jpg").unlink()
+    said = error_of(["--resume", "--output", run, "--data", other, "--max-steps", "7"], capsys)
+    assert "was trained on other images" in said
+    assert "--recipe a3: the run in run was made with a2" in error_of(
+        ["--resume", "--output", run, "--recipe", "a3"], capsys
+    )
+
+
+# Several processes
+
+
+def test_two_processes_train_one_classifier_and_both_hold_it(photos):
+    script = (
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import pretrain; from safetensors.torch import save_file\n"
+        "def save(model, name):\n"
+        "    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}\n"
+        "    save_file(tensors, f'{name}-{os.environ[\"RANK\"]}.st')\n"
+        "def train(state, *rest, train=pretrain.loop.train, **named):\n"
+        "    train(state, *rest, **named)\n"
+        "    save(state.model.module, 'trained')\n"
+        "def evaluate(models, *rest, evaluate=pretrain.evaluate, **named):\n"
+        "    save(models[0], 'evaluated')\n"
+        "    return evaluate(models, *rest, **named)\n"
+        "pretrain.loop.train, pretrain.evaluate = train, evaluate\n"
+        "pretrain.main(sys.argv[2:])\n"
+    )
+    Path("spy.py").write_text(script)
+    argv = [*QUICK, "--data", str(photos), "--recipe", "torchvision-v2", "--batch-size", "8", "--accumulate", "2"]
+    argv += ["--max-steps", "2", "--output", "run"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "spy.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS.parent)}
+    process = subprocess.run([*start, str(TOOLS), *argv], env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "8 images an update in 2 parts on 2 cpu" in process.stdout
+    assert {name for name in differing("trained-0.st", "trained-1.st") if "running" not in name} == set()
+    assert differing("evaluated-0.st", "evaluated-1.st") == []  # statistics included
+    assert differing("evaluated-0.st", "run/model.safetensors") == []
+    assert json.loads(Path("run/results.json").read_text())["images"] == 12
+
+
+# Evaluation alone
+
+
+def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
+    runs = [str(straight / name) for name in RUNS]
+    argv = ["--device", "cpu", "--precision", "fp32", "--eval", "10crop"]
+    pretrain.main(["--eval-only", *runs, *argv, "--output", "both"])
+    together = json.loads(Path("both/results-10crop.json").read_text())
+    models = [build_resnet_classifier(weights=f"{run}/model.safetensors") for run in runs]
+    wanted = evaluate(
+        models,
+        open_images(photos, "val"),
+        Rank(0, 1, torch.device("cpu")),
+        protocol="10crop",
+        crop=32,
+        resize=34,
+    )
+    assert {name: together[name] for name in wanted} == wanted
+    shutil.copytree(runs[0], "alone")  # data, sizes and recipe are known from the run
+    pretrain.main(["--eval-only", "alone/model.safetensors", "--device", "cpu", "--precision", "fp32"])
+    alone = json.loads(Path("alone/results-1crop.json").read_text())
+    trained = json.loads(Path("alone/results.json").read_text())
+    assert {name: alone[name] for name in trained} == trained
+    assert "10crop" in capsys.readouterr().out
+
+
+# What bad input gets: one line, status 1, nothing written
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--depth", "51"], "unknown depth 51; choose from 18, 34, 50, 101, 152"),
+        (
+            ["--recipe", "a4"],
+            "unknown recipe 'a4'; choose from paper, torchvision-v1, torchvision-v2, a1, a2, a3, demo",
+        ),
+        (["--eval", "5crop"], "unknown evaluation '5crop'; choose from 1crop, 10crop, multiscale"),
+        (["--norm", "FrozenBN"], "unknown norm 'FrozenBN'; choose from BN, SyncBN, GN"),
+        (["--shortcut", "D"], "unknown shortcut 'D'; choose from A, B, C (or --plain)"),
+        (
+            ["--batch-size", "5", "--accumulate", "2"],
+            "--batch-size 5 does not divide evenly over 1 processes and 2 parts",
+        ),
+        (["--recipe", "a3", "--batch-size", "6", "--accumulate", "2"], "recipe a3 mixes pairs"),
+        (["--accumulate", "0"], "--accumulate 0: 1 or more is wanted"),
+        (["--size", "8"], "--size 8: 32 or more is wanted"),
+        (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
+        (["--data", "nowhere"], "--data nowhere: no such folder"),
+        (["--eval-only", "nowhere", "--data", "."], "no folder val or test in it"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(photos, capsys, argv, says):
+    assert says in error_of([*QUICK, "--data", photos, "--max-steps", "1", *argv], capsys)
+    assert list(Path().iterdir()) == []
+
+
+def test_weights_of_another_number_of_classes_are_refused_before_training(straight, photos, tmp_path, capsys):
+    other = shutil.copytree(photos, tmp_path / "other")
+    for split in ("train", "val"):
+        shutil.copytree(other / split / "blue", other / split / "yellow")
+    path = straight / "a2" / "model.safetensors"
+    said = error_of([*QUICK, "--data", other, "--weights", path, "--max-steps", "1"], capsys)
+    assert "num_classes=3, asked was num_classes=4" in said
+    assert "num_classes=3, asked was num_classes=4" in error_of(["--eval-only", path, "--data", other], capsys)
+    assert list(Path().iterdir()) == []
+
+
+def test_classes_that_differ_between_the_splits_are_named(photos, tmp_path, capsys):
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "val" / "blue").rename(other / "val" / "violet")
+    said = error_of([*QUICK, "--data", other, "--max-steps", "1"], capsys)
+    assert "blue" in said and "violet" in said
+    assert list(Path().iterdir()) == []
+
+
+def test_the_embedded_crops_are_drawn_once_and_alike_and_not_over_other_files(tmp_path):
+    drawn = {"train_scenes": 3, "val_scenes": 2, "size": 64}
+    one, other = (crops.make_shape_crops(tmp_path / name, **drawn) for name in ("one", "other"))
+    files = sorted(path.relative_to(one) for path in one.rglob("*.jpg"))
+    assert {path.parts[0] for path in files} == {"train", "val"}
+    assert all((one / path).read_bytes() == (other / path).read_bytes() for path in files)
+    before = (one / files[0]).stat().st_mtime_ns
+    assert crops.make_shape_crops(one, **drawn) == one and (one / files[0]).stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="holds something else than the embedded set"):
+        crops.make_shape_crops(one, **{**drawn, "size": 96})

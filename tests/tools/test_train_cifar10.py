@@ -1,0 +1,291 @@
+import importlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from resbackbone.cifar import CifarResNet, build_cifar_resnet
+from resbackbone.classification import cifar10
+from resbackbone.classification.cifar10 import open_cifar10, to_model_input
+from resbackbone.training.command import main_of
+from resbackbone.training.state import TrainState
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+train_cifar10 = importlib.import_module("train_cifar10")
+
+QUICK = ["--data", "synthetic", "--device", "cpu", "--batch-size", "8", "--log-period", "1"]
+SIX_STEPS = [*QUICK, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    """Fewer synthetic images."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 20, "test": 10})
+        yield
+
+
+@pytest.fixture(scope="module")
+def straight(small, tmp_path_factory):
+    """A run of six steps that was left alone; tests only read it."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    train_cifar10.main([*SIX_STEPS, "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def empty_place(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("CIFAR10_DIR", "RESBACKBONE_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def error_of(argv, capsys):
+    """The one line that the command ends with."""
+    with pytest.raises(SystemExit) as exit:
+        main_of(lambda: train_cifar10.main([str(word) for word in argv]))
+    assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
+    assert capsys.readouterr().err == ""
+    return exit.value.code
+
+
+def metrics(folder, kind="train"):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def assert_ended_alike(folder, straight):
+    for name in ("model.safetensors", "checkpoints/step_0000006/optimizer.safetensors"):
+        found, wanted = load_file(folder / name), load_file(straight / name)
+        assert found.keys() == wanted.keys()
+        assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+    assert (folder / "results.json").read_bytes() == (straight / "results.json").read_bytes()
+    clock = ("seconds", "data_seconds", "images_per_second", "memory_mib")
+    for kind in ("train", "eval"):
+        found, wanted = (
+            [{k: v for k, v in line.items() if k not in clock} for line in metrics(run, kind)]
+            for run in (folder, straight)
+        )
+        assert found == wanted
+
+
+# A run
+
+
+def test_a_run_leaves_everything_in_its_folder(straight):
+    names = {path.name for path in straight.iterdir() if not path.name.startswith("events")}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "results.json"}
+    steps = sorted(path.name for path in (straight / "checkpoints").iterdir())
+    assert steps == ["step_0000002", "step_0000004", "step_0000006"]
+    config = yaml.safe_load((straight / "config.yaml").read_text())
+    assert config["precision"] in ("fp32", "bf16") and config["effective"]["milestones"] == [3, 4]
+
+
+def test_metrics_hold_the_training_error_and_the_test_error(straight):
+    lines = metrics(straight)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert all(line["train_error"] * 8 == round(line["train_error"] * 8) for line in lines)
+    assert all(line["loss"] == line["loss_class"] and math.isfinite(line["loss"]) for line in lines)
+    assert [line["step"] for line in metrics(straight, "eval")] == [3, 6]
+
+
+def test_the_training_error_is_that_of_the_batch_the_update_saw(monkeypatch):
+    forward, errors, labels_seen = CifarResNet.forward, [], []
+    batches = train_cifar10.train_batches
+
+    def noting(self, images):
+        logits = forward(self, images)
+        if self.training:
+            errors.append(float((logits.argmax(1) != labels_seen[-1]).float().mean()))
+        return logits
+
+    def noted(*args, **kwargs):
+        for images, labels in batches(*args, **kwargs):
+            labels_seen.append(labels)
+            yield images, labels
+
+    monkeypatch.setattr(CifarResNet, "forward", noting)
+    monkeypatch.setattr(train_cifar10, "train_batches", noted)
+    train_cifar10.main([*QUICK, "--steps", "3", "--output", "run"])
+    assert [line["train_error"] for line in metrics(Path("run"))] == errors
+
+
+def test_the_saved_network_has_the_error_that_is_reported():
+    train_cifar10.main([*QUICK, "--steps", "3", "--output", "run", "--precision", "fp32"])
+    results = json.loads(Path("run/results.json").read_text())
+    model = build_cifar_resnet(weights="run/model.safetensors").eval()
+    test = open_cifar10("synthetic").test
+    with torch.no_grad():
+        logits = model(to_model_input(test.images, model.mean_image))
+    assert results["error"] == float((logits.argmax(1) != test.labels).double().mean())
+    assert results["loss"] == pytest.approx(float(F.cross_entropy(logits, test.labels)), rel=1e-4)
+    assert (results["depth"], results["parameters"], results["images"]) == (20, 269_722, 10)
+
+
+def test_the_learning_rate_is_the_papers():
+    def rates(*argv):
+        options = train_cifar10.complete(
+            train_cifar10.parse(train_cifar10.Options, ["--data", "synthetic", "--device", "cpu", *argv])
+        )
+        schedule = train_cifar10.schedule_of(options)
+        drops = {i: schedule.learning_rate(i) for i in range(schedule.steps)}
+        return {i: round(r, 9) for i, r in drops.items() if i == 0 or r != drops[i - 1]}
+
+    assert rates() == rates("--plain", "--depth", "56") == {0: 0.1, 32000: 0.01, 48000: 0.001}
+    assert rates("--depth", "110") == {0: 0.01, 400: 0.1, 32000: 0.01, 48000: 0.001}
+    assert rates("--depth", "110", "--steps", "100") == {0: 0.01, 10: 0.1, 50: 0.01, 75: 0.001}
+    assert rates("--batch-size", "64") == {0: 0.05, 64000: 0.005, 96000: 0.0005}
+
+
+def test_momentum_and_decay_are_the_papers_for_every_parameter(straight):
+    groups = json.loads((straight / "checkpoints/step_0000006/state.json").read_text())["param_groups"]
+    [group] = groups
+    assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 1e-4, False)
+    assert len(group["params"]) == len(list(build_cifar_resnet(20).parameters()))
+
+
+def test_plain_nets_and_other_shortcuts_train_and_say_so():
+    train_cifar10.main([*QUICK, "--plain", "--steps", "1"])
+    train_cifar10.main([*QUICK, "--shortcut", "B", "--steps", "1"])
+    found = {path.name: build_cifar_resnet(weights=path / "model.safetensors") for path in Path("runs").iterdir()}
+    assert {name: model.config["shortcut"] for name, model in found.items()} == {
+        "synthetic-plain-20": "none",
+        "synthetic-resnet-20-B": "B",
+    }
+
+
+def test_validation_tests_on_a_tenth_of_the_training_images():
+    train_cifar10.main([*QUICK, "--steps", "1", "--validation", "--output", "run"])
+    assert json.loads(Path("run/results.json").read_text())["images"] == 2
+
+
+def test_another_seed_gives_another_run(straight):
+    train_cifar10.main([*QUICK, "--steps", "1", "--seed", "1", "--output", "run"])
+    assert metrics(Path("run"))[0]["loss"] != metrics(straight)[0]["loss"]
+
+
+# Interrupted and resumed
+
+
+def test_three_steps_and_three_resumed_are_six_steps(straight, capsys):
+    train_cifar10.main([*SIX_STEPS, "--output", "run", "--max-steps", "3", "--eval-period", "0"])
+    train_cifar10.main(["--output", "run", "--resume", "--max-steps", "6", "--eval-period", "3"])
+    assert "resumed at step 3 to 6" in capsys.readouterr().out
+    assert_ended_alike(Path("run"), straight)
+
+
+def test_a_run_that_dies_while_it_writes_a_checkpoint_goes_on_from_the_one_before(straight, monkeypatch):
+    save = TrainState.save
+
+    def dies(self, folder):
+        save(self, folder)
+        if self.step == 4:
+            raise MemoryError
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(TrainState, "save", dies)
+        train_cifar10.main([*SIX_STEPS, "--output", "run"])
+    assert [path.name for path in Path("run/checkpoints").iterdir()] == ["step_0000002"]
+    with open("run/metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+    train_cifar10.main([*SIX_STEPS, "--output", "run", "--resume"])
+    assert_ended_alike(Path("run"), straight)
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--depth", "32"], "--depth 32: the run in {} was made with 20"),
+        (["--plain"], "--plain True: the run in {} was made with False"),
+        (["--steps", "7"], "--steps 7: the run in {} was made with 6"),
+        (["--seed", "5"], "--seed 5: the run in {} was made with 0"),
+    ],
+)
+def test_a_run_is_not_resumed_with_another_configuration(straight, capsys, argv, says):
+    assert says.format(straight) in error_of(["--resume", "--output", straight, *argv], capsys)
+
+
+def test_a_run_is_not_resumed_on_other_images(straight, capsys, monkeypatch):
+    shutil.copytree(straight, "run")
+    monkeypatch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 30, "test": 10})
+    assert "was trained on other images" in error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
+
+
+def test_two_processes_train_one_network_and_test_every_image_once(tmp_path):
+    data = tmp_path / "data"
+    for split, count in (("train", 5), ("test", 3)):
+        for label in range(2):
+            (data / split / str(label)).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (32, 32), (60 * i, 100 * label, 9)).save(data / split / str(label) / f"{i}.png")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*QUICK, "--data", str(data), "--steps", "2", "--output", "run"]
+    process = subprocess.run(
+        [*start, str(TOOLS / "train_cifar10.py"), *argv],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    assert "8 images an update on 2 cpu" in process.stdout and process.stdout.count("from step 0") == 1
+    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+    results = json.loads(Path("run/results.json").read_text())
+    assert results["images"] == 6 and results["num_classes"] == 2
+
+
+# What bad input gets
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--depth", "50"], "unknown depth 50; choose from 20, 32, 44, 56, 110, 1202"),
+        (["--shortcut", "none"], "unknown shortcut 'none'; choose from A, B, C (or --plain)"),
+        (["--shortcut", "B", "--plain"], "--plain has no shortcuts, --shortcut B asks for them"),
+        (["--steps", "0"], "--steps 0: 1 or more is wanted"),
+        (["--eval-period", "-1"], "--eval-period -1: 0 or more is wanted"),
+        (["--precision", "fp8"], "unknown precision 'fp8'; choose from fp32, bf16"),
+        (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu"),
+        (["--data", "nowhere"], "--data nowhere: no such folder; it should hold cifar-10-batches-py/"),
+        (["--learning-rate", "3"], "--learning-rate"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(capsys, argv, says):
+    assert says in error_of([*QUICK, "--steps", "1", *argv], capsys)
+    assert list(Path().iterdir()) == []
+
+
+def test_without_data_one_line_says_where_it_is_to_be_had(capsys):
+    said = error_of(["--device", "cpu"], capsys)
+    assert "no CIFAR-10 in $CIFAR10_DIR or ./datasets/cifar10" in said and "cifar-10-python.tar.gz" in said
+    assert "--data DIR" in said and "--data synthetic" in said
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(straight, capsys):
+    assert "holds a run already; --resume goes on with it" in error_of([*QUICK, "--output", straight], capsys)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_saves_the_batch(straight, capsys, monkeypatch):
+    forward, calls = CifarResNet.forward, []
+
+    def third_is_nan(self, images):
+        calls.append(images)
+        return forward(self, images) * (float("nan") if len(calls) == 3 else 1)
+
+    monkeypatch.setattr(CifarResNet, "forward", third_is_nan)
+    said = error_of([*SIX_STEPS, "--output", "run"], capsys)
+    assert "loss is not finite at step 2: loss_class is nan on rank 0, its images are saved in run/bad_batch" in said
+    saved = load_file("run/bad_batch_step_2_rank_0.safetensors")
+    assert torch.equal(saved["images"], calls[2]) and len(saved["labels"]) == 8

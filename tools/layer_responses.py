@@ -1,0 +1,202 @@
+"""Why residual networks train: the layers' responses (He et al. 2015, Fig. 7) and the gradients that they receive.
+
+python tools/layer_responses.py                                    plain-20/56 and ResNet-20/56/110 at initialisation
+python tools/layer_responses.py --data cifar10 --runs runs/cifar10-plain-20 runs/cifar10-resnet-20  trained ones as well
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+from train_cifar10 import find_cifar10
+
+from resbackbone.analysis import gradient_norms, layer_responses
+from resbackbone.atomic import write_atomically
+from resbackbone.checks import one_of
+from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
+from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
+from resbackbone.training.command import console, main_of, parse
+from resbackbone.training.distributed import count_processes
+from resbackbone.training.run import checkpoints, read_yaml
+
+KINDS = {"plain": "none", "resnet": "A"}  # and their shortcuts
+FILE = "model.safetensors"  # in each checkpoint of a run
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure the layers' responses and gradients in the paper's CIFAR-10 networks, and draw them in one figure."""
+
+    networks: tuple[str, ...] = ("plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110")
+    """Networks to look at as they are initialised."""
+    runs: tuple[Path, ...] = ()
+    """Folders of tools/train_cifar10.py: the network in each of their checkpoints. One checkpoint's folder will do."""
+    data: Path | None = None
+    """CIFAR-10 as train_cifar10.py takes it. Default: what the first of the runs was trained on; without runs
+    $CIFAR10_DIR or ./datasets/cifar10, else synthetic: patterns drawn on the spot."""
+    images: int = 128
+    """How many of its training images to look at."""
+    output: Path = Path("runs/layer-responses")
+    """Folder for layer_responses.png, .svg, .json and .md; what is there is replaced."""
+    seed: int = 0
+    """Initial weights, and which images, are functions of it."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network at one time: `layers` are [{"layer", "std", "norm", "relative"}, ..] of `resbackbone.analysis`."""
+
+    network: str  # plain-20, resnet-56, ..
+    step: int  # updates done; 0 is initialisation
+    source: str
+    layers: list[dict]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Networks, and checkpoints of runs -> responses and gradients of their layers -> one figure and its numbers."""
+    options = parse(Options, argv)
+    if options.images < 2:
+        raise ValueError(f"--images {options.images}: batch norm takes the statistics of two images or more")
+    count_processes(options.device, None)  # says so if the device is not there
+    networks = [named(name) for name in options.networks]
+    files = [file for run in options.runs for file in files_of(run)]
+    if not networks and not files:
+        raise ValueError("nothing to measure: no --networks and no --runs")
+    data_folder = options.data or trained_on(options.runs)
+    data = open_cifar10(data_folder)
+    mean_image = mean_image_of(data.train)
+    drawn = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(options.seed))
+    images, labels = (tensor[drawn[: options.images]] for tensor in data.train)
+    looked_at = f"{len(labels)} training images of {data_folder}"
+    console.print(f"looks at {looked_at}")
+
+    measured = []
+    for depth, kind in networks:
+        torch.manual_seed(options.seed)
+        model = build_cifar_resnet(depth, shortcut=KINDS[kind], num_classes=len(data.classes))
+        measured.append(measure(model, 0, f"initialised, seed {options.seed}", images, labels, mean_image, options))
+    for file in files:
+        model = build_cifar_resnet(weights=file, num_classes=len(data.classes))
+        given = mean_image if model.mean_image is None else model.mean_image
+        measured.append(measure(model, step_of(file), str(file.parent), images, labels, given, options))
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    content = {"looked_at": looked_at, "torch": str(torch.__version__), "measured": [asdict(m) for m in measured]}
+    write_atomically(options.output / "layer_responses.json", json.dumps(content, indent=1) + "\n")
+    write_atomically(options.output / "layer_responses.md", table(measured))
+    draw(measured, options.output)
+    console.print(table(measured), f"figure: {options.output / 'layer_responses.png'}", sep="\n")
+
+
+def named(name: str) -> tuple[int, str]:
+    """plain-20 to (20, "plain"); ValueError for a network that is not there."""
+    names = {f"{kind}-{depth}": (depth, kind) for kind in KINDS for depth in CIFAR_DEPTHS}
+    return names[one_of("network", name, names)]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The weight files of a run's checkpoints, oldest first, or of the checkpoint that the folder itself is."""
+    is_checkpoint = re.fullmatch(r"step_\d+", folder.resolve().name)
+    files = [path / FILE for path in ([folder] if is_checkpoint else checkpoints(folder))]
+    if not files or not all(file.is_file() for file in files):
+        raise ValueError(f"--runs {folder}: holds no checkpoint (checkpoints/step_NNNNNNN/{FILE})")
+    return files
+
+
+def step_of(file: Path) -> int:
+    return int(file.resolve().parent.name.removeprefix("step_"))
+
+
+def trained_on(runs: Sequence[Path]) -> str:
+    """The data of the first run; without runs CIFAR-10 where it is usually kept, else synthetic."""
+    if not runs:
+        return str(find_cifar10() or SYNTHETIC)
+    file = runs[0] / "config.yaml"
+    if not file.is_file():
+        raise ValueError(f"--runs {runs[0]}: does not say what it was trained on (no config.yaml); give --data DIR")
+    return read_yaml(file)["data"]
+
+
+def measure(
+    model: CifarResNet, step: int, source: str, images: Tensor, labels: Tensor, mean_image: Tensor, options: Options
+) -> Measured:
+    """One network's layers, on uint8 images [B, 3, 32, 32] less the mean image that it was trained with."""
+    images = to_model_input(images, mean_image)
+    model, images, labels = (x.to(options.device) for x in (model, images, labels))
+    responses, gradients = layer_responses(model, images), gradient_norms(model, images, labels)
+    layers = [response | gradient for response, gradient in zip(responses, gradients, strict=True)]
+    shortcut, depth = model.config["shortcut"], model.config["depth"]
+    kind = "plain" if shortcut == "none" else "resnet"
+    other = "" if shortcut in KINDS.values() else f"-{shortcut}"
+    return Measured(f"{kind}-{depth}{other}", step, source, layers)
+
+
+def when(step: int) -> str:
+    return f"after {step} updates" if step else "at initialisation"
+
+
+def table(measured: Sequence[Measured]) -> str:
+    """A Markdown table, a row for each network and time."""
+    lines = [
+        "| network | when | response: median | smallest | largest | gradient: first/last layer | largest/smallest |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for m in measured:
+        stds, norms = ([layer[key] for layer in m.layers] for key in ("std", "norm"))
+        ratios = [f"{a / b:.3g}" if b else "n/a" for a, b in ((norms[0], norms[-1]), (max(norms), min(norms)))]
+        cells = [m.network, when(m.step), *(f"{f(stds):.3f}" for f in (np.median, min, max)), *ratios]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(measured: Sequence[Measured], folder: Path) -> None:
+    """A row of three panels for each time: responses by layer and in descending order, as in Fig. 7, and gradients."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    steps = sorted({m.step for m in measured})
+    depths = sorted({named_depth(m.network) for m in measured})
+    colours = dict(zip(depths, pyplot.get_cmap("tab10").colors, strict=False))
+    figure, rows = pyplot.subplots(
+        len(steps), 3, figsize=(15, 0.6 + 3.6 * len(steps)), squeeze=False, layout="constrained"
+    )
+    for step, (by_layer, ranked, gradient) in zip(steps, rows, strict=True):
+        for m in (m for m in measured if m.step == step):
+            stds, relative = ([layer[key] for layer in m.layers] for key in ("std", "relative"))
+            number = range(1, len(stds) + 1)
+            plain = m.network.startswith("plain")
+            style = {"color": colours[named_depth(m.network)], "linestyle": "--" if plain else "-", "linewidth": 1.4}
+            by_layer.plot(number, stds, label=m.network, **style)
+            ranked.plot(number, sorted(stds, reverse=True), label=m.network, **style)
+            gradient.plot(number, [np.nan if r is None else r for r in relative], label=m.network, **style)
+        for panel in (by_layer, ranked):
+            panel.set_ylabel("standard deviation of the response")
+            panel.set_ylim(0, max(1.2, panel.get_ylim()[1]))
+        gradient.set_yscale("log")
+        gradient.set_ylabel("gradient norm, relative to the last layer's")
+        by_layer.set_title(f"{when(step)}: responses{'' if step else ' (1, by batch norm)'}", loc="left")
+        ranked.set_title("responses in descending order", loc="left")
+        gradient.set_title("gradients with respect to the responses", loc="left")
+        for panel, label in ((by_layer, "3x3 layer"), (ranked, "rank of the layer"), (gradient, "3x3 layer")):
+            panel.set_xlabel(label)
+            panel.grid(alpha=0.3)
+        gradient.legend(fontsize="small")
+    for kind in ("png", "svg"):
+        figure.savefig(folder / f"layer_responses.{kind}", dpi=110)
+    pyplot.close(figure)
+
+
+def named_depth(network: str) -> int:
+    return int(network.split("-")[1])
+
+
+if __name__ == "__main__":
+    main_of(main)

@@ -1,0 +1,191 @@
+"""Write ImageNet's class folders as webdataset shards, training images re-encoded at a smaller size to be read faster.
+
+python tools/make_shards.py --data imagenet --output shards                         shorter side 320, JPEG quality 90
+python tools/make_shards.py --data imagenet --output shards --shorter-side 256
+python tools/make_shards.py --data imagenet --output shards --shorter-side 0        the files as they are
+python tools/make_shards.py --index 'shards/train-{000000..000146}.tar'             an index for shards made elsewhere
+
+then  python tools/pretrain.py --data 'shards/train-{000000..000320}.tar'
+
+What re-encoding costs in accuracy: nobody has published it for these settings, as far as is known here. FFCV, whose
+users do the same, states only that larger images give more accuracy; its ResNet-50 reaches 78.4% in 88 epochs from
+images of at most 500 pixels, half of them re-encoded at quality 90 (github.com/libffcv/ffcv-imagenet, README). Users
+report that a network loses accuracy when it is tested on re-encoded images, and when it is trained on these and tested
+on the original files (github.com/libffcv/ffcv, issues 364 and 352, without a cause found). So validation images are
+copied as they are here, and training images that are no larger than asked for too. Recipes that look closely, such as
+`paper` with its shorter sides of up to 480, see a 320 magnified.
+"""
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from resbackbone.atomic import write_atomically
+from resbackbone.classification.decode import BadImage
+from resbackbone.classification.images import LAYOUT, Images, open_images, split_folder
+from resbackbone.classification.shards import describe_shard, expand, index_name, index_shards, write_shard
+from resbackbone.training.command import console, main_of, parse, track
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write class folders as webdataset shards, training images re-encoded at a smaller size."""
+
+    data: Path | None = None
+    """Folder with train/<class>/ and val/<class>/ (or test/<class>/), or one of the two."""
+    output: Path | None = None
+    """Folder for the shards, train-000000.tar and so on, and their indices, train.json and val.json."""
+    shorter_side: int = 320
+    """Training images are resized to this many pixels if they are larger; 0 leaves files as they are."""
+    quality: int = 90
+    """Of the JPEGs that are re-encoded, 1 to 95."""
+    images_per_shard: int = 4000
+    """All of a shard is in memory while it is written."""
+    seed: int = 0
+    """The order of the images is a function of it: classes are mixed, as a stream mixes only what is near."""
+    workers: int = os.cpu_count() or 1
+    """Processes, a shard each."""
+    skip_bad_images: bool = False
+    """Go on without images that cannot be read; they are named and counted."""
+    index: str | None = None
+    """Write an index for shards that are there, 'path/train-{000000..000146}.tar', and nothing else."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Folders -> shards and indices. Run the same command again to go on where it was stopped."""
+    options = parse(Options, argv)
+    if options.index is not None:
+        write_index_of(options.index)
+        return
+    check(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        if split_folder(options.data, split) is not None:
+            images = open_images(options.data, split, skip_bad_images=options.skip_bad_images)
+            console.print(f"{split}: {images.summary()}")
+            write_split(images, split, options)
+
+
+def check(options: Options) -> None:
+    """ValueError for an option that is missing or out of range."""
+    if options.data is None or options.output is None:
+        raise ValueError("--data and --output are wanted, or --index")
+    if not (split_folder(options.data, "train") or split_folder(options.data, "val")):
+        raise ValueError(f"--data {options.data}: no images; it should hold {LAYOUT}")
+    ranges = {"shorter_side": (0, 65500), "quality": (1, 95), "images_per_shard": (1, 10**6), "workers": (1, 10**3)}
+    for name, (low, high) in ranges.items():
+        if not low <= (value := getattr(options, name)) <= high:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: {low} to {high} is wanted")
+
+
+def write_split(images: Images, split: str, options: Options) -> None:
+    """The shards of a split that are not there yet, then its index; a shard is there whole or not at all."""
+    side = options.shorter_side if split == "train" else 0
+    settings = f"{images.fingerprint} {side} {options.quality} {options.images_per_shard} {options.seed}"
+    made_of = hashlib.sha256(settings.encode()).hexdigest()
+    order = np.random.default_rng(options.seed).permutation(len(images))
+    parts = [order[i : i + options.images_per_shard] for i in range(0, len(order), options.images_per_shard)]
+    index = options.output / f"{split}.json"
+    entries = [options.output / f"{split}-{i:06d}.json" for i in range(len(parts))]
+    for path in filter(Path.is_file, [index, *entries]):
+        if json.loads(path.read_bytes()).get("made_of") != made_of:
+            raise ValueError(f"{path} is of other images or settings; give another --output, or remove what is there")
+    if index.is_file():
+        console.print(f"{split}: {index} is there already")
+        return
+    missing = [(part, entry) for part, entry in zip(parts, entries, strict=True) if not entry.is_file()]
+    make = partial(make_shard, images, side=side, quality=options.quality, made_of=made_of)
+    skipped = set(images.skipped)
+    workers = 0 if options.workers == 1 else min(options.workers, len(missing))
+    shards = DataLoader(Shards(make, missing), batch_size=None, num_workers=workers)
+    for messages in track(shards, len(missing), f"{split} shards"):
+        if isinstance(messages, BadImage):
+            raise messages
+        for message in messages:
+            console.print(f"skipped {message}")
+        skipped.update(messages)
+    shards = [json.loads(entry.read_bytes())["shard"] for entry in entries]
+    write_atomically(index, json.dumps({"made_of": made_of, "classes": images.classes, "shards": shards}))
+    for entry in entries:
+        entry.unlink()
+    count, size = (sum(numbers) for numbers in zip(*((len(s["labels"]), s["bytes"]) for s in shards), strict=True))
+    without = f", without {len(skipped)} that cannot be read" if skipped else ""
+    console.print(f"{split}: {count} images{without} in {len(shards)} shards, {size / 1e9:.3g} GB; index {index}")
+
+
+class Shards(Dataset):
+    """Shards to make: an item is made when it is asked for, so that a DataLoader's processes share the work."""
+
+    def __init__(self, make: Callable[..., list[str]], shards: list[tuple[np.ndarray, Path]]):
+        self.make, self.shards = make, shards
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __getitem__(self, i: int) -> list[str] | BadImage:
+        try:
+            return self.make(*self.shards[i])
+        except BadImage as error:  # given back, as a process's exception would lose its message
+            return error
+
+
+def make_shard(images: Images, part: np.ndarray, entry: Path, *, side: int, quality: int, made_of: str) -> list[str]:
+    """Write one shard, then its entry of the index beside it; what is said of images that were skipped."""
+    files, messages = [], []
+    for i in part.tolist():
+        try:
+            files.append((encoded(images, i, side, quality), int(images.labels[i])))
+        except BadImage as error:
+            if not images.skip_bad_images:
+                raise BadImage(f"{error}; --skip-bad-images goes on without") from None
+            messages.append(str(error))
+    shard = entry.with_suffix(".tar")
+    content = write_shard(files)
+    write_atomically(shard, content)
+    described = describe_shard(shard.name, io.BytesIO(content))
+    write_atomically(entry, json.dumps({"made_of": made_of, "shard": described}))
+    return messages
+
+
+def encoded(images: Images, index: int, side: int, quality: int) -> bytes:
+    """The file of an image: a JPEG whose shorter side is `side`, or the one there is if it is no larger."""
+    image = images.read(index)
+    shorter = min(image.size)
+    if not side or shorter <= side:
+        file = images.file(index)
+        if file[:2] == b"\xff\xd8" or not side:
+            return file
+    else:
+        width, height = (max(1, round(length * side / shorter)) for length in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    written = io.BytesIO()
+    image.save(written, "JPEG", quality=quality)
+    return written.getvalue()
+
+
+def write_index_of(pattern: str) -> None:
+    """The index of shards that are there already; its classes are named by their numbers."""
+    folder, name = Path(pattern).parent, Path(pattern).name
+    paths = [folder / shard for shard in expand(name)]
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise ValueError(
+            f"--index {pattern}: {len(missing)} of {len(paths)} shards are missing, the first {missing[0]}"
+        )
+    index = index_shards(paths)
+    write_atomically(folder / index_name(name), json.dumps(index))
+    count = sum(len(shard["labels"]) for shard in index["shards"])
+    console.print(f"{count} images in {len(paths)} shards; index {folder / index_name(name)}")
+
+
+if __name__ == "__main__":
+    main_of(main)
