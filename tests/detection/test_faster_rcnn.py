@@ -300,7 +300,7 @@ def test_a_saved_detector_loads_to_bit_equal_outputs(tmp_path, variant):
 
 def test_a_file_that_holds_no_detector_is_refused_by_name(tmp_path):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="other.safetensors does not hold a detector"):
+    with pytest.raises(ValueError, match="other.safetensors hold no Faster R-CNN"):
         load_detector(tmp_path / "other.safetensors")
     (tmp_path / "half.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:20])
     with pytest.raises(ValueError, match="half.safetensors.*not a readable safetensors file"):
