@@ -196,7 +196,8 @@ def test_two_processes_train_one_detector_and_evaluate_every_image_once(gaps):
 def test_every_recipe_can_be_said_in_detectron2s_words():
     from detection.detectron2_engine import KEYS
 
-    assert {name for recipe in RECIPES.values() for name in recipe.detector} <= {*KEYS, "anchor_scale"}
+    taken = [recipe for name, recipe in RECIPES.items() if not name.startswith("paper-")]  # those are refused
+    assert {name for recipe in taken for name in recipe.detector} <= {*KEYS, "anchor_scale"}
 
 
 # What is refused

@@ -127,8 +127,9 @@ def test_detectron2s_trunks(detectron2, depth, resnets, images, randomised, tmp_
         resnets = {**resnets, "RES2_OUT_CHANNELS": 64}
     outputs = {"OUT_FEATURES": list(LEVELS.values())}
     theirs = randomised(detectron2("build_resnet_backbone", DEPTH=depth, **resnets, **outputs))
-    path = tmp_path / "theirs.pkl"
-    path.write_bytes(pickle.dumps({"model": {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}}))
+    path, state = tmp_path / "theirs.pkl", {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
+    pixels = {"pixel_mean": np.float32([103.53, 116.28, 123.675]), "pixel_std": np.ones(3, np.float32)}
+    path.write_bytes(pickle.dumps({"model": state | pixels}))
     style = {"stride_in_1x1": resnets.get("STRIDE_IN_1X1", True)}
     ours = build_resnet_backbone(weights=path, dilate_c5=resnets.get("RES5_DILATION") == 2, **style).eval()
     expected, got = theirs(bgr_255(images)), ours(normalized(images))
