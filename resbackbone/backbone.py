@@ -12,7 +12,7 @@ from resbackbone.export import export_backbone
 from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
 from resbackbone.layers import fuse
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, count_norms, sorted_levels
-from resbackbone.weights import DEFAULTS, backbone_part, fit, pyramid_of, read_weights, settle
+from resbackbone.weights import backbone_part, fit, pyramid_of, read_weights, settle
 
 FREEZABLE = ("none", "stem", *TRUNK_LEVELS)
 DEFAULT_PYRAMID = ("p2", "p3", "p4", "p5", "p6")
@@ -144,24 +144,22 @@ def build_resnet_backbone(
         one_of("depth", depth, DEPTHS)
     if frozen_through is not None:
         one_of("part to freeze through", frozen_through, FREEZABLE)
-    trunk = {
-        "depth": depth,
-        "shortcut": shortcut,
-        "stride_in_1x1": stride_in_1x1,
-        "groups": groups,
-        "width_per_group": width_per_group,
-        "in_channels": in_channels,
-        "eps": eps,
-        "norm": norm,
-    }
-    loaded = None
     if weights is None:
         _refuse_frozen_random_layers(norm=norm, frozen_through=frozen_through, fpn_norm=fpn_norm)
-        trunk = {**DEFAULTS, **{name: value for name, value in trunk.items() if value is not None}}
-    else:
-        loaded = read_weights(weights)
-        asked, trunk = trunk, settle(loaded, **trunk)
-        loaded.announce_assumptions(**asked)
+    loaded = None if weights is None else read_weights(weights)
+    trunk = settle(
+        loaded,
+        depth=depth,
+        shortcut=shortcut,
+        stride_in_1x1=stride_in_1x1,
+        groups=groups,
+        width_per_group=width_per_group,
+        in_channels=in_channels,
+        eps=eps,
+        norm=norm,
+    )
+    if loaded is not None:
+        loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
         if norm is None and trunk["norm"] != "GN":
             trunk["norm"] = "FrozenBN"
 

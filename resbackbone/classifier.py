@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from resbackbone.checks import one_of
 from resbackbone.resnet import DEPTHS, ResNet
-from resbackbone.weights import DEFAULTS, fit, read_weights, settle
+from resbackbone.weights import fit, read_weights, settle
 
 
 class ResNetClassifier(ResNet):
@@ -44,21 +44,8 @@ def build_resnet_classifier(
     """
     if depth is not None or weights is None:
         one_of("depth", depth, DEPTHS)
-    trunk = {
-        "depth": depth,
-        "shortcut": shortcut,
-        "stride_in_1x1": stride_in_1x1,
-        "groups": groups,
-        "width_per_group": width_per_group,
-        "in_channels": in_channels,
-        "eps": eps,
-        "norm": norm,
-    }
-    loaded = None
-    if weights is None:
-        trunk = {**DEFAULTS, **{name: value for name, value in trunk.items() if value is not None}}
-    else:
-        loaded = read_weights(weights)
+    loaded = None if weights is None else read_weights(weights)
+    if loaded is not None:
         if "fc.weight" not in loaded.state:
             raise ValueError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")
         held = len(loaded.state["fc.weight"])
@@ -66,8 +53,20 @@ def build_resnet_classifier(
             raise ValueError(
                 f"weights from {loaded.source} are for num_classes={held}, asked was num_classes={num_classes}"
             )
-        asked, trunk, num_classes = trunk, settle(loaded, **trunk), held
-        loaded.announce_assumptions(**asked)
+        num_classes = held
+    trunk = settle(
+        loaded,
+        depth=depth,
+        shortcut=shortcut,
+        stride_in_1x1=stride_in_1x1,
+        groups=groups,
+        width_per_group=width_per_group,
+        in_channels=in_channels,
+        eps=eps,
+        norm=norm,
+    )
+    if loaded is not None:
+        loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
     model = ResNetClassifier(
         num_classes=1000 if num_classes is None else num_classes,
         zero_init_residual=zero_init_residual,

@@ -22,12 +22,11 @@ from resbackbone.resnet import STAGES
 from resbackbone.training.command import console, main_of, parse
 from resbackbone.weights import Weights, backbone_part, fitting, pyramid_of, read_weights, settle
 from resbackbone.weights.formats import FORMATS
-from resbackbone.weights.inputs import BGR_255, INPUT, describe_input
+from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, describe_input
 from resbackbone.weights.read import has_bottlenecks
 from resbackbone.weights.write import OURS, TARGETS, architecture_name, largest_difference, only_part, write_as
 from resbackbone.weights.zoo import list_sources
 
-BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}
 GEOMETRY_OF = {"torchvision": "torchvision", "detectron2": "detectron2", "mmdetection": "detectron2"}
 # A backbone's config beside its trunk's, of a network that is built to be compared and not to be run.
 BARE = {

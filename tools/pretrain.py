@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from detection.crops import make_shape_crops
@@ -46,7 +46,7 @@ from resbackbone.training.optimizers import build_optimizer
 from resbackbone.training.options import check_counts, claim_folder, resumed
 from resbackbone.training.run import Run, checkpoints, read_yaml
 from resbackbone.training.state import NonFiniteLoss, TrainState, seed_step
-from resbackbone.weights import DEFAULTS, read_weights, settle, write_weights
+from resbackbone.weights import read_weights, settle, write_weights
 from resbackbone.weights.sources import is_named
 from resbackbone.weights.write import architecture_name
 
@@ -369,13 +369,10 @@ def build(options: Options, classes: list[str], checkpoint: Path | None) -> tupl
     }
     source = checkpoint or options.weights
     model = build_resnet_classifier(num_classes=len(classes), weights=source, **asked)
-    if source is None:
-        trunk = {**DEFAULTS, **{name: value for name, value in asked.items() if value is not None}}
-    else:
-        weights = read_weights(source)
-        trunk = settle(weights, **asked)
-        if checkpoint and weights.metadata.get("classes") != classes:
-            raise ValueError(f"{checkpoint}: was trained on other classes than those of {options.data}")
+    weights = None if source is None else read_weights(source)
+    if checkpoint and weights.metadata.get("classes") != classes:
+        raise ValueError(f"{checkpoint}: was trained on other classes than those of {options.data}")
+    trunk = settle(weights, **asked)
     return model, {
         "architecture": architecture_name(trunk),
         "backbone": trunk,
@@ -491,8 +488,7 @@ def zoo_row(
 
 def save_batch(pixels: Tensor, labels: Tensor, folder: Path, error: NonFiniteLoss, rank: Rank) -> str:
     """Keep the images and labels of a batch that went wrong; returns a clause that names the file."""
-    path = folder / f"bad_batch_step_{error.step}_rank_{rank.rank}.safetensors"
-    write_atomically(path, save({"images": pixels.cpu().contiguous(), "labels": labels.cpu().contiguous()}))
+    path = loop.keep_bad_batch({"images": pixels, "labels": labels}, folder, error, rank)
     return f"{error.terms} on rank {rank.rank}, its images are saved in {path}"
 
 

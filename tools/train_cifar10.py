@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save
 from torch import Tensor
 
 from resbackbone.analysis import count_parameters
@@ -308,8 +307,7 @@ def test(model: CifarResNet, split: Split, mean_image: Tensor, rank: Rank, *, bf
 
 def save_batch(images: Tensor, labels: Tensor, folder: Path, error: NonFiniteLoss, rank: Rank) -> str:
     """Keep the images and labels of a batch that went wrong; returns a clause that names the file."""
-    path = folder / f"bad_batch_step_{error.step}_rank_{rank.rank}.safetensors"
-    write_atomically(path, save({"images": images.cpu().contiguous(), "labels": labels.cpu().contiguous()}))
+    path = loop.keep_bad_batch({"images": images, "labels": labels}, folder, error, rank)
     return f"{error.terms} on rank {rank.rank}, its images are saved in {path}"
 
 

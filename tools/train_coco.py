@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 
 from detection.coco import LAYOUT
 from detection.data import EMBEDDED, embedded_data, find_coco, open_split, train_batches
@@ -22,7 +21,6 @@ from detection.report import save_pictures
 from detection.sampler import TrainBatches
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
-from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
 from resbackbone.resnet import DEPTHS
 from resbackbone.training import loop
@@ -334,11 +332,10 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str]) -> Faste
 
 def save_batch(images: list, targets: list[dict], folder: Path, error: NonFiniteLoss, rank: Rank) -> str:
     """Keep the images and boxes of a batch that went wrong; returns a clause that names them."""
-    path = folder / f"bad_batch_step_{error.step}_rank_{rank.rank}.safetensors"
-    tensors = {f"image_{i}": image.cpu().contiguous() for i, image in enumerate(images)}
+    tensors = {f"image_{i}": image for i, image in enumerate(images)}
     for name in ("boxes", "labels"):
-        tensors |= {f"{name}_{i}": target[name].cpu().contiguous() for i, target in enumerate(targets)}
-    write_atomically(path, save(tensors))
+        tensors |= {f"{name}_{i}": target[name] for i, target in enumerate(targets)}
+    path = loop.keep_bad_batch(tensors, folder, error, rank)
     ids = ", ".join(str(target["image_id"]) for target in targets)
     return f"{error.terms} on rank {rank.rank} for images {ids}, saved in {path}"
 

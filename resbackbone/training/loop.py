@@ -5,11 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
+from resbackbone.atomic import write_atomically
 from resbackbone.training.command import Progress
 from resbackbone.training.distributed import Rank, gather
 from resbackbone.training.run import Run
@@ -96,6 +99,13 @@ def train(
             if periods.evaluation and state.step % periods.evaluation == 0 and state.step < steps:
                 evaluate()
                 began = time.monotonic()
+
+
+def keep_bad_batch(tensors: Mapping[str, Tensor], folder: Path, error: NonFiniteLoss, rank: Rank) -> Path:
+    """Write what a batch held that went wrong into the run's folder; returns the file, for the clause that names it."""
+    path = folder / f"bad_batch_step_{error.step}_rank_{rank.rank}.safetensors"
+    write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+    return path
 
 
 def memory(device: torch.device) -> dict[str, float]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from resbackbone.checks import one_of
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.read import Weights
 
@@ -85,15 +86,18 @@ DEFAULTS = {  # of what makes a trunk; the depth has none
 ARCHITECTURE = ("depth", *DEFAULTS)
 
 
-def settle(weights: Weights, **asked: object) -> dict[str, object]:
+def settle(weights: Weights | None, **asked: object) -> dict[str, object]:
     """The ARCHITECTURE of a network for `weights`: what is asked, else what they say, else what is assumed of them.
 
-    An argument of None is not asked. Raises ValueError where a question and an answer differ, and where nothing says
-    the depth.
+    Without weights it is what is asked, else DEFAULTS; the depth has to be asked then. An argument of None is not
+    asked. Raises ValueError where a question and an answer differ, and where nothing says the depth.
     """
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if weights is None:
+        one_of("depth", asked.get("depth"), DEPTHS)
+        return {name: {**DEFAULTS, **asked}[name] for name in ARCHITECTURE}
     told = {**weights.metadata.get("backbone", {}), **architecture_of(backbone_part(weights.state))}
     told = {name: told[name] for name in ARCHITECTURE if name in told}
-    asked = {name: value for name, value in asked.items() if value is not None}
     for name, value in asked.items():
         if name in told and (_family(told[name]) != _family(value) if name == "norm" else told[name] != value):
             raise ValueError(f"weights from {weights.source} are for {name}={told[name]}, asked was {name}={value}")

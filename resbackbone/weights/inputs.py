@@ -14,6 +14,7 @@ BGR_255 = {  # MSRA's, Caffe's and Detectron's
     "mean": [103.53, 116.28, 123.675],
     "std": [1.0, 1.0, 1.0],
 }
+BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}  # of FAIR's ResNeXts
 
 
 def describe_input(given: Mapping) -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from resbackbone.weights.file import NOTES, read_notes, read_safetensors
 from resbackbone.weights.formats import FORMATS
-from resbackbone.weights.inputs import INPUT, check_input, describe_input, for_canonical_input
+from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
 from resbackbone.weights.pickles import read_pickle
-from resbackbone.weights.sources import BGR_255_WITH_STD, is_named, locate, locate_in_folder, published_eps
+from resbackbone.weights.sources import is_named, locate, locate_in_folder, published_eps
 from resbackbone.weights.translate import to_ours
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each

@@ -16,7 +16,7 @@ from urllib.request import getproxies
 import torch
 
 from resbackbone.weights.download import download
-from resbackbone.weights.inputs import BGR_255, INPUT
+from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT
 from resbackbone.weights.zoo import (
     DETECTRON2_FASTER_RCNN,
     DETECTRON2_IMAGENET,
@@ -40,7 +40,6 @@ STRIDE_IN_1X1 = {"stride_in_1x1": True, "eps": 1e-5}
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 # Folders of its zoo whose configs keep the defaults for: MSRA's input, stride in the 1x1.
 DETECTRON2_DEFAULT = ("ImageNetPretrained/MSRA/", "COCO-", "LVISv0.5-", "PascalVOC-", "Cityscapes/", "Detectron1-")
-BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}
 RGB_255 = {
     "channel_order": "RGB",
     "range": [0.0, 255.0],
