@@ -31,6 +31,8 @@ setup(
         "huggingface_hub>=0.30",
         "filelock>=3.12",
         "pycocotools>=2.0.8",
+        "hotcoco>=1.3",
+        "msgspec>=0.19",
         "pyyaml>=6",
         "tyro>=0.9",
         "rich>=14.1",
