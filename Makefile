@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint format check clean $(VENV)
+.PHONY: help install demo test test-slow soak lint format check clean $(VENV)
 
 help:
 	@echo "make demo       install, train Faster R-CNN on the embedded data set, print its AP and where the pictures are"
 	@echo "make test       install, run the tests"
 	@echo "make test-slow  install, run all tests, the long ones too"
+	@echo "make soak       install, kill and break trainings and compare what comes of them with runs left alone"
 	@echo "make check      install, lint and test: what CI runs"
 	@echo "make format     let ruff rewrite the sources"
 	@echo "make clean      remove the virtual environment and caches (runs/ and datasets/ stay)"
@@ -34,6 +35,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m 'slow or not slow'
+
+soak: $(READY)
+	$(BIN)/python tools/soak.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

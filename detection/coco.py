@@ -1,8 +1,6 @@
-"""COCO-format images and targets: the only place that reads annotation files and knows category ids."""
+"""COCO-format images and targets: the only place that makes category ids labels."""
 
 import hashlib
-import json
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -17,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from detection.annotations import Annotations, read_annotations
 from resbackbone.classification.decode import BadImage, to_rgb
 
 LAYOUT = "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/"
@@ -45,85 +44,12 @@ def coco_paths(data: str | os.PathLike, split: str) -> tuple[Path, Path]:
     return images, annotations
 
 
-def read_annotations(path: str | os.PathLike) -> dict:
-    """Read a COCO instances file and check its form; missing `iscrowd` and `area` are filled in (0, and w * h).
-
-    Returns the file's dictionary. Raises ValueError in one sentence for what is not JSON, lacks a key, repeats an
-    id, or refers to an image or category that is not in the file.
-    """
-    path = Path(path)
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"annotations {path}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"annotations {path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"annotations {path}: a JSON object with images, annotations, categories is wanted")
-    needed = {
-        "images": {"id": int, "file_name": str, "width": int, "height": int},
-        "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
-        "categories": {"id": int, "name": str},
-    }
-    for section, keys in needed.items():
-        entries = content.get(section)
-        if not isinstance(entries, list):
-            raise ValueError(f"annotations {path}: no list {section!r}; wanted are {', '.join(needed)}")
-        seen = set()
-        for i, entry in enumerate(entries):
-            if section == "annotations" and isinstance(entry, dict):
-                entry.setdefault("id", i + 1)
-            for key, kind in keys.items():
-                value = entry.get(key) if isinstance(entry, dict) else None
-                if not isinstance(value, kind) or isinstance(value, bool):
-                    raise ValueError(f"annotations {path}: {section}[{i}] has no {key!r} of type {kind.__name__}")
-            if not -(2**63) <= entry["id"] < 2**63:
-                raise ValueError(f"annotations {path}: {section}[{i}] has the id {entry['id']}, over 64 bits")
-            if entry["id"] in seen:
-                raise ValueError(f"annotations {path}: {section}[{i}] repeats the id {entry['id']}")
-            seen.add(entry["id"])
-        needed[section] = seen
-    for i, image in enumerate(content["images"]):
-        if not (0 < image["width"] < 2**31 and 0 < image["height"] < 2**31):
-            raise ValueError(f"annotations {path}: images[{i}] has size {image['width']} x {image['height']}")
-        if os.path.isabs(image["file_name"]) or ".." in Path(image["file_name"]).parts or "\0" in image["file_name"]:
-            raise ValueError(f"annotations {path}: images[{i}] file_name {image['file_name']!r} leaves its folder")
-    if not content["categories"]:
-        raise ValueError(f"annotations {path}: the list of categories is empty")
-    known = sorted(needed["categories"])
-    for i, annotation in enumerate(content["annotations"]):
-        if annotation["image_id"] not in needed["images"]:
-            raise ValueError(
-                f"annotations {path}: annotations[{i}] is of image {annotation['image_id']}, not in images"
-            )
-        if annotation["category_id"] not in needed["categories"]:
-            raise ValueError(
-                f"annotations {path}: annotations[{i}] has category_id {annotation['category_id']}, which is not in "
-                f"categories ({len(known)} ids, {known[0]}..{known[-1]})"
-            )
-        box = annotation["bbox"]
-        if len(box) != 4 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):
-            raise ValueError(f"annotations {path}: annotations[{i}] bbox {box} is not four numbers x, y, width, height")
-        annotation["bbox"] = box = [_as_float(value) for value in box]
-        annotation["iscrowd"] = 1 if annotation.get("iscrowd") else 0
-        if not isinstance(annotation.get("area"), int | float):
-            annotation["area"] = box[2] * box[3]
-    return content
-
-
-def _as_float(value: int | float) -> float:
-    try:
-        return float(value)
-    except OverflowError:  # JSON has integers of any length
-        return math.inf
-
-
 class CocoImages(Dataset):
     """The images of one split with their boxes, category ids made contiguous labels 1..N (0 is background).
 
     Boxes are checked once, here: clipped to their image, and left out where a coordinate is not finite or less than
-    a pixel a side remains; crowds are left out too. `report` counts what was done. Everything an image needs lies
-    in flat arrays, so workers share one copy.
+    a pixel a side remains; crowds are left out too. `report` counts what was done; `annotations` has them all as
+    they are. Everything an image needs lies in flat tensors, so workers share one copy, forked or spawned.
 
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
     int64 [n], "image_id": int}. An index gives the image as it is; a `Draw` gives it through `transform` under the
@@ -141,41 +67,39 @@ class CocoImages(Dataset):
         skip_bad_images: bool = False,
         categories: Mapping[int, str] | None = None,
     ):
-        content = read_annotations(annotations)
+        self.annotations = read_annotations(annotations)
         self.folder, self.annotation_file = Path(images), Path(annotations)
         self.transform, self.skip_bad_images = transform, skip_bad_images
-        self.categories = {c["id"]: c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])}
+        self.categories = self.annotations.categories
         if categories is not None and dict(categories) != self.categories:
             raise ValueError(_category_difference(annotations, self.categories, categories))
         self.report = Counter()
 
-        labels = {category: i + 1 for i, category in enumerate(self.categories)}
-        sizes = {image["id"]: (image["width"], image["height"]) for image in content["images"]}
-        boxes: dict[int, list] = {image["id"]: [] for image in content["images"]}
-        for annotation in content["annotations"]:
-            if annotation["iscrowd"]:
-                self.report["crowds"] += 1
-                continue
-            box = self._checked_box(annotation["bbox"], *sizes[annotation["image_id"]])
-            if box is not None:
-                boxes[annotation["image_id"]].append((*box, labels[annotation["category_id"]]))
-        kept = [image for image in content["images"] if keep_empty or boxes[image["id"]]]
-        self.report["images without a usable box"] = len(content["images"]) - len(kept)
-        if not kept:
+        boxes, rows = usable_boxes(self.annotations, self.report)  # rows of the annotations, by image
+        total = len(self.annotations.image_ids)
+        counts = np.bincount(self.annotations.image_indices.numpy()[rows], minlength=total)
+        kept = np.flatnonzero(counts) if not keep_empty else np.arange(total)
+        self.report["images without a usable box"] = total - len(kept)
+        if not len(kept):
             raise ValueError(f"annotations {annotations}: no image {'' if keep_empty else 'with a usable box '}in it")
-        self._check_files_exist([image["file_name"] for image in kept])
+        names = self.annotations.file_names()
+        self._check_files_exist([names[i] for i in kept.tolist()])
 
-        self.file_names = np.array([image["file_name"].encode() for image in kept])
-        self.image_ids = np.array([image["id"] for image in kept], dtype=np.int64)
-        self.widths_heights = np.array([sizes[image["id"]] for image in kept], dtype=np.int32)
-        self.offsets = np.cumsum([0, *(len(boxes[image["id"]]) for image in kept)])
-        rows = [row for image in kept for row in boxes[image["id"]]]
-        self.rows = np.array(rows, dtype=np.float32).reshape(-1, 5)  # x1, y1, x2, y2, label
+        self.kept = torch.from_numpy(kept)  # int64 [n]: which of the file's images these are
+        self.image_ids = self.annotations.image_ids[self.kept]  # int64 [n]
+        self.widths_heights = self.annotations.widths_heights[self.kept]  # int32 [n, 2]
+        self.offsets = torch.from_numpy(np.concatenate([[0], counts[kept].cumsum()]))  # image i: [i] to [i + 1]
+        self.boxes = torch.from_numpy(boxes)  # float32 [boxes, 4]: x1, y1, x2, y2
+        self.labels = self.annotations.labels[torch.from_numpy(rows)]  # int32 [boxes]
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the annotation file, in hex: tells a run that is resumed whether its data are the same."""
-        return hashlib.sha256(self.annotation_file.read_bytes()).hexdigest()
+        digest = hashlib.sha256()
+        with open(self.annotation_file, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+        return digest.hexdigest()
 
     @property
     def class_names(self) -> list[str]:
@@ -206,11 +130,15 @@ class CocoImages(Dataset):
         return image, {**target, "skipped": skipped}
 
     def path(self, index: int) -> Path:
-        return self.folder / self.file_names[index].decode()
+        return self.folder / self.annotations.file_name(int(self.kept[index]))
 
     def target(self, index: int) -> dict:
-        rows = torch.from_numpy(self.rows[self.offsets[index] : self.offsets[index + 1]])
-        return {"boxes": rows[:, :4].clone(), "labels": rows[:, 4].long(), "image_id": int(self.image_ids[index])}
+        start, end = self.offsets[index : index + 2].tolist()
+        return {
+            "boxes": self.boxes[start:end].clone(),
+            "labels": self.labels[start:end].long(),
+            "image_id": int(self.image_ids[index]),
+        }
 
     def check_files(self) -> None:
         """Find broken images before training does: empty files, and in a small set whatever cannot be decoded.
@@ -231,32 +159,15 @@ class CocoImages(Dataset):
     def summary(self) -> str:
         """One line: what there is, and what was clipped or left out."""
         done = ", ".join(f"{count} {what}" for what, count in self.report.items() if count)
-        line = f"{len(self)} images, {len(self.rows)} boxes, {len(self.categories)} classes in {self.folder}"
+        line = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.categories)} classes in {self.folder}"
         return f"{line}; left out or mended: {done}" if done else line
 
     def _load(self, index: int):
         try:
-            image = read_image(self.path(index), tuple(self.widths_heights[index]))
+            image = read_image(self.path(index), tuple(self.widths_heights[index].tolist()))
         except BadImage as error:
             return error
         return image, self.target(index)
-
-    def _checked_box(self, xywh: list, width: int, height: int) -> tuple[float, float, float, float] | None:
-        x, y, w, h = xywh
-        if not all(map(math.isfinite, xywh)):
-            self.report["boxes that are not finite"] += 1
-            return None
-        if w <= 0 or h <= 0:
-            self.report["boxes of zero or negative size"] += 1
-            return None
-        x1, y1 = max(x, 0.0), max(y, 0.0)
-        x2, y2 = min(x + w, float(width)), min(y + h, float(height))
-        if x2 - x1 < MIN_BOX_SIDE or y2 - y1 < MIN_BOX_SIDE:
-            self.report["boxes under a pixel or outside their image"] += 1
-            return None
-        if max(x1 - x, y1 - y, x + w - x2, y + h - y2) > 0.5:  # half a pixel beyond is rounding
-            self.report["boxes clipped to their image"] += 1
-        return x1, y1, x2, y2
 
     def _check_files_exist(self, names: list[str]) -> None:
         if any("/" in name for name in names):
@@ -277,6 +188,39 @@ class CocoImages(Dataset):
             )
         if missing:
             self.report["images missing"] = len(missing)
+
+
+def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes to train on, clipped to their images: (float32 [n, 4] x1 y1 x2 y2, int64 [n] rows of `annotations`).
+
+    They are in the order of the images, and within one in that of the file. `report` counts what was left out or
+    clipped; see `CocoImages`.
+    """
+    xywh = annotations.boxes_xywh.numpy()
+    sizes = annotations.widths_heights.numpy()[annotations.image_indices.numpy()]
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities, which are left out, and 1e308 + 1e308
+        corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+        clipped = np.concatenate([np.maximum(corners[:, :2], 0), np.minimum(corners[:, 2:], sizes)], axis=1)
+        large = (clipped[:, 2:] - clipped[:, :2] >= MIN_BOX_SIDE).all(1)
+        moved = (np.abs(clipped - corners) > 0.5).any(1)  # half a pixel beyond is rounding
+    left = np.ones(len(xywh), bool)
+    for what, wrong in {
+        "crowds": annotations.crowds.numpy(),
+        "boxes that are not finite": ~np.isfinite(xywh).all(1),
+        "boxes of zero or negative size": (xywh[:, 2:] <= 0).any(1),
+        "boxes under a pixel or outside their image": ~large,
+    }.items():
+        _count(report, what, left & wrong)
+        left &= ~wrong
+    _count(report, "boxes clipped to their image", left & moved)
+    rows = np.flatnonzero(left)
+    rows = rows[np.argsort(annotations.image_indices.numpy()[rows], kind="stable")]
+    return clipped[rows].astype(np.float32), rows
+
+
+def _count(report: Counter, what: str, which: np.ndarray) -> None:
+    if which.any():
+        report[what] += int(which.sum())
 
 
 def _category_difference(path, found: Mapping[int, str], wanted: Mapping[int, str]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import detectron2
+import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -35,9 +36,10 @@ from resbackbone.atomic import write_atomically
 from resbackbone.backbone import FREEZABLE
 from resbackbone.checks import one_of
 from resbackbone.resnet import DEPTHS
+from resbackbone.training.checkpoints import KEPT
 from resbackbone.training.command import Progress, console, to_config, track
 from resbackbone.training.distributed import Rank, share_buffers
-from resbackbone.training.run import KEPT_CHECKPOINTS, Run, read_yaml
+from resbackbone.training.run import Run, read_yaml
 from resbackbone.training.state import mean_of, parameter_groups, seed_step
 
 CONFIGS = Path(detectron2.__file__).parent / "model_zoo" / "configs"  # its model_zoo module needs an old setuptools
@@ -119,7 +121,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
         f"on {rank.ranks} {rank.device.type}, fp32, learning rate {schedule.rate:g}, by detectron2"
     )
 
-    def score(step: int) -> tuple[dict, list[dict]]:
+    def score(step: int) -> tuple[dict, np.ndarray]:
         began = time.monotonic()
         share_buffers(model, rank)
         results, detections = evaluate(
@@ -127,6 +129,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
             val_set,
             rank,
             workers=options.workers,
+            backend=options.coco_backend,
             progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
         )
         run.record(step, {**results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
@@ -143,7 +146,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
             [
                 None if recipe.clip_grad is None else ClipGradients(recipe.clip_grad),
                 Metrics(run, progress, options) if rank.is_main else None,
-                hooks.PeriodicCheckpointer(checkpointer, options.checkpoint_period, max_to_keep=KEPT_CHECKPOINTS),
+                hooks.PeriodicCheckpointer(checkpointer, options.checkpoint_period, max_to_keep=KEPT),
                 hooks.CallbackHook(after_step=score_on_the_way),
             ]
         )

@@ -6,19 +6,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RPNHead
 
 from detection.foreign import NOT_A_CLASS, describe_detector
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
+from detection.rpn import Anchors, FP32RPNHead, SampledRPN
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
 from resbackbone.checks import one_of
 from resbackbone.resnet import ResNet
-from resbackbone.training.run import checkpoints
+from resbackbone.training.checkpoints import last_whole_checkpoint
 from resbackbone.weights import MEAN, STD, fit, read_weights, write_weights
 from resbackbone.weights.sources import is_named
 
@@ -30,7 +28,6 @@ BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
 VARIANTS = (*BACKBONE_OF, "vgg16")
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the one map of a variant
 GEOMETRIES = ("torchvision", "detectron2")
-ASPECT_RATIOS = (0.5, 1.0, 2.0)
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
 
 
@@ -44,6 +41,22 @@ class FasterRCNN(TorchvisionFasterRCNN):
 
     categories: dict[int, str]
     config: dict
+
+    def __init__(self, backbone: Backbone, **options):
+        super().__init__(backbone, **options)
+        rpn = self.rpn
+        self.rpn = SampledRPN(
+            rpn.anchor_generator,
+            rpn.head,
+            rpn.proposal_matcher.high_threshold,
+            rpn.proposal_matcher.low_threshold,
+            rpn.fg_bg_sampler.batch_size_per_image,
+            rpn.fg_bg_sampler.positive_fraction,
+            rpn._pre_nms_top_n,
+            rpn._post_nms_top_n,
+            rpn.nms_thresh,
+            rpn.score_thresh,
+        )
 
     @property
     def num_classes(self) -> int:
@@ -72,6 +85,14 @@ class FasterRCNN(TorchvisionFasterRCNN):
                 module.training = False
 
     def _check_targets(self, targets: list[dict[str, Tensor]]) -> None:
+        sound = [
+            ((target["labels"] >= 1) & (target["labels"] <= self.num_classes)).all()
+            & torch.isfinite(target["boxes"]).all()
+            & (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
+            for target in targets
+        ]
+        if not sound or torch.stack(sound).all():  # a GPU is waited for once
+            return
         for target in targets:
             labels, boxes = target["labels"], target["boxes"]
             name = f"image {target['image_id']}: " if "image_id" in target else ""
@@ -86,51 +107,8 @@ class FasterRCNN(TorchvisionFasterRCNN):
                 raise ValueError(f"{name}a box x1 y1 x2 y2 without width or height: {boxes.tolist()}")
 
 
-class Anchors(AnchorGenerator):
-    """Anchors in fp32 whatever the maps are in: bf16 holds 1000 pixels to the nearest 4.
-
-    torchvision's stand on whole pixels, and their strides are inferred: the padded image's size by the map's, rounded
-    down, which for p6 is often less than 64. detectron2's are neither rounded nor inferred. Weights are used to
-    theirs, so `as_torchvision` tells which.
-    """
-
-    def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, as_torchvision: bool):
-        self.as_torchvision = as_torchvision  # before what makes the anchors
-        super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
-        self.strides = strides
-
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> Tensor:
-        """Boxes around (0, 0), [ratios * sizes, 4], by ratio and then by size; a ratio is height to width."""
-        scales, ratios = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scales, aspect_ratios))
-        heights = (ratios.sqrt()[:, None] * scales).flatten()
-        widths = ((1 / ratios.sqrt())[:, None] * scales).flatten()
-        boxes = torch.stack((-widths, -heights, widths, heights), 1) / 2
-        return boxes.round() if self.as_torchvision else boxes
-
-    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """[cells * anchors a cell, 4] an image, the levels one after the other."""
-        self.set_cell_anchors(torch.float32, feature_maps[0].device)
-        device = feature_maps[0].device
-        cells = [x.shape[-2:] for x in feature_maps]
-        strides = [(stride, stride) for stride in self.strides]
-        if self.as_torchvision:
-            height, width = image_list.tensors.shape[-2:]
-            strides = [(height // rows, width // columns) for rows, columns in cells]
-        steps = [[torch.full((), step, dtype=torch.int64, device=device) for step in pair] for pair in strides]
-        anchors = torch.cat(self.grid_anchors(cells, steps))
-        return [anchors] * len(image_list.image_sizes)
-
-
-class FP32RPNHead(RPNHead):
-    """Box deltas in fp32, for the same reason."""
-
-    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        objectness, deltas = super().forward(x)
-        return [o.float() for o in objectness], [d.float() for d in deltas]
-
-
 class FP32Predictor(FastRCNNPredictor):
-    """Class scores and box deltas in fp32, for the same reason."""
+    """Class scores and box deltas in fp32: bf16 holds 1000 pixels to the nearest 4."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)
@@ -321,7 +299,7 @@ def _backbone(config: Mapping) -> Backbone:
 
 
 def detector_file(run: str | Path) -> str | Path:
-    """The weights of a run: its model.safetensors, or while it trains those of its last checkpoint.
+    """The weights of a run: its model.safetensors, or while it trains those of its last whole checkpoint.
 
     A file, a named source or a URL is what it is.
     """
@@ -332,8 +310,7 @@ def detector_file(run: str | Path) -> str | Path:
         return run
     if not run.is_dir():
         raise ValueError(f"{run}: no such run folder or file")
-    candidates = [run / "model.safetensors", *(path / "model.safetensors" for path in reversed(checkpoints(run)))]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise ValueError(f"{run} holds no detector: neither model.safetensors nor a checkpoint is there")
-    return found
+    folder = run if (run / "model.safetensors").is_file() else last_whole_checkpoint(run)[0]
+    if folder is None:
+        raise ValueError(f"{run} holds no detector: neither model.safetensors nor a whole checkpoint is there")
+    return folder / "model.safetensors"

@@ -47,10 +47,11 @@ def detectron(steps: int, *milestones: int) -> Recipe:
 
 ONE_X = detectron(90_000, 60_000, 80_000)  # about 12 epochs of COCO
 
-# Faster R-CNN on COCO as in He et al. 2015, appendix A, with what it takes from Ren et al. 2015: shorter sides of 600,
-# longer ones of at most 1000; anchors of four sides; 256 anchors and 64 regions an image to train on; 300 proposals in
-# testing; NMS at 0.3; conv1 and conv2 of VGG-16 frozen, of ResNets the norms alone. Published (Table 8: train2014, the
-# 40k images of val2014): AP 27.2, AP50 48.4 with ResNet-101; AP 21.2, AP50 41.5 with VGG-16.
+# Faster R-CNN on COCO as in He et al. 2015, appendix A (240k updates at 0.001, 80k at a tenth), with what it takes from
+# Ren et al. 2015 (Sec. 3.1.3, 3.3 and 4.2): shorter sides of 600, longer ones of at most 1000; anchors of four sides;
+# 256 anchors and 64 regions an image to train on, those below an IoU of 0.5 as background; 300 proposals in testing;
+# NMS at 0.3; a weight decay of 5e-4; conv1 and conv2 of VGG-16 frozen, of ResNets the norms alone. Published (Table 8:
+# train2014, the 40k images of val2014): AP 27.2, AP50 48.4 with ResNet-101; AP 21.2, AP50 41.5 with VGG-16.
 # Departures: RPN and Fast R-CNN are trained together, not in turns, by the schedule of the latter (16 images); RoIAlign
 # instead of RoI max pooling; the cut at a score of 0.01.
 PAPER_R101_C4 = Recipe(

@@ -4,20 +4,19 @@ import math
 from collections.abc import Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
+from detection.cells import sum_cells
 from resbackbone import Feature
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
     """torchvision's MultiScaleRoIAlign with the strides that the backbone states, not inferred from sizes.
 
-    On a CPU torchvision's gradient runs on one thread. So while gradients are recorded there, every output bin is
-    computed as what it is, a weighted sum of rows of the channels-last map: an embedding bag, which uses all
-    threads in both directions. Sums are in fp32; outputs and gradients are torchvision's to fp32 rounding.
+    On a CPU torchvision's runs on one thread and in fp32. There every output bin is computed as what it is, a
+    weighted sum of cells (`sum_cells`), in the maps' own type; outputs and gradients are torchvision's to rounding.
 
     `aligned` is detectron2's way: samples sit half a cell lower, where cell centres are, and are as many as the region
     has cells; then `sampling_ratio` is not used.
@@ -42,9 +41,9 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps by level, boxes [n, 4] an image in pixels -> [sum of n, channels, output_size, output_size]."""
         maps = [x[name] for name in self.featmap_names]
-        if not self.aligned and (maps[0].device.type != "cpu" or not torch.is_grad_enabled()):
+        if maps[0].device.type != "cpu" and not self.aligned:
             return super().forward(x, boxes, image_shapes)
-        all_boxes = torch.cat(boxes).float()
+        all_boxes = torch.cat(boxes)
         image_of_box = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
         level_of_box = self.map_levels([all_boxes])  # Lin et al. 2017, eq. 1: the canonical box goes to stride 16
         order, pooled = [], []
@@ -60,17 +59,16 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
 
     def _pool(self, feature: Tensor, boxes: Tensor, image_of_box: Tensor) -> Tensor:
         """[B, C, H, W] and boxes [n, 4] in cells of it -> [n, C, size, size]."""
-        batch, channels, height, width = feature.shape
+        height, width = feature.shape[-2:]
         size = self.output_size[0]
-        rows_y, weights_y = self._axis(boxes[:, 1], boxes[:, 3], height)  # [n, size, 2 * sampling_ratio]
-        rows_x, weights_x = self._axis(boxes[:, 0], boxes[:, 2], width)
-        rows = rows_y[:, :, None, :, None] * width + rows_x[:, None, :, None, :]  # [n, y bin, x bin, y tap, x tap]
-        rows = rows + (image_of_box * height * width).view(-1, 1, 1, 1, 1)
+        rows, weights_y = self._axis(boxes[:, 1], boxes[:, 3], height)  # [n, size, 2 * sampling_ratio]
+        columns, weights_x = self._axis(boxes[:, 0], boxes[:, 2], width)
+        rows = rows + image_of_box.view(-1, 1, 1) * height
+        cells = rows[:, :, None, :, None] * width + columns[:, None, :, None, :]  # [n, y bin, x bin, y tap, x tap]
         weights = weights_y[:, :, None, :, None] * weights_x[:, None, :, None, :]
         taps = (2 * self.sampling_ratio) ** 2
-        table = feature.permute(0, 2, 3, 1).reshape(batch * height * width, channels).float()
-        pooled = F.embedding_bag(rows.view(-1, taps), table, mode="sum", per_sample_weights=weights.view(-1, taps))
-        return pooled.view(len(boxes), size, size, channels).permute(0, 3, 1, 2)
+        pooled = sum_cells(feature, cells.view(-1, taps), weights.view(-1, taps))
+        return pooled.view(len(boxes), size, size, feature.shape[1]).permute(0, 3, 1, 2)
 
     def _axis(self, low: Tensor, high: Tensor, cells: int) -> tuple[Tensor, Tensor]:
         """The cells that each bin reads along one axis, and their weights: two a sample, bilinear, averaged."""

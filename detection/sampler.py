@@ -21,22 +21,56 @@ class TrainBatches(Sampler):
     ):
         if batch_size < ranks or batch_size % ranks:
             raise ValueError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
-        self.portrait = dataset.widths_heights[:, 0] < dataset.widths_heights[:, 1]
+        sizes = np.asarray(dataset.widths_heights)
+        self.portrait = sizes[:, 0] < sizes[:, 1]
         self.batch_size, self.seed, self.rank, self.ranks, self.start = batch_size, seed, rank, ranks, start
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        waiting: dict[bool, list[Draw]] = {False: [], True: []}
-        done, epoch = 0, 0
+        counts = np.bincount(self.portrait, minlength=2)  # how many images are landscape, how many portrait
+        epoch = self._epoch_of(self.start, counts)
+        skip = self.start - self._batches_before(epoch, counts)
+        # What an epoch leaves over goes into the next one's batches; with few images it may come from several before.
+        waiting = [self._left_over(epoch, counts, of) for of in (0, 1)]
         while True:
-            random = np.random.default_rng((self.seed, epoch))
-            order = random.permutation(len(self.portrait))
-            seeds = random.integers(0, 2**62, len(order))
-            for index, seed in zip(order.tolist(), seeds.tolist(), strict=True):
-                group = waiting[bool(self.portrait[index])]
-                group.append(Draw(index, seed))
-                if len(group) == self.batch_size:
-                    done += 1
-                    if done > self.start:
-                        yield group[self.rank :: self.ranks]
-                    group.clear()
+            draws = self._draws(epoch)
+            ends, batches = [], []
+            for of in (0, 1):
+                places = np.flatnonzero(self.portrait[draws[:, 0]] == of)
+                before = len(waiting[of])
+                group = np.concatenate([waiting[of], draws[places]])
+                whole = len(group) // self.batch_size * self.batch_size
+                waiting[of] = group[whole:]
+                batches.append(group[:whole].reshape(-1, self.batch_size, 2))
+                ends.append(places[np.arange(self.batch_size, whole + 1, self.batch_size) - before - 1])
+            order = np.argsort(np.concatenate(ends))  # a batch comes when its last image is drawn
+            batches = np.concatenate(batches)
+            for which in order[skip:]:
+                yield [Draw(*draw) for draw in batches[which, self.rank :: self.ranks].tolist()]
+            epoch, skip = epoch + 1, 0
+
+    def _draws(self, epoch: int) -> np.ndarray:
+        """int64 [images, 2]: the epoch's order of the images, and the seed of each one's augmentation."""
+        random = np.random.default_rng((self.seed, epoch))
+        order = random.permutation(len(self.portrait))
+        return np.stack([order, random.integers(0, 2**62, len(order))], axis=1)
+
+    def _batches_before(self, epoch: int, counts: np.ndarray) -> int:
+        return sum(epoch * int(count) // self.batch_size for count in counts)
+
+    def _epoch_of(self, batch: int, counts: np.ndarray) -> int:
+        """The epoch in which this batch, counted from 0, is completed."""
+        epoch = batch * self.batch_size // len(self.portrait)
+        while self._batches_before(epoch + 1, counts) <= batch:
             epoch += 1
+        return epoch
+
+    def _left_over(self, epoch: int, counts: np.ndarray, of: int) -> np.ndarray:
+        """The draws of one orientation in earlier epochs that no batch before this epoch has."""
+        missing = epoch * int(counts[of]) % self.batch_size
+        parts = [np.empty((0, 2), np.int64)]
+        while missing > 0:
+            epoch -= 1
+            draws = self._draws(epoch)
+            parts.append(draws[self.portrait[draws[:, 0]] == of][-missing:])
+            missing -= len(parts[-1])
+        return np.concatenate(parts[::-1])

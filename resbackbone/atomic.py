@@ -7,13 +7,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
-    """Write `data` to `path`; whoever reads it, or whatever kills this, finds the old content or the new."""
+def write_atomically(path: str | os.PathLike, data: str | bytes | Iterator[str]) -> None:
+    """Write `data`, whole or in pieces, to `path`; who reads it, or whatever kills this, finds the old or the new."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            for piece in data if isinstance(data, Iterator) else [data]:
+                file.write(piece.encode() if isinstance(piece, str) else piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

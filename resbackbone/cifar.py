@@ -63,7 +63,7 @@ def build_cifar_resnet(
     """Build one of the paper's CIFAR-10 networks. With weights, what is None is what they say.
 
     depth: 20, 32, 44, 56, 110 or 1202; no other 6n+2, although the rule would give it.
-    shortcut: "A" (default, as the paper uses here), "B", "C" (Sec. 3.3), or "none" for the plain network.
+    shortcut: "A" (default, as the paper uses here), "B", "C" (Sec. 4.1), or "none" for the plain network.
     weights: a file or state dict with the names conv1, bn1, layer1..3, fc (or `linear`), bare or under `module.`; or
         another source that `weights.read_weights` takes. A foreign file does not tell its input: its publisher does.
     num_classes: 10.

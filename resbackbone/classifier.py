@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from resbackbone.checks import one_of
 from resbackbone.resnet import DEPTHS, ResNet
-from resbackbone.weights import fit, read_weights, settle
+from resbackbone.weights import Weights, fit, read_weights, settle
 
 
 class ResNetClassifier(ResNet):
@@ -26,7 +26,7 @@ def build_resnet_classifier(
     depth: int | None = None,
     num_classes: int | None = None,
     *,
-    weights: str | Path | Mapping[str, Tensor] | None = None,
+    weights: str | Path | Mapping[str, Tensor] | Weights | None = None,
     norm: str | None = None,
     stride_in_1x1: bool | None = None,
     eps: float | None = None,
@@ -39,12 +39,13 @@ def build_resnet_classifier(
 ) -> ResNetClassifier:
     """Build the paper's classifier of a depth in 18, 34, 50, 101, 152; arguments as in `build_resnet_backbone`.
 
-    What is None comes from the weights, or is the default: 1000 classes, norm "BN", and so on. Raises ValueError for
-    an unknown name, and for weights that are of another network than is asked or do not fit, their `fc` included.
+    What is None comes from the weights, which may have been read already, or is the default: 1000 classes, norm "BN",
+    and so on. Raises ValueError for an unknown name, and for weights that are of another network than is asked or do
+    not fit, their `fc` included.
     """
     if depth is not None or weights is None:
         one_of("depth", depth, DEPTHS)
-    loaded = None if weights is None else read_weights(weights)
+    loaded = weights if weights is None or isinstance(weights, Weights) else read_weights(weights)
     if loaded is not None:
         if "fc.weight" not in loaded.state:
             raise ValueError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")

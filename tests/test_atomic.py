@@ -13,6 +13,8 @@ def test_text_and_bytes_are_written_over_what_was_there(tmp_path):
     assert path.read_text(encoding="utf-8") == "ünlike"
     write_atomically(path, b"\x00\xff")
     assert path.read_bytes() == b"\x00\xff"
+    write_atomically(path, iter(["in ", "", "piëces"]))
+    assert path.read_text(encoding="utf-8") == "in piëces"
     assert os.listdir(tmp_path) == ["file.txt"]
 
 
@@ -29,6 +31,17 @@ def test_the_old_file_survives_a_failure_while_writing(tmp_path, monkeypatch, st
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["file.txt"]
+
+
+def test_the_old_file_survives_a_failure_between_two_pieces(tmp_path):
+    def pieces():
+        yield "half of the "
+        raise RuntimeError("no more")
+
+    write_atomically(tmp_path / "file.txt", "old")
+    with pytest.raises(RuntimeError, match="no more"):
+        write_atomically(tmp_path / "file.txt", pieces())
+    assert (tmp_path / "file.txt").read_text() == "old" and os.listdir(tmp_path) == ["file.txt"]
 
 
 def test_a_file_of_a_killed_writer_is_the_old_one(tmp_path):

@@ -32,6 +32,7 @@ from resbackbone.training.command import console, main_of, parse
 from resbackbone.weights.inputs import MEAN, STD
 
 CPU = torch.device("cpu")
+PLAIN = "PIL + torchvision"
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,19 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     options = parse(Options, argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        rows = {
-            "PIL + torchvision": plain(options.data, options),
-            "resbackbone, files as they are": ours(FolderImages(options.data.resolve()), options),
-        }
-        for side in (320, 256):
-            rows[f"resbackbone, shards of {side} pixels"] = ours(shards(scratch, side, options), options)
-        seconds = measure(rows, options.rounds)
+        seconds = measure(pipelines(options, scratch), options.rounds)
     return report(seconds, options)
+
+
+def pipelines(options: Options, scratch: str) -> dict[str, Callable[[], None]]:
+    """A round of each row; `scratch` is a folder for the shards."""
+    rows = {
+        PLAIN: plain(options.data, options),
+        "resbackbone, files as they are": ours(FolderImages(options.data.resolve()), options),
+    }
+    for side in (320, 256):
+        rows[f"resbackbone, shards of {side} pixels"] = ours(shards(scratch, side, options), options)
+    return rows
 
 
 def plain(folder: Path, options: Options) -> Callable[[], None]:

@@ -15,6 +15,7 @@ from detection.coco import BadImage, read_image
 from detection.evaluate import detect
 from detection.faster_rcnn import detector_file, load_detector
 from detection.report import draw_boxes
+from detection.scoring import entries
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
 from resbackbone.training.command import console, main_of, parse, track
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise
             console.print(f"skipped {error}")
             continue
-        found = detect(detector, image, number, ids, torch.device(device), bf16=precision == "bf16")
+        found = entries(detect(detector, image, number, ids, torch.device(device), bf16=precision == "bf16"))
         found = [entry for entry in found if entry["category_id"] in detector.real_categories]
         drawn = [entry for entry in found if entry["score"] >= options.threshold]
         picture = pictures[number - 1]

@@ -15,6 +15,7 @@ from detection.data import open_split
 from detection.evaluate import evaluate, print_results, write_results
 from detection.faster_rcnn import detector_file, load_detector
 from detection.paper import ImprovedTesting
+from detection.scoring import BACKENDS
 from resbackbone.checks import one_of
 from resbackbone.training.command import console, main_of, parse, track
 from resbackbone.training.distributed import Rank, count_processes, launch, native_precision
@@ -47,6 +48,8 @@ class Options:
     """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
     precision: str | None = None
     """fp32 or bf16 (autocast). Default: the run's; bf16 where the device computes in it."""
+    coco_backend: str = "hotcoco"
+    """What scores: hotcoco, or pycocotools, whose numbers are the same and which takes some hundred times as long."""
     skip_bad_images: bool = False
     """Go on without images that cannot be read; they count as images without detections, and are named."""
 
@@ -69,6 +72,7 @@ def score(rank: Rank, options: Options) -> None:
     on_gpu = rank.device.type == "cuda"
     precision = options.precision or config.get("precision") or native_precision(rank.device.type)
     one_of("precision", precision, ("fp32", "bf16"))
+    one_of("COCO backend", options.coco_backend, BACKENDS)
 
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
     dataset = open_split(data, "val", categories=detector.real_categories, skip_bad_images=options.skip_bad_images)
@@ -82,6 +86,7 @@ def score(rank: Rank, options: Options) -> None:
         rank,
         workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
         bf16=precision == "bf16",
+        backend=options.coco_backend,
         progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
     )
     if not rank.is_main:

@@ -21,9 +21,10 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
+from resbackbone.training.checkpoints import checkpoints
 from resbackbone.training.command import console, main_of, parse
 from resbackbone.training.distributed import count_processes
-from resbackbone.training.run import checkpoints, read_yaml
+from resbackbone.training.run import read_yaml
 
 KINDS = {"plain": "none", "resnet": "A"}  # and their shortcuts
 FILE = "model.safetensors"  # in each checkpoint of a run

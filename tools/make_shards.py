@@ -108,7 +108,7 @@ def write_split(images: Images, split: str, options: Options) -> None:
     workers = 0 if options.workers == 1 else min(options.workers, len(missing))
     shards = DataLoader(Shards(make, missing), batch_size=None, num_workers=workers)
     for messages in track(shards, len(missing), f"{split} shards"):
-        if isinstance(messages, BadImage):
+        if isinstance(messages, Exception):
             raise messages
         for message in messages:
             console.print(f"skipped {message}")
@@ -131,10 +131,10 @@ class Shards(Dataset):
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, i: int) -> list[str] | BadImage:
+    def __getitem__(self, i: int) -> list[str] | BadImage | OSError:
         try:
             return self.make(*self.shards[i])
-        except BadImage as error:  # given back, as a process's exception would lose its message
+        except (BadImage, OSError) as error:  # given back, as a process's exception would lose its message
             return error
 
 

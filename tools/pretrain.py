@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -43,9 +44,9 @@ from resbackbone.training.distributed import (
     share_buffers,
 )
 from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.options import check_counts, claim_folder, resumed
-from resbackbone.training.run import Run, checkpoints, read_yaml
-from resbackbone.training.state import NonFiniteLoss, TrainState, seed_step
+from resbackbone.training.options import RunOptions, check_counts, claim_folder, resume_point, resumed, wants_resume
+from resbackbone.training.run import Run, read_yaml
+from resbackbone.training.state import NonFinite, TrainState, seed_step
 from resbackbone.weights import read_weights, settle, write_weights
 from resbackbone.weights.sources import is_named
 from resbackbone.weights.write import architecture_name
@@ -59,8 +60,8 @@ MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and 
 
 
 @dataclass(frozen=True)
-class Options:
-    """Train a ResNet to classify images and evaluate it; without --data, on an embedded data set."""
+class Training:
+    """What is trained on what, and how it is evaluated."""
 
     data: str | None = None
     """Folder with train/<class>/ and val/<class>/ (or test/), webdataset shards ('path/train-{000000..000146}.tar'),
@@ -75,8 +76,6 @@ class Options:
     """Parts a batch goes through the network in, one after the other, for what a GPU's memory does not hold."""
     epochs: int | None = None
     """Length of the training; drops and warm-up follow. Default: the recipe's."""
-    max_steps: int | None = None
-    """Stop after this many updates, wherever the schedule is then."""
     size: int | None = None
     """Side of a training crop in pixels; the test images follow in proportion. Default: the recipe's."""
     weights: str | None = None
@@ -92,36 +91,26 @@ class Options:
     """A bottleneck's stride in its first 1x1, as the paper has it, not in the 3x3, as torchvision does."""
     ema: bool = False
     """Evaluate and keep a moving average of the weights, which torchvision-v2 does anyhow."""
-    output: Path | None = None
-    """The run's folder. Default: a new one under runs/."""
     eval: str = "1crop"
     """1crop, 10crop or multiscale: how the network is tested at the end."""
     eval_only: tuple[str, ...] = ()
-    """Runs, weight files or named sources to evaluate instead of training; of several, the averaged scores."""
+    """Runs, weight files or named sources to evaluate instead of training; of several, the averaged scores. What
+    --data, --recipe (for the images' sizes) and --precision leave open is as in the first run; without a run, fp32."""
     checkpoint_period: int = 2000
     """Updates between checkpoints."""
     eval_period: int = 0
     """Updates between evaluations (1crop); 0 evaluates at the end only."""
-    log_period: int = 20
-    """Updates between lines of metrics."""
-    seed: int = 0
-    """Weights, order and augmentation are functions of it."""
-    device: str | None = None
-    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
-    gpus: int | None = None
-    """How many of this machine's GPUs. Default: all."""
     workers: int | None = None
     """Processes that load images, for each GPU. Default: 12 with a GPU, 0 on a CPU."""
-    precision: str | None = None
-    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
     compile: bool = False
     """Compile the network (torch.compile): minutes at the start for faster updates."""
     skip_bad_images: bool = False
     """Go on without images that cannot be read; they are named and counted."""
-    resume: bool = False
-    """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
-    config: Path | None = None
-    """YAML file with options, such as another run's config.yaml; flags override it."""
+
+
+@dataclass(frozen=True)
+class Options(RunOptions, Training):
+    """Train a ResNet to classify images and evaluate it; without --data, on an embedded data set."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -134,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
     options = complete(options)
-    if options.resume:
+    if wants_resume(options):
         options = complete(resumed(options, argv, default=default_folder(options), may_differ=MAY_DIFFER))
     launch(train, (options,), device=options.device, processes=count_processes(options.device, options.gpus))
 
@@ -153,10 +142,12 @@ def train(rank: Rank, options: Options) -> None:
     if train_set.classes != val_set.classes:
         raise ValueError(f"--data {options.data}: the classes of its training and validation images differ")
     say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
+    for message in sorted(train_set.skipped | val_set.skipped):
+        say(f"skipped {message}")
 
-    last = checkpoints(folder)[-1] if options.resume and checkpoints(folder) else None
+    last = broadcast(resume_point(folder) if rank.is_main and options.resume else None, rank)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
-    model, metadata = build(options, train_set.classes, last and last / "model.safetensors")
+    model, metadata = build(options, recipe, train_set.classes, last and last / "model.safetensors")
     metadata |= {"recipe": {"name": options.recipe, **asdict(recipe)}, "accuracy": []}
     model.to(rank.device, memory_format=torch.channels_last).train()
     say(f"{metadata['architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
@@ -192,7 +183,7 @@ def train(rank: Rank, options: Options) -> None:
     run = Run(folder, {**kept, "effective": effective}, resumed_step=state.step, writes=rank.is_main)
 
     losses_of_mixed = build_loss(state.model, recipe, len(train_set.classes))
-    skipped = set()
+    skipped = set(train_set.skipped)
 
     def losses(part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         pixels, labels = part
@@ -248,7 +239,7 @@ def train(rank: Rank, options: Options) -> None:
         rank=rank,
         run=run,
         periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
-        checkpoint=lambda: run.save(state.step, save_checkpoint),
+        checkpoint=lambda: run.save(state.step, save_checkpoint, nbytes=state.nbytes),
         evaluate=score_on_the_way,
         bad_batch=lambda batch, error: save_batch(*batch, folder, error, rank),
         parts_of=parts_of,
@@ -284,6 +275,8 @@ def complete(options: Options) -> Options:
         one_of("norm", options.norm, NORMS)
     if options.shortcut is not None:
         one_of("shortcut", options.shortcut, ("A", "B", "C"), " (or --plain)")
+        if options.plain:
+            raise ValueError(f"--plain has no shortcuts, --shortcut {options.shortcut} asks for them; leave one out")
     least_one = ("batch_size", "accumulate", "epochs", "max_steps", "checkpoint_period", "log_period")
     check_counts(options, least=1, names=least_one)
     check_counts(options, least=0, names=("eval_period", "seed", "workers"))
@@ -359,7 +352,9 @@ def augmentation(recipe: Recipe) -> TrainAugment:
     )
 
 
-def build(options: Options, classes: list[str], checkpoint: Path | None) -> tuple[ResNetClassifier, dict]:
+def build(
+    options: Options, recipe: Recipe, classes: list[str], checkpoint: Path | None
+) -> tuple[ResNetClassifier, dict]:
     """The classifier a run starts or goes on from, and what its files say about it."""
     asked = {
         "depth": options.depth,
@@ -368,10 +363,11 @@ def build(options: Options, classes: list[str], checkpoint: Path | None) -> tupl
         "stride_in_1x1": options.stride_in_1x1 or None,
     }
     source = checkpoint or options.weights
-    model = build_resnet_classifier(num_classes=len(classes), weights=source, **asked)
     weights = None if source is None else read_weights(source)
     if checkpoint and weights.metadata.get("classes") != classes:
         raise ValueError(f"{checkpoint}: was trained on other classes than those of {options.data}")
+    zero_init = recipe.zero_init_residual and not options.plain
+    model = build_resnet_classifier(num_classes=len(classes), weights=weights, zero_init_residual=zero_init, **asked)
     trunk = settle(weights, **asked)
     return model, {
         "architecture": architecture_name(trunk),
@@ -383,8 +379,9 @@ def build(options: Options, classes: list[str], checkpoint: Path | None) -> tupl
 
 
 def score_of(models: list[nn.Module], val_set: Images, rank: Rank, options: Options, recipe: Recipe, *, protocol: str):
-    """The accuracy of one network, or of the averaged scores of several."""
-    return evaluate(
+    """The accuracy of one network, or of the averaged scores of several; names the images that it went on without."""
+    skipped = set(val_set.skipped)
+    results = evaluate(
         models,
         val_set,
         rank,
@@ -396,14 +393,20 @@ def score_of(models: list[nn.Module], val_set: Images, rank: Rank, options: Opti
         bf16=options.precision == "bf16",
         progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
     )
+    for message in sorted(val_set.skipped - skipped):
+        console.print(f"skipped {message}")
+    return results
 
 
 def complete_for_evaluation(options: Options) -> Options:
-    """What evaluation needs and was left out is that of the first run, where it is one."""
-    first = Path(options.eval_only[0])
-    file = (first if first.is_dir() else first.parent) / "config.yaml"
-    config = read_yaml(file) if file.is_file() else {}
+    """What evaluation needs and was left out is that of the first run, if there is one."""
+    paths = [Path(source) for source in options.eval_only if not is_named(source)]
+    files = [(path if path.is_dir() else path.parent) / "config.yaml" for path in paths]
+    config = next((read_yaml(file) for file in files if file.is_file()), {})
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
+    given["precision"] = given["precision"] or "fp32"  # as publishers of weights evaluate theirs
+    if given["data"] == SYNTHETIC:
+        raise ValueError(f"--data {SYNTHETIC}: synthetic images show the speed alone; give --data DIR to evaluate on")
     if given["data"] is None and not find_imagenet():
         raise ValueError(
             f"{options.eval_only[0]} does not say what it was trained on (no config.yaml); give --data DIR"
@@ -420,13 +423,16 @@ def evaluate_only(rank: Rank, options: Options) -> None:
     val_set = open_images(options.data, "val", skip_bad_images=options.skip_bad_images)
     models = []
     for file in files:
-        model = build_resnet_classifier(num_classes=len(val_set.classes), weights=file)
-        classes = read_weights(file).metadata
-        if "recipe" in classes and classes["classes"] != val_set.classes:  # ours: they are names of folders
+        weights = read_weights(file)
+        model = build_resnet_classifier(num_classes=len(val_set.classes), weights=weights)
+        of_folders = "recipe" in weights.metadata  # in our files; elsewhere they are named otherwise
+        if of_folders and weights.metadata["classes"] != val_set.classes:
             raise ValueError(f"{file}: was trained on other classes than those of {options.data}")
         models.append(model.to(rank.device, memory_format=torch.channels_last))
     say = console.print if rank.is_main else lambda *_: None
     say(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
+    for message in sorted(val_set.skipped):
+        say(f"skipped {message}")
     results = score_of(models, val_set, rank, options, recipe, protocol=options.eval)
     say(described(results))
     target = options.output
@@ -468,25 +474,31 @@ def zoo_row(
     seconds = [(line["step"], line["seconds"]) for line in lines if line["kind"] == "train"]
     before = [0, *(step for step, _ in seconds)]
     total = sum(each * (step - since) for (step, each), since in zip(seconds, before, strict=False))
-    git = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
     device = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else platform.machine()
+    words = ["--config", str(folder / "config.yaml")] if options.resume else sys.argv[1:]  # what makes it anew
     cells = [
         f"{data_name(options)}, {len(train_set)} + {len(val_set)} images",
         f"{metadata['architecture']}, {options.recipe}, {options.eval}",
-        f"`python tools/pretrain.py {shlex.join(sys.argv[1:])}`",
+        f"`python tools/pretrain.py {shlex.join(words)}`",
         f"{100 * results['top1']:.2f}",
         f"{100 * results['top5']:.2f}",
         f"{total / 60:.1f} min",
-        git.stdout.strip(),
+        commit(),
         f"{rank.ranks} x {device}, {options.precision}, torch {torch.__version__}",
         f"[metrics]({folder / 'metrics.jsonl'})",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def save_batch(pixels: Tensor, labels: Tensor, folder: Path, error: NonFiniteLoss, rank: Rank) -> str:
+def commit() -> str:
+    """The commit that this runs from; "" where git is not there, or this is no checkout."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+
+def save_batch(pixels: Tensor, labels: Tensor, folder: Path, error: NonFinite, rank: Rank) -> str:
     """Keep the images and labels of a batch that went wrong; returns a clause that names the file."""
     path = loop.keep_bad_batch({"images": pixels, "labels": labels}, folder, error, rank)
     return f"{error.terms} on rank {rank.rank}, its images are saved in {path}"

@@ -42,10 +42,10 @@ from resbackbone.training.distributed import (
     share_buffers,
 )
 from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.options import check_counts, claim_folder, resumed
-from resbackbone.training.run import Run, checkpoints, read_yaml
+from resbackbone.training.options import RunOptions, check_counts, claim_folder, resume_point, resumed, wants_resume
+from resbackbone.training.run import Run, read_yaml
 from resbackbone.training.schedule import Schedule
-from resbackbone.training.state import NonFiniteLoss, TrainState, seed_step
+from resbackbone.training.state import NonFinite, TrainState, seed_step
 
 PAPER = "He et al. 2015, Sec. 4.2: SGD 0.1, momentum 0.9, weight decay 1e-4, a tenth of the rate at 1/2 and at 3/4"
 RATE, BATCH_SIZE, STEPS = 0.1, 128, 64_000
@@ -59,8 +59,8 @@ MAY_DIFFER = {  # from the run that is resumed: where it runs and how long
 
 
 @dataclass(frozen=True)
-class Options:
-    """Train one of the paper's CIFAR-10 networks and test it."""
+class Training:
+    """What is trained on what, and how long."""
 
     data: Path | None = None
     """Folder with cifar-10-batches-py/, or with train/<class>/ and test/<class>/; or synthetic: patterns drawn on the
@@ -70,36 +70,23 @@ class Options:
     plain: bool = False
     """Without shortcuts: the paper's plain nets."""
     shortcut: str | None = None
-    """A, B or C (the paper's Sec. 3.3). Default: A, as the paper here."""
+    """A, B or C (the paper's Sec. 4.1). Default: A, as the paper here."""
     steps: int | None = None
     """Length of the schedule in updates; the drops come at its half and three quarters. Default: 64000, at 128 images
     an update."""
-    max_steps: int | None = None
-    """Stop after this many updates, wherever the schedule is then."""
     batch_size: int = BATCH_SIZE
     """Images an update, over all GPUs; the rate and the default --steps follow it."""
     validation: bool = False
     """Keep a tenth of the training images to test on, as the paper's 45k/5k, instead of the test images."""
-    output: Path | None = None
-    """The run's folder. Default: a new one under runs/."""
     checkpoint_period: int = 500
     """Updates between checkpoints."""
     eval_period: int | None = None
     """Updates between tests; 0 tests at the end only. Default: 1000, or a tenth of --steps if that is less."""
-    log_period: int = 20
-    """Updates between lines of metrics."""
-    seed: int = 0
-    """Weights, order and augmentation are functions of it."""
-    device: str | None = None
-    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
-    gpus: int | None = None
-    """How many of this machine's GPUs. Default: all."""
-    precision: str | None = None
-    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
-    resume: bool = False
-    """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
-    config: Path | None = None
-    """YAML file with options, such as another run's config.yaml; flags override it."""
+
+
+@dataclass(frozen=True)
+class Options(RunOptions, Training):
+    """Train one of the paper's CIFAR-10 networks and test it."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +102,7 @@ class PaperSchedule(Schedule):
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained network and its test error, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
-    if options.resume:
+    if wants_resume(options):
         default = options.output or default_folder(complete(options))
         options = resumed(options, argv, default=default, may_differ=MAY_DIFFER)
     options = complete(options)
@@ -133,7 +120,7 @@ def train(rank: Rank, options: Options) -> None:
     mean_image = mean_image_of(data.train)
     say(f"run:   {folder}\ndata:  {data.summary()} in {options.data}{' (validation)' if options.validation else ''}")
 
-    last = checkpoints(folder)[-1] if options.resume and checkpoints(folder) else None
+    last = broadcast(resume_point(folder) if rank.is_main and options.resume else None, rank)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     network = {"depth": options.depth, "shortcut": shortcut_of(options), "num_classes": len(data.classes)}
     model = build_cifar_resnet(**network, weights=last and last / "model.safetensors")
@@ -187,6 +174,10 @@ def train(rank: Rank, options: Options) -> None:
         run.record(state.step, {**results, "seconds": time.monotonic() - began}, kind="eval")
         return results
 
+    def write_checkpoint(to: Path) -> None:
+        save_model(to / "model.safetensors")
+        state.save(to)
+
     loop.train(
         state,
         batches,
@@ -199,7 +190,7 @@ def train(rank: Rank, options: Options) -> None:
         rank=rank,
         run=run,
         periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
-        checkpoint=lambda: run.save(state.step, lambda to: (save_model(to / "model.safetensors"), state.save(to))),
+        checkpoint=lambda: run.save(state.step, write_checkpoint, nbytes=state.nbytes),
         evaluate=lambda: say(f"step {state.step}: test error {100 * score()['error']:.2f}%"),
         bad_batch=lambda batch, error: save_batch(*batch, folder, error, rank),
         after_update=lambda batch: {"train_error": wrong.item()},
@@ -305,7 +296,7 @@ def test(model: CifarResNet, split: Split, mean_image: Tensor, rank: Rank, *, bf
     return broadcast(total and {"error": total[0], "loss": total[1], "images": count}, rank)
 
 
-def save_batch(images: Tensor, labels: Tensor, folder: Path, error: NonFiniteLoss, rank: Rank) -> str:
+def save_batch(images: Tensor, labels: Tensor, folder: Path, error: NonFinite, rank: Rank) -> str:
     """Keep the images and labels of a batch that went wrong; returns a clause that names the file."""
     path = loop.keep_bad_batch({"images": images, "labels": labels}, folder, error, rank)
     return f"{error.terms} on rank {rank.rank}, its images are saved in {path}"

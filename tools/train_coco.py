@@ -9,6 +9,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from detection.coco import LAYOUT
@@ -19,6 +20,7 @@ from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
 from detection.recipes import RECIPES, Recipe
 from detection.report import save_pictures
 from detection.sampler import TrainBatches
+from detection.scoring import BACKENDS
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
 from resbackbone.checks import one_of
@@ -36,14 +38,14 @@ from resbackbone.training.distributed import (
     share_buffers,
 )
 from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.options import check_counts, claim_folder, resumed
-from resbackbone.training.run import Run, checkpoints, read_yaml
-from resbackbone.training.state import NonFiniteLoss, TrainState, seed_step
+from resbackbone.training.options import check_counts, claim_folder, resume_point, resumed, wants_resume
+from resbackbone.training.run import Run, read_yaml
+from resbackbone.training.state import NonFinite, TrainState, seed_step
 
 ENGINES = ("torchvision", "detectron2")
 MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and getting past a broken image
     *("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config"),
-    *("checkpoint_period", "eval_period", "log_period", "pictures"),
+    *("checkpoint_period", "eval_period", "log_period", "pictures", "coco_backend"),
 }
 
 
@@ -84,6 +86,8 @@ class Options:
     """Updates between lines of metrics."""
     pictures: int = 12
     """Pictures of predictions beside ground truth to draw at the end."""
+    coco_backend: str = "hotcoco"
+    """What scores: hotcoco, or pycocotools, whose numbers are the same and which takes some hundred times as long."""
     seed: int = 0
     """Weights, order, augmentation and sampling are functions of it."""
     device: str | None = None
@@ -107,7 +111,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
     options = complete(parse(Options, argv))
-    if options.resume:
+    if wants_resume(options):
         options = complete(resumed(options, argv, default=default_folder(options), may_differ=MAY_DIFFER))
     launch(train, (options,), device=options.device, processes=count_processes(options.device, options.gpus))
 
@@ -136,7 +140,7 @@ def train(rank: Rank, options: Options) -> None:
         detectron2_engine().train_with_detectron2(rank, options, folder, train_set=train_set, val_set=val_set)
         return
 
-    last = checkpoints(folder)[-1] if options.resume and checkpoints(folder) else None
+    last = broadcast(resume_point(folder) if rank.is_main and options.resume else None, rank)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     if last is None:
         detector = build(options, recipe, train_set.categories)
@@ -180,9 +184,13 @@ def train(rank: Rank, options: Options) -> None:
     run = Run(folder, config, resumed_step=state.step, writes=rank.is_main)
 
     def checkpoint() -> None:
-        run.save(state.step, lambda to: (save_detector(detector, to / "model.safetensors"), state.save(to)))
+        def write(to: Path) -> None:
+            save_detector(detector, to / "model.safetensors")
+            state.save(to)
 
-    def score() -> tuple[dict, list[dict]]:
+        run.save(state.step, write, nbytes=state.nbytes)
+
+    def score() -> tuple[dict, np.ndarray]:
         began = time.monotonic()
         share_buffers(detector, rank)
         results, detections = evaluate(
@@ -191,6 +199,7 @@ def train(rank: Rank, options: Options) -> None:
             rank,
             workers=options.workers,
             bf16=options.precision == "bf16",
+            backend=options.coco_backend,
             progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
         )
         run.record(state.step, {**results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
@@ -246,6 +255,7 @@ def complete(options: Options) -> Options:
     recipe_name = one_of("recipe", options.recipe or ("short" if data == EMBEDDED else "1x"), RECIPES)
     recipe = RECIPES[recipe_name]
     variant = one_of("variant", options.variant or recipe.variant, VARIANTS)
+    one_of("COCO backend", options.coco_backend, BACKENDS)
     if one_of("engine", options.engine, ENGINES) == "detectron2":
         if variant not in BACKBONE_OF or "anchor_sides" in recipe.detector:
             raise ValueError(f"--engine detectron2 trains no {variant} of --recipe {recipe_name}; leave the engine out")
@@ -330,7 +340,7 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str]) -> Faste
     return detector
 
 
-def save_batch(images: list, targets: list[dict], folder: Path, error: NonFiniteLoss, rank: Rank) -> str:
+def save_batch(images: list, targets: list[dict], folder: Path, error: NonFinite, rank: Rank) -> str:
     """Keep the images and boxes of a batch that went wrong; returns a clause that names them."""
     tensors = {f"image_{i}": image for i, image in enumerate(images)}
     for name in ("boxes", "labels"):

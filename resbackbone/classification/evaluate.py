@@ -11,8 +11,8 @@ from torchvision.transforms import functional as F
 from resbackbone.checks import one_of
 from resbackbone.classification.decode import BadImage
 from resbackbone.classification.images import Images
+from resbackbone.classification.transforms import to_model_input
 from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
-from resbackbone.weights.inputs import MEAN, STD
 
 PROTOCOLS = ("1crop", "10crop", "multiscale")
 SCALES = (224, 256, 384, 480, 640)  # shorter sides, of a network for crops of 224
@@ -24,21 +24,15 @@ def evaluate(
     rank: Rank,
     *,
     protocol: str = "1crop",
-    crop: int = 224,
-    resize: int = 256,
-    batch_size: int = 64,
-    workers: int = 0,
-    bf16: bool = False,
-    progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
+    **options,
 ) -> dict:
     """Classify every image and count: {"top1", "top5", "images", "unreadable", "protocol"}, the same on every rank.
 
     `top1` and `top5` are the fractions, 0..1, of the images whose class is the first, or among the first five, of
-    those that `predict` gives; arguments and errors are its own. An unreadable image, where going on without is
-    asked for, counts as one of the images and as wrong.
+    those that `predict` gives; arguments, `options` among them, and errors are its own. An unreadable image, where
+    going on without is asked for, counts as one of the images and as wrong.
     """
-    options = {"protocol": protocol, "crop": crop, "resize": resize, "batch_size": batch_size, "workers": workers}
-    predicted = predict(models, images, rank, **options, bf16=bf16, progress=progress)
+    predicted = predict(models, images, rank, protocol=protocol, **options)
     results = None
     if predicted is not None:
         right = predicted == torch.as_tensor(images.labels).view(-1, 1)  # [images, 5]
@@ -126,22 +120,17 @@ def predict(
 
 def _scores(model: nn.Module, group: Tensor, device: torch.device, *, mirrored: bool, bf16: bool, classes: int):
     """uint8 [images, views, 3, H, W] to class scores, fp64 [images, classes]: softmax, averaged over the views."""
-    x = to_model_input(group.flatten(0, 1).to(device, non_blocking=True))
+    x = to_model_input(group.flatten(0, 1), device)
     if mirrored:
         x = torch.cat([x, x.flip(-1)])
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        logits = model(x.contiguous(memory_format=torch.channels_last))
+        logits = model(x)
     if logits.shape[1] != classes:
         raise ValueError(f"the network scores {logits.shape[1]} classes, and the images are of {classes}")
     if not logits.isfinite().all():
         raise ValueError("the network's scores are not finite")
     probabilities = logits.double().softmax(1)  # in fp32 logits that differ can come out equal
     return probabilities.view(-1, *group.shape[:2], classes).mean((0, 2))
-
-
-def to_model_input(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] RGB to what networks take: fp32, normalized by MEAN and STD, as torchvision computes it."""
-    return F.normalize(F.convert_image_dtype(images, torch.float), MEAN, STD, inplace=True)
 
 
 class _Views(Dataset):

@@ -121,7 +121,8 @@ class FolderImages(Images):
         """
         if len(self) > LOOKED_AT:
             return
-        small = sum(os.path.getsize(self.name(i)) for i in range(len(self))) <= SMALL_SET
+        paths = filter(os.path.exists, map(self.name, range(len(self))))  # links may lead nowhere
+        small = sum(map(os.path.getsize, paths)) <= SMALL_SET
         broken = {}
         for i in range(len(self)):
             if small or not _looks_whole(self.name(i)):
@@ -168,12 +169,13 @@ def open_images(data: str | os.PathLike, split: str, *, skip_bad_images: bool = 
     one_of("split", split, SPLITS)
     if data == SYNTHETIC:
         return SyntheticImages(split)
-    if ".tar" in str(data):
+    if ".tar" in str(data) and not Path(data).is_dir():
         from resbackbone.classification.shards import open_shards
 
         return open_shards(str(data), split, skip_bad_images=skip_bad_images)
     if not Path(data).is_dir():
-        raise ValueError(f"--data {data}: no such folder; it should hold {LAYOUT}, or be shards, or {SYNTHETIC!r}")
+        what = "a file, not a folder" if Path(data).is_file() else "no such folder"
+        raise ValueError(f"--data {data}: {what}; it should hold {LAYOUT}, or be shards, or {SYNTHETIC!r}")
     folders = {name: split_folder(data, name) for name in SPLITS}
     if folders[split] is None:
         raise ValueError(f"--data {data}: no folder {' or '.join(SPLITS[split])} in it; it should hold {LAYOUT}")
@@ -294,11 +296,14 @@ def _files_below(folder: Path) -> list[str]:
 
 def _looks_whole(path: str) -> bool:
     """Whether a file begins and ends as a JPEG does; others are looked at more closely."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"\xff\xd8" or file.seek(0, os.SEEK_END) < 4:
-            return False
-        file.seek(-2, os.SEEK_END)
-        return file.read() == b"\xff\xd9"
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"\xff\xd8" or file.seek(0, os.SEEK_END) < 4:
+                return False
+            file.seek(-2, os.SEEK_END)
+            return file.read() == b"\xff\xd9"
+    except OSError:
+        return False
 
 
 def _some(names: list[str]) -> str:

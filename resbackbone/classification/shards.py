@@ -26,6 +26,8 @@ from resbackbone.classification.images import Draw, Images
 WINDOW = 5000  # images of which a stream gives any next; 0.2 to 0.5 GB of files for a rank
 SHARD = re.compile(r"[^/\s]*\.tar(?!.*\.tar)")  # a shard's file name, in a path, a URL or a command
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
+ENTRY = ("name", "bytes", "labels", "offsets", "sizes")  # of a shard, in an index
 
 
 class ShardImages(Images):
@@ -148,7 +150,10 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
     For the split "val", the shards beside them that have "val" in place of "train" in their names. Raises ValueError
     in one sentence for shards that are not there, are not those of their index, or hold an image without a label.
     """
-    pattern = SHARD.search(data)[0]
+    found = SHARD.search(data)
+    if data[found.end() :].startswith(COMPRESSED):
+        raise ValueError(f"--data {data}: shards are tar files, not compressed (...tar)")
+    pattern = found[0]
     if split == "val" and "val" not in pattern:
         if "train" not in pattern:
             raise ValueError(f"--data {data}: names of shards should hold 'train', so that those for val can be found")
@@ -160,7 +165,10 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
             index = json.loads(file.read())
         if not isinstance(index, dict) or not {"classes", "shards"} <= index.keys():
             raise ValueError("it has no classes and shards")
-    except (OSError, ValueError) as error:
+        for i, shard in enumerate(index["shards"]):
+            if not isinstance(shard, dict) or not set(ENTRY) <= shard.keys():
+                raise ValueError(f"entry {i} of its shards has no {', '.join(ENTRY[:-1])} and {ENTRY[-1]}")
+    except (OSError, ValueError, TypeError) as error:
         if remote or not isinstance(error, FileNotFoundError):
             raise ValueError(
                 f"--data {data}: cannot read the index {index_name(pattern)} beside the shards, which "
@@ -265,6 +273,8 @@ def expand(pattern: str) -> list[str]:
     if numbers is None:
         return [pattern]
     first, last = numbers.groups()
+    if int(first) > int(last):
+        raise ValueError(f"{pattern} names no shard; its numbers go down")
     names = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
     return [pattern[: numbers.start()] + name + pattern[numbers.end() :] for name in names]
 

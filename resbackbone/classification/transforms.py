@@ -17,9 +17,10 @@ from resbackbone.checks import one_of
 from resbackbone.weights.inputs import MEAN, STD
 
 COLOURS = ("none", "pca")
-# Principal components of the RGB values (0..1) of ImageNet's training images: standard deviation along each, and the
-# three directions as columns. Computed for fb.resnet.torch (Facebook's ResNets) after Krizhevsky et al. 2012.
-PCA_STD = np.array([0.2175, 0.0188, 0.0045])
+# Principal components of the RGB values (0..1) of ImageNet's training images: variance along each (the eigenvalue, with
+# which the source scales its noise), and the three directions as columns. Computed for fb.resnet.torch (Facebook's
+# ResNets) after Krizhevsky et al. 2012.
+PCA_VARIANCES = np.array([0.2175, 0.0188, 0.0045])
 PCA_DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 PCA_NOISE = 0.1
 MEAN_COLOUR = [round(255 * mean) for mean in MEAN]  # what is erased becomes about zero when it is normalized
@@ -84,7 +85,7 @@ class TrainAugment:
                 augmented = self.auto_augment(Image.fromarray(x.permute(1, 2, 0).numpy()))
                 x = torch.from_numpy(np.array(augmented)).permute(2, 0, 1)
             if self.colour == "pca":
-                noise = PCA_DIRECTIONS @ (PCA_STD * [draw.gauss(0, PCA_NOISE) for _ in range(3)])
+                noise = PCA_DIRECTIONS @ (PCA_VARIANCES * [draw.gauss(0, PCA_NOISE) for _ in range(3)])
                 shift = torch.from_numpy((255 * noise).round().astype(np.int16)).view(3, 1, 1)
                 x = (x + shift).clamp_(0, 255).to(torch.uint8)
             if self.erase is not None:
@@ -112,14 +113,13 @@ class TrainAugment:
 def to_model_input(images: Tensor, device: torch.device) -> Tensor:
     """uint8 [B, 3, H, W] RGB to what networks take: fp32 on `device` in channels_last, normalized by MEAN and STD.
 
-    One multiplication and addition, which is within 1e-6 of torchvision's two divisions and a subtraction.
+    The same numbers, bit for bit, as torchvision's to_tensor and normalize compute.
     """
-    mean, std = torch.tensor(MEAN), torch.tensor(STD)
     width = images.shape[-1]
-    # Rows of pixels, [B, H, W*3], and a factor for each value: CPUs take many times as long for [.., 3] * [3].
+    # Rows of pixels, [B, H, W*3], and a number for each value: CPUs take many times as long for [.., 3] / [3].
     rows = images.to(device, non_blocking=True).permute(0, 2, 3, 1).flatten(2).float()
-    shift, factor = ((x.repeat(width)).to(device) for x in (-mean / std, 1 / (255 * std)))
-    return torch.addcmul(shift, rows, factor, out=rows).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+    mean, std = (torch.tensor(values).repeat(width).to(device) for values in (MEAN, STD))
+    return rows.div_(255).sub_(mean).div_(std).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
 
 
 def _auto_augment(name: str | None, size: int):

@@ -2,21 +2,26 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
 from resbackbone.checks import one_of
-from resbackbone.training.errors import one_line_errors
+from resbackbone.training.errors import SAID, one_line_errors
+from resbackbone.training.lock import let_go_of_all
+from resbackbone.training.termination import EXIT_STATUS, Terminated, termination
 
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
 
@@ -70,18 +75,36 @@ def launch(function: Callable[..., None], arguments: tuple, *, device: str, proc
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
         _run(local_rank, int(os.environ["RANK"]), processes, device, function, arguments)
     elif processes > 1:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells whom it stops
-        try:
-            mp.spawn(_spawned, (address, processes, device, function, arguments), nprocs=processes)
-        except mp.ProcessExitedException:
-            sys.exit(1)  # it has said why
+        _spawn(function, arguments, device=device, processes=processes)
     else:
-        function(Rank(0, 1, torch.device(device)), *arguments)
+        _call(function, Rank(0, 1, torch.device(device)), arguments)
 
 
-def _spawned(rank: int, address: dict, processes: int, device: str, function: Callable, arguments: tuple) -> None:
-    os.environ.update(address, RANK=str(rank))
+def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, processes: int) -> None:
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells whom it stops
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), SAID: str(Path(folder) / "said")}
+        started = mp.spawn(_spawned, (shared, processes, device, function, arguments), nprocs=processes, join=False)
+        before = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started.processes])
+        try:
+            while not started.join():
+                pass
+        except mp.ProcessExitedException as error:
+            sys.exit(EXIT_STATUS if error.exit_code == EXIT_STATUS else 1)  # it has said why
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
+    with termination.handled():
+        try:
+            function(rank, *arguments)
+        finally:
+            let_go_of_all()
+
+
+def _spawned(rank: int, shared: dict, processes: int, device: str, function: Callable, arguments: tuple) -> None:
+    os.environ.update(shared, RANK=str(rank))
     with one_line_errors():
         _run(rank, rank, processes, device, function, arguments)
 
@@ -93,11 +116,19 @@ def _run(local_rank: int, rank: int, processes: int, device: str, function: Call
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     dist.init_process_group(backend, rank=rank, world_size=processes, timeout=TIMEOUT)
-    function(Rank(rank, processes, place), *arguments)
+    together = None
+    try:
+        _call(function, Rank(rank, processes, place), arguments)
+    except Terminated as stop:
+        if not stop.together:
+            raise
+        together = stop
     # Not after an error: these would wait for ranks that do not know of it yet. A rank that leaves while another
     # still talks to it makes gloo abort that one now and then, so they leave together.
     dist.barrier()
     dist.destroy_process_group()
+    if together is not None:
+        raise together
 
 
 def _free_port() -> int:
@@ -124,13 +155,13 @@ def broadcast(value, rank: Rank):
     return box[0]
 
 
-def all_agree(flag: bool, rank: Rank) -> bool:
-    """Whether `flag` is true on every rank."""
-    if rank.ranks == 1:
-        return flag
-    votes = torch.tensor(int(flag), device=rank.device)
-    dist.all_reduce(votes, dist.ReduceOp.MIN)
-    return bool(votes.item())
+def any_rank(flags: Tensor, rank: Rank) -> Tensor:
+    """[n] booleans on `rank.device`, true where they are on any rank; does not wait for a GPU."""
+    if rank.ranks > 1:
+        votes = flags.int()
+        dist.all_reduce(votes, dist.ReduceOp.MAX)
+        flags = votes.bool()
+    return flags
 
 
 class RankShare(Sampler):

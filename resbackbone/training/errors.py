@@ -5,17 +5,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors import SafetensorError
 
 HEAD_START = 2.0  # seconds; mistakes are mostly found by all ranks at once, and the first one said is enough
+SAID = "RESBACKBONE_ERROR_SAID"  # names a file that is there once rank 0 has said its error
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a ValueError, an OSError or Ctrl-C in the block into one line on stderr and an exit.
 
-    The rank in $RANK, if it is not 0, is named, and waits a moment, in which it is stopped if rank 0 failed too.
+    The rank in $RANK, if it is not 0, is named, and waits a moment, in which it is stopped if rank 0 failed too; if
+    rank 0 was heard by then, it says nothing.
     So does every rank with a RuntimeError, longer: it is what a rank meets whose peer has gone, and the peer says why.
     RESBACKBONE_DEBUG=1 lets the traceback through.
     """
@@ -33,5 +36,9 @@ def one_line_errors() -> Iterator[None]:
         rank = os.environ.get("RANK", "0")
         if rank != "0":
             time.sleep(HEAD_START)
+            if SAID in os.environ and Path(os.environ[SAID]).exists():
+                sys.exit(1)
+        elif SAID in os.environ:
+            Path(os.environ[SAID]).touch()
         line = " ".join(str(error).split()) or type(error).__name__
         sys.exit(f"error: {line}" if rank == "0" else f"error on rank {rank}: {line}")

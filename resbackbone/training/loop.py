@@ -13,11 +13,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resbackbone.atomic import write_atomically
-from resbackbone.training.command import Progress
-from resbackbone.training.distributed import Rank, gather
+from resbackbone.training.command import Progress, console
+from resbackbone.training.distributed import Rank, broadcast, gather
 from resbackbone.training.run import Run
 from resbackbone.training.schedule import Schedule
-from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, seed_step
+from resbackbone.training.state import NonFinite, TrainState, mean_of, seed_step
+from resbackbone.training.termination import Terminated, termination
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def train(
     periods: Periods,
     checkpoint: Callable[[], None],
     evaluate: Callable[[], None],
-    bad_batch: Callable[[Any, NonFiniteLoss], str],
+    bad_batch: Callable[[Any, NonFinite], str],
     parts_of: Callable[[Any], Sequence[Any]] = lambda batch: [batch],
     after_update: Callable[[Any], Mapping[str, float] | None] = lambda batch: None,
 ) -> None:
@@ -60,9 +61,25 @@ def train(
 
     Everything random in a step follows from `seed`, the step and the rank, so that a resumed run draws alike. Metrics
     are the mean loss terms, seconds an update and of these the seconds spent waiting for data, memory and images a
-    second. Raises ValueError, on every rank and before anything has changed, for a loss that is not finite.
+    second. Raises ValueError, on every rank and before any weight has changed, for a loss or gradient that is not
+    finite. After SIGTERM on any rank all stop behind the same update, with a checkpoint, by raising Terminated.
     """
-    with Progress("train", steps, start=state.step, shown=rank.is_main) as progress:
+
+    def evaluate_if_due() -> None:
+        if not periods.evaluation or state.step % periods.evaluation or state.step in (0, steps):
+            return
+        try:
+            with termination.deferred(False):
+                evaluate()
+        except Terminated:
+            checkpoint()
+            termination.saved = True
+            _say_terminated(state, rank)
+            termination.stop()
+
+    with Progress("train", steps, start=state.step, shown=rank.is_main) as progress, termination.deferred():
+        if not broadcast(run.evaluated, rank):  # killed in the middle of it
+            evaluate_if_due()
         recent, began = [], time.monotonic()
         while state.step < steps:
             asked = time.monotonic()  # later than `began` by what a checkpoint took
@@ -76,12 +93,14 @@ def train(
                     return losses_of(part)
 
             try:
-                values = state.update(losses, parts_of(batch), learning_rate=rate)
-            except NonFiniteLoss as error:
+                wanted = {"learning_rate": rate, "stop": termination.requested}
+                values = state.update(losses, parts_of(batch), **wanted)
+            except NonFinite as error:
                 clause = bad_batch(batch, error) if error.terms else None
                 said = "; ".join(filter(None, gather(clause, rank) or [clause or "on another rank"]))
-                raise ValueError(f"loss is not finite at step {error.step}: {said}") from None
-            values = {"loss": sum(values.values()), **values, **(after_update(batch) or {})}
+                raise ValueError(f"step {error.step} is not finite: {said}") from None
+            values = {"loss": sum(values.values()), **values, "gradient_norm": state.gradient_norm}
+            values |= after_update(batch) or {}
             now = time.monotonic()
             seconds = {"seconds": now - began, "data_seconds": loaded - asked}
             recent.append({**values, **seconds})
@@ -94,14 +113,24 @@ def train(
                 recent = []
             else:
                 progress.update(state.step)
-            if state.step % periods.checkpoint == 0 or state.step == steps:
+            stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks: after the next
+            if state.step % periods.checkpoint == 0 or state.step == steps or stopping:
                 checkpoint()
-            if periods.evaluation and state.step % periods.evaluation == 0 and state.step < steps:
-                evaluate()
-                began = time.monotonic()
+                termination.saved = True
+            if stopping:
+                _say_terminated(state, rank)
+                termination.stop(together=True)
+            evaluated = time.monotonic()
+            evaluate_if_due()
+            began += time.monotonic() - evaluated
 
 
-def keep_bad_batch(tensors: Mapping[str, Tensor], folder: Path, error: NonFiniteLoss, rank: Rank) -> Path:
+def _say_terminated(state: TrainState, rank: Rank) -> None:
+    if rank.is_main:
+        console.print(f"terminated at step {state.step}, which is saved; --resume goes on from it")
+
+
+def keep_bad_batch(tensors: Mapping[str, Tensor], folder: Path, error: NonFinite, rank: Rank) -> Path:
     """Write what a batch held that went wrong into the run's folder; returns the file, for the clause that names it."""
     path = folder / f"bad_batch_step_{error.step}_rank_{rank.rank}.safetensors"
     write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))

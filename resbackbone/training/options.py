@@ -1,14 +1,45 @@
 """What commands that train have in common in their options: counts, the run's folder, going on with a run."""
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
 
+from resbackbone.training.checkpoints import last_whole_checkpoint
 from resbackbone.training.command import console, from_config, parse
+from resbackbone.training.lock import hold
 from resbackbone.training.run import latest_folder, new_folder
 
 T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Options of every command that trains: how far, where to, on what.
+
+    They stand behind the command's own in `class Options(RunOptions, Own)`: fields come from the last base first.
+    """
+
+    max_steps: int | None = None
+    """Stop after this many updates, wherever the schedule is then."""
+    output: Path | None = None
+    """The run's folder. Default: a new one under runs/."""
+    log_period: int = 20
+    """Updates between lines of metrics."""
+    seed: int = 0
+    """Weights, order and augmentation are functions of it."""
+    device: str | None = None
+    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
+    gpus: int | None = None
+    """How many of this machine's GPUs. Default: all."""
+    precision: str | None = None
+    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
+    resume: bool = False
+    """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
+    config: Path | None = None
+    """YAML file with options, such as another run's config.yaml; flags override it."""
 
 
 def check_counts(options, *, least: int, names: Collection[str]) -> None:
@@ -19,12 +50,37 @@ def check_counts(options, *, least: int, names: Collection[str]) -> None:
 
 
 def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
-    """Where the run is written: --output, which may hold a run only if that is resumed, or a new `default`."""
-    if output is None:
-        return new_folder(default)
-    if not resume and (output / "config.yaml").exists():
-        raise ValueError(f"--output {output} holds a run already; --resume goes on with it")
-    return output
+    """Where the run is written: --output, which may hold a run only if that is resumed, or a new `default`.
+
+    It is this process's from here on (`lock.hold`); ValueError if another one writes there.
+    """
+    folder = new_folder(default) if output is None else output
+    hold(folder)
+    if not resume and (folder / "config.yaml").exists():
+        raise ValueError(f"--output {folder} holds a run already; --resume goes on with it")
+    return folder
+
+
+def wants_resume(options) -> bool:
+    """Whether to go on with a run: asked for, or torchrun starts this process again (--max-restarts)."""
+    return options.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def resume_point(folder: Path) -> Path | None:
+    """The checkpoint that the run in `folder` goes on from: the last that is whole; None if there are none yet.
+
+    Newer ones that are damaged are said and set aside, as step_N.damaged. ValueError if none is whole.
+    """
+    last, damaged = last_whole_checkpoint(folder)
+    for path, wrong in damaged.items():
+        console.print(f"damaged: {path}: {wrong}; set aside as {path.name}.damaged")
+    if last is None and damaged:
+        raise ValueError(f"{folder}: none of its {len(damaged)} checkpoints is whole; give another --output")
+    for path in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return last
 
 
 def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Collection[str]) -> T:
@@ -36,7 +92,7 @@ def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Co
     folder = options.output or latest_folder(default)
     if not (folder / "config.yaml").is_file():
         console.print(f"nothing to resume in {folder}: starting at step 0")
-        return dataclasses.replace(options, output=folder)
+        return dataclasses.replace(options, output=folder, resume=True)
     saved = from_config(type(options), folder / "config.yaml")
     options = parse(type(options), argv, default=saved)
     for name in sorted({field.name for field in dataclasses.fields(options)} - set(may_differ)):
@@ -45,4 +101,4 @@ def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Co
                 f"--{name.replace('_', '-')} {asked}: the run in {folder} was made with {had}; leave the option out to "
                 "resume that run, or give another --output to start anew"
             )
-    return dataclasses.replace(options, output=folder)
+    return dataclasses.replace(options, output=folder, resume=True)

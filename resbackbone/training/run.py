@@ -2,31 +2,30 @@
 
 import json
 import os
-import re
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import yaml
 
-from resbackbone.atomic import folder_atomically, remove_unfinished, write_atomically
-
-KEPT_CHECKPOINTS = 3
+from resbackbone.atomic import remove_unfinished, write_atomically
+from resbackbone.training.checkpoints import save_checkpoint
+from resbackbone.training.lock import hold, let_go
 
 
 class Run:
-    """The folder of one training run; only rank 0 writes to it.
+    """The folder of one training run; only rank 0 writes to it, and no other process (`lock.hold`).
 
     `config.yaml` everything the run was started with; `metrics.jsonl` one JSON object a line; `events.out.tfevents.*`
     the same for TensorBoard; `checkpoints/step_NNNNNNN/`, each written whole or not at all, the last three kept.
+    `evaluated` says whether the step that it is resumed at has been evaluated already.
     """
 
     def __init__(self, folder: str | os.PathLike, config: Mapping, *, resumed_step: int = 0, writes: bool = True):
         self.folder, self.writes = Path(folder), writes
-        self._events = None
+        self._events, self.evaluated = None, False
         if not writes:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        hold(self.folder)
         remove_unfinished(self.folder)
         remove_unfinished(self.folder / "checkpoints")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
@@ -40,27 +39,28 @@ class Run:
         """Append one line of metrics, and the numbers in it to TensorBoard under `kind/`."""
         if not self.writes:
             return
-        self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            self._metrics.flush()
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            raise ValueError(f"metrics of step {step}: cannot be written to {self.folder} ({error.strerror})") from None
 
-    def save(self, step: int, write: Callable[[Path], None]) -> None:
-        """Let `write` fill the checkpoint of `step`; afterwards the oldest ones go."""
+    def save(self, step: int, write: Callable[[Path], None], *, nbytes: int) -> None:
+        """Let `write` fill the checkpoint of `step`, about `nbytes` long (see `save_checkpoint`)."""
         if not self.writes:
             return
         os.fsync(self._metrics.fileno())
-        with folder_atomically(self.folder / "checkpoints" / f"step_{step:07d}") as folder:
-            write(folder)
-        for old in checkpoints(self.folder)[:-KEPT_CHECKPOINTS]:
-            shutil.rmtree(old)
+        save_checkpoint(self.folder, step, write, nbytes=nbytes)
 
     def close(self) -> None:
         if self._events is not None:
             self._events.close()
             self._metrics.close()
             self._events = None
+            let_go(self.folder)
 
     def _forget_metrics_after(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
@@ -69,18 +69,13 @@ class Run:
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
-                if json.loads(line)["step"] <= step:
+                content = json.loads(line)
+                if content["step"] <= step:
                     kept.append(line + "\n")
+                    self.evaluated |= content["step"] == step and content.get("kind") == "eval"
             except (ValueError, KeyError, TypeError):  # the line during which the run was killed
                 continue
         write_atomically(path, "".join(kept))
-
-
-def checkpoints(folder: str | os.PathLike) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    found = Path(folder).glob("checkpoints/step_*")
-    finished = [path for path in found if re.fullmatch(r"step_\d{7,}", path.name) and path.is_dir()]
-    return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))  # as text 10000000 is before 9999999
 
 
 def read_yaml(path: str | os.PathLike) -> dict:

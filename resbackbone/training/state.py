@@ -12,45 +12,58 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from resbackbone.training.distributed import Rank, all_agree
+from resbackbone.training.distributed import Rank, any_rank
 
 
-class NonFiniteLoss(ValueError):
-    """A loss term is not finite, on this rank (`terms` names it) or on another; nothing was updated."""
+class NonFinite(ValueError):
+    """A loss term or a gradient is not finite, on this rank (`terms` names it) or on another; no weight has changed."""
 
     def __init__(self, step: int, terms: str):
-        super().__init__(f"loss is not finite at step {step}: {terms or 'on another rank'}")
+        super().__init__(f"step {step} is not finite: {terms or 'on another rank'}")
         self.step, self.terms = step, terms
 
 
 class TrainState:
-    """`model` as it trains (wrapped or not), its `optimizer`, and the number of updates done."""
+    """`model` as it trains (wrapped or not), its `optimizer`, and the number of updates done.
+
+    After an update, `gradient_norm` is the length of its gradient before clipping, and `stopping` whether any rank
+    wished to stop.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: Rank, *, clip_grad: float | None = None
     ):
         self.model, self.optimizer, self.rank, self.clip_grad = model, optimizer, rank, clip_grad
-        self.step = 0
+        self.step, self.gradient_norm, self.stopping = 0, 0.0, False
 
     def update(
-        self, losses_of: Callable[[Any], Mapping[str, Tensor]], parts: Sequence[Any], *, learning_rate: float
+        self,
+        losses_of: Callable[[Any], Mapping[str, Tensor]],
+        parts: Sequence[Any],
+        *,
+        learning_rate: float,
+        stop: bool = False,
     ) -> dict[str, float]:
         """One update from the mean over `parts` of the sum of their losses (scalars); returns the means as floats.
 
-        Gradients of several parts are accumulated, and exchanged between the ranks with the last. Raises
-        NonFiniteLoss on every rank, before anything has changed, if a term is not finite on any.
+        Gradients of several parts are accumulated, and exchanged between the ranks with the last. `stop` is this
+        rank's wish to stop after the update. Raises NonFinite on every rank, before any weight has changed, if a
+        loss term or the gradient is not finite on any.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        values = []
+        terms: list[dict[str, Tensor]] = []
         for i, part in enumerate(parts):
             with self._exchanging(i == len(parts) - 1):
                 losses = losses_of(part)
-                values.append(self._finite(losses))
+                terms.append({name: loss.detach().float() for name, loss in losses.items()})
                 (sum(losses.values()) / len(parts)).backward()
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        values = self._checked(terms, norm, stop)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.clip_grad is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.optimizer.step()
         self.step += 1
         return mean_of(values)
@@ -59,13 +72,35 @@ class TrainState:
         several = isinstance(self.model, nn.parallel.DistributedDataParallel)
         return self.model.no_sync() if several and not exchanges else nullcontext()
 
-    def _finite(self, losses: Mapping[str, Tensor]) -> dict[str, float]:
-        numbers = torch.stack([loss.detach().float() for loss in losses.values()]).tolist()  # one wait for the GPU
-        values = dict(zip(losses, numbers, strict=True))
-        wrong = {name: value for name, value in values.items() if not math.isfinite(value)}
-        if not all_agree(not wrong, self.rank):
-            raise NonFiniteLoss(self.step, ", ".join(f"{name} is {value}" for name, value in wrong.items()))
-        return values
+    def _checked(self, terms: Sequence[Mapping[str, Tensor]], norm: Tensor, stop: bool) -> list[dict[str, float]]:
+        """The terms as floats, if all ranks have finite ones and a finite gradient; the only wait for a GPU."""
+        losses = torch.stack([value for part in terms for value in part.values()])
+        flags = [~losses.isfinite().all(), ~norm.isfinite(), torch.tensor(stop, device=norm.device)]
+        numbers = torch.cat([losses, norm.float()[None], any_rank(torch.stack(flags), self.rank).float()])
+        *losses, self.gradient_norm, bad_loss, bad_gradient, stopping = numbers.tolist()
+        self.stopping, values = bool(stopping), iter(losses)
+        terms = [{name: next(values) for name in part} for part in terms]
+        if bad_loss:  # on some rank; the gradient of all of them is not finite then
+            wrong = [f"{name} is {v}" for part in terms for name, v in part.items() if not math.isfinite(v)]
+            raise NonFinite(self.step, ", ".join(wrong))
+        if bad_gradient:
+            raise NonFinite(
+                self.step, f"the gradient of {', '.join(self._wrong_gradients()) or 'all weights together'}"
+            )
+        return terms
+
+    def _wrong_gradients(self) -> list[str]:
+        model = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
+        named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        wrong = [name for name, gradient in named if not gradient.isfinite().all()]
+        return [*wrong[:3], *([f"{len(wrong) - 3} more"] if len(wrong) > 3 else [])]
+
+    @property
+    def nbytes(self) -> int:
+        """Of a checkpoint: the model's tensors and the optimizer's."""
+        held = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in held if isinstance(v, Tensor))]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state and the step into `folder`: tensors as safetensors, the rest as JSON."""

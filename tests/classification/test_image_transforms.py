@@ -5,7 +5,7 @@ import pytest
 import torch
 from torchvision.transforms import functional as F
 
-from resbackbone.classification.transforms import PCA_DIRECTIONS, PCA_STD, TrainAugment, to_model_input
+from resbackbone.classification.transforms import PCA_DIRECTIONS, PCA_VARIANCES, TrainAugment, to_model_input
 from resbackbone.weights.inputs import MEAN, STD
 
 
@@ -81,7 +81,7 @@ def test_pca_noise_shifts_the_colour_of_the_whole_crop_along_imagenets_component
     crops = torch.stack([TrainAugment(9, colour="pca")(grey, seed) for seed in range(2000)]).double()
     assert torch.equal(crops.amax((2, 3)), crops.amin((2, 3)))
     shifts = crops[:, :, 0, 0] - 128
-    expected = PCA_DIRECTIONS @ np.diag((25.5 * PCA_STD) ** 2) @ PCA_DIRECTIONS.T + np.eye(3) / 12  # and rounding
+    expected = PCA_DIRECTIONS @ np.diag((25.5 * PCA_VARIANCES) ** 2) @ PCA_DIRECTIONS.T + np.eye(3) / 12  # and rounding
     assert torch.allclose(shifts.T.cov(), torch.from_numpy(expected), rtol=0.1, atol=0.1)
     white = TrainAugment(9, colour="pca")(np.full((20, 30, 3), 255, dtype=np.uint8), 0)
     assert white.min() > 200  # it saturates and does not wrap around
@@ -123,9 +123,9 @@ def test_an_unknown_choice_is_answered_in_one_line(options, says):
 
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_the_input_of_a_network_is_what_torchvision_normalizes_it_to(layout):
+def test_the_input_of_a_network_is_what_torchvision_normalizes_it_to_bit_for_bit(layout):
     pixels = torch.randint(0, 256, (3, 3, 7, 11), dtype=torch.uint8).contiguous(memory_format=layout)
     x = to_model_input(pixels, torch.device("cpu"))
     expected = F.normalize(F.convert_image_dtype(pixels, torch.float), MEAN, STD)
-    assert x.shape == expected.shape and x.dtype == torch.float and (x - expected).abs().max() < 1e-6
+    assert x.dtype == torch.float and torch.equal(x, expected)
     assert x.is_contiguous(memory_format=torch.channels_last)

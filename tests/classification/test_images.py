@@ -123,6 +123,7 @@ def test_repeated_augmentation_gives_each_of_fewer_images_several_times_to_diffe
         (lambda f: (f / "train" / "c2" / "02.JPEG").write_bytes(b""), "c2/02.JPEG: empty file; --skip-bad-images"),
         (lambda f: (f / "train" / "c2" / "02.JPEG").write_bytes(b"text"), "c2/02.JPEG: not an image"),
         (lambda f: (f / "train" / "c2" / "02.JPEG").write_bytes(encoded(90, 90)[:500]), f"02.JPEG: {TRUNCATED}"),
+        (lambda f: dangle(f / "train" / "c2" / "99.JPEG"), "c2/99.JPEG: cannot be read .No such file or directory.;"),
         (lambda f: (f / "train").rename(f / "training"), "no folder train in it; it should hold train/<class>/"),
     ],
 )
@@ -133,7 +134,26 @@ def test_what_is_wrong_with_a_folder_is_one_line_before_training_starts(folder, 
     assert "\n" not in str(error.value)
 
 
+def dangle(link):
+    link.symlink_to("moved away")
+
+
+@pytest.mark.parametrize("small", [0, 10**9])
+def test_links_to_files_that_are_gone_are_left_out_where_that_is_asked_for(folder, monkeypatch, small):
+    monkeypatch.setattr("resbackbone.classification.images.SMALL_SET", small)
+    dangle(folder / "train" / "c2" / "99.JPEG")
+    images = open_images(folder, "train", skip_bad_images=True)
+    assert len(images) == 23 and "without 1 files that cannot be read" in images.summary()
+
+
+def test_a_folder_may_have_the_name_of_a_shard(folder):
+    assert len(open_images(folder.rename(folder.with_name("imagenet.tar.unpacked")), "val")) == 5
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "list.txt").write_text("x")
+    with pytest.raises(ValueError, match="list.txt: a file, not a folder; it should hold train/<class>/"):
+        open_images(tmp_path / "list.txt", "train")
     with pytest.raises(ValueError, match="nowhere: no such folder; it should hold train/<class>/"):
         open_images(tmp_path / "nowhere", "train")
     with pytest.raises(ValueError, match="unknown split 'test'; choose from train, val"):

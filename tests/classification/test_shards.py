@@ -213,6 +213,10 @@ def test_what_is_wrong_with_shards_is_one_line_before_training_starts(pattern, t
         (lambda f: (f / "train.json").write_text("{"), "cannot read the index train.json"),
         (lambda f: (f / "train.json").write_text("[]"), "cannot read the index train.json .* no classes and shards"),
         (
+            lambda f: (f / "train.json").write_text((f / "train.json").read_text().replace("offsets", "places", 1)),
+            "cannot read the index train.json .*entry 0 of its shards has no name, bytes, labels, offsets and sizes",
+        ),
+        (
             lambda f: (f / "train.json").write_text((f / "train.json").read_text().replace(', "d", "e"', "")),
             "labels up to 4, and 3 classes",
         ),
@@ -226,6 +230,19 @@ def test_shards_that_are_not_those_of_their_index_are_one_line(indexed, tmp_path
     damage(tmp_path)
     with pytest.raises(ValueError, match=says):
         open_images(indexed, "train")
+
+
+@pytest.mark.parametrize("numbers", ["{003..000}", "{002..001}"])
+def test_a_pattern_whose_numbers_go_down_is_one_line(indexed, tmp_path, numbers):
+    for _ in range(2):  # with and without an index
+        with pytest.raises(ValueError, match="no shard; its numbers go down"):
+            open_images(indexed.replace("{000..003}", numbers), "train")
+        (tmp_path / "train.json").unlink(missing_ok=True)
+
+
+def test_compressed_tar_files_are_refused_as_what_they_are(tmp_path):
+    with pytest.raises(ValueError, match=r"train-000.tar.gz: shards are tar files, not compressed \(\.\.\.tar\)"):
+        open_images(tmp_path / "train-000.tar.gz", "train")
 
 
 def test_a_pattern_beyond_the_index_is_one_line(indexed):

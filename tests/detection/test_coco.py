@@ -1,14 +1,18 @@
 import json
 import math
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from detection.coco import BadImage, CocoImages, Draw, coco_paths, read_annotations, read_image
+from detection.annotations import read_annotations
+from detection.coco import BadImage, CocoImages, Draw, coco_paths, read_image, usable_boxes
 from detection.shapes import make_shapes
 
 EXIF_ORIENTATION = 0x0112
@@ -126,14 +130,6 @@ def test_an_image_whose_only_object_is_a_crowd_counts_as_without_objects(tmp_pat
     what = content(images=2, boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
     what["annotations"][1].update(iscrowd=1, image_id=8)
     assert opened(tmp_path, what, keep_empty=False).image_ids.tolist() == [7]
-
-
-def test_iscrowd_area_and_annotation_ids_may_be_absent(tmp_path):
-    what = content(boxes=[(0, 0, 5, 4), (1, 1, 3, 3)])
-    for annotation in what["annotations"]:
-        del annotation["iscrowd"], annotation["id"]
-    read = read_annotations(write(tmp_path, what)[1])
-    assert [(a["id"], a["iscrowd"], a["area"]) for a in read["annotations"]] == [(1, 0, 20), (2, 0, 9)]
 
 
 def test_a_draw_gives_the_same_sample_for_the_same_seed_and_leaves_the_random_state(tmp_path):
@@ -430,85 +426,88 @@ def test_a_box_that_is_whole_is_neither_changed_nor_counted(tmp_path):
     assert not any(dataset.report.values()) and "left out" not in dataset.summary()
 
 
+NUMBERS = st.sampled_from([0, -0.0, 0.4, 0.5, 1, 1.4, 10, 20.2, 21, 32.5, 33, 33.5, 40, -0.5, -3, 1e300, -1e300])
+ODD = st.sampled_from([math.nan, math.inf, -math.inf])
+BOXES = st.lists(st.tuples(*[NUMBERS | st.floats(-50, 60) | ODD] * 4, st.booleans(), st.integers(0, 2)), max_size=12)
+
+
+def plain_boxes(what):
+    """What is to be trained on, box by box: (one list of (x1, y1, x2, y2, label) for each image, the counts)."""
+    found, report = [[] for _ in what["images"]], Counter()
+    labels = {category: label for label, category in enumerate(sorted(c["id"] for c in what["categories"]), 1)}
+    for annotation in what["annotations"]:
+        x, y, w, h = annotation["bbox"]
+        if annotation["iscrowd"]:
+            report["crowds"] += 1
+            continue
+        if not all(map(math.isfinite, (x, y, w, h))):
+            report["boxes that are not finite"] += 1
+            continue
+        if w <= 0 or h <= 0:
+            report["boxes of zero or negative size"] += 1
+            continue
+        x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, 33), min(y + h, 21)
+        if x2 - x1 < 1 or y2 - y1 < 1:
+            report["boxes under a pixel or outside their image"] += 1
+            continue
+        if max(x1 - x, y1 - y, x + w - x2, y + h - y2) > 0.5:
+            report["boxes clipped to their image"] += 1
+        corners = [float(np.float32(value)) for value in (x1, y1, x2, y2)]
+        found[annotation["image_id"] - 7].append((*corners, labels[annotation["category_id"]]))
+    return found, report
+
+
+@settings(max_examples=300, deadline=None)
+@given(BOXES)
+def test_the_boxes_to_train_on_and_their_counts_are_those_of_a_plain_loop(tmp_path_factory, rows):
+    what = content(images=3, boxes=[row[:4] for row in rows])
+    for annotation, (*_, crowd, image) in zip(what["annotations"], rows, strict=True):
+        annotation.update(iscrowd=int(crowd), image_id=7 + image)
+    path = tmp_path_factory.getbasetemp() / "boxes.json"
+    path.write_text(json.dumps(what))
+    report = Counter()
+    annotations = read_annotations(path)
+    boxes, found = usable_boxes(annotations, report)
+    wanted, counts = plain_boxes(what)
+    images, labels = annotations.image_indices[found].tolist(), annotations.labels[found].tolist()
+    assert boxes.dtype == np.float32
+    assert list(zip(images, boxes.tolist(), labels, strict=True)) == [
+        (i, list(box), label) for i, of_image in enumerate(wanted) for (*box, label) in of_image
+    ]
+    assert dict(report) == dict(counts)
+
+
+# Many images, several processes
+
+
+def many(folder, images):
+    """A data set of `images` images of which one is there, three boxes each, and the most of them to be kept."""
+    folder.mkdir()
+    (folder / "7.png").write_bytes(b"")
+    what = content(images=images, boxes=[(1, 2, 10, 8)] * (3 * images))
+    for i, annotation in enumerate(what["annotations"]):
+        annotation["image_id"] = 7 + i % images
+    what["annotations"][0]["iscrowd"] = 1
+    (folder / "instances.json").write_text(json.dumps(what))
+    return CocoImages(folder, folder / "instances.json", skip_bad_images=True, keep_empty=False)
+
+
+def test_what_a_worker_is_sent_does_not_grow_with_the_data_of_which_it_sees_the_one_copy(tmp_path):
+    few, more = (len(ForkingPickler.dumps(many(tmp_path / str(n), n))) for n in (100, 5000))
+    assert abs(more - few) < 300 and more < 20_000
+    dataset = many(tmp_path / "again", 50)
+    again = ForkingPickler.loads(ForkingPickler.dumps(dataset))  # in shared memory, as a worker gets it
+    assert again.boxes.is_shared() and again.annotations.boxes_xywh.is_shared() and dataset.boxes.is_shared()
+    assert all(torch.equal(again.target(i)["boxes"], dataset.target(i)["boxes"]) for i in range(50))
+    assert again.path(49) == dataset.path(49) == tmp_path / "again" / "56.png"
+
+
 # Annotation files
 
 
-def without(section, key):
-    what = content()
-    del what[section][0][key]
-    return what
-
-
-def with_value(section, key, value, **options):
-    what = json.loads(json.dumps(content(**options)))
-    what[section][-1][key] = value
-    return what
-
-
-BAD_ANNOTATIONS = {
-    "no JSON": ("{'images': []}", "not JSON"),
-    "an empty file": ("", "not JSON"),
-    "half a file": (json.dumps(content())[:-9], "not JSON"),
-    "deep nesting": ("[" * 200_000, "not JSON"),
-    "a number of 5000 digits": ('{"images": ' + "9" * 5000 + "}", "not JSON"),
-    "a list": ("[]", "a JSON object with images, annotations, categories is wanted"),
-    "no images": ({**content(), "images": None}, "no list 'images'"),
-    "no annotations": ({"images": [], "categories": []}, "no list 'annotations'"),
-    "no categories": ({"images": [], "annotations": []}, "no list 'categories'"),
-    "annotations that are a table": ({**content(), "annotations": {}}, "no list 'annotations'"),
-    "an image that is a number": ({**content(), "images": [3]}, r"images\[0\] has no 'id'"),
-    "an image id": (without("images", "id"), r"images\[0\] has no 'id'"),
-    "file_name": (without("images", "file_name"), r"images\[0\] has no 'file_name'"),
-    "width": (without("images", "width"), r"images\[0\] has no 'width'"),
-    "height": (without("images", "height"), r"images\[0\] has no 'height'"),
-    "image_id": (without("annotations", "image_id"), r"annotations\[0\] has no 'image_id'"),
-    "category_id": (without("annotations", "category_id"), r"annotations\[0\] has no 'category_id'"),
-    "bbox": (without("annotations", "bbox"), r"annotations\[0\] has no 'bbox'"),
-    "a category id": (without("categories", "id"), r"categories\[0\] has no 'id'"),
-    "a category name": (without("categories", "name"), r"categories\[0\] has no 'name'"),
-    "an id that is text": (with_value("images", "id", "7"), "has no 'id' of type int"),
-    "an id that is true": (with_value("images", "id", True), "has no 'id' of type int"),
-    "a file_name that is a number": (with_value("images", "file_name", 7), "has no 'file_name' of type str"),
-    "a width of 0": (with_value("images", "width", 0), "has size 0 x 21"),
-    "a negative height": (with_value("images", "height", -5), "has size 33 x -5"),
-    "a box of three numbers": (with_value("annotations", "bbox", [1, 2, 3]), "is not four numbers"),
-    "a box with text": (with_value("annotations", "bbox", [1, 2, 3, "4"]), "is not four numbers"),
-    "a box with null": (with_value("annotations", "bbox", [1, 2, 3, None]), "is not four numbers"),
-    "a box that is text": (with_value("annotations", "bbox", "1 2 3 4"), "has no 'bbox' of type list"),
-    "a repeated image id": (with_value("images", "id", 7, images=2), r"images\[1\] repeats the id 7"),
-    "a repeated annotation id": (
-        with_value("annotations", "id", 1, boxes=[(0, 0, 5, 5)] * 2),
-        r"annotations\[1\] repeats the id 1",
-    ),
-    "a repeated category id": (with_value("categories", "id", 3), r"categories\[2\] repeats the id 3"),
-    "an id over 64 bits": (with_value("images", "id", 2**70), "over 64 bits"),
-    "an unknown category": (with_value("annotations", "category_id", 91), "category_id 91, which is not in categories"),
-    "an unknown image": (with_value("annotations", "image_id", 6), "is of image 6, not in images"),
-    "a way out of the folder": (with_value("images", "file_name", "../7.png"), "leaves its folder"),
-    "a way out further in": (with_value("images", "file_name", "a/../../7.png"), "leaves its folder"),
-    "an absolute name": (with_value("images", "file_name", "/etc/passwd"), "leaves its folder"),
-    "a name with a null": (with_value("images", "file_name", "7.png\0"), "leaves its folder"),
-    "an empty table of categories": (content(boxes=(), categories=[]), "list of categories is empty"),
-    "no image at all": (content(images=0, boxes=()), "no image in it"),
-}
-
-
-@pytest.mark.parametrize("what, says", BAD_ANNOTATIONS.values(), ids=list(BAD_ANNOTATIONS))
-def test_a_bad_annotation_file_is_an_error_that_names_it_and_what_is_wrong(tmp_path, what, says):
-    (tmp_path / "annotations").mkdir()
-    (tmp_path / "train2017").mkdir()
-    path = tmp_path / "annotations" / "instances_train2017.json"
-    path.write_text(what if isinstance(what, str) else json.dumps(what))
-    with pytest.raises(ValueError, match=says) as error:
-        CocoImages(tmp_path / "train2017", path)
-    assert "instances_train2017.json" in str(error.value)
-
-
-def test_an_annotation_file_that_is_not_text_is_an_error_that_names_it(tmp_path):
-    path = tmp_path / "instances.json"
-    path.write_bytes(bytes(range(128, 256)))
-    with pytest.raises(ValueError, match="instances.json: not JSON"):
-        read_annotations(path)
+def test_a_file_without_images_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="instances_train2017.json: no image in it"):
+        opened(tmp_path, content(images=0, boxes=()))
 
 
 def test_the_file_of_another_split_is_recognised(tmp_path):

@@ -14,6 +14,7 @@ from detection.faster_rcnn import (
     save_detector,
 )
 from resbackbone import build_resnet_backbone
+from resbackbone.training.checkpoints import save_checkpoint
 
 FEW = {  # regions: enough to train on a tiny image
     "rpn_pre_nms_top_n_train": 60,
@@ -313,9 +314,10 @@ def test_a_runs_detector_is_its_final_one_or_that_of_its_last_checkpoint(tmp_pat
     with pytest.raises(ValueError, match="holds no detector"):
         detector_file(tmp_path)
     for step in (900, 10_000_000, 1000):
-        (tmp_path / "checkpoints" / f"step_{step:07d}").mkdir(parents=True)
-        (tmp_path / "checkpoints" / f"step_{step:07d}" / "model.safetensors").touch()
+        save_checkpoint(tmp_path, step, lambda folder: (folder / "model.safetensors").write_text("weights"), nbytes=7)
     assert detector_file(tmp_path).parent.name == "step_10000000"
+    (tmp_path / "checkpoints" / "step_10000000" / "model.safetensors").write_text("weight")
+    assert detector_file(tmp_path).parent.name == "step_0001000"
     (tmp_path / "model.safetensors").touch()
     assert detector_file(tmp_path) == tmp_path / "model.safetensors"
     assert detector_file(tmp_path / "model.safetensors") == tmp_path / "model.safetensors"

@@ -17,6 +17,7 @@ from detection.evaluate import evaluate
 from detection.faster_rcnn import BACKBONE_OF, build_faster_rcnn, load_detector, save_detector
 from detection.paper import ImprovedTesting, VGGHead, build_vgg16_backbone, load_vgg16, select_and_vote, vote
 from detection.recipes import RECIPES
+from detection.scoring import entries
 from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.adapters.from_timm import from_timm
@@ -532,7 +533,7 @@ def test_evaluation_without_options_is_the_detectors_own_bit_for_bit(run, shapes
     detector = load_detector(run / "model.safetensors").to(memory_format=torch.channels_last)  # as the command has it
     _, wanted = evaluate(detector, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
     assert len(wanted) > 10
-    assert evaluated(run, tmp_path) == [wanted]
+    assert evaluated(run, tmp_path) == [entries(wanted)]
     assert (tmp_path / "run" / "results.json").is_file()
 
 
@@ -541,7 +542,7 @@ def test_evaluation_with_improvements_is_that_of_the_improved_detector_in_a_fold
     improved = ImprovedTesting(detector, box_refinement=True, scales=(48, 64, 80))
     _, wanted = evaluate(improved, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
     assert len(wanted) > 10
-    assert evaluated(run, tmp_path, "--box-refinement", "--scales", 48, 64, 80) == [wanted]
+    assert evaluated(run, tmp_path, "--box-refinement", "--scales", 48, 64, 80) == [entries(wanted)]
     assert (tmp_path / "run" / "eval-refined-48-64-80" / "results.json").is_file()
     assert not (tmp_path / "run" / "results.json").exists()  # the run's own are not written over
     line = error_of(lambda: evaluate_coco.main([str(run), "--device", "cpu", "--scales", "0"]))

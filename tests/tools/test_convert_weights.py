@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from commands import error_line
 from safetensors import safe_open
 
 from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
 from resbackbone import build_resnet_backbone
-from resbackbone.training.command import main_of
 from resbackbone.weights import read_weights
 from resbackbone.weights.file import write_weights
 from resbackbone.weights.sources import is_named
@@ -62,11 +62,6 @@ def bottlenecks():
     return lively(build_resnet_backbone(50, levels=["c4"], width_per_group=4)).state_dict()
 
 
-@pytest.fixture(autouse=True)
-def scratch(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-
-
 def convert(*argv):
     convert_weights.main([*map(str, argv)])
 
@@ -80,11 +75,9 @@ def said_by(capsys, *argv):
 def error_of(*argv):
     """The one line of a conversion that fails; no file is made, changed or gone then."""
     before = everything()
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: convert(*argv))
-    assert isinstance(exit.value.code, str) and len(exit.value.code.splitlines()) == 1
+    said = error_line(lambda words: convert(*words), argv)
     assert everything() == before
-    return exit.value.code
+    return said
 
 
 def everything():

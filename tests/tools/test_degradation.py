@@ -1,18 +1,20 @@
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import error_line
 from PIL import Image
 
 from resbackbone.classification import cifar10
-from resbackbone.training.command import main_of
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 degradation = importlib.import_module("degradation")
+error_of = partial(error_line, degradation.main)
 train_cifar10 = importlib.import_module("train_cifar10")
 
 QUICK = ["--data", "synthetic", "--device", "cpu", "--batch-size", "4", "--log-period", "1", "--eval-period", "1"]
@@ -25,20 +27,6 @@ def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 20, "test": 10})
         yield
-
-
-@pytest.fixture(autouse=True)
-def empty_place(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RESBACKBONE_DEBUG", raising=False)
-
-
-def error_of(argv, capsys):
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: degradation.main(argv))
-    assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
-    assert capsys.readouterr().err == ""
-    return exit.value.code
 
 
 def recorded(folder, *, plain, depth, train, test=(), **config):

@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import error_line
 from PIL import Image
 
 from detection.faster_rcnn import build_faster_rcnn, save_detector
 from resbackbone import build_resnet_backbone
-from resbackbone.training.command import main_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 detect = importlib.import_module("detect")
@@ -43,10 +43,7 @@ def detected(*argv):
 
 
 def error_of(*argv):
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: detected(*argv))
-    assert isinstance(exit.value.code, str) and len(exit.value.code.splitlines()) == 1
-    return exit.value.code
+    return error_line(lambda words: detected(*words), argv)
 
 
 def test_every_image_gets_a_picture_and_all_detections_are_written(run, capsys):
@@ -113,6 +110,4 @@ def test_wrong_input_is_one_line_that_names_it(run):
     assert "--threshold" in error_of(run, "a.png", "--threshold", "high")
     assert "unknown precision 'fp8'" in error_of(run, "a.png", "--precision", "fp8")
     assert not Path("found/detections.json").exists()
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: detect.main([]))
-    assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
+    error_line(detect.main, [])

@@ -6,17 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from commands import error_line
 from safetensors.torch import save_file
 
-from detection.coco import read_annotations
-from detection.evaluate import score
+from detection import scoring
+from detection.annotations import read_annotations
 from detection.faster_rcnn import build_faster_rcnn, save_detector
+from detection.scoring import DETECTION, score
 from detection.shapes import CATEGORY_IDS, CLASSES, make_shapes
 from resbackbone import build_resnet_backbone
-from resbackbone.training.command import main_of
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -57,10 +59,7 @@ def evaluated(*argv):
 
 
 def error_of(*argv):
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: evaluated(*argv))
-    assert isinstance(exit.value.code, str) and len(exit.value.code.splitlines()) == 1
-    return exit.value.code
+    return error_line(lambda words: evaluated(*words), argv)
 
 
 def names(folder):
@@ -74,10 +73,23 @@ def test_a_run_is_scored_on_the_data_it_was_trained_on(run, shapes, capsys):
     annotations = read_annotations(shapes / "annotations" / "instances_val2017.json")
     assert {entry["image_id"] for entry in detections} == set(range(1_000_001, 1_000_006))
     assert {entry["category_id"] for entry in detections} <= set(CATEGORY_IDS)
-    assert results == {**score(annotations, detections), "skipped_images": []}
+    rows = np.array([tuple(entry.values()) for entry in detections], DETECTION)
+    assert results == {**score(annotations, rows), "skipped_images": []}
     assert len(results["bbox"]) == 12 and list(results["per_class"]) == list(CLASSES)
     said = capsys.readouterr().out
     assert "checkered square" in said and "AR100" in said and "on 5 images" in said
+
+
+def test_either_backend_writes_the_same_and_an_unknown_one_is_refused_before_anything_is_detected(run, monkeypatch):
+    used = []
+    for name, backend in list(scoring.BACKENDS.items()):
+        monkeypatch.setitem(scoring.BACKENDS, name, lambda *a, n=name, b=backend: used.append(n) or b(*a))
+        evaluated(run, "--output", name, "--coco-backend", name)
+    for file in ("results.json", "detections.json"):
+        assert Path("hotcoco", file).read_bytes() == Path("pycocotools", file).read_bytes()
+    assert used == ["hotcoco", "pycocotools"]
+    monkeypatch.setattr(evaluate_coco, "load_detector", None)
+    assert "unknown COCO backend 'fast'; choose from hotcoco, pycocotools" in error_of(run, "--coco-backend", "fast")
 
 
 def test_other_data_and_another_place_for_the_results_can_be_given(run, model, shapes, tmp_path):

@@ -18,12 +18,6 @@ sys.path.insert(0, str(TOOLS))
 tool = importlib.import_module("layer_responses")
 
 
-@pytest.fixture(autouse=True)
-def no_cifar10_here(monkeypatch, tmp_path):
-    monkeypatch.delenv("CIFAR10_DIR", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-
 @pytest.fixture
 def trained(tmp_path) -> Path:
     """A run's folder with two checkpoints; the network's norms have learned 0.5, then 0.25."""

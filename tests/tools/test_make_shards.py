@@ -125,6 +125,16 @@ def test_a_broken_image_is_named_or_left_out_and_counted(folder, capsys, monkeyp
     assert len(open_images(f"{output}/train-{{000000..000002}}.tar", "train")) == 12
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_disk_that_is_full_is_one_line(folder, monkeypatch, workers):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(make_shards, "write_atomically", full)
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device$"):
+        run(folder, "--workers", workers)
+
+
 def test_side_0_keeps_every_file(folder):
     output = run(folder, "--shorter-side", "0")
     images, originals = open_images(f"{output}/train-{{000000..000002}}.tar", "train"), open_images(folder, "train")

@@ -1,4 +1,5 @@
 import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -6,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from commands import differing, error_line, metrics, timeless
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -19,14 +22,15 @@ from detection import crops
 from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.classification.evaluate import evaluate
 from resbackbone.classification.images import open_images
-from resbackbone.training.command import main_of
 from resbackbone.training.distributed import Rank
 from resbackbone.training.state import TrainState
 from resbackbone.weights import read_weights
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
-pretrain = importlib.import_module("pretrain")
+pretrain, make_shards = (importlib.import_module(name) for name in ("pretrain", "make_shards"))
+error_of = partial(error_line, pretrain.main)
+needs_webdataset = pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="needs webdataset")
 
 QUICK = ["--depth", "18", "--device", "cpu", "--precision", "fp32", "--log-period", "1", "--size", "32"]
 SIX_STEPS = [*QUICK, "--batch-size", "4", "--checkpoint-period", "2", "--max-steps", "6"]
@@ -59,46 +63,12 @@ def straight(photos, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def empty_place(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for name in ("IMAGENET_DIR", "RESBACKBONE_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def error_of(argv, capsys):
-    """The one line that the command ends with."""
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: pretrain.main([str(word) for word in argv]))
-    assert isinstance(exit.value.code, str)
-    assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
-    assert capsys.readouterr().err == ""
-    return exit.value.code
-
-
-def metrics(folder, kind="train"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
-def differing(one, other):
-    """Names of the tensors that are not the same in two files, bit for bit."""
-    one, other = load_file(one), load_file(other)
-    assert one.keys() == other.keys()
-    return [key for key in one if not torch.equal(one[key], other[key])]
-
-
 def assert_ended_alike(folder, straight):
     last = "checkpoints/step_0000006"
     for name in ("model.safetensors", *(f"{last}/{path.name}" for path in (straight / last).glob("*.safetensors"))):
         assert differing(folder / name, straight / name) == []
     assert (folder / "results.json").read_bytes() == (straight / "results.json").read_bytes()
-    clock = ("seconds", "data_seconds", "images_per_second", "memory_mib")
-    found, wanted = (
-        [{k: v for k, v in line.items() if k not in clock} for line in metrics(run)] for run in (folder, straight)
-    )
-    assert found == wanted
+    assert timeless(folder) == timeless(straight)
 
 
 # A run
@@ -109,7 +79,8 @@ def test_a_run_leaves_everything_in_its_folder(straight, photos):
     names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
     assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "results.json"}
     last = {path.name for path in (run / "checkpoints/step_0000006").iterdir()}
-    assert last == {"model.safetensors", "average.safetensors", "optimizer.safetensors", "state.json"}
+    tensors = {f"{name}.safetensors" for name in ("model", "average", "optimizer")}
+    assert last == {*tensors, "state.json", "checksums.json"}
     assert [line["step"] for line in metrics(run)] == [1, 2, 3, 4, 5, 6]
     assert all(line["loss_class"] > 0 and line["seconds"] > line["data_seconds"] > 0 for line in metrics(run))
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -234,6 +205,33 @@ def test_a_run_starts_from_weights_it_is_given(straight, photos):
     assert start < far / 10
 
 
+@pytest.mark.parametrize(
+    "flags, zero", [(["--recipe", "a2"], True), (["--recipe", "a2", "--plain"], False), ([], False)]
+)
+def test_blocks_start_as_their_shortcuts_where_the_recipe_has_it_and_there_are_any(photos, flags, zero):
+    argv = ["--data", str(photos), "--device", "cpu", "--depth", "18", *flags]
+    options = pretrain.complete(pretrain.parse(pretrain.Options, argv))
+    model, _ = pretrain.build(options, pretrain.recipe_of(options), ["blue", "green", "red"], None)
+    assert all((not block.bn2.weight.any()) == zero for block in (model.layer1[1], model.layer4[0]))
+
+
+def test_weights_are_read_once(straight, photos, monkeypatch):
+    read = []
+    for module in (pretrain, importlib.import_module("resbackbone.classifier")):
+        wrapped = lambda source, read_weights=module.read_weights: read.append(source) or read_weights(source)  # noqa: E731
+        monkeypatch.setattr(module, "read_weights", wrapped)
+    path = str(straight / "a2" / "model.safetensors")
+    argv = ["--data", str(photos), "--device", "cpu", "--depth", "18", "--weights", path]
+    options = pretrain.complete(pretrain.parse(pretrain.Options, argv))
+    pretrain.build(options, pretrain.recipe_of(options), ["blue", "green", "red"], None)
+    assert read == [path]
+
+
+def test_a_machine_without_git_ends_its_run_all_the_same(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert pretrain.commit() == ""
+
+
 @pytest.mark.parametrize("flags, averages", [([], False), (["--ema"], True), (["--recipe", "torchvision-v2"], True)])
 def test_an_average_is_kept_where_it_is_asked_for_or_the_recipe_does(photos, flags, averages):
     options = pretrain.complete(pretrain.parse(pretrain.Options, ["--data", str(photos), "--device", "cpu", *flags]))
@@ -250,11 +248,12 @@ def test_a_smaller_size_shrinks_all_that_is_seen_in_proportion(photos):
 
 
 @pytest.mark.parametrize("recipe", RUNS)
-def test_three_steps_and_three_resumed_are_six_steps(straight, photos, recipe):
+def test_three_steps_and_three_resumed_are_six_steps(straight, photos, recipe, capsys):
     argv = [*SIX_STEPS, *RUNS[recipe], "--data", str(photos)]
     pretrain.main([*argv, "--output", "run", "--max-steps", "3"])
     pretrain.main(["--output", "run", "--resume", "--max-steps", "6"])  # the rest is known from the run
     assert_ended_alike(Path("run"), straight / recipe)
+    assert "`python tools/pretrain.py --config run/config.yaml`" in capsys.readouterr().out  # what makes it again
 
 
 def test_a_run_that_dies_while_it_writes_a_checkpoint_goes_on_from_the_one_before(straight, photos, monkeypatch):
@@ -300,6 +299,30 @@ def test_a_run_is_not_resumed_on_other_images_or_with_another_recipe(straight, p
     assert "--recipe a3: the run in run was made with a2" in error_of(
         ["--resume", "--output", run, "--recipe", "a3"], capsys
     )
+
+
+@pytest.fixture(scope="session")
+def shards(photos, tmp_path_factory):
+    """The same images in shards, 18 of them in three to train on."""
+    folder = tmp_path_factory.mktemp("pretrain_shards")
+    argv = ["--data", str(photos), "--output", str(folder), "--images-per-shard", "7", "--workers", "1"]
+    make_shards.main([*argv, "--shorter-side", "40"])
+    return f"{folder}/train-{{000000..000002}}.tar"
+
+
+@pytest.mark.parametrize("reader", ["", pytest.param("pipe:cat ", marks=needs_webdataset)])
+def test_training_from_shards_is_resumed_exactly_and_scores_the_images_that_were_not_in_them(
+    shards, photos, tmp_path, reader, capsys
+):
+    argv = [*SIX_STEPS, "--recipe", "demo", "--data", reader + shards]
+    pretrain.main([*argv, "--output", "straight"])
+    assert "18 images of 3 classes in 3 shards" in capsys.readouterr().out
+    pretrain.main([*argv, "--output", "run", "--max-steps", "3"])
+    pretrain.main(["--output", "run", "--resume", "--max-steps", "6", "--workers", "2"])
+    assert_ended_alike(Path("run"), Path("straight"))
+    results = json.loads(Path("run/results.json").read_text())
+    pretrain.main(["--eval-only", "run", "--data", str(photos), "--device", "cpu", "--precision", "fp32"])
+    assert json.loads(Path("run/results-1crop.json").read_text()).items() >= results.items()
 
 
 # Several processes
@@ -374,6 +397,7 @@ def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
         (["--eval", "5crop"], "unknown evaluation '5crop'; choose from 1crop, 10crop, multiscale"),
         (["--norm", "FrozenBN"], "unknown norm 'FrozenBN'; choose from BN, SyncBN, GN"),
         (["--shortcut", "D"], "unknown shortcut 'D'; choose from A, B, C (or --plain)"),
+        (["--plain", "--shortcut", "B"], "--plain has no shortcuts, --shortcut B asks for them; leave one out"),
         (
             ["--batch-size", "5", "--accumulate", "2"],
             "--batch-size 5 does not divide evenly over 1 processes and 2 parts",
@@ -384,11 +408,40 @@ def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--eval-only", "nowhere", "--data", "."], "no folder val or test in it"),
+        (["--eval-only", "nowhere", "--data", "synthetic"], "synthetic images show the speed alone"),
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(photos, capsys, argv, says):
     assert says in error_of([*QUICK, "--data", photos, "--max-steps", "1", *argv], capsys)
     assert list(Path().iterdir()) == []
+
+
+def test_images_that_cannot_be_read_are_named_and_counted_wherever_they_are_met(photos, tmp_path, monkeypatch, capsys):
+    other = shutil.copytree(photos, tmp_path / "other")
+    for name in ("train/green/0.jpg", "val/red/1.jpg"):
+        (other / name).write_bytes(b"")
+    argv = [*QUICK, "--recipe", "demo", "--data", str(other), "--batch-size", "18", "--max-steps", "1"]
+    assert "0.jpg: empty file; --skip-bad-images goes on without" in error_of([*argv, "--output", "run"], capsys)
+    said, results = [], []
+    for run, looked_at in (("found-first", 100), ("met-on-the-way", 0)):
+        monkeypatch.setattr("resbackbone.classification.images.LOOKED_AT", looked_at)
+        pretrain.main([*argv, "--output", run, "--skip-bad-images"])
+        said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")])
+        results.append(json.loads(Path(run, "results.json").read_text()))
+    wanted = [f"skipped image {other / name}: empty file" for name in ("train/green/0.jpg", "val/red/1.jpg")]
+    assert said == [wanted, wanted]
+    assert [(r["images"], r["unreadable"]) for r in results] == [(11, 0), (12, 1)]
+
+
+def test_what_is_not_given_for_an_evaluation_is_that_of_the_first_of_the_runs_and_of_no_other_file(straight, photos):
+    Path("config.yaml").write_text("recipe: demo\nsize: 64\n")  # not of what is evaluated
+    named, run = "torchvision:ResNet18_Weights.IMAGENET1K_V1", str(straight / "a2")
+    alone, both = (
+        pretrain.complete_for_evaluation(pretrain.Options(eval_only=sources, data=data, device="cpu"))
+        for sources, data in (((named,), str(photos)), ((named, run), None))
+    )
+    assert (alone.recipe, alone.size, alone.precision) == ("torchvision-v1", 224, "fp32")  # as its publisher does
+    assert (both.recipe, both.size, both.data) == ("a2", 32, str(photos))
 
 
 def test_weights_of_another_number_of_classes_are_refused_before_training(straight, photos, tmp_path, capsys):

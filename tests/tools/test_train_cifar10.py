@@ -5,24 +5,26 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from commands import differing, error_line, metrics, timeless
 from PIL import Image
 from safetensors.torch import load_file
 
 from resbackbone.cifar import CifarResNet, build_cifar_resnet
 from resbackbone.classification import cifar10
 from resbackbone.classification.cifar10 import open_cifar10, to_model_input
-from resbackbone.training.command import main_of
 from resbackbone.training.state import TrainState
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 train_cifar10 = importlib.import_module("train_cifar10")
+error_of = partial(error_line, train_cifar10.main)
 
 QUICK = ["--data", "synthetic", "--device", "cpu", "--batch-size", "8", "--log-period", "1"]
 SIX_STEPS = [*QUICK, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]
@@ -44,41 +46,12 @@ def straight(small, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def empty_place(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for name in ("CIFAR10_DIR", "RESBACKBONE_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
-def error_of(argv, capsys):
-    """The one line that the command ends with."""
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: train_cifar10.main([str(word) for word in argv]))
-    assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
-    assert capsys.readouterr().err == ""
-    return exit.value.code
-
-
-def metrics(folder, kind="train"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
 def assert_ended_alike(folder, straight):
     for name in ("model.safetensors", "checkpoints/step_0000006/optimizer.safetensors"):
-        found, wanted = load_file(folder / name), load_file(straight / name)
-        assert found.keys() == wanted.keys()
-        assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+        assert differing(folder / name, straight / name) == []
     assert (folder / "results.json").read_bytes() == (straight / "results.json").read_bytes()
-    clock = ("seconds", "data_seconds", "images_per_second", "memory_mib")
     for kind in ("train", "eval"):
-        found, wanted = (
-            [{k: v for k, v in line.items() if k not in clock} for line in metrics(run, kind)]
-            for run in (folder, straight)
-        )
-        assert found == wanted
+        assert timeless(folder, kind) == timeless(straight, kind)
 
 
 # A run
@@ -286,6 +259,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_saves_the_batch(s
 
     monkeypatch.setattr(CifarResNet, "forward", third_is_nan)
     said = error_of([*SIX_STEPS, "--output", "run"], capsys)
-    assert "loss is not finite at step 2: loss_class is nan on rank 0, its images are saved in run/bad_batch" in said
+    assert "step 2 is not finite: loss_class is nan on rank 0, its images are saved in run/bad_batch" in said
     saved = load_file("run/bad_batch_step_2_rank_0.safetensors")
     assert torch.equal(saved["images"], calls[2]) and len(saved["labels"]) == 8

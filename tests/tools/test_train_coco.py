@@ -9,27 +9,28 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from commands import differing, error_line, metrics, timeless
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
 
 from detection import data as data_module
-from detection.coco import read_annotations
 from detection.evaluate import METRICS
 from detection.faster_rcnn import FasterRCNN
 from detection.shapes import make_shapes
-from resbackbone.training.command import main_of
 from resbackbone.training.state import TrainState
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 train_coco = importlib.import_module("train_coco")
+error_of = partial(error_line, train_coco.main)
 
 QUICK = ["--recipe", "short", "--depth", "18", "--device", "cpu", "--batch-size", "2", "--log-period", "1"]
 SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6"]
@@ -48,37 +49,14 @@ def straight(shapes, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
-def empty_place(tmp_path, monkeypatch):
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for name in ("DETECTRON2_DATASETS", "COCO_DIR", "RESBACKBONE_DEBUG"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def own_shapes(shapes, tmp_path):
     """A copy of the data set that a test may harm."""
     return Path(shutil.copytree(shapes, tmp_path / "own"))
 
 
-def error_of(argv, capsys):
-    """The one line that the command ends with."""
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: train_coco.main([str(word) for word in argv]))
-    assert isinstance(exit.value.code, str)  # to the interpreter: this line on stderr, and status 1
-    assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
-    assert capsys.readouterr().err == ""
-    return exit.value.code
-
-
 def files(folder=Path()):
     return {str(path): path.stat().st_mtime_ns for path in sorted(folder.rglob("*"))}
-
-
-def metrics(folder, kind="train"):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
 
 
 def annotation_file(folder, split="train"):
@@ -87,16 +65,10 @@ def annotation_file(folder, split="train"):
 
 def assert_ended_alike(folder, straight):
     for name in ("model.safetensors", "checkpoints/step_0000006/optimizer.safetensors"):
-        found, wanted = load_file(folder / name), load_file(straight / name)
-        assert found.keys() == wanted.keys()
-        assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+        assert differing(folder / name, straight / name) == []
     assert (folder / "detections.json").read_bytes() == (straight / "detections.json").read_bytes()
     assert (folder / "results.json").read_bytes() == (straight / "results.json").read_bytes()
-    clock = ("seconds", "data_seconds", "images_per_second", "memory_mib")
-    found, wanted = (
-        [{k: v for k, v in line.items() if k not in clock} for line in metrics(run)] for run in (folder, straight)
-    )
-    assert found == wanted  # every step once, with the same losses and rates
+    assert timeless(folder) == timeless(straight)  # every step once, with the same losses and rates
 
 
 # A run
@@ -275,7 +247,9 @@ def test_a_run_that_dies_while_it_writes_a_checkpoint_goes_on_from_the_one_befor
 
 def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(straight, tmp_path):
     shutil.copytree(straight, "run")
-    train_coco.main(["--output", "run", "--resume"])
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["coco_backend"] == "hotcoco"
+    train_coco.main(["--output", "run", "--resume", "--coco-backend", "pycocotools"])
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["coco_backend"] == "pycocotools"
     assert_ended_alike(Path("run"), straight)
 
 
@@ -351,6 +325,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--weights", "torchvision:ResNet51"], "torchvision knows no such weights"),
         (["--precision", "fp8"], "unknown precision 'fp8'; choose from fp32, bf16"),
+        (["--coco-backend", "fast"], "unknown COCO backend 'fast'; choose from hotcoco, pycocotools"),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu"),
         (["--device", "mps"], "unknown device 'mps'; choose from cuda, cpu"),
         (["--gpus", "2"], "--gpus 2 with --device cpu: several CPU processes are started with torchrun"),
@@ -462,7 +437,7 @@ def test_bad_data_is_one_line_that_says_what_is_wrong_and_nothing_is_written(own
 
 
 def test_unusable_boxes_are_counted_and_printed_once_and_training_goes_on(own_shapes, capsys):
-    content = read_annotations(annotation_file(own_shapes))
+    content = json.loads(annotation_file(own_shapes).read_text())
     nan, inf = float("nan"), float("inf")
     boxes = [nan, 1, 5, 5], [1, 1, inf, 5], [5, 5, -3, 4], [5, 5, 0, 4], [200, 5, 9, 9], [-4, -4, 30, 30]
     for i, box in enumerate(boxes):
@@ -588,7 +563,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_names_the_images_and_
     images, targets = calls[-1]
     ids = ", ".join(str(target["image_id"]) for target in targets)
     assert (
-        f"loss is not finite at step 2: loss_box_reg is nan on rank 0 for images {ids}, saved in run/bad_batch" in said
+        f"step 2 is not finite: loss_box_reg is nan on rank 0 for images {ids}, saved in run/bad_batch" in said
     )
     saved = load_file("run/bad_batch_step_2_rank_0.safetensors")
     assert len(calls) == 3 and len(images) == 2

@@ -10,7 +10,7 @@ import torch
 from resbackbone.training.distributed import (
     Rank,
     RankShare,
-    all_agree,
+    any_rank,
     broadcast,
     count_processes,
     gather,
@@ -23,22 +23,28 @@ ROOT = Path(__file__).parents[2]
 # What each of the processes that torchrun starts runs; it writes what it saw to a file of its own.
 PROGRAM = """
 import json, math, sys, torch
-from resbackbone.training.distributed import all_agree, broadcast, gather, launch
-from resbackbone.training.state import NonFiniteLoss, TrainState
+from resbackbone.training.distributed import any_rank, broadcast, gather, launch
+from resbackbone.training.state import NonFinite, TrainState
 
 def work(rank, folder):
     seen = {"rank": rank.rank, "ranks": rank.ranks, "main": rank.is_main, "device": str(rank.device)}
     seen["gathered"] = gather({"from": rank.rank, "n": [rank.rank] * (rank.rank + 1)}, rank)
     seen["broadcast"] = broadcast(f"of {rank.rank}", rank)
-    seen["agree"] = [all_agree(flag, rank) for flag in (True, rank.is_main, not rank.is_main, False)]
+    flags = torch.tensor([True, rank.is_main, not rank.is_main, False])
+    seen["any"] = any_rank(flags, rank).tolist()
 
     weight = torch.nn.Parameter(torch.tensor(2.0))
     state = TrainState(torch.nn.ParameterList([weight]), torch.optim.SGD([weight], 1.0), rank)
     try:
         state.update(lambda factor: {"loss": weight * factor}, [1.0 if rank.is_main else math.nan], learning_rate=1.0)
-    except NonFiniteLoss as error:
+    except NonFinite as error:
         seen["non-finite"] = str(error)
     seen["weight"] = weight.item()
+    seen["stopping"] = []
+    for stop in (False, not rank.is_main):
+        state.update(lambda factor: {"loss": weight * factor}, [0.75], learning_rate=1.0, stop=stop)
+        seen["stopping"].append(state.stopping)
+    seen["weight after"] = weight.item()
     with open(f"{folder}/{rank.rank}.json", "w") as file:
         json.dump(seen, file)
 
@@ -81,14 +87,19 @@ def test_what_rank_0_has_is_broadcast_to_every_rank(seen):
     assert [s["broadcast"] for s in seen] == ["of 0", "of 0"]
 
 
-def test_ranks_agree_only_if_all_of_them_say_yes(seen):
-    assert [s["agree"] for s in seen] == [[True, False, False, False]] * 2
+def test_what_one_rank_says_every_rank_knows(seen):
+    assert [s["any"] for s in seen] == [[True, True, True, False]] * 2
+
+
+def test_a_wish_of_one_rank_to_stop_stops_every_rank_after_the_same_update(seen):
+    assert [s["stopping"] for s in seen] == [[False, True]] * 2
+    assert [s["weight after"] for s in seen] == [0.5, 0.5]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_every_rank_before_the_update(seen):
     assert [s["weight"] for s in seen] == [2.0, 2.0]
-    assert seen[0]["non-finite"] == "loss is not finite at step 0: on another rank"
-    assert seen[1]["non-finite"] == "loss is not finite at step 0: loss is nan"
+    assert seen[0]["non-finite"] == "step 0 is not finite: on another rank"
+    assert seen[1]["non-finite"] == "step 0 is not finite: loss is nan"
 
 
 def test_processes_are_spawned_without_torchrun_and_one_that_fails_ends_the_command_in_one_line(tmp_path):
@@ -127,7 +138,7 @@ def test_a_process_alone_gathers_broadcasts_and_agrees_with_itself():
     assert alone.is_main
     assert gather("a", alone) == ["a"]
     assert broadcast("a", alone) == "a"
-    assert all_agree(True, alone) is True and all_agree(False, alone) is False
+    assert any_rank(torch.tensor([True, False]), alone).tolist() == [True, False]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from resbackbone.training.run import KEPT_CHECKPOINTS, Run, checkpoints, latest_folder, new_folder, read_yaml
+from resbackbone.training.run import Run, latest_folder, new_folder, read_yaml
 
 
 def metrics(folder):
@@ -60,49 +60,10 @@ def test_a_line_of_something_else_is_forgotten(tmp_path, line):
     assert metrics(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
-def test_the_last_three_checkpoints_are_kept_oldest_first(tmp_path):
-    run = Run(tmp_path, {})
-    for step in (5, 50, 500, 9_999_999, 10_000_000):
-        run.save(step, write_a_file)
-    run.close()
-    assert KEPT_CHECKPOINTS == 3
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_0000500", "step_9999999", "step_10000000"]
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == sorted(p.name for p in checkpoints(tmp_path))
-
-
-def test_a_checkpoint_that_was_not_finished_is_none(tmp_path):
-    run = Run(tmp_path, {})
-    run.save(1, write_a_file)
-
-    def killed(folder):
-        (folder / "half").write_text("")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run.save(2, killed)
-    run.close()
-    (tmp_path / "checkpoints" / ".step_0000003.77.tmp").mkdir()  # what a kill without an exception leaves
-    (tmp_path / "checkpoints" / "step_0000004.old").mkdir()
-    (tmp_path / "checkpoints" / "step_0000005").touch()
-    assert [path.name for path in checkpoints(tmp_path)] == ["step_0000001"]
-
-
-def test_a_checkpoint_of_the_same_step_is_written_over(tmp_path):
-    run = Run(tmp_path, {})
-    run.save(1, write_a_file)
-    run.save(1, lambda folder: (folder / "other").write_text("new"))
-    run.close()
-    assert [p.name for p in checkpoints(tmp_path)[0].iterdir()] == ["other"]
-
-
-def test_a_folder_without_checkpoints_has_none(tmp_path):
-    assert checkpoints(tmp_path / "nothing") == []
-
-
 def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path):
     run = Run(tmp_path / "run", {}, writes=False)
     run.record(1, {"loss": 1.0})
-    run.save(1, write_a_file)
+    run.save(1, write_a_file, nbytes=2)
     run.close()
     assert not list(tmp_path.iterdir())
 

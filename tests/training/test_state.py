@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from resbackbone.training.distributed import Rank
-from resbackbone.training.state import NonFiniteLoss, TrainState, mean_of, parameter_groups, seed_step
+from resbackbone.training.state import NonFinite, TrainState, mean_of, parameter_groups, seed_step
 
 ALONE = Rank(0, 1, torch.device("cpu"))
 OPTIMIZERS = {
@@ -24,6 +25,12 @@ def network():
 def train_state(make=OPTIMIZERS["SGD"], **options):
     model = network()
     return TrainState(model, make(model.parameters()), ALONE, **options)
+
+
+def network_of(weights):
+    model = network()
+    model.load_state_dict(weights)
+    return model
 
 
 def losses_of(model, step=0):
@@ -80,7 +87,7 @@ def test_gradients_of_several_parts_make_the_update_of_their_mean():
 def test_a_later_part_that_is_not_finite_stops_the_update_too():
     state = train_state()
     before = [parameter.clone() for parameter in state.model.parameters()]
-    with pytest.raises(NonFiniteLoss):
+    with pytest.raises(NonFinite):
         state.update(lambda k: {"a": k * losses_of(state.model)["a"]}, [1.0, float("nan")], learning_rate=0.1)
     assert state.step == 0
     assert all(torch.equal(p, kept) for p, kept in zip(state.model.parameters(), before, strict=True))
@@ -101,7 +108,7 @@ def test_a_loss_that_is_not_finite_raises_and_changes_nothing(wrong):
     losses = losses_of(state.model, 1)
     losses["b"] = losses["b"] * wrong
     weights, optimizer = copy.deepcopy(state.model.state_dict()), copy.deepcopy(state.optimizer.state_dict())
-    with pytest.raises(NonFiniteLoss, match=rf"loss is not finite at step 1: b is -?{abs(wrong)}"):
+    with pytest.raises(NonFinite, match=rf"step 1 is not finite: b is -?{abs(wrong)}"):
         state.update(lambda _: losses, [None], learning_rate=0.7)
     assert state.step == 1
     assert all(torch.equal(value, weights[name]) for name, value in state.model.state_dict().items())
@@ -109,6 +116,40 @@ def test_a_loss_that_is_not_finite_raises_and_changes_nothing(wrong):
     assert after["param_groups"] == optimizer["param_groups"]
     for index, entries in optimizer["state"].items():
         assert torch.equal(after["state"][index]["momentum_buffer"], entries["momentum_buffer"])
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_raises_names_its_weights_and_changes_nothing():
+    state = train_state()
+    weights = copy.deepcopy(state.model.state_dict())
+    state.model[3].bias.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(NonFinite, match=r"step 0 is not finite: the gradient of 3\.bias$"):
+        state.update(lambda _: {"a": state.model[3].bias.sum() + state.model[0].weight.sum()}, [None], learning_rate=1)
+    assert state.step == 0
+    assert_same_weights(state.model, network_of(weights))
+
+
+def test_the_length_of_the_gradient_is_kept_as_it_was_before_clipping():
+    state = train_state(OPTIMIZERS["plain SGD"], clip_grad=0.01)
+    state.update(lambda _: {"a": 3 * state.model[3].bias[0] + 4 * state.model[3].bias[1]}, [None], learning_rate=1)
+    assert state.gradient_norm == pytest.approx(5.0)
+
+
+def test_a_wish_to_stop_is_told_after_the_update():
+    state = train_state()
+    for stop in (False, True, False):
+        state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1, stop=stop)
+        assert state.stopping == stop
+    assert state.step == 3
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_bytes_of_a_checkpoint_are_those_of_its_files_but_for_their_headers(make, tmp_path):
+    state = train_state(make)
+    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
+    state.save(tmp_path)
+    save_file(state.model.state_dict(), tmp_path / "model.safetensors")
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert size - 4000 < state.nbytes <= size
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)

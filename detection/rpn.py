@@ -1,0 +1,181 @@
+"""Region proposal network (Ren et al. 2015, Sec. 3): torchvision's, with a graph at the sampled anchors alone."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.ops import batched_nms, clip_boxes_to_image
+
+from detection.cells import sum_cells
+
+ASPECT_RATIOS = (0.5, 1.0, 2.0)
+
+
+class Anchors(AnchorGenerator):
+    """Anchors in fp32 whatever the maps are in: bf16 holds 1000 pixels to the nearest 4.
+
+    torchvision's stand on whole pixels, and their strides are inferred: the padded image's size by the map's, rounded
+    down, which for p6 is often less than 64. detectron2's are neither rounded nor inferred. Weights are used to
+    theirs, so `as_torchvision` tells which.
+    """
+
+    def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, as_torchvision: bool):
+        self.as_torchvision = as_torchvision  # before what makes the anchors
+        self.last: tuple[object, Tensor | None] = None, None  # the sizes that anchors were made for, and they
+        super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
+        self.strides = strides
+
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> Tensor:
+        """Boxes around (0, 0), [ratios * sizes, 4], by ratio and then by size; a ratio is height to width."""
+        scales, ratios = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scales, aspect_ratios))
+        heights = (ratios.sqrt()[:, None] * scales).flatten()
+        widths = ((1 / ratios.sqrt())[:, None] * scales).flatten()
+        boxes = torch.stack((-widths, -heights, widths, heights), 1) / 2
+        return boxes.round() if self.as_torchvision else boxes
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        """[cells * anchors a cell, 4] an image, the levels one after the other; the same tensor for every image."""
+        device, image_size = feature_maps[0].device, image_list.tensors.shape[-2:]
+        cells = [x.shape[-2:] for x in feature_maps]
+        if self.last[0] != (cells, image_size, device):
+            with torch.inference_mode(False):  # they may be used in training next
+                self.last = (cells, image_size, device), self._made(cells, image_size, device)
+        return [self.last[1]] * len(image_list.image_sizes)
+
+    def _made(self, cells: list[tuple[int, int]], image_size: tuple[int, int], device: torch.device) -> Tensor:
+        self.set_cell_anchors(torch.float32, device)
+        strides = [(stride, stride) for stride in self.strides]
+        if self.as_torchvision:
+            strides = [(image_size[0] // rows, image_size[1] // columns) for rows, columns in cells]
+        steps = [[torch.full((), step, dtype=torch.int64, device=device) for step in pair] for pair in strides]
+        return torch.cat(self.grid_anchors(cells, steps))
+
+
+class FP32RPNHead(RPNHead):
+    """torchvision's head, with outputs in fp32 or better, for the same reason."""
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Maps [B, C, H, W] -> objectness [B, A, H, W] and box deltas [B, A * 4, H, W], A anchors a cell."""
+        objectness, deltas = super().forward(maps)
+        return [_at_least_fp32(x) for x in objectness], [_at_least_fp32(x) for x in deltas]
+
+    def at(self, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward` gives at n cells, from the 3x3 of the map around each, [n, 3 * 3 * C]: [n, A], [n, A, 4]."""
+        [[conv, _relu]] = self.conv
+        hidden = F.relu(F.linear(cells, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias))
+        objectness, deltas = (
+            _at_least_fp32(F.linear(hidden, layer.weight.flatten(1), layer.bias))
+            for layer in (self.cls_logits, self.bbox_pred)
+        )
+        return objectness, deltas.unflatten(1, (-1, 4))
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class SampledRPN(RegionProposalNetwork):
+    """torchvision's RPN, with its proposals, losses and gradients, that does not pay for anchors nobody asked about.
+
+    The loss looks at 256 anchors an image at most, of some 200,000, and nothing is differentiated through proposals.
+    So the head runs on whole maps without a graph, and once more, with one, on the sampled anchors' cells: backward
+    neither keeps nor convolves maps that are zero nearly everywhere. Boxes are decoded where the objectness chose
+    them. Given the same random state, torchvision samples the same anchors.
+    """
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.box_similarity = box_iou
+
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Padded images, their maps and targets -> proposals [n, 4] an image in pixels, losses in training mode."""
+        maps = list(features.values())
+        anchors = self.anchor_generator(images, maps)
+        losses = self._losses(maps, anchors, targets) if self.training else {}
+        return self._proposals(maps, anchors[0], images.image_sizes), losses
+
+    @torch.no_grad()
+    def _proposals(self, maps: list[Tensor], anchors: Tensor, image_sizes: list[tuple[int, int]]) -> list[Tensor]:
+        scores, deltas, anchors_of_best, levels = [], [], [], []
+        for level, (objectness, of_level) in enumerate(zip(*self.head(maps), strict=True)):
+            objectness = objectness.permute(0, 2, 3, 1).flatten(1)  # [B, H * W * A]
+            of_level = of_level.permute(0, 2, 3, 1).reshape(*objectness.shape, 4)
+            here, anchors = anchors[: objectness.shape[1]], anchors[objectness.shape[1] :]
+            of_best, best = objectness.topk(min(self.pre_nms_top_n(), len(here)), dim=1)
+            scores.append(of_best.sigmoid())
+            deltas.append(of_level.gather(1, best[..., None].expand(-1, -1, 4)))
+            anchors_of_best.append(here[best])
+            levels.append(torch.full_like(best[0], level))
+        deltas, anchors_of_best = torch.cat(deltas, 1), torch.cat(anchors_of_best, 1)
+        boxes = self.box_coder.decode_single(deltas.flatten(0, 1), anchors_of_best.flatten(0, 1)).view_as(deltas)
+        of_images = zip(boxes, torch.cat(scores, 1), image_sizes, strict=True)
+        return [self._filtered(*of_image, torch.cat(levels)) for of_image in of_images]
+
+    def _filtered(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int], levels: Tensor) -> Tensor:
+        """The boxes [n, 4] of one image, clipped to it, that have a size and a score and outlive NMS on their level."""
+        boxes = clip_boxes_to_image(boxes, image_size)
+        large = (boxes[:, 2:] - boxes[:, :2] >= self.min_size).all(1)
+        kept = (large & (scores >= self.score_thresh)).nonzero().squeeze(1)
+        boxes = boxes[kept]
+        return boxes[batched_nms(boxes, scores[kept], levels[kept], self.nms_thresh)[: self.post_nms_top_n()]]
+
+    def _losses(self, maps: list[Tensor], anchors: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        labels, matched_boxes = self.assign_targets_to_anchors(anchors, targets)
+        positive, negative = (torch.cat(chosen).nonzero().squeeze(1) for chosen in self.fg_bg_sampler(labels))
+        sampled = torch.cat((positive, negative))  # numbers that count images, and an image's anchors
+        objectness, deltas = self._at(maps, sampled)
+        wanted = self.box_coder.encode_single(
+            torch.cat(matched_boxes)[positive], anchors[0][positive % len(anchors[0])]
+        )
+        deviation = F.smooth_l1_loss(deltas[: len(positive)], wanted, beta=1 / 9, reduction="sum")
+        return {
+            "loss_objectness": F.binary_cross_entropy_with_logits(objectness, torch.cat(labels)[sampled]),
+            "loss_rpn_box_reg": deviation / len(sampled),
+        }
+
+    def _at(self, maps: list[Tensor], sampled: Tensor) -> tuple[Tensor, Tensor]:
+        """Objectness [n] and box deltas [n, 4] of n anchors: numbers that count images, levels, rows, columns, shapes.
+
+        Every level gives all n their surroundings, zeros to those of other levels: to sort them by level first, the
+        host would have to wait for a GPU.
+        """
+        shapes = self.head.cls_logits.out_channels
+        cells = sum(x.shape[-2] * x.shape[-1] for x in maps)
+        image, anchor = sampled // (cells * shapes), sampled % (cells * shapes)
+        cell, shape = anchor // shapes, anchor % shapes
+        around: Tensor | float = 0.0
+        for x in maps:
+            around = around + _surroundings(x, image, cell)
+            cell = cell - x.shape[-2] * x.shape[-1]
+        objectness, deltas = self.head.at(around)
+        every = torch.arange(len(sampled), device=sampled.device)
+        return objectness[every, shape], deltas[every, shape]
+
+
+def _surroundings(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
+    """[B, C, H, W], n images and n cells of theirs -> [n, 3 * 3 * C], zeros outside of the map and for other cells."""
+    height, width = feature.shape[-2:]
+    step = torch.arange(-1, 2, device=cell.device)
+    rows, columns = ((at[:, None] + step) for at in (cell // width, cell % width))
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    inside &= ((cell >= 0) & (cell < height * width))[:, None, None]
+    cells = (image[:, None, None] * height + rows[:, :, None]) * width + columns[:, None]
+    return sum_cells(feature, (cells * inside).view(-1, 1), inside.view(-1, 1)).view(len(cell), -1)
+
+
+def box_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """[n, 4] and [m, 4], x1 y1 x2 y2 -> IoU [n, m]: torchvision's to the bit, a few rows at a time in a CPU's cache."""
+    x1, y1, x2, y2 = anchors.t().contiguous()
+    areas = (x2 - x1) * (y2 - y1)
+    parts = []
+    for some in boxes.split(2 if boxes.device.type == "cpu" else max(1, len(boxes))):
+        left, top, right, bottom = some.t()[..., None]
+        overlap = torch.minimum(right, x2).sub_(torch.maximum(left, x1)).clamp_(min=0)
+        overlap *= torch.minimum(bottom, y2).sub_(torch.maximum(top, y1)).clamp_(min=0)
+        union = ((right - left) * (bottom - top) + areas).sub_(overlap)
+        parts.append(overlap.div_(union))
+    return torch.cat(parts)

@@ -1,0 +1,132 @@
+"""COCO box AP of detections in flat arrays, by hotcoco, or by pycocotools: the same numbers, bit for bit."""
+
+import contextlib
+import io
+
+import hotcoco
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detection.annotations import Annotations
+from resbackbone.checks import one_of
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+DETECTION = np.dtype(  # COCO's results format; bbox is x, y, width, height in pixels
+    [("image_id", np.int64), ("category_id", np.int64), ("bbox", np.float64, 4), ("score", np.float64)]
+)
+
+
+def entries(detections: np.ndarray) -> list[dict]:
+    """DETECTION [n] as the dictionaries that COCO's results format has."""
+    columns = (detections[name].tolist() for name in DETECTION.names)
+    return [dict(zip(DETECTION.names, values, strict=True)) for values in zip(*columns, strict=True)]
+
+
+def score(annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco") -> dict:
+    """The 12 COCO numbers for boxes, and those of each class, as fractions 0..1; None for what is undefined.
+
+    `detections`, DETECTION [n], come in any order; of equal scores in an image the first counts as the surer. Those of
+    a class that is not in the annotations match nothing. `backend`: "hotcoco" (some hundred times faster) or
+    "pycocotools", which also gets what the two do not agree on: detections that are not finite.
+    Annotations that are not finite are left out, all else is as it is. Images without detections count. Without any
+    detection every defined number is 0, and `note` says why. Raises ValueError for a detection of an image that is
+    not in the annotations.
+    """
+    score_with = BACKENDS[one_of("COCO backend", backend, BACKENDS)]
+    unknown = ~np.isin(detections["image_id"], annotations.image_ids.numpy())
+    if unknown.any():
+        raise ValueError(
+            f"{unknown.sum()} of {len(detections)} detections are of images that the annotations have not; the first "
+            f"is of image {detections['image_id'][unknown][0]}"
+        )
+    truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)
+    known = detections[np.isin(detections["category_id"], list(annotations.categories))]
+    if not (np.isfinite(known["bbox"]).all() and np.isfinite(known["score"]).all()):
+        score_with = _pycocotools
+    with contextlib.redirect_stdout(io.StringIO()):  # both print as they go
+        scorer = score_with(annotations, truth, known)
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    note = None
+    if not len(detections):
+        note = "no detections at all: no box scored above the detector's threshold, so every AP is 0"
+    if not truth.any():
+        note = "the annotations hold no box to be found, so no AP is defined"
+    precision = scorer.eval["precision"]  # [IoU, recall, class, area, detections]
+    to_find = truth & ~annotations.crowds.numpy()
+    boxes = np.bincount(annotations.labels.numpy()[to_find], minlength=len(annotations.categories) + 1)[1:]
+    per_class = {}
+    for k, (category, name) in enumerate(annotations.categories.items()):
+        ap, ap50 = (_mean(precision[which, :, k, 0, -1]) for which in (slice(None), 0))
+        name = name if name not in per_class else f"{name} (id {category})"
+        per_class[name] = {"AP": ap, "AP50": ap50, "boxes": int(boxes[k])}
+    return {
+        "bbox": dict(zip(METRICS, (None if value < 0 else float(value) for value in scorer.stats), strict=True)),
+        "per_class": per_class,
+        "images": len(annotations.image_ids),
+        "detections": len(detections),
+        "note": note,
+    }
+
+
+def _hotcoco(annotations: Annotations, truth: np.ndarray, detections: np.ndarray) -> hotcoco.COCOeval:
+    """Ids are replaced by places in their sorted order, from 1: its arrays are of floats, exact up to 2^53 only.
+
+    The order matters: detections of equal score count in the order of the image ids.
+    """
+    image_ids, category_ids = annotations.image_ids.numpy(), list(annotations.categories)
+    order = np.argsort(image_ids)
+    place = np.empty(len(order), np.int64)
+    place[order] = np.arange(1, len(order) + 1)
+    wanted = hotcoco.COCO.from_arrays(
+        [{"id": i} for i in range(1, len(image_ids) + 1)],
+        [{"id": i, "name": str(i)} for i in range(1, len(category_ids) + 1)],
+        place[annotations.image_indices.numpy()[truth]],
+        annotations.labels.numpy()[truth].astype(np.int64),
+        annotations.boxes_xywh.numpy()[truth],
+        area=annotations.areas.numpy()[truth],
+        iscrowd=annotations.crowds.numpy()[truth].astype(np.int64),
+    )
+    images = np.searchsorted(image_ids[order], detections["image_id"]) + 1
+    categories = np.searchsorted(category_ids, detections["category_id"]) + 1
+    found = np.column_stack([images, detections["bbox"], detections["score"], categories])
+    return hotcoco.COCOeval(wanted, wanted.load_res(found), "bbox")
+
+
+def _pycocotools(annotations: Annotations, truth: np.ndarray, detections: np.ndarray) -> COCOeval:
+    image_ids, category_ids = annotations.image_ids.numpy(), np.array(list(annotations.categories))
+    rows = zip(
+        image_ids[annotations.image_indices.numpy()[truth]].tolist(),
+        category_ids[annotations.labels.numpy()[truth] - 1].tolist(),
+        annotations.boxes_xywh.numpy()[truth].tolist(),
+        annotations.areas.numpy()[truth].tolist(),
+        annotations.crowds.int().numpy()[truth].tolist(),
+        strict=True,
+    )
+    content = {
+        "images": [{"id": i} for i in image_ids.tolist()],
+        "categories": [{"id": i, "name": name} for i, name in annotations.categories.items()],
+    }
+    # Numbered from 1: pycocotools takes an annotation with the id 0 for one that was not found.
+    names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
+    wanted = _coco(content, [dict(zip(names, (i, *row), strict=True)) for i, row in enumerate(rows, 1)])
+    if not len(detections):  # loadRes takes no empty list
+        return COCOeval(wanted, _coco(content, []), "bbox")
+    return COCOeval(wanted, wanted.loadRes(entries(detections)), "bbox")
+
+
+def _coco(content: dict, annotations: list[dict]) -> COCO:
+    coco = COCO()
+    coco.dataset = {**content, "annotations": annotations}
+    coco.createIndex()
+    return coco
+
+
+BACKENDS = {"hotcoco": _hotcoco, "pycocotools": _pycocotools}
+
+
+def _mean(values: np.ndarray) -> float | None:
+    defined = values[values > -1]
+    return float(defined.mean()) if defined.size else None

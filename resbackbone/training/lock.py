@@ -1,0 +1,59 @@
+"""One writer for a folder: a lock that the operating system lets go when its holder dies, however it does."""
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK, HOLDER = ".lock", ".lock.json"
+_held: dict[Path, tuple[FileLock, list[Path]]] = {}  # and the folders that were made for it, the innermost first
+
+
+def hold(folder: Path) -> None:
+    """Be the only writer of `folder`, which is made if it is not there, until `let_go` or the end of the process.
+
+    ValueError that names the holder if another process is.
+    """
+    key = folder.resolve()
+    if key in _held:
+        return
+    made = [path for path in (key, *key.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(key / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{folder} is being written by {_holder(folder)}; give another --output") from None
+    _held[key] = lock, made
+    content = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    (folder / HOLDER).write_text(json.dumps(content))
+
+
+def let_go(folder: Path) -> None:
+    """Let others write to `folder`. If it was made by `hold` and nothing was written to it, it goes."""
+    lock, made = _held.pop(folder.resolve(), (None, []))
+    if lock is None:
+        return
+    for name in (LOCK, HOLDER):
+        (folder / name).unlink(missing_ok=True)
+    for path in made:
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+    lock.release()
+
+
+def let_go_of_all() -> None:
+    """Let others write to every folder that this process holds."""
+    for folder in list(_held):
+        let_go(folder)
+
+
+def _holder(folder: Path) -> str:
+    try:
+        content = json.loads((folder / HOLDER).read_text())
+        return f"process {content['process']} on {content['host']} since {content['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

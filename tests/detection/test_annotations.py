@@ -1,0 +1,226 @@
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from detection import annotations as annotations_module
+from detection.annotations import Annotations, read_annotations
+
+CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}, {"id": 13, "name": "stop sign"}]
+
+
+def content(images=1, boxes=((1, 2, 10, 8),), **changes):
+    """An instances file: images 7, 8, .. of 33 x 21 pixels, `boxes` on the first, of each category in turn."""
+    return {
+        "images": [{"id": 7 + i, "file_name": f"{7 + i}.png", "width": 33, "height": 21} for i in range(images)],
+        "annotations": [
+            {"id": 1 + i, "image_id": 7, "category_id": CATEGORIES[i % 3]["id"], "bbox": list(box), "iscrowd": 0}
+            for i, box in enumerate(boxes)
+        ],
+        "categories": [dict(category) for category in CATEGORIES],
+        **changes,
+    }
+
+
+def read(folder, what):
+    path = folder / "instances.json"
+    path.write_text(what if isinstance(what, str) else json.dumps(what))
+    return read_annotations(path)
+
+
+def as_lists(annotations):
+    return [field.tolist() if isinstance(field, torch.Tensor) else field for field in annotations]
+
+
+# What a file says
+
+
+def test_a_file_is_read_into_arrays_that_refer_to_each_other_by_place(tmp_path):
+    what = content(images=2, boxes=[(1, 2, 10.5, 8), (0, 0, 5, 4)])
+    what["images"][0]["file_name"], what["images"][1]["file_name"] = "sub/für.png", "8.png"
+    what["annotations"][0] |= {"image_id": 8, "area": 7, "iscrowd": 1, "segmentation": [[1, 2, 3, 4.5]]}
+    what["images"].reverse()
+    found = read(tmp_path, {"info": {"year": 2017}, **what})
+    assert found.image_ids.tolist() == [8, 7] and found.widths_heights.tolist() == [[33, 21]] * 2
+    assert found.file_names() == [found.file_name(i) for i in range(2)] == ["8.png", "sub/für.png"]
+    assert list(found.categories.items()) == [(3, "car"), (13, "stop sign"), (90, "toothbrush")]
+    assert (found.image_indices.tolist(), found.labels.tolist()) == ([0, 1], [3, 1])
+    assert found.boxes_xywh.tolist() == [[1, 2, 10.5, 8], [0, 0, 5, 4]]
+    assert (found.areas.tolist(), found.crowds.tolist()) == ([7, 20], [True, False])
+
+
+def test_iscrowd_area_and_annotation_ids_may_be_absent_or_null_but_for_the_id(tmp_path):
+    what = content(boxes=[(0, 0, 5, 4), (1, 1, 3, 3)])
+    for annotation in what["annotations"]:
+        del annotation["iscrowd"], annotation["id"]
+    found = read(tmp_path, what)
+    assert (found.areas.tolist(), found.crowds.tolist()) == ([20, 9], [False, False])
+    what["annotations"][0] |= {"iscrowd": None, "area": None}
+    assert as_lists(read(tmp_path, what)) == as_lists(found)
+    what["annotations"][1]["id"] = 1  # the one that the first has by its place
+    with pytest.raises(ValueError, match=r"annotations\[1\] repeats the id 1"):
+        read(tmp_path, what)
+    what["annotations"][1]["id"] = None
+    with pytest.raises(ValueError, match=r"annotations\[1\] has no 'id' of type int"):
+        read(tmp_path, what)
+
+
+def test_ids_may_be_any_64_bits(tmp_path):
+    what = content(images=2, boxes=[(0, 0, 5, 4)] * 2)
+    first, last = -(2**63), 2**63 - 1
+    what["images"][0]["id"] = what["annotations"][0]["image_id"] = last
+    what["images"][1]["id"] = what["annotations"][1]["image_id"] = last - 1
+    what["categories"][0]["id"] = what["annotations"][0]["category_id"] = last
+    what["annotations"][0]["id"], what["annotations"][1]["id"] = first, 0
+    found = read(tmp_path, what)
+    assert found.image_ids.tolist() == [last, last - 1] and found.image_indices.tolist() == [0, 1]
+    assert list(found.categories) == [3, 13, last] and found.labels.tolist() == [3, 1]
+
+
+def test_an_ordinary_file_is_read_the_quick_way_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(annotations_module, "_checked", None)
+    assert len(read(tmp_path, content(boxes=[(0, 0, 5, 4)] * 3)).boxes_xywh) == 3
+
+
+@pytest.mark.parametrize("token", ["NaN", "Infinity", "-Infinity", "1e999", "9" * 400, "-" + "9" * 400])
+def test_numbers_that_are_not_finite_are_read_as_python_does(tmp_path, token):
+    what = json.dumps(content(boxes=[(1, 2, 5, 5), (1, 2, "?", 8)])).replace('"?"', token)
+    wanted = math.inf if token[0] in "I19" else -math.inf
+    found = read(tmp_path, what).boxes_xywh.tolist()
+    assert found[0] == [1, 2, 5, 5] and (math.isnan(found[1][2]) if token == "NaN" else found[1][2] == wanted)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_in_another_unicode_encoding_is_read_too(tmp_path, encoding):
+    (tmp_path / "instances.json").write_text(json.dumps(content()), encoding=encoding)
+    assert read_annotations(tmp_path / "instances.json").image_ids.tolist() == [7]
+
+
+VALUES = [None, True, False, 0, 1, 7, 8, -1, 3, 2**31, 2**63, 2**70, 0.0, 1.0, 2.5, math.nan, math.inf, "", "7", "../7"]
+VALUES += ["a/b", "a..b", "/a", "\0", "\ud800", [], [1, 2, 3, 4], [1.5, 2, 3, True], [1, 2, 3, "4"], [10**400] * 4, {}]
+PLACES = [(section, i, key) for section in ("images", "annotations") for i in (0, 1) for key in (
+    "id", "file_name", "width", "height", "image_id", "category_id", "bbox", "iscrowd", "area", "segmentation", None
+)]  # fmt: skip
+PLACES += [("categories", i, key) for i in (0, 2) for key in ("id", "name", None)]
+PLACES += [(section, None, None) for section in ("images", "annotations", "categories", "info")]
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(PLACES), st.sampled_from(["?", *VALUES])), max_size=2))
+def test_the_quick_way_and_the_careful_one_agree_on_every_file(tmp_path_factory, changes):
+    what = content(images=2, boxes=[(0, 0, 5, 4), (1, 2, 3, 4.5)])
+    for (section, i, key), value in changes:
+        keep = value != "?"
+        if i is None:
+            what.update({section: value}) if keep else what.pop(section, None)
+        elif isinstance(what.get(section), list) and len(what[section]) > i:
+            if key is None:
+                what[section][i] = value
+            elif isinstance(what[section][i], dict):
+                what[section][i].update({key: value}) if keep else what[section][i].pop(key, None)
+    path = tmp_path_factory.getbasetemp() / "instances.json"
+    path.write_text(json.dumps(what))
+
+    def outcome():
+        try:
+            return repr(as_lists(read_annotations(path)))  # as text: NaN equals NaN
+        except ValueError as error:
+            return str(error)
+
+    found = outcome()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(annotations_module, "_decoded", lambda path: (_ for _ in ()).throw(ValueError))
+        assert outcome() == found
+
+
+# What a file must not say
+
+
+def without(section, key):
+    what = content()
+    del what[section][0][key]
+    return what
+
+
+def with_value(section, key, value, **options):
+    what = json.loads(json.dumps(content(**options)))
+    what[section][-1][key] = value
+    return what
+
+
+BAD_ANNOTATIONS = {
+    "no JSON": ("{'images': []}", "not JSON"),
+    "an empty file": ("", "not JSON"),
+    "half a file": (json.dumps(content())[:-9], "not JSON"),
+    "deep nesting": ("[" * 200_000, "not JSON"),
+    "a number of 5000 digits": ('{"images": ' + "9" * 5000 + "}", "not JSON"),
+    "a list": ("[]", "a JSON object with images, annotations, categories is wanted"),
+    "no images": ({**content(), "images": None}, "no list 'images'"),
+    "no annotations": ({"images": [], "categories": []}, "no list 'annotations'"),
+    "no categories": ({"images": [], "annotations": []}, "no list 'categories'"),
+    "annotations that are a table": ({**content(), "annotations": {}}, "no list 'annotations'"),
+    "an image that is a number": ({**content(), "images": [3]}, r"images\[0\] has no 'id'"),
+    "an image id": (without("images", "id"), r"images\[0\] has no 'id'"),
+    "file_name": (without("images", "file_name"), r"images\[0\] has no 'file_name'"),
+    "width": (without("images", "width"), r"images\[0\] has no 'width'"),
+    "height": (without("images", "height"), r"images\[0\] has no 'height'"),
+    "image_id": (without("annotations", "image_id"), r"annotations\[0\] has no 'image_id'"),
+    "category_id": (without("annotations", "category_id"), r"annotations\[0\] has no 'category_id'"),
+    "bbox": (without("annotations", "bbox"), r"annotations\[0\] has no 'bbox'"),
+    "a category id": (without("categories", "id"), r"categories\[0\] has no 'id'"),
+    "a category name": (without("categories", "name"), r"categories\[0\] has no 'name'"),
+    "an id that is text": (with_value("images", "id", "7"), "has no 'id' of type int"),
+    "an id that is true": (with_value("images", "id", True), "has no 'id' of type int"),
+    "a file_name that is a number": (with_value("images", "file_name", 7), "has no 'file_name' of type str"),
+    "a width of 0": (with_value("images", "width", 0), "has size 0 x 21"),
+    "a negative height": (with_value("images", "height", -5), "has size 33 x -5"),
+    "a box of three numbers": (with_value("annotations", "bbox", [1, 2, 3]), "is not four numbers"),
+    "a box with text": (with_value("annotations", "bbox", [1, 2, 3, "4"]), "is not four numbers"),
+    "a box with null": (with_value("annotations", "bbox", [1, 2, 3, None]), "is not four numbers"),
+    "a box that is text": (with_value("annotations", "bbox", "1 2 3 4"), "has no 'bbox' of type list"),
+    "a repeated image id": (with_value("images", "id", 7, images=2), r"images\[1\] repeats the id 7"),
+    "a repeated annotation id": (
+        with_value("annotations", "id", 1, boxes=[(0, 0, 5, 5)] * 2),
+        r"annotations\[1\] repeats the id 1",
+    ),
+    "a repeated category id": (with_value("categories", "id", 3), r"categories\[2\] repeats the id 3"),
+    "an id over 64 bits": (with_value("images", "id", 2**70), "over 64 bits"),
+    "an unknown category": (with_value("annotations", "category_id", 91), "category_id 91, which is not in categories"),
+    "an unknown image": (with_value("annotations", "image_id", 6), "is of image 6, not in images"),
+    "a way out of the folder": (with_value("images", "file_name", "../7.png"), "leaves its folder"),
+    "a way out further in": (with_value("images", "file_name", "a/../../7.png"), "leaves its folder"),
+    "an absolute name": (with_value("images", "file_name", "/etc/passwd"), "leaves its folder"),
+    "a name with a null": (with_value("images", "file_name", "7.png\0"), "leaves its folder"),
+    "an empty table of categories": (content(boxes=(), categories=[]), "list of categories is empty"),
+}
+
+
+@pytest.mark.parametrize("what, says", BAD_ANNOTATIONS.values(), ids=list(BAD_ANNOTATIONS))
+def test_a_bad_annotation_file_is_an_error_that_names_it_and_what_is_wrong(tmp_path, what, says):
+    with pytest.raises(ValueError, match=says) as error:
+        read(tmp_path, what)
+    assert "instances.json" in str(error.value)
+
+
+def test_an_annotation_file_that_is_not_text_or_not_there_is_an_error_that_names_it(tmp_path):
+    path = tmp_path / "instances.json"
+    with pytest.raises(ValueError, match="instances.json: cannot be read"):
+        read_annotations(path)
+    path.write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="instances.json: not JSON"):
+        read_annotations(path)
+
+
+# Memory
+
+
+def test_an_annotation_costs_its_numbers_and_nothing_more(tmp_path):
+    def nbytes(boxes):
+        found = read(tmp_path, content(boxes=[(0, 0, 5, 4)] * boxes))
+        return sum(field.nbytes for field in found if isinstance(field, torch.Tensor))
+
+    assert nbytes(101) - nbytes(1) == 100 * 49
+    assert {name for name, kind in Annotations.__annotations__.items() if kind is not torch.Tensor} == {"categories"}

@@ -1,0 +1,211 @@
+"""What happens to a training that is terminated, restarted, damaged or started twice; tools/soak.py does more of it."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from resbackbone.classification import cifar10
+from resbackbone.training.checkpoints import checkpoints
+from resbackbone.training.command import main_of
+from resbackbone.training.lock import HOLDER
+from resbackbone.training.state import TrainState
+from resbackbone.training.termination import EXIT_STATUS, Terminated
+
+TOOLS = Path(__file__).parents[2] / "tools"
+sys.path.insert(0, str(TOOLS))
+train_cifar10 = importlib.import_module("train_cifar10")
+soak = importlib.import_module("soak")
+
+ARGV = ["--data", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-period", "1"]
+SIX_STEPS = [*ARGV, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 20, "test": 10})
+        yield
+
+
+@pytest.fixture(scope="module")
+def alone(small, tmp_path_factory):
+    """A run of six steps that was left alone; tests only read it."""
+    folder = tmp_path_factory.mktemp("faults") / "alone"
+    train_cifar10.main([*SIX_STEPS, "--output", str(folder)])
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path):
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Lets SIGTERM arrive in the middle of update or evaluation number `at`, counted from 1."""
+
+    def arrange(owner, name, at):
+        original, calls = getattr(owner, name), []
+
+        def called(*arguments, **options):
+            calls.append(1)
+            if len(calls) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, called)
+
+    return arrange
+
+
+@pytest.fixture
+def differences(alone):
+    """From the run left alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(soak, "STEPS", 6)
+        yield lambda run: soak.differences(run, alone)
+
+
+@pytest.mark.parametrize(
+    "owner, name, at, step",
+    [(TrainState, "update", 1, 1), (TrainState, "update", 5, 5), (train_cifar10, "test", 1, 3)],
+    ids=["in the first update", "in a later one", "in an evaluation"],
+)
+def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_as_if_left_alone(
+    run, differences, signalled, monkeypatch, capsys, owner, name, at, step
+):
+    signalled(owner, name, at)
+    with pytest.raises(Terminated) as stopped:
+        train_cifar10.main([*SIX_STEPS, "--output", str(run)])
+    monkeypatch.undo()
+    assert stopped.value.code == 0
+    assert f"terminated at step {step}, which is saved; --resume goes on from it" in capsys.readouterr().out
+    assert checkpoints(run)[-1].name == f"step_{step:07d}"
+    train_cifar10.main([*SIX_STEPS, "--output", str(run), "--resume"])
+    assert differences(run) == []
+
+
+def test_sigterm_in_the_last_evaluation_exits_with_0_for_all_is_saved_and_before_training_with_143(run, signalled):
+    signalled(train_cifar10, "test", 2)
+    with pytest.raises(Terminated) as stopped:
+        train_cifar10.main([*SIX_STEPS, "--output", str(run)])
+    assert stopped.value.code == 0 and checkpoints(run)[-1].name == "step_0000006"
+    signalled(train_cifar10, "open_cifar10", 1)
+    with pytest.raises(Terminated) as stopped:
+        train_cifar10.main([*SIX_STEPS, "--output", str(run.with_name("other"))])
+    assert stopped.value.code == EXIT_STATUS
+    assert not run.with_name("other").exists()
+
+
+def test_a_run_killed_in_an_evaluation_has_it_when_it_is_resumed(run):
+    def killed(*arguments, **options):
+        raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(train_cifar10, "test", killed)
+        train_cifar10.main([*SIX_STEPS, "--output", str(run), "--checkpoint-period", "3"])
+    assert soak.metrics(run, "eval") == []
+    train_cifar10.main([*SIX_STEPS, "--output", str(run), "--resume"])
+    assert [line["step"] for line in soak.metrics(run, "eval")] == [3, 6]
+
+
+def test_a_damaged_newest_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(run, differences, capsys):
+    train_cifar10.main([*SIX_STEPS, "--output", str(run), "--max-steps", "4"])
+    file = checkpoints(run)[-1] / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 16
+    file.write_bytes(content)
+    capsys.readouterr()
+    train_cifar10.main([*SIX_STEPS, "--output", str(run), "--resume", "--max-steps", "6"])
+    said = capsys.readouterr().out
+    assert "optimizer.safetensors changed since it was written; set aside as step_0000004.damaged" in said
+    assert "resumed at step 2 to 6" in said
+    assert differences(run) == []
+
+
+def test_a_folder_that_another_process_writes_is_refused_and_left_as_it_is(run, capsys):
+    program = "import sys, time; from pathlib import Path; from resbackbone.training.lock import hold\n"
+    program += "hold(Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+    environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
+    with subprocess.Popen([sys.executable, "-c", program, run], env=environment, stdout=subprocess.PIPE) as another:
+        another.stdout.readline()
+        before = sorted(path.name for path in run.iterdir())
+        for flags in ([], ["--resume"]):
+            with pytest.raises(SystemExit) as exit:
+                main_of(lambda flags=flags: train_cifar10.main([*SIX_STEPS, "--output", str(run), *flags]))
+            assert exit.value.code.startswith(f"error: {run} is being written by process {another.pid} on ")
+        assert sorted(path.name for path in run.iterdir()) == before and HOLDER in before
+        another.kill()
+
+
+@pytest.mark.slow
+def test_a_worker_killed_under_torchrun_is_started_again_and_the_job_ends_as_if_left_alone(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    argv = [*ARGV, "--steps", "40", "--checkpoint-period", "4", "--eval-period", "20"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, flags in (("alone", []), ("killed", ["--max-restarts", "1"])):
+        command = [*launcher, *flags, TOOLS / "train_cifar10.py", *argv, "--output", tmp_path / name]
+        process = subprocess.Popen([str(word) for word in command], env=environment)
+        if name == "killed":
+            soak.wait_for(lambda: soak.last_step(tmp_path / "killed") > 10, process)
+            os.kill(soak.workers(process.pid)[1], signal.SIGKILL)
+        assert process.wait(200) == 0
+    assert soak.differences(tmp_path / "killed", tmp_path / "alone") == []
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_ends_the_job_in_seconds_and_is_named(tmp_path):
+    program = """
+import sys, time
+from resbackbone.training.distributed import gather, launch
+
+def work(rank):
+    gather(0, rank)
+    print("began", flush=True)
+    if rank.rank == 1:
+        raise ValueError("no such image")
+    gather(0, rank)
+
+if __name__ == "__main__":
+    from resbackbone.training.command import main_of
+    main_of(lambda: launch(work, (), device="cpu", processes=2))
+"""
+    (tmp_path / "program.py").write_text(program)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    began = time.monotonic()
+    environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([*launcher, tmp_path / "program.py"], env=environment, capture_output=True, text=True)
+    assert process.returncode == 1 and "error on rank 1: no such image" in process.stderr
+    assert time.monotonic() - began < 60
+
+
+def test_the_soak_names_the_faults_it_knows():
+    with pytest.raises(ValueError, match="unknown fault 'fire'; choose from kill, terminate, damage, full-disk"):
+        soak.main(["--faults", "fire"])
+
+
+def test_what_differs_between_two_runs_is_found(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "STEPS", 6)
+    other = Path(shutil.copytree(alone, tmp_path / "other"))
+    assert soak.differences(other, alone) == []
+    lines = (other / "metrics.jsonl").read_text().splitlines()
+    clocked = json.loads(lines[0]) | {"seconds": 1e9}
+    (other / "metrics.jsonl").write_text("\n".join([json.dumps(clocked), *lines[1:]]))
+    assert soak.differences(other, alone) == []
+    (other / "metrics.jsonl").write_text("\n".join(lines[1:]))
+    (other / "results.json").write_text("{}")
+    weights = load_file(alone / "model.safetensors")
+    save_file(
+        weights | {"fc.bias": torch.nextafter(weights["fc.bias"], torch.tensor(9.0))}, other / "model.safetensors"
+    )
+    assert soak.differences(other, alone) == ["other/model.safetensors", "other/results.json", "other/metrics.jsonl"]
