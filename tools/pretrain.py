@@ -33,7 +33,7 @@ from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
 from resbackbone.resnet import DEPTHS
 from resbackbone.training import loop
-from resbackbone.training.command import console, main_of, parse, to_config, track
+from resbackbone.training.command import console, main_of, parse, refuse_command, to_config, track
 from resbackbone.training.distributed import (
     Rank,
     broadcast,
@@ -403,6 +403,8 @@ def complete_for_evaluation(options: Options) -> Options:
     paths = [Path(source) for source in options.eval_only if not is_named(source)]
     files = [(path if path.is_dir() else path.parent) / "config.yaml" for path in paths]
     config = next((read_yaml(file) for file in files if file.is_file()), {})
+    if options.data is None:
+        refuse_command("data", config.get("data"), options.eval_only[0])
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
     given["precision"] = given["precision"] or "fp32"  # as publishers of weights evaluate theirs
     if given["data"] == SYNTHETIC:

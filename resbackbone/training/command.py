@@ -6,7 +6,7 @@ import io
 import sys
 import time
 import typing
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -30,7 +30,7 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None,
     argv = list(sys.argv[1:] if argv is None else argv)
     names = {field.name for field in dataclasses.fields(options)}
     if "config" in names and (path := _value_of("--config", argv)) is not None:
-        default = from_config(options, path)
+        default = from_config(options, path, argv)
     wrong = io.StringIO()
     try:
         with contextlib.redirect_stderr(wrong):
@@ -114,10 +114,11 @@ class Progress:
             console.print(f"{self.label} {done}/{self.total}, {left:.0f} s left{'' if note is None else ', ' + note}")
 
 
-def from_config(options: type[T], path: str | Path) -> T:
+def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) -> T:
     """The options that a YAML file gives, such as a run's config.yaml; ValueError for an unknown or unfit one.
 
-    What a run adds for its reader under `effective` is passed over.
+    What a run adds for its reader under `effective` is passed over. A file may not give a `pipe:` command, which would
+    be run, where `argv` does not give that option too.
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
     values = read_yaml(path)
@@ -125,6 +126,8 @@ def from_config(options: type[T], path: str | Path) -> T:
     for name, value in values.items():
         if name not in fields:
             raise ValueError(f"{path}: unknown option {name!r}; choose from {', '.join(fields)}")
+        if _value_of(f"--{name.replace('_', '-')}", list(argv)) is None:
+            refuse_command(name, value, path)
         kinds = typing.get_args(fields[name].type) or (fields[name].type,)
         if Path in kinds and isinstance(value, str):
             values[name] = Path(value)
@@ -134,6 +137,12 @@ def from_config(options: type[T], path: str | Path) -> T:
             wanted = " or ".join(kind.__name__ for kind in kinds)
             raise ValueError(f"{path}: {name} is {value!r}; {wanted} is wanted")
     return options(**values)
+
+
+def refuse_command(name: str, value, path: str | Path) -> None:
+    """ValueError if an option that `path` gives is a command: the file may be a stranger's."""
+    if isinstance(value, str) and value.startswith("pipe:"):
+        raise ValueError(f"{path}: {name} is a command, {value!r}; if you mean to run it, give it as --{name}")
 
 
 def to_config(options) -> dict:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import TypeVar
@@ -93,7 +94,7 @@ def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Co
     if not (folder / "config.yaml").is_file():
         console.print(f"nothing to resume in {folder}: starting at step 0")
         return dataclasses.replace(options, output=folder, resume=True)
-    saved = from_config(type(options), folder / "config.yaml")
+    saved = from_config(type(options), folder / "config.yaml", sys.argv[1:] if argv is None else argv)
     options = parse(type(options), argv, default=saved)
     for name in sorted({field.name for field in dataclasses.fields(options)} - set(may_differ)):
         if (asked := getattr(options, name)) != (had := getattr(saved, name)):

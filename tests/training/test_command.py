@@ -31,6 +31,14 @@ def one_line(argv, **options) -> str:
     return str(error.value)
 
 
+@dataclass(frozen=True)
+class Sources:
+    """Options that name a source."""
+
+    source: str | None = None
+    config: Path | None = None
+
+
 def test_options_are_the_defaults_and_over_them_the_flags():
     assert parse(Options, []) == Options()
     assert parse(Options, ["--data", "a/b", "--max-steps", "3", "--rate=0.5", "--resume"]) == Options(
@@ -165,3 +173,14 @@ def test_a_log_gets_a_line_where_there_is_something_to_say(capsys):
         progress.update(6, "another rank")
     out = capsys.readouterr().out
     assert out.startswith("train 6/10, ") and out.endswith(", loss 0.5\n") and out.count("\n") == 1
+
+
+def test_a_command_in_a_config_file_is_refused_unless_the_command_line_gives_the_option_too(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"source": "pipe:touch hacked"}))
+    with pytest.raises(
+        ValueError, match="source is a command, 'pipe:touch hacked'; .* give it as --source"
+    ):
+        parse(Sources, ["--config", str(path)])
+    assert parse(Sources, ["--config", str(path), "--source", "pipe:cat"]).source == "pipe:cat"
+    assert parse(Sources, ["--source", "pipe:cat"]).source == "pipe:cat"
