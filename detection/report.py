@@ -1,6 +1,5 @@
-"""What a person looks at after a run: pictures of predictions beside the ground truth."""
+"""What a person looks at after a run: report.html, and pictures of predictions beside the ground truth."""
 
-import colorsys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,23 +8,65 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detection.coco import BadImage, CocoImages
+from detection.gallery import class_colour, gallery
+from detection.scoring import BACKENDS, METRICS, entries
+from resbackbone.report.charts import bar, line_chart
+from resbackbone.report.page import (
+    Cell,
+    Html,
+    Section,
+    absent,
+    number,
+    page,
+    paragraph,
+    percent,
+    short,
+    side_by_side,
+    table,
+    tiles,
+)
+from resbackbone.report.run import RunLog, configuration_section, timing_section, training_section
+from resbackbone.report.run import write_report as write_page
+
+CURVES = 6  # classes whose precision and recall are drawn
+NO_EVALUATION = "No evaluation yet"
+ERRORS = {  # Bolya et al. 2020, Sec. 2.2
+    "Cls": ("classification", "right place (IoU at least 0.5), wrong class"),
+    "Loc": ("localisation", "right class, IoU between 0.1 and 0.5"),
+    "Both": ("both", "wrong class, IoU between 0.1 and 0.5"),
+    "Dupe": ("duplicate", "right, but another detection of this object scored higher"),
+    "Bkg": ("background", "no object there: IoU under 0.1 with all of them"),
+    "Miss": ("missed", "an object that none of the above touches"),
+}
+MEANING = {  # of COCO's 12 numbers: IoU, area, detections an image
+    "AP": ("0.50 to 0.95", "all", 100),
+    "AP50": ("0.50", "all", 100),
+    "AP75": ("0.75", "all", 100),
+    "APs": ("0.50 to 0.95", "under 32 x 32 pixels", 100),
+    "APm": ("0.50 to 0.95", "32 x 32 to 96 x 96", 100),
+    "APl": ("0.50 to 0.95", "over 96 x 96", 100),
+    "AR1": ("0.50 to 0.95", "all", 1),
+    "AR10": ("0.50 to 0.95", "all", 10),
+    "AR100": ("0.50 to 0.95", "all", 100),
+    "ARs": ("0.50 to 0.95", "under 32 x 32 pixels", 100),
+    "ARm": ("0.50 to 0.95", "32 x 32 to 96 x 96", 100),
+    "ARl": ("0.50 to 0.95", "over 96 x 96", 100),
+}
 
 MIN_SIDE = 480  # pixels; smaller pictures are enlarged so that labels can be read
 GAP = 12
 
 
 def save_pictures(
-    folder: Path, dataset: CocoImages, detections: Sequence[dict], *, count: int = 12, threshold: float = 0.5
+    folder: Path, dataset: CocoImages, detections: np.ndarray, *, count: int = 12, threshold: float = 0.5
 ) -> list[Path]:
     """Write `count` images of the data set, evenly spread, ground truth left and detections right, as PNG.
 
-    Detections (COCO's results format) under the score `threshold` are not drawn. Returns the files, which are named
-    by image id; an image that cannot be read has none.
+    Detections, DETECTION [n], under the score `threshold` are not drawn. Returns the files, which are named by image
+    id; an image that cannot be read has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    by_image: dict[int, list[dict]] = {}
-    for entry in detections:
-        by_image.setdefault(entry["image_id"], []).append(entry)
+    sure = detections[detections["score"] >= threshold]
     written = []
     for index in sorted(set(np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int).tolist())):
         sample = dataset[index]
@@ -37,7 +78,7 @@ def save_pictures(
             {"category_id": ids[label - 1], "bbox": [x1, y1, x2 - x1, y2 - y1]}
             for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True)
         ]
-        found = [entry for entry in by_image.get(target["image_id"], []) if entry["score"] >= threshold]
+        found = entries(sure[sure["image_id"] == target["image_id"]])
         left = draw_boxes(image, truth, dataset.categories, title="ground truth")
         right = draw_boxes(image, found, dataset.categories, title=f"detections, score >= {threshold:g}")
         both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
@@ -81,7 +122,138 @@ def draw_boxes(
     return framed
 
 
-def class_colour(index: int) -> tuple[int, int, int]:
-    """A light colour for the class at `index`; neighbours differ by the golden angle, so any few are told apart."""
-    red, green, blue = colorsys.hls_to_rgb(index * 0.61803 % 1.0, 0.62, 0.95)
-    return round(red * 255), round(green * 255), round(blue * 255)
+def write_report(
+    folder: Path,
+    dataset: CocoImages | None = None,
+    results: Mapping | None = None,
+    detections: np.ndarray | None = None,
+) -> Path | None:
+    """Write report.html of the detector's run in `folder`, as far as it has come; returns the file.
+
+    `results` and `detections`, DETECTION [n], are those of the last evaluation, on `dataset`; without, the page says
+    that there is none yet. If it cannot be made a printed line says why, the run goes on, and None is returned.
+    """
+    return write_page(folder, lambda: report(folder, dataset, results, detections))
+
+
+def report(folder: Path, dataset: CocoImages | None, results: Mapping | None, detections: np.ndarray | None) -> str:
+    """The page that `write_report` writes."""
+    log = RunLog(folder)
+    config = log.config
+    network = (
+        "VGG-16" if config.get("variant") == "vgg16" else f"R{config.get('depth', '?')}-{config.get('variant', '?')}"
+    )
+    title = f"Faster R-CNN {network} on {log.data_name()}"
+    said = [f"recipe {config['recipe']}"] if "recipe" in config else []
+    said += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
+    said += [f"{number(results['images'])} images evaluated"] if results else [NO_EVALUATION.lower()]
+    sections = [_summary(results), training_section(log, _ap_over_time(log)), _numbers(results), _classes(results)]
+    if dataset is None or results is None or detections is None:
+        missing = [absent(f"{NO_EVALUATION}: there are no detections to show.")]
+        sections += [Section(t, missing) for t in ("Precision and recall", "Errors", "Worst and best images")]
+    else:
+        sections += [*_curves_and_errors(dataset, detections), gallery(dataset, detections)]
+    return page(title, ", ".join(said), [*sections, timing_section(log), configuration_section(log)])
+
+
+def _summary(results: Mapping | None) -> Section:
+    if results is None:
+        return Section("Summary", [absent(f"{NO_EVALUATION}: AP is known after the first one.")])
+    parts = [tiles((name, percent(results["bbox"][name])) for name in METRICS[:6])]
+    said = f"COCO box AP in percent on {number(results['images'])} images, {number(results['detections'])} detections."
+    parts.append(paragraph(said))
+    if results.get("note"):
+        parts.append(absent(results["note"]))
+    for what, kind in (("skipped_images", "evaluation"), ("skipped_training_images", "training")):
+        if messages := results.get(what):
+            more = f" and {len(messages) - 5} more" if len(messages) > 5 else ""
+            parts.append(absent(f"Without images that could not be read, in {kind}: {'; '.join(messages[:5])}{more}."))
+    return Section("Summary", parts)
+
+
+def _ap_over_time(log: RunLog) -> Html:
+    if len(log.evaluations) < 2:
+        times = "not evaluated yet" if not log.evaluations else "evaluated once"
+        return absent(f"AP over time is not drawn: {times} (--eval-period evaluates on the way).")
+    curves = {
+        name: [(step, value and 100 * value) for step, value in log.curve(name, evaluations=True)]
+        for name in METRICS[:3]
+    }
+    return line_chart("AP over time, percent", curves, x="updates")
+
+
+def _numbers(results: Mapping | None) -> Section:
+    if results is None:
+        return Section("The 12 numbers", [absent(f"{NO_EVALUATION}: there are no numbers to show.")])
+    rows = [(name, _fraction(results["bbox"][name]), *MEANING[name]) for name in METRICS]
+    return Section("The 12 numbers", [table(("", "percent", "IoU", "area", "detections"), rows)])
+
+
+def _classes(results: Mapping | None) -> Section:
+    if results is None:
+        return Section("Classes", [absent(f"{NO_EVALUATION}: AP by class is known after the first one.")])
+    rows = [
+        (short(name), _fraction(entry["AP"]), _fraction(entry["AP50"]), entry["boxes"])
+        for name, entry in results["per_class"].items()
+    ]
+    note = paragraph("A class without boxes in the annotations has no AP. A click on a heading sorts.")
+    return Section("Classes", [note, table(("class", "AP", "AP50", "boxes"), rows, sortable=True)])
+
+
+def _fraction(value: float | None) -> Cell:
+    return Cell(percent(value), value)
+
+
+def _curves_and_errors(dataset: CocoImages, detections: np.ndarray) -> list[Section]:
+    """Precision against recall, and the errors by kind: both by hotcoco, whatever scored the run."""
+    annotations = dataset.annotations
+    truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)
+    finite = np.isfinite(detections["bbox"]).all(1) & np.isfinite(detections["score"])
+    found = detections[finite & np.isin(detections["category_id"], list(dataset.categories))]
+    if not len(found) or not (truth & ~annotations.crowds.numpy()).any():
+        lacking = "detections" if not len(found) else "objects to be found"
+        return [Section(t, [absent(f"There are no {lacking}.")]) for t in ("Precision and recall", "Errors")]
+    scorer = BACKENDS["hotcoco"](annotations, truth, found)
+    scorer.evaluate()
+    scorer.accumulate()
+    precision = scorer.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], -1 for a class without boxes
+    defined = [k for k in range(precision.shape[2]) if (precision[0, :, k] > -1).all()]
+    recall = np.linspace(0, 1, precision.shape[1])
+    means = {f"IoU {iou:.2f}": precision[i][:, defined].mean(1) for i, iou in ((0, 0.5), (5, 0.75))}
+    boxes = np.bincount(
+        annotations.labels.numpy()[truth & ~annotations.crowds.numpy()], minlength=precision.shape[2] + 1
+    )
+    few = sorted(defined, key=lambda k: -boxes[k + 1])[:CURVES]
+    names = list(dataset.categories.values())
+    of_classes = {f"{short(names[k])} ({percent(precision[0, :, k].mean())})": precision[0, :, k] for k in few}
+    charts = [
+        line_chart(
+            title,
+            {name: list(zip(recall, values, strict=True)) for name, values in curves.items()},
+            x="recall",
+            x_range=(0, 1),
+            y_range=(0, 1),
+        )
+        for title, curves in (
+            (f"Precision, mean of {len(defined)} classes", means),
+            ("Precision of the classes with the most objects, IoU 0.50 (AP50)", of_classes),
+        )
+    ]
+    return [Section("Precision and recall", [side_by_side(*charts)]), _errors(scorer.tide_errors())]
+
+
+def _errors(tide: Mapping) -> Section:
+    cost, counts = tide["delta_ap"], tide["counts"]
+    largest = max([cost[name] for name in ERRORS] + [1e-9])
+    rows = [
+        (title, _fraction(cost[name]), bar(cost[name] / largest), int(counts[name]), meaning)
+        for name, (title, meaning) in ERRORS.items()
+    ]
+    said = (
+        f"Of the AP50 that is missing (it is {percent(tide['ap_base'])}), what each kind of error costs: the AP50 that "
+        "would be gained by mending those errors alone, in percent. Kinds do not add up to the whole. All wrong "
+        f"detections together cost {percent(cost['FP'])}, all objects that were not found {percent(cost['FN'])}."
+    )
+    source = paragraph("After TIDE (Bolya et al. 2020, arXiv 2008.08115), computed by hotcoco.")
+    header = ("error", "costs", "", "count", "what it is")
+    return Section("Errors", [paragraph(said), table(header, rows, sortable=True), source])

@@ -79,10 +79,9 @@ class FPN(nn.Module):
         for i in reversed(range(len(self.inner_blocks))):  # from c5 down
             level = self.trunk_levels[i]
             lateral = self.inner_blocks[str(i)](maps[level])
-            if merged is None:
-                merged = lateral
-            else:
-                merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            if merged is not None:
+                lateral += F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            merged = lateral
             if str(i) in self.layer_blocks:
                 pyramid["p" + level[1]] = self.layer_blocks[str(i)](merged)
         if "p7" in self.levels:

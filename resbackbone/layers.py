@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import one_of
+from resbackbone.folding import FoldCache, folded_conv, fused_conv
 
 Norm = Callable[[int], nn.Module]
 
@@ -19,7 +20,7 @@ class FrozenBatchNorm2d(nn.Module):
     """Batch norm whose statistics and affine parameters are constants: y = x * scale + shift, channel by channel.
 
     It holds buffers only, under nn.BatchNorm2d's names, and has no training mode, so neither `.train()` nor an
-    optimizer can thaw it. Next to a convolution it costs nothing: `conv_norm` folds it into the weights.
+    optimizer can thaw it. Behind a convolution it costs nothing: `conv_norm` folds it into the weights.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5):
@@ -29,22 +30,34 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
-        self.register_load_state_dict_pre_hook(_drop_batch_counter)
+        self.fold_cache = FoldCache()
+        self.register_load_state_dict_pre_hook(_before_loading)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The affine map it stands for, [channels] each, in fp32: a variance near zero underflows in half precision."""
-        scale = self.weight.float() * (self.running_var.float() + self.eps).rsqrt()
-        return scale, self.bias.float() - self.running_mean.float() * scale
+        """The affine map it stands for, [channels] each, in fp32 or fp64: in half precision a small variance is 0."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias, mean, var = (t.to(dtype) for t in (self.weight, self.bias, self.running_mean, self.running_var))
+        scale = weight * (var + self.eps).rsqrt()
+        return scale, bias - mean * scale
 
     def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W]
         scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in self.scale_and_shift())
         return x * scale + shift
 
+    def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
+        self.fold_cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):  # .to(), .cuda(), .half(), ..
+        self.fold_cache.clear()
+        return super()._apply(fn, recurse)
+
     def extra_repr(self) -> str:
         return f"{len(self.weight)}, eps={self.eps}"
 
 
-def _drop_batch_counter(module, state_dict, prefix, *_):
+def _before_loading(module, state_dict, prefix, *_):
+    module.fold_cache.clear()
     # A trainable batch norm also counts its batches; a constant has nothing to count.
     state_dict.pop(prefix + "num_batches_tracked", None)
 
@@ -73,16 +86,19 @@ def conv(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, d
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)). A frozen norm is folded into the convolution: weight * scale, with the shift as its bias.
+    """norm(conv(x)), a frozen norm being folded into the convolution (see `folding.folded_conv`)."""
+    if isinstance(norm, FrozenBatchNorm2d) and conv.bias is None:
+        return folded_conv(conv, norm, x)
+    return norm(conv(x))
 
-    Folded, a step computes one pass over the weights instead of one over the activations, in fp32 before any
-    autocast, and gradients reach `conv.weight` through the product.
-    """
-    if not isinstance(norm, FrozenBatchNorm2d):
-        return norm(conv(x))
-    scale, shift = norm.scale_and_shift()
-    weight = conv.weight * scale.view(-1, 1, 1, 1).to(conv.weight.dtype)
-    return F.conv2d(x, weight, shift.to(weight.dtype), conv.stride, conv.padding, conv.dilation, conv.groups)
+
+def conv_norm_relu(conv: nn.Conv2d, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """relu(norm(conv(x)) + shortcut), in one step where the norm is frozen or fused."""
+    if isinstance(norm, FrozenBatchNorm2d) and conv.bias is None:
+        return folded_conv(conv, norm, x, shortcut, relu=True)
+    if isinstance(norm, nn.Identity):  # `fuse` has been here
+        return fused_conv(conv, x, shortcut, relu=True)
+    return add_relu(norm(conv(x)), shortcut)
 
 
 class PaddedIdentity(nn.Module):

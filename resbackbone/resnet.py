@@ -10,10 +10,9 @@ from resbackbone.checks import one_of
 from resbackbone.layers import (
     SHORTCUTS,
     Norm,
-    add_relu,
     checkpointed,
     conv,
-    conv_norm,
+    conv_norm_relu,
     freeze,
     norm_layer,
     shortcut,
@@ -55,9 +54,9 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(layout.shortcut, in_channels, width, stride, norm)  # None is the identity
 
     def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        y = F.relu_(conv_norm(self.conv1, self.bn1, x))  # [B, width, H/stride, W/stride], rounded up
-        y = conv_norm(self.conv2, self.bn2, y)  # [B, width, H/stride, W/stride]
-        return add_relu(y, x if self.downsample is None else self.downsample(x))
+        shortcut = x if self.downsample is None else self.downsample(x)  # [B, width, H/stride, W/stride], rounded up
+        y = conv_norm_relu(self.conv1, self.bn1, x)  # [B, width, H/stride, W/stride]
+        return conv_norm_relu(self.conv2, self.bn2, y, shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -80,10 +79,10 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(layout.shortcut, in_channels, out_channels, stride, norm)  # None is the identity
 
     def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        y = F.relu_(conv_norm(self.conv1, self.bn1, x))  # [B, width, H, W]
-        y = F.relu_(conv_norm(self.conv2, self.bn2, y))  # [B, width, H/stride, W/stride], rounded up
-        y = conv_norm(self.conv3, self.bn3, y)  # [B, 4 * 64 * 2^i, H/stride, W/stride]
-        return add_relu(y, x if self.downsample is None else self.downsample(x))
+        shortcut = x if self.downsample is None else self.downsample(x)  # [B, 4 * 64 * 2^i, H/stride, W/stride]
+        y = conv_norm_relu(self.conv1, self.bn1, x)  # [B, width, H, W]
+        y = conv_norm_relu(self.conv2, self.bn2, y)  # [B, width, H/stride, W/stride], rounded up
+        return conv_norm_relu(self.conv3, self.bn3, y, shortcut)
 
 
 # Table 1: the kind of block, and how many of them conv2_x .. conv5_x have.
@@ -172,7 +171,7 @@ class ResNet(nn.Module):
         return self.from_stem(self.stem(images))
 
     def stem(self, images: Tensor) -> Tensor:  # [B, in_channels, H, W] -> [B, 64, H/2, W/2]
-        return F.relu_(conv_norm(self.conv1, self.bn1, images))
+        return conv_norm_relu(self.conv1, self.bn1, images)
 
     def from_stem(self, x: Tensor) -> dict[str, Tensor]:  # [B, 64, H/2, W/2]
         x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # [B, 64, H/4, W/4]

@@ -1,6 +1,7 @@
 """What every test shares: a fixed seed, the folder of real images, and networks whose norms are not the identity."""
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,3 +39,41 @@ def randomised() -> Callable[[nn.Module], nn.Module]:
         return model.eval()
 
     return randomise
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """A headless Chromium; without one, or without playwright, its tests are skipped."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium; Debian has it: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+        browser = playwright.chromium.launch(executable_path=path, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def opened(chromium, tmp_path):
+    """Shows a page: HTML to a playwright page, whose `said` lists what was logged, raised, asked of the network."""
+    contexts = []
+
+    def open_page(html: str, *, width: int = 1280, dark: bool = False):
+        (tmp_path / "page.html").write_text(html, encoding="utf-8")
+        scheme = "dark" if dark else "light"
+        contexts.append(chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme))
+        page = contexts[-1].new_page()
+        page.said = []
+        page.on("console", lambda message: page.said.append(message.text))
+        page.on("pageerror", lambda error: page.said.append(str(error)))
+        page.on("dialog", lambda dialog: (page.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        url = (tmp_path / "page.html").as_uri()
+        page.on("request", lambda request: request.url.startswith(("data:", url)) or page.said.append(request.url))
+        page.goto(url)
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()

@@ -28,6 +28,7 @@ from resbackbone.checks import one_of
 from resbackbone.classification.evaluate import PROTOCOLS, evaluate
 from resbackbone.classification.images import LAYOUT, SYNTHETIC, Images, open_images, train_batches
 from resbackbone.classification.recipes import RECIPES, Recipe
+from resbackbone.classification.report import Predictions, write_report
 from resbackbone.classification.training import build_average, build_loss
 from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
@@ -209,8 +210,13 @@ def train(rank: Rank, options: Options) -> None:
         began = time.monotonic()
         tested = model if average is None else average.module
         share_buffers(tested, rank)
-        results = score_of([tested], val_set, rank, options, recipe, protocol=protocol)
+        predicted: list[Tensor] = []
+        results = score_of([tested], val_set, rank, options, recipe, protocol=protocol, seen=predicted.append)
         run.record(state.step, {**results, "seconds": time.monotonic() - began}, kind="eval")
+        if rank.is_main:
+            best = predicted[0].numpy()
+            shown = Predictions(val_set.classes, val_set.labels, best, None, val_set.read, val_set.name)
+            write_report(folder, network=metadata["architecture"], results=results, predictions=shown)
         return results
 
     def score_on_the_way() -> None:
@@ -249,6 +255,9 @@ def train(rank: Rank, options: Options) -> None:
     results = None if options.data == SYNTHETIC else score(options.eval)
     if results is None:
         say("nothing is evaluated: synthetic images show the speed alone")
+        if rank.is_main:
+            why_not = "Nothing is evaluated: synthetic images show the speed alone."
+            write_report(folder, network=metadata["architecture"], why_not=why_not)
     elif rank.is_main:
         where = f"{data_name(options)}, {len(val_set)} validation images, {options.eval}"
         metadata["accuracy"] = [
@@ -261,6 +270,8 @@ def train(rank: Rank, options: Options) -> None:
         say(described(results))
         say(f"row of MODEL_ZOO.md:\n{zoo_row(options, folder, metadata, results, train_set, val_set, rank)}")
         say(f"classifier: {folder / 'model.safetensors'}; results: {folder / 'results.json'}")
+        if (folder / "report.html").is_file():
+            say(f"report: {folder / 'report.html'}")
     run.close()
 
 
@@ -378,7 +389,9 @@ def build(
     }
 
 
-def score_of(models: list[nn.Module], val_set: Images, rank: Rank, options: Options, recipe: Recipe, *, protocol: str):
+def score_of(
+    models: list[nn.Module], val_set: Images, rank: Rank, options: Options, recipe: Recipe, *, protocol: str, **seen
+):
     """The accuracy of one network, or of the averaged scores of several; names the images that it went on without."""
     skipped = set(val_set.skipped)
     results = evaluate(
@@ -386,6 +399,7 @@ def score_of(models: list[nn.Module], val_set: Images, rank: Rank, options: Opti
         val_set,
         rank,
         protocol=protocol,
+        **seen,
         crop=recipe.crop,
         resize=recipe.resize,
         batch_size=250 if rank.device.type == "cuda" else 50,

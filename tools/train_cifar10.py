@@ -9,11 +9,14 @@ python tools/train_cifar10.py --data synthetic --steps 100                      
 import json
 import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from resbackbone.analysis import count_parameters
@@ -29,6 +32,7 @@ from resbackbone.classification.cifar10 import (
     to_model_input,
     train_batches,
 )
+from resbackbone.classification.report import Predictions, write_report
 from resbackbone.training import loop
 from resbackbone.training.command import console, main_of, parse, to_config
 from resbackbone.training.distributed import (
@@ -170,8 +174,12 @@ def train(rank: Rank, options: Options) -> None:
     def score() -> dict:
         began = time.monotonic()
         share_buffers(model, rank)
-        results = test(model, data.test, mean_image, rank, bf16=options.precision == "bf16")
+        results, best, image_losses = test(model, data.test, mean_image, rank, bf16=options.precision == "bf16")
         run.record(state.step, {**results, "seconds": time.monotonic() - began}, kind="eval")
+        if rank.is_main:
+            images, labels = data.test
+            shown = Predictions(data.classes, labels.numpy(), best, image_losses, picture_of(images), "image {}".format)
+            write_report(folder, network=name_of(options), results=results, predictions=shown)
         return results
 
     def write_checkpoint(to: Path) -> None:
@@ -203,6 +211,8 @@ def train(rank: Rank, options: Options) -> None:
         write_atomically(folder / "results.json", json.dumps(content, indent=2) + "\n")
         say(f"{'validation' if options.validation else 'test'} error {100 * results['error']:.2f}%")
         say(f"network: {folder / 'model.safetensors'}; results: {folder / 'results.json'}")
+        if (folder / "report.html").is_file():
+            say(f"report: {folder / 'report.html'}")
     run.close()
 
 
@@ -277,23 +287,37 @@ def fingerprint_of(folder: Path) -> str:
 
 
 @torch.inference_mode()
-def test(model: CifarResNet, split: Split, mean_image: Tensor, rank: Rank, *, bf16: bool) -> dict | None:
-    """{"error": fraction of the images, "loss": mean, "images"}, every image once; the same on every rank."""
+def test(
+    model: CifarResNet, split: Split, mean_image: Tensor, rank: Rank, *, bf16: bool
+) -> tuple[dict, np.ndarray | None, np.ndarray | None]:
+    """{"error": fraction of the images, "loss": mean, "images"}, every image once; the same on every rank.
+
+    On rank 0 also the class that each image is given, [N, 1], and its loss, [N]; elsewhere None.
+    """
     model.eval()
     mean_image = mean_image.to(rank.device)
-    wrong, loss = 0, 0.0
+    own = []
     for begin in range(rank.rank * TEST_BATCH, len(split.labels), rank.ranks * TEST_BATCH):
         images, labels = (tensor[begin : begin + TEST_BATCH].to(rank.device) for tensor in split)
         images = to_model_input(images, mean_image).contiguous(memory_format=torch.channels_last)
         with torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16):
             logits = model(images).float()
-        wrong += int((logits.argmax(1) != labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        own.append((begin, logits.argmax(1).cpu().numpy(), losses.double().cpu().numpy()))
     model.train()
-    parts = gather((wrong, loss), rank)
-    count = len(split.labels)
-    total = parts and [sum(part) / count for part in zip(*parts, strict=True)]
-    return broadcast(total and {"error": total[0], "loss": total[1], "images": count}, rank)
+    parts = gather(own, rank)
+    results = best = losses = None
+    if parts is not None:
+        ordered = sorted((batch for part in parts for batch in part), key=lambda batch: batch[0])
+        best, losses = (np.concatenate(column) for column in list(zip(*ordered, strict=True))[1:])
+        wrong = best != split.labels.numpy()
+        results = {"error": float(wrong.mean()), "loss": float(losses.mean()), "images": len(wrong)}
+    return broadcast(results, rank), best if best is None else best[:, None], losses
+
+
+def picture_of(images: Tensor) -> Callable[[int], Image.Image]:
+    """The images of a split, uint8 [N, 3, 32, 32], as pictures."""
+    return lambda index: Image.fromarray(images[index].permute(1, 2, 0).contiguous().numpy())
 
 
 def save_batch(images: Tensor, labels: Tensor, folder: Path, error: NonFinite, rank: Rank) -> str:

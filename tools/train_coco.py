@@ -18,7 +18,7 @@ from detection.evaluate import evaluate, percent, print_results, write_results
 from detection.faster_rcnn import BACKBONE_OF, VARIANTS, FasterRCNN, build_faster_rcnn, load_detector, save_detector
 from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
 from detection.recipes import RECIPES, Recipe
-from detection.report import save_pictures
+from detection.report import save_pictures, write_report
 from detection.sampler import TrainBatches
 from detection.scoring import BACKENDS
 from detection.transforms import TrainTransform
@@ -206,7 +206,10 @@ def train(rank: Rank, options: Options) -> None:
         return results, detections
 
     def score_on_the_way() -> None:
-        bbox = score()[0]["bbox"]
+        results, detections = score()
+        if rank.is_main:
+            write_report(folder, val_set, results, detections)
+        bbox = results["bbox"]
         say(f"step {state.step}: AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}")
 
     skipped: set[str] = set()
@@ -241,11 +244,14 @@ def train(rank: Rank, options: Options) -> None:
         save_detector(detector, folder / "model.safetensors")
         write_results(folder, results, detections)
         pictures = save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
+        report = write_report(folder, val_set, results, detections)
         print_results(results)
         if results["skipped_training_images"]:
             say(f"{len(results['skipped_training_images'])} training images could not be read and were skipped")
         say(f"pictures of predictions beside ground truth: {folder / 'pictures'} ({len(pictures)})")
         say(f"detector: {folder / 'model.safetensors'}; results: {folder / 'results.json'}")
+        if report:
+            say(f"report: {report}")
     run.close()
 
 

@@ -24,13 +24,15 @@ def evaluate(
     rank: Rank,
     *,
     protocol: str = "1crop",
+    seen: Callable[[Tensor], object] = lambda predicted: None,
     **options,
 ) -> dict:
     """Classify every image and count: {"top1", "top5", "images", "unreadable", "protocol"}, the same on every rank.
 
     `top1` and `top5` are the fractions, 0..1, of the images whose class is the first, or among the first five, of
     those that `predict` gives; arguments, `options` among them, and errors are its own. An unreadable image, where
-    going on without is asked for, counts as one of the images and as wrong.
+    going on without is asked for, counts as one of the images and as wrong. `seen` is called on rank 0 with what
+    `predict` gives.
     """
     predicted = predict(models, images, rank, protocol=protocol, **options)
     results = None
@@ -40,6 +42,7 @@ def evaluate(
         unreadable = int((predicted[:, 0] < 0).sum())
         counts = {"images": len(predicted), "unreadable": unreadable}
         results = {"top1": top1, "top5": top5, **counts, "protocol": protocol}
+        seen(predicted)
     return broadcast(results, rank)
 
 

@@ -426,7 +426,7 @@ def test_a_box_that_is_whole_is_neither_changed_nor_counted(tmp_path):
     assert not any(dataset.report.values()) and "left out" not in dataset.summary()
 
 
-NUMBERS = st.sampled_from([0, -0.0, 0.4, 0.5, 1, 1.4, 10, 20.2, 21, 32.5, 33, 33.5, 40, -0.5, -3, 1e300, -1e300])
+NUMBERS = st.sampled_from([0, -0.0, 0.4, 0.5, 1, 1.4, 10, 20.2, 21, 32.5, 33, 33.5, 40, -0.5, -0.55, -3, 1e300, -1e300])
 ODD = st.sampled_from([math.nan, math.inf, -math.inf])
 BOXES = st.lists(st.tuples(*[NUMBERS | st.floats(-50, 60) | ODD] * 4, st.booleans(), st.integers(0, 2)), max_size=12)
 

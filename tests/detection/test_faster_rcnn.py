@@ -116,6 +116,18 @@ def test_by_default_images_are_resized_and_regions_chosen_as_torchvision_does():
         assert tuple(getattr(ours.rpn.anchor_generator, name)) == getattr(theirs.rpn.anchor_generator, name)
 
 
+def test_options_of_the_proposal_network_reach_it():
+    options = {"pre_nms_top_n_train": 11, "pre_nms_top_n_test": 12, "post_nms_top_n_train": 13}
+    options |= {"post_nms_top_n_test": 14, "nms_thresh": 0.15, "fg_iou_thresh": 0.66, "bg_iou_thresh": 0.17}
+    options |= {"batch_size_per_image": 18, "positive_fraction": 0.19, "score_thresh": 0.2}
+    rpn = small_detector(**{f"rpn_{name}": value for name, value in options.items()}).rpn
+    assert rpn._pre_nms_top_n == {"training": 11, "testing": 12}
+    assert rpn._post_nms_top_n == {"training": 13, "testing": 14}
+    assert (rpn.proposal_matcher.high_threshold, rpn.proposal_matcher.low_threshold) == (0.66, 0.17)
+    assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (18, 0.19)
+    assert (rpn.nms_thresh, rpn.score_thresh) == (0.15, 0.2)
+
+
 # Training
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 
 import numpy as np
 import pytest
@@ -6,7 +7,10 @@ import torch
 from PIL import Image
 
 from detection.coco import CocoImages
-from detection.report import GAP, MIN_SIDE, class_colour, draw_boxes, save_pictures
+from detection.gallery import class_colour, outcomes
+from detection.report import GAP, MIN_SIDE, draw_boxes, save_pictures, write_report
+from detection.scoring import DETECTION, METRICS, score
+from resbackbone.report.page import LIMIT
 
 
 def data_set(folder, count=3, size=(9, 7), names=("cat",), boxes=((1, 1, 5, 4),)):
@@ -32,7 +36,7 @@ def grey(height, width):
 
 def test_a_picture_shows_truth_and_detections_side_by_side_for_a_tiny_image_too(tmp_path):
     dataset = data_set(tmp_path / "images", count=1)
-    found = [{"image_id": 1, "category_id": 5, "bbox": [2, 2, 6, 4], "score": 0.9}]
+    found = np.array([(1, 5, (2, 2, 6, 4), 0.9)], DETECTION)
     [path] = save_pictures(tmp_path / "pictures", dataset, found)
     assert path == tmp_path / "pictures" / "000000000001.png"
     picture = Image.open(path)
@@ -45,10 +49,7 @@ def test_a_picture_shows_truth_and_detections_side_by_side_for_a_tiny_image_too(
 
 def test_detections_of_a_low_score_or_of_other_images_are_not_drawn(tmp_path):
     dataset = data_set(tmp_path / "images", count=1, boxes=())
-    found = [
-        {"image_id": 1, "category_id": 5, "bbox": [2, 2, 6, 4], "score": 0.49},
-        {"image_id": 2, "category_id": 5, "bbox": [2, 2, 6, 4], "score": 0.9},
-    ]
+    found = np.array([(1, 5, (2, 2, 6, 4), 0.49), (2, 5, (2, 2, 6, 4), 0.9)], DETECTION)
     [nothing] = save_pictures(tmp_path / "pictures", dataset, found)
     assert class_colour(0) not in colours(Image.open(nothing))
     [drawn] = save_pictures(tmp_path / "pictures", dataset, found, threshold=0.4)
@@ -58,7 +59,7 @@ def test_detections_of_a_low_score_or_of_other_images_are_not_drawn(tmp_path):
 @pytest.mark.parametrize("count, names", [(0, []), (1, [1]), (3, [1, 3, 5]), (12, [1, 2, 3, 4, 5])])
 def test_as_many_pictures_as_asked_for_are_spread_over_the_data_set(tmp_path, count, names):
     dataset = data_set(tmp_path / "images", count=5)
-    written = save_pictures(tmp_path / "pictures", dataset, [], count=count)
+    written = save_pictures(tmp_path / "pictures", dataset, np.empty(0, DETECTION), count=count)
     assert [int(path.stem) for path in written] == names
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(path.name for path in written)
 
@@ -66,7 +67,8 @@ def test_as_many_pictures_as_asked_for_are_spread_over_the_data_set(tmp_path, co
 def test_an_image_that_cannot_be_read_has_no_picture(tmp_path):
     dataset = data_set(tmp_path / "images", count=3)
     (tmp_path / "images" / "2.png").write_bytes(b"")
-    assert [int(path.stem) for path in save_pictures(tmp_path / "pictures", dataset, [])] == [1, 3]
+    written = save_pictures(tmp_path / "pictures", dataset, np.empty(0, DETECTION))
+    assert [int(path.stem) for path in written] == [1, 3]
 
 
 @pytest.mark.parametrize("name", ["猫 🐈", "\u0000\ufffe", "", "two\nlines", "a" * 300, "[bold]red[/bold]"])
@@ -97,3 +99,233 @@ def test_a_sliver_of_an_image_is_not_enlarged_beyond_measure():
 def test_classes_have_light_colours_of_their_own():
     assert len({class_colour(i) for i in range(80)}) == 80
     assert all(sum(class_colour(i)) > 250 for i in range(80))
+
+
+# report.html
+
+
+def boxed(folder, boxes, *, names=("cat", "dog"), size=(60, 40), files=None):
+    """A data set with an image for each list of (class, x, y, width, height[, crowd])."""
+    (folder / "images").mkdir(parents=True)
+    files = files or [f"{i}.png" for i in range(1, len(boxes) + 1)]
+    images = [{"id": i, "file_name": name, "width": size[0], "height": size[1]} for i, name in enumerate(files, 1)]
+    annotations = [
+        {"image_id": i, "category_id": 5 + box[0], "bbox": list(box[1:5]), "iscrowd": int(len(box) > 5)}
+        for i, of_image in enumerate(boxes, 1)
+        for box in of_image
+    ]
+    for name in files:
+        Image.effect_noise(size, 60).convert("RGB").save(folder / "images" / name)
+    categories = [{"id": 5 + i, "name": name} for i, name in enumerate(names)]
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(content))
+    return CocoImages(folder / "images", folder / "instances.json")
+
+
+def found(*rows):
+    """(image, class, x, y, width, height, score) each."""
+    return np.array([(i, 5 + k, box, score) for i, k, *box, score in rows], DETECTION)
+
+
+def report_of(folder, dataset=None, detections=None, *, evaluations=1, updates=2, **changed):
+    """The report of a run that ended with these detections: (HTML, results)."""
+    results = None
+    lines = [
+        {"kind": "train", "step": step, "loss": 2.0 / step, "loss_box_reg": 0.5, "loss_classifier": 0.25, "lr": 0.1}
+        | {"gradient_norm": 1.0, "seconds": 0.5, "data_seconds": 0.1, "memory_mib": 10.0, "images_per_second": 4.0}
+        for step in range(1, updates + 1)
+    ]
+    if dataset is not None:
+        results = score(dataset.annotations, detections) | {"skipped_images": []} | changed
+        lines += [{"kind": "eval", "step": 1 + i, **results["bbox"], "seconds": 3.0} for i in range(evaluations)]
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "config.yaml").write_text("data: a/shapes\ndepth: 18\nvariant: fpn\nrecipe: short\nbatch_size: 2\n")
+    assert write_report(folder, dataset, results, detections) == folder / "report.html"
+    return (folder / "report.html").read_text(), results
+
+
+def values(html, name):
+    """The numbers in the table row that begins with a name."""
+    [cells] = re.findall(rf"<tr><td>{re.escape(name)}</td>(.*?)</tr>", html)
+    return [float(value) if value else None for value in re.findall(r'data-value="([^"]*)"', cells)]
+
+
+def part(html, title):
+    [content] = re.findall(rf"<section [^>]*><h2>{title}</h2>(.*?)</section>", html)
+    return content
+
+
+TWO = [[(0, 2, 2, 20, 20), (1, 30, 5, 20, 30)], [(0, 10, 10, 30, 20)]]
+NEAR = found(
+    (1, 0, 3, 2, 20, 20, 0.9), (1, 1, 30, 5, 20, 28, 0.8), (2, 0, 12, 10, 30, 20, 0.7), (2, 1, 0, 0, 9, 9, 0.6)
+)
+SECTIONS = ["Summary", "Training", "The 12 numbers", "Classes", "Precision and recall", "Errors"]
+SECTIONS += ["Worst and best images", "Timing", "Configuration"]
+
+
+def test_a_report_says_what_results_json_says(tmp_path):
+    html, results = report_of(tmp_path / "run", boxed(tmp_path, TWO), NEAR)
+    for name in METRICS:
+        assert values(part(html, "The 12 numbers"), name)[0] == results["bbox"][name]
+    for name, entry in results["per_class"].items():
+        assert values(part(html, "Classes"), name) == [entry["AP"], entry["AP50"], entry["boxes"]]
+    assert f"<b>{100 * results['bbox']['AP']:.1f}</b><span>AP</span>" in html
+    assert "Faster R-CNN R18-fpn on shapes" in html and "2 images evaluated" in html
+
+
+def test_a_report_has_every_section_and_loads_nothing(tmp_path):
+    html, _ = report_of(tmp_path / "run", boxed(tmp_path, TWO), NEAR, evaluations=2)
+    assert re.findall("<h2>([^<]*)</h2>", html) == SECTIONS
+    assert "http://" not in html and "https://" not in html
+    addresses = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert addresses and all(address.startswith(("#", "data:image/jpeg;base64,")) for address in addresses)
+    assert "AP over time, percent" in html and "not drawn" not in html
+    assert len(html.encode()) < LIMIT
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a_run_without_evaluation_says_what_is_missing(tmp_path, updates):
+    html, _ = report_of(tmp_path / "run", updates=updates)
+    assert re.findall("<h2>([^<]*)</h2>", html) == SECTIONS
+    for title in ("Summary", "The 12 numbers", "Classes", "Precision and recall", "Errors", "Worst and best images"):
+        assert "No evaluation yet" in part(html, title)
+    assert "AP over time is not drawn: not evaluated yet" in html
+    assert part(html, "Training").count("<circle") == (0 if not updates else 5)  # loss, two parts, rate, norm
+
+
+def test_ap_is_drawn_over_time_once_there_are_two_evaluations(tmp_path):
+    dataset = boxed(tmp_path, TWO)
+    assert "evaluated once" in report_of(tmp_path / "run", dataset, NEAR)[0]
+    assert "evaluated once" not in report_of(tmp_path / "run", dataset, NEAR, evaluations=2)[0]
+
+
+@pytest.mark.parametrize("detections", [found(), found((1, 0, 0, 0, 5, 5, np.nan), (1, 0, np.inf, 0, 5, 5, 0.9))])
+def test_a_report_without_a_usable_detection_says_so(tmp_path, detections):
+    html, _ = report_of(tmp_path / "run", boxed(tmp_path, TWO), detections)
+    assert "There are no detections." in part(html, "Errors") and "F1 0.00" in part(html, "Worst and best images")
+
+
+def test_a_report_on_images_without_objects_has_no_numbers(tmp_path):
+    html, _ = report_of(tmp_path / "run", boxed(tmp_path, [[], []]), NEAR)
+    assert values(part(html, "The 12 numbers"), "AP") == [None, 100] and "no box to be found" in html
+    assert "There are no objects to be found." in part(html, "Errors")
+
+
+def test_hostile_names_of_classes_and_files_are_text(tmp_path):
+    hostile = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>']
+    dataset = boxed(tmp_path, TWO, names=hostile, files=["<b>'1&.png", "2.png"])
+    html, _ = report_of(tmp_path / "run", dataset, NEAR)
+    assert html.count("<script>") == 1 and "<img" not in html and "<b>'" not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in part(html, "Classes")
+    assert "&lt;b&gt;&#x27;1&amp;.png" in part(html, "Worst and best images")
+
+
+def test_five_hundred_classes_and_large_images_stay_within_two_megabytes(tmp_path):
+    names = [f"class {i} {'<&' * 60}" for i in range(500)]
+    dataset = boxed(tmp_path, [[(i, 5, 5, 300, 300)] for i in range(1, 15)], names=names, size=(640, 480))
+    html, _ = report_of(tmp_path / "run", dataset, found(*((i, i - i % 2, 5, 5, 300, 300, 0.9) for i in range(1, 15))))
+    assert len(html.encode()) < LIMIT and "Left out" not in html
+    assert part(html, "Classes").count("<tr>") == 501 and html.count("data:image/jpeg") == 6 + 6
+
+
+def errors_of(tmp_path, detections, boxes=TWO):
+    html, _ = report_of(tmp_path / "run", boxed(tmp_path, boxes), detections)
+    rows = re.findall(r"<tr><td>(\w+)</td>", part(html, "Errors"))
+    return {row: int(values(part(html, "Errors"), row)[1]) for row in rows}
+
+
+@pytest.mark.parametrize(
+    "kind, row",
+    [
+        ("classification", (1, 1, 2, 2, 20, 20, 0.5)),
+        ("localisation", (2, 0, 30, 10, 20, 20, 0.5)),
+        ("both", (2, 1, 30, 10, 20, 20, 0.5)),
+        ("duplicate", (1, 0, 3, 3, 20, 20, 0.5)),
+        ("background", (2, 0, 0, 33, 5, 5, 0.5)),
+    ],
+)
+def test_an_error_is_counted_as_what_it_is(tmp_path, kind, row):
+    right = [(1, 0, 2, 2, 20, 20, 0.9), (1, 1, 30, 5, 20, 30, 0.9), (2, 0, 10, 10, 30, 20, 0.9)]
+    counts = errors_of(tmp_path, found(*right, row))
+    assert counts == dict.fromkeys(counts, 0) | {kind: 1} and len(counts) == 6
+
+
+def test_an_object_that_nothing_touches_is_missed(tmp_path):
+    counts = errors_of(tmp_path, found((1, 0, 2, 2, 20, 20, 0.9), (2, 0, 10, 10, 30, 20, 0.9)))
+    assert counts == dict.fromkeys(counts, 0) | {"missed": 1}
+
+
+def outcome(tmp_path, boxes, *rows):
+    [only] = outcomes(boxed(tmp_path, [boxes]), found(*rows))
+    return only.right.tolist(), only.seen.tolist()
+
+
+def test_the_surest_detection_takes_an_object_and_another_of_it_is_wrong(tmp_path):
+    rows = [(1, 0, 2, 2, 20, 20, 0.6), (1, 0, 4, 2, 20, 20, 0.9), (1, 0, 2, 2, 20, 20, 0.4)]
+    assert outcome(tmp_path, [(0, 2, 2, 20, 20)], *rows) == ([True, False], [True])  # surest first, none under 0.5
+
+
+@pytest.mark.parametrize("row", [(1, 1, 2, 2, 20, 20, 0.9), (1, 0, 13, 2, 20, 20, 0.9), (2, 0, 2, 2, 20, 20, 0.9)])
+def test_another_class_place_or_image_is_no_match(tmp_path, row):
+    right, seen = outcome(tmp_path, [(0, 2, 2, 20, 20)], row)
+    assert not any(right) and seen == [False]
+
+
+def test_a_detection_in_a_crowd_of_its_class_counts_for_nothing(tmp_path):
+    crowd = [(0, 0, 0, 50, 40, "crowd")]
+    rows = [(1, 0, 5, 5, 10, 10, 0.9), (1, 1, 5, 5, 10, 10, 0.8)]
+    assert outcome(tmp_path, crowd, *rows) == ([False], [])  # the other class's
+
+
+def test_the_worst_and_the_best_images_are_those_by_f1(tmp_path):
+    boxes = [[(0, 2, 2, 20, 20)], [(0, 2, 2, 20, 20)], [(0, 2, 2, 20, 20)] * 2, []]
+    dataset = boxed(tmp_path, boxes)
+    html, _ = report_of(tmp_path / "run", dataset, found((1, 0, 2, 2, 20, 20, 0.9), (3, 0, 2, 2, 20, 20, 0.9)))
+    shown = re.findall(r"F1 ([\d.]+): (\d) right, (\d) wrong, (\d) missed. (\S+?)<", html)
+    assert shown == [
+        ("0.00", "0", "0", "1", "2.png"),
+        ("0.67", "1", "0", "1", "3.png"),
+        ("1.00", "1", "0", "0", "1.png"),
+    ]
+
+
+def test_an_image_that_cannot_be_read_is_passed_over_in_the_gallery(tmp_path):
+    dataset = boxed(tmp_path, TWO)
+    (tmp_path / "images" / "2.png").write_bytes(b"")
+    html, _ = report_of(tmp_path / "run", dataset, NEAR, skipped_images=["image 2.png: empty file"])
+    assert html.count("data:image/jpeg") == 1 and "could not be read, in evaluation: image 2.png: empty file." in html
+
+
+def test_a_box_of_the_gallery_is_drawn_where_it_is_in_its_class_colour(tmp_path):
+    html, _ = report_of(tmp_path / "run", boxed(tmp_path, [[(1, 30, 5, 20, 30)]]), found((1, 1, 0, 0, 3, 40, 0.75)))
+    scale, colour = 400 / 60, ",".join(map(str, class_colour(1)))
+    for kind, (x, y, w, h) in (("truth wrong", (30, 5, 20, 30)), ("found wrong", (0, 0, 3, 40))):
+        wanted = [round(round(v * scale, 1), 1) for v in (x, y, x + w, y + h)]
+        [drawn] = re.findall(
+            rf'<rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"[^>]*class="{kind}"', html
+        )
+        x1, y1, width, height = map(float, drawn)
+        assert [x1, y1, x1 + width, y1 + height] == pytest.approx(wanted, abs=0.1)
+    assert f'fill="rgb({colour})"' in html and "dog 0.75</text>" in html
+
+
+def test_a_report_that_fails_does_not_stop_the_run(tmp_path, capsys):
+    dataset = boxed(tmp_path, TWO)
+    assert write_report(tmp_path, dataset, {"bbox": {}}, NEAR) is None
+    assert "report.html could not be written (KeyError" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_browser_shows_every_section_and_fetches_nothing(opened, tmp_path, width):
+    dataset = boxed(tmp_path / "data", TWO, names=["<script>alert(1)</script>", "dog"])
+    shown = opened(report_of(tmp_path / "run", dataset, NEAR)[0], width=width)
+    assert shown.locator("h2").all_inner_texts() == SECTIONS and shown.said == []
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    classes = shown.locator("#classes")
+    assert classes.locator("tbody td:first-child").all_inner_texts() == ["<script>alert(1)</script>", "dog"]
+    classes.locator("th button").first.click()
+    classes.locator("th button").first.click()
+    assert classes.locator("tbody td:first-child").all_inner_texts() == ["dog", "<script>alert(1)</script>"]
+    pictures = shown.locator("#worst-and-best-images svg")
+    assert pictures.count() == 4 and all(pictures.nth(i).bounding_box()["height"] > 100 for i in range(4))

@@ -174,9 +174,9 @@ def test_a_class_whose_name_another_has_is_told_by_its_id(scored):
 
 def test_a_detection_of_a_class_that_the_annotations_have_not_is_counted_and_matches_nothing(scored):
     content, right = annotations([(1, 1, 20, 30)]), found((1, 1, 20, 30))
-    results = scored(content, [found((1, 1, 20, 30), category_id=5, score=1.0), right])
+    results = scored(content, [found((1, 1, 20, 30), category_id=2, score=1.0), right])
     assert results["detections"] == 2 and results["bbox"] == scored(content, [right])["bbox"]
-    alone = scored(content, [found((1, 1, 20, 30), category_id=5)])
+    alone = scored(content, [found((1, 1, 20, 30), category_id=2)])
     assert alone["bbox"]["AP"] == 0 and alone["note"] is None
 
 

@@ -77,7 +77,7 @@ def assert_ended_alike(folder, straight):
 def test_a_run_leaves_everything_in_its_folder(straight, photos):
     run = straight / "torchvision-v2"
     names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "results.json"}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "results.json", "report.html"}
     last = {path.name for path in (run / "checkpoints/step_0000006").iterdir()}
     tensors = {f"{name}.safetensors" for name in ("model", "average", "optimizer")}
     assert last == {*tensors, "state.json", "checksums.json"}

@@ -59,7 +59,7 @@ def assert_ended_alike(folder, straight):
 
 def test_a_run_leaves_everything_in_its_folder(straight):
     names = {path.name for path in straight.iterdir() if not path.name.startswith("events")}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "results.json"}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "results.json", "report.html"}
     steps = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert steps == ["step_0000002", "step_0000004", "step_0000006"]
     config = yaml.safe_load((straight / "config.yaml").read_text())

@@ -77,8 +77,9 @@ def assert_ended_alike(folder, straight):
 def test_a_run_leaves_everything_in_its_folder(straight):
     names = {path.name for path in straight.iterdir()}
     wanted = {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "detections.json", "results.json"}
-    assert wanted | {"pictures"} <= names
-    assert len(names - wanted - {"pictures"}) == 1 and any(name.startswith("events.out.tfevents") for name in names)
+    wanted |= {"pictures", "report.html"}
+    assert wanted <= names
+    assert len(names - wanted) == 1 and any(name.startswith("events.out.tfevents") for name in names)
     steps = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert steps == ["step_0000002", "step_0000004", "step_0000006"]
     assert len(list((straight / "pictures").glob("*.png"))) == 3
