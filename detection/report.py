@@ -36,7 +36,7 @@ ERRORS = {  # Bolya et al. 2020, Sec. 2.2
     "Both": ("both", "wrong class, IoU between 0.1 and 0.5"),
     "Dupe": ("duplicate", "right, but another detection of this object scored higher"),
     "Bkg": ("background", "no object there: IoU under 0.1 with all of them"),
-    "Miss": ("missed", "an object that none of the above touches"),
+    "Miss": ("missed", "an object without detection that none of these errors accounts for"),
 }
 MEANING = {  # of COCO's 12 numbers: IoU, area, detections an image
     "AP": ("0.50 to 0.95", "all", 100),

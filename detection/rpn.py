@@ -40,8 +40,7 @@ class Anchors(AnchorGenerator):
         device, image_size = feature_maps[0].device, image_list.tensors.shape[-2:]
         cells = [x.shape[-2:] for x in feature_maps]
         if self.last[0] != (cells, image_size, device):
-            with torch.inference_mode(False):  # they may be used in training next
-                self.last = (cells, image_size, device), self._made(cells, image_size, device)
+            self.last = (cells, image_size, device), self._made(cells, image_size, device)
         return [self.last[1]] * len(image_list.image_sizes)
 
     def _made(self, cells: list[tuple[int, int]], image_size: tuple[int, int], device: torch.device) -> Tensor:

@@ -126,6 +126,23 @@ def test_images_without_objects_are_kept_or_left_out(tmp_path):
     assert left.report["images without a usable box"] == 2
 
 
+def test_an_image_after_one_left_out_keeps_its_file_and_its_boxes(tmp_path):
+    what = content(images=3, boxes=[(1, 2, 10, 8), (0, 0, 5, 5)])
+    what["annotations"][0]["image_id"], what["annotations"][1]["image_id"] = 9, 8
+    left = opened(tmp_path, what, keep_empty=False)
+    assert [left.path(i).name for i in range(2)] == ["8.png", "9.png"]
+    assert [left.target(i)["boxes"].tolist() for i in range(2)] == [[[0, 0, 5, 5]], [[1, 2, 11, 10]]]
+    assert [left.target(i)["image_id"] for i in range(2)] == [8, 9]
+
+
+def test_what_is_done_to_a_target_is_not_done_to_the_data_set(tmp_path):
+    dataset = opened(tmp_path, content())
+    target = dataset.target(0)
+    target["boxes"] += 1
+    target["labels"] += 1
+    assert dataset.target(0)["boxes"].tolist() == [[1, 2, 11, 10]] and dataset.target(0)["labels"].tolist() == [3]
+
+
 def test_an_image_whose_only_object_is_a_crowd_counts_as_without_objects(tmp_path):
     what = content(images=2, boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
     what["annotations"][1].update(iscrowd=1, image_id=8)
@@ -426,9 +443,11 @@ def test_a_box_that_is_whole_is_neither_changed_nor_counted(tmp_path):
     assert not any(dataset.report.values()) and "left out" not in dataset.summary()
 
 
-NUMBERS = st.sampled_from([0, -0.0, 0.4, 0.5, 1, 1.4, 10, 20.2, 21, 32.5, 33, 33.5, 40, -0.5, -0.55, -3, 1e300, -1e300])
+EDGES = st.sampled_from([0, -0.0, 0.4, 0.5, 1, 1.4, 20.2, 21, 32.5, 33, 33.5, 40, -0.5, -3, 1e300, -1e300])
 ODD = st.sampled_from([math.nan, math.inf, -math.inf])
-BOXES = st.lists(st.tuples(*[NUMBERS | st.floats(-50, 60) | ODD] * 4, st.booleans(), st.integers(0, 2)), max_size=12)
+PLAIN = (st.sampled_from([-0.55, -0.5, -0.45, 0, 3, 7.1]),) * 2 + (st.sampled_from([1, 2, 9.25, 50]),) * 2
+BOX = st.one_of(*[st.tuples(*PLAIN)] * 3, st.tuples(*[EDGES | st.floats(-50, 60)] * 4), st.tuples(*[EDGES | ODD] * 4))
+BOXES = st.lists(st.tuples(BOX, st.integers(0, 2), st.integers(0, 5).map(lambda drawn: drawn == 5)), max_size=12)
 
 
 def plain_boxes(what):
@@ -460,8 +479,8 @@ def plain_boxes(what):
 @settings(max_examples=300, deadline=None)
 @given(BOXES)
 def test_the_boxes_to_train_on_and_their_counts_are_those_of_a_plain_loop(tmp_path_factory, rows):
-    what = content(images=3, boxes=[row[:4] for row in rows])
-    for annotation, (*_, crowd, image) in zip(what["annotations"], rows, strict=True):
+    what = content(images=3, boxes=[box for box, *_ in rows])
+    for annotation, (_, image, crowd) in zip(what["annotations"], rows, strict=True):
         annotation.update(iscrowd=int(crowd), image_id=7 + image)
     path = tmp_path_factory.getbasetemp() / "boxes.json"
     path.write_text(json.dumps(what))

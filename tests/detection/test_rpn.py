@@ -94,8 +94,8 @@ def test_under_bf16_autocast_gradients_are_as_close_to_fp64_as_torchvisions():
     for network in (theirs, ours):
         network = copy.deepcopy(network).float()
         with torch.autocast("cpu", torch.bfloat16):
-            _, losses, found = run(network, PYRAMID, {name: x.bfloat16() for name, x in maps.items()}, targets)
-        assert all(loss.dtype == torch.float32 for loss in losses.values())
+            proposals, losses, found = run(network, PYRAMID, {n: x.bfloat16() for n, x in maps.items()}, targets)
+        assert all(x.dtype == torch.float32 for x in (*proposals, *losses.values()))
         assert all(found[name].dtype == torch.bfloat16 for name in maps)
         errors.append(torch.stack([(found[n] - g).norm() / g.norm() for n, g in wanted.items() if g.norm() > 0]))
     assert errors[1].max() < 0.02 and errors[1].mean() < 1.1 * errors[0].mean()  # means of nine: 0.0045 and 0.0043
@@ -153,23 +153,14 @@ def test_anchors_are_made_once_for_a_size_and_anew_for_another():
     network = rpn(SampledRPN, PYRAMID)
     maps = list(maps_of(PYRAMID).values())
     make = network.anchor_generator
-    first = make(images_of(PYRAMID), maps)[0]
-    assert make(images_of(PYRAMID), maps)[0] is first
     other = {stride: (height + 1, width) for stride, (height, width) in PYRAMID.items()}
-    assert len(make(images_of(other), list(maps_of(other).values()))[0]) > len(first)
+    larger = make(images_of(other), list(maps_of(other).values()))[0]
+    first = make(images_of(PYRAMID), maps)[0]
+    assert make(images_of(PYRAMID), maps)[0] is first and len(first) < len(larger)
     padded = ImageList(torch.zeros(2, 3, 127, 124), SIZES)  # the same maps, another stride
     fresh = rpn(SampledRPN, PYRAMID).anchor_generator
     assert torch.equal(make(padded, maps)[0], fresh(padded, maps)[0])
     assert not torch.equal(make(padded, maps)[0], first)
-
-
-def test_what_inference_mode_made_serves_training():
-    _, ours = pair(PYRAMID)
-    maps = maps_of(PYRAMID)
-    with torch.inference_mode():
-        ours.eval()(images_of(PYRAMID), maps)
-    *_, found = run(ours.train(), PYRAMID, maps, targets_of("boxes"))
-    assert all(gradient.isfinite().all() for gradient in found.values())
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 5])

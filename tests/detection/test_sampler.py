@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from detection.coco import Draw
 from detection.sampler import TrainBatches
 
 
@@ -57,6 +58,39 @@ def test_the_batches_of_all_ranks_together_are_those_of_one(ranks):
     for batch, *parts in zip(whole, *shares, strict=True):
         assert all(len(part) == 4 // ranks for part in parts)
         assert sorted(draw for part in parts for draw in part) == sorted(batch)
+
+
+def plain_loop(portrait, batch_size, seed, start):
+    """The batches one after another, from the first of the first epoch."""
+    waiting, done, epoch = {False: [], True: []}, 0, 0
+    while True:
+        random = np.random.default_rng((seed, epoch))
+        order = random.permutation(len(portrait))
+        for index, draw_seed in zip(order.tolist(), random.integers(0, 2**62, len(order)).tolist(), strict=True):
+            group = waiting[bool(portrait[index])]
+            group.append(Draw(index, draw_seed))
+            if len(group) == batch_size:
+                done += 1
+                if done > start:
+                    yield list(group)
+                group.clear()
+        epoch += 1
+
+
+@pytest.mark.parametrize("landscape, portrait", [(9, 5), (1, 0), (2, 3), (0, 7), (40, 31)])
+@pytest.mark.parametrize("batch_size, start", [(1, 0), (4, 0), (4, 30), (8, 3), (8, 33), (13, 7)])
+def test_the_batches_are_those_of_a_plain_loop_wherever_it_starts(landscape, portrait, batch_size, start):
+    dataset = images(landscape, portrait)
+    wanted = islice(plain_loop([False] * landscape + [True] * portrait, batch_size, 3, start), 25)
+    assert batches(dataset, 25, batch_size=batch_size, seed=3, start=start) == list(wanted)
+
+
+def test_a_later_start_draws_the_epoch_it_lies_in_and_the_one_before_alone(monkeypatch):
+    drawn = []
+    draws = TrainBatches._draws
+    monkeypatch.setattr(TrainBatches, "_draws", lambda self, epoch: drawn.append(epoch) or draws(self, epoch))
+    batches(images(landscape=97, portrait=30), 1, start=127 * 50 // 4)
+    assert set(drawn) <= {49, 50} and len(drawn) <= 3
 
 
 @pytest.mark.parametrize("start", [1, 5, 17])

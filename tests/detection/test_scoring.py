@@ -197,6 +197,11 @@ def test_of_equal_scores_the_first_in_an_image_and_the_lower_image_id_come_first
     assert scored(content, [right, found((1, 1, 20, 30), second)])["bbox"]["AP"] == pytest.approx(0.5)
 
 
+def test_nothing_is_printed(scored, capfd):
+    scored(annotations([(1, 1, 20, 30)]), [found((1, 1, 20, 30))])
+    assert capfd.readouterr() == ("", "")
+
+
 # hotcoco and pycocotools
 
 SIDES = st.sampled_from([0, 1, 5, 9.5, 10, 20, 31.99, 32, 33, 96, 97, 200, 1e5]) | st.floats(0, 300)

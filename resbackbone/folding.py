@@ -1,0 +1,224 @@
+"""Convolution, frozen batch norm, sum and ReLU as one step, the norm folded into the convolution's weights."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+if TYPE_CHECKING:
+    from resbackbone.layers import FrozenBatchNorm2d
+
+Affine = tuple[Tensor, Tensor]  # scale and shift of a norm, [channels] each
+
+
+class _Convolution(NamedTuple):
+    """What a convolution does beside its weights, in the order that F.conv2d takes it."""
+
+    stride: tuple[int, int]
+    padding: tuple[int, int] | str
+    dilation: tuple[int, int]
+    groups: int
+
+
+def folded_conv(
+    conv: nn.Conv2d, norm: "FrozenBatchNorm2d", x: Tensor, shortcut: Tensor | None = None, relu: bool = False
+) -> Tensor:
+    """[relu](norm(conv(x)) [+ shortcut]) as one convolution of weights weight * scale with the bias shift.
+
+    x: [B, in_channels, H, W]. shortcut: of the output's shape. `conv` has no bias of its own. The product is taken in
+    fp32 (fp64 for fp64 weights) and only then cast, by autocast or to the weight's dtype.
+
+    For backward it keeps x (for a weight that trains), the weight itself and the output where there is a ReLU, which
+    is the next layer's input: neither the folded weight, which is made again, nor what was before the ReLU.
+    On a CPU what comes out is channels_last, since oneDNN would reorder other maps on the way into and out of every
+    layer, and a weight that no gradient reaches is folded once and kept (`FoldCache`): a second copy of the weights
+    in memory, which `fuse` does without.
+    """
+    weight = conv.weight
+    how = _Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
+    if not _computed_now(x, weight):
+        scale, shift = norm.scale_and_shift()
+        weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+        return _add_relu(F.conv2d(x, weight, shift.to(weight.dtype), *how), shortcut, relu)
+    x, dtype = _autocast(x, weight.dtype)
+    shortcut = None if shortcut is None else shortcut.to(dtype)
+    records = torch.is_grad_enabled()
+    if records and (weight.requires_grad or x.requires_grad or (shortcut is not None and shortcut.requires_grad)):
+        if weight.requires_grad:
+            norm.fold_cache.clear()  # an optimizer comes next, and may leave no trace
+        return _FoldedConv.apply(x, weight, *norm.scale_and_shift(), shortcut, relu, dtype, how)
+    folded, shift = norm.fold_cache.get(weight, norm, dtype)
+    return _convolve(x, folded, shift, shortcut, relu, how)
+
+
+def fused_conv(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+    """The same for a convolution that `fuse` has given its norm."""
+    if torch.is_grad_enabled() or not _computed_now(x, conv.weight):
+        return _add_relu(conv(x), shortcut, relu)
+    x, dtype = _autocast(x, conv.weight.dtype)
+    how = _Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
+    shortcut = None if shortcut is None else shortcut.to(dtype)
+    return _convolve(x, _arrange(conv.weight, dtype), conv.bias.to(dtype), shortcut, relu, how)
+
+
+class FoldCache:
+    """The folded weight and the bias that one frozen norm last made, for as long as they are right.
+
+    They are made again for another dtype, and when the weight or a buffer of the norm is another tensor, lies
+    elsewhere in memory or in another format, or was written to in place. PyTorch does not count writes through
+    `.data` (which averages of weights often use), so the norm and one value of every filter and of every input
+    channel are compared too; a write that spares all of these needs `clear`, which `.to()`, `.train()`, `.eval()` and
+    loading call, and every forward pass that records a gradient for the weight. Elsewhere than on a CPU comparing
+    would wait for the device, and nothing is kept. Copies and pickles of it are empty.
+    """
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self._kept = None
+
+    def __reduce__(self):
+        return FoldCache, ()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def get(self, weight: Tensor, norm: "FrozenBatchNorm2d", dtype: torch.dtype) -> Affine:
+        """The folded weight and the bias, in `dtype`."""
+        sources = (weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+        keeps = all(t.device.type == "cpu" and not t.is_inference() for t in sources)  # inference: writes not counted
+        if keeps:
+            kept, state = self._kept, [dtype, *map(_state, sources)]  # read once: another thread may replace it
+            if kept is not None and kept.state == state and all(map(torch.equal, kept.samples, _samples(*sources))):
+                return kept.folded
+            samples = [sample.clone() for sample in _samples(*sources)]
+        scale, shift = norm.scale_and_shift()
+        folded = _fold(weight, scale, dtype), shift.to(dtype)
+        if keeps:
+            self._kept = _Kept(folded, state, samples, [(t, t.untyped_storage()) for t in sources])
+        return folded
+
+
+class _Kept(NamedTuple):
+    folded: Affine
+    state: list
+    samples: list[Tensor]
+    alive: list  # what `state` knows by id and address, so that nothing else comes to have these
+
+
+def _state(t: Tensor) -> tuple:
+    return id(t), t.data_ptr(), t._version, t.stride()
+
+
+def _samples(weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
+    return weight[:, 0, 0, 0], weight[0, :, -1, -1], *norm
+
+
+class _FoldedConv(torch.autograd.Function):
+    """[relu](conv2d(x, weight * scale, shift) [+ shortcut]); its backward is made of differentiable operations."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scale, shift, shortcut, relu, dtype, how):
+        y = _convolve(x, _fold(weight, scale, dtype), shift.to(dtype), shortcut, relu, how)
+        ctx.how, ctx.shape = how, x.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, scale, y if relu else None)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, scale, y = ctx.saved_tensors
+        needs_x, needs_weight, needs_shortcut = (ctx.needs_input_grad[i] for i in (0, 1, 4))
+        if y is not None:
+            # In y's memory format, in which it then goes down the shortcuts: sums of mixed formats are slow.
+            grad = torch.ops.aten.threshold_backward(_in_format_of(y, grad), y, 0)
+        grad_x = grad_weight = None
+        if needs_x or needs_weight:
+            stride, padding, dilation, groups = ctx.how
+            if x is None:
+                x = grad.new_empty(1).expand(ctx.shape)  # only its shape is looked at
+            grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grad,
+                x,
+                _fold(weight, scale, grad.dtype),
+                None,
+                stride,
+                padding,
+                dilation,
+                False,
+                (0, 0),
+                groups,
+                (needs_x, needs_weight, False),
+            )
+        if needs_weight:
+            grad_weight = grad_weight.to(scale.dtype).mul_(scale.view(-1, 1, 1, 1)).to(weight.dtype)
+        return grad_x, grad_weight, None, None, grad if needs_shortcut else None, None, None, None
+
+
+def _fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return _arrange(weight * scale.view(-1, 1, 1, 1), dtype)
+
+
+def _arrange(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    on_cpu = weight.device.type == "cpu"
+    return weight.to(dtype, memory_format=torch.channels_last if on_cpu else torch.preserve_format)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, relu: bool, how: _Convolution
+) -> Tensor:
+    """[relu](conv2d(x) [+ shortcut]), no gradient recorded."""
+    if relu and _onednn_fuses(x):
+        # One pass over the map instead of three. The operators that torch.compile uses: elsewhere they are not public.
+        stride, padding, dilation, groups = how
+        convolution = torch.ops.mkldnn._convolution_pointwise
+        if shortcut is None:
+            return convolution(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
+        return convolution.binary(
+            x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
+        )
+    return _add_relu(F.conv2d(x, weight, bias, *how), shortcut, relu)
+
+
+def _onednn_fuses(x: Tensor) -> bool:
+    if x.device.type != "cpu" or not x.numel() or not torch.backends.mkldnn.enabled or not _HAS_FUSED:
+        return False
+    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+_HAS_FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def _add_relu(y: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+    if shortcut is not None:
+        y += shortcut
+    return F.relu_(y) if relu else y
+
+
+def _autocast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
+    """x as autocast would hand it to a convolution, and the dtype of that convolution's weights."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, dtype
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), dtype
+
+
+def _in_format_of(y: Tensor, grad: Tensor) -> Tensor:
+    channels_last = y.is_contiguous(memory_format=torch.channels_last)
+    return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _computed_now(x: Tensor, weight: Tensor) -> bool:
+    """Whether operations on these just compute: no trace, no transform, no tensors of another kind or without data."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in (x, weight))
+    return (
+        plain
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._len_torch_dispatch_stack()
+        and forward_ad.unpack_dual(x).tangent is None
+        and forward_ad.unpack_dual(weight).tangent is None
+    )

@@ -1,0 +1,1 @@
+"""What a run shows afterwards: report.html, one page that loads nothing."""

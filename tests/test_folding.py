@@ -1,0 +1,442 @@
+"""A frozen norm folded into its convolution: the same numbers and gradients, less kept for backward, never stale."""
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from resbackbone import build_resnet_backbone
+from resbackbone.layers import FrozenBatchNorm2d, Projection, checkpointed, conv_norm, conv_norm_relu, fuse
+from resbackbone.resnet import BasicBlock, Bottleneck, Layout, ResNet
+
+
+class Unfolded(nn.Module):
+    """A frozen norm as a layer of its own: as torchvision has it, or with the constants cast as detectron2 does."""
+
+    def __init__(self, norm: FrozenBatchNorm2d, cast: bool = True):
+        super().__init__()
+        self.norm, self.cast = norm, cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift = (t.view(1, -1, 1, 1) for t in self.norm.scale_and_shift())
+        return x * scale.to(x.dtype) + shift.to(x.dtype) if self.cast else x * scale + shift
+
+
+def unfolded(network: nn.Module, cast: bool = True) -> nn.Module:
+    """A copy whose frozen norms are layers of their own."""
+    network = copy.deepcopy(network)
+    for parent in list(network.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, FrozenBatchNorm2d):
+                setattr(parent, name, Unfolded(child, cast))
+    return network
+
+
+def gradients(network: nn.Module, images: Tensor, **autocast) -> dict[str, Tensor]:
+    """Of every parameter and of the images, for a loss that weighs each output value differently."""
+    images = images.detach().clone().requires_grad_()
+    with torch.autocast("cpu", **autocast) if autocast else torch.enable_grad():
+        maps = network(images)
+    generator = torch.Generator().manual_seed(1)
+    maps = list(maps.values()) if isinstance(maps, dict) else [maps]
+    sum((x.float() * torch.randn(x.shape, generator=generator)).mean() for x in maps).backward()
+    found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {name.replace("norm.", ""): grad for name, grad in found.items()} | {"images": images.grad}
+
+
+def relative_error(x: Tensor, expected: Tensor) -> float:
+    return ((x - expected).norm() / expected.norm()).item()
+
+
+def saved_bytes(network: nn.Module, images: Tensor, autocast: bool = False) -> int:
+    """What a forward pass keeps for backward, each piece of memory once and parameters left out."""
+    parameters = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept = {}
+
+    def keep(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = network(images)
+    assert outputs is not None  # alive until here, so that no memory is counted twice
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    "depth, options",
+    [
+        (18, {}),
+        (18, {"shortcut": "A", "dilate_c5": True}),
+        (50, {"dilate_c5": True, "stride_in_1x1": True}),
+        (50, {"levels": ["c3"], "groups": 32, "width_per_group": 4}),
+    ],
+    ids=["18", "18, A, dilated", "50, dilated", "ResNeXt"],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+def test_the_gradients_are_those_of_norms_that_are_layers(depth, options, memory_format, dtype, tolerance, randomised):
+    folded = randomised(ResNet(depth, norm="FrozenBN", **options)).train().to(dtype, memory_format=memory_format)
+    if dtype == torch.float32:
+        # A value within rounding of 0 would fall on either side of its ReLU, and gradients differ by what it passes.
+        for norm in folded.modules():
+            if isinstance(norm, FrozenBatchNorm2d):
+                norm.weight.mul_(0.01)
+                norm.bias.fill_(3)
+    images = torch.randn(2, 3, 65, 49, dtype=dtype).to(memory_format=memory_format)
+    assert_equal_gradients(gradients(folded, images), gradients(unfolded(folded), images), tolerance)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "block", [partial(BasicBlock, 16, 16), partial(Bottleneck, 16, 4)], ids=["basic", "bottleneck"]
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
+def test_a_block_whose_relus_cut_has_those_gradients_too(block, stride, memory_format, randomised):
+    folded = randomised(block(Layout(FrozenBatchNorm2d), stride=stride)).to(memory_format=memory_format)
+    images = torch.randn(2, 16, 7, 5).to(memory_format=memory_format)
+    assert_equal_gradients(gradients(folded, images), gradients(unfolded(folded), images), 1e-5)
+
+
+def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, grad in found.items():
+        assert grad.dtype == expected[name].dtype
+        assert relative_error(grad, expected[name]) < tolerance, name
+
+
+def test_in_bfloat16_outputs_and_gradients_are_no_further_from_the_truth_than_the_peers(randomised):
+    network = randomised(ResNet(50, norm="FrozenBN", levels=["c3"]))
+    images = torch.randn(2, 3, 97, 65)
+    truth_of = copy.deepcopy(network).double()
+    with torch.no_grad():
+        truth_map = unfolded(truth_of)(images.double())["c3"]
+    truth = gradients(unfolded(truth_of), images.double())
+
+    def errors(candidate: nn.Module) -> tuple[float, float]:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            output = relative_error(candidate(images)["c3"].double(), truth_map)
+        found = gradients(candidate, images, dtype=torch.bfloat16)
+        return output, sum(relative_error(found[name].double(), grad) for name, grad in truth.items()) / len(truth)
+
+    ours = errors(network)
+    for peer in (unfolded(network, cast=False), unfolded(network)):  # torchvision's way and detectron2's
+        assert all(mine <= 1.02 * theirs for mine, theirs in zip(ours, errors(peer), strict=True))
+
+
+@pytest.mark.parametrize(
+    "trained, relu",
+    [("x", False), ("weight", False), ("x weight", False)]
+    + [(names, True) for names in ("x", "weight", "shortcut", "x weight", "x weight shortcut")],
+)
+def test_every_choice_of_what_trains_has_exact_first_and_second_derivatives(trained, relu, randomised):
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2, groups=2, bias=False).double()
+    norm = randomised(FrozenBatchNorm2d(6)).double()
+    x, shortcut = torch.randn(2, 4, 5, 7).double(), torch.randn(2, 6, 3, 4).double()
+    leaves = {"x": x, "weight": conv.weight.detach(), "shortcut": shortcut}
+    leaves = [leaf.requires_grad_(name in trained.split()) for name, leaf in leaves.items()]
+
+    def block(x: Tensor, weight: Tensor, shortcut: Tensor) -> Tensor:
+        conv.weight = weight
+        return conv_norm_relu(conv, norm, x, shortcut) if relu else conv_norm(conv, norm, x)
+
+    del conv.weight  # the parameter; a plain attribute takes its place
+    assert torch.autograd.gradcheck(block, leaves)
+    assert torch.autograd.gradgradcheck(block, leaves)
+
+
+def test_no_more_is_kept_for_backward_than_by_torchvision(randomised):
+    images = torch.randn(1, 3, 97, 65)
+    peer = torchvision.models.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    peer.avgpool = peer.fc = nn.Identity()
+    peer.conv1.requires_grad_(False)
+    peer.layer1.requires_grad_(False)
+    peer_weights = torchvision.models.resnet50().state_dict()
+    ours = build_resnet_backbone(50, weights=peer_weights)  # frozen through c2
+    assert 0 < saved_bytes(ours, images) <= saved_bytes(peer, images)
+    for separate in (unfolded(ours), unfolded(ours, cast=False)):
+        assert saved_bytes(ours, images, autocast=True) < saved_bytes(separate, images, autocast=True)
+    # Half the bytes in half the precision; what is not halved are scales.
+    assert saved_bytes(ours, images, autocast=True) < 0.55 * saved_bytes(ours, images)
+
+
+def test_of_frozen_layers_no_activation_is_kept(randomised):
+    block = randomised(Bottleneck(8, 2, Layout(FrozenBatchNorm2d))).requires_grad_(False)
+    x = torch.randn(2, 8, 9, 7)
+    assert saved_bytes(block, x) == 0
+    projection = randomised(Projection(8, 16, 2, FrozenBatchNorm2d)).requires_grad_(False)
+    assert saved_bytes(projection, x.requires_grad_()) == 16 * 4  # its scale
+    assert projection(x).sum().backward() is None and x.grad.abs().sum() > 0
+
+
+def pair() -> tuple[nn.Conv2d, FrozenBatchNorm2d, Tensor]:
+    """A convolution and its norm, folded and kept, and an input."""
+    conv, norm = nn.Conv2d(4, 6, 3, bias=False), FrozenBatchNorm2d(6)
+    norm.running_var.uniform_(0.5, 1.5)
+    x = torch.randn(1, 4, 5, 7)
+    with torch.no_grad():
+        conv_norm(conv, norm, x)
+    assert norm.fold_cache._kept is not None
+    return conv, norm, x
+
+
+def replaced(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    conv.weight = nn.Parameter(conv.weight.detach() * 2)
+
+
+def replaced_by_one_in_the_same_memory(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    before = conv.weight
+    conv.weight = nn.Parameter(before.data)
+    with torch.no_grad():
+        before[2, 2, 1, 1] += 1  # counted as a write to that tensor alone
+
+
+def points_elsewhere(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    changed = conv.weight.data.clone()
+    changed[2, 2, 1, 1] += 1
+    conv.weight.data = changed
+
+
+def points_elsewhere_twice(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    for _ in range(2):  # the second time the first memory may be free, and be taken again
+        points_elsewhere(conv, norm)
+
+
+def written_in_place(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    with torch.no_grad():
+        conv.weight[2, 2, 1, 1] += 1  # no value that is compared
+
+
+def averaged_through_data(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    conv.weight.data.mul_(0.999).add_(torch.randn_like(conv.weight), alpha=0.001)
+
+
+def a_filter_pruned_through_data(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    conv.weight.data[3] = 0
+
+
+def a_channel_pruned_through_data(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    conv.weight.data[:, 2] = 0
+
+
+def copied_through_data_and_evaluated(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    conv.weight.data[2, 2, 1, 1] += 1
+    norm.eval()
+
+
+def loaded_in_place(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    conv.load_state_dict({"weight": torch.ones_like(conv.weight)})
+
+
+def loaded_by_assignment(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    conv.load_state_dict({"weight": torch.ones_like(conv.weight)}, assign=True)
+
+
+def cast_and_back(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        nn.Sequential(conv, norm).to(dtype)
+
+
+def norm_written(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    norm.running_mean.add_(1)
+
+
+def norm_written_through_data(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    norm.weight.data.fill_(3)
+
+
+def norm_loaded(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    norm.load_state_dict(nn.BatchNorm2d(6).state_dict(), assign=True)
+
+
+def norm_buffer_replaced(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    norm.bias = norm.bias + 1
+
+
+def stepped(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    optimizer = torch.optim.SGD(conv.parameters(), lr=0.1)
+    conv_norm(conv, norm, torch.randn(1, 4, 5, 7)).sum().backward()
+    optimizer.step()
+
+
+def stepped_without_a_trace(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    conv_norm(conv, norm, torch.randn(1, 4, 5, 7)).sum().backward()
+    conv.weight.data[2, 2, 1, 1] -= 1
+
+
+def rearranged(conv: nn.Conv2d, norm: FrozenBatchNorm2d) -> None:
+    # The same address, version, dtype and samples, but read in another order.
+    conv.weight.data = conv.weight.data.as_strided(conv.weight.shape, (36, 9, 1, 3))
+
+
+CHANGES = [
+    replaced,
+    replaced_by_one_in_the_same_memory,
+    points_elsewhere,
+    points_elsewhere_twice,
+    written_in_place,
+    averaged_through_data,
+    a_filter_pruned_through_data,
+    a_channel_pruned_through_data,
+    copied_through_data_and_evaluated,
+    loaded_in_place,
+    loaded_by_assignment,
+    cast_and_back,
+    norm_written,
+    norm_written_through_data,
+    norm_loaded,
+    norm_buffer_replaced,
+    rearranged,
+]
+STEPS = [stepped, stepped_without_a_trace]
+
+
+@pytest.mark.parametrize(
+    "change, frozen", [(change, frozen) for frozen in (False, True) for change in CHANGES] + [(s, False) for s in STEPS]
+)
+def test_a_kept_fold_is_made_again_whichever_way_the_weights_change(change, frozen):
+    conv, norm, x = pair()
+    conv.requires_grad_(not frozen)
+    with torch.no_grad():
+        before = conv_norm(conv, norm, x)
+    change(conv, norm)
+    with torch.no_grad():
+        after, expected = conv_norm(conv, norm, x), norm(conv(x))
+    assert relative_error(before, expected) > 1e-6  # it did change something
+    assert relative_error(after, expected) < 1e-6
+
+
+def test_a_fold_is_kept_and_used_again_where_nothing_changes():
+    conv, norm, x = pair()
+    kept = norm.fold_cache._kept
+    for mode in (torch.no_grad(), torch.inference_mode()):
+        with mode:
+            conv_norm(conv, norm, x)
+    conv.requires_grad_(False)
+    conv_norm(conv, norm, x)
+    conv_norm(conv, norm, x.clone().requires_grad_()).sum().backward()
+    assert norm.fold_cache._kept is kept
+
+
+def test_a_fold_made_in_inference_mode_serves_outside_of_it_and_inference_weights_are_not_kept():
+    conv, norm, x = pair()
+    conv.requires_grad_(False)
+    norm.fold_cache.clear()
+    with torch.inference_mode():
+        conv_norm(conv, norm, x)
+    assert not norm.fold_cache._kept.folded[0].is_inference()
+    with torch.inference_mode():
+        conv, norm = nn.Conv2d(4, 6, 3, bias=False), FrozenBatchNorm2d(6)
+        before = conv_norm(conv, norm, x).clone()
+        conv.weight[2, 2, 1, 1] += 1
+        assert not torch.equal(conv_norm(conv, norm, x), before)
+
+
+def test_a_network_moved_to_another_precision_or_evaluated_again_starts_afresh():
+    for change in (nn.Module.half, nn.Module.train, nn.Module.eval, nn.Module.share_memory):
+        _, norm, _ = pair()
+        change(nn.Sequential(norm))
+        assert norm.fold_cache._kept is None
+
+
+def test_copies_pickles_and_state_dicts_hold_no_fold():
+    conv, norm, x = pair()
+    for copied in (copy.deepcopy(norm), copy.copy(norm.fold_cache), pickle.loads(pickle.dumps(norm))):  # noqa: S301
+        assert getattr(copied, "fold_cache", copied)._kept is None
+    assert norm.fold_cache._kept is not None
+    assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
+    assert len(list(norm.buffers())) == 4 and not list(norm.parameters())
+
+
+def test_two_threads_that_compute_in_two_precisions_do_not_disturb_each_other():
+    conv, norm, x = pair()
+
+    def run(dtype: torch.dtype) -> float:
+        worst = 0.0
+        with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            for _ in range(200):
+                y = conv_norm_relu(conv, norm, x)
+                assert y.dtype == dtype
+                worst = max(worst, relative_error(y.float(), expected))
+        return worst
+
+    expected = norm(conv(x)).relu().detach()
+    with ThreadPoolExecutor(2) as threads:
+        exact, rounded = threads.map(run, (torch.float32, torch.bfloat16))
+    assert exact < 1e-6 and rounded < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_without_gradients_a_block_computes_the_same_with_and_without_onednn(dtype, fused, onednn, randomised):
+    block = randomised(BasicBlock(4, 8, Layout(FrozenBatchNorm2d), stride=2))
+    x = torch.randn(2, 4, 7, 5)
+    expected = unfolded(block)(x).detach()
+    block = (fuse(block) if fused else block).to(dtype)
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
+        y = block(x.to(dtype))
+        assert block(x[:0].to(dtype)).shape == (0, 8, 4, 3)
+    assert y.dtype == dtype
+    assert relative_error(y.float(), expected) < (0.02 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_a_fused_block_passes_gradients_to_its_input(randomised):
+    block = randomised(BasicBlock(4, 4, Layout(FrozenBatchNorm2d)))
+    x = torch.randn(2, 4, 7, 5)
+    expected = gradients(unfolded(block).requires_grad_(False), x)["images"]
+    assert relative_error(gradients(fuse(block), x)["images"], expected) < 1e-5
+
+
+def test_the_shortcut_of_an_autocast_block_may_have_another_precision(randomised):
+    block = randomised(Bottleneck(16, 4, Layout(FrozenBatchNorm2d)))
+    x = torch.randn(2, 16, 5, 7)
+    expected = gradients(unfolded(block), x)
+    found = gradients(block, x, dtype=torch.bfloat16)
+    assert all(relative_error(found[name], grad) < 0.05 for name, grad in expected.items())
+    assert all(grad.dtype == torch.float32 for grad in found.values())
+
+
+def test_a_block_checkpoints_and_compiles_to_the_same_gradients(randomised):
+    block = randomised(Bottleneck(16, 4, Layout(FrozenBatchNorm2d)))
+    x = torch.randn(2, 16, 5, 7)
+    expected = gradients(block, x)
+    for call in (
+        lambda images: checkpointed(block, images),
+        torch.compile(block, backend="aot_eager", fullgraph=True),
+    ):
+        block.zero_grad()
+        images = x.clone().requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        y = call(images)
+        (y * torch.randn(y.shape, generator=generator)).mean().backward()
+        found = {name: p.grad for name, p in block.named_parameters()} | {"images": images.grad}
+        assert all(relative_error(found[name], grad) < 1e-5 for name, grad in expected.items())
+
+
+def test_transforms_and_counters_see_ordinary_operations(randomised):
+    block = randomised(BasicBlock(4, 4, Layout(FrozenBatchNorm2d)))
+    x = torch.randn(3, 4, 7, 5)
+    with torch.no_grad():
+        expected = block(x)
+        with FlopCounterMode(display=False) as counter:
+            block(x)
+        assert counter.get_total_flops() == 2 * 2 * 3 * 7 * 5 * 4 * 4 * 9
+        mapped = torch.func.vmap(lambda image: block(image[None])[0])(x)
+        assert relative_error(mapped, expected) < 1e-6
+        assert relative_error(torch.jit.trace(block, x)(x), expected) < 1e-6
+        _, tangent = torch.func.jvp(block, (x,), (torch.ones_like(x),))
+        assert tangent.abs().sum() > 0
+        with torch.autograd.forward_ad.dual_level():
+            dual = block(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+            assert relative_error(torch.autograd.forward_ad.unpack_dual(dual).tangent, tangent) < 1e-6
+    assert block.bn1.fold_cache._kept is not None

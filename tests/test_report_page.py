@@ -1,0 +1,337 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resbackbone.report import page as page_module
+from resbackbone.report.charts import MAX_POINTS, line_chart, ticks
+from resbackbone.report.page import (
+    LIMIT,
+    MAX_NAME,
+    MAX_ROWS,
+    Cell,
+    Html,
+    Section,
+    absent,
+    escaped,
+    jpeg,
+    number,
+    page,
+    paragraph,
+    percent,
+    short,
+    table,
+    tag,
+    tiles,
+)
+from resbackbone.report.run import RunLog, configuration_section, timing_section, training_section, write_report
+
+HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='alert(1)", "&lt;b&gt; </style>"]
+
+
+def everything(name):
+    """A page with a name wherever one can stand."""
+    parts = [
+        paragraph(name),
+        absent(name),
+        tiles([(name, name)]),
+        table((name, "n"), [(name, 1)], sortable=True),
+        line_chart(name, {name: [(0, 1), (1, 2)], f"{name} too": [(0, 2), (1, 1)]}, x=name),
+        tag("svg", tag("title", name), tag("rect", class_=name)),
+    ]
+    return page(name, name, [Section("Names", parts), Section("Of sorts", [paragraph("x")])])
+
+
+def loads(html):
+    """What a page asks for: the addresses in its attributes and styles."""
+    addresses = re.findall(r"""(?:src|href|srcset|action|data|poster)\s*=\s*["']([^"']*)""", html)
+    return [a for a in [*addresses, *re.findall(r"url\(([^)]*)|@import (\S*)", html)] if not str(a).startswith("#")]
+
+
+def attributes_of(html):
+    """The names of all attributes on a page, as a parser finds them."""
+    found = set()
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: found.update(name for name, _ in attributes)
+    parser.feed(html)
+    return found
+
+
+# Text
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_name_is_text_wherever_it_stands(name):
+    html, harmless = everything(name), everything("cat")
+    assert html.count("<script>") == 1 and html.count("</style>") == 1
+    assert html.count("<") == harmless.count("<")  # no element more than with any other name
+    attributes = attributes_of(html)
+    assert {"class", "href"} < attributes and "src" not in attributes
+    assert not [name for name in attributes if name.startswith("on")]
+    assert escaped(name) in html
+
+
+@pytest.mark.parametrize("name", ["\x00\x1b[31m", "\udcff", "\ufffe", "a\x85b"])
+def test_what_no_page_may_hold_is_replaced(name):
+    html = everything(name)
+    html.encode("utf-8")
+    assert "\ufffd" in html and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe]", html)
+
+
+def test_a_name_of_any_length_takes_little_room():
+    assert len(short("x" * 10_000)) == MAX_NAME and short("猫") == "猫"
+    assert "x" * (MAX_NAME + 1) not in page("x" * 1000, "x" * 1000, [])
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [(0, "0"), (1234567, "1,234,567"), (0.5, "0.5"), (-0.25, "-0.25"), (1.23456, "1.235"), (0.0000123, "1.23e-05")]
+    + [(None, "n/a"), (math.nan, "n/a"), (math.inf, "n/a"), (1e300, "1.00e+300"), (98765.4, "9.88e+04")],
+)
+def test_numbers_are_short_and_what_is_undefined_says_so(value, shown):
+    assert number(value) == shown
+
+
+def test_percent_has_one_decimal():
+    assert [percent(v) for v in (0.37, 1, 0, None, math.nan)] == ["37.0", "100.0", "0.0", "n/a", "n/a"]
+
+
+# The page
+
+
+def test_a_page_is_whole_and_loads_nothing():
+    html = everything("cat")
+    assert html.startswith("<!DOCTYPE html>") and html.rstrip().endswith("</html>")
+    assert loads(html) == [] and "http://" not in html and "https://" not in html
+    assert "default-src &#x27;none&#x27;" in html and "unsafe" not in html
+    assert re.findall('<a href="#([^"]*)"', html) == re.findall('<section id="([^"]*)"', html) == ["names", "of-sorts"]
+
+
+def test_a_page_over_its_limit_leaves_out_the_largest_section_and_says_so():
+    big = Section("Big", [paragraph("x" * 1000)] * (LIMIT // 1000))
+    html = page("title", "", [Section("Small", [paragraph("here")]), big, Section("Other", [paragraph("there")])])
+    assert len(html.encode()) < LIMIT and "here" in html and "there" in html
+    assert "Left out: with its 2.0 MB" in html and "Big" in html
+
+
+def test_a_page_that_is_just_small_enough_is_whole(monkeypatch):
+    sections = [Section("Big", [paragraph("é" * 1000)])]
+    size = len(page("title", "", sections).encode())
+    monkeypatch.setattr(page_module, "LIMIT", size)
+    assert "Left out" not in page("title", "", sections)
+    monkeypatch.setattr(page_module, "LIMIT", size - 1)
+    assert "Left out" in page("title", "", sections)
+
+
+def test_a_long_table_says_how_many_rows_it_does_not_show():
+    html = table(("a", "b"), [("x", i) for i in range(MAX_ROWS + 3)])
+    assert html.count("<tr>") == MAX_ROWS + 1 and "3 more rows are not shown." in html
+    assert "not shown" not in table(("a",), [("x",)] * MAX_ROWS)
+
+
+def test_a_cell_is_sorted_by_its_number_and_not_by_what_is_shown():
+    html = table(("a", "b"), [("x", Cell("37.0", 0.3701)), ("y", Cell("n/a", None)), ("z", 1500)])
+    values = re.findall(r'data-value="([^"]*)">([^<]*)', html)
+    assert values == [("0.3701", "37.0"), ("", "n/a"), ("1500.0", "1,500")]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 2), (97, 1301)])
+def test_a_picture_keeps_to_its_limits_and_its_shape(size):
+    uri, (width, height) = jpeg(Image.effect_noise(size, 90), side=400, limit=6000)
+    assert uri.startswith("data:image/jpeg;base64,") and len(uri) <= 6000 and max(width, height) <= 400
+    assert width == size[0] or width / height == pytest.approx(size[0] / size[1], rel=0.1) or 1 in (width, height)
+
+
+# Charts
+
+
+def curves_of(html):
+    """The points of every curve, [n, 2], in the chart's units."""
+    paths = re.findall(r'class="curve[^"]*" d="M([^"]*)"', html)
+    return [np.array([[float(v) for v in point.split()] for point in path.split("L")]) for path in paths]
+
+
+def test_a_curve_goes_through_its_points_upwards_and_to_the_right():
+    [points] = curves_of(line_chart("t", {"a": [(0, 1.0), (10, 2.0), (20, 4.0)]}, x="x"))
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and x0 < x1
+    assert y1 - y2 == pytest.approx(2 * (y0 - y1), abs=0.3) and y0 > y1
+
+
+@pytest.mark.parametrize("gap", [None, math.nan, math.inf])
+def test_what_is_not_finite_is_a_gap_in_a_curve(gap):
+    html = line_chart("t", {"a": [(0, 1.0), (1, 2.0), (2, gap), (3, 2.0), (4, 1.0)]}, x="x")
+    assert [len(curve) for curve in curves_of(html)] == [2, 2] and "nan" not in html and "inf" not in html
+
+
+def test_a_single_point_is_a_dot_and_none_is_a_sentence():
+    html = line_chart("t", {"a": [(7, 3.0)]}, x="x")
+    assert html.count("<circle") == 1 and not curves_of(html)
+    for points in ([], [(0, None)], [(0, math.nan), (1, None)]):
+        assert "No finite value to draw." in line_chart("t", {"a": points}, x="x")
+
+
+def test_a_long_curve_is_thinned_and_its_band_keeps_the_extremes():
+    points = [(i, 1.0) for i in range(100_000)]
+    points[50_001] = (50_001, 9.0)
+    html = line_chart("t", {"a": points}, x="x", y_range=(0, 10))
+    [curve] = curves_of(html)
+    assert len(curve) == MAX_POINTS and len(html) < 20_000
+    [band] = re.findall(r'class="band[^"]*" d="M([^"]*)Z"', html)
+    heights = [float(point.split()[1]) for point in band.split("L")]
+    flat = max(set(heights), key=heights.count)
+    bottom, top = 192, 10  # of the drawing: 0 and 10
+    assert min(heights) == pytest.approx(bottom - 0.9 * (bottom - top), abs=0.2)
+    assert flat == pytest.approx(bottom - 0.1 * (bottom - top), abs=0.2)
+
+
+@pytest.mark.parametrize("values", [[0.0], [5.0, 5.0], [-3.0, 2.0], [1e-12, 3e-12], [1e30, 2e30], [0.0, 1e-300]])
+def test_any_range_can_be_drawn_inside_its_frame(values):
+    for curve in curves_of(line_chart("t", {"a": list(enumerate(values))}, x="x")):
+        assert (curve >= 0).all() and (curve[:, 0] <= 420).all() and (curve[:, 1] <= 230).all()
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0, 90_000), (-0.3, 2.5), (1e-5, 9e-5), (17, 18)])
+def test_ticks_are_round_evenly_spaced_and_inside(low, high):
+    found = ticks(low, high, 5)
+    assert 3 <= len(found) <= 11 and low <= min(found) and max(found) <= high
+    steps = np.diff(found)
+    assert steps == pytest.approx(steps[0]) and f"{steps[0]:.6e}"[0] in "125" and f"{steps[0]:.6e}"[2:8] == "000000"
+
+
+def test_one_curve_needs_no_legend_and_two_have_one():
+    one, two = ({name: [(0, 1), (1, 2)] for name in names} for names in (["a"], ["a", "b"]))
+    assert "<i" not in line_chart("t", one, x="x") and line_chart("t", two, x="x").count("<i ") == 2
+
+
+# What a run's folder says
+
+
+def run_of(
+    tmp_path, *lines, config="data: /somewhere/photos\nbatch_size: 8\nweights: null\neffective:\n  rate: 0.02\n"
+):
+    (tmp_path / "config.yaml").write_text(config)
+    text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    return RunLog(tmp_path)
+
+
+def trained(step, loss=1.0, seconds=2.0, **more):
+    return {"kind": "train", "step": step, "loss": loss, "lr": 0.1, "seconds": seconds, "data_seconds": 0.5, **more}
+
+
+def html_of(section):
+    return "".join(section.parts)
+
+
+def value_of(html, name):
+    return float(re.search(rf'<tr><td>{name}</td><td[^>]*data-value="([^"]*)"', html)[1])
+
+
+def test_lines_that_are_half_written_or_strange_are_passed_over(tmp_path):
+    log = run_of(tmp_path, trained(1), {"kind": "eval", "step": 1, "AP": 0.5}, "[]\n", '{"kind": "train"}\n', '{"kin')
+    assert [line["step"] for line in log.train] == [1] and log.curve("AP", evaluations=True) == [(1, 0.5)]
+    assert log.data_name() == "photos"
+
+
+def test_timing_weighs_a_line_by_the_updates_it_stands_for(tmp_path):
+    first, second = trained(10, seconds=1.0), trained(40, seconds=3.0, memory_mib=1536.4)
+    log = run_of(tmp_path, first, second, {"kind": "eval", "step": 40, "seconds": 7})
+    html = html_of(timing_section(log))
+    assert value_of(html, "updates recorded") == 40
+    assert value_of(html, "seconds in updates") == 10 * 1.0 + 30 * 3.0
+    assert value_of(html, "seconds an update") == 2.5
+    assert value_of(html, "share of them waiting for data") == pytest.approx(0.5 / 2.5)
+    assert value_of(html, "images a second") == pytest.approx(8 / 2.5)
+    assert value_of(html, "seconds in evaluations") == 7 and "1,536" in html
+    assert "Forward and backward are not shown apart" in html
+
+
+def test_parts_of_an_update_that_were_recorded_are_shown(tmp_path):
+    html = html_of(timing_section(run_of(tmp_path, trained(5, forward_seconds=0.4, backward_seconds=0.8))))
+    assert value_of(html, "share of them forward") == pytest.approx(0.2) and "not shown apart" not in html
+    assert value_of(html, "share of them backward") == pytest.approx(0.4)
+
+
+def test_a_run_that_has_just_begun_says_what_is_not_there_yet(tmp_path):
+    log = RunLog(tmp_path)
+    assert "nothing to draw" in html_of(training_section(log)) and "No time" in html_of(timing_section(log))
+    assert "no config.yaml" in html_of(configuration_section(log))
+
+
+def test_losses_that_are_not_numbers_leave_the_rest_of_the_curves(tmp_path):
+    lines = [trained(1, loss=math.nan), trained(2, loss=None), trained(3, loss=2.0), trained(4, loss=1.5)]
+    html = html_of(training_section(run_of(tmp_path, *lines)))
+    assert len(curves_of(html)[0]) == 2 and "nan" not in html.lower()
+
+
+def test_the_configuration_is_all_there(tmp_path):
+    html = html_of(
+        configuration_section(run_of(tmp_path, config="depth: 18\nweights: <b>\neffective:\n  rate: 0.02\n"))
+    )
+    for row in ("<td>depth</td><td>18</td>", "<td>weights</td><td>&lt;b&gt;</td>", "<td>rate</td><td>0.02</td>"):
+        assert row in html
+    assert "<td>torch</td>" in html and "<td>Python</td>" in html
+
+
+def test_a_report_that_fails_is_one_line_and_leaves_the_one_before(tmp_path, capsys):
+    assert write_report(tmp_path, lambda: "before") == tmp_path / "report.html"
+    assert capsys.readouterr().out == ""
+    assert write_report(tmp_path, lambda: 1 / 0) is None
+    assert write_report(tmp_path / "missing", lambda: "page") is None
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "could not be written (ZeroDivisionError: division by zero)" in said[0]
+    assert (tmp_path / "report.html").read_text() == "before" and [p.name for p in tmp_path.iterdir()] == [
+        "report.html"
+    ]
+
+
+# In a browser
+
+
+def column(shown, number):
+    return shown.locator(f"tbody tr td:nth-child({number})").all_inner_texts()
+
+
+def test_a_click_on_a_heading_sorts_and_another_turns_the_order(opened):
+    rows = [("b", 3), ("C", Cell("n/a", None)), ("a", 10), ("d", Cell("0.5", 0.5))]
+    shown = opened(page("t", "", [Section("S", [table(("name", "n", ""), [(*r, "x") for r in rows], sortable=True)])]))
+    shown.locator("th button").nth(1).click()
+    assert column(shown, 2) == ["10", "3", "0.5", "n/a"] and column(shown, 1) == ["a", "b", "d", "C"]
+    shown.locator("th button").nth(1).click()
+    assert column(shown, 2) == ["0.5", "3", "10", "n/a"]
+    shown.locator("th button").nth(0).click()
+    assert column(shown, 1) == ["a", "b", "C", "d"]
+    assert shown.locator("th").nth(0).get_attribute("aria-sort") == "ascending"
+    assert shown.locator("th").nth(1).get_attribute("aria-sort") is None
+    assert shown.locator("th button").count() == 2 and shown.said == []
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_browser_shows_a_hostile_name_as_text(opened, name):
+    shown = opened(everything(name))
+    assert shown.locator("p").nth(1).inner_text() == name and shown.title() == name
+    assert shown.said == [] and shown.locator("img").count() == 0
+
+
+def test_the_pages_policy_stops_what_slipped_through(opened):
+    slipped = Html("<img src=x onerror=alert(1)><script>alert(2)</script><p onclick='alert(3)'>click</p>")
+    shown = opened(page("t", "", [Section("S", [slipped])]))
+    shown.get_by_text("click").click()
+    assert not [line for line in shown.said if line.startswith("dialog")]
+    assert sum("Content Security Policy" in line for line in shown.said) >= 3, shown.said
+
+
+@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.parametrize("dark", [False, True])
+def test_no_page_is_wider_than_its_screen_and_it_follows_light_and_dark(opened, width, dark):
+    wide = table([f"column {i}" for i in range(30)], [["x" * 70] * 30])
+    chart = line_chart("t", {"x" * 200: [(0, 1), (1, 2)], "b": [(0, 1)]}, x="x")
+    shown = opened(page("T" * 70, "s" * 70, [Section("S", [wide, chart])]), width=width, dark=dark)
+    assert shown.evaluate("document.documentElement.scrollWidth") == width
+    background = shown.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(255, 255, 255)") is not dark and shown.said == []
