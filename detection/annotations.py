@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Annotations(NamedTuple):
-    """What an instances file of N images and M annotations says, 49 bytes an annotation and 24 an image beside its name.
+    """What an instances file of N images and M annotations says: 49 bytes an annotation, 24 an image beside its name.
 
     Nothing here is an object an image or a box, so processes that are forked share it; tensors, so that those
     that are spawned do (torch hands them over in shared memory).

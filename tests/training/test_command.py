@@ -178,9 +178,7 @@ def test_a_log_gets_a_line_where_there_is_something_to_say(capsys):
 def test_a_command_in_a_config_file_is_refused_unless_the_command_line_gives_the_option_too(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"source": "pipe:touch hacked"}))
-    with pytest.raises(
-        ValueError, match="source is a command, 'pipe:touch hacked'; .* give it as --source"
-    ):
+    with pytest.raises(ValueError, match="source is a command, 'pipe:touch hacked'; .* give it as --source"):
         parse(Sources, ["--config", str(path)])
     assert parse(Sources, ["--config", str(path), "--source", "pipe:cat"]).source == "pipe:cat"
     assert parse(Sources, ["--source", "pipe:cat"]).source == "pipe:cat"

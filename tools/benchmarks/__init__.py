@@ -1,0 +1,1 @@
+"""The parts of tools/benchmark.py: what is compared, how it is measured, and how that is told."""
