@@ -19,6 +19,7 @@ from detection.faster_rcnn import build_faster_rcnn, save_detector
 from detection.scoring import DETECTION, score
 from detection.shapes import CATEGORY_IDS, CLASSES, make_shapes
 from resbackbone import build_resnet_backbone
+from resbackbone.training.checkpoints import save_checkpoint
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -101,9 +102,8 @@ def test_other_data_and_another_place_for_the_results_can_be_given(run, model, s
 
 
 def test_a_run_that_still_trains_is_scored_by_its_last_checkpoint(run):
-    checkpoint = run / "checkpoints" / "step_0000002"
-    checkpoint.mkdir(parents=True)
-    (run / "model.safetensors").rename(checkpoint / "model.safetensors")
+    model = run / "model.safetensors"
+    save_checkpoint(run, 2, lambda folder: model.rename(folder / model.name), nbytes=model.stat().st_size)
     evaluated(run)
     assert json.loads((run / "results.json").read_text())["images"] == 5
 

@@ -531,10 +531,13 @@ def test_a_run_is_not_resumed_on_other_annotations(straight, own_shapes, capsys)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_checkpoint_that_was_harmed_is_one_line_that_names_it(straight, capsys, name):
+def test_a_run_all_of_whose_checkpoints_were_harmed_is_one_line_and_stays_as_it_is(straight, capsys, name):
     shutil.copytree(straight, "run")
-    half(Path("run/checkpoints/step_0000006") / name)
-    assert "step_0000006" in error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
+    for step in (2, 4, 6):
+        half(Path(f"run/checkpoints/step_000000{step}") / name)
+    before = files(Path("run"))
+    said = error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
+    assert "run: none of its 3 checkpoints is whole" in said and files(Path("run")) == before
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_leaves_no_run_behind(shapes, capsys, monkeypatch):
