@@ -389,15 +389,16 @@ def test_detections_agree_in_any_order_of_equal_scores():
     wanted = {"boxes": boxes, "scores": torch.tensor([0.5, 0.5]), "labels": torch.tensor([1, 2])}
     swapped = {**wanted, "boxes": boxes.flip(0), "labels": torch.tensor([2, 1])}
     assert detectors.difference(swapped, wanted) == 0
-    assert detectors.difference({**swapped, "labels": torch.tensor([1, 2])}, wanted) == 1
-    assert detectors.difference({**wanted, "boxes": boxes + 1}, wanted) > 0.1
+    assert detectors.difference({**swapped, "labels": torch.tensor([1, 2])}, wanted) == 1 / detectors.LEEWAY
+    assert detectors.difference({**wanted, "boxes": boxes + 1}, wanted) > 0.1 / detectors.LEEWAY
     assert detectors.difference({name: x[:1] for name, x in wanted.items()}, wanted) == float("inf")
 
 
-def test_a_detectors_losses_agree_closer_than_its_gradient():
-    wanted = {"loss_classifier": torch.tensor(4.0), "gradient": torch.tensor([3.0, 4.0])}
-    assert detectors.difference({**wanted, "gradient": torch.tensor([3.0, 4.5])}, wanted) == pytest.approx(0.01)
-    assert detectors.difference({**wanted, "loss_classifier": torch.tensor(4.4)}, wanted) == pytest.approx(0.1)
+def test_a_detectors_rpn_losses_agree_closer_than_what_depends_on_the_proposals_kept():
+    wanted = {"loss_objectness": torch.tensor(4.0), "gradient": torch.tensor([3.0, 4.0])}
+    assert detectors.difference({**wanted, "loss_objectness": torch.tensor(4.4)}, wanted) == pytest.approx(0.1)
+    got = {**wanted, "gradient": torch.tensor([3.0, 4.5])}
+    assert detectors.difference(got, wanted) == pytest.approx(0.1 / detectors.LEEWAY)
 
 
 MEASURED = sorted((ROOT / "docs" / "benchmarks").glob("*.json"))

@@ -25,6 +25,10 @@ from resbackbone.weights import MEAN, STD
 from resbackbone.weights.translate import from_ours
 
 CLASSES = 80
+RPN_LOSSES = ("loss_objectness", "loss_rpn_box_reg")
+# In fp32 a box loss was seen 0.44% from the others': scores lie so close that rounding decides which of two proposals
+# is kept. In fp64 ours and torchvision's keep the same proposals, to 1e-13 pixels, and their losses agree to 6e-8.
+LEEWAY = 200.0
 LONGEST = 1333  # pixels
 LOSSES = {  # detectron2's names, and torchvision's, which are ours
     "loss_cls": "loss_classifier",
@@ -178,7 +182,7 @@ def contender(setting: Setting, training: bool, scene: Scene, name: str) -> Cont
             return step(given) if training else detector(given)
 
     def check() -> dict[str, Tensor]:
-        with torch.inference_mode(not training), first_samples():
+        with torch.inference_mode(not training), comparable():
             outputs = step(checked) if training else detector(checked)
         return {name: tensor.clone() for name, tensor in outputs.items()}
 
@@ -186,27 +190,31 @@ def contender(setting: Setting, training: bool, scene: Scene, name: str) -> Cont
 
 
 @contextmanager
-def first_samples() -> Iterator[None]:
-    """Where detectors draw a random permutation to sample by, they get 0, 1, 2, .."""
+def comparable() -> Iterator[None]:
+    """Where detectors draw a random permutation to sample by, they get 0, 1, 2, ..; and fp32 is no TF32."""
     drawn: Callable = torch.randperm
+    tf32 = torch.backends.cudnn.allow_tf32
     torch.randperm = lambda n, **kwargs: torch.arange(n, **{k: v for k, v in kwargs.items() if k == "device"})
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.randperm = drawn
+        torch.randperm, torch.backends.cudnn.allow_tf32 = drawn, tf32
 
 
 def difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """Of losses the relative one; of detections the largest of a score, and of 1 - IoU of the best 20.
+    """Of the RPN's losses the relative one; of what comes after the proposals, a LEEWAY'th.
 
-    A gradient counts a tenth: where rounding puts one proposal in the place of another, it changes most. Equal scores
-    may come in another order, so a box is looked for among all of its class.
+    There it is the relative one of the other losses and of the gradient, or in inference the largest of a score and of
+    1 - IoU of the best 20 boxes. Equal scores may come in another order, so a box is looked for among all of its class.
     """
     if "scores" not in wanted:
-        return max(
-            relative_difference(_without_gradient(got), _without_gradient(wanted)),
-            relative_difference({"gradient": got["gradient"]}, {"gradient": wanted["gradient"]}) / 10,
-        )
+        before, after = ([name for name in wanted if (name in RPN_LOSSES) is first] for first in (True, False))
+        differences = [
+            relative_difference({name: got[name] for name in part}, {name: wanted[name] for name in part})
+            for part in (before, after)
+        ]
+        return max(differences[0], differences[1] / LEEWAY)
     if len(got["scores"]) != len(wanted["scores"]):
         return float("inf")
     if not len(wanted["scores"]):
@@ -214,8 +222,4 @@ def difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float
     worst = (got["scores"] - wanted["scores"]).abs().max().item()
     overlaps = box_iou(wanted["boxes"][:20], got["boxes"])
     overlaps[wanted["labels"][:20, None] != got["labels"]] = 0
-    return max(worst, 1 - overlaps.max(1).values.min().item())
-
-
-def _without_gradient(outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in outputs.items() if name != "gradient"}
+    return max(worst, 1 - overlaps.max(1).values.min().item()) / LEEWAY

@@ -20,7 +20,6 @@ DETECTOR_MODES = ("fp32", "bf16-channels-last")
 # How much outputs may differ (`relative_difference`): TF32 keeps 11 bits and bf16 8, and packages differ in where they
 # round.
 TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
-DETECTOR_TOLERANCE = 5e-3  # in fp32: one of 512 regions may be another where two scores are as good as equal
 DETECTIONS_AN_IMAGE = 100
 INPUT_IMAGES = 100
 SLOW_ROUNDS = 3  # at most, where a peer takes long and times hardly spread
@@ -98,7 +97,7 @@ def detectors(plan: Plan, *, training: bool) -> Iterator[Contest]:
             plan.with_peers(OWN, among=tuple(detectors.DETECTORS)),
             partial(detectors.contender, setting, training, scene),
             mode=setting.mode,
-            tolerance=max(DETECTOR_TOLERANCE, plan.tolerance("fp32")),
+            tolerance=TOLERANCE["fp32"],  # whatever the mode
             difference=detectors.difference,
             network=True,
             memory=True,
