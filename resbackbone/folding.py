@@ -131,8 +131,7 @@ class _FoldedConv(torch.autograd.Function):
         x, weight, scale, y = ctx.saved_tensors
         needs_x, needs_weight, needs_shortcut = (ctx.needs_input_grad[i] for i in (0, 1, 4))
         if y is not None:
-            # In y's memory format, in which it then goes down the shortcuts: sums of mixed formats are slow.
-            grad = torch.ops.aten.threshold_backward(_in_format_of(y, grad), y, 0)
+            grad = torch.ops.aten.threshold_backward(grad, y, 0)
         grad_x = grad_weight = None
         if needs_x or needs_weight:
             stride, padding, dilation, groups = ctx.how
@@ -170,7 +169,8 @@ def _convolve(
 ) -> Tensor:
     """[relu](conv2d(x) [+ shortcut]), no gradient recorded."""
     if relu and _onednn_fuses(x):
-        # One pass over the map instead of three. The operators that torch.compile uses: elsewhere they are not public.
+        # One pass over the map, not three: on AMX a third of a bfloat16 forward pass. These operators are not public
+        # (torch.compile calls them): where they are missing or switched off, what follows computes the same.
         stride, padding, dilation, groups = how
         convolution = torch.ops.mkldnn._convolution_pointwise
         if shortcut is None:
@@ -181,13 +181,13 @@ def _convolve(
     return _add_relu(F.conv2d(x, weight, bias, *how), shortcut, relu)
 
 
+_HAS_FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
 def _onednn_fuses(x: Tensor) -> bool:
-    if x.device.type != "cpu" or not x.numel() or not torch.backends.mkldnn.enabled or not _HAS_FUSED:
+    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not _HAS_FUSED:
         return False
     return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-_HAS_FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
 
 
 def _add_relu(y: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
@@ -203,11 +203,6 @@ def _autocast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, torch.dtype]:
         return x, dtype
     dtype = torch.get_autocast_dtype(device)
     return x.to(dtype), dtype
-
-
-def _in_format_of(y: Tensor, grad: Tensor) -> Tensor:
-    channels_last = y.is_contiguous(memory_format=torch.channels_last)
-    return grad.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
 
 def _computed_now(x: Tensor, weight: Tensor) -> bool:
