@@ -248,6 +248,15 @@ def test_bytes_saved_for_backward_count_each_storage_once_and_no_parameter():
     assert figures["saved_bytes"] == 3 * 4000
 
 
+def test_ours_keeps_no_more_for_backward_than_the_others():
+    setting = networks.Setting("fp32", "cpu", 18, 64, 96, 1)
+    saved = {}
+    for name in ("resbackbone", "torchvision"):
+        contender = networks.backbone(setting, True, name)
+        saved[name] = contest.inspect(contender, network=True, on_gpu=False)[1]["saved_bytes"]
+    assert 0 < saved["resbackbone"] <= saved["torchvision"]
+
+
 def quick(names, **fields):
     """A contest of contenders that do nothing, and the result of three rounds."""
     made = contest.Contest("quick", names, lambda name: contest.Contender(dict), **fields)
