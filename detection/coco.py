@@ -1,6 +1,5 @@
 """COCO-format images and targets: the only place that makes category ids labels."""
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from detection.annotations import Annotations, read_annotations
+from resbackbone.atomic import file_digest
 from resbackbone.classification.decode import BadImage, to_rgb
 
 LAYOUT = "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/"
@@ -95,11 +95,7 @@ class CocoImages(Dataset):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the annotation file, in hex: tells a run that is resumed whether its data are the same."""
-        digest = hashlib.sha256()
-        with open(self.annotation_file, "rb") as file:
-            while piece := file.read(1 << 20):
-                digest.update(piece)
-        return digest.hexdigest()
+        return file_digest(self.annotation_file)
 
     @property
     def class_names(self) -> list[str]:

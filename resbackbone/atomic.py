@@ -1,10 +1,13 @@
 """Files that are there whole or not at all: temporary name, fsync, rename."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PIECE = 1 << 20  # bytes
 
 
 def write_atomically(path: str | os.PathLike, data: str | bytes | Iterator[str]) -> None:
@@ -41,6 +44,15 @@ def folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def file_digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:
+    """The hash of a file in hex, read in pieces: tells whether it is still, or again, what it was."""
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:

@@ -1,7 +1,6 @@
 """A run's checkpoints: each written whole or not at all, with checksums that tell later whether it still is."""
 
 import errno
-import hashlib
 import json
 import re
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from resbackbone.atomic import folder_atomically
+from resbackbone.atomic import file_digest, folder_atomically
 
 KEPT = 3
 CHECKSUMS = "checksums.json"  # {file: SHA-256}
@@ -32,7 +31,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbyt
     try:
         with folder_atomically(run / "checkpoints" / f"step_{step:07d}") as folder:
             write(folder)
-            sums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+            sums = {path.name: file_digest(path) for path in sorted(folder.iterdir())}
             (folder / CHECKSUMS).write_text(json.dumps(sums, indent=2))
     except (OSError, SafetensorError) as error:
         if not _no_space(error):
@@ -61,18 +60,10 @@ def last_whole_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
 def _damage(path: Path) -> str | None:
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
-        wrong = [name for name, expected in sums.items() if _sha256(path / name) != expected]
+        wrong = [name for name, expected in sums.items() if file_digest(path / name) != expected]
     except (OSError, ValueError, AttributeError) as error:
         return f"cannot be read ({error})"
     return f"{', '.join(wrong)} changed since it was written" if wrong else None
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _no_space(error: Exception) -> bool:

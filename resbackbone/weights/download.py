@@ -1,6 +1,5 @@
 """One file from one URL: fetched once for all processes of a machine, resumable, verified before it has its name."""
 
-import hashlib
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import file_digest, write_atomically
 
 CHUNK = 1 << 20  # bytes
 SILENCE_SECONDS = 30.0  # without a byte, after which a connection counts as dead
@@ -86,11 +85,11 @@ def download(url: str, to: str | os.PathLike, *, sha256: str | None = None, md5:
 def _fetch(url: str, to: Path, published: _Hash | None) -> None:
     part = _Part(to, url)
     resumed = _receive(part, to, published)
-    digest = _digest(part.data, published.algorithm if published else "sha256")
+    digest = file_digest(part.data, published.algorithm if published else "sha256")
     if published and not digest.startswith(published.digits) and resumed:  # its beginning may be of an older file
         part.remove()
         _receive(part, to, published)
-        digest = _digest(part.data, published.algorithm)
+        digest = file_digest(part.data, published.algorithm)
     if published and not digest.startswith(published.digits):
         part.remove()
         raise ValueError(
@@ -234,7 +233,7 @@ def _is_intact(path: Path, published: _Hash | None) -> bool:
     if not path.is_file():
         return False
     expected = published or _recorded(path)
-    return expected is None or _digest(path, expected.algorithm).startswith(expected.digits)
+    return expected is None or file_digest(path, expected.algorithm).startswith(expected.digits)
 
 
 def _record(path: Path) -> Path:
@@ -246,14 +245,6 @@ def _recorded(path: Path) -> _Hash | None:
         return _Hash("sha256", _record(path).read_text(encoding="utf-8").split()[0])
     except (OSError, UnicodeDecodeError, IndexError):
         return None
-
-
-def _digest(path: Path, algorithm: str) -> str:
-    digest = hashlib.new(algorithm, usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _failed(url: str, to: Path, reason: str) -> ValueError:
