@@ -247,7 +247,7 @@ def draw(content: dict, path: Path) -> None:
         axis.set_yticks(range(len(group)), [f"{r['job']}{', ' + r['mode'] if r['mode'] else ''}" for r, _ in group])
         axis.set_ylim(len(group) - 0.5, -0.5)
         axis.grid(alpha=0.3, axis="x")
-    axes[-1][0].set_xlabel("time / time of the fastest other package: left is faster (hollow: run in another way)")
+    axes[-1][0].set_xlabel("time / time of the fastest other package: left is faster\n(hollow: run in another way)")
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6)
     for kind in ("png", "svg"):
         figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=110)
