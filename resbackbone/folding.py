@@ -152,6 +152,8 @@ class _FoldedConv(torch.autograd.Function):
             )
         if needs_weight:
             grad_weight = grad_weight.to(scale.dtype).mul_(scale.view(-1, 1, 1, 1)).to(weight.dtype)
+            if weight.is_contiguous() and grad_weight.stride() != weight.stride():
+                grad_weight = grad_weight.flatten(1).view(weight.shape)  # of a 1x1 kernel: for DDP's buckets
         return grad_x, grad_weight, None, None, grad if needs_shortcut else None, None, None, None
 
 

@@ -154,6 +154,13 @@ def test_every_choice_of_what_trains_has_exact_first_and_second_derivatives(trai
     assert torch.autograd.gradgradcheck(block, leaves)
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_gradients_lie_in_memory_as_their_weights_do_which_ddp_wants(memory_format, randomised):
+    block = randomised(Bottleneck(20, 8, Layout(FrozenBatchNorm2d), stride=2)).to(memory_format=memory_format)
+    gradients(block, torch.randn(2, 20, 9, 7))
+    assert all(p.grad.stride() == p.stride() for p in block.parameters())
+
+
 def test_no_more_is_kept_for_backward_than_by_torchvision(randomised):
     images = torch.randn(1, 3, 97, 65)
     peer = torchvision.models.resnet50(norm_layer=torchvision.ops.FrozenBatchNorm2d)

@@ -248,7 +248,7 @@ def draw(content: dict, path: Path) -> None:
         axis.set_ylim(len(group) - 0.5, -0.5)
         axis.grid(alpha=0.3, axis="x")
     axes[-1][0].set_xlabel("time / time of the fastest other package: left is faster\n(hollow: run in another way)")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=6)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
     for kind in ("png", "svg"):
         figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=110)
     pyplot.close(figure)
