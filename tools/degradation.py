@@ -2,6 +2,7 @@
 
 python tools/degradation.py --data cifar10                       plain-20/56 and ResNet-20/56, the paper's schedule
 python tools/degradation.py --data cifar10 --depths 20 32 44 56 110 --steps 16000 --output runs/quarter
+python tools/degradation.py --data cifar10 --no-plain --depths 20 56     the residual nets alone
 python tools/degradation.py --data cifar10 --shortcuts --depths 20       shortcuts A, B and C compared (Table 3's point)
 python tools/degradation.py --output runs/quarter --plot-only            draws again what is there
 Started again, it skips the runs that are finished and goes on with the one that is not.
@@ -20,7 +21,7 @@ from train_cifar10 import name_of
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
 from resbackbone.cifar import build_cifar_resnet
-from resbackbone.training.command import console, main_of, parse
+from resbackbone.training.command import console, main_of, notes, parse
 from resbackbone.training.options import check_counts, resumed
 from resbackbone.training.run import read_yaml
 
@@ -39,6 +40,8 @@ class Options:
     """Of 20, 32, 44, 56, 110 and 1202."""
     shortcuts: bool = False
     """Compare residual nets with the shortcuts A, B and C instead of plain and residual ones."""
+    plain: bool = True
+    """The plain nets too; without them the residual nets of the --depths alone (Fig. 6, the middle)."""
     output: Path = Path("runs/degradation")
     """Folder for a run folder a net, and degradation (or shortcuts) .png, .svg, .md and .json."""
     plot_only: bool = False
@@ -63,6 +66,8 @@ class Options:
     """How many of this machine's GPUs. Default: all."""
     precision: str | None = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
+    quiet: bool = False
+    """Print warnings, errors and the results alone."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         plain = [c for c in curves if c.network["shortcut"] == "none"]
         panels = {"plain": plain, "residual": [c for c in curves if c not in plain]}
+        panels = {title: group for title, group in panels.items() if group}
     draw(panels, options.output / name)
     rows = [c.row() for c in curves]
     content = {"recipe": curves[0].recipe, "runs": rows}
@@ -129,7 +135,9 @@ def networks(options: Options) -> list[train_cifar10.Options]:
     if not options.depths:
         raise ValueError("--depths: give one or more, such as --depths 20 56")
     residual = {}  # with shortcut A, the default
-    kinds = [residual, {"shortcut": "B"}, {"shortcut": "C"}] if options.shortcuts else [{"plain": True}, residual]
+    kinds = [{"plain": True}, residual] if options.plain else [residual]
+    if options.shortcuts:
+        kinds = [residual, {"shortcut": "B"}, {"shortcut": "C"}]
     asked = [train_cifar10.Options(depth=depth, **kind, **shared) for kind in kinds for depth in options.depths]
     return [train_cifar10.complete(one) for one in asked]
 
@@ -141,6 +149,7 @@ def train(net: train_cifar10.Options, options: Options) -> None:
     argv += ["--resume"] if (folder / "config.yaml").is_file() else []
     argv += ["--plain"] if net.plain else ["--shortcut", net.shortcut] if net.shortcut else []
     argv += ["--validation"] if net.validation else ["--no-validation"]
+    argv += ["--quiet"] if options.quiet else []
     for name in ("data", "steps", "batch_size", "seed", "precision", "device", "gpus"):
         if getattr(net, name) is not None:
             argv += [f"--{name.replace('_', '-')}", getattr(net, name)]
@@ -151,7 +160,7 @@ def train(net: train_cifar10.Options, options: Options) -> None:
         wanted = train_cifar10.parse(train_cifar10.Options, argv)
         resumed(wanted, argv, default=folder, may_differ=train_cifar10.MAY_DIFFER)  # says so if it is another recipe's
         if json.loads((folder / "results.json").read_text())["steps"] >= net.steps:
-            console.print(f"{folder} is finished")
+            notes.print(f"{folder} is finished")
             return
     train_cifar10.main(argv)
 

@@ -131,6 +131,14 @@ def test_training_error_is_drawn_dashed_and_test_error_bold_and_as_recorded(monk
     assert left.get_ylim() == right.get_ylim() and left.get_ylim()[1] >= 90
 
 
+def test_residual_nets_alone_are_one_panel_and_need_no_plain_run():
+    recorded(Path("all/resnet-20"), plain=False, depth=20, train=[0.8, 0.3], test=[(20, 0.2)])
+    degradation.main(["--plot-only", "--no-plain", "--output", "all", "--depths", "20"])
+    assert [row["network"] for row in json.loads(Path("all/degradation.json").read_text())["runs"]] == ["resnet-20"]
+    with Image.open("all/degradation.png") as figure:
+        assert figure.width < 2 * 400
+
+
 def test_a_long_curve_is_averaged_over_equal_stretches():
     points = [(i + 1, float(i % 2)) for i in range(1000)]
     binned = degradation.binned(points)

@@ -1,0 +1,1 @@
+"""What tools/soak.py is made of: trainings, and the faults they are given."""

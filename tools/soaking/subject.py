@@ -1,0 +1,137 @@
+"""A training that is broken and gone on with: how it is started, watched, and compared with one left alone."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from detection.crops import make_shape_crops
+from detection.shapes import make_shapes
+
+TOOLS = Path(__file__).parents[1]
+STEPS = 40
+SHARED = f"--device cpu --precision fp32 --log-period 1 --checkpoint-period 4 --eval-period 8 --max-steps {STEPS}"
+COMMANDS = {
+    "detector": f"train_coco.py --recipe short --depth 18 --batch-size 2 --pictures 0 {SHARED}",
+    "classifier": f"pretrain.py --recipe a2 --depth 18 --size 32 --batch-size 8 --epochs 40 {SHARED}",
+}
+CLOCK = {"seconds", "data_seconds", "images_per_second", "memory_mib"}  # what no two runs share
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
+PATIENCE = 300  # seconds for anything that must end
+
+
+class Subject:
+    """A training: its command, its data, and the run of it that was left alone."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder = name, folder
+        if name == "detector":
+            self.data = make_shapes(folder / "shapes", train_images=16, val_images=6, size=64)
+        else:
+            self.data = make_shape_crops(folder / "crops", train_scenes=24, val_scenes=12, size=64)
+        script, *argv = COMMANDS[name].split()
+        self.argv = [script, *argv, "--data", str(self.data)]
+        self.alone: dict[int, Path] = {}  # by the number of ranks
+
+    def start(self, run: Path, *flags: str, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
+        """The training, in `run`, in a process of its own."""
+        return self.run([*self.argv, "--output", str(run), *flags], log=run, launcher=launcher)
+
+    def run(self, argv: Sequence[str], *, log: Path, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
+        """One of the tools, in a process of its own; what it says is the log of `log`."""
+        command = [*launcher, str(TOOLS / argv[0]), *argv[1:]]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with open(self.folder / f"{log.name}.log", "ab") as file:
+            return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+
+    def finish(self, run: Path, **options) -> None:
+        process = self.start(run, "--resume", **options)
+        if process.wait(PATIENCE):
+            raise RuntimeError(f"{run} could not be resumed: {self.log(run)[-500:]}")
+
+    def log(self, run: Path) -> str:
+        """What the run's processes have said so far."""
+        path = self.folder / f"{run.name}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def left_alone(self, ranks: int = 1) -> Path:
+        if ranks not in self.alone:
+            self.alone[ranks] = self.folder / f"{self.name}-{ranks}-alone"
+            launcher = (sys.executable,) if ranks == 1 else (*TORCHRUN, str(ranks), "--standalone")
+            self.finish(self.alone[ranks], launcher=launcher)
+        return self.alone[ranks]
+
+    def trains(self, run: Path) -> Callable[[], bool]:
+        """Whether a process that is started next has made an update."""
+        before = len(self.log(run))
+        return lambda: "\ntrain " in self.log(run)[before:]
+
+    def new_run(self, fault: str) -> Path:
+        return self.folder / f"{self.name}-{fault}-{len(list(self.folder.glob(f'{self.name}-{fault}-*.log')))}"
+
+
+def differences(run: Path, alone: Path) -> list[str]:
+    """What a run left otherwise than the one left alone: weights and optimizer bit for bit, results, metrics."""
+    found = []
+    last = f"checkpoints/step_{STEPS:07d}"
+    for file in ["model.safetensors", *(f"{last}/{path.name}" for path in (alone / last).glob("*.safetensors"))]:
+        one, other = (load_file(folder / file) for folder in (run, alone))
+        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+            found.append(f"{run.name}/{file}")
+    for file in ("results.json", "detections.json"):
+        if (alone / file).exists() and (run / file).read_bytes() != (alone / file).read_bytes():
+            found.append(f"{run.name}/{file}")
+    one, other = (sorted(json.dumps(comparable(line)) for line in metrics(folder, None)) for folder in (run, alone))
+    return [*found, *([f"{run.name}/metrics.jsonl"] * (one != other))]
+
+
+def comparable(line: dict) -> dict:
+    return {name: value for name, value in line.items() if name not in CLOCK}
+
+
+def metrics(run: Path, kind: str | None = "train") -> list[dict]:
+    """The lines of metrics that are whole, of one kind or of all."""
+    found = []
+    with suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text().splitlines():
+            with suppress(ValueError):
+                found.append(json.loads(line))
+    return [line for line in found if kind in (None, line["kind"])]
+
+
+def last_step(run: Path) -> int:
+    return max((line["step"] for line in metrics(run)), default=0)
+
+
+def saving(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".step_*.tmp"))
+
+
+def evaluating(run: Path) -> bool:
+    step = last_step(run)
+    return step > 0 and step % 8 == 0 and step not in {line["step"] for line in metrics(run, "eval")}
+
+
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
+    """Until the condition holds or the process has ended."""
+    deadline = time.monotonic() + PATIENCE
+    while not condition() and process.poll() is None:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"nothing happened for {PATIENCE} s")
+        time.sleep(0.002)
+
+
+def workers(parent: int) -> list[int]:
+    """The processes that torchrun has started, now."""
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
