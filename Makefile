@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow soak lint format check clean $(VENV)
+.PHONY: help install demo test test-slow soak lint format check docs clean $(VENV)
 
 help:
 	@echo "make demo       install, train Faster R-CNN on the embedded data set, print its AP and where the pictures are"
@@ -13,6 +13,7 @@ help:
 	@echo "make soak       install, kill and break trainings and compare what comes of them with runs left alone"
 	@echo "make check      install, lint and test: what CI runs"
 	@echo "make format     let ruff rewrite the sources"
+	@echo "make docs       install, build the documentation in site/"
 	@echo "make clean      remove the virtual environment and caches (runs/ and datasets/ stay)"
 
 install: $(READY)
@@ -42,6 +43,7 @@ soak: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -49,5 +51,8 @@ format: $(READY)
 
 check: lint test
 
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build site *.egg-info

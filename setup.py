@@ -8,8 +8,10 @@ HERE = Path(__file__).parent
 
 SCALE = ["webdataset>=0.2.100"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
-# What the tests and `make check` use; the linter's version is written here and nowhere else.
-DEV = [*EXPORT, *SCALE, "pytest>=8", "ruff==0.17.6", "hypothesis>=6.100", "transformers>=4.50"]
+DOCS = ["mkdocs-material>=9.5.50", "mkdocstrings[python]>=1.0"]
+# What the tests and `make check` use; versions of ruff and mypy are written here and nowhere else.
+LINT = ["ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "pre-commit>=4"]
+DEV = [*EXPORT, *SCALE, *DOCS, *LINT, "pytest>=8", "hypothesis>=6.100", "transformers>=4.50"]
 
 setup(
     name="resbackbone",
@@ -40,7 +42,7 @@ setup(
         "matplotlib>=3.8",
         "simplejpeg>=1.7",
     ],
-    extras_require={"export": EXPORT, "scale": SCALE, "dev": DEV},
+    extras_require={"export": EXPORT, "scale": SCALE, "docs": DOCS, "dev": DEV},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",

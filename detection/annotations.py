@@ -31,6 +31,7 @@ class Annotations(NamedTuple):
     boxes_xywh: Tensor  # float64 [M, 4] as the file has them: x, y, width, height in pixels; may not be finite
     areas: Tensor  # float64 [M]: the file's, or width * height where it gives none
     crowds: Tensor  # bool [M]
+    grouping: dict[int, str]  # categories that are left out, for they only group the others
 
     def file_name(self, index: int) -> str:
         start, end = self.name_offsets[index : index + 2].tolist()
@@ -44,7 +45,8 @@ class Annotations(NamedTuple):
 def read_annotations(path: str | os.PathLike) -> Annotations:
     """Read a COCO instances file and check its form; missing `iscrowd` and `area` are filled in (0, and w * h).
 
-    Fields that are not used, such as segmentations, are skipped. Raises ValueError in one sentence for what is not
+    Fields that are not used, such as segmentations, are skipped, and so is the category 0 that Roboflow puts before the
+    real ones: it has no boxes, and its name is their supercategory. Raises ValueError in one sentence for what is not
     JSON, lacks a key, repeats an id, or refers to an image or category that is not in the file.
     """
     path = Path(path)
@@ -74,6 +76,11 @@ class _Annotation(msgspec.Struct, gc=False):
 class _Category(msgspec.Struct, gc=False):
     id: int
     name: str
+    supercategory: object = None
+
+
+class _Count(msgspec.Struct):
+    images: list[msgspec.Raw]
 
 
 class _File(msgspec.Struct):
@@ -118,8 +125,9 @@ def _flat(
     rows = np.fromiter(map(_row, range(1, count + 1), annotations), _ROW, count)
     _positions(rows["id"], wanted=rows["id"][:0])  # none comes twice
     by_id = {category.id: category.name for category in sorted(categories, key=lambda category: category.id)}
-    category_ids = np.array([category.id for category in categories], np.int64)
-    labels = _positions(np.sort(category_ids), rows["category_id"]) + 1
+    _positions(np.array([category.id for category in categories], np.int64), wanted=rows["id"][:0])
+    grouping = {0: by_id.pop(0)} if _only_groups(0, categories, rows["category_id"]) else {}
+    labels = _positions(np.array(list(by_id), np.int64), rows["category_id"]) + 1
     image_ids = numbers[:, 0].copy()
     return Annotations(
         torch.from_numpy(image_ids),
@@ -132,7 +140,40 @@ def _flat(
         torch.from_numpy(rows["box"].copy()),
         torch.from_numpy(rows["area"].copy()),
         torch.from_numpy(rows["crowd"].copy()),
+        grouping,
     )
+
+
+def select_images(annotations: Annotations, chosen: np.ndarray) -> Annotations:
+    """Some of the images, bool [N], with their annotations and all the categories, in the same order."""
+    rows = torch.from_numpy(chosen)[annotations.image_indices.long()]
+    places = torch.from_numpy(np.cumsum(chosen, dtype=np.int32) - 1)  # among the chosen
+    names = [name.encode() for name, there in zip(annotations.file_names(), chosen, strict=True) if there]
+    return annotations._replace(
+        image_ids=annotations.image_ids[chosen],
+        widths_heights=annotations.widths_heights[chosen],
+        names=torch.from_numpy(np.array(bytearray(b"".join(names)))),
+        name_offsets=torch.from_numpy(np.cumsum([0, *map(len, names)], dtype=np.int64)),
+        image_indices=places[annotations.image_indices[rows].long()],
+        labels=annotations.labels[rows],
+        boxes_xywh=annotations.boxes_xywh[rows],
+        areas=annotations.areas[rows],
+        crowds=annotations.crowds[rows],
+    )
+
+
+def count_images(path: str | os.PathLike) -> int:
+    """How many images an instances file lists; the rest of it is looked at only if it is not quite as wanted."""
+    try:
+        return len(msgspec.json.decode(Path(path).read_bytes(), type=_Count).images)
+    except (msgspec.MsgspecError, OSError):
+        return len(read_annotations(path).image_ids)
+
+
+def _only_groups(category_id: int, categories: list[_Category], used: np.ndarray) -> bool:
+    names = {category.name for category in categories if category.id == category_id}
+    others = [category for category in categories if category.id != category_id]
+    return not (used == category_id).any() and any(other.supercategory in names for other in others)
 
 
 def _row(number: int, annotation: _Annotation) -> tuple:
@@ -223,7 +264,7 @@ def _checked(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list
         [_Image(*(entry[key] for key in _Image.__struct_fields__)) for entry in content["images"]],
         map(_converted, content["annotations"]),
         len(content["annotations"]),
-        [_Category(entry["id"], entry["name"]) for entry in content["categories"]],
+        [_Category(entry["id"], entry["name"], entry.get("supercategory")) for entry in content["categories"]],
     )
 
 

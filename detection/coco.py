@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from detection.annotations import Annotations, read_annotations
+from detection.annotations import Annotations, read_annotations, select_images
+from detection.layouts import held_out
 from resbackbone.atomic import file_digest
 from resbackbone.classification.decode import BadImage, to_rgb
 
-LAYOUT = "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/"
 EXIF_ORIENTATION = 0x0112
 SMALL_SET = 64_000_000  # bytes
 MAX_ASPECT = 200  # longer side over shorter; resized to at most max_size, a narrower image would have no width left
@@ -32,24 +32,13 @@ class Draw(NamedTuple):
     seed: int
 
 
-def coco_paths(data: str | os.PathLike, split: str) -> tuple[Path, Path]:
-    """(image folder, annotation file) of `split`, "train" or "val", in the official layout; ValueError if not there."""
-    folder = Path(data)
-    if not folder.is_dir():
-        raise ValueError(f"--data {data}: no such folder; it should hold {LAYOUT}")
-    images, annotations = folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json"
-    missing = [str(path.relative_to(folder)) for path in (annotations, images) if not path.exists()]
-    if missing:
-        raise ValueError(f"--data {data}: not COCO's layout, no {' and no '.join(missing)}; it should hold {LAYOUT}")
-    return images, annotations
-
-
 class CocoImages(Dataset):
     """The images of one split with their boxes, category ids made contiguous labels 1..N (0 is background).
 
     Boxes are checked once, here: clipped to their image, and left out where a coordinate is not finite or less than
     a pixel a side remains; crowds are left out too. `report` counts what was done; `annotations` has them all as
-    they are. Everything an image needs lies in flat tensors, so workers share one copy, forked or spawned.
+    they are. Everything an image needs lies in flat tensors, so workers share one copy, forked or spawned. `part`
+    "train" or "val" takes these images alone of a file that holds both (`layouts.held_out`).
 
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
     int64 [n], "image_id": int}. An index gives the image as it is; a `Draw` gives it through `transform` under the
@@ -66,14 +55,23 @@ class CocoImages(Dataset):
         keep_empty: bool = True,
         skip_bad_images: bool = False,
         categories: Mapping[int, str] | None = None,
+        part: str | None = None,
     ):
         self.annotations = read_annotations(annotations)
+        if part is not None:
+            try:
+                for_validation = held_out(self.annotations.file_names())
+            except ValueError as error:
+                raise ValueError(f"annotations {annotations}: {error}") from None
+            self.annotations = select_images(self.annotations, for_validation == (part == "val"))
         self.folder, self.annotation_file = Path(images), Path(annotations)
-        self.transform, self.skip_bad_images = transform, skip_bad_images
+        self.transform, self.skip_bad_images, self.part = transform, skip_bad_images, part
         self.categories = self.annotations.categories
         if categories is not None and dict(categories) != self.categories:
             raise ValueError(_category_difference(annotations, self.categories, categories))
         self.report = Counter()
+        for name in self.annotations.grouping.values():
+            self.report[f"category without boxes that only groups the others, {name!r}"] += 1
 
         boxes, rows = usable_boxes(self.annotations, self.report)  # rows of the annotations, by image
         total = len(self.annotations.image_ids)
@@ -96,6 +94,12 @@ class CocoImages(Dataset):
     def fingerprint(self) -> str:
         """SHA-256 of the annotation file, in hex: tells a run that is resumed whether its data are the same."""
         return file_digest(self.annotation_file)
+
+    @property
+    def origin(self) -> str:
+        """Where its images come from, in words: its own annotation file, or what `held_out` makes of one."""
+        taken = {"train": "those not held out of ", "val": "held out of "}.get(self.part, "")
+        return f"{taken}{self.annotation_file}"
 
     @property
     def class_names(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Which data a run uses: a folder in COCO's layout, one found in the usual places, or the embedded set."""
+"""Which data a run uses: a folder in a known layout, one found in the usual places, or the embedded set."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 
-from detection.coco import BadImage, CocoImages, coco_paths
+from detection.coco import BadImage, CocoImages
+from detection.layouts import find_split
 from detection.sampler import TrainBatches
 from detection.shapes import make_shapes
 from detection.transforms import to_model_input
@@ -36,8 +37,9 @@ def embedded_data() -> Path:
 
 
 def open_split(data: Path, split: str, **options) -> CocoImages:
-    """The images of `split`, "train" or "val", of a folder in COCO's layout; options as CocoImages takes them."""
-    return CocoImages(*coco_paths(data, split), **options)
+    """The images of `split`, "train" or "val", of a folder in a known layout; options as CocoImages takes them."""
+    found = find_split(data, split)
+    return CocoImages(found.images, found.annotations, part=found.part, **options)
 
 
 def train_batches(

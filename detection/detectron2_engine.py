@@ -12,7 +12,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import detectron2
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import CfgNode, get_cfg
@@ -27,20 +26,22 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from detection.coco import CocoImages
-from detection.evaluate import evaluate, percent, print_results, write_results
+from detection.evaluate import Evaluation, evaluate, percent, print_results, write_results
 from detection.recipes import RECIPES, Recipe
-from detection.report import save_pictures
+from detection.report import save_pictures, write_report
 from resbackbone import build_resnet_backbone
 from resbackbone.adapters.detectron2 import INPUT, NORMS
 from resbackbone.atomic import write_atomically
 from resbackbone.backbone import FREEZABLE
 from resbackbone.checks import one_of
+from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.training.checkpoints import KEPT
-from resbackbone.training.command import Progress, console, to_config, track
+from resbackbone.training.command import Progress, notes, to_config, track
 from resbackbone.training.distributed import Rank, share_buffers
 from resbackbone.training.run import Run, read_yaml
 from resbackbone.training.state import mean_of, parameter_groups, seed_step
+from resbackbone.training.stopwatch import Stopwatch
 
 CONFIGS = Path(detectron2.__file__).parent / "model_zoo" / "configs"  # its model_zoo module needs an old setuptools
 BASES = {"fpn": "Base-RCNN-FPN.yaml", "c4": "Base-RCNN-C4.yaml", "dc5": "Base-RCNN-DilatedC5.yaml"}
@@ -75,12 +76,13 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
     """Data -> detector -> updates -> evaluation, in every process; `options` are those of tools/train_coco.py.
 
     The run's folder gets detectron2.yaml (all its settings), log.txt (what it logs) and its checkpoints up to
-    model_final.pth, beside config.yaml, metrics.jsonl, detections.json, results.json and pictures as of any run.
+    model_final.pth, beside config.yaml, metrics.jsonl, detections.json, results.json, report.html and pictures as of
+    any run.
     A run that is resumed goes on from detectron2's last checkpoint, in an order of images of its own.
     """
-    say = console.print if rank.is_main else lambda *_: None
+    say = notes.print if rank.is_main else lambda *_: None
     recipe = RECIPES[options.recipe]
-    schedule = recipe.schedule.for_batch(options.batch_size, recipe.batch_size, scale_rate=recipe.optimizer == "sgd")
+    schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
     steps = schedule.steps if options.max_steps is None else options.max_steps
     cfg = detectron2_config(options, recipe, num_classes=len(train_set.categories), device=rank.device)
     cfg.SOLVER.BASE_LR, cfg.SOLVER.MAX_ITER, cfg.SOLVER.STEPS = schedule.rate, steps, tuple(schedule.milestones)
@@ -113,6 +115,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
     kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
     effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
     effective |= {"detectron2": detectron2.__version__, "train_annotations_sha256": train_set.fingerprint}
+    effective["validation"] = val_set.origin
     run = Run(folder, {**to_config(kept), "effective": effective}, resumed_step=start, writes=rank.is_main)
     if rank.is_main:
         write_atomically(folder / "detectron2.yaml", cfg.dump())
@@ -121,10 +124,10 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
         f"on {rank.ranks} {rank.device.type}, fp32, learning rate {schedule.rate:g}, by detectron2"
     )
 
-    def score(step: int) -> tuple[dict, np.ndarray]:
+    def score(step: int) -> Evaluation:
         began = time.monotonic()
         share_buffers(model, rank)
-        results, detections = evaluate(
+        evaluation = evaluate(
             Detector(model, cfg, val_set.categories),
             val_set,
             rank,
@@ -132,13 +135,16 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
             backend=options.coco_backend,
             progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
         )
-        run.record(step, {**results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
-        return results, detections
+        run.record(step, {**evaluation.results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
+        return evaluation
 
     def score_on_the_way(trainer: SimpleTrainer) -> None:
         step = trainer.iter + 1
         if options.eval_period and step % options.eval_period == 0 and step < steps:
-            bbox = score(step)[0]["bbox"]
+            evaluation = score(step)
+            if rank.is_main:
+                write_report(folder, val_set, evaluation)
+            bbox = evaluation.results["bbox"]
             say(f"step {step}: AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}")
 
     with logs_in(folder / "log.txt", rank), Progress("train", steps, start=start, shown=rank.is_main) as progress:
@@ -155,15 +161,18 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
             trainer.train(start, steps)
         except FloatingPointError as error:
             raise ValueError(" ".join(str(error).split())) from None
-        results, detections = score(max(start, steps))
+        evaluation = score(max(start, steps))
 
     if rank.is_main:
+        results, detections = evaluation.results, evaluation.detections
         results["skipped_training_images"] = []
         write_results(folder, results, detections)
-        pictures = save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
+        save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
+        write_report(folder, val_set, evaluation)
+        ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
+        files = {"detector": "model_final.pth", "results": "results.json", "report": "report.html"}
+        print_summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"})
         print_results(results)
-        say(f"pictures of predictions beside ground truth: {folder / 'pictures'} ({len(pictures)})")
-        say(f"detector: {folder / 'model_final.pth'}; results: {folder / 'results.json'}")
     run.close()
 
 
@@ -209,7 +218,7 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
 
 def register(dataset: CocoImages) -> str:
     """Make the images known to detectron2, in place of any of the same name; returns that name."""
-    name = str(dataset.annotation_file)
+    name = str(dataset.annotation_file) + (f":{dataset.part}" if dataset.part else "")
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(name, None)
     DatasetCatalog.register(name, lambda: dataset_dicts(dataset))
@@ -258,10 +267,23 @@ class Metrics(HookBase):
         self.run, self.progress, self.options = run, progress, options
         self.recent: list[dict[str, float]] = []
 
+    def before_train(self) -> None:
+        self.stopwatch = Stopwatch(next(self.trainer.model.parameters()).device)
+        self.trainer.model.register_forward_pre_hook(lambda *_: self.stopwatch.start())
+        self.trainer.model.register_forward_hook(self._after_forward)
+
     def before_step(self) -> None:
         self.began = time.monotonic()
 
+    def _after_forward(self, model: nn.Module, *_) -> None:
+        if model.training:  # not in an evaluation
+            self.stopwatch.lap("forward")
+
+    def after_backward(self) -> None:
+        self.stopwatch.lap("backward")
+
     def after_step(self) -> None:
+        self.stopwatch.lap("optimizer")
         step = self.trainer.iter + 1
         latest = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
         values = {LOSSES.get(name, name): value for name, value in latest.items() if name.startswith("loss_")}
@@ -270,7 +292,7 @@ class Metrics(HookBase):
         if step % self.options.log_period and step != self.trainer.max_iter:
             self.progress.update(step)
             return
-        record = {**mean_of(self.recent), "lr": latest["lr"]}
+        record = {**mean_of(self.recent), **self.stopwatch.take(len(self.recent)), "lr": latest["lr"]}
         record["images_per_second"] = self.options.batch_size / record["seconds"]
         self.run.record(step, record)
         line = f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s"

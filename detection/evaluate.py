@@ -1,8 +1,9 @@
 """A detector to its COCO AP: every image once on any number of ranks, scored on rank 0; and what is written of it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,13 +12,22 @@ from torch.utils.data import DataLoader
 
 from detection.coco import BadImage, CocoImages
 from detection.faster_rcnn import FasterRCNN
-from detection.scoring import DETECTION, METRICS, entries, score
+from detection.scoring import DETECTION, METRICS, entries, score_and_scorer
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
-from resbackbone.training.command import console
+from resbackbone.training.command import console, notes
 from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
 
 AT_ONCE = 10_000  # detections turned into text together
+CLASSES_SHOWN = 30  # on the terminal
+
+
+class Evaluation(NamedTuple):
+    """What came of an evaluation; all but the results are on rank 0 alone."""
+
+    results: dict  # what results.json holds
+    detections: np.ndarray  # DETECTION [n], in the order of the image ids; on the other ranks none
+    scorer: Any  # see `score_and_scorer`; on the other ranks None
 
 
 def evaluate(
@@ -29,14 +39,13 @@ def evaluate(
     bf16: bool = False,
     backend: str = "hotcoco",
     progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
-) -> tuple[dict, np.ndarray]:
-    """Detect on every image of `dataset` and score by `backend`: (results, detections).
+) -> Evaluation:
+    """Detect on every image of `dataset` and score by `backend`.
 
-    `results` is what results.json holds, the same on every rank; `detections`, DETECTION [n] in the order of the image
-    ids, are all of them on rank 0 and none elsewhere. They take 56 bytes each while they are collected.
-    `progress` wraps the loop over this rank's images; it is given their number. An image that cannot be read raises
-    BadImage, or with the dataset's `skip_bad_images` counts as one without detections and is named in the results.
-    A detection of a class that the data set has not is none (torchvision's detectors know the ids that COCO skips).
+    Detections take 56 bytes each while they are collected. `progress` wraps the loop over this rank's images; it is
+    given their number. An image that cannot be read raises BadImage, or with the dataset's `skip_bad_images` counts as
+    one without detections and is named in the results. A detection of a class that the data set has not is none
+    (torchvision's detectors know the ids that COCO skips).
     """
     share = RankShare(len(dataset), rank=rank.rank, ranks=rank.ranks)
     loader = DataLoader(dataset, batch_size=None, sampler=share, num_workers=workers)
@@ -57,12 +66,12 @@ def evaluate(
         detector.train(was_training)
     own = np.concatenate(found)
     parts = gather((own[np.isin(own["category_id"], list(dataset.categories))], skipped), rank)
-    results, detections = None, np.empty(0, DETECTION)
+    results, detections, scorer = None, np.empty(0, DETECTION), None
     if parts is not None:
         detections = merged([rows for rows, _ in parts])
-        results = score(dataset.annotations, detections, backend=backend)
+        results, scorer = score_and_scorer(dataset.annotations, detections, backend=backend)
         results["skipped_images"] = [message for _, messages in parts for message in messages]
-    return broadcast(results, rank), detections
+    return Evaluation(broadcast(results, rank), detections, scorer)
 
 
 def merged(parts: list[np.ndarray]) -> np.ndarray:
@@ -74,7 +83,6 @@ def merged(parts: list[np.ndarray]) -> np.ndarray:
     return rows[rank == rank[last]]
 
 
-@torch.inference_mode()
 def detect(
     detector: FasterRCNN,
     image: torch.Tensor,
@@ -88,14 +96,36 @@ def detect(
 
     Images go one at a time: in a batch, padding changes the boxes slightly, and so would the number of ranks.
     """
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        output = detector([to_model_input(image, device)])[0]
-    boxes, scores = (output[name].cpu().double().numpy() for name in ("boxes", "scores"))
-    boxes[:, 2:] -= boxes[:, :2]
-    rows = np.empty(len(scores), DETECTION)
-    rows["image_id"], rows["bbox"], rows["score"] = image_id, boxes, scores
-    rows["category_id"] = np.array(category_ids)[output["labels"].cpu().numpy() - 1]
-    return rows
+    return detect_batch(detector, [image], [image_id], category_ids, device, bf16=bf16)[0]
+
+
+@torch.inference_mode()
+def detect_batch(
+    detector: FasterRCNN,
+    images: Sequence[torch.Tensor],
+    image_ids: Sequence[int],
+    category_ids: list[int],
+    device: torch.device,
+    *,
+    bf16: bool = False,
+) -> list[np.ndarray]:
+    """Images, uint8 [3, H, W] each, to the detections of each, as `detect` gives them.
+
+    Images of one size go through the network together: nothing is padded for another's sake, so the boxes are those
+    that each image has alone, up to rounding.
+    """
+    found: list[np.ndarray] = [np.empty(0, DETECTION)] * len(images)
+    for shape in {image.shape: None for image in images}:
+        which = [i for i, image in enumerate(images) if image.shape == shape]
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            outputs = detector([to_model_input(images[i], device) for i in which])
+        for i, output in zip(which, outputs, strict=True):
+            boxes, scores = (output[name].cpu().double().numpy() for name in ("boxes", "scores"))
+            boxes[:, 2:] -= boxes[:, :2]
+            found[i] = np.empty(len(scores), DETECTION)
+            found[i]["image_id"], found[i]["bbox"], found[i]["score"] = image_ids[i], boxes, scores
+            found[i]["category_id"] = np.array(category_ids)[output["labels"].cpu().numpy() - 1]
+    return found
 
 
 def write_results(folder: Path, results: dict, detections: np.ndarray) -> None:
@@ -118,7 +148,10 @@ def percent(value: float | None) -> str:
 
 
 def print_results(results: dict) -> None:
-    """The 12 numbers and AP by class as a table, what was left out and why, and last one line with AP and AP50."""
+    """The 12 numbers and AP by class as a table, what was left out and why, and last one line with AP and AP50.
+
+    Classes come by falling AP, those without boxes to find last; of more than CLASSES_SHOWN the others are counted.
+    """
     table = Table("", *METRICS[:6], title="COCO box AP, percent")
     table.add_row("all classes", *(percent(results["bbox"][name]) for name in METRICS[:6]))
     table.add_section()
@@ -126,9 +159,13 @@ def print_results(results: dict) -> None:
     table.add_row("recall", *(percent(results["bbox"][name]) for name in METRICS[6:]))
     table.add_section()
     table.add_row("by class", "AP", "AP50", "boxes", style="bold")
-    for name, entry in results["per_class"].items():
+    per_class = results["per_class"]
+    classes = sorted(per_class.items(), key=lambda item: 1 if item[1]["AP"] is None else -item[1]["AP"])
+    for name, entry in classes[:CLASSES_SHOWN]:
         table.add_row(name, percent(entry["AP"]), percent(entry["AP50"]), str(entry["boxes"]))
-    console.print(table)
+    notes.print(table)
+    if len(classes) > CLASSES_SHOWN:
+        notes.print(f"{len(classes) - CLASSES_SHOWN} more classes in results.json")
     if results["note"]:
         console.print(results["note"])
     for message in results["skipped_images"]:

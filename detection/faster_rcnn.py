@@ -1,6 +1,7 @@
 """Faster R-CNN over a Backbone: the FPN, C4, DC5 and VGG-16 variants, on torchvision's detector classes."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from resbackbone.backbone import backbone_from_config
 from resbackbone.checks import one_of
 from resbackbone.resnet import ResNet
 from resbackbone.training.checkpoints import last_whole_checkpoint
-from resbackbone.weights import MEAN, STD, fit, read_weights, write_weights
+from resbackbone.weights import MEAN, STD, Weights, fit, read_weights, write_weights
 from resbackbone.weights.sources import is_named
 
 BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
@@ -27,6 +28,8 @@ BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
 }
 VARIANTS = (*BACKBONE_OF, "vgg16")
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the one map of a variant
+SHAPE = ("variant", "anchor_scale", "anchor_sides", "representation_size", "geometry", "global_context")
+PREDICTOR = "roi_heads.box_predictor."  # the layers that follow the number of classes
 GEOMETRIES = ("torchvision", "detectron2")
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
 
@@ -282,12 +285,45 @@ def load_detector(path: str | Path) -> FasterRCNN:
             raise ValueError(f"{path} does not hold a detector of this package: its metadata describe none")
         weights.announce_assumptions()
         weights.metadata.update(describe_detector(weights))
-    try:
-        detector = build_faster_rcnn(_backbone(weights.metadata["backbone"]), **weights.metadata["detector"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} describes a detector this version cannot build ({error!r})") from None
+    detector = _described(weights, weights.metadata["backbone"], weights.metadata["detector"])
     fit(detector, weights)
     return detector.eval()
+
+
+def read_described_weights(source: str | Path) -> Weights:
+    """`read_weights`, with "detector" in the metadata wherever `load_detector` would build one of them."""
+    weights = read_weights(source)
+    foreign = "detector" not in weights.metadata and not weights.unknown
+    if foreign and f"{PREDICTOR}cls_score.weight" in weights.state:
+        weights.metadata.update(describe_detector(weights))
+    return weights
+
+
+def retarget_detector(
+    weights: Weights, categories: Mapping[int, str], *, backbone: Mapping, **options
+) -> tuple[FasterRCNN, list[str]]:
+    """The detector of `read_described_weights` for other categories, and the names of its tensors that are new.
+
+    Trunk, pyramid, RPN and box head start from the weights; so does the box predictor if the categories are the same,
+    and else it is new. What makes the detector's shape (SHAPE) is the weights'; `options` are the others that
+    `build_faster_rcnn` takes, and `backbone` what is to change of the backbone's configuration (norm, frozen_through).
+    """
+    described = weights.metadata["detector"]
+    same = dict(categories) == dict(map(tuple, described["categories"]))
+    shape = {name: described[name] for name in SHAPE if name in described}
+    asked = {"num_classes": len(categories), "categories": list(categories.items()), **options, **shape}
+    weights.announce_assumptions()
+    detector = _described(weights, {**weights.metadata["backbone"], **backbone}, asked)
+    kept = {key: tensor for key, tensor in weights.state.items() if same or not key.startswith(PREDICTOR)}
+    fit(detector, replace(weights, state=kept), fresh=() if same else (PREDICTOR,))
+    return detector, [key for key in detector.state_dict() if key.startswith(PREDICTOR) and not same]
+
+
+def _described(weights: Weights, backbone: Mapping, detector: Mapping) -> FasterRCNN:
+    try:
+        return build_faster_rcnn(_backbone(backbone), **detector)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{weights.source} describes a detector this version cannot build ({error!r})") from None
 
 
 def _backbone(config: Mapping) -> Backbone:

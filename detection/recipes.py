@@ -1,17 +1,19 @@
-"""Training recipes for Faster R-CNN: Detectron's 1x, 2x and 3x on COCO, the ResNet paper's own, and a short one."""
+"""Training recipes for Faster R-CNN: Detectron's on COCO, the ResNet paper's own, one for small data, a short one."""
 
 from dataclasses import dataclass, field, replace
 
 from resbackbone.training.schedule import Schedule
 
 DETECTRON_SIDES = (640, 672, 704, 736, 768, 800)
+SMALL_DATA = 40_000  # images; of fewer, 1x would see each over 36 times, as often as 3x does COCO's
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How a detector is trained: all that is not data, hardware or weights.
 
-    The schedule is stated for `batch_size` images an update. Sizes are in pixels: training images get one of
+    The schedule is stated for `batch_size` images an update; where it would see the data less than `epochs` times, it
+    is stretched to that (its warm-up is not). Sizes are in pixels: training images get one of
     `short_sides` as their shorter side, test images `min_size`, and neither is longer than `max_size`. `norm` None
     is FrozenBN where weights are given, BN from scratch. `variant` and `frozen_through` hold where none is asked for,
     the latter where weights are given (None: "c2"). `pyramid` goes to `build_resnet_backbone` (variant fpn), `detector`
@@ -31,8 +33,14 @@ class Recipe:
     weight_decay: float = 1e-4
     clip_grad: float | None = None
     checkpoint_period: int = 5000  # updates
+    epochs: float = 0
     pyramid: dict = field(default_factory=dict)
     detector: dict = field(default_factory=dict)
+
+    def schedule_for(self, batch_size: int, *, images: int) -> Schedule:
+        """The schedule for so many images an update, and so many to train on."""
+        schedule = self.schedule.stretched(self.epochs * images / (self.schedule.steps * self.batch_size))
+        return schedule.for_batch(batch_size, self.batch_size, scale_rate=self.optimizer == "sgd")
 
 
 def detectron(steps: int, *milestones: int) -> Recipe:
@@ -46,6 +54,16 @@ def detectron(steps: int, *milestones: int) -> Recipe:
 
 
 ONE_X = detectron(90_000, 60_000, 80_000)  # about 12 epochs of COCO
+
+# For data of one's own: 12 epochs like 1x, but 16,000 images at least, which is 80 epochs of 200. Meant for a start
+# from the weights of a detector or of a trained backbone.
+SMALL = replace(
+    ONE_X,
+    schedule=Schedule(rate=0.01, steps=2000, cosine=True, warmup_steps=200),
+    batch_size=8,
+    epochs=12,
+    checkpoint_period=500,
+)
 
 # Faster R-CNN on COCO as in He et al. 2015, appendix A (240k updates at 0.001, 80k at a tenth), with what it takes from
 # Ren et al. 2015 (Sec. 3.1.3, 3.3 and 4.2): shorter sides of 600, longer ones of at most 1000; anchors of four sides;
@@ -111,8 +129,14 @@ RECIPES: dict[str, Recipe] = {
     "1x": ONE_X,
     "2x": detectron(180_000, 120_000, 160_000),
     "3x": detectron(270_000, 210_000, 250_000),
+    "small": SMALL,
     "short": SHORT,
     "paper-r101-c4": PAPER_R101_C4,
     "paper-r101-c4-context": PAPER_R101_C4_CONTEXT,
     "paper-vgg16-c5": PAPER_VGG16_C5,
 }
+
+
+def default_recipe(images: int) -> str:
+    """The name of the recipe for that many images to train on, where none is asked for."""
+    return "small" if images < SMALL_DATA else "1x"

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import hotcoco
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from detection.coco import BadImage, CocoImages
+from detection.evaluate import Evaluation
 from detection.gallery import class_colour, gallery
 from detection.scoring import BACKENDS, METRICS, entries
 from resbackbone.report.charts import bar, line_chart
@@ -23,6 +25,7 @@ from resbackbone.report.page import (
     short,
     side_by_side,
     table,
+    tag,
     tiles,
 )
 from resbackbone.report.run import RunLog, configuration_section, timing_section, training_section
@@ -38,19 +41,19 @@ ERRORS = {  # Bolya et al. 2020, Sec. 2.2
     "Bkg": ("background", "no object there: IoU under 0.1 with all of them"),
     "Miss": ("missed", "an object without detection that none of these errors accounts for"),
 }
-MEANING = {  # of COCO's 12 numbers: IoU, area, detections an image
-    "AP": ("0.50 to 0.95", "all", 100),
+MEANING = {  # of COCO's 12 numbers: IoU, area in pixels, detections an image
+    "AP": ("0.50:0.95", "all", 100),
     "AP50": ("0.50", "all", 100),
     "AP75": ("0.75", "all", 100),
-    "APs": ("0.50 to 0.95", "under 32 x 32 pixels", 100),
-    "APm": ("0.50 to 0.95", "32 x 32 to 96 x 96", 100),
-    "APl": ("0.50 to 0.95", "over 96 x 96", 100),
-    "AR1": ("0.50 to 0.95", "all", 1),
-    "AR10": ("0.50 to 0.95", "all", 10),
-    "AR100": ("0.50 to 0.95", "all", 100),
-    "ARs": ("0.50 to 0.95", "under 32 x 32 pixels", 100),
-    "ARm": ("0.50 to 0.95", "32 x 32 to 96 x 96", 100),
-    "ARl": ("0.50 to 0.95", "over 96 x 96", 100),
+    "APs": ("0.50:0.95", "< 32²", 100),
+    "APm": ("0.50:0.95", "32²–96²", 100),
+    "APl": ("0.50:0.95", "> 96²", 100),
+    "AR1": ("0.50:0.95", "all", 1),
+    "AR10": ("0.50:0.95", "all", 10),
+    "AR100": ("0.50:0.95", "all", 100),
+    "ARs": ("0.50:0.95", "< 32²", 100),
+    "ARm": ("0.50:0.95", "32²–96²", 100),
+    "ARl": ("0.50:0.95", "> 96²", 100),
 }
 
 MIN_SIDE = 480  # pixels; smaller pictures are enlarged so that labels can be read
@@ -122,22 +125,18 @@ def draw_boxes(
     return framed
 
 
-def write_report(
-    folder: Path,
-    dataset: CocoImages | None = None,
-    results: Mapping | None = None,
-    detections: np.ndarray | None = None,
-) -> Path | None:
+def write_report(folder: Path, dataset: CocoImages | None = None, evaluation: Evaluation | None = None) -> Path | None:
     """Write report.html of the detector's run in `folder`, as far as it has come; returns the file.
 
-    `results` and `detections`, DETECTION [n], are those of the last evaluation, on `dataset`; without, the page says
-    that there is none yet. If it cannot be made a printed line says why, the run goes on, and None is returned.
+    `evaluation` is the last one, on `dataset`; without, the page says that there is none yet. If it cannot be made a
+    printed line says why, the run goes on, and None is returned.
     """
-    return write_page(folder, lambda: report(folder, dataset, results, detections))
+    return write_page(folder, lambda: report(folder, dataset, evaluation))
 
 
-def report(folder: Path, dataset: CocoImages | None, results: Mapping | None, detections: np.ndarray | None) -> str:
+def report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | None) -> str:
     """The page that `write_report` writes."""
+    results = None if evaluation is None else evaluation.results
     log = RunLog(folder)
     config = log.config
     network = (
@@ -148,11 +147,11 @@ def report(folder: Path, dataset: CocoImages | None, results: Mapping | None, de
     said += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
     said += [f"{number(results['images'])} images evaluated"] if results else [NO_EVALUATION.lower()]
     sections = [_summary(results), training_section(log, _ap_over_time(log)), _numbers(results), _classes(results)]
-    if dataset is None or results is None or detections is None:
+    if dataset is None or evaluation is None:
         missing = [absent(f"{NO_EVALUATION}: there are no detections to show.")]
         sections += [Section(t, missing) for t in ("Precision and recall", "Errors", "Worst and best images")]
     else:
-        sections += [*_curves_and_errors(dataset, detections), gallery(dataset, detections)]
+        sections += [*_curves_and_errors(dataset, evaluation), gallery(dataset, evaluation.detections)]
     return page(title, ", ".join(said), [*sections, timing_section(log), configuration_section(log)])
 
 
@@ -174,7 +173,7 @@ def _summary(results: Mapping | None) -> Section:
 def _ap_over_time(log: RunLog) -> Html:
     if len(log.evaluations) < 2:
         times = "not evaluated yet" if not log.evaluations else "evaluated once"
-        return absent(f"AP over time is not drawn: {times} (--eval-period evaluates on the way).")
+        return absent(f"AP over time is not drawn: {times} (", tag("code", "--eval-period"), " evaluates on the way).")
     curves = {
         name: [(step, value and 100 * value) for step, value in log.curve(name, evaluations=True)]
         for name in METRICS[:3]
@@ -186,7 +185,8 @@ def _numbers(results: Mapping | None) -> Section:
     if results is None:
         return Section("The 12 numbers", [absent(f"{NO_EVALUATION}: there are no numbers to show.")])
     rows = [(name, _fraction(results["bbox"][name]), *MEANING[name]) for name in METRICS]
-    return Section("The 12 numbers", [table(("", "percent", "IoU", "area", "detections"), rows)])
+    said = "IoU 0.50:0.95 is the mean over ten of them. Areas are in pixels; the last column is detections an image."
+    return Section("The 12 numbers", [table(("", "percent", "IoU", "area", "per image"), rows), paragraph(said)])
 
 
 def _classes(results: Mapping | None) -> Section:
@@ -204,18 +204,19 @@ def _fraction(value: float | None) -> Cell:
     return Cell(percent(value), value)
 
 
-def _curves_and_errors(dataset: CocoImages, detections: np.ndarray) -> list[Section]:
-    """Precision against recall, and the errors by kind: both by hotcoco, whatever scored the run."""
-    annotations = dataset.annotations
+def _curves_and_errors(dataset: CocoImages, evaluation: Evaluation) -> list[Section]:
+    """Precision against recall, and the errors by kind: both by hotcoco, also where the other backend scored."""
+    annotations, detections, scorer = dataset.annotations, evaluation.detections, evaluation.scorer
     truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)
     finite = np.isfinite(detections["bbox"]).all(1) & np.isfinite(detections["score"])
     found = detections[finite & np.isin(detections["category_id"], list(dataset.categories))]
     if not len(found) or not (truth & ~annotations.crowds.numpy()).any():
         lacking = "detections" if not len(found) else "objects to be found"
         return [Section(t, [absent(f"There are no {lacking}.")]) for t in ("Precision and recall", "Errors")]
-    scorer = BACKENDS["hotcoco"](annotations, truth, found)
-    scorer.evaluate()
-    scorer.accumulate()
+    if not isinstance(scorer, hotcoco.COCOeval):
+        scorer = BACKENDS["hotcoco"](annotations, truth, found)
+        scorer.evaluate()
+        scorer.accumulate()
     precision = scorer.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], -1 for a class without boxes
     defined = [k for k in range(precision.shape[2]) if (precision[0, :, k] > -1).all()]
     recall = np.linspace(0, 1, precision.shape[1])

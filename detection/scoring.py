@@ -24,7 +24,15 @@ def entries(detections: np.ndarray) -> list[dict]:
 
 
 def score(annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco") -> dict:
-    """The 12 COCO numbers for boxes, and those of each class, as fractions 0..1; None for what is undefined.
+    """The results that `score_and_scorer` gives, alone."""
+    return score_and_scorer(annotations, detections, backend=backend)[0]
+
+
+def score_and_scorer(
+    annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco"
+) -> tuple[dict, hotcoco.COCOeval | COCOeval]:
+    """The 12 COCO numbers for boxes, and those of each class, as fractions 0..1; None for what is undefined. And the
+    library's object that they are from, which knows the curves behind them.
 
     `detections`, DETECTION [n], come in any order; of equal scores in an image the first counts as the surer. Those of
     a class that is not in the annotations match nothing. `backend`: "hotcoco" (some hundred times faster) or
@@ -62,13 +70,14 @@ def score(annotations: Annotations, detections: np.ndarray, *, backend: str = "h
         ap, ap50 = (_mean(precision[which, :, k, 0, -1]) for which in (slice(None), 0))
         name = name if name not in per_class else f"{name} (id {category})"
         per_class[name] = {"AP": ap, "AP50": ap50, "boxes": int(boxes[k])}
-    return {
+    results = {
         "bbox": dict(zip(METRICS, (None if value < 0 else float(value) for value in scorer.stats), strict=True)),
         "per_class": per_class,
         "images": len(annotations.image_ids),
         "detections": len(detections),
         "note": note,
     }
+    return results, scorer
 
 
 def _hotcoco(annotations: Annotations, truth: np.ndarray, detections: np.ndarray) -> hotcoco.COCOeval:

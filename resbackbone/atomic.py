@@ -6,18 +6,26 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 PIECE = 1 << 20  # bytes
 
 
 def write_atomically(path: str | os.PathLike, data: str | bytes | Iterator[str]) -> None:
     """Write `data`, whole or in pieces, to `path`; who reads it, or whatever kills this, finds the old or the new."""
+    with open_atomically(path) as file:
+        for piece in data if isinstance(data, Iterator) else [data]:
+            file.write(piece.encode() if isinstance(piece, str) else piece)
+
+
+@contextmanager
+def open_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Yield a temporary file to write in; afterwards it is at `path`, synced. After an error nothing has changed."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for piece in data if isinstance(data, Iterator) else [data]:
-                file.write(piece.encode() if isinstance(piece, str) else piece)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

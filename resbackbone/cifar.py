@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ def save_cifar_resnet(
     write_weights(path, {**model.state_dict(), "mean_image": mean_image}, {**metadata, "input": INPUT})
 
 
-def _told_by(state: Mapping[str, Tensor]) -> dict[str, object]:
+def _told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What names and shapes tell of a network, in the words of `build_cifar_resnet`; nothing if it is none of these."""
     blocks = [{key.split(".")[1] for key in state if key.startswith(f"{stage}.")} for stage in STAGES]
     n = len(blocks[0])

@@ -6,7 +6,7 @@ import os
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -75,7 +75,7 @@ def _capture(backbone: "Backbone") -> ExportedProgram:
     return program
 
 
-def _metadata(backbone: "Backbone") -> dict[str, object]:
+def _metadata(backbone: "Backbone") -> dict[str, Any]:
     return {
         "format": "resbackbone",
         "input": INPUT,
@@ -85,7 +85,7 @@ def _metadata(backbone: "Backbone") -> dict[str, object]:
     }
 
 
-def _to_onnx(program: ExportedProgram, metadata: dict[str, object]) -> bytes:
+def _to_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
     exported = torch.onnx.export(
         program,
         output_names=list(metadata["levels"]),
@@ -97,7 +97,7 @@ def _to_onnx(program: ExportedProgram, metadata: dict[str, object]) -> bytes:
     return exported.model_proto.SerializeToString()
 
 
-def _to_pt2(program: ExportedProgram, metadata: dict[str, object]) -> bytes:
+def _to_pt2(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
     return file.getvalue()

@@ -1,94 +1,218 @@
-"""Find objects in images with a trained detector: pictures with boxes, and detections.json.
+"""Find objects in images and videos with a trained detector: pictures with boxes, and JSON.
 
 python tools/detect.py runs/shapes-r18-fpn-short photo.jpg other.png
+python tools/detect.py runs/mine photos 'more/**/*.jpg' --batch-size 8 --no-pictures
+python tools/detect.py runs/mine coco/val2017 --coco-results --annotations coco/annotations/instances_val2017.json
+python tools/detect.py torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1 clip.mp4 --output found
+python tools/detect.py runs/mine 0                                    the first camera, until Ctrl-C
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import tyro
+from PIL import Image
+from torch import Tensor
 
 from detection.coco import BadImage, read_image
-from detection.evaluate import detect
-from detection.faster_rcnn import detector_file, load_detector
+from detection.evaluate import detect_batch
+from detection.faster_rcnn import FasterRCNN, detector_file, load_detector
+from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
 from detection.report import draw_boxes
-from detection.scoring import entries
-from resbackbone.atomic import write_atomically
+from detection.scoring import DETECTION, entries
+from detection.video import Video, video_file
+from resbackbone.atomic import open_atomically
 from resbackbone.checks import one_of
-from resbackbone.training.command import console, main_of, parse, track
+from resbackbone.training.command import console, main_of, notes, parse, track
 from resbackbone.training.distributed import count_processes, native_precision
+from resbackbone.training.options import check_counts
 from resbackbone.weights.sources import is_named
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Find objects in images: pictures with boxes, and JSON."""
+    """Find objects in images and videos: pictures with boxes, and JSON."""
 
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
     source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
-    images: tyro.conf.Positional[tuple[Path, ...]]
-    """Image files."""
+    inputs: tyro.conf.Positional[tuple[str, ...]]
+    """Images, folders of images, quoted patterns such as 'photos/**/*.jpg', video files, or a camera's number."""
     output: Path | None = None
-    """Folder for the pictures and detections.json. Default: detected/ in the run's folder, or beside the file."""
+    """Folder for what is written. Default: detected/ in the run's folder, or beside the file."""
+    recursive: bool = False
+    """Take the images in the folders' subfolders too."""
     threshold: float = 0.5
-    """Boxes with a lower score are not drawn; detections.json has them all."""
+    """Boxes with a lower score are not drawn; the JSON has them all."""
+    pictures: bool = True
+    """Draw the boxes: a picture of each image, a video of each video."""
+    coco_results: bool = False
+    """Write coco_results.json too, a list that pycocotools' loadRes takes."""
+    annotations: Path | None = None
+    """COCO annotation file that gives the images' ids, by file name. Default: numbers from 1, in their order."""
+    batch_size: int = 1
+    """Images read at a time; those of one size go through the network together."""
+    max_frames: int | None = None
+    """Stop a video or camera after this many frames."""
     device: str | None = None
     """cuda, cuda:N or cpu. Default: a GPU if there is one."""
     precision: str | None = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
     skip_bad_images: bool = False
     """Go on without images that cannot be read; they are named."""
+    quiet: bool = False
+    """Print warnings, errors and where the results are alone."""
+
+
+@dataclass(frozen=True)
+class Finder:
+    """A detector, where it runs, and what of its boxes is drawn."""
+
+    detector: FasterRCNN
+    device: torch.device
+    bf16: bool
+    threshold: float
+
+    def find(self, images: Sequence[Tensor], image_ids: Sequence[int]) -> list[list[dict]]:
+        """Images, uint8 [3, H, W], to what is in each: {"category", "image_id", "category_id", "bbox", "score"}.."""
+        names = self.detector.real_categories  # without the outputs that stand for no class
+        found = detect_batch(
+            self.detector, images, image_ids, list(self.detector.categories), self.device, bf16=self.bf16
+        )
+        return [
+            [{"category": names[e["category_id"]], **e} for e in entries(rows) if e["category_id"] in names]
+            for rows in found
+        ]
+
+    def sure(self, found: list[dict]) -> list[dict]:
+        return [entry for entry in found if entry["score"] >= self.threshold]
+
+    def picture(self, image: Tensor, found: list[dict]) -> Image.Image:
+        return draw_boxes(image, self.sure(found), self.detector.categories)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Images -> pictures with boxes, and what was found as JSON: {"image", "category", "bbox", "score", ..} each."""
+    """Images and videos -> pictures with boxes, and what was found as JSON."""
     options = parse(Options, argv)
-    if not options.images:
+    if not options.inputs:
         raise ValueError("no image given: python tools/detect.py RUN IMAGE...")
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
+    check_counts(options, least=1, names=("batch_size", "max_frames"))
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     count_processes(device, None)
     precision = one_of("precision", options.precision or native_precision(device), ("fp32", "bf16"))
     file = detector_file(options.run)
-    detector = load_detector(file).to(device, memory_format=torch.channels_last)
     folder = options.output or (Path() if is_named(options.run) else file.parent) / "detected"
-    folder.mkdir(parents=True, exist_ok=True)
+    images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
+    if videos and options.coco_results:
+        raise ValueError(f"--coco-results is of images, and the frames of {videos[0]} have no ids; leave one out")
+    pictures = output_files(inputs, folder)
 
-    pictures = picture_files(options.images, folder)
-    everything, ids = [], list(detector.categories)
-    for number, path in enumerate(track(options.images, len(options.images), "detect"), 1):
-        try:
-            image = read_image(path)
-        except BadImage as error:
-            if not options.skip_bad_images:
-                raise
-            console.print(f"skipped {error}")
-            continue
-        found = entries(detect(detector, image, number, ids, torch.device(device), bf16=precision == "bf16"))
-        found = [entry for entry in found if entry["category_id"] in detector.real_categories]
-        drawn = [entry for entry in found if entry["score"] >= options.threshold]
-        picture = pictures[number - 1]
-        draw_boxes(image, drawn, detector.categories).save(picture)
-        console.print(f"{path}: {len(drawn)} found, {picture}")
-        everything += [{"image": str(path), "category": detector.categories[e["category_id"]], **e} for e in found]
-    write_atomically(folder / "detections.json", json.dumps(everything, indent=1))
+    detector = load_detector(file).to(device, memory_format=torch.channels_last)
+    image_ids = image_ids_of(images, options.annotations, detector)
+    finder = Finder(detector, torch.device(device), precision == "bf16", options.threshold)
+    folder.mkdir(parents=True, exist_ok=True)
+    if images:
+        detect_images(finder, images, image_ids, pictures, folder, options)
+    for source in videos:
+        detect_video(finder, source, pictures[source], options)
+
+
+def detect_images(
+    finder: Finder, images: list[Path], image_ids: list[int], pictures: dict, folder: Path, options: Options
+) -> None:
+    """Image files -> a picture each, detections.json with the file's name in every entry, and coco_results.json."""
+    readable = read_images(track(images, len(images), "detect"), image_ids, skip_bad=options.skip_bad_images)
+    with ExitStack() as files:
+        add = files.enter_context(json_list(folder / "detections.json"))
+        if options.coco_results:
+            add_result = files.enter_context(json_list(folder / "coco_results.json"))
+        for batch in batches(readable, options.batch_size):
+            paths, tensors, ids = zip(*batch, strict=True)
+            for path, image, found in zip(paths, tensors, finder.find(tensors, ids), strict=True):
+                for entry in found:
+                    add({"image": str(path), **entry})
+                    if options.coco_results:
+                        add_result({name: entry[name] for name in DETECTION.names})
+                if options.pictures:
+                    finder.picture(image, found).save(pictures[path])
+                where = f", {pictures[path]}" if options.pictures else ""
+                notes.print(f"{path}: {len(finder.sure(found))} found{where}")
+    if options.coco_results:
+        notes.print(f"COCO results: {folder / 'coco_results.json'}")
     console.print(f"all detections: {folder / 'detections.json'}")
 
 
-def picture_files(images: Sequence[Path], folder: Path) -> list[Path]:
-    """Where the picture of each image goes: under its name, numbered where several have it; never over an image."""
-    stems = [path.stem for path in images]
-    names = [f"{stem}-{i}.png" if stems.count(stem) > 1 else f"{stem}.png" for i, stem in enumerate(stems, 1)]
-    given = {path.resolve() for path in images}
-    for name in names:
-        if (folder / name).resolve() in given:
-            raise ValueError(f"--output {folder}: a picture would replace the image {folder / name}; choose another")
-    return [folder / name for name in names]
+def read_images(
+    paths: Iterable[Path], image_ids: Iterable[int], *, skip_bad: bool
+) -> Iterator[tuple[Path, Tensor, int]]:
+    """(file, uint8 [3, H, W], id) of each; one that cannot be read raises BadImage, or is named and left out."""
+    for path, image_id in zip(paths, image_ids, strict=True):
+        try:
+            yield path, read_image(path), image_id
+        except BadImage as error:
+            if not skip_bad:
+                raise
+            console.print(f"skipped {error}")
+
+
+def detect_video(finder: Finder, source: Path | int, out: Path, options: Options) -> None:
+    """A video -> one with boxes, and a list of its frames: {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
+    video = Video(source)
+    total = min(filter(None, (video.count, options.max_frames)), default=None)
+    frames = track(islice(video, options.max_frames), total, f"detect {video.name}")
+    number = boxes = 0
+    with ExitStack() as files:
+        add = files.enter_context(json_list(frames_file(out)))
+        if options.pictures:
+            pictures = files.enter_context(video_file(out, video.rate))
+        try:
+            for batch in batches(frames, options.batch_size):
+                for frame, found in zip(batch, finder.find(batch, range(len(batch))), strict=True):
+                    if options.pictures:
+                        pictures.add(finder.picture(frame, found))
+                    for entry in found:
+                        del entry["image_id"]
+                    add({"frame": number, "seconds": round(number / video.rate, 3), "detections": found})
+                    number, boxes = number + 1, boxes + len(finder.sure(found))
+        except KeyboardInterrupt:
+            if isinstance(source, Path):
+                raise
+        if not number:
+            raise ValueError(f"{video.name}: not one frame can be read")
+    notes.print(f"{video.name}: {boxes} found in {number} frames{f', {out}' if options.pictures else ''}")
+    console.print(f"all detections: {frames_file(out)}")
+
+
+def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of `size`, the last may be shorter; no more of them are held."""
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+@contextmanager
+def json_list(path: Path) -> Iterator[Callable[[dict], None]]:
+    """Yield what appends an object to a JSON list, a line each; the file is there once it is whole."""
+    with open_atomically(path) as file:
+        lines = 0
+
+        def add(content: dict) -> None:
+            nonlocal lines
+            file.write(f"{',' if lines else '['}\n{json.dumps(content)}".encode())
+            lines += 1
+
+        yield add
+        file.write(b"\n]\n" if lines else b"[]\n")
 
 
 if __name__ == "__main__":

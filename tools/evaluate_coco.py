@@ -17,7 +17,7 @@ from detection.faster_rcnn import detector_file, load_detector
 from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
 from resbackbone.checks import one_of
-from resbackbone.training.command import console, main_of, parse, track
+from resbackbone.training.command import be_quiet, main_of, notes, parse, track
 from resbackbone.training.distributed import Rank, count_processes, launch, native_precision
 from resbackbone.training.run import read_yaml
 from resbackbone.weights.sources import is_named
@@ -25,13 +25,13 @@ from resbackbone.weights.sources import is_named
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a trained detector on the val2017 split of COCO-format data."""
+    """Evaluate a trained detector on the validation split of COCO-format data."""
 
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
     source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
     data: Path | None = None
-    """Folder in COCO's layout. Default: the one the run was trained on."""
+    """Folder of COCO-format data, as tools/train_coco.py takes it. Default: the one the run was trained on."""
     output: Path | None = None
     """Where detections.json and results.json go. Default: the run's folder, or eval-NAME/ in it for other --data or
     with what changes the detections."""
@@ -52,6 +52,8 @@ class Options:
     """What scores: hotcoco, or pycocotools, whose numbers are the same and which takes some hundred times as long."""
     skip_bad_images: bool = False
     """Go on without images that cannot be read; they count as images without detections, and are named."""
+    quiet: bool = False
+    """Print warnings, errors and the result alone."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -63,6 +65,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def score(rank: Rank, options: Options) -> None:
     """Detector and data -> results, in every process; rank 0 writes."""
+    be_quiet(options)
     file = detector_file(options.run)
     folder = Path(options.run) if Path(options.run).is_dir() else Path() if is_named(options.run) else file.parent
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
@@ -77,10 +80,10 @@ def score(rank: Rank, options: Options) -> None:
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
     dataset = open_split(data, "val", categories=detector.real_categories, skip_bad_images=options.skip_bad_images)
     if rank.is_main:
-        console.print(f"{file} on {dataset.summary()}, {precision}")
+        notes.print(f"{file} on {dataset.summary()}, {precision}")
     if options.box_refinement or options.scales:
         detector = ImprovedTesting(detector, box_refinement=options.box_refinement, scales=options.scales)
-    results, detections = evaluate(
+    evaluation = evaluate(
         detector,
         dataset,
         rank,
@@ -96,9 +99,9 @@ def score(rank: Rank, options: Options) -> None:
     names += ["refined"] * options.box_refinement + [str(scale) for scale in options.scales]
     target = options.output or (folder / f"eval-{'-'.join(names)}" if names else folder)
     target.mkdir(parents=True, exist_ok=True)
-    write_results(target, results, detections)
-    print_results(results)
-    console.print(f"results: {target / 'results.json'}")
+    write_results(target, evaluation.results, evaluation.detections)
+    print_results(evaluation.results)
+    notes.print(f"results: {target / 'results.json'}")
 
 
 if __name__ == "__main__":

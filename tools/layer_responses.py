@@ -22,7 +22,7 @@ from resbackbone.checks import one_of
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
 from resbackbone.training.checkpoints import checkpoints
-from resbackbone.training.command import console, main_of, parse
+from resbackbone.training.command import console, main_of, notes, parse
 from resbackbone.training.distributed import count_processes
 from resbackbone.training.run import read_yaml
 
@@ -49,6 +49,8 @@ class Options:
     """Initial weights, and which images, are functions of it."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    quiet: bool = False
+    """Print warnings, errors and the result alone."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     drawn = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(options.seed))
     images, labels = (tensor[drawn[: options.images]] for tensor in data.train)
     looked_at = f"{len(labels)} training images of {data_folder}"
-    console.print(f"looks at {looked_at}")
+    notes.print(f"looks at {looked_at}")
 
     measured = []
     for depth, kind in networks:

@@ -33,7 +33,7 @@ from resbackbone.atomic import write_atomically
 from resbackbone.classification.decode import BadImage
 from resbackbone.classification.images import LAYOUT, Images, open_images, split_folder
 from resbackbone.classification.shards import describe_shard, expand, index_name, index_shards, write_shard
-from resbackbone.training.command import console, main_of, parse, track
+from resbackbone.training.command import console, main_of, notes, parse, track
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,8 @@ class Options:
     """Go on without images that cannot be read; they are named and counted."""
     index: str | None = None
     """Write an index for shards that are there, 'path/train-{000000..000146}.tar', and nothing else."""
+    quiet: bool = False
+    """Print warnings, errors and the result alone."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     for split in ("train", "val"):
         if split_folder(options.data, split) is not None:
             images = open_images(options.data, split, skip_bad_images=options.skip_bad_images)
-            console.print(f"{split}: {images.summary()}")
+            notes.print(f"{split}: {images.summary()}")
             write_split(images, split, options)
 
 
@@ -100,7 +102,7 @@ def write_split(images: Images, split: str, options: Options) -> None:
         if json.loads(path.read_bytes()).get("made_of") != made_of:
             raise ValueError(f"{path} is of other images or settings; give another --output, or remove what is there")
     if index.is_file():
-        console.print(f"{split}: {index} is there already")
+        notes.print(f"{split}: {index} is there already")
         return
     missing = [(part, entry) for part, entry in zip(parts, entries, strict=True) if not entry.is_file()]
     make = partial(make_shard, images, side=side, quality=options.quality, made_of=made_of)

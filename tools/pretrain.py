@@ -32,9 +32,10 @@ from resbackbone.classification.report import Predictions, write_report
 from resbackbone.classification.training import build_average, build_loss
 from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
+from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.training import loop
-from resbackbone.training.command import console, main_of, parse, refuse_command, to_config, track
+from resbackbone.training.command import be_quiet, console, main_of, notes, parse, refuse_command, to_config, track
 from resbackbone.training.distributed import (
     Rank,
     broadcast,
@@ -131,7 +132,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(rank: Rank, options: Options) -> None:
     """Images -> classifier -> updates -> evaluation, in every process; rank 0 writes."""
-    say = console.print if rank.is_main else lambda *_: None
+    be_quiet(options)
+    say = notes.print if rank.is_main else lambda *_: None
     draw_embedded_set(options, rank, say)
     claimed = {"default": default_folder(options), "resume": options.resume}
     folder = broadcast(claim_folder(options.output, **claimed) if rank.is_main else None, rank)
@@ -143,8 +145,8 @@ def train(rank: Rank, options: Options) -> None:
     if train_set.classes != val_set.classes:
         raise ValueError(f"--data {options.data}: the classes of its training and validation images differ")
     say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
-    for message in sorted(train_set.skipped | val_set.skipped):
-        say(f"skipped {message}")
+    for message in sorted(train_set.skipped | val_set.skipped) if rank.is_main else ():
+        console.print(f"skipped {message}")
 
     last = broadcast(resume_point(folder) if rank.is_main and options.resume else None, rank)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
@@ -200,11 +202,15 @@ def train(rank: Rank, options: Options) -> None:
             console.print(f"skipped {message}")
             skipped.add(message)
 
-    def save_checkpoint(to: Path) -> None:
+    def save_model(to: Path) -> None:
         write_weights(to / "model.safetensors", model.state_dict(), metadata)
         if average is not None:
             save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, to / "average.safetensors")
-        state.save(to)
+
+    def checkpoint() -> None:
+        run.save(state, save_model)
+        if rank.is_main and not options.eval_period:  # else evaluations write it
+            write_report(folder, network=metadata["architecture"])
 
     def score(protocol: str) -> dict:
         began = time.monotonic()
@@ -218,9 +224,6 @@ def train(rank: Rank, options: Options) -> None:
             shown = Predictions(val_set.classes, val_set.labels, best, None, val_set.read, val_set.name)
             write_report(folder, network=metadata["architecture"], results=results, predictions=shown)
         return results
-
-    def score_on_the_way() -> None:
-        say(f"step {state.step}: {described(score('1crop'))}")
 
     loop.train(
         state,
@@ -245,8 +248,8 @@ def train(rank: Rank, options: Options) -> None:
         rank=rank,
         run=run,
         periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
-        checkpoint=lambda: run.save(state.step, save_checkpoint, nbytes=state.nbytes),
-        evaluate=score_on_the_way,
+        checkpoint=checkpoint,
+        evaluate=lambda: described(score("1crop")),
         bad_batch=lambda batch, error: save_batch(*batch, folder, error, rank),
         parts_of=parts_of,
         after_update=after_update,
@@ -258,6 +261,7 @@ def train(rank: Rank, options: Options) -> None:
         if rank.is_main:
             why_not = "Nothing is evaluated: synthetic images show the speed alone."
             write_report(folder, network=metadata["architecture"], why_not=why_not)
+            print_summary(folder, {}, {"report": "report.html"})
     elif rank.is_main:
         where = f"{data_name(options)}, {len(val_set)} validation images, {options.eval}"
         metadata["accuracy"] = [
@@ -267,11 +271,10 @@ def train(rank: Rank, options: Options) -> None:
         tested = model if average is None else average.module
         write_weights(folder / "model.safetensors", tested.state_dict(), metadata)
         write_results(folder / "results.json", results)
-        say(described(results))
         say(f"row of MODEL_ZOO.md:\n{zoo_row(options, folder, metadata, results, train_set, val_set, rank)}")
-        say(f"classifier: {folder / 'model.safetensors'}; results: {folder / 'results.json'}")
-        if (folder / "report.html").is_file():
-            say(f"report: {folder / 'report.html'}")
+        files = {"classifier": "model.safetensors", "results": "results.json", "report": "report.html"}
+        print_summary(folder, {"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"}, files)
+        console.print(described(results))
     run.close()
 
 
@@ -434,6 +437,7 @@ def complete_for_evaluation(options: Options) -> Options:
 
 def evaluate_only(rank: Rank, options: Options) -> None:
     """Classifiers and images -> accuracy, in every process; rank 0 writes."""
+    be_quiet(options)
     recipe = recipe_of(options)
     files = [str(Path(run) / "model.safetensors") if Path(run).is_dir() else run for run in options.eval_only]
     val_set = open_images(options.data, "val", skip_bad_images=options.skip_bad_images)
@@ -445,12 +449,13 @@ def evaluate_only(rank: Rank, options: Options) -> None:
         if of_folders and weights.metadata["classes"] != val_set.classes:
             raise ValueError(f"{file}: was trained on other classes than those of {options.data}")
         models.append(model.to(rank.device, memory_format=torch.channels_last))
-    say = console.print if rank.is_main else lambda *_: None
+    say = notes.print if rank.is_main else lambda *_: None
     say(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
-    for message in sorted(val_set.skipped):
-        say(f"skipped {message}")
+    for message in sorted(val_set.skipped) if rank.is_main else ():
+        console.print(f"skipped {message}")
     results = score_of(models, val_set, rank, options, recipe, protocol=options.eval)
-    say(described(results))
+    if rank.is_main:
+        console.print(described(results))
     target = options.output
     if target is None and len(files) == 1 and not is_named(options.eval_only[0]):
         target = Path(files[0]).parent

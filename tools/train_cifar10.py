@@ -33,8 +33,9 @@ from resbackbone.classification.cifar10 import (
     train_batches,
 )
 from resbackbone.classification.report import Predictions, write_report
+from resbackbone.report.summary import print_summary
 from resbackbone.training import loop
-from resbackbone.training.command import console, main_of, parse, to_config
+from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config
 from resbackbone.training.distributed import (
     Rank,
     broadcast,
@@ -115,7 +116,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(rank: Rank, options: Options) -> None:
     """Data -> network -> updates -> test error, in every process; rank 0 writes."""
-    say = console.print if rank.is_main else lambda *_: None
+    be_quiet(options)
+    say = notes.print if rank.is_main else lambda *_: None
     claimed = {"default": default_folder(options), "resume": options.resume}
     folder = broadcast(claim_folder(options.output, **claimed) if rank.is_main else None, rank)
     data = open_cifar10(options.data)
@@ -163,13 +165,18 @@ def train(rank: Rank, options: Options) -> None:
 
     def save_model(to: Path) -> None:
         recipe = f"{PAPER} of {schedule.steps} updates of {options.batch_size} images"
-        save_cifar_resnet(model, to, mean_image=mean_image, classes=data.classes, recipe=recipe)
+        save_cifar_resnet(model, to / "model.safetensors", mean_image=mean_image, classes=data.classes, recipe=recipe)
 
     def losses(batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, labels = batch
         logits = state.model(images).float()
         wrong.copy_((logits.detach().argmax(1) != labels).float().mean())
         return {"loss_class": F.cross_entropy(logits, labels)}
+
+    def checkpoint() -> None:
+        run.save(state, save_model)
+        if rank.is_main and not options.eval_period:  # else evaluations write it
+            write_report(folder, network=name_of(options))
 
     def score() -> dict:
         began = time.monotonic()
@@ -181,10 +188,6 @@ def train(rank: Rank, options: Options) -> None:
             shown = Predictions(data.classes, labels.numpy(), best, image_losses, picture_of(images), "image {}".format)
             write_report(folder, network=name_of(options), results=results, predictions=shown)
         return results
-
-    def write_checkpoint(to: Path) -> None:
-        save_model(to / "model.safetensors")
-        state.save(to)
 
     loop.train(
         state,
@@ -198,21 +201,21 @@ def train(rank: Rank, options: Options) -> None:
         rank=rank,
         run=run,
         periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
-        checkpoint=lambda: run.save(state.step, write_checkpoint, nbytes=state.nbytes),
-        evaluate=lambda: say(f"step {state.step}: test error {100 * score()['error']:.2f}%"),
+        checkpoint=checkpoint,
+        evaluate=lambda: f"test error {100 * score()['error']:.2f}%",
         bad_batch=lambda batch, error: save_batch(*batch, folder, error, rank),
         after_update=lambda batch: {"train_error": wrong.item()},
     )
 
     results = score()
     if rank.is_main:
-        save_model(folder / "model.safetensors")
+        save_model(folder)
         content = {**results, **network, "parameters": count_parameters(model), "steps": state.step}
         write_atomically(folder / "results.json", json.dumps(content, indent=2) + "\n")
-        say(f"{'validation' if options.validation else 'test'} error {100 * results['error']:.2f}%")
-        say(f"network: {folder / 'model.safetensors'}; results: {folder / 'results.json'}")
-        if (folder / "report.html").is_file():
-            say(f"report: {folder / 'report.html'}")
+        error = f"{'validation' if options.validation else 'test'} error"
+        files = {"network": "model.safetensors", "results": "results.json", "report": "report.html"}
+        print_summary(folder, {error: f"{100 * results['error']:.2f}%"}, files)
+        console.print(f"{error} {100 * results['error']:.2f}%")
     run.close()
 
 

@@ -6,27 +6,38 @@ python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume   
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from detection.coco import LAYOUT
+from detection.annotations import count_images
 from detection.data import EMBEDDED, embedded_data, find_coco, open_split, train_batches
-from detection.evaluate import evaluate, percent, print_results, write_results
-from detection.faster_rcnn import BACKBONE_OF, VARIANTS, FasterRCNN, build_faster_rcnn, load_detector, save_detector
+from detection.evaluate import Evaluation, evaluate, percent, print_results, write_results
+from detection.faster_rcnn import (
+    BACKBONE_OF,
+    VARIANTS,
+    FasterRCNN,
+    build_faster_rcnn,
+    load_detector,
+    read_described_weights,
+    retarget_detector,
+    save_detector,
+)
+from detection.layouts import LAYOUT, describe_layout, find_split
 from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
-from detection.recipes import RECIPES, Recipe
+from detection.recipes import RECIPES, SMALL_DATA, Recipe, default_recipe
 from detection.report import save_pictures, write_report
 from detection.sampler import TrainBatches
 from detection.scoring import BACKENDS
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
 from resbackbone.checks import one_of
+from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.training import loop
-from resbackbone.training.command import console, main_of, parse, to_config, track
+from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config, track
 from resbackbone.training.distributed import (
     Rank,
     broadcast,
@@ -41,8 +52,10 @@ from resbackbone.training.optimizers import build_optimizer
 from resbackbone.training.options import check_counts, claim_folder, resume_point, resumed, wants_resume
 from resbackbone.training.run import Run, read_yaml
 from resbackbone.training.state import NonFinite, TrainState, seed_step
+from resbackbone.weights import Weights, architecture_of, backbone_part, settle
 
 ENGINES = ("torchvision", "detectron2")
+A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1"
 MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and getting past a broken image
     *("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config"),
     *("checkpoint_period", "eval_period", "log_period", "pictures", "coco_backend"),
@@ -54,20 +67,24 @@ class Options:
     """Train Faster R-CNN on COCO-format data and evaluate it; without --data, on an embedded data set."""
 
     data: Path | None = None
-    """Folder in COCO's layout: train2017/, val2017/, annotations/instances_{train,val}2017.json. Default:
-    $DETECTRON2_DATASETS/coco, $COCO_DIR or ./datasets/coco, else the embedded data set."""
+    """Folder with COCO's annotations/instances_{train,val}2017.json, train2017/ and val2017/, Roboflow's
+    {train,valid}/_annotations.coco.json, or annotations/instances_{train,val}.json, train/ and val/; without a
+    validation split, one image in ten is held out for it. Default: $DETECTRON2_DATASETS/coco, $COCO_DIR or
+    ./datasets/coco, else the embedded data set."""
     depth: int | None = None
-    """18, 34, 50, 101 or 152 (vgg16: 16). Default: the recipe's (50; short: 18)."""
+    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; short: 18)."""
     variant: str | None = None
-    """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: the recipe's (fpn)."""
+    """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: that of --weights where they
+    are a detector's, else the recipe's (fpn)."""
     engine: str = "torchvision"
     """Whose detector and trainer: torchvision (this package's own loop) or detectron2, where that is installed."""
     recipe: str | None = None
-    """1x, 2x, 3x, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default: 1x;
-    short on the embedded data set."""
+    """1x, 2x, 3x, small, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default:
+    1x; small (12 epochs, 16,000 images at least) for under 40,000 images; short on the embedded data set."""
     weights: str | None = None
-    """What the backbone starts from: a .safetensors or .pth file, or torchvision:ResNet50_Weights.IMAGENET1K_V1.
-    Default: random."""
+    """What to start from: a backbone's or a classifier's file (.safetensors, .pth, ..) or named source
+    (torchvision:ResNet50_Weights.IMAGENET1K_V1), or a Faster R-CNN's, of these or other classes: a run's
+    model.safetensors, torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1. Default: random."""
     norm: str | None = None
     """BN, FrozenBN, SyncBN or GN. Default: FrozenBN with weights, else the recipe's (BN)."""
     frozen_through: str | None = None
@@ -106,6 +123,8 @@ class Options:
     """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
     config: Path | None = None
     """YAML file with options, such as another run's config.yaml; flags override it."""
+    quiet: bool = False
+    """Print warnings, errors and the result alone."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -118,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
-    say = console.print if rank.is_main else lambda *_: None
+    be_quiet(options)
+    say = notes.print if rank.is_main else lambda *_: None
     if options.data == EMBEDDED:
         say(f"data: the embedded set in {EMBEDDED}; for real ones give --data DIR, which should hold {LAYOUT}")
         if not EMBEDDED.exists():
@@ -128,6 +148,8 @@ def train(rank: Rank, options: Options) -> None:
     folder = broadcast(claim_folder(options.output, **claimed) if rank.is_main else None, rank)
     recipe = RECIPES[options.recipe]
     say(f"run:   {folder}")
+    if options.data != EMBEDDED:
+        say(f"data:  {describe_layout(options.data)}")
 
     transform = TrainTransform(recipe.short_sides, recipe.max_size)
     images = {"keep_empty": options.keep_empty, "skip_bad_images": options.skip_bad_images}
@@ -143,7 +165,7 @@ def train(rank: Rank, options: Options) -> None:
     last = broadcast(resume_point(folder) if rank.is_main and options.resume else None, rank)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     if last is None:
-        detector = build(options, recipe, train_set.categories)
+        detector = build(options, recipe, train_set.categories, say)
     else:
         detector = load_detector(last / "model.safetensors")
     if dict(detector.categories) != train_set.categories:
@@ -161,9 +183,17 @@ def train(rank: Rank, options: Options) -> None:
     state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad)
     if last is not None:
         state.load(last)
-    schedule = recipe.schedule.for_batch(options.batch_size, recipe.batch_size, scale_rate=recipe.optimizer == "sgd")
+    schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
     steps = schedule.steps if options.max_steps is None else options.max_steps
     effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
+    if options.recipe == "small":
+        epochs = schedule.steps * options.batch_size / len(train_set)
+        say(
+            f"recipe: small, the one for data under {SMALL_DATA:,} images: {schedule.steps} updates, {epochs:.0f} "
+            f"epochs of these {len(train_set)}; --recipe and --max-steps choose others"
+        )
+        if not options.weights:
+            say(f"weights: random; so few images are better started from a detector: --weights {A_DETECTOR}")
     say(
         f"{'resumed at step ' + str(state.step) if last else 'from step 0'} to {steps}: {options.batch_size} images an "
         f"update on {rank.ranks} {rank.device.type}, {options.precision}, learning rate {schedule.rate:g}"
@@ -177,6 +207,7 @@ def train(rank: Rank, options: Options) -> None:
         start=state.step,
     )
     effective["train_annotations_sha256"] = train_set.fingerprint
+    effective["validation"] = val_set.origin
     if last is not None and fingerprint_of(folder) != train_set.fingerprint and rank.is_main:
         raise ValueError(f"--data {options.data}: the run in {folder} was trained on other annotations")
     kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
@@ -184,16 +215,14 @@ def train(rank: Rank, options: Options) -> None:
     run = Run(folder, config, resumed_step=state.step, writes=rank.is_main)
 
     def checkpoint() -> None:
-        def write(to: Path) -> None:
-            save_detector(detector, to / "model.safetensors")
-            state.save(to)
+        run.save(state, lambda to: save_detector(detector, to / "model.safetensors"))
+        if rank.is_main and not options.eval_period:  # else evaluations write it
+            write_report(folder)
 
-        run.save(state.step, write, nbytes=state.nbytes)
-
-    def score() -> tuple[dict, np.ndarray]:
+    def score() -> Evaluation:
         began = time.monotonic()
         share_buffers(detector, rank)
-        results, detections = evaluate(
+        evaluation = evaluate(
             detector,
             val_set,
             rank,
@@ -202,15 +231,15 @@ def train(rank: Rank, options: Options) -> None:
             backend=options.coco_backend,
             progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
         )
-        run.record(state.step, {**results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
-        return results, detections
+        run.record(state.step, {**evaluation.results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
+        return evaluation
 
-    def score_on_the_way() -> None:
-        results, detections = score()
+    def score_on_the_way() -> str:
+        evaluation = score()
         if rank.is_main:
-            write_report(folder, val_set, results, detections)
-        bbox = results["bbox"]
-        say(f"step {state.step}: AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}")
+            write_report(folder, val_set, evaluation)
+        bbox = evaluation.results["bbox"]
+        return f"AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}"
 
     skipped: set[str] = set()
 
@@ -237,36 +266,43 @@ def train(rank: Rank, options: Options) -> None:
         after_update=say_what_is_skipped,
     )
 
-    results, detections = score()
+    evaluation = score()
     unread = gather(skipped, rank)
     if rank.is_main:
+        results, detections = evaluation.results, evaluation.detections
         results["skipped_training_images"] = sorted(set().union(*unread))
         save_detector(detector, folder / "model.safetensors")
         write_results(folder, results, detections)
-        pictures = save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
-        report = write_report(folder, val_set, results, detections)
-        print_results(results)
+        save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
+        write_report(folder, val_set, evaluation)
         if results["skipped_training_images"]:
             say(f"{len(results['skipped_training_images'])} training images could not be read and were skipped")
-        say(f"pictures of predictions beside ground truth: {folder / 'pictures'} ({len(pictures)})")
-        say(f"detector: {folder / 'model.safetensors'}; results: {folder / 'results.json'}")
-        if report:
-            say(f"report: {report}")
+        ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
+        files = {"detector": "model.safetensors", "results": "results.json", "report": "report.html"}
+        print_summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"})
+        print_results(results)
     run.close()
 
 
 def complete(options: Options) -> Options:
     """Every option that was left out gets its value, but for the folder; ValueError for one that is not there."""
     data = options.data or find_coco() or EMBEDDED
-    recipe_name = one_of("recipe", options.recipe or ("short" if data == EMBEDDED else "1x"), RECIPES)
+    if options.recipe is not None:
+        recipe_name = one_of("recipe", options.recipe, RECIPES)
+    elif data == EMBEDDED:
+        recipe_name = "short"
+    else:
+        recipe_name = default_recipe(count_images(find_split(data, "train").annotations))
     recipe = RECIPES[recipe_name]
-    variant = one_of("variant", options.variant or recipe.variant, VARIANTS)
+    held = architecture_of_weights(options, recipe)
+    variant = one_of("variant", options.variant or held.get("variant", recipe.variant), VARIANTS)
     one_of("COCO backend", options.coco_backend, BACKENDS)
     if one_of("engine", options.engine, ENGINES) == "detectron2":
         if variant not in BACKBONE_OF or "anchor_sides" in recipe.detector:
             raise ValueError(f"--engine detectron2 trains no {variant} of --recipe {recipe_name}; leave the engine out")
         detectron2_engine().check_options(options)
-    depth, depths = (VGG16_DEPTH, [VGG16_DEPTH]) if variant == "vgg16" else (recipe.depth, DEPTHS)
+    depth = held.get("depth", recipe.depth)
+    depth, depths = (VGG16_DEPTH, [VGG16_DEPTH]) if variant == "vgg16" else (depth, DEPTHS)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     processes = count_processes(device, options.gpus)  # says so if the device is not there
     on_gpu = torch.device(device).type == "cuda"
@@ -287,6 +323,21 @@ def complete(options: Options) -> Options:
         workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
         precision=one_of("precision", options.precision or default_precision, ("fp32", "bf16")),
     )
+
+
+def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
+    """What --weights tell of "depth" and "variant", if one of these options was left out."""
+    if not options.weights or None not in (options.depth, options.variant):
+        return {}
+    if "vgg16" in (options.variant, recipe.variant):
+        return {}
+    weights = read_described_weights(options.weights)
+    if "detector" not in weights.metadata or options.engine == "detectron2":
+        told = architecture_of(backbone_part(weights.state))
+        return {"depth": told["depth"]} if "depth" in told else {}
+    if "timm" in weights.metadata["backbone"]:
+        raise ValueError(f"--weights {options.weights}: a detector on a timm network; one on a ResNet is wanted")
+    return {"depth": weights.metadata["backbone"]["depth"], "variant": weights.metadata["detector"]["variant"]}
 
 
 def detectron2_engine():
@@ -313,9 +364,14 @@ def default_folder(options: Options) -> Path:
     return Path("runs") / (name if options.engine == "torchvision" else f"{name}-{options.engine}")
 
 
-def build(options: Options, recipe: Recipe, categories: dict[int, str]) -> FasterRCNN:
-    """The detector a new run starts from."""
+def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Callable[[str], None]) -> FasterRCNN:
+    """The detector a new run starts from; `say` is told which of its tensors a detector's weights do not fill."""
     frozen_through = options.frozen_through or (recipe.frozen_through if options.weights else None)
+    sizes = {"min_size": recipe.min_size, "max_size": recipe.max_size, "resize_in_training": False}
+    weights = read_described_weights(options.weights) if options.weights and options.variant in BACKBONE_OF else None
+    if weights is not None and "detector" in weights.metadata:
+        frozen = {"frozen_through": frozen_through or "c2"}
+        return build_from_detector(options, weights, categories, say, backbone=frozen, **sizes, **recipe.detector)
     if options.variant == "vgg16":
         if options.norm is not None:
             raise ValueError(f"--norm {options.norm}: VGG-16 has no norms; leave the option out")
@@ -336,14 +392,32 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str]) -> Faste
         len(categories),
         variant=options.variant,
         categories=categories,
-        min_size=recipe.min_size,
-        max_size=recipe.max_size,
-        resize_in_training=False,
+        **sizes,
         **recipe.detector,
     )
     if options.variant == "vgg16" and options.weights:
         load_vgg16(detector, options.weights)
     return detector
+
+
+def build_from_detector(
+    options: Options,
+    weights: Weights,
+    categories: dict[int, str],
+    say: Callable[[str], None],
+    *,
+    backbone: dict,
+    **detector,
+) -> FasterRCNN:
+    """The detector that --weights hold, with a new box predictor if it is of other classes."""
+    trunk, held = settle(weights, depth=options.depth, norm=options.norm), weights.metadata["detector"]
+    if options.variant != held["variant"]:
+        raise ValueError(f"--variant {options.variant}: {options.weights} hold a detector of variant {held['variant']}")
+    norm = options.norm or ("GN" if trunk["norm"] == "GN" else "FrozenBN")
+    built, new = retarget_detector(weights, categories, backbone={**backbone, "norm": norm}, **detector)
+    of = f"{held['num_classes']} classes; new, for {len(categories)} others: {', '.join(new)}"
+    say(f"weights: {options.weights} hold a detector of {of if new else 'these classes: all of it is started from'}")
+    return built
 
 
 def save_batch(images: list, targets: list[dict], folder: Path, error: NonFinite, rank: Rank) -> str:

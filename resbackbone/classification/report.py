@@ -99,7 +99,8 @@ def _summary(results: Mapping | None, why_not: str) -> Section:
 def _accuracy_over_time(log: RunLog) -> Html:
     """Top-1 and top-5, or the error beside that of the training batches."""
     if not log.evaluations:
-        return absent("Accuracy over time is not drawn: not evaluated yet (--eval-period evaluates on the way).")
+        said = "Accuracy over time is not drawn: not evaluated yet ("
+        return absent(said, tag("code", "--eval-period"), " evaluates on the way).")
     names = {"top1": "top-1", "top5": "top-5", "error": "test"}
     curves = {title: log.curve(name, evaluations=True) for name, title in names.items()}
     title = "Error, percent" if curves["test"] else "Accuracy, percent"

@@ -27,7 +27,7 @@ h3 { font-size: .95rem; margin: 1rem 0 .4rem; }
 header p, p.absent, figcaption, .tile span, .legend { color: var(--faint); }
 header p { margin: .2rem 0 .8rem; }
 p { margin: .4rem 0; max-width: 65rem; }
-p.absent { border-left: 3px solid var(--line); padding-left: .7rem; }
+p.absent { border-left: 3px solid var(--line); padding-left: .7rem; align-self: start; }
 nav { display: flex; flex-wrap: wrap; gap: .25rem 1rem; border-bottom: 1px solid var(--line); padding-bottom: .7rem; }
 a { color: var(--accent); text-decoration: none; }
 a:hover { text-decoration: underline; }
@@ -54,9 +54,15 @@ svg text { font: 11px system-ui, sans-serif; fill: var(--faint); }
   display: inline-block; width: .9em; height: .25em; border-radius: 2px; background: var(--c); vertical-align: middle;
   margin-right: .35em;
 }
+code { font-size: .9em; white-space: nowrap; }
 .box {
   overflow: auto; width: fit-content; max-width: 100%; max-height: 32rem; margin: .5rem 0;
   border: 1px solid var(--line); border-radius: .5rem;
+  background:  /* a shadow at an edge behind which there is more: the first two move with the table, and cover it */
+    linear-gradient(to left, var(--paper) 40%, transparent) right / 2.4rem 100% no-repeat local,
+    linear-gradient(to top, var(--paper) 40%, transparent) bottom / 100% 2.4rem no-repeat local,
+    linear-gradient(to left, var(--line), transparent) right / 1rem 100% no-repeat scroll,
+    linear-gradient(to top, var(--line), transparent) bottom / 100% 1rem no-repeat scroll;
 }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .7rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -64,7 +70,7 @@ tbody tr:last-child > * { border-bottom: 0; }
 th { background: var(--sheet); position: sticky; top: 0; white-space: nowrap; font-weight: 600; }
 td { overflow-wrap: break-word; }
 td:not(.number) { min-width: 6.5rem; }
-td:last-child:not(.number) { min-width: 13rem; }
+td:last-child:not(.number) { min-width: 13rem; overflow-wrap: anywhere; }
 td.number { text-align: right; white-space: nowrap; }
 th.number { text-align: right; }
 th button { all: unset; cursor: pointer; display: block; width: 100%; }
@@ -72,7 +78,8 @@ th button:focus-visible { outline: 2px solid var(--accent); }
 th button::after { content: "↕" / ""; color: var(--faint); padding-left: .4em; font-weight: 400; }
 th[aria-sort=ascending] button::after { content: "↑" / ""; color: var(--ink); }
 th[aria-sort=descending] button::after { content: "↓" / ""; color: var(--ink); }
-.bar { width: 8rem; height: .7rem; margin: .35rem 0; }
+.bar { width: clamp(3.5rem, 14vw, 8rem); height: .7rem; margin: .35rem 0; }
+td:has(.bar):not(.number) { min-width: 0; }
 .bar rect { fill: var(--s0); }
 .matrix td { text-align: center; min-width: 2.6rem; }
 .matrix td:first-child { min-width: 6.5rem; text-align: left; position: sticky; left: 0; background: var(--paper); }
@@ -90,6 +97,12 @@ th[aria-sort=descending] button::after { content: "↓" / ""; color: var(--ink);
 .thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .8rem; }
 .thumbs img { width: 100%; display: block; border-radius: .3rem; }
 .thumbs img.small { image-rendering: pixelated; }
+@media (max-width: 30rem) {
+  main { padding: 1rem .75rem 2rem; }
+  table { font-size: .85rem; }
+  th, td { padding: .3rem .45rem; }
+  td:not(.number) { min-width: 4rem; }
+}
 @media print {
   .box { max-height: none; overflow: visible; }
   nav, th button::after { display: none; }

@@ -82,6 +82,9 @@ def ticks(low: float, high: float, about: int) -> list[float]:
 
 
 def _label(value: float) -> str:
+    if 0 < abs(value) < 1e-3:  # 1.5e-4 is short, 0.00015 is not
+        power = math.floor(math.log10(abs(value)))
+        return f"{value / 10.0**power:g}e{power}"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e6 else f"{value:g}"
 
 

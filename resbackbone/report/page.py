@@ -63,9 +63,9 @@ def paragraph(*content: object) -> Html:
     return tag("p", *content)
 
 
-def absent(what: str) -> Html:
+def absent(*what: object) -> Html:
     """A sentence in place of what cannot be shown: what it is, and why."""
-    return tag("p", what, class_="absent")
+    return tag("p", *what, class_="absent")
 
 
 def short(name: object) -> str:

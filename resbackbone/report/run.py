@@ -11,13 +11,32 @@ from pathlib import Path
 import torch
 
 from resbackbone.atomic import write_atomically
-from resbackbone.report.charts import line_chart
-from resbackbone.report.page import Cell, Html, Section, absent, number, paragraph, percent, short, side_by_side, table
+from resbackbone.report.charts import bar, line_chart
+from resbackbone.report.page import (
+    Cell,
+    Html,
+    Section,
+    absent,
+    number,
+    paragraph,
+    percent,
+    short,
+    side_by_side,
+    table,
+    tag,
+)
 from resbackbone.training.command import console
 from resbackbone.training.run import read_yaml
 
 FILE = "report.html"
-PACKAGES = ("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "pycocotools", "hotcoco")
+PACKAGES = ("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
+PACKAGES += ("pycocotools", "hotcoco", "detectron2")  # where they are installed
+UPDATE = {  # its parts, as metrics.jsonl and the page call them
+    "data_seconds": "waiting for data",
+    "forward_seconds": "forward",
+    "backward_seconds": "backward",
+    "optimizer_seconds": "optimizer",
+}
 
 
 class RunLog:
@@ -81,36 +100,54 @@ def training_section(log: RunLog, *extra: Html) -> Section:
 
 
 def timing_section(log: RunLog) -> Section:
-    """Where the time went: updates, of these waiting for data, evaluations; images a second and memory."""
+    """Where the time went: the parts of the updates, and evaluations; images a second and memory."""
     spans = [line for line in log.train if all(_number(line.get(name)) for name in ("step", "seconds"))]
     before = [0, *(line["step"] for line in spans)]
     updates = [line["step"] - since for line, since in zip(spans, before, strict=False)]
-    total = sum(line["seconds"] * n for line, n in zip(spans, updates, strict=True))
-    rows, parts = [], []
+
+    def seconds_of(name: str) -> float:
+        return sum((_number(line.get(name)) or 0) * n for line, n in zip(spans, updates, strict=True))
+
+    total, evaluations = seconds_of("seconds"), [value or 0 for _, value in log.curve("seconds", evaluations=True)]
+    recorded = [name for name in UPDATE if any(name in line for line in spans)]
+    rows, spent = [], {}
     if total > 0:
-        rows += [("updates recorded", sum(updates)), ("seconds in updates", Cell(number(total), total))]
-        rows.append(("seconds an update", Cell(number(total / sum(updates)), total / sum(updates))))
-        for name in dict.fromkeys(name for line in spans for name in line if name.endswith("_seconds")):
-            share = sum((_number(line.get(name)) or 0) * n for line, n in zip(spans, updates, strict=True)) / total
-            what = "waiting for data" if name == "data_seconds" else name.removesuffix("_seconds")
-            rows.append((f"share of them {what}", Cell(f"{percent(share)}%", share)))
+        each = total / sum(updates)
+        rows += [("updates recorded", sum(updates)), ("seconds an update", Cell(number(each), each))]
         if batch := _number(log.config.get("batch_size")):
-            rows.append(("images a second", Cell(number(batch * sum(updates) / total), batch * sum(updates) / total)))
+            rows.append(("images a second", Cell(number(batch / each), batch / each)))
+        spent = {UPDATE[name]: seconds_of(name) for name in recorded}
+        spent["rest of the updates"] = max(total - sum(spent.values()), 0)
+    if evaluations:
+        rows.append(("evaluations", len(evaluations)))
+        spent["evaluations"] = sum(evaluations)
     if memory := [_number(line.get("memory_mib")) or 0 for line in log.train]:
         rows.append(("peak memory of the main process or its GPU, MiB", Cell(number(round(max(memory))), max(memory))))
-    if seconds := [value for _, value in log.curve("seconds", evaluations=True) if value is not None]:
-        rows += [("evaluations", len(seconds)), ("seconds in evaluations", Cell(number(sum(seconds)), sum(seconds)))]
-    parts.append(table(("what", "value"), rows) if rows else absent("No time has been recorded yet."))
-    if not any("forward_seconds" in line or "backward_seconds" in line for line in spans):
-        why = "an update is timed as a whole, and of it the waiting for data"
-        parts.append(absent(f"Forward and backward are not shown apart: {why}."))
+    parts = [table(("what", "value"), rows) if rows else absent("No time has been recorded yet.")]
+    if whole := sum(spent.values()):
+        shares = [
+            (
+                name,
+                Cell(f"{seconds:,.1f}", seconds),
+                Cell(percent(seconds / whole), seconds / whole),
+                bar(seconds / whole),
+            )
+            for name, seconds in spent.items()
+        ]
+        parts += [tag("h3", "Where the time went"), table(("part", "seconds", "percent", ""), shares, sortable=True)]
+    if "forward_seconds" not in recorded:
+        parts.append(absent("Forward and backward are not shown apart: they have not been recorded."))
     if len(spans) > 1:
+        in_percent = {
+            UPDATE[name]: [(line["step"], 100 * (_number(line.get(name)) or 0) / line["seconds"]) for line in spans]
+            for name in recorded
+        }
+        title = "Percent of an update" + (f": {UPDATE[recorded[0]]}" if len(recorded) == 1 else "")
         speed = {"images/s": log.curve("images_per_second")}
-        waiting = [(line["step"], 100 * (_number(line.get("data_seconds")) or 0) / line["seconds"]) for line in spans]
         parts.append(
             side_by_side(
                 line_chart("Images a second", speed, x="updates"),
-                line_chart("Waiting for data, percent of an update", {"data": waiting}, x="updates", y_range=(0, 100)),
+                line_chart(title, in_percent, x="updates", y_range=(0, 100)),
             )
         )
     return Section("Timing", parts)

@@ -12,34 +12,56 @@ from typing import TypeVar
 
 import rich.progress
 import tyro
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
 
 from resbackbone.training.errors import one_line_errors
+from resbackbone.training.help import print_help
 from resbackbone.training.run import read_yaml
 
 T = TypeVar("T")
-console = Console(highlight=False, markup=False, soft_wrap=True)  # paths and class names may hold [brackets]
+PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}  # paths and class names may hold [brackets]
+console = Console(**PLAIN)  # for warnings and results
+notes = Console(**PLAIN)  # for what --quiet leaves out: how it goes, where things are
 SECONDS_BETWEEN_LINES = 20  # of a loop that is not on a terminal
 
 
 def parse(options: type[T], argv: list[str] | None, *, default: T | None = None, description: str | None = None) -> T:
     """Options from the command line: the dataclass's defaults, over them `default` or --config FILE, then the flags.
 
-    Raises ValueError in one line for a flag that is not there or a value of another type; --help prints and exits.
+    Raises ValueError in one line for a flag that is not there or a value of another type; --help prints and exits,
+    and so does --tyro-print-completion SHELL. With --quiet, if the command has it, `notes` is silent from here on.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    description = description or options.__doc__
+    if {"-h", "--help"} & set(argv):
+        print_help(console, options, description)
+        raise SystemExit(0)
     names = {field.name for field in dataclasses.fields(options)}
     if "config" in names and (path := _value_of("--config", argv)) is not None:
         default = from_config(options, path, argv)
     wrong = io.StringIO()
     try:
         with contextlib.redirect_stderr(wrong):
-            return tyro.cli(options, args=argv, default=default, description=description or options.__doc__)
+            parsed = tyro.cli(options, prog=program(), args=argv, default=default, description=description)
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
         said = " ".join(_first_part_of_box(wrong.getvalue()).split())
-    raise ValueError(f"{said} (--help lists the options)")
+        raise ValueError(f"{said} (--help lists the options)") from None
+    be_quiet(parsed)
+    return parsed
+
+
+def program() -> str:
+    """What this command is called: train_coco for tools/train_coco.py."""
+    return Path(sys.argv[0]).stem
+
+
+def be_quiet(options) -> None:
+    """Keep `notes` to itself if these options, of a command that has --quiet, ask for it: in every process."""
+    notes.quiet = getattr(options, "quiet", False)
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
@@ -68,7 +90,7 @@ def _first_part_of_box(text: str) -> str:
     return " ".join(part)
 
 
-def track(items: Iterable, total: int, label: str, *, shown: bool = True) -> Iterator:
+def track(items: Iterable, total: int | None, label: str, *, shown: bool = True) -> Iterator:
     """The items, with a progress bar on a terminal, or a line now and then in a log."""
     with Progress(label, total, shown=shown) as progress:
         for done, item in enumerate(items, 1):
@@ -77,41 +99,58 @@ def track(items: Iterable, total: int, label: str, *, shown: bool = True) -> Ite
 
 
 class Progress:
-    """A bar on a terminal; in a log a line every 20 seconds, or whenever it is given a `line`."""
+    """A bar on a terminal; in a log a line every 20 seconds, or whenever it is given a `line`.
 
-    def __init__(self, label: str, total: int, *, start: int = 0, shown: bool = True):
-        self.label, self.total, self.start, self.shown = label, total, start, shown
-        self.on_terminal = shown and console.is_terminal
+    `total` is None where nobody knows it.
+    """
+
+    def __init__(self, label: str, total: int | None, *, start: int = 0, shown: bool = True):
+        self.label, self.total, self.start, self.shown = label, total, start, shown and not notes.quiet
+        self.on_terminal = self.shown and notes.is_terminal
         self.began = self.said = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if self.on_terminal:
             self.bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(),
+                rich.progress.BarColumn(bar_width=20),
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TimeElapsedColumn(),
                 rich.progress.TextColumn("left"),
                 rich.progress.TimeRemainingColumn(),
-                rich.progress.TextColumn("{task.fields[note]}"),
-                console=console,
+                console=notes,
             )
-            self.task = self.bar.add_task(self.label, total=self.total, completed=self.start, note="")
-            self.bar.start()
+            self.note = Text(no_wrap=False)  # on a line of its own: beside the bar it would squeeze it
+            self.live = Live(Group(self.bar, self.note), console=notes, refresh_per_second=5)
+            self.task = self.bar.add_task(self.label, total=self.total, completed=self.start)
+            self.live.start()
         return self
 
     def __exit__(self, *_) -> None:
         if self.on_terminal:
-            self.bar.stop()
+            self.live.stop()
 
     def update(self, done: int, note: str | None = None) -> None:
         """`done` of the total are; `note` says how it goes, and makes a line of a log."""
         if self.on_terminal:
-            self.bar.update(self.task, completed=done, **({} if note is None else {"note": note}))
+            self.bar.update(self.task, completed=done)
+            if note is not None:
+                self.note.plain = note
         elif self.shown and (note is not None or time.monotonic() - self.said > SECONDS_BETWEEN_LINES):
             self.said = time.monotonic()
-            left = (self.said - self.began) / max(done - self.start, 1) * (self.total - done)
-            console.print(f"{self.label} {done}/{self.total}, {left:.0f} s left{'' if note is None else ', ' + note}")
+            of = ""
+            if self.total is not None:
+                left = (self.said - self.began) / max(done - self.start, 1) * (self.total - done)
+                of = f"/{self.total}, {duration(left)} left"
+            notes.print(f"{self.label} {done}{of}{'' if note is None else ', ' + note}")
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 8 s, 3:20 min, 5:07 h."""
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{left} s"
+    return f"{minutes}:{left:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
 def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) -> T:
@@ -147,4 +186,6 @@ def refuse_command(name: str, value, path: str | Path) -> None:
 
 def to_config(options) -> dict:
     """The options as YAML holds them."""
-    return {name: str(v) if isinstance(v, Path) else v for name, v in dataclasses.asdict(options).items()}
+    values = dataclasses.asdict(options)
+    values.pop("quiet", None)  # of this call, not of the run
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}

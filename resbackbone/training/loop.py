@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resbackbone.atomic import write_atomically
-from resbackbone.training.command import Progress, console
+from resbackbone.training.command import Progress, console, notes
 from resbackbone.training.distributed import Rank, broadcast, gather
 from resbackbone.training.run import Run
 from resbackbone.training.schedule import Schedule
@@ -44,7 +44,7 @@ def train(
     run: Run,
     periods: Periods,
     checkpoint: Callable[[], None],
-    evaluate: Callable[[], None],
+    evaluate: Callable[[], str],
     bad_batch: Callable[[Any, NonFinite], str],
     parts_of: Callable[[Any], Sequence[Any]] = lambda batch: [batch],
     after_update: Callable[[Any], Mapping[str, float] | None] = lambda batch: None,
@@ -54,28 +54,35 @@ def train(
     losses_of: a batch, or a part of one, to its loss terms, under bf16 autocast if asked for.
     parts_of: the parts of a batch whose gradients are accumulated, all of the same size (default: the whole).
     images_per_update: over all ranks, for the images a second that are recorded.
-    checkpoint, evaluate: called at their periods; a checkpoint also at the end.
+    checkpoint, evaluate: called at their periods; a checkpoint also at the end. An evaluation gives its result in a few
+        words, which the lines about the updates that follow have too.
     after_update: called with every batch; numbers that it returns, the same ones each time, are metrics too.
     bad_batch: for a batch with a loss that is not finite, on the rank that has it: keeps what is wanted of it and
         returns a clause that names it.
 
     Everything random in a step follows from `seed`, the step and the rank, so that a resumed run draws alike. Metrics
-    are the mean loss terms, seconds an update and of these the seconds spent waiting for data, memory and images a
-    second. Raises ValueError, on every rank and before any weight has changed, for a loss or gradient that is not
-    finite. After SIGTERM on any rank all stop behind the same update, with a checkpoint, by raising Terminated.
+    are the mean loss terms, seconds an update and of these the seconds spent waiting for data, in forward, backward
+    and optimizer, memory and images a second. Raises ValueError, on every rank and before any weight has changed, for
+    a loss or gradient that is not finite. After SIGTERM on any rank all stop behind the same update, with a
+    checkpoint, by raising Terminated.
     """
 
+    result = None
+
     def evaluate_if_due() -> None:
+        nonlocal result
         if not periods.evaluation or state.step % periods.evaluation or state.step in (0, steps):
             return
         try:
             with termination.deferred(False):
-                evaluate()
+                result = evaluate()
         except Terminated:
             checkpoint()
             termination.saved = True
             _say_terminated(state, rank)
             termination.stop()
+        if rank.is_main:
+            notes.print(f"step {state.step}: {result}")
 
     with Progress("train", steps, start=state.step, shown=rank.is_main) as progress, termination.deferred():
         if not broadcast(run.evaluated, rank):  # killed in the middle of it
@@ -106,10 +113,11 @@ def train(
             recent.append({**values, **seconds})
             began = now
             if state.step % periods.log == 0 or state.step == steps:
-                record = {**mean_of(recent), "lr": rate, **memory(rank.device)}
+                parts = state.stopwatch.take(len(recent))
+                record = {**mean_of(recent), **parts, "lr": rate, **memory(rank.device)}
                 record["images_per_second"] = images_per_update / record["seconds"]
                 run.record(state.step, record)
-                progress.update(state.step, describe(record))
+                progress.update(state.step, describe(record, result))
                 recent = []
             else:
                 progress.update(state.step)
@@ -145,10 +153,11 @@ def memory(device: torch.device) -> dict[str, float]:
     return {"memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}  # macOS counts bytes
 
 
-def describe(record: Mapping[str, float]) -> str:
-    """One line on a stretch of updates."""
+def describe(record: Mapping[str, float], result: str | None = None) -> str:
+    """One line on a stretch of updates, and what the last evaluation gave, if there has been one."""
     parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in record.items() if "loss_" in name)
     return (
         f"loss {record['loss']:.3f}{f' ({parts})' if parts else ''}, lr {record['lr']:.2g}, "
-        f"{record['images_per_second']:.1f} images/s, data {100 * record['data_seconds'] / record['seconds']:.0f}%"
+        f"{record['images_per_second']:.1f} images/s, data {100 * record['data_seconds'] / record['seconds']:.0f}%, "
+        f"{record['memory_mib']:,.0f} MiB{f', {result}' if result else ''}"
     )

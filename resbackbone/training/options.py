@@ -41,6 +41,8 @@ class RunOptions:
     """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
     config: Path | None = None
     """YAML file with options, such as another run's config.yaml; flags override it."""
+    quiet: bool = False
+    """Print warnings, errors and the result alone."""
 
 
 def check_counts(options, *, least: int, names: Collection[str]) -> None:
@@ -96,7 +98,7 @@ def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Co
         return dataclasses.replace(options, output=folder, resume=True)
     saved = from_config(type(options), folder / "config.yaml", sys.argv[1:] if argv is None else argv)
     options = parse(type(options), argv, default=saved)
-    for name in sorted({field.name for field in dataclasses.fields(options)} - set(may_differ)):
+    for name in sorted({field.name for field in dataclasses.fields(options)} - {*may_differ, "quiet"}):
         if (asked := getattr(options, name)) != (had := getattr(saved, name)):
             raise ValueError(
                 f"--{name.replace('_', '-')} {asked}: the run in {folder} was made with {had}; leave the option out to "

@@ -10,6 +10,12 @@ import yaml
 from resbackbone.atomic import remove_unfinished, write_atomically
 from resbackbone.training.checkpoints import save_checkpoint
 from resbackbone.training.lock import hold, let_go
+from resbackbone.training.state import TrainState
+
+CLOCK = frozenset(  # metrics that depend on the clock and the machine: no two runs share them
+    ("seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
+    + ("images_per_second", "memory_mib")
+)
 
 
 class Run:
@@ -48,12 +54,17 @@ class Run:
         except OSError as error:
             raise ValueError(f"metrics of step {step}: cannot be written to {self.folder} ({error.strerror})") from None
 
-    def save(self, step: int, write: Callable[[Path], None], *, nbytes: int) -> None:
-        """Let `write` fill the checkpoint of `step`, about `nbytes` long (see `save_checkpoint`)."""
+    def save(self, state: TrainState, write_model: Callable[[Path], None]) -> None:
+        """The checkpoint of the step that `state` is at: what `write_model` puts into its folder, and the state."""
         if not self.writes:
             return
+
+        def write(folder: Path) -> None:
+            write_model(folder)
+            state.save(folder)
+
         os.fsync(self._metrics.fileno())
-        save_checkpoint(self.folder, step, write, nbytes=nbytes)
+        save_checkpoint(self.folder, state.step, write, nbytes=state.nbytes)
 
     def close(self) -> None:
         if self._events is not None:

@@ -28,6 +28,12 @@ class Schedule:
             return rate * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
         return rate * 0.1 ** sum(step >= milestone for milestone in self.milestones)
 
+    def stretched(self, factor: float) -> "Schedule":
+        """The schedule `factor` times as long, if that is more than once, behind the same warm-up."""
+        factor = max(factor, 1)
+        milestones = tuple(round(milestone * factor) for milestone in self.milestones)
+        return replace(self, steps=round(self.steps * factor), milestones=milestones)
+
     def for_batch(self, batch_size: int, stated_for: int, *, scale_rate: bool = True) -> "Schedule":
         """The schedule for another batch size: rate times k, steps by k, k = batch_size / stated_for.
 

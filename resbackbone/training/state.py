@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from resbackbone.training.distributed import Rank, any_rank
+from resbackbone.training.stopwatch import Stopwatch
 
 
 class NonFinite(ValueError):
@@ -27,7 +28,8 @@ class TrainState:
     """`model` as it trains (wrapped or not), its `optimizer`, and the number of updates done.
 
     After an update, `gradient_norm` is the length of its gradient before clipping, and `stopping` whether any rank
-    wished to stop.
+    wished to stop. `stopwatch` has the seconds of the updates' forward, backward and optimizer, which is all that
+    follows on a backward: checks, clipping and the step.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class TrainState:
     ):
         self.model, self.optimizer, self.rank, self.clip_grad = model, optimizer, rank, clip_grad
         self.step, self.gradient_norm, self.stopping = 0, 0.0, False
+        self.stopwatch = Stopwatch(rank.device)
 
     def update(
         self,
@@ -50,13 +53,17 @@ class TrainState:
         rank's wish to stop after the update. Raises NonFinite on every rank, before any weight has changed, if a
         loss term or the gradient is not finite on any.
         """
+        self.stopwatch.start()
         self.optimizer.zero_grad(set_to_none=True)
         terms: list[dict[str, Tensor]] = []
         for i, part in enumerate(parts):
             with self._exchanging(i == len(parts) - 1):
                 losses = losses_of(part)
                 terms.append({name: loss.detach().float() for name, loss in losses.items()})
-                (sum(losses.values()) / len(parts)).backward()
+                total = sum(losses.values()) / len(parts)
+                self.stopwatch.lap("forward")
+                total.backward()
+                self.stopwatch.lap("backward")
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
         values = self._checked(terms, norm, stop)
@@ -65,6 +72,7 @@ class TrainState:
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.optimizer.step()
+        self.stopwatch.lap("optimizer")
         self.step += 1
         return mean_of(values)
 

@@ -7,6 +7,7 @@ of this file stand for it. They check what the file passes to them, and allocate
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class Refused(ValueError):
     """A reason that reads well after `weights 'PATH': `."""
 
 
-def shown(value: object) -> str:
+def shown(value: Any) -> str:
     """What a file has, short and on one line of a message; a container as its kind, for it may never end."""
     if type(value) not in (str, bytes, int, float, bool, type(None)):
         return kind_of(value)
@@ -28,7 +29,7 @@ def shown(value: object) -> str:
     return short if len(text) <= 120 else f"{short}..."
 
 
-def kind_of(value: object) -> str:
+def kind_of(value: Any) -> str:
     return value.name if type(value) is Global else type(value).__name__
 
 
@@ -51,7 +52,7 @@ class StorageType:
 class Storage:
     """`nbytes` bytes from byte `start` of the tensor data called `key`, as elements of `dtype`."""
 
-    key: object
+    key: Any
     dtype: torch.dtype
     start: int
     nbytes: int
@@ -107,7 +108,7 @@ def bytes_tensor(data: bytearray) -> Tensor:
 # --- Checks
 
 
-def checked_key(key: object) -> object:
+def checked_key(key: Any) -> object:
     """`key` if a dict may have it. Hashing nested tuples could take forever, and large ints can all have one hash."""
     if type(key) not in (str, bytes, int, float, bool, type(None)):
         raise Refused(f"a key or set member of type {kind_of(key)}; strings and numbers are read")
@@ -118,13 +119,13 @@ def checked_key(key: object) -> object:
     return key
 
 
-def put(target: dict, key: object, value: object) -> None:
+def put(target: dict, key: Any, value: Any) -> None:
     if checked_key(key) in target:
         raise Refused(f"the key {shown(key)!r} is there twice")
     target[key] = value
 
 
-def add(target: set, items: object) -> None:
+def add(target: set, items: Any) -> None:
     """A set that names its members once has as many as a file has of them, and cannot be much work to make."""
     if type(items) not in (list, tuple):
         raise Refused(f"a set of the members of {kind_of(items)}")
@@ -134,7 +135,7 @@ def add(target: set, items: object) -> None:
         target.add(item)
 
 
-def lengths(values: object, what: str) -> tuple[int, ...]:
+def lengths(values: Any, what: str) -> tuple[int, ...]:
     if type(values) in (tuple, list) and len(values) > MAX_DIMS:
         raise Refused(f"a tensor of {len(values)} dimensions; up to {MAX_DIMS} are read")
     if type(values) not in (tuple, list) or any(type(n) is not int or not 0 <= n < 2**63 for n in values):
@@ -151,18 +152,18 @@ def _numel(size: tuple[int, ...]) -> int:
 # --- Each of these stands for the function or class of that name in ADMITTED, and takes what a file passes to it
 
 
-def _dict(items: object = ()) -> dict:
+def _dict(items: Any = ()) -> dict:
     made: dict = {}
     for key, value in items.items() if type(items) is dict else items:  # Python 2 passes an OrderedDict's pairs
         put(made, key, value)
     return made
 
 
-def _default_dict(factory: object = None) -> dict:
+def _default_dict(factory: Any = None) -> dict:
     return {}
 
 
-def _set(items: object = ()) -> set:
+def _set(items: Any = ()) -> set:
     made: set = set()
     add(made, items)
     return made
@@ -172,26 +173,26 @@ def _no_bytes() -> bytes:  # protocols 0 to 2 have no other way to say it
     return b""
 
 
-def _bytearray(data: object = b"", encoding: str = "latin1") -> bytearray:
+def _bytearray(data: Any = b"", encoding: str = "latin1") -> bytearray:
     return bytearray(data if type(data) is bytes else _encode(data, encoding))
 
 
-def _encode(text: object, encoding: object = "latin1") -> bytes:
+def _encode(text: Any, encoding: Any = "latin1") -> bytes:
     if type(text) is not str or encoding not in ("latin1", "latin-1"):
         raise Refused(f"encodes {kind_of(text)} as {shown(encoding)}; bytes are written as latin1")
     return text.encode("latin1")
 
 
-def _size(size: object = ()) -> tuple[int, ...]:
+def _size(size: Any = ()) -> tuple[int, ...]:
     return lengths(size, "size")
 
 
-def _device(kind: object, index: int | None = None) -> torch.device:
+def _device(kind: Any, index: int | None = None) -> torch.device:
     kind = _string(kind)
     return torch.device(kind) if index is None else torch.device(kind, index)
 
 
-def _string(text: object) -> str:
+def _string(text: Any) -> str:
     if type(text) is not str:
         raise Refused(f"a version or device that is of type {kind_of(text)}, not a string")
     return text
@@ -223,13 +224,13 @@ def _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtyp
     return StorageView(storage, dtype, offset, size, stride)
 
 
-def _rebuild_parameter(data: object, requires_grad: object, hooks: object, state: object = None) -> StorageView:
+def _rebuild_parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> StorageView:
     if type(data) is not StorageView:
         raise Refused(f"a parameter that is of type {kind_of(data)}, not a tensor")
     return data
 
 
-def _rebuild_from_type(function: object, kind: object, arguments: object, state: object) -> StorageView:
+def _rebuild_from_type(function: Any, kind: Any, arguments: Any, state: Any) -> StorageView:
     """A tensor with attributes set by somebody, which are left out."""
     if getattr(function, "make", None) not in (_rebuild_tensor, _rebuild_tensor_v3):
         raise Refused(f"a tensor that is made by {kind_of(function)}")
@@ -238,23 +239,23 @@ def _rebuild_from_type(function: object, kind: object, arguments: object, state:
     return function.make(*arguments)
 
 
-def _dtype(code: object, align: object = False, copy: object = True) -> NumpyDtype:
+def _dtype(code: Any, align: Any = False, copy: Any = True) -> NumpyDtype:
     if type(code) is not str or code not in NUMPY_DTYPES:
         raise Refused(f"an array of dtype {shown(code)!r}; numpy dtypes {', '.join(NUMPY_DTYPES)} are read")
     return NumpyDtype(NUMPY_DTYPES[code])
 
 
-def _reconstruct(kind: object, shape: object, code: object) -> Array:
+def _reconstruct(kind: Any, shape: Any, code: Any) -> Array:
     if type(kind) is not Global or kind.name != "numpy.ndarray":
         raise Refused(f"an array that is of type {kind_of(kind)}, not numpy.ndarray")
     return Array()
 
 
-def _scalar(dtype: object, data: object) -> int | float | bool:
+def _scalar(dtype: Any, data: Any) -> int | float | bool:
     return array_of(data, dtype, ()).tensor().item()
 
 
-def _frombuffer(data: object, dtype: object, shape: object, order: object, axes: object = None) -> Array:
+def _frombuffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any = None) -> Array:
     if order not in ("C", "F", "K"):
         raise Refused(f"an array of order {shown(order)}")
     array = array_of(data, dtype, shape, order == "F")
@@ -263,7 +264,7 @@ def _frombuffer(data: object, dtype: object, shape: object, order: object, axes:
     return array
 
 
-def array_of(data: object, dtype: object, shape: object, fortran: object = False) -> Array:
+def array_of(data: Any, dtype: Any, shape: Any, fortran: Any = False) -> Array:
     data = _encode(data) if type(data) is str else data  # Python 2 wrote the bytes as a string
     if type(data) not in (bytes, bytearray) or type(dtype) is not NumpyDtype:
         raise Refused(f"an array of {kind_of(data)} and {kind_of(dtype)} instead of bytes and a numpy dtype")
@@ -277,7 +278,7 @@ def array_of(data: object, dtype: object, shape: object, fortran: object = False
 # --- The table
 
 
-def _rows(modules: str, names: str, value: object) -> dict[tuple[str, str], object]:
+def _rows(modules: str, names: str, value: Any) -> dict[tuple[str, str], Any]:
     """`value` (of a function: a call of it) under each of the names in each of the modules."""
     pairs = [(module, name) for module in modules.split() for name in names.split()]
     called = callable(value) or value is None
@@ -296,7 +297,7 @@ STORAGES = {
 }  # fmt: skip
 DTYPES = (*STORAGES.values(), torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2)
 
-ADMITTED: dict[tuple[str, str], object] = {
+ADMITTED: dict[tuple[str, str], Any] = {
     **_rows("collections", "OrderedDict Counter", _dict),
     **_rows("collections", "defaultdict", _default_dict),
     **_rows("__builtin__ builtins", "dict list int float", None),  # what a defaultdict would make

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -17,7 +18,7 @@ NAME_LIMIT = 1024  # characters
 NOTES = "resbackbone"  # the entry of a foreign format's file under which our metadata stand, as JSON
 
 
-def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write a safetensors file, whole or not at all. Metadata values are kept as JSON; the input is added to them.
 
     What files of this package say, each where it is known: "backbone" (the arguments of `build_resnet_backbone`:
@@ -31,7 +32,7 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata
     write_atomically(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a safetensors file, and the metadata that this package wrote, if it did.
 
     ValueError for a file that is not whole, repeats a name, or was made for another input than ours.
@@ -61,7 +62,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, object]]:
     return state, metadata
 
 
-def read_notes(text: str) -> dict[str, object]:
+def read_notes(text: str) -> dict[str, Any]:
     """Our metadata as they stand in a file of a foreign format; ValueError if they are not what we write."""
     try:
         notes = json.loads(text)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ def backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return part or dict(state)
 
 
-def architecture_of(state: Mapping[str, Tensor]) -> dict[str, object]:
+def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What names and shapes tell of a trunk, in the words of `build_resnet_backbone`.
 
     Of depth, shortcut, groups, width_per_group, in_channels and norm those that they tell: a depth that is none of
@@ -28,7 +29,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, object]:
     shapes = {key.removeprefix("body."): tuple(tensor.shape) for key, tensor in state.items()}
     counts = tuple(len({j for stage, j in blocks if stage == i}) for i in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in shapes
-    told: dict[str, object] = {}
+    told: dict[str, Any] = {}
     built = counts[: counts.index(0)] if 0 in counts else counts
     depths = [  # that a trunk which ends early may have
         depth
@@ -49,7 +50,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, object]:
     return told
 
 
-def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, object]:
+def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """What names and shapes tell of a pyramid, in the words of `build_resnet_backbone`; nothing if there is none.
 
     Levels, fpn_channels, fpn_norm ("FrozenBN" for any batch norm) and p6_from. A p6 that is subsampled p5 has no
@@ -86,7 +87,7 @@ DEFAULTS = {  # of what makes a trunk; the depth has none
 ARCHITECTURE = ("depth", *DEFAULTS)
 
 
-def settle(weights: Weights | None, **asked: object) -> dict[str, object]:
+def settle(weights: Weights | None, **asked: object) -> dict[str, Any]:
     """The ARCHITECTURE of a network for `weights`: what is asked, else what they say, else what is assumed of them.
 
     Without weights it is what is asked, else DEFAULTS; the depth has to be asked then. An argument of None is not

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from resbackbone.weights.inputs import BGR_255, INPUT
 from resbackbone.weights.names import by_leaf
@@ -72,7 +72,7 @@ class Format:
     background_last: bool = False  # of the classes; ours is first
     sizes_first: bool = False  # anchors of several sizes: all ratios of the first size, then of the next
     counts_batches: bool = True  # its batch norms have num_batches_tracked
-    assumed: Mapping[str, object] = field(default_factory=lambda: {"input": INPUT, "stride_in_1x1": False})
+    assumed: Mapping[str, Any] = field(default_factory=lambda: {"input": INPUT, "stride_in_1x1": False})
 
 
 TORCHVISION = Format(

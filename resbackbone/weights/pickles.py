@@ -9,7 +9,7 @@ import os
 import struct
 import sys
 import zipfile
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def _read_zip(file: BinaryIO, size: int) -> object:
             if order != sys.byteorder.encode():
                 raise Refused(f"of byte order {shown(order)}, and this machine's is {sys.byteorder}")
 
-        def storage(key: object, dtype: torch.dtype, count: int) -> Storage:
+        def storage(key: Any, dtype: torch.dtype, count: int) -> Storage:
             if type(key) is not str or f"{root}/data/{key}" not in records:
                 raise Refused(f"tensor data {shown(key)!r} is missing")
             nbytes = records[f"{root}/data/{key}"].file_size
@@ -139,7 +139,7 @@ def _read_legacy(source: "Source") -> object:
         raise Refused("written on a machine of another byte order")
     announced: dict[object, Storage] = {}
 
-    def storage(key: object, dtype: torch.dtype, count: int, view: object = None) -> Storage:
+    def storage(key: Any, dtype: torch.dtype, count: int, view: Any = None) -> Storage:
         whole = Storage(key, dtype, 0, count * dtype.itemsize)
         known = announced.setdefault(checked_key(key), whole)
         if (known.dtype, known.nbytes) != (dtype, whole.nbytes):

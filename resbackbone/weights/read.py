@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -37,10 +38,10 @@ class Weights:
     """
 
     state: dict[str, Tensor]
-    metadata: dict[str, object]
+    metadata: dict[str, Any]
     source: str
     is_file: bool = True
-    assumed: dict[str, object] = field(default_factory=dict)
+    assumed: dict[str, Any] = field(default_factory=dict)
     format: str | None = None
     unknown: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
@@ -155,7 +156,7 @@ def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, 
     return content, at
 
 
-def _notes_in(content: object) -> dict[str, object]:
+def _notes_in(content: object) -> dict[str, Any]:
     """What a checkpoint says beside its tensors: this package's notes, detectron2's author, mmdetection's config."""
     if not isinstance(content, dict):
         return {}
@@ -168,7 +169,7 @@ def _notes_in(content: object) -> dict[str, object]:
     config = next((text for text in texts if "backbone" in text), "")
     style, to_rgb = re.search(r"style='(caffe|pytorch)'", config), re.search(r"to_rgb=(True|False)", config)
     mean, std = (re.search(rf"\b{name}=\[([\d., ]+)\]", config) for name in ("mean", "std"))
-    notes: dict[str, object] = {}
+    notes: dict[str, Any] = {}
     relu = re.search(r"relu_before_extra_convs=(True|False)", config)
     told = {"stride_in_1x1": style and style[1] == "caffe", "relu_before_p7": relu and relu[1] == "True"}
     if told := {name: value for name, value in told.items() if value is not None}:
@@ -232,7 +233,7 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
     return replace(weights, state=state, metadata=metadata, assumed=assumed)
 
 
-def _usual(format: str, state: Mapping[str, Tensor]) -> dict[str, object]:
+def _usual(format: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The input and the stride of published networks with these names.
 
     Of Detectron's, those with groups or group norm stride in the 3x3 (FAIR's X-101-32x8d.pkl and R-50-GN.pkl, and what

@@ -1,6 +1,7 @@
 """From what a pickle describes to tensors and plain containers, once it is known to fit the file."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,15 +15,15 @@ MAX_DEPTH = 64  # containers within containers
 class Plain:
     """Converts what a machine has made. `load` gives the bytes of tensor data as a tensor [nbytes] of uint8."""
 
-    def __init__(self, size: int, load: Callable[[object], Tensor] | None = None):
+    def __init__(self, size: int, load: Callable[[Any], Tensor] | None = None):
         self.limit, self.load = EXPANSION * size + SLACK, load
         self.storages: dict[object, Tensor] = {}
         self.done: dict[int, tuple[object, int, int]] = {}
 
-    def convert(self, value: object) -> object:
+    def convert(self, value: Any) -> object:
         return self._visit(value, MAX_DEPTH)[0]
 
-    def _visit(self, value: object, levels: int) -> tuple[object, int, int]:
+    def _visit(self, value: Any, levels: int) -> tuple[object, int, int]:
         """The plain value; how many bytes and items it has, written out; and how many levels of containers."""
         kind = type(value)
         if kind in (str, bytes, bytearray):
@@ -40,7 +41,7 @@ class Plain:
             raise Refused(f"it is nested more than {MAX_DEPTH} levels deep")
         return plain, cost, height
 
-    def _compute(self, value: object, levels: int) -> tuple[object, int, int]:
+    def _compute(self, value: Any, levels: int) -> tuple[object, int, int]:
         kind = type(value)
         if kind in (Array, StorageView):
             tensor = value.tensor() if kind is Array else self._tensor(value)
@@ -52,7 +53,7 @@ class Plain:
         if kind in (dict, Namespace):
             items = value if kind is dict else value.fields
             parts = [self._visit(item, levels - 1) for item in items.values()]
-            plain: object = {key: part[0] for key, part in zip(items, parts, strict=True)}
+            plain: Any = {key: part[0] for key, part in zip(items, parts, strict=True)}
         elif kind in (list, tuple):
             parts = [self._visit(item, levels - 1) for item in value]
             plain = kind(part[0] for part in parts)

@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urldefrag, urlsplit
 from urllib.request import getproxies
 
@@ -58,7 +58,7 @@ class Located(NamedTuple):
     """
 
     path: Path
-    stated: dict[str, object]
+    stated: dict[str, Any]
 
 
 def is_named(source: str) -> bool:
@@ -160,7 +160,7 @@ def _refuse_anti_aliased(architecture: object) -> None:
         raise ValueError(f"timm's {architecture} blurs its maps before it subsamples them, which no network here does")
 
 
-def _stated_by_timm(config: Mapping) -> dict[str, object]:
+def _stated_by_timm(config: Mapping) -> dict[str, Any]:
     """What a pretrained_cfg says: timm's own registry's, or the one in a config.json."""
     stated = {"backbone": dict(STRIDE_IN_3X3), **_input(config.get("mean"), config.get("std"))}
     if isinstance(config.get("license"), str):
@@ -197,7 +197,7 @@ def _hugging_face(name: str) -> Located:
     return Located(_hub_weights(repository, revision, [file] if file else HUB_FILES), stated)
 
 
-def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str, object]:
+def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str, Any]:
     stated = {"backbone": {**STRIDE_IN_3X3, "stride_in_1x1": config.get("downsample_in_bottleneck") is True}}
     if preprocessor.get("do_normalize", True):
         stated |= _input(preprocessor.get("image_mean"), preprocessor.get("image_std"))
@@ -273,12 +273,12 @@ def _hub_file_beside(repository: str, revision: str | None, file: str) -> Path |
         return None
 
 
-def _hub_json(repository: str, revision: str | None, file: str) -> dict[str, object]:
+def _hub_json(repository: str, revision: str | None, file: str) -> dict[str, Any]:
     path = _hub_file_beside(repository, revision, file)
     return {} if path is None else _json(path)
 
 
-def _json(path: Path) -> dict[str, object]:
+def _json(path: Path) -> dict[str, Any]:
     """A JSON object of a sane size; empty if the file is not there."""
     file = path.name
     if not path.is_file():
@@ -331,7 +331,7 @@ def _detectron2(name: str) -> Located:
     return Located(path, stated)
 
 
-def _stated_by_detectron2(path: str) -> dict[str, object]:
+def _stated_by_detectron2(path: str) -> dict[str, Any]:
     """The input and the stride that detectron2's configs set for a file (its configs/ and config/defaults.py)."""
     if path.startswith("ImageNetPretrained/torchvision/"):  # its tools/convert-torchvision-to-d2.py
         return {"backbone": dict(STRIDE_IN_3X3), "input": dict(RGB_255)}
@@ -390,7 +390,7 @@ def published_sha256(file: str) -> str | None:
     return match[1]
 
 
-def _input(mean: object, std: object) -> dict[str, object]:
+def _input(mean: object, std: object) -> dict[str, Any]:
     """{"input": RGB of 0..1 with these}, or nothing if they are not three numbers each."""
     for values in (mean, std):
         if not isinstance(values, list | tuple) or len(values) != 3:

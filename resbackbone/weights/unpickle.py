@@ -4,7 +4,7 @@ import codecs
 import pickletools
 import sys
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from resbackbone.weights.admitted import (
     ADMITTED,
@@ -154,7 +154,7 @@ class Machine:
             raise Refused(f"it fills {kind_of(self.stack[-1])} as if it were a {kind.__name__}")
         return self.stack[-1]
 
-    def _call(self, called: object, arguments: object) -> object:
+    def _call(self, called: Any, arguments: Any) -> object:
         if type(called) is not Global or called.make is None:
             raise Refused(f"it would call {kind_of(called)}, which no weight file needs")
         if type(arguments) is not tuple:
@@ -163,7 +163,7 @@ class Machine:
         self._count(made)
         return made
 
-    def _set_state(self, target: object, state: object) -> None:
+    def _set_state(self, target: Any, state: Any) -> None:
         if type(target) is NumpyDtype and type(state) is tuple and len(state) >= 5 and state[1] in ("<", ">", "|", "="):
             if any(part is not None for part in state[2:5]):
                 raise Refused("an array of records, and weights are plain arrays")
@@ -179,7 +179,7 @@ class Machine:
         elif type(target) is not dict:  # an OrderedDict's attributes, as state dicts have them, are left out
             raise Refused(f"it would set attributes of {kind_of(target)}, which no weight file needs")
 
-    def _find_storage(self, key: object) -> Storage:
+    def _find_storage(self, key: Any) -> Storage:
         if self.storage is None or type(key) is not tuple or len(key) not in (5, 6) or key[0] != "storage":
             raise Refused("it refers to data outside of it that is no tensor's")
         _, kind, name, _device_there, count, *view = key
@@ -187,7 +187,7 @@ class Machine:
             raise Refused(f"tensor data of type {kind_of(kind)}")
         return self.storage(name, kind.dtype, *lengths([count], "storage size"), *view)
 
-    def _count(self, made: object) -> None:
+    def _count(self, made: Any) -> None:
         """Calls are short and can copy much: all they make is held against the size of the file."""
         if type(made) in (Array, bytes, bytearray):
             self.unpacked += len((made.data or b"") if type(made) is Array else made)
@@ -197,7 +197,7 @@ class Machine:
             raise Refused("it unpacks to many times its size, which no weight file needs")
 
 
-def _look_up(module: object, name: object) -> object:
+def _look_up(module: Any, name: Any) -> object:
     if type(module) is not str or type(name) is not str:
         raise Refused("it refers to a name that is no string")
     if (module, name) not in ADMITTED:

@@ -7,6 +7,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -69,7 +70,7 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         write_atomically(path, _packed(path, state, format, notes))
 
 
-def architecture_name(trunk: Mapping[str, object]) -> str:
+def architecture_name(trunk: Mapping[str, Any]) -> str:
     """torchvision's name for a trunk: resnet50, resnext101_32x8d, wide_resnet50_2, plain34."""
     depth, groups, width = trunk["depth"], trunk["groups"], trunk["width_per_group"]
     if groups > 1:
@@ -105,7 +106,7 @@ def _comparable(weights: Weights) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def _check_network(trunk: Mapping[str, object], format: str) -> None:
+def _check_network(trunk: Mapping[str, Any], format: str) -> None:
     if trunk["shortcut"] != "B":
         raise ValueError(f"shortcut={trunk['shortcut']!r}: {format} has no such network, only the one of shortcut B")
     if trunk["stride_in_1x1"] and trunk["depth"] >= 50 and format in STRIDING_IN_3X3:
@@ -130,7 +131,7 @@ def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> by
     if path.suffix not in (".pth", ".pt", ".bin"):
         kinds = ".safetensors, .pth, .pt, .bin" + (", .pkl" if format in ("detectron2", "msra") else "")
         raise ValueError(f"{path}: unknown suffix {path.suffix!r} for {format}; choose from {kinds}")
-    content: dict[str, object] = dict(state)  # torchvision and timm load a bare state dict
+    content: dict[str, Any] = dict(state)  # torchvision and timm load a bare state dict
     if format == "detectron2":
         content = {"model": state, "__author__": OURS, "matching_heuristics": True, NOTES: notes}
     elif format == "mmdetection":
@@ -143,12 +144,12 @@ def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> by
 
 
 def _write_transformers_folder(
-    path: Path, state: dict[str, Tensor], trunk: Mapping[str, object], metadata: Mapping[str, object], notes: str
+    path: Path, state: dict[str, Tensor], trunk: Mapping[str, Any], metadata: Mapping[str, Any], notes: str
 ) -> None:
     if path.suffix:
         raise ValueError(f"{path}: transformers reads a folder; give a name without a suffix")
     block, counts = DEPTHS[trunk["depth"]]
-    config: dict[str, object] = {
+    config: dict[str, Any] = {
         "model_type": "resnet",
         "architectures": ["ResNetForImageClassification" if "classifier.1.weight" in state else "ResNetModel"],
         "num_channels": trunk["in_channels"],

@@ -1,7 +1,7 @@
 """What there is to start from: every named source with depth, published accuracy and licence."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # The trunks this package builds, by torchvision's and timm's name, and their depths.
 ARCHITECTURES = {
@@ -153,7 +153,7 @@ def list_sources() -> list[Source]:
     return [*_torchvision(), *_timm(), *_hugging_face(), *_detectron2()]
 
 
-def torchvision_accuracy(weights) -> list[dict[str, object]]:
+def torchvision_accuracy(weights) -> list[dict[str, Any]]:
     """What torchvision states in the metadata of `weights`, a member of one of its enums."""
     import torchvision
 
@@ -168,12 +168,12 @@ def torchvision_accuracy(weights) -> list[dict[str, object]]:
     ]
 
 
-def timm_accuracy(name: str) -> list[dict[str, object]]:
+def timm_accuracy(name: str) -> list[dict[str, Any]]:
     """timm's figure for `name`, an architecture with its tag (resnet50.a1_in1k); empty if it publishes none."""
     return [_figure("ImageNet-1k val", "top-1", TIMM_TOP1[name], TIMM_RESULTS)] if name in TIMM_TOP1 else []
 
 
-def detectron2_accuracy(path: str) -> list[dict[str, object]]:
+def detectron2_accuracy(path: str) -> list[dict[str, Any]]:
     """The figure for `path`, a file below detectron2's download folder; empty if this table has none."""
     if path in DETECTRON2_IMAGENET:
         _, value, published = DETECTRON2_IMAGENET[path]
@@ -253,5 +253,5 @@ def _detectron2() -> Iterator[Source]:
         )
 
 
-def _figure(data: str, metric: str, value: float, published: str) -> dict[str, object]:
+def _figure(data: str, metric: str, value: float, published: str) -> dict[str, Any]:
     return {"data": data, "metric": metric, "value": value, "published": published}

@@ -1,13 +1,14 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detection import annotations as annotations_module
-from detection.annotations import Annotations, read_annotations
+from detection.annotations import Annotations, count_images, read_annotations, select_images
 
 CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}, {"id": 13, "name": "stop sign"}]
 
@@ -50,6 +51,56 @@ def test_a_file_is_read_into_arrays_that_refer_to_each_other_by_place(tmp_path):
     assert (found.image_indices.tolist(), found.labels.tolist()) == ([0, 1], [3, 1])
     assert found.boxes_xywh.tolist() == [[1, 2, 10.5, 8], [0, 0, 5, 4]]
     assert (found.areas.tolist(), found.crowds.tolist()) == ([7, 20], [True, False])
+
+
+def roboflow(*, boxed=1, parent="zoo"):
+    """A file of Roboflow's: category 0 has the project's name, which is the others' supercategory."""
+    categories = [{"id": 0, "name": "zoo", "supercategory": "none"}]
+    categories += [{"id": i, "name": name, "supercategory": parent} for i, name in ((1, "ape"), (2, "bear"))]
+    what = content(boxes=[(1, 2, 10, 8), (0, 0, 5, 4)], categories=categories)
+    for annotation, category in zip(what["annotations"], (2, boxed), strict=True):
+        annotation["category_id"] = category
+    return what
+
+
+@pytest.mark.parametrize("text", [json.dumps, lambda what: json.dumps({**what, "info": math.nan})])
+def test_a_category_that_only_groups_the_others_is_left_out_and_labels_start_behind_it(tmp_path, text):
+    found = read(tmp_path, text(roboflow()))
+    assert (found.categories, found.grouping) == ({1: "ape", 2: "bear"}, {0: "zoo"})
+    assert found.labels.tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("what", [roboflow(boxed=0), roboflow(parent="none")])
+def test_a_category_0_with_boxes_or_that_groups_nothing_is_one_like_others(tmp_path, what):
+    found = read(tmp_path, what)
+    assert list(found.categories) == [0, 1, 2] and found.grouping == {}
+    assert found.labels.tolist() == [3, 1 + what["annotations"][1]["category_id"]]
+
+
+def test_a_category_that_is_its_own_supercategory_as_cocos_person_is_one_like_others(tmp_path):
+    what = content()
+    what["categories"].append({"id": 0, "name": "person", "supercategory": "person"})
+    assert read(tmp_path, what).categories[0] == "person"
+
+
+def test_some_of_the_images_are_selected_with_their_annotations(tmp_path):
+    what = content(images=3, boxes=[(i, 2, 10, 8) for i in range(4)])
+    for annotation, image in zip(what["annotations"], (9, 8, 7, 9), strict=True):
+        annotation["image_id"] = image
+    found = select_images(read(tmp_path, what), np.array([True, False, True]))
+    assert (found.image_ids.tolist(), found.file_names()) == ([7, 9], ["7.png", "9.png"])
+    assert found.boxes_xywh[:, 0].tolist() == [0, 2, 3] and found.image_indices.tolist() == [1, 0, 1]
+    assert found.labels.tolist() == [3, 2, 3] and len(found.categories) == len(found.crowds) == 3
+    assert found.areas.tolist() == [80, 80, 80] and found.widths_heights.tolist() == [[33, 21]] * 2
+
+
+def test_images_are_counted_in_a_file_of_any_kind_that_is_read(tmp_path):
+    for text in (json.dumps(content(images=4)), json.dumps({**content(images=4), "info": math.nan})):
+        (tmp_path / "instances.json").write_text(text)
+        assert count_images(tmp_path / "instances.json") == 4
+    (tmp_path / "instances.json").write_text("{")
+    with pytest.raises(ValueError, match="instances.json: not JSON"):
+        count_images(tmp_path / "instances.json")
 
 
 def test_iscrowd_area_and_annotation_ids_may_be_absent_or_null_but_for_the_id(tmp_path):
@@ -223,4 +274,5 @@ def test_an_annotation_costs_its_numbers_and_nothing_more(tmp_path):
         return sum(field.nbytes for field in found if isinstance(field, torch.Tensor))
 
     assert nbytes(101) - nbytes(1) == 100 * 49
-    assert {name for name, kind in Annotations.__annotations__.items() if kind is not torch.Tensor} == {"categories"}
+    others = {name for name, kind in Annotations.__annotations__.items() if kind is not torch.Tensor}
+    assert others == {"categories", "grouping"}

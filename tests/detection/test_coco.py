@@ -12,7 +12,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from detection.annotations import read_annotations
-from detection.coco import BadImage, CocoImages, Draw, coco_paths, read_image, usable_boxes
+from detection.coco import BadImage, CocoImages, Draw, read_image, usable_boxes
+from detection.data import open_split
 from detection.shapes import make_shapes
 
 EXIF_ORIENTATION = 0x0112
@@ -81,10 +82,9 @@ def test_a_box_is_given_by_its_corners_and_the_image_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("split, boxes, crowds", [("train", 444, 6), ("val", 569, 11)])
 def test_real_coco_is_read_whole_but_for_its_crowds(data, split, boxes, crowds):
-    images, annotations = coco_paths(data / "coco_tiny", split)
-    dataset = CocoImages(images, annotations)
+    dataset = open_split(data / "coco_tiny", split)
     assert (len(dataset), len(dataset.categories), dataset.report["crowds"]) == (50, 80, crowds)
-    ids, raw = list(dataset.categories), json.loads(annotations.read_text())
+    ids, raw = list(dataset.categories), json.loads(dataset.annotation_file.read_text())
     wanted, found = Counter(), Counter()
     for annotation in raw["annotations"]:
         if not annotation["iscrowd"]:
@@ -98,7 +98,7 @@ def test_real_coco_is_read_whole_but_for_its_crowds(data, split, boxes, crowds):
 
 
 def test_every_real_image_has_its_annotated_size_and_boxes_inside(data):
-    dataset = CocoImages(*coco_paths(data / "coco_tiny", "val"))
+    dataset = open_split(data / "coco_tiny", "val")
     for index in range(50):
         image, target = dataset[index]
         width, height = dataset.widths_heights[index]
@@ -554,27 +554,17 @@ def test_categories_that_differ_from_the_detectors_are_an_error_that_names_the_f
         CocoImages(*files, categories={**table, 1: "person"})
 
 
-def test_a_data_folder_that_is_missing_or_of_another_layout_is_an_error_that_says_what_was_looked_for(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no such folder.*annotations/instances_train2017.json.*val2017/"):
-        coco_paths(tmp_path / "nowhere", "train")
-    (tmp_path / "train2017").mkdir()
-    with pytest.raises(ValueError, match="no annotations/instances_train2017.json; it should hold"):
-        coco_paths(tmp_path, "train")
-    with pytest.raises(ValueError, match="no annotations/instances_val2017.json and no val2017; it should hold"):
-        coco_paths(tmp_path, "val")
-
-
 def test_broken_images_are_found_before_training_or_counted(tmp_path):
     folder = make_shapes(tmp_path / "shapes", train_images=4, val_images=1, size=64)
     (folder / "train2017" / "000000000002.jpg").write_bytes(b"")
     whole = (folder / "train2017" / "000000000003.jpg").read_bytes()
     (folder / "train2017" / "000000000003.jpg").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(BadImage, match=r"000000000002.jpg: empty file \(and 1 more\)"):
-        CocoImages(*coco_paths(folder, "train")).check_files()
-    skipping = CocoImages(*coco_paths(folder, "train"), skip_bad_images=True)
+        open_split(folder, "train").check_files()
+    skipping = open_split(folder, "train", skip_bad_images=True)
     skipping.check_files()
     assert skipping.report["images that cannot be read"] == 2
-    CocoImages(*coco_paths(folder, "val")).check_files()
+    open_split(folder, "val").check_files()
 
 
 def test_the_annotations_of_the_other_split_are_refused_on_the_embedded_set(tmp_path):

@@ -17,7 +17,7 @@ import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.coco import CocoImages, coco_paths
+from detection.data import open_split
 from detection.evaluate import METRICS
 from detection.recipes import RECIPES
 from detection.shapes import make_shapes
@@ -88,7 +88,7 @@ def error_of(argv, capsys):
 @needs_detectron2
 def test_a_run_leaves_everything_in_its_folder(finished, gaps):
     names = {path.name for path in finished.iterdir()}
-    ours = {"config.yaml", "metrics.jsonl", "detections.json", "results.json", "pictures"}
+    ours = {"config.yaml", "metrics.jsonl", "detections.json", "results.json", "report.html", "pictures"}
     assert ours | {"detectron2.yaml", "log.txt", "last_checkpoint", "model_final.pth"} <= names
     config, theirs = (yaml.safe_load((finished / name).read_text()) for name in ("config.yaml", "detectron2.yaml"))
     assert config["engine"] == "detectron2" and config["precision"] == "fp32" and config["data"] == str(gaps)
@@ -105,7 +105,8 @@ def test_its_metrics_are_those_of_the_other_engine(finished):
     for line in lines:
         parts = [line[f"loss_{name}"] for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")]
         assert line["loss"] == pytest.approx(sum(parts)) and all(map(math.isfinite, parts))
-        assert line["seconds"] > line["data_seconds"] > 0
+        spent = [line[f"{part}_seconds"] for part in ("data", "forward", "backward", "optimizer")]
+        assert min(spent) > 0 and sum(spent) < line["seconds"]
     rates = [schedule.for_batch(2, 8, scale_rate=False).learning_rate(step) for step in (0, 1)]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
     [evaluation] = metrics(finished, "eval")
@@ -126,7 +127,7 @@ def test_labels_are_the_categories_in_order_and_boxes_those_of_the_annotations(g
     from detection.detectron2_engine import dataset_dicts
 
     content = json.loads((gaps / "annotations" / "instances_train2017.json").read_text())
-    entries = dataset_dicts(CocoImages(*coco_paths(gaps, "train")))
+    entries = dataset_dicts(open_split(gaps, "train"))
     ids = sorted(category["id"] for category in content["categories"])
     assert ids != list(range(1, len(ids) + 1))
     assert [entry["image_id"] for entry in entries] == [image["id"] for image in content["images"]]

@@ -9,7 +9,7 @@ from detection import evaluate as evaluate_module
 from detection.annotations import read_annotations
 from detection.coco import BadImage, CocoImages
 from detection.evaluate import detect, evaluate, percent, print_results, write_results
-from detection.scoring import DETECTION, entries, score
+from detection.scoring import DETECTION, METRICS, entries, score
 from resbackbone.training.distributed import Rank
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def on_ranks(monkeypatch, ranks, *arguments):
         monkeypatch.setattr(evaluate_module, "gather", gathered)
         monkeypatch.setattr(evaluate_module, "broadcast", lambda value, _: value)
         answer = evaluate(*arguments, Rank(rank, ranks, CPU))
-        assert rank == 0 or len(answer[1]) == 0
+        assert rank == 0 or (len(answer.detections) == 0 and answer.scorer is None)
     return answer
 
 
@@ -71,17 +71,17 @@ def on_ranks(monkeypatch, ranks, *arguments):
 def test_any_number_of_ranks_gives_what_one_does(tmp_path, monkeypatch, ranks):
     dataset = data_set(tmp_path / "images")
     alone = evaluate(Stub(), dataset, Rank(0, 1, CPU))
-    ids = alone[1]["image_id"].tolist()
+    ids = alone.detections["image_id"].tolist()
     assert len(ids) > 5 and ids == sorted(ids) and set(ids) == {1, 2, 3, 4, 5}
-    results, detections = on_ranks(monkeypatch, ranks, Stub(), dataset)
-    assert results == alone[0] and np.array_equal(detections, alone[1])
+    results, detections, _ = on_ranks(monkeypatch, ranks, Stub(), dataset)
+    assert results == alone.results and np.array_equal(detections, alone.detections)
 
 
 def test_an_image_that_several_ranks_detect_on_counts_once(tmp_path, monkeypatch):
     dataset = data_set(tmp_path / "images")
-    _, alone = evaluate(Stub(), dataset, Rank(0, 1, CPU))
+    _, alone, _ = evaluate(Stub(), dataset, Rank(0, 1, CPU))
     monkeypatch.setattr(evaluate_module, "RankShare", lambda count, *, rank, ranks: range(count - rank % 2))
-    results, detections = on_ranks(monkeypatch, 3, Stub(), dataset)
+    results, detections, _ = on_ranks(monkeypatch, 3, Stub(), dataset)
     assert np.array_equal(detections, alone) and results["detections"] == len(alone)
 
 
@@ -110,7 +110,7 @@ def test_the_detectors_mode_is_as_it_was_afterwards_even_after_an_error(tmp_path
 def test_a_broken_image_counts_as_one_without_detections_where_it_may_be_skipped(tmp_path, workers):
     dataset = data_set(tmp_path / "images", skip_bad_images=True)
     (tmp_path / "images" / "3.png").write_bytes(b"")
-    results, detections = evaluate(Stub(), dataset, Rank(0, 1, CPU), workers=workers)
+    results, detections, _ = evaluate(Stub(), dataset, Rank(0, 1, CPU), workers=workers)
     assert set(detections["image_id"].tolist()) == {1, 2, 4, 5}
     assert results["images"] == 5 and "3.png: empty file" in results["skipped_images"][0]
 
@@ -164,13 +164,27 @@ def test_the_table_shows_percent_and_every_class_whatever_its_name(capsys, tmp_p
     assert (percent(None), percent(0.3704), percent(0.0)) == ("n/a", "37.0", "0.0")
 
 
+def test_classes_come_by_falling_ap_and_what_is_too_much_for_a_screen_is_counted(capsys):
+    aps = [0.25, None, 0.75, *(0.5 for _ in range(40))]
+    per_class = {f"class{i}": {"AP": ap, "AP50": ap, "boxes": i} for i, ap in enumerate(aps)}
+    results = {"bbox": dict.fromkeys(METRICS, 0.5), "per_class": per_class, "images": 3, "note": None}
+    for left_out in (13, 0):
+        shown = dict(list(per_class.items())[: 30 + left_out])
+        print_results({**results, "per_class": shown, "skipped_images": []})
+        text = capsys.readouterr().out
+        names = [word for word in text.split() if word.startswith("class") and word[5:].isdigit()]
+        assert len(names) == 30 and names[:2] == ["class2", "class3"]
+        assert (names[-1] == "class1") == (not left_out)
+        assert ("13 more classes in results.json" in text) == bool(left_out)
+
+
 def test_detections_of_what_the_data_set_has_not_are_left_out(tmp_path):
     class Torchvisions(Stub):
         categories = {3: "cat", 5: "N/A"}  # label 2 stands for no class
 
     dataset = data_set(tmp_path / "images")
     rank = Rank(0, 1, CPU)
-    _, everything = evaluate(Stub(), dataset, rank)
-    _, real = evaluate(Torchvisions(), dataset, rank)
+    _, everything, _ = evaluate(Stub(), dataset, rank)
+    _, real, _ = evaluate(Torchvisions(), dataset, rank)
     assert set(everything["category_id"].tolist()) == {3, 7}
     assert np.array_equal(real, everything[everything["category_id"] == 3])

@@ -5,7 +5,7 @@ from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 
-from detection.coco import CocoImages, coco_paths
+from detection.data import open_split
 from detection.faster_rcnn import (
     BACKBONE_OF,
     build_faster_rcnn,
@@ -82,7 +82,7 @@ def test_r50_fpn_detects_what_torchvisions_does_given_its_state_dict(torchvision
 
 
 def test_r50_fpn_detects_what_torchvisions_does_on_real_images(torchvisions_and_ours, data):
-    dataset = CocoImages(*coco_paths(data / "coco_tiny", "val"))
+    dataset = open_split(data / "coco_tiny", "val")
     assert_same_detections(*torchvisions_and_ours, [dataset[index][0] / 255 for index in (0, 1)])
 
 

@@ -531,7 +531,7 @@ def evaluated(run, tmp_path, *argv):
 
 def test_evaluation_without_options_is_the_detectors_own_bit_for_bit(run, shapes, tmp_path):
     detector = load_detector(run / "model.safetensors").to(memory_format=torch.channels_last)  # as the command has it
-    _, wanted = evaluate(detector, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
+    _, wanted, _ = evaluate(detector, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
     assert len(wanted) > 10
     assert evaluated(run, tmp_path) == [entries(wanted)]
     assert (tmp_path / "run" / "results.json").is_file()
@@ -540,7 +540,7 @@ def test_evaluation_without_options_is_the_detectors_own_bit_for_bit(run, shapes
 def test_evaluation_with_improvements_is_that_of_the_improved_detector_in_a_folder_of_its_own(run, shapes, tmp_path):
     detector = load_detector(run / "model.safetensors").to(memory_format=torch.channels_last)
     improved = ImprovedTesting(detector, box_refinement=True, scales=(48, 64, 80))
-    _, wanted = evaluate(improved, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
+    _, wanted, _ = evaluate(improved, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
     assert len(wanted) > 10
     assert evaluated(run, tmp_path, "--box-refinement", "--scales", 48, 64, 80) == [entries(wanted)]
     assert (tmp_path / "run" / "eval-refined-48-64-80" / "results.json").is_file()

@@ -6,10 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from detection import scoring
 from detection.coco import CocoImages
+from detection.evaluate import Evaluation
 from detection.gallery import class_colour, outcomes
-from detection.report import GAP, MIN_SIDE, draw_boxes, save_pictures, write_report
-from detection.scoring import DETECTION, METRICS, score
+from detection.report import GAP, MIN_SIDE, draw_boxes, report, save_pictures, write_report
+from detection.scoring import DETECTION, METRICS, score_and_scorer
 from resbackbone.report.page import LIMIT
 
 
@@ -129,19 +131,21 @@ def found(*rows):
 
 def report_of(folder, dataset=None, detections=None, *, evaluations=1, updates=2, **changed):
     """The report of a run that ended with these detections: (HTML, results)."""
-    results = None
+    results = evaluation = None
     lines = [
         {"kind": "train", "step": step, "loss": 2.0 / step, "loss_box_reg": 0.5, "loss_classifier": 0.25, "lr": 0.1}
         | {"gradient_norm": 1.0, "seconds": 0.5, "data_seconds": 0.1, "memory_mib": 10.0, "images_per_second": 4.0}
         for step in range(1, updates + 1)
     ]
     if dataset is not None:
-        results = score(dataset.annotations, detections) | {"skipped_images": []} | changed
+        results, scorer = score_and_scorer(dataset.annotations, detections)
+        results = results | {"skipped_images": []} | changed
+        evaluation = Evaluation(results, detections, scorer)
         lines += [{"kind": "eval", "step": 1 + i, **results["bbox"], "seconds": 3.0} for i in range(evaluations)]
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text("data: a/shapes\ndepth: 18\nvariant: fpn\nrecipe: short\nbatch_size: 2\n")
-    assert write_report(folder, dataset, results, detections) == folder / "report.html"
+    assert write_report(folder, dataset, evaluation) == folder / "report.html"
     return (folder / "report.html").read_text(), results
 
 
@@ -229,6 +233,22 @@ def test_five_hundred_classes_and_large_images_stay_within_two_megabytes(tmp_pat
     assert part(html, "Classes").count("<tr>") == 501 and html.count("data:image/jpeg") == 6 + 6
 
 
+def test_what_has_been_scored_is_not_scored_again(tmp_path, monkeypatch):
+    dataset = boxed(tmp_path, TWO)
+    results, scorer = score_and_scorer(dataset.annotations, NEAR)
+    monkeypatch.setitem(scoring.BACKENDS, "hotcoco", None)
+    assert "IoU 0.75" in part(report(tmp_path, dataset, Evaluation(results, NEAR, scorer)), "Precision and recall")
+
+
+def test_curves_and_errors_are_the_same_whichever_backend_scored(tmp_path):
+    dataset, parts = boxed(tmp_path, TWO), []
+    for backend in scoring.BACKENDS:
+        results, scorer = score_and_scorer(dataset.annotations, NEAR, backend=backend)
+        html = report(tmp_path, dataset, Evaluation(results, NEAR, scorer))
+        parts.append([part(html, title) for title in ("Precision and recall", "Errors")])
+    assert len(parts) == 2 and parts[0] == parts[1] and "M48" in parts[0][0]
+
+
 def errors_of(tmp_path, detections, boxes=TWO):
     html, _ = report_of(tmp_path / "run", boxed(tmp_path, boxes), detections)
     rows = re.findall(r"<tr><td>(\w+)</td>", part(html, "Errors"))
@@ -312,7 +332,7 @@ def test_a_box_of_the_gallery_is_drawn_where_it_is_in_its_class_colour(tmp_path)
 
 def test_a_report_that_fails_does_not_stop_the_run(tmp_path, capsys):
     dataset = boxed(tmp_path, TWO)
-    assert write_report(tmp_path, dataset, {"bbox": {}}, NEAR) is None
+    assert write_report(tmp_path, dataset, Evaluation({"bbox": {}}, NEAR, None)) is None
     assert "report.html could not be written (KeyError" in capsys.readouterr().out.splitlines()[0]
 
 

@@ -11,7 +11,7 @@ from pycocotools.cocoeval import COCOeval
 
 from detection import scoring
 from detection.annotations import read_annotations
-from detection.coco import coco_paths
+from detection.layouts import find_split
 from detection.scoring import BACKENDS, DETECTION, METRICS, entries, score
 
 both_backends = pytest.mark.parametrize("backend", list(BACKENDS))
@@ -86,7 +86,7 @@ def scored(tmp_path, request):
 @both_backends
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_the_numbers_are_pycocotools_own_on_real_annotations(data, split, backend):
-    _, path = coco_paths(data / "coco_tiny", split)
+    path = find_split(data / "coco_tiny", split).annotations
     detections = jittered(json.loads(path.read_text()))
     results = score(read_annotations(path), as_rows(detections), backend=backend)
     wanted = pycocotools_says(path, detections)
@@ -97,7 +97,7 @@ def test_the_numbers_are_pycocotools_own_on_real_annotations(data, split, backen
 
 @both_backends
 def test_the_numbers_of_a_class_are_pycocotools_for_that_class_alone(data, backend):
-    _, path = coco_paths(data / "coco_tiny", "val")
+    path = find_split(data / "coco_tiny", "val").annotations
     content = json.loads(path.read_text())
     detections = jittered(content)
     per_class = score(read_annotations(path), as_rows(detections), backend=backend)["per_class"]

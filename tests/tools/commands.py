@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from resbackbone.training.command import main_of
-
-CLOCK = ("seconds", "data_seconds", "images_per_second", "memory_mib")  # metrics that no two runs share
+from resbackbone.training.run import CLOCK
 
 
 def error_line(main, argv, capsys=None):

@@ -8,8 +8,11 @@ import pytest
 import torch
 from commands import error_line
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from detection.faster_rcnn import build_faster_rcnn, save_detector
+from detection.video import Video, video_file
 from resbackbone import build_resnet_backbone
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
@@ -111,3 +114,185 @@ def test_wrong_input_is_one_line_that_names_it(run):
     assert "unknown precision 'fp8'" in error_of(run, "a.png", "--precision", "fp8")
     assert not Path("found/detections.json").exists()
     error_line(detect.main, [])
+
+
+# What is looked at
+
+
+def images_in(file="found/detections.json"):
+    return list(dict.fromkeys(entry["image"] for entry in json.loads(Path(file).read_text())))
+
+
+def test_a_folder_is_its_images_by_name_and_with_recursive_those_below_too(run):
+    Path("set/deep").mkdir(parents=True)
+    for name in ("z.PNG", "m.jpg", "deep/a.png"):
+        Image.open("a.png").save(Path("set", name))
+    Path("set/notes.txt").write_text("no image")
+    detected(run, "set", "--output", "found")
+    assert images_in() == ["set/m.jpg", "set/z.PNG"]
+    detected(run, "set", "--output", "set/found", "--recursive")
+    assert images_in("set/found/detections.json") == ["set/deep/a.png", "set/m.jpg", "set/z.PNG"]
+    detected(run, "set", "--output", "set/found", "--recursive")  # its own pictures are no input
+    assert images_in("set/found/detections.json") == ["set/deep/a.png", "set/m.jpg", "set/z.PNG"]
+
+
+def test_a_quoted_pattern_is_the_files_that_fit_and_a_file_named_twice_counts_once(run):
+    detected(run, "**/*.png", "a.png", "b.jpg", "--output", "found")
+    assert images_in() == ["a.png", "other/a.png", "b.jpg"]
+
+
+def test_what_names_no_image_is_one_line(run):
+    Path("set/deep").mkdir(parents=True)
+    Image.open("a.png").save("set/deep/a.png")
+    assert "set: holds no image (.jpg, " in error_of(run, "set")
+    assert "--recursive looks in its subfolders too" in error_of(run, "set")
+    assert "*.webp: no file fits this pattern" in error_of(run, "*.webp")
+    assert "--batch-size 0: 1 or more is wanted" in error_of(run, "a.png", "--batch-size", "0")
+    assert "clip.mp4" in error_of(run, "clip.mp4") and "no such file" in error_of(run, "clip.mp4")
+
+
+# What is written
+
+
+@pytest.mark.parametrize("size", [2, 3, 8])
+def test_in_batches_every_image_gets_the_boxes_that_it_gets_alone(run, size):
+    noise = np.random.default_rng(1).integers(0, 256, (6, 50, 61, 3), dtype=np.uint8)
+    for i, image in enumerate(noise):
+        Image.fromarray(image if i != 2 else image[:, :33]).save(f"n{i}.png")
+    names = [f"n{i}.png" for i in range(6)]
+    for options in (["--output", "alone"], ["--output", "batches", "--batch-size", size]):
+        detected(run, *names, "--no-pictures", "--precision", "fp32", *options)
+    alone, batches = (json.loads(Path(folder, "detections.json").read_text()) for folder in ("alone", "batches"))
+    assert [e["image"] for e in alone] == [e["image"] for e in batches] and len(images_in("alone/detections.json")) == 6
+    for one, other in zip(alone, batches, strict=True):
+        assert one["category"] == other["category"] and one["score"] == pytest.approx(other["score"], abs=1e-4)
+        assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-2)
+
+
+def test_without_pictures_there_is_the_json_alone(run):
+    detected(run, "a.png", "--no-pictures", "--output", "found")
+    assert [path.name for path in Path("found").iterdir()] == ["detections.json"]
+
+
+def test_nothing_found_is_an_empty_list(run):
+    Path("b.jpg").write_bytes(b"")
+    detected(run, "b.jpg", "--skip-bad-images", "--coco-results", "--output", "found")
+    assert json.loads(Path("found/detections.json").read_text()) == []
+    assert json.loads(Path("found/coco_results.json").read_text()) == []
+
+
+def write_annotations(path, names, categories=CATEGORIES):
+    images = [{"id": 70 + i, "file_name": name, "width": 61, "height": 50} for i, name in enumerate(names)]
+    content = {"images": images, "annotations": []}
+    content["categories"] = [{"id": i, "name": name} for i, name in categories.items()]
+    content["annotations"] = [{"id": 1, "image_id": 70, "category_id": 3, "bbox": [1, 2, 30, 40], "area": 1200}]
+    content["annotations"][0]["iscrowd"] = 0
+    Path(path).write_text(json.dumps(content))
+
+
+def test_coco_results_have_the_ids_of_the_annotations_and_are_what_pycocotools_takes(run):
+    write_annotations("truth.json", ["other/a.png", "b.jpg", "a.png"])
+    detected(run, "a.png", "other/a.png", "--coco-results", "--annotations", "truth.json", "--output", "found")
+    results = json.loads(Path("found/coco_results.json").read_text())
+    assert {tuple(entry) for entry in results} == {("image_id", "category_id", "bbox", "score")}
+    assert list(dict.fromkeys(entry["image_id"] for entry in results)) == [72, 70]
+    by_name = {e["image"]: e["image_id"] for e in json.loads(Path("found/detections.json").read_text())}
+    assert by_name == {"a.png": 72, "other/a.png": 70}
+    truth = COCO("truth.json")
+    evaluation = COCOeval(truth, truth.loadRes("found/coco_results.json"), "bbox")
+    evaluation.evaluate()
+    assert len(truth.loadRes("found/coco_results.json").anns) == len(results) > 0
+
+
+def test_without_annotations_images_are_numbered_from_1_in_their_order(run):
+    detected(run, "b.jpg", "a.png", "--coco-results", "--output", "found")
+    by_name = {e["image"]: e["image_id"] for e in json.loads(Path("found/detections.json").read_text())}
+    assert by_name == {"b.jpg": 1, "a.png": 2}
+
+
+def test_annotations_of_other_images_or_categories_are_refused(run):
+    write_annotations("truth.json", ["b.jpg"])
+    argv = (run, "a.png", "--coco-results", "--annotations", "truth.json", "--output", "found")
+    assert "a.png: no image of this name in --annotations truth.json" in error_of(*argv)
+    write_annotations("truth.json", ["a.png"], {3: "car", 14: "stop sign"})
+    assert "truth.json: its categories are not those the detector was made for" in error_of(*argv)
+    assert not Path("found").exists()
+
+
+def test_quiet_leaves_warnings_and_the_last_line(run, capsys):
+    Path("b.jpg").write_bytes(b"")
+    detected(run, "a.png", "b.jpg", "--skip-bad-images", "--output", "found", "--quiet")
+    assert capsys.readouterr().out.splitlines() == [
+        "skipped image b.jpg: empty file",
+        "all detections: found/detections.json",
+    ]
+
+
+# Videos
+
+
+@pytest.fixture
+def clip():
+    """Five frames of 64 x 48 at 10 a second."""
+    pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
+    noise = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), dtype=np.uint8)
+    with video_file(Path("clip.mp4"), 10.0) as file:
+        for frame in noise:
+            file.add(Image.fromarray(frame))
+    return Path("clip.mp4")
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_video_becomes_a_video_with_boxes_and_a_list_of_its_frames(run, clip, size):
+    detected(run, clip, "a.png", "--output", "found", "--batch-size", size)
+    assert sorted(p.name for p in Path("found").iterdir()) == [
+        "a.png",
+        "clip-frames.json",
+        "clip.mp4",
+        "detections.json",
+    ]
+    frames = json.loads(Path("found/clip-frames.json").read_text())
+    assert [(f["frame"], f["seconds"]) for f in frames] == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4)]
+    assert all(frame["detections"] for frame in frames)
+    entry = frames[0]["detections"][0]
+    assert set(entry) == {"category", "category_id", "bbox", "score"} and entry["bbox"][2] <= 64
+    drawn = Video(Path("found/clip.mp4"))
+    shapes = {frame.shape for frame in drawn}
+    assert drawn.rate == 10 and drawn.count == 5 and shapes == {(3, 480, 640)}  # enlarged, as small pictures are
+
+
+def test_a_video_can_be_cut_and_go_without_pictures(run, clip):
+    detected(run, clip, "--output", "found", "--max-frames", "3", "--no-pictures")
+    assert [path.name for path in Path("found").iterdir()] == ["clip-frames.json"]
+    assert len(json.loads(Path("found/clip-frames.json").read_text())) == 3
+
+
+def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monkeypatch, capsys):
+    class Camera:
+        name, rate, count = "camera 3", 30.0, None
+
+        def __init__(self, source):
+            assert source == 3
+
+        def __iter__(self):
+            yield torch.zeros(3, 48, 64, dtype=torch.uint8)
+            yield torch.full((3, 48, 64), 9, dtype=torch.uint8)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(detect, "Video", Camera)
+    detected(run, "3", "--output", "found", "--no-pictures")
+    assert len(json.loads(Path("found/camera-3-frames.json").read_text())) == 2
+    assert "camera 3: " in capsys.readouterr().out
+
+
+def test_a_video_is_not_written_over_nor_given_image_ids(run, clip):
+    before = clip.read_bytes()
+    assert "a video would replace the video clip.mp4" in error_of(run, clip, "--output", ".")
+    assert "--coco-results is of images, and the frames of clip.mp4" in error_of(run, clip, "--coco-results")
+    assert clip.read_bytes() == before
+
+
+def test_a_broken_video_is_one_line(run, clip):
+    Path("broken.mp4").write_bytes(b"nothing of the kind")
+    assert "broken.mp4: not a video that OpenCV can read" in error_of(run, "broken.mp4", "--output", "found")
+    assert not list(Path("found").iterdir())

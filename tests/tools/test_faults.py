@@ -25,6 +25,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
 train_cifar10 = importlib.import_module("train_cifar10")
 soak = importlib.import_module("soak")
+subject = importlib.import_module("soaking.subject")
 
 ARGV = ["--data", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-period", "1"]
 SIX_STEPS = [*ARGV, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]
@@ -72,8 +73,8 @@ def signalled(monkeypatch):
 def differences(alone):
     """From the run left alone."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(soak, "STEPS", 6)
-        yield lambda run: soak.differences(run, alone)
+        patch.setattr(subject, "STEPS", 6)
+        yield lambda run: subject.differences(run, alone)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +115,9 @@ def test_a_run_killed_in_an_evaluation_has_it_when_it_is_resumed(run):
     with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(train_cifar10, "test", killed)
         train_cifar10.main([*SIX_STEPS, "--output", str(run), "--checkpoint-period", "3"])
-    assert soak.metrics(run, "eval") == []
+    assert subject.metrics(run, "eval") == []
     train_cifar10.main([*SIX_STEPS, "--output", str(run), "--resume"])
-    assert [line["step"] for line in soak.metrics(run, "eval")] == [3, 6]
+    assert [line["step"] for line in subject.metrics(run, "eval")] == [3, 6]
 
 
 def test_a_damaged_newest_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(run, differences, capsys):
@@ -157,10 +158,10 @@ def test_a_worker_killed_under_torchrun_is_started_again_and_the_job_ends_as_if_
         command = [*launcher, *flags, TOOLS / "train_cifar10.py", *argv, "--output", tmp_path / name]
         process = subprocess.Popen([str(word) for word in command], env=environment)
         if name == "killed":
-            soak.wait_for(lambda: soak.last_step(tmp_path / "killed") > 10, process)
-            os.kill(soak.workers(process.pid)[1], signal.SIGKILL)
+            subject.wait_for(lambda: subject.last_step(tmp_path / "killed") > 10, process)
+            os.kill(subject.workers(process.pid)[1], signal.SIGKILL)
         assert process.wait(200) == 0
-    assert soak.differences(tmp_path / "killed", tmp_path / "alone") == []
+    assert subject.differences(tmp_path / "killed", tmp_path / "alone") == []
 
 
 @pytest.mark.slow
@@ -195,17 +196,17 @@ def test_the_soak_names_the_faults_it_knows():
 
 
 def test_what_differs_between_two_runs_is_found(alone, tmp_path, monkeypatch):
-    monkeypatch.setattr(soak, "STEPS", 6)
+    monkeypatch.setattr(subject, "STEPS", 6)
     other = Path(shutil.copytree(alone, tmp_path / "other"))
-    assert soak.differences(other, alone) == []
+    assert subject.differences(other, alone) == []
     lines = (other / "metrics.jsonl").read_text().splitlines()
     clocked = json.loads(lines[0]) | {"seconds": 1e9}
     (other / "metrics.jsonl").write_text("\n".join([json.dumps(clocked), *lines[1:]]))
-    assert soak.differences(other, alone) == []
+    assert subject.differences(other, alone) == []
     (other / "metrics.jsonl").write_text("\n".join(lines[1:]))
     (other / "results.json").write_text("{}")
     weights = load_file(alone / "model.safetensors")
     save_file(
         weights | {"fc.bias": torch.nextafter(weights["fc.bias"], torch.tensor(9.0))}, other / "model.safetensors"
     )
-    assert soak.differences(other, alone) == ["other/model.safetensors", "other/results.json", "other/metrics.jsonl"]
+    assert subject.differences(other, alone) == ["other/model.safetensors", "other/results.json", "other/metrics.jsonl"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from detection import data as data_module
 from detection.evaluate import METRICS
 from detection.faster_rcnn import FasterRCNN
+from detection.recipes import RECIPES
 from detection.shapes import make_shapes
 from resbackbone.training.lock import let_go_of_all
 from resbackbone.training.state import TrainState
@@ -93,7 +95,8 @@ def test_a_run_logs_every_step_and_its_evaluation(straight):
     for line in lines:
         parts = [line[f"loss_{name}"] for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")]
         assert line["loss"] == pytest.approx(sum(parts)) and all(map(math.isfinite, parts))
-        assert line["seconds"] > line["data_seconds"] > 0 and line["memory_mib"] > 0
+        spent = [line[f"{part}_seconds"] for part in ("data", "forward", "backward", "optimizer")]
+        assert min(spent) > 0 and sum(spent) < line["seconds"] and line["memory_mib"] > 0
     assert [line["lr"] for line in lines] == sorted(line["lr"] for line in lines)  # still warming up
     [evaluation] = metrics(straight, "eval")
     assert evaluation["step"] == 6 and set(METRICS) <= evaluation.keys()
@@ -198,6 +201,93 @@ def test_the_other_variants_train_and_resume(shapes, variant):
     train_coco.main([*argv, "--max-steps", "1"])
     train_coco.main([*argv, "--max-steps", "2", "--resume"])
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+
+
+# Data of one's own
+
+
+def short_and_small(monkeypatch):
+    """The recipe `small` with the network and images of `short`, so that it runs on a CPU."""
+    small = replace(train_coco.RECIPES["short"], schedule=RECIPES["small"].schedule, epochs=12, optimizer="sgd")
+    monkeypatch.setitem(train_coco.RECIPES, "small", small)
+
+
+def without_val(folder):
+    shutil.rmtree(folder / "val2017")
+    annotation_file(folder, "val").unlink()
+    return folder
+
+
+def test_small_data_get_the_small_recipe_which_is_said_and_recorded_and_resumed(shapes, monkeypatch, capsys):
+    short_and_small(monkeypatch)
+    argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--output", "run", "--pictures", "0"]
+    train_coco.main([*argv, "--max-steps", "1"])
+    said = capsys.readouterr().out
+    assert "recipe: small, the one for data under 40,000 images: 8000 updates, 2667 epochs of these 6" in said
+    assert "weights: random; so few images are better started from a detector" in said
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["recipe"] == "small" and config["effective"]["steps"] == 8000
+    train_coco.main([*argv, "--max-steps", "2", "--resume"])
+    assert yaml.safe_load(Path("run/config.yaml").read_text()) == {**config, "max_steps": 2}
+    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+
+
+def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, monkeypatch):
+    options = train_coco.Options(data=shapes, device="cpu")
+    assert train_coco.complete(options).recipe == "small"
+    assert train_coco.complete(replace(options, recipe="1x")).recipe == "1x"
+    monkeypatch.setattr("detection.recipes.SMALL_DATA", 6)
+    assert train_coco.complete(options).recipe == "1x"
+
+
+def test_a_tenth_is_held_out_where_there_is_no_validation_split_and_found_again(own_shapes, capsys):
+    argv = [*QUICK, "--data", str(without_val(own_shapes)), "--output", "run", "--pictures", "0"]
+    train_coco.main([*argv, "--max-steps", "1"])
+    said = capsys.readouterr().out
+    assert "there is no validation split, so one image in 10 is held out of training" in said
+    assert "train: 5 images" in said and "val:   1 images" in said
+    config, results = Path("run/config.yaml").read_text(), json.loads(Path("run/results.json").read_text())
+    assert yaml.safe_load(config)["effective"]["validation"] == f"held out of {annotation_file(own_shapes)}"
+    train_coco.main(["--output", "run", "--resume"])
+    assert Path("run/config.yaml").read_text() == config
+    assert json.loads(Path("run/results.json").read_text()) == results and results["images"] == 1
+
+
+def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shapes, straight, capsys):
+    for split in ("train", "val"):
+        content = json.loads(annotation_file(own_shapes, split).read_text())
+        content["categories"] = [{"id": 5, "name": "shape"}]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = 5
+        annotation_file(own_shapes, split).write_text(json.dumps(content))
+    weights = straight / "model.safetensors"
+    argv = [*QUICK[:2], *QUICK[4:], "--data", str(own_shapes), "--weights", str(weights), "--max-steps", "1"]
+    train_coco.main([*argv, "--output", "run"])
+    said = capsys.readouterr().out
+    parts = [f"roi_heads.box_predictor.{name}" for name in ("cls_score.weight", "cls_score.bias", "bbox_pred.weight")]
+    assert f"weights: {weights} hold a detector of 10 classes; new, for 1 others: {', '.join(parts)}" in said
+    before, after = load_file(weights), load_file("run/model.safetensors")
+    frozen = [key for key in before if key.startswith(("backbone.conv1", "backbone.layer1"))]
+    assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
+    for key in ("rpn.head.cls_logits.weight", "roi_heads.box_head.fc6.weight"):
+        assert (before[key] - after[key]).abs().max() < 1e-4  # one update of the warm-up
+    assert after["roi_heads.box_predictor.cls_score.weight"].shape[0] == 2
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["depth"], config["variant"]) == (18, "fpn")  # the weights'; nothing asked for them
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--depth", "34"], "are for depth=18, asked was depth=34"),
+        (["--variant", "c4"], "--variant c4: {} hold a detector of variant fpn"),
+        (["--norm", "GN"], "are for norm=BN, asked was norm=GN"),
+    ],
+)
+def test_a_detectors_weights_for_another_network_are_an_error(shapes, straight, capsys, argv, says):
+    weights = straight / "model.safetensors"
+    wanted = [*QUICK[:2], *QUICK[4:], "--data", shapes, "--max-steps", "1", "--weights", weights]
+    assert says.format(weights) in error_of([*wanted, *argv], capsys)
 
 
 # Interrupted and resumed
@@ -352,7 +442,7 @@ def test_from_the_shell_it_is_exit_status_1_and_one_line_on_stderr(shapes):
     process = subprocess.run([sys.executable, TOOLS / "train_coco.py", *argv], capture_output=True, text=True)
     assert process.returncode == 1
     [line] = process.stderr.splitlines()
-    assert line.startswith("error: --data") and "not COCO's layout, no annotations/instances_train2017.json" in line
+    assert line.startswith("error: --data") and "holds no data in a layout that is known; it should hold" in line
     assert files() == {}
 
 

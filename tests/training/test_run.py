@@ -1,10 +1,14 @@
 import json
 
 import pytest
+import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from resbackbone.training.checkpoints import checkpoints
+from resbackbone.training.distributed import Rank
 from resbackbone.training.run import Run, latest_folder, new_folder, read_yaml
+from resbackbone.training.state import TrainState
 
 
 def metrics(folder):
@@ -12,7 +16,12 @@ def metrics(folder):
 
 
 def write_a_file(folder):
-    (folder / "state.json").write_text("{}")
+    (folder / "model.txt").write_text("weights")
+
+
+def train_state():
+    model = torch.nn.Linear(3, 2)
+    return TrainState(model, torch.optim.SGD(model.parameters(), 0.1), Rank(0, 1, torch.device("cpu")))
 
 
 def test_a_run_keeps_its_configuration_and_one_json_object_a_line(tmp_path):
@@ -63,9 +72,21 @@ def test_a_line_of_something_else_is_forgotten(tmp_path, line):
 def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path):
     run = Run(tmp_path / "run", {}, writes=False)
     run.record(1, {"loss": 1.0})
-    run.save(1, write_a_file, nbytes=2)
+    run.save(train_state(), write_a_file)
     run.close()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_holds_the_model_and_the_state_of_its_step(tmp_path):
+    run, state = Run(tmp_path, {}), train_state()
+    state.step = 7
+    run.save(state, write_a_file)
+    run.close()
+    [folder] = checkpoints(tmp_path)
+    assert folder.name == "step_0000007" and (folder / "model.txt").read_text() == "weights"
+    other = train_state()
+    other.load(folder)
+    assert other.step == 7
 
 
 def test_a_new_folder_is_none_that_is_there_and_the_latest_is_the_last_that_is(tmp_path):

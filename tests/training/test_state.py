@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from resbackbone.training import stopwatch
 from resbackbone.training.distributed import Rank
 from resbackbone.training.state import NonFinite, TrainState, mean_of, parameter_groups, seed_step
 
@@ -91,6 +92,26 @@ def test_a_later_part_that_is_not_finite_stops_the_update_too():
         state.update(lambda k: {"a": k * losses_of(state.model)["a"]}, [1.0, float("nan")], learning_rate=0.1)
     assert state.step == 0
     assert all(torch.equal(p, kept) for p, kept in zip(state.model.parameters(), before, strict=True))
+
+
+def test_forward_backward_and_optimizer_are_timed_apart_and_over_all_parts(monkeypatch):
+    state = train_state()
+    clock = {"now": 0.0}
+    monkeypatch.setattr(stopwatch.time, "monotonic", lambda: clock["now"])
+
+    def passes(seconds):
+        clock["now"] += seconds
+
+    def losses(part):
+        passes(1)
+        loss = losses_of(state.model)["a"]
+        loss.register_hook(lambda gradient: passes(10))
+        return {"a": loss}
+
+    step = state.optimizer.step
+    monkeypatch.setattr(state.optimizer, "step", lambda: (passes(100), step()))
+    state.update(losses, [None, None], learning_rate=0.1)
+    assert state.stopwatch.take(1) == {"forward_seconds": 2, "backward_seconds": 20, "optimizer_seconds": 100}
 
 
 def test_clipping_bounds_the_length_of_the_update():

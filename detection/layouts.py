@@ -1,0 +1,116 @@
+"""Where a folder of COCO-format data keeps its splits: the layouts that are known, and the one place that looks."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+LAYOUT = (
+    "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/ (COCO's "
+    "layout); train/_annotations.coco.json and valid/_annotations.coco.json, images beside them (Roboflow's); "
+    "or annotations/instances_train.json, annotations/instances_val.json, train/ and val/"
+)
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid")}
+HELD_OUT = 10  # one image in so many is for validation where the data have no split for it
+
+
+class Layout(NamedTuple):
+    """Paths below the data's folder, {} for a split's name; where there are several, the first that is there counts."""
+
+    title: str
+    annotations: tuple[str, ...]
+    images: tuple[str, ...]
+
+    def paths(self, folder: Path, split: str) -> tuple[Path | None, Path | None]:
+        """(image folder, annotation file) of "train" or "val", None for what is not there."""
+        part: tuple[Path | None, Path | None] = (None, None)
+        for name in SPLIT_NAMES[split]:
+            files = [folder / path.format(name) for path in self.annotations]
+            file = next((path for path in files if path.is_file()), None)
+            # A folder for the images of all splits tells nothing of a split that has no annotations.
+            folders = [folder / path.format(name) for path in self.images if file or "{}" in path]
+            images = next((path for path in folders if path.is_dir()), None)
+            if images and file:
+                return images, file
+            part = part if any(part) else (images, file)
+        return part
+
+
+LAYOUTS = (
+    Layout("COCO's layout", ("annotations/instances_{}2017.json",), ("{}2017", "images/{}2017")),
+    Layout("Roboflow's layout", ("{}/_annotations.coco.json",), ("{}",)),
+    Layout(
+        "the layout of annotations/instances_train.json",
+        ("annotations/instances_{}.json", "annotations/{}.json"),
+        ("{}", "images/{}", "images"),
+    ),
+)
+
+
+class Split(NamedTuple):
+    """Where one split is. `part` is None, or "train" or "val" of a file that holds both (`held_out`)."""
+
+    layout: str
+    images: Path
+    annotations: Path
+    part: str | None
+
+
+def find_split(data: str | os.PathLike, split: str) -> Split:
+    """Where the folder `data` keeps "train" or "val", in the first of LAYOUTS that it has.
+
+    A folder with nothing of a validation split has a tenth of its training images for it: both splits are then parts
+    of one file. ValueError for a folder that is not there, has no known layout, or half a split.
+    """
+    folder = Path(data)
+    if not folder.is_dir():
+        raise ValueError(f"--data {data}: no such folder; it should hold {LAYOUT}")
+    layout = _layout_of(folder)
+    if layout is None:
+        raise ValueError(f"--data {data}: holds no data in a layout that is known; it should hold {LAYOUT}")
+    train, found = layout.paths(folder, "train"), layout.paths(folder, split)
+    part = split if all(train) and not any(layout.paths(folder, "val")) else None
+    images, annotations = train if part else found
+    if images is None or annotations is None:
+        name = SPLIT_NAMES[split][0]
+        wanted = {layout.annotations[0].format(name): annotations, layout.images[0].format(name): images}
+        missing = " and no ".join(path for path, at in wanted.items() if at is None)
+        raise ValueError(f"--data {data}: not {layout.title}, no {missing}; it should hold {LAYOUT}")
+    return Split(layout.title, images, annotations, part)
+
+
+def _layout_of(folder: Path) -> Layout | None:
+    for there in (all, any):
+        for split in SPLIT_NAMES:
+            for layout in LAYOUTS:
+                if there(layout.paths(folder, split)):
+                    return layout
+    return None
+
+
+def describe_layout(data: str | os.PathLike) -> str:
+    """One line on what `find_split` finds in `data`."""
+    train, val = (find_split(data, split) for split in SPLIT_NAMES)
+    files = [str(split.annotations.relative_to(data)) for split in ((train,) if val.part else (train, val))]
+    line = f"{data} in {train.layout}: {' and '.join(files)}"
+    if val.part:
+        line += f"; there is no validation split, so one image in {HELD_OUT} is held out of training for it"
+    return line
+
+
+def held_out(file_names: Sequence[str]) -> np.ndarray:
+    """Which of the images are for validation where the data have no split for it: bool [n], one in ten, at least one.
+
+    A function of the names alone: those whose hash comes first. Names that differ only behind ".rf.", as Roboflow
+    names augmented copies of an image, stay together, since copies on both sides would flatter the AP.
+
+    Raises ValueError if there are fewer than two images.
+    """
+    originals = np.array([name.partition(".rf.")[0] for name in file_names])
+    distinct = sorted(set(originals.tolist()), key=lambda name: hashlib.sha256(name.encode()).digest())
+    if len(distinct) < 2:
+        raise ValueError(f"there is no validation split, and of {len(distinct)} image none can be held out for it")
+    return np.isin(originals, distinct[: -(-len(distinct) // HELD_OUT)])

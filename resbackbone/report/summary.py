@@ -1,0 +1,49 @@
+"""What a person reads on the terminal when a training is over."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from rich.table import Table
+
+from resbackbone.report.run import RunLog
+from resbackbone.training.command import duration, notes
+
+
+def print_summary(folder: Path, results: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Print what the run in `folder` did, from its metrics, with its `results` and the `files` that it wrote, by name.
+
+    Files and folders are named as they lie in `folder`; one that is not there is left out. A run that was resumed
+    counts from its first update.
+    """
+    table = Table(title="Summary", show_header=False, title_justify="left")
+    for name, value in {**_facts(RunLog(folder)), **results}.items():
+        table.add_row(name, value)
+    notes.print(table)
+    for name, path in files.items():  # below the table, which would cut a long path
+        if (folder / path).exists():
+            notes.print(f"{name}: {folder / path}")
+
+
+def _facts(log: RunLog) -> dict[str, str]:
+    if not log.train:
+        return {"updates": "none in this run's metrics"}
+    steps = [line["step"] for line in log.train]
+    updates = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
+    seconds, waiting, images = (
+        sum(n * value for n, value in zip(updates, values, strict=True))
+        for values in (
+            [line["seconds"] for line in log.train],
+            [line["data_seconds"] for line in log.train],
+            [line["images_per_second"] * line["seconds"] for line in log.train],
+        )
+    )
+    evaluating = sum(line["seconds"] for line in log.evaluations)
+    return {
+        "updates": f"{steps[-1]:,}",
+        "images": f"{images:,.0f}",
+        "time": f"{duration(seconds)} of updates, {duration(evaluating)} of evaluation",
+        "images a second": f"{images / seconds:.1f}",
+        "waiting for data": f"{100 * waiting / seconds:.0f}% of the updates' time",
+        "memory": f"{max(line['memory_mib'] for line in log.train):,.0f} MiB at most",
+        "loss": f"{log.train[-1]['loss']:.3f} in the last {updates[-1]} updates",
+    }

@@ -1,0 +1,122 @@
+"""Which folders are data, where their splits are, and what becomes of a folder that has only one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from detection.data import open_split
+from detection.layouts import LAYOUT, describe_layout, find_split, held_out
+
+LAYOUTS = {  # annotation file and image folder of each split
+    "COCO": ("annotations/instances_{}2017.json", "{}2017"),
+    "COCO below images": ("annotations/instances_{}2017.json", "images/{}2017"),
+    "Roboflow": ("{}/_annotations.coco.json", "{}"),
+    "plain": ("annotations/instances_{}.json", "{}"),
+    "plain below images": ("annotations/instances_{}.json", "images/{}"),
+    "one folder of images": ("annotations/{}.json", "images"),
+}
+
+
+def put(folder: Path, file: str, images: str, *, first=1, count=2, names="{:03}.png") -> None:
+    """Write a split of `count` images of 20 x 12 pixels, image i with a box at x = i."""
+    (folder / images).mkdir(parents=True, exist_ok=True)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    ids = range(first, first + count)
+    for i in ids:
+        Image.new("RGB", (20, 12)).save(folder / images / names.format(i))
+    content = {
+        "images": [{"id": i, "file_name": names.format(i), "width": 20, "height": 12} for i in ids],
+        "annotations": [{"id": i, "image_id": i, "category_id": 4, "bbox": [i % 10, 0, 5, 5]} for i in ids],
+        "categories": [{"id": 4, "name": "cat"}],
+    }
+    (folder / file).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("val", ["val", "valid"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_both_splits_are_found_in_every_layout(tmp_path, layout, val):
+    file, images = LAYOUTS[layout]
+    for number, name in enumerate(("train", val, "test")):
+        put(tmp_path, file.format(name), images.format(name), first=1 + 10 * number)
+    for split, name, ids in (("train", "train", [1, 2]), ("val", val, [11, 12])):
+        found = find_split(tmp_path, split)
+        assert (found.annotations, found.images) == (tmp_path / file.format(name), tmp_path / images.format(name))
+        assert found.part is None and open_split(tmp_path, split).image_ids.tolist() == ids
+    line = describe_layout(tmp_path)
+    assert file.format("train") in line and file.format(val) in line and "held out" not in line
+
+
+def test_a_validation_split_alone_is_evaluated_on_and_not_trained_on(tmp_path):
+    put(tmp_path, "annotations/instances_val2017.json", "val2017")
+    assert find_split(tmp_path, "val").part is None
+    with pytest.raises(ValueError, match="no annotations/instances_train2017.json and no train2017; it should hold"):
+        find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_folder_without_a_known_layout_is_one_line_that_lists_them(tmp_path, split):
+    (tmp_path / "labels").mkdir()
+    for folder, says in ((tmp_path, "holds no data in a layout that is known"), (tmp_path / "no", "no such folder")):
+        with pytest.raises(ValueError) as error:
+            find_split(folder, split)
+        assert str(error.value) == f"--data {folder}: {says}; it should hold {LAYOUT}"
+    for part in ("instances_train2017.json", "valid/_annotations.coco.json", "instances_val.json"):
+        assert part in LAYOUT
+
+
+@pytest.mark.parametrize("layout", ["COCO", "Roboflow", "plain"])
+@pytest.mark.parametrize("missing", ["annotations", "images"])
+def test_half_a_validation_split_is_an_error_and_not_taken_for_none(tmp_path, layout, missing):
+    file, images = LAYOUTS[layout]
+    put(tmp_path, file.format("train"), images.format("train"))
+    if missing == "annotations":
+        (tmp_path / images.format("val")).mkdir()
+    elif layout != "Roboflow":
+        (tmp_path / file.format("val")).write_text("{}")
+    else:
+        return  # its file lies in the folder of its images
+    wanted = file if missing == "annotations" else images
+    with pytest.raises(ValueError, match=f"no {wanted.format('val')}; it should hold"):
+        find_split(tmp_path, "val")
+
+
+# No validation split
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_without_a_validation_split_a_tenth_is_held_out_of_training(tmp_path, layout):
+    file, images = LAYOUTS[layout]
+    put(tmp_path, file.format("train"), images.format("train"), count=21)
+    train, val = open_split(tmp_path, "train"), open_split(tmp_path, "val")
+    assert (len(train), len(val)) == (18, 3) and not set(train.image_ids.tolist()) & set(val.image_ids.tolist())
+    for dataset in (train, val):
+        assert len(dataset.annotations.image_ids) == len(dataset) and dataset.categories == {4: "cat"}
+        for index in range(len(dataset)):
+            _, target = dataset[index]
+            x = target["image_id"] % 10
+            assert torch.equal(target["boxes"], torch.tensor([[x, 0.0, x + 5, 5]]))
+    assert "one image in 10 is held out" in describe_layout(tmp_path)
+    assert val.origin == f"held out of {tmp_path / file.format('train')}" and val.origin in train.origin
+
+
+def test_which_images_are_held_out_is_settled_by_their_names_and_not_by_their_order():
+    names = [f"{i}.jpg" for i in range(100)]
+    chosen = {name for name, out in zip(names, held_out(names), strict=True) if out}
+    again = {name for name, out in zip(names[::-1], held_out(names[::-1]), strict=True) if out}
+    assert chosen == again and len(chosen) == 10 and chosen != set(names[:10])
+
+
+def test_augmented_copies_of_an_image_are_held_out_together():
+    names = [f"photo{i}_jpg.rf.{copy}.jpg" for copy in "abc" for i in range(20)]
+    out = {name for name, chosen in zip(names, held_out(names), strict=True) if chosen}
+    assert len(out) == 6 and len({name.split(".rf.")[0] for name in out}) == 2
+
+
+def test_of_one_image_none_can_be_held_out(tmp_path):
+    put(tmp_path, "annotations/instances_train.json", "train", count=1)
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match="instances_train.json: there is no validation split, and of 1 image none"):
+            open_split(tmp_path, split)

@@ -1,0 +1,157 @@
+"""The pages: their Python runs, their commands and links are there, their figures are those that were measured."""
+
+import importlib
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from detection import build_faster_rcnn, save_detector
+from resbackbone import build_resnet_backbone
+from resbackbone.training.command import parse
+
+ROOT = Path(__file__).parents[1]
+TOOLS = ROOT / "tools"
+sys.path.insert(0, str(TOOLS))
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+NOT_RUN = "# not run by the tests: "  # first line of a block that cannot be, and why
+MOST_NOT_RUN = 4
+EXPECTED = {  # what a page's blocks print or leave behind, beside running
+    "README.md": "Feature(channels=256, stride=16)",
+    "docs/getting_started.md": "p6 256 64 [1, 256, 8, 10]",
+    "docs/backbone.md": "[1, 128, 13, 17] [1, 256, 7, 9]",
+    "docs/weights.md": "layer2.0.bn1.weight",
+    "docs/frameworks.md": "[[1, 256, 4, 4], [1, 512, 2, 2]]",
+    "docs/pretraining.md": "25.56 M, 4.09 G",
+}
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """[tool, word, ..] of every `tools/NAME.py` command of a page, in blocks and in the text; comments are left out."""
+    text = re.sub(r"\\\n\s*", " ", page.read_text(encoding="utf-8"))
+    in_text = re.findall(r"`([^`\n]*tools/[^`\n]*)`", text)
+    in_blocks = [line for line in text.splitlines() if "tools/" in line and "`" not in line]
+    found = []
+    for line in [*in_text, *in_blocks]:
+        if match := re.search(r"(?:python|torchrun|srun)\b.*?tools/(\w+)\.py(.*)", line):
+            found.append([match[1], *(word for word in shlex.split(match[2], comments=True) if word != "...")])
+    return found
+
+
+def slugs(page: Path) -> set[str]:
+    """Anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.replace("`", "")).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=name_of)
+def test_the_python_of_a_page_runs_as_it_stands(page, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if any("runs/first/model.safetensors" in block for block in python_blocks(page)):  # a command before it makes that
+        backbone = build_resnet_backbone(18, fpn=True, fpn_channels=16)
+        Path("runs/first").mkdir(parents=True)
+        save_detector(Path("runs/first/model.safetensors"), build_faster_rcnn(backbone, 10, representation_size=16))
+    names = {}
+    for block in python_blocks(page):
+        if not block.startswith(NOT_RUN):
+            exec(compile(block, str(page), "exec"), names)
+    assert EXPECTED.get(name_of(page), "") in capsys.readouterr().out
+
+
+def test_few_blocks_are_not_run_and_each_says_why():
+    blocks = [block for page in PAGES for block in python_blocks(page)]
+    reasons = [block.splitlines()[0].removeprefix(NOT_RUN) for block in blocks if block.startswith("# not run")]
+    assert len(reasons) <= MOST_NOT_RUN and all(len(reason.split()) > 3 for reason in reasons)
+    assert set(EXPECTED) <= {name_of(page) for page in PAGES if python_blocks(page)}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
+def test_every_command_of_a_page_is_one_that_its_tool_understands(page, capsys):
+    for tool, *words in commands(page):
+        module = importlib.import_module(tool)
+        if not hasattr(module, "Options"):
+            assert not words, f"tools/{tool}.py takes no options"
+            continue
+        if "--config" in words:  # a file that is not here
+            at = words.index("--config")
+            del words[at : at + 2]
+            assert "config" in module.Options.__dataclass_fields__
+        try:
+            parse(module.Options, words)
+        except SystemExit as exit:
+            assert exit.code in (0, None) and "--help" in words
+        except ValueError as error:
+            pytest.fail(f"tools/{tool}.py {shlex.join(words)}: {error}")
+
+
+def test_commands_are_found_in_blocks_and_text_and_over_line_ends(tmp_path):
+    text = "see `python tools/a.py --x 1` and\n\n```sh\n.venv/bin/python tools/b.py c \\\n    --d  # why\n```\n\n"
+    (tmp_path / "page.md").write_text(text + "    torchrun --nnodes 2 tools/e.py --f\n")
+    assert commands(tmp_path / "page.md") == [["a", "--x", "1"], ["b", "c", "--d"], ["e", "--f"]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_what_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
+    folders = "tools|examples|configs|resbackbone|detection|tests"
+    for path in re.findall(rf"(?<![\w/])(?:{folders})/[\w/]+\.(?:py|yaml)", text):
+        assert (ROOT / path).is_file(), path
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert set(re.findall(r"(?:^|`)make ((?!PYTHON)[a-z-]+)", text, re.MULTILINE)) <= targets
+    extras = set(re.findall(r'"(\w+)": [A-Z]', (ROOT / "setup.py").read_text()))
+    assert set(re.findall(r"\.\[(\w+)\]", text)) <= extras
+    for path, anchor in re.findall(r"\]\((?!\w+:)([^)#]*)(#[^)]*)?\)", text):
+        target = page.parent / path if path else page
+        assert target.exists(), path
+        assert not anchor or anchor[1:] in slugs(target), path + anchor
+
+
+def test_the_readmes_ratios_are_those_on_the_page_of_benchmarks():
+    table = (ROOT / "README.md").read_text().partition("\nTime beside the fastest")[2].split("\n\n")[1]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert header[1:] == ["fp32", "bf16, channels last"] and rows
+    sections = (ROOT / "docs/benchmarks.md").read_text().split("\n### ")
+    for name, *ratios in rows:
+        (section,) = [section for section in sections if section.startswith(name)]
+        ours = re.findall(r"^\| (?:([\w-]+) \| )?\*\*resbackbone\*\* \|[^|]*\| ([\d.]+)", section, re.MULTILINE)
+        measured = dict(ours)
+        expected = [measured.get(mode, "") for mode in ("fp32", "bf16-channels-last")]
+        assert ratios == ([measured[""], ""] if "" in measured else expected), name
+
+
+def test_every_measured_row_of_the_model_zoo_is_what_its_metrics_say():
+    zoo = (ROOT / "MODEL_ZOO.md").read_text()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in zoo.splitlines() if "docs/results/" in line
+    ]
+    assert rows
+    for row in rows:
+        ap, ap50, folder = row[3], row[4], ROOT / re.search(r"\]\((.*?)\)", row[8])[1]
+        assert (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+        box = json.loads((folder / "results.json").read_text())["bbox"]
+        assert (f"{100 * box['AP']:.1f}", f"{100 * box['AP50']:.1f}") == (ap, ap50)
+
+
+def test_the_site_builds_without_a_warning_and_asks_nothing_of_the_network(tmp_path):
+    pytest.importorskip("material", reason="mkdocs-material is not installed: pip install -e '.[docs]'")
+    pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    pages = list(tmp_path.rglob("*.html"))
+    assert len(pages) > 15 and "build_resnet_backbone" in (tmp_path / "api.html").read_text()
+    for page in pages:
+        loaded = re.findall(r"<(?:link|script|img|iframe)\b[^>]*?\b(?:href|src)=\"?(https?:[^\" >]+)", page.read_text())
+        assert not loaded, page

@@ -1,0 +1,63 @@
+"""docs/recipes.md against the recipes it describes."""
+
+from pathlib import Path
+
+import pytest
+
+from detection import recipes as detection
+from resbackbone.classification import recipes as classification
+
+PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
+
+
+def detector_row(name, recipe):
+    schedule = recipe.schedule
+    drops = ", ".join(f"{step:,}" for step in schedule.milestones)
+    ends = "to 0 as a cosine" if schedule.cosine else f"a tenth after {drops}"
+    least = f"; {recipe.epochs:g} epochs at least" if recipe.epochs else ""
+    sides = recipe.short_sides
+    train = f"{sides[0]}" if len(sides) == 1 else f"{min(sides)} .. {max(sides)}"
+    return [
+        f"`{name}`",
+        f"{'VGG' if recipe.variant == 'vgg16' else 'R'}-{recipe.depth}, {recipe.variant}",
+        f"{recipe.batch_size}",
+        f"{recipe.optimizer} {schedule.rate:g}",
+        f"{schedule.steps:,}{least}",
+        f"{schedule.warmup_steps:,}, then {ends}",
+        f"{train} / {recipe.min_size}, longer side up to {recipe.max_size}",
+    ]
+
+
+def classifier_row(name, recipe):
+    ends = "cosine" if recipe.cosine else f"a tenth after {', '.join(map(str, recipe.drops))}"
+    return [
+        f"`{name}`",
+        f"{recipe.epochs}",
+        f"{recipe.batch_size}",
+        f"{recipe.optimizer} {recipe.rate:g}",
+        f"{recipe.warmup_epochs}, then {ends}",
+        f"{recipe.size} / {recipe.crop} of {recipe.resize}",
+        recipe.published,
+    ]
+
+
+@pytest.mark.parametrize(
+    "heading, expected",
+    [
+        ("## Detectors", [detector_row(*item) for item in detection.RECIPES.items()]),
+        ("## Classifiers", [classifier_row(*item) for item in classification.RECIPES.items()]),
+    ],
+    ids=["detectors", "classifiers"],
+)
+def test_the_page_of_recipes_says_what_the_recipes_are(heading, expected):
+    section = PAGE.read_text(encoding="utf-8").partition(heading)[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
+    assert [[cell.strip() for cell in row] for row in rows] == expected
+
+
+def test_the_page_names_where_every_recipe_is_from():
+    sources = PAGE.read_text(encoding="utf-8").partition("## Where they are from")[2]
+    for name in (*detection.RECIPES, *classification.RECIPES):
+        assert f"`{name}`" in sources, name
+    for recipe in classification.RECIPES.values():
+        assert " ".join(recipe.source.split()) in " ".join(sources.split())

@@ -1,0 +1,192 @@
+"""Pascal VOC's XML annotations to COCO's JSON, which tools/train_coco.py trains on.
+
+python tools/voc_to_coco.py VOCdevkit/VOC2007 voc2007
+python tools/voc_to_coco.py VOCdevkit voc0712 --train trainval --val test         every year in it that has these lists
+python tools/train_coco.py --data voc2007
+
+A box of VOC names the first and the last pixel in it, counted from 1; one of COCO is x, y, width and height from 0:
+xmin ymin xmax ymax become xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1. An object marked `difficult` becomes a
+crowd (iscrowd 1), the one thing that COCO's scorers pass over as VOC's does: it is not trained on, and a detection of
+it counts neither for nor against. Unlike VOC's scorer, COCO's lets several detections match a crowd. Images are
+hard links where the file system has them, else copies.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+from xml.etree import ElementTree
+
+import tyro
+from PIL import Image
+
+from resbackbone.atomic import folder_atomically
+from resbackbone.classification.decode import SUFFIXES
+from resbackbone.training.command import console, main_of, parse, track
+
+LAYOUT = "Annotations/, JPEGImages/ and ImageSets/Main/*.txt"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Turn Pascal VOC's XML annotations into COCO's JSON."""
+
+    root: tyro.conf.Positional[Path]
+    """Folder with Annotations/, JPEGImages/ and ImageSets/Main/*.txt (VOC2007), or with several such (VOCdevkit)."""
+    output: tyro.conf.Positional[Path]
+    """Folder to make: annotations/instances_{train,val}.json, train/ and val/."""
+    train: str = "train"
+    """The list in ImageSets/Main to train on. Where there are no lists at all, every annotated image is."""
+    val: str = "val"
+    """The list to validate on. Where it is not there, train_coco.py holds out a tenth of the training images."""
+    skip_bad_files: bool = False
+    """Go on without annotations and images that cannot be used; they are named."""
+
+
+class Box(NamedTuple):
+    """One object: its class, x, y, width and height in pixels from 0, and whether it is marked difficult."""
+
+    name: str
+    xywh: list[float]
+    difficult: bool
+
+
+class Annotated(NamedTuple):
+    """One image with its objects."""
+
+    image: Path
+    width: int
+    height: int
+    boxes: list[Box]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Every list of images -> its instances file and a folder of its images, all at once or not at all."""
+    options = parse(Options, argv)
+    if options.output.exists():
+        raise ValueError(f"{options.output} is there already; give a folder that is not")
+    below = sorted(options.root.glob("*")) if options.root.is_dir() else []
+    years = [folder for folder in (options.root, *below) if (folder / "Annotations").is_dir()]
+    if not years:
+        raise ValueError(f"{options.root}: no folder Annotations in it or one level below; it should hold {LAYOUT}")
+    splits = {"train": listed(years, options.train), "val": listed(years, options.val)}
+    if not splits["train"] and not any((year / "ImageSets" / "Main").is_dir() for year in years):
+        splits["train"] = [(year, path.stem) for year in years for path in sorted((year / "Annotations").glob("*.xml"))]
+    if not splits["train"]:
+        raise ValueError(f"{options.root}: no image in ImageSets/Main/{options.train}.txt; --train names another list")
+
+    found = {split: list(readable(names, split, skip=options.skip_bad_files)) for split, names in splits.items()}
+    classes = sorted({box.name for images in found.values() for image in images for box in image.boxes})
+    if not classes:
+        raise ValueError(f"{options.root}: no object in any of the annotations")
+    with folder_atomically(options.output) as folder:
+        (folder / "annotations").mkdir()
+        first_id = 1
+        for split, images in found.items():
+            if images:
+                write_split(folder, split, images, classes, first_id=first_id)
+                first_id += len(images)
+    for split, images in found.items():
+        boxes = [box for image in images for box in image.boxes]
+        difficult = sum(box.difficult for box in boxes)
+        console.print(f"{split}: {len(images)} images, {len(boxes)} boxes, {difficult} of them difficult, now crowds")
+    console.print(f"{len(classes)} classes: {', '.join(classes)}")
+    console.print(f"written: {options.output}; train on it with tools/train_coco.py --data {options.output}")
+
+
+def listed(years: list[Path], name: str) -> list[tuple[Path, str]]:
+    """(year's folder, image's name) of every image in the list of this name; none where it is not there."""
+    lists = [(year, year / "ImageSets" / "Main" / f"{name}.txt") for year in years]
+    lines = [(year, line.split()) for year, path in lists if path.is_file() for line in path.read_text().splitlines()]
+    return [(year, words[0]) for year, words in lines if words]
+
+
+def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterator[Annotated]:
+    """The images that can be used; those that cannot are named, a line each, and unless skipped end it."""
+    bad = 0
+    for year, name in track(names, len(names), split):
+        try:
+            yield read(year, name)
+        except ValueError as error:
+            console.print(f"bad: {error}")
+            bad += 1
+    if bad and not skip:
+        raise ValueError(f"{bad} of {len(names)} images of {split} cannot be used; --skip-bad-files goes on without")
+
+
+def read(year: Path, name: str) -> Annotated:
+    """One image of VOC's layout and what its XML says; ValueError, in a line, for what cannot be used."""
+    if Path(name).name != name:
+        raise ValueError(f"{name!r} in a list of {year}: not the name of an image")
+    path = year / "Annotations" / f"{name}.xml"
+    try:
+        root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=WithoutDoctype()))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that is unknown
+        raise ValueError(f"{path}: not an annotation ({error})") from None
+    files = (year / "JPEGImages" / f"{name}{suffix}" for suffix in (*SUFFIXES, *map(str.upper, SUFFIXES)))
+    image = next((file for file in files if file.is_file()), None)
+    if image is None:
+        raise ValueError(f"{path}: no image {name} in {year / 'JPEGImages'}")
+    try:
+        with Image.open(image) as opened:
+            width, height = opened.size
+    except Exception as error:  # whatever its decoders raise
+        raise ValueError(f"{image}: not an image ({error})") from None
+    boxes = [read_box(path, number, element) for number, element in enumerate(root.findall("object"), 1)]
+    return Annotated(image, width, height, boxes)
+
+
+def read_box(path: Path, number: int, element: ElementTree.Element) -> Box:
+    """One <object>, its corners made x, y, width, height."""
+    name = (element.findtext("name") or "").strip()
+    corners = [element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
+    try:
+        left, top, right, bottom = (float(corner) for corner in corners)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path}: object {number} has the corners {corners}, four numbers are wanted") from None
+    if not name or not all(map(math.isfinite, (left, top, right, bottom))) or right < left or bottom < top:
+        raise ValueError(f"{path}: object {number}, {name!r}, has the corners {corners}: no box of a class")
+    xywh = [left - 1, top - 1, right - left + 1, bottom - top + 1]
+    return Box(name, xywh, (element.findtext("difficult") or "0").strip() == "1")
+
+
+class WithoutDoctype(ElementTree.TreeBuilder):
+    """Refuses a document type, and with it every entity that a file could define to swell or to read other files."""
+
+    def doctype(self, name: str, public: str | None, system: str | None) -> None:
+        raise ValueError("it has a DOCTYPE, which VOC's have not")
+
+
+def write_split(folder: Path, split: str, images: list[Annotated], classes: list[str], *, first_id: int) -> None:
+    """Write one split's instances file, and link its images into a folder of its name."""
+    (folder / split).mkdir()
+    listed_images, annotations = [], []
+    for image_id, (file, width, height, boxes) in enumerate(images, first_id):
+        target = folder / split / file.name
+        if target.exists():
+            raise ValueError(f"{file}: {split} has an image of this name already")
+        try:
+            os.link(file, target)
+        except OSError:  # another file system, or one without links
+            shutil.copyfile(file, target)
+        listed_images.append({"id": image_id, "file_name": file.name, "width": width, "height": height})
+        for box in boxes:
+            numbers = {"id": len(annotations) + 1, "image_id": image_id, "category_id": classes.index(box.name) + 1}
+            area = box.xywh[2] * box.xywh[3]
+            annotations.append({**numbers, "bbox": box.xywh, "area": area, "iscrowd": int(box.difficult)})
+    content = {
+        "images": listed_images,
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(classes, 1)],
+    }
+    (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+if __name__ == "__main__":
+    main_of(main)
