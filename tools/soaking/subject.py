@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from detection.crops import make_shape_crops
 from detection.shapes import make_shapes
+from resbackbone.training.run import CLOCK
 
 TOOLS = Path(__file__).parents[1]
 STEPS = 40
@@ -22,7 +23,6 @@ COMMANDS = {
     "detector": f"train_coco.py --recipe short --depth 18 --batch-size 2 --pictures 0 {SHARED}",
     "classifier": f"pretrain.py --recipe a2 --depth 18 --size 32 --batch-size 8 --epochs 40 {SHARED}",
 }
-CLOCK = {"seconds", "data_seconds", "images_per_second", "memory_mib"}  # what no two runs share
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node")
 PATIENCE = 300  # seconds for anything that must end
 
