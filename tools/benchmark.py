@@ -46,7 +46,7 @@ class Options:
 
     jobs: tuple[str, ...] | None = None
     """Of inference, training, detector-inference, detector-training, imagenet, compiled-inference, compiled-training,
-    scoring, annotations, input, import, scaling. Default: those that suit the device."""
+    scoring, annotations, index, input, import, scaling. Default: those that suit the device."""
     modes: tuple[str, ...] | None = None
     """Of fp32, fp32-channels-last, bf16-channels-last. Default: all; for detectors the first and the last."""
     peers: tuple[str, ...] = PEERS
@@ -83,6 +83,8 @@ class Options:
     """Of the square matrices whose product is timed in every round, as the machine's own rate."""
     render: Path | None = None
     """Measure nothing: write the tables and the plot of this JSON file beside it."""
+    quiet: bool = False
+    """Print warnings, errors and the tables alone."""
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import peak_in_fresh_process
-from resbackbone.training.command import console
+from resbackbone.training.command import notes
 
 OWN = "resbackbone"  # names of contenders: the package, and after a comma how it was run
 MATRIX_PRODUCT = "torch.mm"
@@ -286,4 +286,4 @@ def _own_seconds() -> float:
 
 def say(line: str) -> None:
     """A line on how it goes."""
-    console.print(line)
+    notes.print(line)

@@ -166,6 +166,19 @@ def input_pipeline(plan: Plan) -> Iterator[Contest]:
     yield Contest("input", names, measure=measure, items=(INPUT_IMAGES,) * len(names))
 
 
+def index(plan: Plan) -> Iterator[Contest]:
+    from benchmarks import index
+
+    yield Contest(
+        "index",
+        index.NAMES,
+        index.drawing,
+        reference=index.NAMES[0],
+        items=(index.BATCHES * index.BATCH_SIZE,) * len(index.NAMES),
+        memory=True,
+    )
+
+
 def imports(plan: Plan) -> Iterator[Contest]:
     from benchmarks import processes
 
@@ -198,12 +211,13 @@ JOBS = {
     "compiled-training": partial(compiled, training=True),
     "scoring": scoring,
     "annotations": annotations,
+    "index": index,
     "input": input_pipeline,
     "import": imports,
     "scaling": scaling,
 }
 ON_GPU_ONLY = ("imagenet", "compiled-inference", "compiled-training")  # by default
-ON_CPU_ONLY = ("input", "scaling")  # by default
+ON_CPU_ONLY = ("index", "input", "scaling")  # by default
 
 
 def titles(plan: Plan) -> dict[str, str]:
@@ -220,6 +234,7 @@ def titles(plan: Plan) -> dict[str, str]:
         "compiled-training": f"Backbone training step, compiled: {network}, {size}",
         "scoring": f"COCO scoring: {plan.scoring_images} images, {DETECTIONS_AN_IMAGE} detections an image",
         "annotations": f"Loading an annotation file: {plan.annotation_images} images",
+        "index": "Drawing 1,000 batches of 16 images from an index",
         "input": f"ImageNet input pipeline, one core, {INPUT_IMAGES} images",
         "import": "Import, beyond that of torch",
         "scaling": f"Training step in one and two processes of one thread (gloo): {network}, {size} each",
