@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow soak lint format check docs clean $(VENV)
+.PHONY: help install demo test test-slow soak lint format check docs audit clean $(VENV)
 
 help:
 	@echo "make demo       install, train Faster R-CNN on the embedded data set, print its AP and where the pictures are"
@@ -14,6 +14,7 @@ help:
 	@echo "make check      install, lint and test: what CI runs"
 	@echo "make format     let ruff rewrite the sources"
 	@echo "make docs       install, build the documentation in site/"
+	@echo "make audit      install, ask the advisory databases about the packages in .venv (needs the network)"
 	@echo "make clean      remove the virtual environment and caches (runs/ and datasets/ stay)"
 
 install: $(READY)
@@ -53,6 +54,10 @@ check: lint test
 
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+audit: $(READY)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet pip-audit
+	$(BIN)/python -m pip_audit --skip-editable
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache build site *.egg-info

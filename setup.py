@@ -7,6 +7,8 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 SCALE = ["webdataset>=0.2.100"]
+DEMO = ["gradio>=6"]
+VIDEO = ["opencv-python-headless>=4.10"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 DOCS = ["mkdocs-material>=9.5.50", "mkdocstrings[python]>=1.0"]
 # What the tests and `make check` use; versions of ruff and mypy are written here and nowhere else.
@@ -36,13 +38,13 @@ setup(
         "hotcoco>=1.3",
         "msgspec>=0.19",
         "pyyaml>=6",
-        "tyro>=0.9",
+        "tyro>=1.0",
         "rich>=14.1",
         "tensorboard>=2.15",
         "matplotlib>=3.8",
         "simplejpeg>=1.7",
     ],
-    extras_require={"export": EXPORT, "scale": SCALE, "docs": DOCS, "dev": DEV},
+    extras_require={"demo": DEMO, "video": VIDEO, "export": EXPORT, "scale": SCALE, "docs": DOCS, "dev": DEV},
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",

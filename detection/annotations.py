@@ -6,7 +6,7 @@ import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -102,15 +102,16 @@ _ROW = np.dtype(
 
 
 def _decoded(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list[_Category]]:
-    """The file's three lists and the number of annotations, types checked; an exception if it is not quite as wanted.
-
-    The file is mapped, not read: processes that start together share its pages.
-    """
-    with open(path, "rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    read = msgspec.json.decode(content, type=_File)
+    """The file's three lists and the number of annotations, types checked; an exception for what is not as wanted."""
+    read = msgspec.json.decode(_mapped(path), type=_File)
     decode = msgspec.json.Decoder(_Annotation).decode
     return read.images, map(decode, read.annotations), len(read.annotations), read.categories
+
+
+def _mapped(path: str | os.PathLike) -> mmap.mmap:
+    """The file's bytes, mapped and not read: processes that start together share its pages."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _flat(
@@ -165,8 +166,8 @@ def select_images(annotations: Annotations, chosen: np.ndarray) -> Annotations:
 def count_images(path: str | os.PathLike) -> int:
     """How many images an instances file lists; the rest of it is looked at only if it is not quite as wanted."""
     try:
-        return len(msgspec.json.decode(Path(path).read_bytes(), type=_Count).images)
-    except (msgspec.MsgspecError, OSError):
+        return len(msgspec.json.decode(_mapped(path), type=_Count).images)
+    except (msgspec.MsgspecError, ValueError, OSError):  # ValueError: an empty file cannot be mapped
         return len(read_annotations(path).image_ids)
 
 
@@ -221,6 +222,7 @@ def _checked(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list
         "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
         "categories": {"id": int, "name": str},
     }
+    found: dict[str, set] = {}
     for section, keys in needed.items():
         entries = content.get(section)
         if not isinstance(entries, list):
@@ -238,7 +240,7 @@ def _checked(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list
             if entry["id"] in seen:
                 raise ValueError(f"annotations {path}: {section}[{i}] repeats the id {entry['id']}")
             seen.add(entry["id"])
-        needed[section] = seen
+        found[section] = seen
     for i, image in enumerate(content["images"]):
         if not (0 < image["width"] < 2**31 and 0 < image["height"] < 2**31):
             raise ValueError(f"annotations {path}: images[{i}] has size {image['width']} x {image['height']}")
@@ -246,13 +248,13 @@ def _checked(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list
             raise ValueError(f"annotations {path}: images[{i}] file_name {image['file_name']!r} leaves its folder")
     if not content["categories"]:
         raise ValueError(f"annotations {path}: the list of categories is empty")
-    known = sorted(needed["categories"])
+    known = sorted(found["categories"])
     for i, annotation in enumerate(content["annotations"]):
-        if annotation["image_id"] not in needed["images"]:
+        if annotation["image_id"] not in found["images"]:
             raise ValueError(
                 f"annotations {path}: annotations[{i}] is of image {annotation['image_id']}, not in images"
             )
-        if annotation["category_id"] not in needed["categories"]:
+        if annotation["category_id"] not in found["categories"]:
             raise ValueError(
                 f"annotations {path}: annotations[{i}] has category_id {annotation['category_id']}, which is not in "
                 f"categories ({len(known)} ids, {known[0]}..{known[-1]})"
@@ -270,7 +272,7 @@ def _checked(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list
 
 def _converted(entry: dict) -> _Annotation:
     area = _as_float(entry["area"]) if isinstance(entry.get("area"), int | float) else None
-    box = tuple(map(_as_float, entry["bbox"]))
+    box: Any = tuple(map(_as_float, entry["bbox"]))  # four of them
     return _Annotation(entry["image_id"], entry["category_id"], box, entry["id"], bool(entry.get("iscrowd")), area)
 
 

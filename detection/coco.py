@@ -28,7 +28,7 @@ MIN_BOX_SIDE = 1.0  # pixels; a smaller box teaches a detector nothing and turns
 class Draw(NamedTuple):
     """One training sample to load: which image, and the seed of its augmentation."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of a tuple's method of that name
     seed: int
 
 
@@ -69,7 +69,7 @@ class CocoImages(Dataset):
         self.categories = self.annotations.categories
         if categories is not None and dict(categories) != self.categories:
             raise ValueError(_category_difference(annotations, self.categories, categories))
-        self.report = Counter()
+        self.report: Counter[str] = Counter()
         for name in self.annotations.grouping.values():
             self.report[f"category without boxes that only groups the others, {name!r}"] += 1
 
@@ -98,7 +98,7 @@ class CocoImages(Dataset):
     @property
     def origin(self) -> str:
         """Where its images come from, in words: its own annotation file, or what `held_out` makes of one."""
-        taken = {"train": "those not held out of ", "val": "held out of "}.get(self.part, "")
+        taken = {"train": "those not held out of ", "val": "held out of "}.get(self.part or "", "")
         return f"{taken}{self.annotation_file}"
 
     @property

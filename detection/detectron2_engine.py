@@ -39,6 +39,7 @@ from resbackbone.resnet import DEPTHS
 from resbackbone.training.checkpoints import KEPT
 from resbackbone.training.command import Progress, notes, to_config, track
 from resbackbone.training.distributed import Rank, share_buffers
+from resbackbone.training.loop import memory
 from resbackbone.training.run import Run, read_yaml
 from resbackbone.training.state import mean_of, parameter_groups, seed_step
 from resbackbone.training.stopwatch import Stopwatch
@@ -128,7 +129,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
         began = time.monotonic()
         share_buffers(model, rank)
         evaluation = evaluate(
-            Detector(model, cfg, val_set.categories),
+            Detector(model, cfg, val_set.categories),  # type: ignore[arg-type]  # it has what is asked of one
             val_set,
             rank,
             workers=options.workers,
@@ -268,7 +269,8 @@ class Metrics(HookBase):
         self.recent: list[dict[str, float]] = []
 
     def before_train(self) -> None:
-        self.stopwatch = Stopwatch(next(self.trainer.model.parameters()).device)
+        self.device = next(self.trainer.model.parameters()).device
+        self.stopwatch = Stopwatch(self.device)
         self.trainer.model.register_forward_pre_hook(lambda *_: self.stopwatch.start())
         self.trainer.model.register_forward_hook(self._after_forward)
 
@@ -293,6 +295,7 @@ class Metrics(HookBase):
             self.progress.update(step)
             return
         record = {**mean_of(self.recent), **self.stopwatch.take(len(self.recent)), "lr": latest["lr"]}
+        record |= memory(self.device)
         record["images_per_second"] = self.options.batch_size / record["seconds"]
         self.run.record(step, record)
         line = f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s"

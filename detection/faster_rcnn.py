@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,7 @@ class FasterRCNN(TorchvisionFasterRCNN):
 
     def __init__(self, backbone: Backbone, **options):
         super().__init__(backbone, **options)
-        rpn = self.rpn
+        rpn = self.rpn  # type: ignore[has-type]  # torchvision's
         self.rpn = SampledRPN(
             rpn.anchor_generator,
             rpn.head,
@@ -179,9 +180,10 @@ def build_faster_rcnn(
     if representation_size is None:
         representation_size = 4096 if variant == "vgg16" else 1024
     backbone_config = dict(backbone.config)
-    box_head = _take_stage5(backbone) if variant == "c4" else None
+    box_head: Any = _take_stage5(backbone) if variant == "c4" else None
     _use_levels_of(variant, backbone)
 
+    sizes: list[tuple[float, ...]]
     if variant == "fpn":
         sizes = [(anchor_scale * feature.stride,) for feature in backbone.features.values()]
     else:
@@ -247,7 +249,7 @@ def _take_stage5(backbone: Backbone) -> Stage5Head:
     if backbone.weights_source is not None:
         raise ValueError("variant 'c4' needs stage 5 and its weights: build the backbone with levels=('c4', 'c5')")
     whole = backbone_from_config({**backbone.config, "levels": ["c5"]})
-    return Stage5Head(whole.layer4, whole.stage_features["c5"].channels)
+    return Stage5Head(cast(nn.Sequential, whole.layer4), whole.stage_features["c5"].channels)
 
 
 def _use_levels_of(variant: str, backbone: Backbone) -> None:

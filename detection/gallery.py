@@ -22,7 +22,7 @@ MOST_BOXES = 100  # in a picture
 class Outcome(NamedTuple):
     """How the detections of one image met its objects; one in a crowd of its class counts for nothing."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # in place of a tuple's method of that name
     found: np.ndarray  # DETECTION [d], the surest first, of a score of at least SCORE
     right: np.ndarray  # bool [d]
     seen: np.ndarray  # bool [objects]
@@ -93,17 +93,21 @@ def gallery(dataset: CocoImages, detections: np.ndarray) -> Section:
     interesting = [outcome for outcome in outcomes(dataset, detections) if len(outcome.found) or len(outcome.seen)]
     worst = [o for o in sorted(interesting, key=lambda o: (o.f1, -o.wrong)) if o.wrong]
     best = [o for o in sorted(interesting, key=lambda o: (-o.f1, -int(o.right.sum()))) if o.f1 > 0]
-    worst = _figures(dataset, worst)
-    taken = {index for index, _ in worst}
-    best = _figures(dataset, [o for o in best if o.index not in taken])
+    worst_figures = _figures(dataset, worst)
+    taken = {index for index, _ in worst_figures}
+    best_figures = _figures(dataset, [o for o in best if o.index not in taken])
     said = (
         f"By F1 at a score of {SCORE:g} and an IoU of {IOU:g}: ground truth left (or above), detections right (or "
         "below). A dashed box is a missed object or a wrong detection. What lies in a crowd is left out."
     )
     parts = [paragraph(said)]
     for title, figures, none in (
-        ("Worst", worst, "No image has an error at this score and IoU, or none of those that have could be read."),
-        ("Best", best, f"No other image has a right detection with a score of {SCORE:g} or more."),
+        (
+            "Worst",
+            worst_figures,
+            "No image has an error at this score and IoU, or none of those that have could be read.",
+        ),
+        ("Best", best_figures, f"No other image has a right detection with a score of {SCORE:g} or more."),
     ):
         shown = tag("div", *(figure for _, figure in figures), class_="gallery") if figures else absent(none)
         parts += [tag("h3", title), shown]
@@ -112,13 +116,14 @@ def gallery(dataset: CocoImages, detections: np.ndarray) -> Section:
 
 def _figures(dataset: CocoImages, ranked: Sequence[Outcome]) -> list[tuple[int, Html]]:
     """(image's index, figure) of the first SHOWN images that can be read."""
-    figures = []
+    figures: list[tuple[int, Html]] = []
     for outcome in ranked:
         if len(figures) == SHOWN:
             break
         sample = dataset[outcome.index]
         if not isinstance(sample, BadImage):
-            figures.append((outcome.index, _figure(dataset, *sample, outcome)))
+            image, target = sample
+            figures.append((outcome.index, _figure(dataset, image, target, outcome)))
     return figures
 
 

@@ -38,7 +38,7 @@ def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) 
             if not files:
                 raise ValueError(f"{word}: no file fits this pattern")
             images |= dict.fromkeys(file for file in files if not _is_video(file))
-            videos |= dict.fromkeys(filter(_is_video, files))
+            videos |= dict.fromkeys(file for file in files if _is_video(file))
         else:
             (videos if _is_video(path) else images)[path] = None
     return Inputs(list(images), list(videos))

@@ -26,7 +26,7 @@ class Layout(NamedTuple):
 
     def paths(self, folder: Path, split: str) -> tuple[Path | None, Path | None]:
         """(image folder, annotation file) of "train" or "val", None for what is not there."""
-        part: tuple[Path | None, Path | None] = (None, None)
+        half: tuple[Path | None, Path | None] = (None, None)
         for name in SPLIT_NAMES[split]:
             files = [folder / path.format(name) for path in self.annotations]
             file = next((path for path in files if path.is_file()), None)
@@ -35,8 +35,8 @@ class Layout(NamedTuple):
             images = next((path for path in folders if path.is_dir()), None)
             if images and file:
                 return images, file
-            part = part if any(part) else (images, file)
-        return part
+            half = half if any(half) else (images, file)
+        return half
 
 
 LAYOUTS = (

@@ -101,7 +101,9 @@ def _on_the_hub(source: str) -> str:
     names = list_pretrained("vgg16.*")
     if name not in {*names, *(known.partition(".")[0] for known in names)}:
         raise ValueError(f"weights {source!r}: not a VGG-16; timm has {', '.join(names)}")
-    return f"hf:{get_pretrained_cfg(name).hf_hub_id}"
+    config = get_pretrained_cfg(name)
+    assert config is not None  # it is one of timm's names
+    return f"hf:{config.hf_hub_id}"
 
 
 # Global context
@@ -110,7 +112,7 @@ def _on_the_hub(source: str) -> str:
 class ContextRoIAlign(PyramidRoIAlign):
     """RoIAlign of regions and, as one more region, of each whole image."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # with it comes the head that takes all three
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The regions' features [N, channels, size, size], the images' [B, ..], and the image of each region [N]."""

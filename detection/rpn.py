@@ -1,5 +1,7 @@
 """Region proposal network (Ren et al. 2015, Sec. 3): torchvision's, with a graph at the sampled anchors alone."""
 
+from typing import Any, cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,7 +25,7 @@ class Anchors(AnchorGenerator):
 
     def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, as_torchvision: bool):
         self.as_torchvision = as_torchvision  # before what makes the anchors
-        self.last: tuple[object, Tensor | None] = None, None  # the sizes that anchors were made for, and they
+        self.last: tuple[object, Any] = None, None  # the sizes that anchors were made for, and they
         super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
         self.strides = strides
 
@@ -43,7 +45,7 @@ class Anchors(AnchorGenerator):
             self.last = (cells, image_size, device), self._made(cells, image_size, device)
         return [self.last[1]] * len(image_list.image_sizes)
 
-    def _made(self, cells: list[tuple[int, int]], image_size: tuple[int, int], device: torch.device) -> Tensor:
+    def _made(self, cells: list[torch.Size], image_size: torch.Size, device: torch.device) -> Tensor:
         self.set_cell_anchors(torch.float32, device)
         strides = [(stride, stride) for stride in self.strides]
         if self.as_torchvision:
@@ -94,7 +96,7 @@ class SampledRPN(RegionProposalNetwork):
         """Padded images, their maps and targets -> proposals [n, 4] an image in pixels, losses in training mode."""
         maps = list(features.values())
         anchors = self.anchor_generator(images, maps)
-        losses = self._losses(maps, anchors, targets) if self.training else {}
+        losses = self._losses(maps, anchors, cast(list, targets)) if self.training else {}
         return self._proposals(maps, anchors[0], images.image_sizes), losses
 
     @torch.no_grad()
@@ -109,8 +111,8 @@ class SampledRPN(RegionProposalNetwork):
             deltas.append(of_level.gather(1, best[..., None].expand(-1, -1, 4)))
             anchors_of_best.append(here[best])
             levels.append(torch.full_like(best[0], level))
-        deltas, anchors_of_best = torch.cat(deltas, 1), torch.cat(anchors_of_best, 1)
-        boxes = self.box_coder.decode_single(deltas.flatten(0, 1), anchors_of_best.flatten(0, 1)).view_as(deltas)
+        best_deltas, around = torch.cat(deltas, 1), torch.cat(anchors_of_best, 1)
+        boxes = self.box_coder.decode_single(best_deltas.flatten(0, 1), around.flatten(0, 1)).view_as(best_deltas)
         of_images = zip(boxes, torch.cat(scores, 1), image_sizes, strict=True)
         return [self._filtered(*of_image, torch.cat(levels)) for of_image in of_images]
 

@@ -43,9 +43,9 @@ class TrainBatches(Sampler):
                 batches.append(group[:whole].reshape(-1, self.batch_size, 2))
                 ends.append(places[np.arange(self.batch_size, whole + 1, self.batch_size) - before - 1])
             order = np.argsort(np.concatenate(ends))  # a batch comes when its last image is drawn
-            batches = np.concatenate(batches)
+            of_epoch = np.concatenate(batches)
             for which in order[skip:]:
-                yield [Draw(*draw) for draw in batches[which, self.rank :: self.ranks].tolist()]
+                yield [Draw(*draw) for draw in of_epoch[which, self.rank :: self.ranks].tolist()]
             epoch, skip = epoch + 1, 0
 
     def _draws(self, epoch: int) -> np.ndarray:

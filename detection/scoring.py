@@ -19,8 +19,9 @@ DETECTION = np.dtype(  # COCO's results format; bbox is x, y, width, height in p
 
 def entries(detections: np.ndarray) -> list[dict]:
     """DETECTION [n] as the dictionaries that COCO's results format has."""
-    columns = (detections[name].tolist() for name in DETECTION.names)
-    return [dict(zip(DETECTION.names, values, strict=True)) for values in zip(*columns, strict=True)]
+    names = DETECTION.names or ()
+    columns = (detections[name].tolist() for name in names)
+    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def score(annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco") -> dict:

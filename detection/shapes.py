@@ -10,7 +10,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -158,7 +158,8 @@ def is_made(folder: Path, made_of: dict) -> bool:
 
 def write_split(folder: Path, split: str, count: int, *, seed: int, size: int) -> None:
     """Write count images and their COCO annotations, whose ids start at 1 in each split."""
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
     for number in range(1, count + 1):
@@ -257,7 +258,10 @@ def add_objects(rng: np.random.Generator, canvas: Image.Image) -> list[dict]:
     `owners` holds at each pixel the number of the figure that is seen there, from 1, or 0."""
     kinds = [*rng.integers(len(CLASSES), size=integer(rng, OBJECTS))]
     kinds += [*rng.integers(len(CLASSES), len(FIGURES), size=integer(rng, DISTRACTORS))]
-    owners, shown, whole, visible = Image.new("L", canvas.size), [], [], []  # areas: whole, and what is seen of it
+    owners = Image.new("L", canvas.size)
+    shown: list[Any] = []
+    whole: list[int] = []  # areas: whole, and what is seen of it
+    visible: list[int] = []
     for kind in rng.permutation(kinds):
         for _ in range(TRIES):
             stamp = place(rng, FIGURES[kind], canvas.width)
@@ -333,7 +337,9 @@ def contrasting_colour(rng: np.random.Generator, colours: np.ndarray) -> tuple[i
 
 def annotation(label: int, mask: Image.Image, area: int) -> dict:
     """What COCO says of one object, ids apart, from what is seen of it on the canvas."""
-    x0, y0, x1, y1 = mask.getbbox()
+    box = mask.getbbox()
+    assert box is not None  # some of it is seen
+    x0, y0, x1, y1 = box
     return {
         "category_id": CATEGORY_IDS[label],
         "bbox": [round(v / SCALE, 2) for v in (x0, y0, x1 - x0, y1 - y0)],
@@ -345,7 +351,7 @@ def annotation(label: int, mask: Image.Image, area: int) -> dict:
 
 def develop(rng: np.random.Generator, image: Image.Image) -> Image.Image:
     """What a camera does: uneven light, a lens a little out of focus, contrast, brightness, noise."""
-    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR))), dtype=np.float32)
+    pixels: np.ndarray = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR))), dtype=np.float32)
     light = 1 + rng.uniform(*LIGHT) * (2 * smooth_noise(rng, image.width, 2) - 1)
     pixels = (pixels * light[..., None] - 128) * rng.uniform(*CONTRAST) + 128 + rng.uniform(*BRIGHTNESS)
     noise = rng.standard_normal(pixels.shape, dtype=np.float32)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,8 @@ class VideoFile:
     """An MPEG-4 file of pictures; `video_file` makes it."""
 
     def __init__(self, path: Path, rate: float):
-        self._path, self._rate, self._writer = path, rate, None
+        self._path, self._rate = path, rate
+        self._writer: Any = None  # OpenCV's, made for the first picture
         self._cv2 = _opencv(str(path))
 
     def add(self, picture: Image.Image) -> None:

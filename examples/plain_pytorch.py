@@ -3,8 +3,7 @@
 python examples/plain_pytorch.py                                                     seconds on a CPU, random weights
 python examples/plain_pytorch.py --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V2
 
-Shows `features`, the channels and stride of every level, and `summary()`, what trains: all of it without weights, and
-with them all but the batch norms and the first layers. The loss that it prints falls.
+Prints channels and stride of the maps, and what trains: with weights, all but batch norms and the first layers.
 """
 
 import argparse
@@ -32,11 +31,10 @@ class Segmenter(nn.Module):
 
 def draw(count: int, size: int = 64) -> tuple[Tensor, Tensor]:
     """Images of noise [count, 3, size, size], normalized, with a bright square each, and its share of every cell."""
-    images, masks = torch.rand(count, 3, size, size) / 2, torch.zeros(count, size, size)
-    for i, (top, left) in enumerate(torch.randint(0, size // 2, (count, 2)).tolist()):
-        images[i, :, top : top + 24, left : left + 24] += 0.5
-        masks[i, top : top + 24, left : left + 24] = 1
-    return normalize(images, MEAN, STD), F.avg_pool2d(masks, 4)
+    masks = torch.zeros(count, size, size)
+    for mask, (top, left) in zip(masks, torch.randint(0, size // 2, (count, 2)).tolist(), strict=True):
+        mask[top : top + 24, left : left + 24] = 1
+    return normalize((torch.rand(count, 3, size, size) + masks[:, None]) / 2, MEAN, STD), F.avg_pool2d(masks, 4)
 
 
 def main() -> None:
@@ -47,7 +45,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Segmenter(options.depth, options.weights).train()
     print(model.backbone.features, model.backbone.summary(), sep="\n")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # what is frozen gets no gradient
     for step in range(1, 11):
         images, masks = draw(4)
         loss = F.binary_cross_entropy_with_logits(model(images), masks)

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -70,11 +71,11 @@ class ResNetBackbone(Backbone, ResNet):
         self.fpn = None if pyramid is None else FPN(self.stage_features, **pyramid)
 
     @property
-    def features(self) -> dict[str, Feature]:
-        return ResNet.features.fget(self) if self.fpn is None else self.fpn.features
+    def features(self) -> dict[str, Feature]:  # type: ignore[override]  # a network's own is only read
+        return ResNet.features.fget(self) if self.fpn is None else self.fpn.features  # type: ignore[attr-defined]
 
     @property
-    def size_divisibility(self) -> int:
+    def size_divisibility(self) -> int:  # type: ignore[override]
         return list(self.stage_features.values())[-1].stride
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
@@ -163,7 +164,7 @@ def build_resnet_backbone(
         if norm is None and trunk["norm"] != "GN":
             trunk["norm"] = "FrozenBN"
 
-    pyramid = {
+    pyramid: dict[str, Any] = {
         "levels": DEFAULT_PYRAMID,
         "fpn_channels": 256,
         "fpn_norm": None,

@@ -26,6 +26,10 @@ class CifarResNet(nn.Module):
     `save_cifar_resnet` holds: `mean_image` [3, 32, 32], None where nobody said. `config` makes the network again.
     """
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+
     def __init__(self, depth: int, *, shortcut: str = "A", num_classes: int = 10):
         super().__init__()
         one_of("depth", depth, CIFAR_DEPTHS, " (the paper's for CIFAR-10; for ImageNet: build_resnet_classifier)")
@@ -72,7 +76,7 @@ def build_cifar_resnet(
     Raises ValueError for an unknown depth or shortcut, and for weights of another network than is asked, or that do
     not fit, naming every missing, unexpected and mis-shaped key.
     """
-    asked = {"depth": depth, "shortcut": shortcut, "num_classes": num_classes}
+    asked: dict[str, Any] = {"depth": depth, "shortcut": shortcut, "num_classes": num_classes}
     asked = {name: value for name, value in asked.items() if value is not None}
     if weights is None:
         if depth is None:

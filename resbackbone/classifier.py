@@ -17,7 +17,7 @@ class ResNetClassifier(ResNet):
         super().__init__(depth, levels=("c5",), **trunk)
         self.fc = nn.Linear(self.features["c5"].channels, num_classes)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # logits, where a trunk gives maps
         c5 = super().forward(images)["c5"]  # [B, 512 or 2048, H/32, W/32]
         return self.fc(c5.mean((2, 3)))
 

@@ -67,7 +67,7 @@ def _capture(backbone: "Backbone") -> ExportedProgram:
     example = torch.zeros(2, channels, 64, 96)  # three different sizes, so that none is taken for another
     # By default a size of 1 counts as a case of its own: a map of 1 pixel, so images below the coarsest stride + 1
     # (33 with c5, 129 with p7), would be refused. torch.onnx sets the same switch for its own captures.
-    with shape_options.patch(backed_size_oblivious=True):
+    with shape_options.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # torch adds it at run time
         free = dict.fromkeys(FREE_DIMENSIONS, Dim.DYNAMIC)  # in the network's own range; an error if it is one size
         program = torch.export.export(network, (example,), dynamic_shapes=(free,))
     for node in program.graph.nodes:
@@ -93,6 +93,7 @@ def _to_onnx(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
         dynamo=True,
         verbose=False,
     )
+    assert exported is not None  # with dynamo=True it never is
     exported.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     return exported.model_proto.SerializeToString()
 

@@ -1,6 +1,6 @@
 """Convolution, frozen batch norm, sum and ReLU as one step, the norm folded into the convolution's weights."""
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,9 @@ Affine = tuple[Tensor, Tensor]  # scale and shift of a norm, [channels] each
 class _Convolution(NamedTuple):
     """What a convolution does beside its weights, in the order that F.conv2d takes it."""
 
-    stride: tuple[int, int]
-    padding: tuple[int, int] | str
-    dilation: tuple[int, int]
+    stride: tuple[int, ...]
+    padding: Any  # pixels for each dimension, or a word
+    dilation: tuple[int, ...]
     groups: int
 
 
@@ -57,6 +57,7 @@ def fused_conv(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, relu: bool) 
     """The same for a convolution that `fuse` has given its norm."""
     if torch.is_grad_enabled() or not _computed_now(x, conv.weight):
         return _add_relu(conv(x), shortcut, relu)
+    assert conv.bias is not None  # the norm's shift
     x, dtype = _autocast(x, conv.weight.dtype)
     how = _Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
     shortcut = None if shortcut is None else shortcut.to(dtype)
@@ -78,7 +79,7 @@ class FoldCache:
         self.clear()
 
     def clear(self) -> None:
-        self._kept = None
+        self._kept: _Kept | None = None
 
     def __reduce__(self):
         return FoldCache, ()
@@ -132,7 +133,8 @@ class _FoldedConv(torch.autograd.Function):
         needs_x, needs_weight, needs_shortcut = (ctx.needs_input_grad[i] for i in (0, 1, 4))
         if y is not None:
             grad = torch.ops.aten.threshold_backward(grad, y, 0)
-        grad_x = grad_weight = None
+        grad_x: Tensor | None = None
+        grad_weight: Any = None
         if needs_x or needs_weight:
             stride, padding, dilation, groups = ctx.how
             if x is None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,11 @@ class FrozenBatchNorm2d(nn.Module):
     It holds buffers only, under nn.BatchNorm2d's names, and has no training mode, so neither `.train()` nor an
     optimizer can thaw it. Behind a convolution it costs nothing: `conv_norm` folds it into the weights.
     """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-5):
         super().__init__()
@@ -66,7 +72,7 @@ def _group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps)  # 32 groups as in Wu and He 2018
 
 
-NORMS: dict[str, Norm] = {
+NORMS: dict[str, Callable[..., nn.Module]] = {
     "BN": nn.BatchNorm2d,
     "FrozenBN": FrozenBatchNorm2d,
     "SyncBN": nn.SyncBatchNorm,
@@ -119,7 +125,7 @@ class Projection(nn.Sequential):
         super().__init__(conv(in_channels, out_channels, kernel=1, stride=stride), norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(self[0], self[1], x)
+        return conv_norm(cast(nn.Conv2d, self[0]), self[1], x)
 
 
 class NoShortcut(nn.Module):
@@ -185,7 +191,7 @@ def fuse(module: nn.Module) -> nn.Module:
         convolution, norm = children[conv_name], children.get(norm_name)
         if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, _BatchNorm | FrozenBatchNorm2d):
             continue
-        frozen = freeze(norm)
+        frozen = cast(FrozenBatchNorm2d, freeze(norm))
         scale, shift = frozen.scale_and_shift()
         if convolution.bias is not None:
             shift = shift + convolution.bias * scale

@@ -1,7 +1,7 @@
 """ResNet-18/34/50/101/152: an image to the feature maps c2..c5 (He et al. 2015, Table 1)."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -155,7 +155,8 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
-                nn.init.zeros_((module.bn2 if isinstance(module, BasicBlock) else module.bn3).weight)
+                last_norm = module.bn2 if isinstance(module, BasicBlock) else module.bn3
+                nn.init.zeros_(cast(Tensor, last_norm.weight))
 
     @property
     def features(self) -> dict[str, Feature]:

@@ -45,7 +45,7 @@ def commands(page: Path) -> list[list[str]]:
     in_blocks = [line for line in text.splitlines() if "tools/" in line and "`" not in line]
     found = []
     for line in [*in_text, *in_blocks]:
-        if match := re.search(r"(?:python|torchrun|srun)\b.*?tools/(\w+)\.py(.*)", line):
+        if match := re.search(r"(?:python|torchrun|srun)\b.*?tools/([a-z]\w*)\.py(.*)", line):
             found.append([match[1], *(word for word in shlex.split(match[2], comments=True) if word != "...")])
     return found
 
@@ -62,7 +62,8 @@ def test_the_python_of_a_page_runs_as_it_stands(page, capsys, tmp_path, monkeypa
     if any("runs/first/model.safetensors" in block for block in python_blocks(page)):  # a command before it makes that
         backbone = build_resnet_backbone(18, fpn=True, fpn_channels=16)
         Path("runs/first").mkdir(parents=True)
-        save_detector(Path("runs/first/model.safetensors"), build_faster_rcnn(backbone, 10, representation_size=16))
+        detector = build_faster_rcnn(backbone, 10, representation_size=16, min_size=64)
+        save_detector(detector, Path("runs/first/model.safetensors"))
     names = {}
     for block in python_blocks(page):
         if not block.startswith(NOT_RUN):
@@ -106,7 +107,7 @@ def test_commands_are_found_in_blocks_and_text_and_over_line_ends(tmp_path):
 def test_what_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
     folders = "tools|examples|configs|resbackbone|detection|tests"
-    for path in re.findall(rf"(?<![\w/])(?:{folders})/[\w/]+\.(?:py|yaml)", text):
+    for path in re.findall(rf"(?<![\w/])(?:{folders})/[a-z][\w/]*\.(?:py|yaml)", text):
         assert (ROOT / path).is_file(), path
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"(?:^|`)make ((?!PYTHON)[a-z-]+)", text, re.MULTILINE)) <= targets
@@ -147,11 +148,12 @@ def test_every_measured_row_of_the_model_zoo_is_what_its_metrics_say():
 def test_the_site_builds_without_a_warning_and_asks_nothing_of_the_network(tmp_path):
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install -e '.[docs]'")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install -e '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
     pages = list(tmp_path.rglob("*.html"))
-    assert len(pages) > 15 and "build_resnet_backbone" in (tmp_path / "api.html").read_text()
+    assert len(pages) > 15 and (tmp_path / "examples/plain_pytorch.py").is_file()
+    assert "<code>frozen_through</code>: None" in (tmp_path / "api.html").read_text()  # from a docstring, as a list
     for page in pages:
         loaded = re.findall(r"<(?:link|script|img|iframe)\b[^>]*?\b(?:href|src)=\"?(https?:[^\" >]+)", page.read_text())
         assert not loaded, page

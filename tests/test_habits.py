@@ -17,6 +17,7 @@ def test_a_commit_is_checked_by_the_tools_of_make_lint_in_the_versions_that_setu
     makefile = (ROOT / "Makefile").read_text().replace("$(BIN)", ".venv/bin")
     lint = makefile.partition("\nlint:")[2].partition("\n\n")[0]
     for program, *words in tools:
+        assert program.startswith(".venv/bin/")
         assert " ".join([program, *words]) in lint
         assert re.search(rf'"{Path(program).name}==[\d.]+"', (ROOT / "setup.py").read_text())
 

@@ -232,6 +232,13 @@ def value_of(html, name):
     return float(re.search(rf'<tr><td>{name}</td><td[^>]*data-value="([^"]*)"', html)[1])
 
 
+def test_small_numbers_at_an_axis_are_short():
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", line_chart("t", {"a": [(0, 0), (9, 2e-4)]}, x="x"))
+    assert {"0", "5e-5", "1.5e-4", "2e-4"} <= set(labels)
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", line_chart("t", {"a": [(0, 0), (9, 0.02)]}, x="x"))
+    assert {"0.005", "0.02"} <= set(labels)
+
+
 def test_lines_that_are_half_written_or_strange_are_passed_over(tmp_path):
     log = run_of(tmp_path, trained(1), {"kind": "eval", "step": 1, "AP": 0.5}, "[]\n", '{"kind": "train"}\n', '{"kin')
     assert [line["step"] for line in log.train] == [1] and log.curve("AP", evaluations=True) == [(1, 0.5)]

@@ -41,7 +41,7 @@ STYLE = """
 .found table, .found tr, .found th, .found td { border: 0 !important }
 .found th, .found td { text-align: left; padding: 0.15rem 1rem 0.15rem 0 !important; overflow-wrap: break-word }
 .found th:first-child, .found td:first-child { max-width: 38vw }
-.found td + td { font-variant-numeric: tabular-nums; white-space: nowrap }
+.found td + td { font-variant-numeric: tabular-nums }
 """
 
 

@@ -110,4 +110,4 @@ def devices() -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(print(__doc__) if {"-h", "--help"} & set(sys.argv) else main())

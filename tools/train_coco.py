@@ -1,6 +1,7 @@
 """Train Faster R-CNN on COCO-format data and evaluate it. Without --data it trains on an embedded data set.
 
 python tools/train_coco.py                                            the embedded data set, minutes on a CPU
+python tools/train_coco.py --data my_folder --weights torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1   own classes
 python tools/train_coco.py --data coco --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V1
 python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     goes on where it stopped
 """
@@ -25,6 +26,7 @@ from detection.faster_rcnn import (
     retarget_detector,
     save_detector,
 )
+from detection.foreign import NOT_A_CLASS
 from detection.layouts import LAYOUT, describe_layout, find_split
 from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
 from detection.recipes import RECIPES, SMALL_DATA, Recipe, default_recipe
@@ -415,7 +417,8 @@ def build_from_detector(
         raise ValueError(f"--variant {options.variant}: {options.weights} hold a detector of variant {held['variant']}")
     norm = options.norm or ("GN" if trunk["norm"] == "GN" else "FrozenBN")
     built, new = retarget_detector(weights, categories, backbone={**backbone, "norm": norm}, **detector)
-    of = f"{held['num_classes']} classes; new, for {len(categories)} others: {', '.join(new)}"
+    count = sum(name != NOT_A_CLASS for _, name in held["categories"])
+    of = f"{count} classes; new, for {len(categories)} others: {', '.join(new)}"
     say(f"weights: {options.weights} hold a detector of {of if new else 'these classes: all of it is started from'}")
     return built
 

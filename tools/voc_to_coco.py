@@ -26,7 +26,7 @@ from PIL import Image
 
 from resbackbone.atomic import folder_atomically
 from resbackbone.classification.decode import SUFFIXES
-from resbackbone.training.command import console, main_of, parse, track
+from resbackbone.training.command import console, main_of, notes, parse, track
 
 LAYOUT = "Annotations/, JPEGImages/ and ImageSets/Main/*.txt"
 
@@ -45,6 +45,8 @@ class Options:
     """The list to validate on. Where it is not there, train_coco.py holds out a tenth of the training images."""
     skip_bad_files: bool = False
     """Go on without annotations and images that cannot be used; they are named."""
+    quiet: bool = False
+    """Print warnings, errors and where the result is alone."""
 
 
 class Box(NamedTuple):
@@ -93,8 +95,8 @@ def main(argv: list[str] | None = None) -> None:
     for split, images in found.items():
         boxes = [box for image in images for box in image.boxes]
         difficult = sum(box.difficult for box in boxes)
-        console.print(f"{split}: {len(images)} images, {len(boxes)} boxes, {difficult} of them difficult, now crowds")
-    console.print(f"{len(classes)} classes: {', '.join(classes)}")
+        notes.print(f"{split}: {len(images)} images, {len(boxes)} boxes, {difficult} of them difficult, now crowds")
+    notes.print(f"{len(classes)} classes: {', '.join(classes)}")
     console.print(f"written: {options.output}; train on it with tools/train_coco.py --data {options.output}")
 
 

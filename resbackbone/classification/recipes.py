@@ -163,7 +163,7 @@ A1 = strikes_back(
     smoothing=0.1,
 )
 A2 = strikes_back(
-    published="top-1 at 224: 18 70.6, 34 75.5, 50 79.8, 101 81.3, 152 81.8; R50 55 h on 4 V100 (not looked up)",
+    published="top-1 at 224: 18 70.6, 34 75.5, 50 79.8, 101 81.3, 152 81.8",
     epochs=300,
     rate=5e-3,
     weight_decay=0.02,
@@ -173,7 +173,7 @@ A2 = strikes_back(
     bce_threshold=0.2,
 )
 A3 = strikes_back(
-    published="top-1 at 224: 18 68.2, 34 73.0, 50 78.1, 101 79.8, 152 80.5; R50 15 h on 4 V100 (not looked up)",
+    published="top-1 at 224: 18 68.2, 34 73.0, 50 78.1, 101 79.8, 152 80.5",
     epochs=100,
     rate=8e-3,
     weight_decay=0.02,

@@ -48,7 +48,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbyt
 
 def last_whole_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
     """The newest checkpoint whose files are as they were written, if any; and what is wrong with those after it."""
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(run)):
         wrong = _damage(path)
         if wrong is None:

@@ -8,7 +8,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import rich.progress
 import tyro
@@ -20,8 +20,9 @@ from resbackbone.training.errors import one_line_errors
 from resbackbone.training.help import print_help
 from resbackbone.training.run import read_yaml
 
-T = TypeVar("T")
-PLAIN = {"highlight": False, "markup": False, "soft_wrap": True}  # paths and class names may hold [brackets]
+T = TypeVar("T", bound=Any)  # a dataclass of options
+# Markup is off, for paths and class names may hold [brackets].
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 console = Console(**PLAIN)  # for warnings and results
 notes = Console(**PLAIN)  # for what --quiet leaves out: how it goes, where things are
 SECONDS_BETWEEN_LINES = 20  # of a loop that is not on a terminal
@@ -34,7 +35,7 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None,
     and so does --tyro-print-completion SHELL. With --quiet, if the command has it, `notes` is silent from here on.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    description = description or options.__doc__
+    description = description or options.__doc__ or ""
     if {"-h", "--help"} & set(argv):
         print_help(console, options, description)
         raise SystemExit(0)
@@ -44,7 +45,7 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None,
     wrong = io.StringIO()
     try:
         with contextlib.redirect_stderr(wrong):
-            parsed = tyro.cli(options, prog=program(), args=argv, default=default, description=description)
+            parsed: Any = tyro.cli(options, prog=program(), args=argv, default=default, description=description)
     except SystemExit as exit:
         if exit.code in (0, None):
             raise
@@ -111,16 +112,16 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.on_terminal:
+            left = rich.progress.TextColumn("left"), rich.progress.TimeRemainingColumn()
             self.bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.description}"),
                 rich.progress.BarColumn(bar_width=20),
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TimeElapsedColumn(),
-                rich.progress.TextColumn("left"),
-                rich.progress.TimeRemainingColumn(),
+                *([] if self.total is None else left),
                 console=notes,
             )
-            self.note = Text(no_wrap=False)  # on a line of its own: beside the bar it would squeeze it
+            self.note = Text(no_wrap=False, overflow="fold")  # on a line of its own: beside the bar it would squeeze it
             self.live = Live(Group(self.bar, self.note), console=notes, refresh_per_second=5)
             self.task = self.bar.add_task(self.label, total=self.total, completed=self.start)
             self.live.start()

@@ -21,6 +21,7 @@ from torch.utils.data import Sampler
 from resbackbone.checks import one_of
 from resbackbone.training.errors import SAID, one_line_errors
 from resbackbone.training.lock import let_go_of_all
+from resbackbone.training.rendezvous import store_of_this_start
 from resbackbone.training.termination import EXIT_STATUS, Terminated, termination
 
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
@@ -115,7 +116,8 @@ def _run(local_rank: int, rank: int, processes: int, device: str, function: Call
         place = torch.device("cuda", local_rank)
         torch.cuda.set_device(place)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=processes, timeout=TIMEOUT)
+    store = store_of_this_start(rank, processes, TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
     together = None
     try:
         _call(function, Rank(rank, processes, place), arguments)

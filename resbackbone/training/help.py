@@ -108,8 +108,9 @@ def _texts(options: type) -> Mapping[str, str]:
     for kind in reversed(options.__mro__):
         if not dataclasses.is_dataclass(kind):
             continue
-        body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body
-        for statement, following in pairwise(body):
+        [definition] = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in pairwise(definition.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-                texts[statement.target.id] = " ".join(following.value.value.split())
+                texts[ast.unparse(statement.target)] = " ".join(ast.literal_eval(following.value).split())
     return texts

@@ -100,8 +100,7 @@ def train(
                     return losses_of(part)
 
             try:
-                wanted = {"learning_rate": rate, "stop": termination.requested}
-                values = state.update(losses, parts_of(batch), **wanted)
+                values = state.update(losses, parts_of(batch), learning_rate=rate, stop=termination.requested)
             except NonFinite as error:
                 clause = bad_batch(batch, error) if error.terms else None
                 said = "; ".join(filter(None, gather(clause, rank) or [clause or "on another rank"]))

@@ -6,14 +6,14 @@ import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from resbackbone.training.checkpoints import last_whole_checkpoint
 from resbackbone.training.command import console, from_config, parse
 from resbackbone.training.lock import hold
 from resbackbone.training.run import latest_folder, new_folder
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Any)  # a dataclass of options
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -28,7 +29,8 @@ class Run:
 
     def __init__(self, folder: str | os.PathLike, config: Mapping, *, resumed_step: int = 0, writes: bool = True):
         self.folder, self.writes = Path(folder), writes
-        self._events, self.evaluated = None, False
+        self._events: Any = None  # TensorBoard's SummaryWriter, where this process writes
+        self.evaluated = False
         if not writes:
             return
         hold(self.folder)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -60,12 +60,12 @@ class TrainState:
             with self._exchanging(i == len(parts) - 1):
                 losses = losses_of(part)
                 terms.append({name: loss.detach().float() for name, loss in losses.items()})
-                total = sum(losses.values()) / len(parts)
+                total = cast(Tensor, sum(losses.values()) / len(parts))
                 self.stopwatch.lap("forward")
                 total.backward()
                 self.stopwatch.lap("backward")
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         values = self._checked(terms, norm, stop)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -77,25 +77,26 @@ class TrainState:
         return mean_of(values)
 
     def _exchanging(self, exchanges: bool):
-        several = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        return self.model.no_sync() if several and not exchanges else nullcontext()
+        if isinstance(self.model, nn.parallel.DistributedDataParallel) and not exchanges:
+            return self.model.no_sync()
+        return nullcontext()
 
     def _checked(self, terms: Sequence[Mapping[str, Tensor]], norm: Tensor, stop: bool) -> list[dict[str, float]]:
         """The terms as floats, if all ranks have finite ones and a finite gradient; the only wait for a GPU."""
         losses = torch.stack([value for part in terms for value in part.values()])
         flags = [~losses.isfinite().all(), ~norm.isfinite(), torch.tensor(stop, device=norm.device)]
         numbers = torch.cat([losses, norm.float()[None], any_rank(torch.stack(flags), self.rank).float()])
-        *losses, self.gradient_norm, bad_loss, bad_gradient, stopping = numbers.tolist()
-        self.stopping, values = bool(stopping), iter(losses)
-        terms = [{name: next(values) for name in part} for part in terms]
+        *values, self.gradient_norm, bad_loss, bad_gradient, stopping = numbers.tolist()
+        self.stopping, following = bool(stopping), iter(values)
+        floats = [{name: next(following) for name in part} for part in terms]
         if bad_loss:  # on some rank; the gradient of all of them is not finite then
-            wrong = [f"{name} is {v}" for part in terms for name, v in part.items() if not math.isfinite(v)]
+            wrong = [f"{name} is {v}" for part in floats for name, v in part.items() if not math.isfinite(v)]
             raise NonFinite(self.step, ", ".join(wrong))
         if bad_gradient:
             raise NonFinite(
                 self.step, f"the gradient of {', '.join(self._wrong_gradients()) or 'all weights together'}"
             )
-        return terms
+        return floats
 
     def _wrong_gradients(self) -> list[str]:
         model = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model

@@ -32,7 +32,7 @@ class Termination:
     @contextmanager
     def handled(self) -> Iterator[None]:
         """Handle the signal in the block, anew."""
-        self.__init__()
+        self.requested = self.saved = self._deferred = False
         if threading.current_thread() is not threading.main_thread():  # no other may
             yield
             return

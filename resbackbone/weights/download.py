@@ -105,7 +105,7 @@ def _fetch(url: str, to: Path, published: _Hash | None) -> None:
 def _receive(part: _Part, to: Path, published: _Hash | None) -> bool:
     """Complete `part`, over several connections at need; returns whether it goes on from bytes of an earlier call."""
     resumed = _offset(part, published)[0] > 0
-    problem = None
+    problem: Exception | None = None
     for attempt in range(ATTEMPTS):
         if attempt:
             print(f"  {_reason(problem)}; trying again", file=sys.stderr)
@@ -252,7 +252,7 @@ def _failed(url: str, to: Path, reason: str) -> ValueError:
     return ValueError(f"{url} could not be downloaded ({reason}); fetch it elsewhere and put it at {to}{damaged}")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception | None) -> str:
     if isinstance(error, HTTPError):
         return f"the server answers {error.code} {error.reason}".splitlines()[0].strip()
     error = getattr(error, "reason", None) or error

@@ -87,7 +87,7 @@ DEFAULTS = {  # of what makes a trunk; the depth has none
 ARCHITECTURE = ("depth", *DEFAULTS)
 
 
-def settle(weights: Weights | None, **asked: object) -> dict[str, Any]:
+def settle(weights: Weights | None, **asked: Any) -> dict[str, Any]:
     """The ARCHITECTURE of a network for `weights`: what is asked, else what they say, else what is assumed of them.
 
     Without weights it is what is asked, else DEFAULTS; the depth has to be asked then. An argument of None is not
@@ -131,8 +131,8 @@ def fit(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> 
 def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> dict[str, Tensor]:
     """The tensors that `fit` would load; its ValueError if they do not fit. `module` may be on the meta device."""
     given = dict(weights.state)
-    if hasattr(module, "adapt_state_dict"):
-        module.adapt_state_dict(given)
+    if callable(adapt := getattr(module, "adapt_state_dict", None)):
+        adapt(given)
     wanted = dict(module.state_dict())
     for key in [key for key in {*given, *wanted} if key.endswith("num_batches_tracked")]:
         if key not in given or key not in wanted:  # a counter that nothing reads; frozen norms and many files have none

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from typing import Any
 
 _PLACE = re.compile(r"\{(\w+?)(?:([+-]\d+)|:(\w+))?\}")
 _LEAF = "(weight|bias|running_mean|running_var|num_batches_tracked)"
@@ -41,7 +42,7 @@ class Template:
                 values[place] = letters.index(text) + 1 if letters else int(text) - int(shift or 0)
         return values
 
-    def write(self, values: Mapping[str, int | str]) -> str:
+    def write(self, values: Mapping[str, Any]) -> str:
         """The name with `values` at its places."""
 
         def fill(place: re.Match) -> str:

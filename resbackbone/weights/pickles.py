@@ -126,7 +126,7 @@ def _read_record(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytearray
     data = bytearray(record.file_size)
     with archive.open(record) as file, memoryview(data) as view:
         for start in range(0, len(data), ZIP_PART):
-            file.readinto(view[start : start + ZIP_PART])  # whole: zipfile raises at the end of the file
+            file.readinto(view[start : start + ZIP_PART])  # type: ignore[attr-defined]  # whole: zipfile raises at the end of the file
     return data
 
 

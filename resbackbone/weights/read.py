@@ -107,7 +107,8 @@ def has_bottlenecks(state: Mapping[str, Tensor]) -> bool:
 
 
 def _read_file(name: str, entry: str | None) -> Weights:
-    path, stated = Path(name), {}
+    path = Path(name)
+    stated: dict[str, Any] = {}
     if is_named(name):
         path, stated = locate(name)
     elif path.is_dir():
@@ -210,6 +211,7 @@ def _in_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
 def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Mapping[str, Tensor]) -> Weights:
     """Change the first convolution to take `inputs.INPUT`, and note what was known and what was assumed."""
     metadata, assumed = dict(weights.metadata), {}
+    assert weights.format is not None  # its names have been translated
     usual = _usual(weights.format, weights.state)
     given = given_input or metadata.get("input") or _input_of_detectron2(constants)
     stride_in_1x1 = usual["stride_in_1x1"]

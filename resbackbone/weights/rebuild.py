@@ -67,6 +67,7 @@ class Plain:
     def _tensor(self, described: StorageView) -> Tensor:
         storage = described.storage
         if storage.key not in self.storages:
+            assert self.load is not None  # whoever admits storages gives it
             self.storages[storage.key] = self.load(storage.key)
         start = storage.start // described.dtype.itemsize + described.offset
         tensor = torch.empty(0, dtype=described.dtype, device="cpu")

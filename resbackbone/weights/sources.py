@@ -145,12 +145,13 @@ def _timm(name: str) -> Located:
     if not is_model_in_modules(name, ("resnet",)):
         raise ValueError("not one of timm's ResNets (timm/models/resnet.py), which are all that can be read here")
     _refuse_anti_aliased(name)
+    assert config is not None  # allow_unregistered=False raises instead
     if not config.hf_hub_id:
         raise ValueError("timm publishes no weights for it")
     repository, _, revision = config.hf_hub_id.partition("@")
     files = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES
     path = _hub_weights(repository, revision or None, files)
-    name = f"{config.architecture}.{config.tag}" if config.tag else config.architecture
+    name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     stated = {"source": f"timm:{name}", "url": f"https://huggingface.co/{repository}", "licence": "unknown"}
     return Located(path, {**stated, "accuracy": timm_accuracy(name), **_stated_by_timm(config.to_dict())})
 
@@ -198,7 +199,9 @@ def _hugging_face(name: str) -> Located:
 
 
 def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str, Any]:
-    stated = {"backbone": {**STRIDE_IN_3X3, "stride_in_1x1": config.get("downsample_in_bottleneck") is True}}
+    stated: dict[str, Any] = {
+        "backbone": {**STRIDE_IN_3X3, "stride_in_1x1": config.get("downsample_in_bottleneck") is True}
+    }
     if preprocessor.get("do_normalize", True):
         stated |= _input(preprocessor.get("image_mean"), preprocessor.get("image_std"))
     labels = config.get("id2label")
@@ -233,7 +236,7 @@ def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
     from huggingface_hub import errors
 
     try:
-        cached_only = {} if _hub_has_an_address() else {"local_files_only": True}
+        cached_only: dict[str, Any] = {} if _hub_has_an_address() else {"local_files_only": True}
         return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, **cached_only))
     except errors.LocalEntryNotFoundError:
         url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
@@ -390,7 +393,7 @@ def published_sha256(file: str) -> str | None:
     return match[1]
 
 
-def _input(mean: object, std: object) -> dict[str, Any]:
+def _input(mean: Any, std: Any) -> dict[str, Any]:
     """{"input": RGB of 0..1 with these}, or nothing if they are not three numbers each."""
     for values in (mean, std):
         if not isinstance(values, list | tuple) or len(values) != 3:

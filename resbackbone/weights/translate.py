@@ -117,7 +117,9 @@ def _match(state: Mapping[str, Tensor], known: Format, place: Place):
     """({their key: (our key, rule)}, constants, unknown keys) of `state` as a file of this format."""
     rules = list(_rules(known, place, _laterals(state), reading=True))
     constant = [Template(text) for text in known.constants]
-    found, constants, unknown = {}, [], []
+    found: dict[str, tuple[str, Rule]] = {}
+    constants: list[str] = []
+    unknown: list[str] = []
     for key in state:
         for rule in rules:
             values = rule.theirs.read(key)

@@ -58,6 +58,8 @@ class Machine:
         self.unpacked = 0
 
     def run(self) -> object:
+        source: Any = self.source  # read and readline are all that pickletools asks of a file
+        argument: Any
         for _ in range(SLACK + self.source.size // 16):
             code = self.source.read(1)
             op = INSTRUCTIONS.get(code)
@@ -66,10 +68,10 @@ class Machine:
             if op.name == "STOP":
                 return self.stack.pop()
             if op.name == "STRING":  # Python 2's bytes, where pickletools would have ASCII
-                line = pickletools.read_stringnl(self.source, decode=False)
+                line = pickletools.read_stringnl(source, decode=False)
                 argument = codecs.escape_decode(line)[0].decode("latin1")
             else:
-                argument = op.arg.reader(self.source) if op.arg else None
+                argument = op.arg.reader(source) if op.arg else None
             self._step(op.name, argument)
         raise Refused("it has more instructions than weights of its size need")
 

@@ -219,7 +219,8 @@ def _timm() -> Iterator[Source]:
 
     for name in list_models(module="resnet", pretrained=True):
         architecture = name.split(".")[0]
-        licence = get_pretrained_cfg(name).license
+        config = get_pretrained_cfg(name)
+        licence = config.license if config else None
         if architecture in ARCHITECTURES and licence:  # what may not be used is no source
             depth, value = ARCHITECTURES[architecture], TIMM_TOP1.get(name)
             yield Source(f"timm:{name}", depth, architecture, "classifier", "top-1", value, TIMM_RESULTS, licence)

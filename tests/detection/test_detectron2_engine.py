@@ -106,7 +106,7 @@ def test_its_metrics_are_those_of_the_other_engine(finished):
         parts = [line[f"loss_{name}"] for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")]
         assert line["loss"] == pytest.approx(sum(parts)) and all(map(math.isfinite, parts))
         spent = [line[f"{part}_seconds"] for part in ("data", "forward", "backward", "optimizer")]
-        assert min(spent) > 0 and sum(spent) < line["seconds"]
+        assert min(spent) > 0 and sum(spent) < line["seconds"] and line["memory_mib"] > 0
     rates = [schedule.for_batch(2, 8, scale_rate=False).learning_rate(step) for step in (0, 1)]
     assert [line["lr"] for line in lines] == pytest.approx(rates)
     [evaluation] = metrics(finished, "eval")

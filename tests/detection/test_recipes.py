@@ -53,9 +53,7 @@ def test_a_recipe_is_varied_by_replacing_and_never_changed_itself():
     assert replace(RECIPES["1x"], depth=101).depth == 101 and RECIPES["1x"].depth == 50
 
 
-@pytest.mark.parametrize(
-    "images, batch_size, steps", [(200, 8, 2000), (200, 2, 8000), (4000, 16, 3000)]
-)
+@pytest.mark.parametrize("images, batch_size, steps", [(200, 8, 2000), (200, 2, 8000), (4000, 16, 3000)])
 def test_small_data_are_seen_twelve_times_and_in_sixteen_thousand_images_at_least(images, batch_size, steps):
     recipe = RECIPES["small"]
     schedule = recipe.schedule_for(batch_size, images=images)

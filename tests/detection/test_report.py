@@ -29,7 +29,7 @@ def data_set(folder, count=3, size=(9, 7), names=("cat",), boxes=((1, 1, 5, 4),)
 
 
 def colours(picture):
-    return {tuple(pixel) for pixel in np.asarray(picture).reshape(-1, 3).tolist()}
+    return {colour for _, colour in picture.getcolors(picture.width * picture.height)}
 
 
 def grey(height, width):

@@ -9,6 +9,9 @@ from safetensors.torch import load_file
 from resbackbone.training.command import main_of
 from resbackbone.training.run import CLOCK
 
+CIFAR = ["--data", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-period", "1"]
+SIX_STEPS = [*CIFAR, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]  # of train_cifar10.py
+
 
 def error_line(main, argv, capsys=None):
     """The one line that `main` ends with, its exit status being 1, when it is called with these words."""

@@ -1,6 +1,13 @@
 """Commands are tested in an empty folder, and know of no data but what a test gives them."""
 
+import importlib
+import sys
+from pathlib import Path
+
 import pytest
+from commands import SIX_STEPS
+
+from resbackbone.classification import cifar10
 
 
 @pytest.fixture(autouse=True)
@@ -8,3 +15,22 @@ def empty_place(tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("here"))
     for name in ("IMAGENET_DIR", "CIFAR10_DIR", "COCO_DIR", "DETECTRON2_DATASETS", "RESBACKBONE_DEBUG"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="module")
+def few_synthetic_images():
+    """Of those that CIFAR trainings draw."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 20, "test": 10})
+        yield
+
+
+@pytest.fixture(scope="session")
+def six_steps_left_alone(tmp_path_factory):
+    """The folder of a CIFAR training of SIX_STEPS on few synthetic images; tests only read it."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 20, "test": 10})
+        importlib.import_module("train_cifar10").main([*SIX_STEPS, "--output", str(folder)])
+    return folder

@@ -123,55 +123,38 @@ def images_in(file="found/detections.json"):
     return list(dict.fromkeys(entry["image"] for entry in json.loads(Path(file).read_text())))
 
 
-def test_a_folder_is_its_images_by_name_and_with_recursive_those_below_too(run):
+def test_folders_and_patterns_are_looked_at_beside_files(run):
     Path("set/deep").mkdir(parents=True)
     for name in ("z.PNG", "m.jpg", "deep/a.png"):
         Image.open("a.png").save(Path("set", name))
-    Path("set/notes.txt").write_text("no image")
-    detected(run, "set", "--output", "found")
-    assert images_in() == ["set/m.jpg", "set/z.PNG"]
-    detected(run, "set", "--output", "set/found", "--recursive")
-    assert images_in("set/found/detections.json") == ["set/deep/a.png", "set/m.jpg", "set/z.PNG"]
-    detected(run, "set", "--output", "set/found", "--recursive")  # its own pictures are no input
-    assert images_in("set/found/detections.json") == ["set/deep/a.png", "set/m.jpg", "set/z.PNG"]
-
-
-def test_a_quoted_pattern_is_the_files_that_fit_and_a_file_named_twice_counts_once(run):
-    detected(run, "**/*.png", "a.png", "b.jpg", "--output", "found")
-    assert images_in() == ["a.png", "other/a.png", "b.jpg"]
+    for _ in range(2):  # the second time its own pictures are there
+        detected(run, "set", "othe*/*.png", "--output", "set/found", "--recursive")
+        assert images_in("set/found/detections.json") == ["set/deep/a.png", "set/m.jpg", "set/z.PNG", "other/a.png"]
 
 
 def test_what_names_no_image_is_one_line(run):
-    Path("set/deep").mkdir(parents=True)
-    Image.open("a.png").save("set/deep/a.png")
+    Path("set").mkdir()
     assert "set: holds no image (.jpg, " in error_of(run, "set")
-    assert "--recursive looks in its subfolders too" in error_of(run, "set")
     assert "*.webp: no file fits this pattern" in error_of(run, "*.webp")
     assert "--batch-size 0: 1 or more is wanted" in error_of(run, "a.png", "--batch-size", "0")
-    assert "clip.mp4" in error_of(run, "clip.mp4") and "no such file" in error_of(run, "clip.mp4")
+    assert "video clip.mp4: no such file" in error_of(run, "clip.mp4")
 
 
 # What is written
 
 
-@pytest.mark.parametrize("size", [2, 3, 8])
-def test_in_batches_every_image_gets_the_boxes_that_it_gets_alone(run, size):
+def test_in_batches_every_image_gets_the_boxes_that_it_gets_alone(run):
     noise = np.random.default_rng(1).integers(0, 256, (6, 50, 61, 3), dtype=np.uint8)
     for i, image in enumerate(noise):
         Image.fromarray(image if i != 2 else image[:, :33]).save(f"n{i}.png")
     names = [f"n{i}.png" for i in range(6)]
-    for options in (["--output", "alone"], ["--output", "batches", "--batch-size", size]):
+    for options in (["--output", "alone"], ["--output", "batches", "--batch-size", "4"]):
         detected(run, *names, "--no-pictures", "--precision", "fp32", *options)
     alone, batches = (json.loads(Path(folder, "detections.json").read_text()) for folder in ("alone", "batches"))
     assert [e["image"] for e in alone] == [e["image"] for e in batches] and len(images_in("alone/detections.json")) == 6
     for one, other in zip(alone, batches, strict=True):
         assert one["category"] == other["category"] and one["score"] == pytest.approx(other["score"], abs=1e-4)
         assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-2)
-
-
-def test_without_pictures_there_is_the_json_alone(run):
-    detected(run, "a.png", "--no-pictures", "--output", "found")
-    assert [path.name for path in Path("found").iterdir()] == ["detections.json"]
 
 
 def test_nothing_found_is_an_empty_list(run):
@@ -192,7 +175,9 @@ def write_annotations(path, names, categories=CATEGORIES):
 
 def test_coco_results_have_the_ids_of_the_annotations_and_are_what_pycocotools_takes(run):
     write_annotations("truth.json", ["other/a.png", "b.jpg", "a.png"])
-    detected(run, "a.png", "other/a.png", "--coco-results", "--annotations", "truth.json", "--output", "found")
+    options = ["--coco-results", "--annotations", "truth.json", "--no-pictures", "--output", "found"]
+    detected(run, "a.png", "other/a.png", *options)
+    assert sorted(path.name for path in Path("found").iterdir()) == ["coco_results.json", "detections.json"]
     results = json.loads(Path("found/coco_results.json").read_text())
     assert {tuple(entry) for entry in results} == {("image_id", "category_id", "bbox", "score")}
     assert list(dict.fromkeys(entry["image_id"] for entry in results)) == [72, 70]
@@ -202,21 +187,6 @@ def test_coco_results_have_the_ids_of_the_annotations_and_are_what_pycocotools_t
     evaluation = COCOeval(truth, truth.loadRes("found/coco_results.json"), "bbox")
     evaluation.evaluate()
     assert len(truth.loadRes("found/coco_results.json").anns) == len(results) > 0
-
-
-def test_without_annotations_images_are_numbered_from_1_in_their_order(run):
-    detected(run, "b.jpg", "a.png", "--coco-results", "--output", "found")
-    by_name = {e["image"]: e["image_id"] for e in json.loads(Path("found/detections.json").read_text())}
-    assert by_name == {"b.jpg": 1, "a.png": 2}
-
-
-def test_annotations_of_other_images_or_categories_are_refused(run):
-    write_annotations("truth.json", ["b.jpg"])
-    argv = (run, "a.png", "--coco-results", "--annotations", "truth.json", "--output", "found")
-    assert "a.png: no image of this name in --annotations truth.json" in error_of(*argv)
-    write_annotations("truth.json", ["a.png"], {3: "car", 14: "stop sign"})
-    assert "truth.json: its categories are not those the detector was made for" in error_of(*argv)
-    assert not Path("found").exists()
 
 
 def test_quiet_leaves_warnings_and_the_last_line(run, capsys):
@@ -242,9 +212,8 @@ def clip():
     return Path("clip.mp4")
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_a_video_becomes_a_video_with_boxes_and_a_list_of_its_frames(run, clip, size):
-    detected(run, clip, "a.png", "--output", "found", "--batch-size", size)
+def test_a_video_becomes_a_video_with_boxes_and_a_list_of_its_frames(run, clip):
+    detected(run, clip, "a.png", "--output", "found", "--batch-size", "2")
     assert sorted(p.name for p in Path("found").iterdir()) == [
         "a.png",
         "clip-frames.json",

@@ -67,3 +67,8 @@ def test_it_says_why_there_is_no_gpu(capsys, monkeypatch):
 def test_from_the_shell_its_status_is_that_of_the_checks():
     process = subprocess.run([sys.executable, TOOLS / "doctor.py"], capture_output=True, text=True)
     assert process.returncode == 0 and "all that is needed works" in process.stdout
+
+
+def test_help_says_what_it_does_and_checks_nothing():
+    run = subprocess.run([sys.executable, str(TOOLS / "doctor.py"), "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stdout.startswith("Check this machine") and "ok  " not in run.stdout

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import CIFAR, SIX_STEPS
 from safetensors.torch import load_file, save_file
 
-from resbackbone.classification import cifar10
 from resbackbone.training.checkpoints import checkpoints
 from resbackbone.training.command import main_of
 from resbackbone.training.lock import HOLDER
@@ -27,23 +27,12 @@ train_cifar10 = importlib.import_module("train_cifar10")
 soak = importlib.import_module("soak")
 subject = importlib.import_module("soaking.subject")
 
-ARGV = ["--data", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-period", "1"]
-SIX_STEPS = [*ARGV, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]
+pytestmark = pytest.mark.usefixtures("few_synthetic_images")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 20, "test": 10})
-        yield
-
-
-@pytest.fixture(scope="module")
-def alone(small, tmp_path_factory):
-    """A run of six steps that was left alone; tests only read it."""
-    folder = tmp_path_factory.mktemp("faults") / "alone"
-    train_cifar10.main([*SIX_STEPS, "--output", str(folder)])
-    return folder
+@pytest.fixture
+def alone(six_steps_left_alone):
+    return six_steps_left_alone
 
 
 @pytest.fixture
@@ -152,7 +141,7 @@ def test_a_folder_that_another_process_writes_is_refused_and_left_as_it_is(run, 
 @pytest.mark.slow
 def test_a_worker_killed_under_torchrun_is_started_again_and_the_job_ends_as_if_left_alone(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    argv = [*ARGV, "--steps", "40", "--checkpoint-period", "4", "--eval-period", "20"]
+    argv = [*CIFAR, "--steps", "40", "--checkpoint-period", "4", "--eval-period", "20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name, flags in (("alone", []), ("killed", ["--max-restarts", "1"])):
         command = [*launcher, *flags, TOOLS / "train_cifar10.py", *argv, "--output", tmp_path / name]

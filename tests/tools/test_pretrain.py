@@ -115,7 +115,7 @@ def test_train_coco_takes_the_file_as_weights(straight):
     train_coco = importlib.import_module("train_coco")
     argv = ["--depth", "18", "--weights", str(straight / "a2" / "model.safetensors"), "--recipe", "short"]
     options = train_coco.complete(train_coco.parse(train_coco.Options, [*argv, "--device", "cpu"]))
-    detector = train_coco.build(options, train_coco.RECIPES["short"], {1: "thing"})
+    detector = train_coco.build(options, train_coco.RECIPES["short"], {1: "thing"}, print)
     state = load_file(straight / "a2" / "model.safetensors")
     assert torch.equal(detector.backbone.state_dict()["layer4.1.conv2.weight"], state["layer4.1.conv2.weight"])
 

@@ -2,6 +2,7 @@ import importlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from commands import differing, error_line, metrics, timeless
+from commands import CIFAR, SIX_STEPS, differing, error_line, metrics, timeless
 from PIL import Image
 from safetensors.torch import load_file
 
 from resbackbone.cifar import CifarResNet, build_cifar_resnet
 from resbackbone.classification import cifar10
 from resbackbone.classification.cifar10 import open_cifar10, to_model_input
+from resbackbone.training.command import be_quiet
 from resbackbone.training.state import TrainState
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -26,24 +28,12 @@ sys.path.insert(0, str(TOOLS))
 train_cifar10 = importlib.import_module("train_cifar10")
 error_of = partial(error_line, train_cifar10.main)
 
-QUICK = ["--data", "synthetic", "--device", "cpu", "--batch-size", "8", "--log-period", "1"]
-SIX_STEPS = [*QUICK, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]
+pytestmark = pytest.mark.usefixtures("few_synthetic_images")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """Fewer synthetic images."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 20, "test": 10})
-        yield
-
-
-@pytest.fixture(scope="module")
-def straight(small, tmp_path_factory):
-    """A run of six steps that was left alone; tests only read it."""
-    folder = tmp_path_factory.mktemp("runs") / "straight"
-    train_cifar10.main([*SIX_STEPS, "--output", str(folder)])
-    return folder
+@pytest.fixture
+def straight(six_steps_left_alone):
+    return six_steps_left_alone
 
 
 def assert_ended_alike(folder, straight):
@@ -63,7 +53,24 @@ def test_a_run_leaves_everything_in_its_folder(straight):
     steps = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert steps == ["step_0000002", "step_0000004", "step_0000006"]
     config = yaml.safe_load((straight / "config.yaml").read_text())
-    assert config["precision"] in ("fp32", "bf16") and config["effective"]["milestones"] == [3, 4]
+    assert config["precision"] == "fp32" and config["effective"]["milestones"] == [3, 4]
+
+
+@pytest.mark.parametrize("words", [[], ["--quiet"]])
+def test_a_run_says_how_it_goes_sums_up_and_ends_with_its_result_which_is_all_that_a_quiet_one_says(words, capsys):
+    argv = ["--data", "synthetic", "--steps", "4", "--batch-size", "8", "--eval-period", "2", "--log-period", "2"]
+    train_cifar10.main([*argv, "--device", "cpu", "--output", "run", *words])
+    be_quiet(None)
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"test error \d+\.\d\d%", lines[-1])
+    assert "quiet" not in yaml.safe_load(Path("run/config.yaml").read_text())
+    if words:
+        assert len(lines) == 1
+        return
+    assert re.fullmatch(r"step 2: test error \d+\.\d\d%", next(line for line in lines if line.startswith("step")))
+    last = [line for line in lines if line.startswith("train ")][-1]
+    assert re.match(r"train 4/4, 0 s left, loss .* images/s, data \d+%, [\d,]+ MiB, test error \d+\.\d\d%$", last)
+    assert lines.index("Summary") > lines.index(last) and "network: run/model.safetensors" in lines
 
 
 def test_metrics_hold_the_training_error_and_the_test_error(straight):
@@ -72,6 +79,17 @@ def test_metrics_hold_the_training_error_and_the_test_error(straight):
     assert all(line["train_error"] * 8 == round(line["train_error"] * 8) for line in lines)
     assert all(line["loss"] == line["loss_class"] and math.isfinite(line["loss"]) for line in lines)
     assert [line["step"] for line in metrics(straight, "eval")] == [3, 6]
+
+
+def test_a_run_that_is_not_evaluated_on_the_way_has_a_report_from_its_first_checkpoint_on(monkeypatch):
+    def dies(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(train_cifar10, "test", dies)
+    with pytest.raises(MemoryError):
+        train_cifar10.main([*CIFAR, "--steps", "2", "--eval-period", "0", "--output", "run"])
+    html = Path("run/report.html").read_text()
+    assert "No evaluation yet" in html and "2 updates" in html
 
 
 def test_the_training_error_is_that_of_the_batch_the_update_saw(monkeypatch):
@@ -91,12 +109,12 @@ def test_the_training_error_is_that_of_the_batch_the_update_saw(monkeypatch):
 
     monkeypatch.setattr(CifarResNet, "forward", noting)
     monkeypatch.setattr(train_cifar10, "train_batches", noted)
-    train_cifar10.main([*QUICK, "--steps", "3", "--output", "run"])
+    train_cifar10.main([*CIFAR, "--steps", "3", "--output", "run"])
     assert [line["train_error"] for line in metrics(Path("run"))] == errors
 
 
 def test_the_saved_network_has_the_error_that_is_reported():
-    train_cifar10.main([*QUICK, "--steps", "3", "--output", "run", "--precision", "fp32"])
+    train_cifar10.main([*CIFAR, "--steps", "3", "--output", "run"])
     results = json.loads(Path("run/results.json").read_text())
     model = build_cifar_resnet(weights="run/model.safetensors").eval()
     test = open_cifar10("synthetic").test
@@ -130,8 +148,8 @@ def test_momentum_and_decay_are_the_papers_for_every_parameter(straight):
 
 
 def test_plain_nets_and_other_shortcuts_train_and_say_so():
-    train_cifar10.main([*QUICK, "--plain", "--steps", "1"])
-    train_cifar10.main([*QUICK, "--shortcut", "B", "--steps", "1"])
+    train_cifar10.main([*CIFAR, "--plain", "--steps", "1"])
+    train_cifar10.main([*CIFAR, "--shortcut", "B", "--steps", "1"])
     found = {path.name: build_cifar_resnet(weights=path / "model.safetensors") for path in Path("runs").iterdir()}
     assert {name: model.config["shortcut"] for name, model in found.items()} == {
         "synthetic-plain-20": "none",
@@ -140,12 +158,12 @@ def test_plain_nets_and_other_shortcuts_train_and_say_so():
 
 
 def test_validation_tests_on_a_tenth_of_the_training_images():
-    train_cifar10.main([*QUICK, "--steps", "1", "--validation", "--output", "run"])
+    train_cifar10.main([*CIFAR, "--steps", "1", "--validation", "--output", "run"])
     assert json.loads(Path("run/results.json").read_text())["images"] == 2
 
 
 def test_another_seed_gives_another_run(straight):
-    train_cifar10.main([*QUICK, "--steps", "1", "--seed", "1", "--output", "run"])
+    train_cifar10.main([*CIFAR, "--steps", "1", "--seed", "1", "--output", "run"])
     assert metrics(Path("run"))[0]["loss"] != metrics(straight)[0]["loss"]
 
 
@@ -204,7 +222,7 @@ def test_two_processes_train_one_network_and_test_every_image_once(tmp_path):
             for i in range(count):
                 Image.new("RGB", (32, 32), (60 * i, 100 * label, 9)).save(data / split / str(label) / f"{i}.png")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    argv = [*QUICK, "--data", str(data), "--steps", "2", "--output", "run"]
+    argv = [*CIFAR, "--data", str(data), "--steps", "2", "--output", "run"]
     process = subprocess.run(
         [*start, str(TOOLS / "train_cifar10.py"), *argv],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -236,7 +254,7 @@ def test_two_processes_train_one_network_and_test_every_image_once(tmp_path):
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(capsys, argv, says):
-    assert says in error_of([*QUICK, "--steps", "1", *argv], capsys)
+    assert says in error_of([*CIFAR, "--steps", "1", *argv], capsys)
     assert list(Path().iterdir()) == []
 
 
@@ -247,7 +265,7 @@ def test_without_data_one_line_says_where_it_is_to_be_had(capsys):
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(straight, capsys):
-    assert "holds a run already; --resume goes on with it" in error_of([*QUICK, "--output", straight], capsys)
+    assert "holds a run already; --resume goes on with it" in error_of([*CIFAR, "--output", straight], capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_saves_the_batch(straight, capsys, monkeypatch):

@@ -267,7 +267,7 @@ def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shape
     parts = [f"roi_heads.box_predictor.{name}" for name in ("cls_score.weight", "cls_score.bias", "bbox_pred.weight")]
     assert f"weights: {weights} hold a detector of 10 classes; new, for 1 others: {', '.join(parts)}" in said
     before, after = load_file(weights), load_file("run/model.safetensors")
-    frozen = [key for key in before if key.startswith(("backbone.conv1", "backbone.layer1"))]
+    frozen = [key for key in after if key.startswith(("backbone.conv1", "backbone.layer1"))]
     assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
     for key in ("rpn.head.cls_logits.weight", "roi_heads.box_head.fc6.weight"):
         assert (before[key] - after[key]).abs().max() < 1e-4  # one update of the warm-up
@@ -408,7 +408,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--depth", "51"], "unknown depth 51; choose from 18, 34, 50, 101, 152"),
         (["--depth", "fifty"], "--depth"),
         (["--depth"], "--depth"),
-        (["--recipe", "4x"], "unknown recipe '4x'; choose from 1x, 2x, 3x, short"),
+        (["--recipe", "4x"], "unknown recipe '4x'; choose from 1x, 2x, 3x, small, short"),
         (["--variant", "yolo"], "unknown variant 'yolo'; choose from fpn, c4, dc5"),
         (["--norm", "LN"], "unknown norm 'LN'; choose from BN, FrozenBN, SyncBN, GN"),
         (["--norm", "FrozenBN"], "norm='FrozenBN' without weights would freeze random layers"),

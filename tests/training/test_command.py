@@ -1,13 +1,29 @@
+import io
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from rich.console import Console
 
-from resbackbone.training import errors
-from resbackbone.training.command import Progress, from_config, main_of, parse, to_config, track
+from resbackbone.training import command, errors
+from resbackbone.training.command import (
+    Progress,
+    be_quiet,
+    console,
+    duration,
+    from_config,
+    main_of,
+    notes,
+    parse,
+    to_config,
+    track,
+)
+from resbackbone.training.options import RunOptions, resumed
 
 
 @dataclass(frozen=True)
@@ -139,6 +155,18 @@ def test_a_rank_that_is_not_the_first_says_which_it_is(monkeypatch):
     assert exit.value.code.startswith("error on rank 3: invalid literal")
 
 
+def test_a_gpu_whose_memory_is_full_is_said_with_what_takes_less():
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity ..")
+
+    with pytest.raises(SystemExit) as exit:
+        main_of(full)
+    assert exit.value.code == (
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB; fewer images at a time take less: --batch-size, and "
+        "for classifiers --accumulate"
+    )
+
+
 def test_an_interrupted_command_shows_no_traceback():
     def interrupted():
         raise KeyboardInterrupt
@@ -182,3 +210,117 @@ def test_a_command_in_a_config_file_is_refused_unless_the_command_line_gives_the
         parse(Sources, ["--config", str(path)])
     assert parse(Sources, ["--config", str(path), "--source", "pipe:cat"]).source == "pipe:cat"
     assert parse(Sources, ["--source", "pipe:cat"]).source == "pipe:cat"
+
+
+# The terminal
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """What a terminal of 80 columns is sent."""
+    out = io.StringIO()
+    options = {"force_terminal": True, "width": 80, "legacy_windows": False, **command.PLAIN}
+    monkeypatch.setattr(command, "notes", Console(file=out, **options))
+    return out
+
+
+def screen(sent):
+    """The lines sent to a terminal without their colours and cursor movements."""
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", sent.getvalue()).splitlines()]
+
+
+def test_a_terminal_shows_a_bar_with_the_time_left_and_below_it_how_it_goes(terminal):
+    note = f"loss 0.5 ({'rpn_box 0.1 ' * 5}), 3.2 images/s, data 4%, 900 MiB, AP 37.0, AP50 58.0"
+    with Progress("train", 10, start=4) as progress:
+        progress.update(5)
+        progress.update(7, note)
+    lines = screen(terminal)
+    assert re.match(r"train .* 7/10 0:00:0\d left \S+$", lines[-3])
+    assert " ".join(lines[-2:]) == note  # wrapped, whole
+
+
+def test_a_bar_of_an_unknown_total_counts_on_terminals_and_in_logs(terminal, capsys, monkeypatch):
+    assert list(track("ab", None, "frames")) == ["a", "b"]
+    assert re.match(r"frames .* 2/\? 0:00:0\d$", [line for line in screen(terminal) if line][-1])
+    monkeypatch.undo()
+    with Progress("frames", None) as progress:
+        progress.update(3, "dark")
+    assert capsys.readouterr().out == "frames 3, dark\n"
+
+
+@pytest.mark.parametrize(
+    "seconds, said", [(0.4, "0 s"), (59, "59 s"), (59.7, "1:00 min"), (3599, "59:59 min"), (18420, "5:07 h")]
+)
+def test_a_duration_is_short(seconds, said):
+    assert duration(seconds) == said
+
+
+# --quiet
+
+
+@dataclass(frozen=True)
+class Quiet(RunOptions):
+    """Train quietly."""
+
+    quiet: bool = False
+
+
+@pytest.fixture
+def restored():
+    yield
+    be_quiet(None)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_quiet_silences_notes_and_progress_and_neither_results_nor_the_next_command(
+    is_terminal, restored, terminal, capsys
+):
+    shown = command.notes if is_terminal else notes
+    for argv, said in ((["--quiet"], ["result"]), ([], ["note", "train 6/10, 0 s left, loss 0.5", "result"])):
+        command.notes = shown  # as `terminal` does, which puts the real one back
+        parse(Quiet, argv)
+        shown.print("note")
+        with Progress("train", 10, start=5) as progress:
+            progress.update(6, "loss 0.5")
+        console.print("result")
+        lines = [*screen(terminal), *capsys.readouterr().out.splitlines()]
+        if argv or not is_terminal:
+            assert lines == said
+        else:
+            assert "note" in lines and "loss 0.5" in lines
+    parse(Quiet, ["--quiet"])
+    parse(Options, [])  # has no such option
+    assert not shown.quiet
+
+
+def test_quiet_is_of_a_call_and_not_of_the_run(tmp_path, restored):
+    assert "quiet" not in to_config(Quiet(quiet=True))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_config(Quiet(seed=3))))
+    argv = ["--quiet", "--output", str(tmp_path)]
+    again = resumed(parse(Quiet, argv), argv, default=tmp_path, may_differ={"output", "resume"})
+    assert again == replace(Quiet(seed=3), quiet=True, output=tmp_path, resume=True)
+
+
+# Completion
+
+
+@pytest.mark.parametrize("shell, mark", [("bash", "complete -F"), ("zsh", "#compdef cmd")])
+def test_a_completion_script_is_printed_for_the_commands_name(shell, mark, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/cmd.py"])
+    with pytest.raises(SystemExit) as exit:
+        parse(Options, ["--tyro-print-completion", shell])
+    assert exit.value.code in (0, None)
+    assert mark in capsys.readouterr().out
+
+
+def test_bash_completes_the_flags_of_a_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tools/cmd.py"])
+    with pytest.raises(SystemExit):
+        parse(Options, ["--tyro-print-completion", "bash"])
+    script = tmp_path / "completion.bash"
+    script.write_text(
+        capsys.readouterr().out + "\nCOMP_WORDS=(cmd --ma) COMP_CWORD=1 COMP_LINE='cmd --ma' COMP_POINT=8\n"
+        "$(complete -p cmd | sed 's/.*-F \\([^ ]*\\).*/\\1/') cmd --ma cmd\nprintf '%s\\n' \"${COMPREPLY[@]}\"\n"
+    )
+    run = subprocess.run(["bash", str(script)], capture_output=True, text=True)
+    assert run.stdout.split() == ["--max-steps"], run.stderr

@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from detection.inputs import Inputs, find_inputs, frames_file, image_ids_of, output_files
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jpg", "a.PNG", "notes.txt", "clip.mp4", "deep/a.png", "deep/er/z.webp", "odd[1].png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+
+
+def found(*words, output="found", **options):
+    images, videos = find_inputs(words, Path(output), **options)
+    return [str(path) for path in images], [str(video) for video in videos]
+
+
+def test_a_folder_is_its_images_in_the_order_of_their_names_and_recursively_those_below():
+    assert found(".") == (["a.PNG", "b.jpg", "odd[1].png"], [])
+    below = ["deep/a.png", "deep/er/z.webp"]
+    assert found(".", recursive=True) == (["a.PNG", "b.jpg", *below, "odd[1].png"], [])
+    assert found("deep", recursive=True) == (below, [])
+
+
+def test_pictures_of_an_earlier_call_are_no_images_unless_their_folder_is_what_is_given():
+    assert found(".", recursive=True, output="deep") == (["a.PNG", "b.jpg", "odd[1].png"], [])
+    assert found("deep", output="deep") == (["deep/a.png"], [])
+
+
+def test_patterns_files_videos_and_cameras_keep_their_order_and_count_once():
+    assert found("b.jpg", "**/*.[pP]*", "./b.jpg", "0", "clip.mp4") == (
+        ["b.jpg", "a.PNG", "deep/a.png", "odd[1].png"],
+        ["0", "clip.mp4"],
+    )
+    assert found("*.mp4") == ([], ["clip.mp4"])
+    assert found("odd[1].png") == (["odd[1].png"], [])  # a file's name, though it looks like a pattern
+
+
+def test_a_file_that_is_not_there_is_left_to_whoever_reads_it_but_a_file_of_digits_is_no_camera():
+    assert found("nowhere.jpg", "nowhere.mp4") == (["nowhere.jpg"], ["nowhere.mp4"])
+    Path("7").touch()
+    assert found("7") == (["7"], [])
+
+
+def test_a_folder_without_images_and_a_pattern_without_files_are_refused():
+    Path("empty").mkdir()
+    Path("above/deep").mkdir(parents=True)
+    Path("above/deep/x.png").touch()
+    with pytest.raises(ValueError, match=r"^empty: holds no image \(.jpg, .*\)$"):
+        found("empty", recursive=True)
+    with pytest.raises(ValueError, match="above: holds no image .*; --recursive looks in its subfolders too$"):
+        found("above")
+    with pytest.raises(ValueError, match=r"\*.gif: no file fits this pattern"):
+        found("*.gif")
+
+
+def test_pictures_and_videos_go_under_the_names_of_what_they_show_each_its_own():
+    images = [Path("x/a.jpg"), Path("y/a.png"), Path("a-1.png"), Path("b.tif")]
+    videos = [Path("a.avi"), Path("z/a.mp4"), 2]
+    names = [file.name for file in output_files(Inputs(images, videos), Path("found")).values()]
+    assert names == ["a-1-1.png", "a-2.png", "a-1.png", "b.png", "a-1.mp4", "a-2.mp4", "camera-2.mp4"]
+    assert frames_file(Path("found/a-2.mp4")) == Path("found/a-2-frames.json")
+
+
+def test_nothing_that_is_given_is_written_over():
+    with pytest.raises(ValueError, match="--output deep: a picture would replace the image deep/a.png; choose another"):
+        output_files(Inputs([Path("deep/../deep/a.png")], []), Path("deep"))
+    with pytest.raises(ValueError, match="a video would replace the video clip.mp4"):
+        output_files(Inputs([], [Path("clip.mp4")]), Path("."))
+
+
+DETECTOR = SimpleNamespace(real_categories={3: "car", 13: "stop sign"})
+
+
+def annotations(*names, categories=DETECTOR.real_categories):
+    images = [{"id": 70 + i, "file_name": name, "width": 61, "height": 50} for i, name in enumerate(names)]
+    content = {"images": images, "categories": [{"id": i, "name": name} for i, name in categories.items()]}
+    Path("truth.json").write_text(json.dumps({**content, "annotations": []}))
+    return Path("truth.json")
+
+
+def test_images_have_the_ids_of_the_annotations_by_the_longest_name_that_fits_or_numbers_from_1():
+    images = [Path("a.png"), Path("deep/a.png"), Path("b.jpg")]
+    truth = annotations("b.jpg", "deep/a.png", "a.png")
+    assert image_ids_of(images, truth, DETECTOR) == [72, 71, 70]
+    assert image_ids_of(images, None, DETECTOR) == [1, 2, 3]
+
+
+def test_annotations_of_other_images_or_categories_are_refused():
+    with pytest.raises(ValueError, match="^a.png: no image of this name in --annotations truth.json$"):
+        image_ids_of([Path("a.png")], annotations("b.jpg"), DETECTOR)
+    with pytest.raises(ValueError, match="truth.json: its categories are not those the detector was made for"):
+        image_ids_of([Path("a.png")], annotations("a.png", categories={3: "car", 14: "stop sign"}), DETECTOR)

@@ -1,0 +1,78 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from detection.video import RATE, Video, video_file
+
+
+@pytest.fixture
+def opencv():
+    return pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
+
+
+def write(path, frames, rate=12.5):
+    with video_file(path, rate) as file:
+        for frame in frames:
+            file.add(Image.fromarray(frame))
+
+
+def plain(colour, size=(48, 64)):
+    return np.full((*size, 3), colour, np.uint8)
+
+
+def test_what_was_written_is_read_in_rgb_in_its_order_and_at_its_rate(opencv, tmp_path):
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    write(tmp_path / "a.mp4", map(plain, colours))
+    video = Video(tmp_path / "a.mp4")
+    frames = list(video)
+    assert (video.count, video.rate, video.name) == (3, 12.5, str(tmp_path / "a.mp4"))
+    assert all(frame.shape == (3, 48, 64) and frame.dtype == torch.uint8 for frame in frames)
+    for frame, colour in zip(frames, colours, strict=True):
+        assert frame.float().mean((1, 2)).tolist() == pytest.approx(colour, abs=12)  # compression
+
+
+def test_an_odd_side_loses_its_last_pixels(opencv, tmp_path):
+    write(tmp_path / "a.mp4", [plain((9, 9, 9), (45, 61))] * 2)
+    (height, width) = next(iter(Video(tmp_path / "a.mp4"))).shape[1:]
+    assert (height, width) == (44, 60)
+
+
+def test_a_video_is_there_once_it_is_whole(opencv, tmp_path):
+    path = tmp_path / "a.mp4"
+    with pytest.raises(KeyError), video_file(path, RATE) as file:
+        file.add(Image.fromarray(plain((1, 2, 3))))
+        assert not path.exists()
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+    write(path, [])  # no frame, no file
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_video_and_no_camera_is_one_line_and_opencv_says_nothing(opencv, tmp_path, capfd):
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"no video" * 99)
+    with pytest.raises(ValueError, match="a.mp4: not a video that OpenCV can read"):
+        Video(path)
+    with pytest.raises(ValueError, match="^camera 987: camera cannot be opened"):
+        Video(987)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_is_not_there_is_said_before_what_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match="^video nowhere.mp4: no such file$"):
+        Video(Path("nowhere.mp4"))
+
+
+def test_without_opencv_the_package_to_install_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    (tmp_path / "a.mp4").touch()
+    for source in (tmp_path / "a.mp4", 0):
+        with pytest.raises(ValueError, match="a video takes OpenCV: pip install opencv-python-headless$"):
+            Video(source)
+    with pytest.raises(ValueError, match="pip install opencv-python-headless$"), video_file(tmp_path / "b.mp4", RATE):
+        pass

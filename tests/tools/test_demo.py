@@ -1,0 +1,165 @@
+import importlib
+import socket
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from commands import error_line
+from PIL import Image
+
+from detection.coco import BadImage
+from detection.faster_rcnn import build_faster_rcnn, save_detector
+from resbackbone import build_resnet_backbone
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+demo = importlib.import_module("demo")
+
+HOSTILE = {3: "<img src=x onerror=alert(1)>", 13: "${alert(2)} {{constructor}} </table>"}
+INPUT = "#image input[type=file]"
+
+
+@pytest.fixture(scope="module")
+def detector():
+    torch.manual_seed(0)
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=16)
+    options = {"min_size": 64, "max_size": 97, "box_score_thresh": 0.0, "representation_size": 16}
+    return build_faster_rcnn(backbone, 2, categories=HOSTILE, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def shown(detector):
+    return demo.Demo(detector, torch.device("cpu"))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 61, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+# Without the page
+
+
+def test_moving_the_threshold_changes_boxes_and_table_without_the_network(shown, photo, monkeypatch):
+    seen = shown.look(photo)
+    monkeypatch.setattr(demo, "look", None)
+    monkeypatch.setattr(shown, "detector", shown.detector)
+    scores = np.sort(seen.detections["score"])[::-1]
+    pictures = []
+    for count in (0, 3, len(scores)):
+        threshold = 1.0 if count == 0 else float(scores[count - 1])
+        picture, listed = shown.boxes(seen, threshold)
+        pictures.append(np.asarray(picture))
+        assert listed.count("<tr>") == (count and count + 1)
+        assert listed.startswith(f"<div><p>{count} of {len(scores)} boxes score {threshold:g} or more")
+    assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[1], pictures[2])
+
+
+def test_names_are_text_in_the_table(shown, photo):
+    _, listed = shown.boxes(shown.look(photo), 0.0)
+    assert "&lt;img src=x onerror=alert(1)&gt;" in listed and "<img" not in listed
+
+
+def test_every_level_has_a_heat_map_and_says_what_map_it_is(shown, photo):
+    html = shown.levels(shown.look(photo))
+    assert html.count("<img ") == html.count('src="data:image/jpeg;base64,') == 9
+    assert "<b>c2</b>: 64 channels of 20 x 16, stride 4" in html
+    assert "<b>p6</b>: 16 channels of 2 x 1, stride 64" in html
+
+
+def test_an_upload_that_cannot_be_read_is_named_without_the_place_where_it_is_kept(shown, tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
+    with pytest.raises(BadImage, match="^image notes.png: not an image$"):
+        shown.look(tmp_path / "notes.png")
+
+
+def test_wrong_options_and_a_missing_gradio_are_one_line(detector, tmp_path, monkeypatch):
+    assert "--threshold 2.0: a score between 0 and 1" in error_line(demo.main, ["run", "--threshold", "2"])
+    assert "--port 0: 1 to 65535 are ports" in error_line(demo.main, ["run", "--port", "0"])
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    assert "pip install 'resbackbone[demo]'" in error_line(demo.main, [tmp_path, "--device", "cpu"])
+
+
+# The page
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def address(shown):
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install gradio")
+    page, port = demo.build_page(shown, title="<b>run</b>: 2 classes", threshold=0.0), free_port()
+    demo.serve(page, port)
+    yield f"http://127.0.0.1:{port}"
+    page.close(verbose=False)
+
+
+@pytest.fixture
+def page(address, chromium):
+    """The page as a phone has it; `said` lists errors, dialogs, and requests to anywhere else."""
+    context = chromium.new_context(viewport={"width": 390, "height": 844})
+    page = context.new_page()
+    page.said = []
+    page.on("console", lambda message: message.type == "error" and page.said.append(message.text))
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    page.on("dialog", lambda dialog: (page.said.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    own = (address, "data:", f"blob:{address}")
+    page.on("request", lambda request: request.url.startswith(own) or page.said.append(request.url))
+    page.goto(address)
+    page.wait_for_selector(INPUT, state="attached", timeout=60_000)
+    yield page
+    context.close()
+
+
+def test_an_image_that_is_dropped_gets_boxes_and_heat_maps_and_the_threshold_moves_the_boxes(page, photo):
+    page.set_input_files(INPUT, photo)
+    page.wait_for_selector("#levels img", timeout=60_000)
+    assert page.locator("#levels img").count() == 9
+    page.wait_for_selector("#picture img", timeout=60_000)
+    first = page.locator("#picture img").get_attribute("src")
+    text = page.inner_text("#found")
+    assert HOSTILE[3] in text and HOSTILE[13] in text and "boxes score 0 or more" in text
+    assert page.inner_text("h1") == "<b>run</b>: 2 classes"
+    number = page.locator("#threshold input[type=number]")
+    number.fill("0.99")
+    number.press("Enter")
+    page.get_by_text("boxes score 0.99 or more").wait_for(timeout=60_000)
+    assert "0 of 100" in page.inner_text("#found") and HOSTILE[3] not in page.inner_text("#found")
+    page.wait_for_function(f"document.querySelector('#picture img').src !== {first!r}", timeout=60_000)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.said == []
+
+
+def test_a_file_that_is_no_image_is_answered_on_the_page(page, tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
+    page.set_input_files(INPUT, tmp_path / "notes.png")
+    page.get_by_text("image notes.png: not an image").wait_for(timeout=60_000)
+    assert page.locator("#levels img").count() == 0
+
+
+def test_the_command_serves_on_this_machine_alone_until_it_is_ended(detector, tmp_path, monkeypatch, capsys):
+    gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install gradio")
+    save_detector(detector, tmp_path / "model.safetensors")
+    port = free_port()
+
+    def interrupted(self):
+        with socket.create_connection(("127.0.0.1", port)):
+            assert self.local_url == f"http://127.0.0.1:{port}/" and self.share_url is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gradio.Blocks, "block_thread", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        demo.main([str(tmp_path), "--device", "cpu", "--port", str(port)])
+    assert f"on http://127.0.0.1:{port}, this machine alone; Ctrl-C ends it" in capsys.readouterr().out
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        said = error_line(demo.main, [tmp_path, "--device", "cpu", "--port", port])
+    assert f"--port {port}: is taken" in said
