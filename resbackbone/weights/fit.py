@@ -122,8 +122,8 @@ def fit(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> 
     """Load `weights` into `module`, all of them into all of it.
 
     `fresh` names prefixes that may be absent from the weights as a whole, and keep their initial values then (a
-    pyramid on a classifier's trunk). Raises ValueError that names every missing and unexpected key and both shapes
-    of every mis-shaped one; `module` is unchanged then.
+    pyramid on a classifier's trunk). Raises ValueError that names every missing and unexpected key, both shapes of
+    every mis-shaped one, and every tensor with a NaN or an infinity; `module` is unchanged then.
     """
     module.load_state_dict(fitting(module, weights, fresh=fresh), strict=False)
 
@@ -149,6 +149,9 @@ def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ())
     if misshapen := [key for key in wanted if key in given and given[key].shape != wanted[key].shape]:
         shapes = (f"{key} is {list(given[key].shape)}, not {list(wanted[key].shape)}" for key in misshapen)
         problems.append(f"{len(misshapen)} of another shape: {', '.join(shapes)}")
+    # A network would not always show them: on a CPU a ReLU that is fused to its convolution makes 0 of NaN.
+    if broken := [key for key in wanted if key in given and not given[key].isfinite().all()]:
+        problems.append(f"{len(broken)} with values that are not finite: {', '.join(broken)}")
     if problems:
         raise ValueError(f"weights from {weights.source} do not fit: {'; '.join(problems)}")
     return given

@@ -120,6 +120,14 @@ def test_a_misfit_names_everything_and_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value):
+    module, state = network(), network().state_dict()
+    state["trunk.bias"][1] = value
+    with pytest.raises(ValueError, match="do not fit: 1 with values that are not finite: trunk.bias$"):
+        fit(module, weights(state))
+
+
 def test_a_fresh_part_may_be_absent_as_a_whole_and_keeps_its_values_but_not_in_part():
     module, state = network(), network().state_dict()
     before = module.fpn.weight.clone()
