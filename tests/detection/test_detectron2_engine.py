@@ -223,13 +223,13 @@ def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(gaps, c
 
 
 @needs_detectron2
+@pytest.mark.usefixtures("finished")  # after which the imports have warned of what they warn of
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(gaps, monkeypatch, capsys):
     from detectron2.modeling import GeneralizedRCNN
 
     forward = GeneralizedRCNN.forward
     diverged = lambda self, batch: {name: loss * math.inf for name, loss in forward(self, batch).items()}  # noqa: E731
     monkeypatch.setattr(GeneralizedRCNN, "forward", diverged)
-    capsys.readouterr()  # the import may have said something
     said = error_of([*QUICK, "--data", gaps, "--max-steps", "1", "--output", "run"], capsys)
     assert "Training has diverged" in said
     assert not Path("run/model_final.pth").exists()
