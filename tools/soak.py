@@ -6,7 +6,6 @@ The subjects are a small Faster R-CNN (train_coco.py) and a small ResNet-18 (pre
 """
 
 import json
-import platform
 import random
 import shutil
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from benchmarks.machine import describe
 from soaking.faults import FAULTS, Row
 from soaking.subject import COMMANDS, Subject
 
@@ -56,20 +56,19 @@ def main(argv: list[str] | None = None) -> None:
         began = time.monotonic()
         for subject in (detector, classifier) if name in ("kill", "terminate", "damage") else (detector,):
             times = max(1, options.kills // 2) if name == "kill" else few
-            rows.append(FAULTS[name](subject, times, moments))
+            try:
+                rows.append(FAULTS[name](subject, times, moments))
+            except RuntimeError as error:  # it hung, or could not be gone on with
+                rows.append(Row(name, subject.name, times, "not done", [str(error)]))
             notes.print(f"{name}, {subject.name}: {rows[-1].outcome}; lost: {rows[-1].lost or 'nothing'}")
+            content = {**describe("cpu", torch.get_num_threads()), "kills": options.kills, "seed": options.seed}
+            content["rows"] = [vars(row) for row in rows]
+            write_atomically(options.output / "reliability.json", json.dumps(content, indent=2) + "\n")
+            write_atomically(options.output / "reliability.md", table(rows))
         notes.print(f"  {time.monotonic() - began:.0f} s")
-    content = {"versions": versions(), "options": {"kills": options.kills, "seed": options.seed}}
-    content["rows"] = [vars(row) for row in rows]
-    write_atomically(options.output / "reliability.json", json.dumps(content, indent=2) + "\n")
-    write_atomically(options.output / "reliability.md", table(rows))
     console.print(table(rows))
     if any(row.lost for row in rows):
         sys.exit(1)
-
-
-def versions() -> dict:
-    return {"python": platform.python_version(), "torch": str(torch.__version__), "date": time.strftime("%Y-%m-%d")}
 
 
 def table(rows: Sequence[Row]) -> str:
