@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(gaps, monkeypatch, c
     diverged = lambda self, batch: {name: loss * math.inf for name, loss in forward(self, batch).items()}  # noqa: E731
     monkeypatch.setattr(GeneralizedRCNN, "forward", diverged)
     said = error_of([*QUICK, "--data", gaps, "--max-steps", "1", "--output", "run"], capsys)
-    assert "Training has diverged" in said
+    assert "Loss became infinite or NaN at iteration=0" in said
     assert not Path("run/model_final.pth").exists()
 
 

@@ -221,16 +221,17 @@ def two_nodes(subject: Subject, times: int, moments: random.Random) -> Row:
 
 def evaluation(subject: Subject, times: int, moments: random.Random) -> Row:
     """Evaluations with shares of unequal length, and with more ranks than images."""
-    alone, lost, images = subject.left_alone(), [], 6
-    for ranks in (4, images + 1):
+    alone, images, lost, found = subject.left_alone(), 6, [], []
+    for ranks in (1, 4, images + 1):
         folder = subject.folder / f"evaluated-by-{ranks}"
         argv = ["evaluate_coco.py", str(alone), "--output", str(folder), "--device", "cpu"]
         process = subject.run(argv, log=folder, launcher=(*TORCHRUN, str(ranks), "--standalone"))
-        status = process.wait(PATIENCE)
-        lost += [f"exit status {status}: {subject.log(folder)[-300:]}"] * (status != 0)
-        for file in ("results.json", "detections.json"):
-            if status == 0 and (folder / file).read_bytes() != (alone / file).read_bytes():
-                lost.append(f"{ranks} ranks: {file}")
+        if status := process.wait(PATIENCE):
+            lost.append(f"{ranks} ranks: exit status {status}: {subject.log(folder)[-300:]}")
+            continue
+        found.append([(folder / file).read_bytes() for file in ("results.json", "detections.json")])
+        if found[-1] != found[0]:
+            lost.append(f"{ranks} ranks: other results than 1")
     text = f"by 4 and by {images + 1} ranks, for {images} images: every byte as by one"
     return Row("unequal shares, ranks without an image", "evaluation", 2, text, lost)
 
