@@ -500,7 +500,7 @@ def zoo_row(
     cells = [
         f"{data_name(options)}, {len(train_set)} + {len(val_set)} images",
         f"{metadata['architecture']}, {options.recipe}, {options.eval}",
-        f"`python tools/pretrain.py {shlex.join(words)}`",
+        f"`{' '.join(['python tools/pretrain.py', *map(shlex.quote, words)])}`",
         f"{100 * results['top1']:.2f}",
         f"{100 * results['top5']:.2f}",
         f"{total / 60:.1f} min",

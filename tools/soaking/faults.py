@@ -70,7 +70,9 @@ def kill(subject: Subject, times: int, moments: random.Random) -> Row:
             run, runs = subject.new_run("kill"), runs + 1
     subject.finish(run)
     lost += differences(run, subject.left_alone())
-    moments_hit = ", ".join(f"{count} in {'an' if what == 'evaluation' else 'a'} {what}" for what, count in hit.items() if count)
+    moments_hit = ", ".join(
+        f"{count} in {'an' if what == 'evaluation' else 'a'} {what}" for what, count in hit.items() if count
+    )
     return Row("SIGKILL", subject.name, times, f"{moments_hit}; {runs} runs ended as if left alone", lost)
 
 
