@@ -1,6 +1,6 @@
 """A page in the browser: drop an image, see boxes, move the score threshold, see what every level responds to.
 
-pip install 'resbackbone[demo]'                                       gradio, which serves the page
+pip install -e '.[demo]'                                              gradio, which serves the page
 python tools/demo.py runs/shapes-r18-fpn-short
 python tools/demo.py torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1 --port 8000
 """
@@ -143,7 +143,7 @@ def gradio():
     try:
         import gradio
     except ModuleNotFoundError:
-        raise ValueError("the page takes gradio: pip install 'resbackbone[demo]', or pip install gradio") from None
+        raise ValueError("the page takes gradio: pip install gradio") from None
     return gradio
 
 
