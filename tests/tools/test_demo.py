@@ -80,7 +80,7 @@ def test_wrong_options_and_a_missing_gradio_are_one_line(detector, tmp_path, mon
     assert "--threshold 2.0: a score between 0 and 1" in error_line(demo.main, ["run", "--threshold", "2"])
     assert "--port 0: 1 to 65535 are ports" in error_line(demo.main, ["run", "--port", "0"])
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "pip install 'resbackbone[demo]'" in error_line(demo.main, [tmp_path, "--device", "cpu"])
+    assert "the page takes gradio: pip install gradio" in error_line(demo.main, [tmp_path, "--device", "cpu"])
 
 
 # The page
