@@ -25,7 +25,7 @@ def few_synthetic_images():
         yield
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # other modules' tests may change the number of threads, and with it the last bits
 def six_steps_left_alone(tmp_path_factory):
     """The folder of a CIFAR training of SIX_STEPS on few synthetic images; tests only read it."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
