@@ -123,7 +123,10 @@ def _run(local_rank: int, rank: int, processes: int, device: str, function: Call
         _call(function, Rank(rank, processes, place), arguments)
     except Terminated as stop:
         if not stop.together:
-            raise
+            # At once: threads of gloo may still talk, and Python's own way out destroys what they stand on (an abort).
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(stop.code)
         together = stop
     # Not after an error: these would wait for ranks that do not know of it yet. A rank that leaves while another
     # still talks to it makes gloo abort that one now and then, so they leave together.
