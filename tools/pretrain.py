@@ -11,14 +11,13 @@ import json
 import os
 import platform
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from benchmarks.machine import commit
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from resbackbone.classification.report import Predictions, write_report
 from resbackbone.classification.training import build_average, build_loss
 from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
+from resbackbone.report.run import RunLog
 from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.training import loop
@@ -491,32 +491,20 @@ def zoo_row(
     options: Options, folder: Path, metadata: dict, results: dict, train_set: Images, val_set: Images, rank: Rank
 ) -> str:
     """This run as a row of MODEL_ZOO.md: data, network, command, top-1, top-5, time, commit, hardware, metrics."""
-    lines = (json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines())
-    seconds = [(line["step"], line["seconds"]) for line in lines if line["kind"] == "train"]
-    before = [0, *(step for step, _ in seconds)]
-    total = sum(each * (step - since) for (step, each), since in zip(seconds, before, strict=False))
     device = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else platform.machine()
     words = ["--config", str(folder / "config.yaml")] if options.resume else sys.argv[1:]  # what makes it anew
     cells = [
         f"{data_name(options)}, {len(train_set)} + {len(val_set)} images",
         f"{metadata['architecture']}, {options.recipe}, {options.eval}",
-        f"`{' '.join(['python tools/pretrain.py', *map(shlex.quote, words)])}`",
+        f"`{shlex.join(['python', 'tools/pretrain.py', *words])}`",
         f"{100 * results['top1']:.2f}",
         f"{100 * results['top5']:.2f}",
-        f"{total / 60:.1f} min",
-        commit(),
+        f"{RunLog(folder).total('seconds') / 60:.1f} min",
+        commit() or "",
         f"{rank.ranks} x {device}, {options.precision}, torch {torch.__version__}",
         f"[metrics]({folder / 'metrics.jsonl'})",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def commit() -> str:
-    """The commit that this runs from; "" where git is not there, or this is no checkout."""
-    if shutil.which("git") is None:
-        return ""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
 
 
 def save_batch(pixels: Tensor, labels: Tensor, folder: Path, error: NonFinite, rank: Rank) -> str:

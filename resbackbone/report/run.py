@@ -64,6 +64,17 @@ class RunLog:
         lines = self.evaluations if evaluations else self.train
         return [(line["step"], _number(line[name])) for line in lines if name in line]
 
+    def spans(self) -> list[tuple[int, dict]]:
+        """(how many updates a line of `train` is the mean of, the line), of lines that tell an update's seconds."""
+        lines = [line for line in self.train if all(_number(line.get(name)) for name in ("step", "seconds"))]
+        return [
+            (line["step"] - since, line) for line, since in zip(lines, [0, *(s["step"] for s in lines)], strict=False)
+        ]
+
+    def total(self, name: str) -> float:
+        """The sum over all updates of what the lines of `train` tell of one, such as its `seconds`."""
+        return sum(updates * (_number(line.get(name)) or 0) for updates, line in self.spans())
+
     def data_name(self) -> str:
         path = Path(str(self.config.get("data", "unknown data")))
         return short((path.parent if ".tar" in path.name else path).name or path)
@@ -101,22 +112,17 @@ def training_section(log: RunLog, *extra: Html) -> Section:
 
 def timing_section(log: RunLog) -> Section:
     """Where the time went: the parts of the updates, and evaluations; images a second and memory."""
-    spans = [line for line in log.train if all(_number(line.get(name)) for name in ("step", "seconds"))]
-    before = [0, *(line["step"] for line in spans)]
-    updates = [line["step"] - since for line, since in zip(spans, before, strict=False)]
-
-    def seconds_of(name: str) -> float:
-        return sum((_number(line.get(name)) or 0) * n for line, n in zip(spans, updates, strict=True))
-
-    total, evaluations = seconds_of("seconds"), [value or 0 for _, value in log.curve("seconds", evaluations=True)]
-    recorded = [name for name in UPDATE if any(name in line for line in spans)]
+    spans = log.spans()
+    total, evaluations = log.total("seconds"), [value or 0 for _, value in log.curve("seconds", evaluations=True)]
+    recorded = [name for name in UPDATE if any(name in line for _, line in spans)]
     rows, spent = [], {}
     if total > 0:
-        each = total / sum(updates)
-        rows += [("updates recorded", sum(updates)), ("seconds an update", Cell(number(each), each))]
+        updates = sum(n for n, _ in spans)
+        each = total / updates
+        rows += [("updates recorded", updates), ("seconds an update", Cell(number(each), each))]
         if batch := _number(log.config.get("batch_size")):
             rows.append(("images a second", Cell(number(batch / each), batch / each)))
-        spent = {UPDATE[name]: seconds_of(name) for name in recorded}
+        spent = {UPDATE[name]: log.total(name) for name in recorded}
         spent["rest of the updates"] = max(total - sum(spent.values()), 0)
     if evaluations:
         rows.append(("evaluations", len(evaluations)))
@@ -139,7 +145,7 @@ def timing_section(log: RunLog) -> Section:
         parts.append(absent("Forward and backward are not shown apart: they have not been recorded."))
     if len(spans) > 1:
         in_percent = {
-            UPDATE[name]: [(line["step"], 100 * (_number(line.get(name)) or 0) / line["seconds"]) for line in spans]
+            UPDATE[name]: [(line["step"], 100 * (_number(line.get(name)) or 0) / line["seconds"]) for _, line in spans]
             for name in recorded
         }
         title = "Percent of an update" + (f": {UPDATE[recorded[0]]}" if len(recorded) == 1 else "")

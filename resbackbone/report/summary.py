@@ -27,23 +27,15 @@ def print_summary(folder: Path, results: Mapping[str, str], files: Mapping[str, 
 def _facts(log: RunLog) -> dict[str, str]:
     if not log.train:
         return {"updates": "none in this run's metrics"}
-    steps = [line["step"] for line in log.train]
-    updates = [step - before for step, before in zip(steps, [0, *steps], strict=False)]
-    seconds, waiting, images = (
-        sum(n * value for n, value in zip(updates, values, strict=True))
-        for values in (
-            [line["seconds"] for line in log.train],
-            [line["data_seconds"] for line in log.train],
-            [line["images_per_second"] * line["seconds"] for line in log.train],
-        )
-    )
+    seconds = log.total("seconds")
+    images = sum(updates * line["images_per_second"] * line["seconds"] for updates, line in log.spans())
     evaluating = sum(line["seconds"] for line in log.evaluations)
     return {
-        "updates": f"{steps[-1]:,}",
+        "updates": f"{log.train[-1]['step']:,}",
         "images": f"{images:,.0f}",
         "time": f"{duration(seconds)} of updates, {duration(evaluating)} of evaluation",
         "images a second": f"{images / seconds:.1f}",
-        "waiting for data": f"{100 * waiting / seconds:.0f}% of the updates' time",
+        "waiting for data": f"{100 * log.total('data_seconds') / seconds:.0f}% of the updates' time",
         "memory": f"{max(line['memory_mib'] for line in log.train):,.0f} MiB at most",
-        "loss": f"{log.train[-1]['loss']:.3f} in the last {updates[-1]} updates",
+        "loss": f"{log.train[-1]['loss']:.3f} in the last {log.spans()[-1][0]} updates",
     }

@@ -16,7 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from resbackbone.training.errors import one_line_errors
+from resbackbone.training.errors import one_line_errors, quick_exit
 from resbackbone.training.help import print_help
 from resbackbone.training.run import read_yaml
 
@@ -77,7 +77,7 @@ def _value_of(flag: str, argv: list[str]) -> str | None:
 
 def main_of(command: Callable[[], object]) -> None:
     """Run a command to its exit status: 0, or 1 with one line on stderr."""
-    with one_line_errors():
+    with quick_exit(), one_line_errors():
         command()
 
 

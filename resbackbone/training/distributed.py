@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
 from resbackbone.checks import one_of
-from resbackbone.training.errors import SAID, one_line_errors
+from resbackbone.training.errors import SAID, one_line_errors, quick_exit
 from resbackbone.training.lock import let_go_of_all
 from resbackbone.training.rendezvous import store_of_this_start
 from resbackbone.training.termination import EXIT_STATUS, Terminated, termination
@@ -106,7 +106,7 @@ def _call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
 
 def _spawned(rank: int, shared: dict, processes: int, device: str, function: Callable, arguments: tuple) -> None:
     os.environ.update(shared, RANK=str(rank))
-    with one_line_errors():
+    with quick_exit(), one_line_errors():
         _run(rank, rank, processes, device, function, arguments)
 
 
@@ -123,10 +123,7 @@ def _run(local_rank: int, rank: int, processes: int, device: str, function: Call
         _call(function, Rank(rank, processes, place), arguments)
     except Terminated as stop:
         if not stop.together:
-            # At once: threads of gloo may still talk, and Python's own way out destroys what they stand on (an abort).
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(stop.code)
+            raise
         together = stop
     # Not after an error: these would wait for ranks that do not know of it yet. A rank that leaves while another
     # still talks to it makes gloo abort that one now and then, so they leave together.

@@ -1,5 +1,6 @@
 """How a command ends when its user made a mistake: one line and exit status 1."""
 
+import multiprocessing
 import os
 import sys
 import time
@@ -28,22 +29,53 @@ def one_line_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except torch.OutOfMemoryError as error:
+    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:  # the third: a disk that is full
         if os.environ.get("RESBACKBONE_DEBUG"):
             raise
-        said = ". ".join(str(error).split(". ")[:2])
-        _exit(f"{said}; fewer images at a time take less: --batch-size, and for classifiers --accumulate")
+        _exit(" ".join(_in_words(error).split()) or type(error).__name__)
     except RuntimeError:
         if "RANK" in os.environ:
             time.sleep(2 * HEAD_START)
         raise
-    except (ValueError, OSError, SafetensorError) as error:  # the last: a disk that is full
-        if os.environ.get("RESBACKBONE_DEBUG"):
+
+
+@contextmanager
+def quick_exit() -> Iterator[None]:
+    """In the block, and at its end, a process that is one of several ranks exits without Python's own way out.
+
+    On that way a thread of gloo which lets go of a tensor then aborts the process (pytorch/pytorch issue 190489): a
+    rank that had done its work would be one that failed, and one that says its error would say more than that.
+    """
+    status: object = None
+    try:
+        yield
+    except SystemExit as exit:
+        if "RANK" not in os.environ:
             raise
-        _exit(str(error) or type(error).__name__)
+        status = exit.code
+    if "RANK" in os.environ:
+        leave(status)
 
 
-def _exit(said: str) -> NoReturn:
+def leave(status: object) -> NoReturn:
+    """sys.exit(status) without Python's own way out, see `quick_exit`."""
+    if not isinstance(status, int | None):
+        print(status, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for worker in multiprocessing.active_children():  # of data loaders, which outlive this otherwise
+        worker.terminate()
+    os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        said = ". ".join(str(error).split(". ")[:2])
+        return f"{said}; fewer images at a time take less: --batch-size, and for classifiers --accumulate"
+    return str(error)
+
+
+def _exit(line: str) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     if rank != "0":
         time.sleep(HEAD_START)
@@ -51,5 +83,4 @@ def _exit(said: str) -> NoReturn:
             sys.exit(1)
     elif SAID in os.environ:
         Path(os.environ[SAID]).touch()
-    line = " ".join(said.split())
     sys.exit(f"error: {line}" if rank == "0" else f"error on rank {rank}: {line}")

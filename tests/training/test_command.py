@@ -1,4 +1,5 @@
 import io
+import os
 import re
 import subprocess
 import sys
@@ -150,9 +151,30 @@ def test_a_rank_that_is_not_the_first_says_which_it_is(monkeypatch):
     monkeypatch.delenv("RESBACKBONE_DEBUG", raising=False)
     monkeypatch.setattr(errors, "HEAD_START", 0.0)
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(SystemExit) as exit:
-        main_of(lambda: int("x"))
+    with pytest.raises(SystemExit) as exit, errors.one_line_errors():
+        int("x")
     assert exit.value.code.startswith("error on rank 3: invalid literal")
+
+
+@pytest.mark.parametrize(
+    "last_line, status, said",
+    [("", 0, ""), ("int('x')", 1, "error: invalid literal"), ("sys.exit(143)", 143, ""), ("sys.exit()", 0, "")],
+)
+def test_a_rank_exits_with_its_status_at_once_and_takes_its_workers_along(last_line, status, said):
+    code = f"""
+import atexit, multiprocessing, sys, time
+from resbackbone.training.command import main_of
+def command():
+    multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,)).start()  # would be waited for
+    print("worked")
+    {last_line}
+atexit.register(print, "Python's own way out")
+main_of(command)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "RESBACKBONE_DEBUG"} | {"RANK": "0"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout) == (status, "worked\n")
+    assert run.stderr.startswith(said) and len(run.stderr.splitlines()) == bool(said)
 
 
 def test_a_gpu_whose_memory_is_full_is_said_with_what_takes_less():

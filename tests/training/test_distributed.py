@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, math, sys, torch
 from resbackbone.training.distributed import any_rank, broadcast, gather, launch
+from resbackbone.training.errors import quick_exit
 from resbackbone.training.state import NonFinite, TrainState
 
 def work(rank, folder):
@@ -49,8 +50,9 @@ def work(rank, folder):
         json.dump(seen, file)
 
 if __name__ == "__main__":
-    launch(work, (sys.argv[1],), device="cpu", processes=2)
-    assert not torch.distributed.is_initialized()  # the group is given back
+    with quick_exit():
+        launch(work, (sys.argv[1],), device="cpu", processes=2)
+        assert not torch.distributed.is_initialized()  # the group is given back
 """
 
 
