@@ -10,11 +10,14 @@ from collections.abc import Callable
 
 NEEDED = (
     *("torch", "torchvision", "timm", "safetensors", "numpy", "pillow", "huggingface_hub", "filelock"),
-    *("pycocotools", "pyyaml", "tyro", "rich", "tensorboard"),
+    *("pycocotools", "hotcoco", "msgspec", "pyyaml", "tyro", "rich", "tensorboard", "matplotlib", "simplejpeg"),
 )
 OPTIONAL = {
     "onnxruntime": "pip install 'resbackbone[export]', with onnx and onnxscript",
     "transformers": "pip install transformers",
+    "webdataset": "pip install 'resbackbone[scale]'",
+    "gradio": "pip install 'resbackbone[demo]'",
+    "opencv-python-headless": "pip install 'resbackbone[video]'",
     "detectron2": "no release on the registry: build it from its repository",
 }
 

@@ -28,7 +28,7 @@ from resbackbone.weights import read_weights
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
-pretrain, make_shards = (importlib.import_module(name) for name in ("pretrain", "make_shards"))
+pretrain, make_shards, evaluation = map(importlib.import_module, ("pretrain", "make_shards", "pretraining.evaluation"))
 error_of = partial(error_line, pretrain.main)
 needs_webdataset = pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="needs webdataset")
 
@@ -229,7 +229,7 @@ def test_weights_are_read_once(straight, photos, monkeypatch):
 
 def test_a_machine_without_git_ends_its_run_all_the_same(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert pretrain.commit() is None
+    assert evaluation.commit() is None
 
 
 @pytest.mark.parametrize("flags, averages", [([], False), (["--ema"], True), (["--recipe", "torchvision-v2"], True)])
@@ -334,17 +334,18 @@ def test_training_from_shards_is_resumed_exactly_and_scores_the_images_that_were
 
 def test_two_processes_train_one_classifier_and_both_hold_it(photos):
     script = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import pretrain; from safetensors.torch import save_file\n"
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import pretrain; from pretraining import evaluation\n"
+        "from safetensors.torch import save_file\n"
         "def save(model, name):\n"
         "    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}\n"
         "    save_file(tensors, f'{name}-{os.environ[\"RANK\"]}.st')\n"
         "def train(state, *rest, train=pretrain.loop.train, **named):\n"
         "    train(state, *rest, **named)\n"
         "    save(state.model.module, 'trained')\n"
-        "def evaluate(models, *rest, evaluate=pretrain.evaluate, **named):\n"
+        "def evaluate(models, *rest, evaluate=evaluation.evaluate, **named):\n"
         "    save(models[0], 'evaluated')\n"
         "    return evaluate(models, *rest, **named)\n"
-        "pretrain.loop.train, pretrain.evaluate = train, evaluate\n"
+        "pretrain.loop.train, evaluation.evaluate = train, evaluate\n"
         "pretrain.main(sys.argv[2:])\n"
     )
     Path("spy.py").write_text(script)
@@ -407,6 +408,11 @@ def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
             "--batch-size 5 does not divide evenly over 1 processes and 2 parts",
         ),
         (["--recipe", "a3", "--batch-size", "6", "--accumulate", "2"], "recipe a3 mixes pairs"),
+        (["--batch-size", "1"], "one image of 32 pixels at a time, of which batch norm has no statistics"),
+        (
+            ["--batch-size", "2", "--accumulate", "2"],
+            "--batch-size 2: over 1 processes and 2 parts (--accumulate) it is",
+        ),
         (["--accumulate", "0"], "--accumulate 0: 1 or more is wanted"),
         (["--size", "8"], "--size 8: 32 or more is wanted"),
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),

@@ -19,7 +19,7 @@ PEERS = ("torchvision", "timm", "detectron2")
 DETECTOR_MODES = ("fp32", "bf16-channels-last")
 # How much outputs may differ (`relative_difference`): TF32 keeps 11 bits and bf16 8, and packages differ in where they
 # round.
-TOLERANCE = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
+TOLERANCE = {"fp64": 1e-5, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 DETECTIONS_AN_IMAGE = 100
 INPUT_IMAGES = 100
 SLOW_ROUNDS = 3  # at most, where a peer takes long and times hardly spread
@@ -97,7 +97,7 @@ def detectors(plan: Plan, *, training: bool) -> Iterator[Contest]:
             plan.with_peers(OWN, among=tuple(detectors.DETECTORS)),
             partial(detectors.contender, setting, training, scene),
             mode=setting.mode,
-            tolerance=TOLERANCE["fp32"],  # whatever the mode
+            tolerance=TOLERANCE["fp64"],  # whatever the mode
             difference=detectors.difference,
             network=True,
             memory=True,

@@ -1,0 +1,109 @@
+"""Accuracy of classifiers, of a run's own or of given ones, and what is written of it."""
+
+import json
+import platform
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from benchmarks.machine import commit
+from torch import nn
+
+from pretraining.options import Options, data_name, recipe_of
+from resbackbone.atomic import write_atomically
+from resbackbone.classification.evaluate import evaluate
+from resbackbone.classification.images import Images, open_images
+from resbackbone.classification.recipes import Recipe
+from resbackbone.classifier import build_resnet_classifier
+from resbackbone.report.run import RunLog
+from resbackbone.training.command import be_quiet, console, notes, track
+from resbackbone.training.distributed import (
+    Rank,
+)
+from resbackbone.weights import read_weights
+from resbackbone.weights.sources import is_named
+
+
+def evaluate_only(rank: Rank, options: Options) -> None:
+    """Classifiers and images -> accuracy, in every process; rank 0 writes."""
+    be_quiet(options)
+    recipe = recipe_of(options)
+    files = [str(Path(run) / "model.safetensors") if Path(run).is_dir() else run for run in options.eval_only]
+    val_set = open_images(options.data, "val", skip_bad_images=options.skip_bad_images)
+    models = []
+    for file in files:
+        weights = read_weights(file)
+        model = build_resnet_classifier(num_classes=len(val_set.classes), weights=weights)
+        of_folders = "recipe" in weights.metadata  # in our files; elsewhere they are named otherwise
+        if of_folders and weights.metadata["classes"] != val_set.classes:
+            raise ValueError(f"{file}: was trained on other classes than those of {options.data}")
+        models.append(model.to(rank.device, memory_format=torch.channels_last))
+    say = notes.print if rank.is_main else lambda *_: None
+    say(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
+    for message in sorted(val_set.skipped) if rank.is_main else ():
+        console.print(f"skipped {message}")
+    results = score_of(models, val_set, rank, options, recipe, protocol=options.eval)
+    if rank.is_main:
+        console.print(described(results))
+    target = options.output
+    if target is None and len(files) == 1 and not is_named(options.eval_only[0]):
+        target = Path(files[0]).parent
+    if rank.is_main and target is not None:
+        target.mkdir(parents=True, exist_ok=True)
+        write_results(target / f"results-{options.eval}.json", {**results, "models": list(options.eval_only)})
+        say(f"results: {target / f'results-{options.eval}.json'}")
+
+
+def score_of(
+    models: list[nn.Module], val_set: Images, rank: Rank, options: Options, recipe: Recipe, *, protocol: str, **seen
+):
+    """The accuracy of one network, or of the averaged scores of several; names the images that it went on without."""
+    skipped = set(val_set.skipped)
+    results = evaluate(
+        models,
+        val_set,
+        rank,
+        protocol=protocol,
+        **seen,
+        crop=recipe.crop,
+        resize=recipe.resize,
+        batch_size=250 if rank.device.type == "cuda" else 50,
+        workers=options.workers,
+        bf16=options.precision == "bf16",
+        progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
+    )
+    for message in sorted(val_set.skipped - skipped):
+        console.print(f"skipped {message}")
+    return results
+
+
+def described(results: dict) -> str:
+    return (
+        f"top-1 {100 * results['top1']:.2f}%, top-5 {100 * results['top5']:.2f}% on {results['images']} images, "
+        f"{results['protocol']}"
+    )
+
+
+def write_results(path: Path, results: dict) -> None:
+    write_atomically(path, json.dumps(results, indent=2) + "\n")
+
+
+def zoo_row(
+    options: Options, folder: Path, metadata: dict, results: dict, train_set: Images, val_set: Images, rank: Rank
+) -> str:
+    """This run as a row of MODEL_ZOO.md: data, network, command, top-1, top-5, time, commit, hardware, metrics."""
+    device = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else platform.machine()
+    words = ["--config", str(folder / "config.yaml")] if options.resume else sys.argv[1:]  # what makes it anew
+    cells = [
+        f"{data_name(options)}, {len(train_set)} + {len(val_set)} images",
+        f"{metadata['architecture']}, {options.recipe}, {options.eval}",
+        f"`{shlex.join(['python', 'tools/pretrain.py', *words])}`",
+        f"{100 * results['top1']:.2f}",
+        f"{100 * results['top5']:.2f}",
+        f"{RunLog(folder).total('seconds') / 60:.1f} min",
+        commit() or "",
+        f"{rank.ranks} x {device}, {options.precision}, torch {torch.__version__}",
+        f"[metrics]({folder / 'metrics.jsonl'})",
+    ]
+    return f"| {' | '.join(cells)} |"
