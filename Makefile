@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+# The tests' processes, of one thread each (sooner done than one process of two threads); more cores, more of them.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help install demo test test-slow soak lint format check docs audit clean $(VENV)
 
@@ -33,10 +36,10 @@ demo: $(READY)
 	$(BIN)/python tools/train_coco.py
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(PYTEST) -m 'slow or not slow'
 
 soak: $(READY)
 	$(BIN)/python tools/soak.py

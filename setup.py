@@ -13,7 +13,7 @@ EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 DOCS = ["mkdocs-material>=9.5.50", "mkdocstrings[python]>=1.0"]
 # What the tests and `make check` use; versions of ruff and mypy are written here and nowhere else.
 LINT = ["ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "pre-commit>=4"]
-DEV = [*EXPORT, *SCALE, *DOCS, *LINT, "pytest>=8", "hypothesis>=6.100", "transformers>=4.50"]
+DEV = [*EXPORT, *SCALE, *DOCS, *LINT, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "transformers>=4.50"]
 
 setup(
     name="resbackbone",

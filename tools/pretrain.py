@@ -8,7 +8,7 @@ python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      
 """
 
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from pretraining.evaluation import described, evaluate_only, score_of, write_res
 from pretraining.options import (
     EMBEDDED,
     MAY_DIFFER,
-    Options,
+    PretrainOptions,
     complete,
     complete_for_evaluation,
     data_name,
@@ -50,6 +50,11 @@ from resbackbone.training.run import Run, read_yaml
 from resbackbone.training.state import NonFinite, TrainState, seed_step
 from resbackbone.weights import read_weights, settle, write_weights
 from resbackbone.weights.write import architecture_name
+
+
+@dataclass(frozen=True)
+class Options(PretrainOptions):
+    """Train a ResNet to classify images and evaluate it; without --data, on an embedded data set."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -409,10 +409,7 @@ def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
         ),
         (["--recipe", "a3", "--batch-size", "6", "--accumulate", "2"], "recipe a3 mixes pairs"),
         (["--batch-size", "1"], "one image of 32 pixels at a time, of which batch norm has no statistics"),
-        (
-            ["--batch-size", "2", "--accumulate", "2"],
-            "--batch-size 2: over 1 processes and 2 parts (--accumulate) it is",
-        ),
+        (["--batch-size", "2", "--accumulate", "2"], "--batch-size 2: that is one image of 32 pixels at a time"),
         (["--accumulate", "0"], "--accumulate 0: 1 or more is wanted"),
         (["--size", "8"], "--size 8: 32 or more is wanted"),
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),

@@ -10,7 +10,7 @@ import torch
 from benchmarks.machine import commit
 from torch import nn
 
-from pretraining.options import Options, data_name, recipe_of
+from pretraining.options import PretrainOptions, data_name, recipe_of
 from resbackbone.atomic import write_atomically
 from resbackbone.classification.evaluate import evaluate
 from resbackbone.classification.images import Images, open_images
@@ -25,7 +25,7 @@ from resbackbone.weights import read_weights
 from resbackbone.weights.sources import is_named
 
 
-def evaluate_only(rank: Rank, options: Options) -> None:
+def evaluate_only(rank: Rank, options: PretrainOptions) -> None:
     """Classifiers and images -> accuracy, in every process; rank 0 writes."""
     be_quiet(options)
     recipe = recipe_of(options)
@@ -56,7 +56,14 @@ def evaluate_only(rank: Rank, options: Options) -> None:
 
 
 def score_of(
-    models: list[nn.Module], val_set: Images, rank: Rank, options: Options, recipe: Recipe, *, protocol: str, **seen
+    models: list[nn.Module],
+    val_set: Images,
+    rank: Rank,
+    options: PretrainOptions,
+    recipe: Recipe,
+    *,
+    protocol: str,
+    **seen,
 ):
     """The accuracy of one network, or of the averaged scores of several; names the images that it went on without."""
     skipped = set(val_set.skipped)
@@ -90,7 +97,13 @@ def write_results(path: Path, results: dict) -> None:
 
 
 def zoo_row(
-    options: Options, folder: Path, metadata: dict, results: dict, train_set: Images, val_set: Images, rank: Rank
+    options: PretrainOptions,
+    folder: Path,
+    metadata: dict,
+    results: dict,
+    train_set: Images,
+    val_set: Images,
+    rank: Rank,
 ) -> str:
     """This run as a row of MODEL_ZOO.md: data, network, command, top-1, top-5, time, commit, hardware, metrics."""
     device = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else platform.machine()

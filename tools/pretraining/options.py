@@ -78,11 +78,11 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Options(RunOptions, Training):
-    """Train a ResNet to classify images and evaluate it; without --data, on an embedded data set."""
+class PretrainOptions(RunOptions, Training):
+    """What pretrain.py is asked for."""
 
 
-def complete(options: Options) -> Options:
+def complete(options: PretrainOptions) -> PretrainOptions:
     """Every option that was left out gets its value, but for the folder; ValueError for one that is not there."""
     data = options.data or find_imagenet() or str(EMBEDDED)
     default = "demo" if Path(data) == EMBEDDED else "torchvision-v1"
@@ -132,7 +132,7 @@ def complete(options: Options) -> Options:
     )
 
 
-def complete_for_evaluation(options: Options) -> Options:
+def complete_for_evaluation(options: PretrainOptions) -> PretrainOptions:
     """What evaluation needs and was left out is that of the first run, if there is one."""
     paths = [Path(source) for source in options.eval_only if not is_named(source)]
     files = [(path if path.is_dir() else path.parent) / "config.yaml" for path in paths]
@@ -152,7 +152,7 @@ def complete_for_evaluation(options: Options) -> Options:
     return complete(replace(options, **given, batch_size=None, accumulate=1))
 
 
-def recipe_of(options: Options) -> Recipe:
+def recipe_of(options: PretrainOptions) -> Recipe:
     """The recipe with what options change in it."""
     recipe = RECIPES[options.recipe]
     scale = options.size / recipe.size
@@ -169,12 +169,12 @@ def find_imagenet() -> str | None:
     return next((place for place in places if place and Path(place).is_dir()), None)
 
 
-def default_folder(options: Options) -> Path:
+def default_folder(options: PretrainOptions) -> Path:
     kind = "plain" if options.plain else "r"
     return Path("runs") / f"{data_name(options)}-{kind}{options.depth}-{options.recipe}"
 
 
-def data_name(options: Options) -> str:
+def data_name(options: PretrainOptions) -> str:
     """A short name of the data: their folder's."""
     path = Path(options.data)
     return (path.parent if ".tar" in path.name else path).resolve().name
