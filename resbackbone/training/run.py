@@ -37,17 +37,22 @@ class Run:
         remove_unfinished(self.folder)
         remove_unfinished(self.folder / "checkpoints")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        self._forget_metrics_after(resumed_step)
+        self._resumed_step = resumed_step
+        self._forget_metrics(lambda line: line["step"] > resumed_step)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._events = SummaryWriter(str(self.folder), purge_step=resumed_step + 1 if resumed_step else None)
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._open_metrics()
 
     def record(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
         """Append one line of metrics, and the numbers in it to TensorBoard under `kind/`."""
         if not self.writes:
             return
         try:
+            if kind == "eval" and self.evaluated and step == self._resumed_step:  # it was killed behind its last one
+                self._metrics.close()
+                self._forget_metrics(lambda line: line["step"] == step and line.get("kind") == "eval")
+                self._open_metrics()
             self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._metrics.flush()
             for name, value in values.items():
@@ -75,17 +80,20 @@ class Run:
             self._events = None
             let_go(self.folder)
 
-    def _forget_metrics_after(self, step: int) -> None:
-        path = self.folder / "metrics.jsonl"
+    def _open_metrics(self) -> None:
+        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+
+    def _forget_metrics(self, forgotten: Callable[[dict], bool]) -> None:
+        self.evaluated, path = False, self.folder / "metrics.jsonl"
         if not path.exists():
             return
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 content = json.loads(line)
-                if content["step"] <= step:
+                if not forgotten(content):
                     kept.append(line + "\n")
-                    self.evaluated |= content["step"] == step and content.get("kind") == "eval"
+                    self.evaluated |= content["step"] == self._resumed_step and content.get("kind") == "eval"
             except (ValueError, KeyError, TypeError):  # the line during which the run was killed
                 continue
         write_atomically(path, "".join(kept))

@@ -343,6 +343,7 @@ def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(straight
     train_coco.main(["--output", "run", "--resume", "--coco-backend", "pycocotools"])
     assert yaml.safe_load(Path("run/config.yaml").read_text())["coco_backend"] == "pycocotools"
     assert_ended_alike(Path("run"), straight)
+    assert timeless(Path("run"), "eval") == timeless(straight, "eval")
 
 
 def test_resume_without_a_run_starts_one_and_says_so(shapes, capsys):

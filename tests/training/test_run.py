@@ -1,3 +1,4 @@
+import contextlib
 import json
 
 import pytest
@@ -60,6 +61,24 @@ def test_metrics_after_the_resumed_step_are_forgotten_and_so_is_a_half_written_l
     ]
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_an_evaluation_of_the_resumed_step_takes_the_place_of_the_one_before(tmp_path):
+    with contextlib.closing(Run(tmp_path, {})) as run:
+        run.record(2, {"AP": 0.1}, kind="eval")
+        run.record(4, {"loss": 1.0})
+        run.record(4, {"AP": 0.2}, kind="eval")
+    with contextlib.closing(Run(tmp_path, {}, resumed_step=4)) as run:
+        assert run.evaluated
+        run.record(4, {"AP": 0.3}, kind="eval")
+        run.record(6, {"AP": 0.4}, kind="eval")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["kind"], line["step"], line.get("AP")) for line in lines] == [
+        ("eval", 2, 0.1),
+        ("train", 4, None),
+        ("eval", 4, 0.3),
+        ("eval", 6, 0.4),
+    ]
 
 
 @pytest.mark.parametrize("line", ["", "null", "[]", "{}", '{"step": "3"}', "\x00\x00"])
