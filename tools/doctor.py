@@ -13,11 +13,11 @@ NEEDED = (
     *("pycocotools", "hotcoco", "msgspec", "pyyaml", "tyro", "rich", "tensorboard", "matplotlib", "simplejpeg"),
 )
 OPTIONAL = {
-    "onnxruntime": "pip install 'resbackbone[export]', with onnx and onnxscript",
+    "onnxruntime": "pip install onnxruntime onnx onnxscript",
     "transformers": "pip install transformers",
-    "webdataset": "pip install 'resbackbone[scale]'",
-    "gradio": "pip install 'resbackbone[demo]'",
-    "opencv-python-headless": "pip install 'resbackbone[video]'",
+    "webdataset": "pip install webdataset",
+    "gradio": "pip install gradio",
+    "opencv-python-headless": "pip install opencv-python-headless",
     "detectron2": "no release on the registry: build it from its repository",
 }
 

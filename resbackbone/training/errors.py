@@ -46,19 +46,14 @@ def quick_exit() -> Iterator[None]:
     On that way a thread of gloo which lets go of a tensor then aborts the process (pytorch/pytorch issue 190489): a
     rank that had done its work would be one that failed, and one that says its error would say more than that.
     """
+    if "RANK" not in os.environ:
+        yield
+        return
     status: object = None
     try:
         yield
     except SystemExit as exit:
-        if "RANK" not in os.environ:
-            raise
         status = exit.code
-    if "RANK" in os.environ:
-        leave(status)
-
-
-def leave(status: object) -> NoReturn:
-    """sys.exit(status) without Python's own way out, see `quick_exit`."""
     if not isinstance(status, int | None):
         print(status, file=sys.stderr)
     sys.stdout.flush()

@@ -18,9 +18,7 @@ from resbackbone.classification.recipes import Recipe
 from resbackbone.classifier import build_resnet_classifier
 from resbackbone.report.run import RunLog
 from resbackbone.training.command import be_quiet, console, notes, track
-from resbackbone.training.distributed import (
-    Rank,
-)
+from resbackbone.training.distributed import Rank
 from resbackbone.weights import read_weights
 from resbackbone.weights.sources import is_named
 

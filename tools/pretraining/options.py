@@ -12,10 +12,7 @@ from resbackbone.classification.images import SYNTHETIC
 from resbackbone.classification.recipes import RECIPES, Recipe
 from resbackbone.resnet import DEPTHS
 from resbackbone.training.command import refuse_command
-from resbackbone.training.distributed import (
-    count_processes,
-    native_precision,
-)
+from resbackbone.training.distributed import count_processes, native_precision
 from resbackbone.training.options import RunOptions, check_counts
 from resbackbone.training.run import read_yaml
 from resbackbone.weights.sources import is_named
