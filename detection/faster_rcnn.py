@@ -13,7 +13,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from detection.foreign import NOT_A_CLASS, describe_detector
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
-from detection.rpn import Anchors, FP32RPNHead, SampledRPN
+from detection.rpn import Anchors, FP32RPNHead, SampledRPN, at_least_fp32
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
 from resbackbone.checks import one_of
@@ -112,11 +112,11 @@ class FasterRCNN(TorchvisionFasterRCNN):
 
 
 class FP32Predictor(FastRCNNPredictor):
-    """Class scores and box deltas in fp32: bf16 holds 1000 pixels to the nearest 4."""
+    """Class scores and box deltas in fp32 or better: bf16 holds 1000 pixels to the nearest 4."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)
-        return scores.float(), deltas.float()
+        return at_least_fp32(scores), at_least_fp32(deltas)
 
 
 class Stage5Head(nn.Module):

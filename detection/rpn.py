@@ -60,20 +60,20 @@ class FP32RPNHead(RPNHead):
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H, W] -> objectness [B, A, H, W] and box deltas [B, A * 4, H, W], A anchors a cell."""
         objectness, deltas = super().forward(maps)
-        return [_at_least_fp32(x) for x in objectness], [_at_least_fp32(x) for x in deltas]
+        return [at_least_fp32(x) for x in objectness], [at_least_fp32(x) for x in deltas]
 
     def at(self, cells: Tensor) -> tuple[Tensor, Tensor]:
         """What `forward` gives at n cells, from the 3x3 of the map around each, [n, 3 * 3 * C]: [n, A], [n, A, 4]."""
         [[conv, _relu]] = self.conv
         hidden = F.relu(F.linear(cells, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias))
         objectness, deltas = (
-            _at_least_fp32(F.linear(hidden, layer.weight.flatten(1), layer.bias))
+            at_least_fp32(F.linear(hidden, layer.weight.flatten(1), layer.bias))
             for layer in (self.cls_logits, self.bbox_pred)
         )
         return objectness, deltas.unflatten(1, (-1, 4))
 
 
-def _at_least_fp32(x: Tensor) -> Tensor:
+def at_least_fp32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
