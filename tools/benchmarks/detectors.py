@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,14 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d, box_iou, boxes
 
 from benchmarks.contest import OWN, Contender, relative_difference
-from benchmarks.networks import Setting, backbone_weights, first_trained, make_lively
+from benchmarks.networks import (
+    DETECTRON2_STAGES,
+    Setting,
+    backbone_weights,
+    detectron2_config,
+    first_trained,
+    make_lively,
+)
 from detection import build_faster_rcnn
 from resbackbone import build_resnet_backbone
 from resbackbone.weights import MEAN, STD
@@ -124,21 +130,36 @@ def torchvisions(depth: int, state: Mapping[str, Tensor]) -> Detector:
 
 
 def detectron2s(depth: int, state: Mapping[str, Tensor]) -> Detector:
-    import detectron2
-    from detectron2.config import get_cfg
+    """Every setting is made here, as detectron2's source tree does not hold its YAML files where a package does."""
     from detectron2.modeling import build_model
 
-    config = get_cfg()
-    config.merge_from_file(str(Path(detectron2.__file__).parent / "model_zoo" / "configs" / "Base-RCNN-FPN.yaml"))
-    config.MODEL.DEVICE, config.MODEL.WEIGHTS = "cpu", ""
-    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.STRIDE_IN_1X1 = depth, False
-    config.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
-    config.INPUT.FORMAT = "RGB"
-    config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD = [255 * x for x in MEAN], [255 * x for x in STD]
-    config.MODEL.RPN.POST_NMS_TOPK_TRAIN = 2000
-    config.MODEL.RPN.SMOOTH_L1_BETA = config.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1 / 9
-    config.MODEL.ROI_HEADS.NUM_CLASSES = CLASSES
-    config.MODEL.ROI_BOX_HEAD.POOLER_TYPE, config.MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO = "ROIAlign", 2
+    config = detectron2_config(
+        depth,
+        {
+            "MODEL.DEVICE": "cpu",  # where it is built; every tensor of it is a parameter or a buffer, and moves
+            "MODEL.BACKBONE.NAME": "build_resnet_fpn_backbone",
+            "MODEL.FPN.IN_FEATURES": list(DETECTRON2_STAGES),
+            "MODEL.PIXEL_MEAN": [255 * x for x in MEAN],
+            "MODEL.PIXEL_STD": [255 * x for x in STD],
+            "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
+            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
+            "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
+            "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 2000,
+            "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
+            "MODEL.RPN.POST_NMS_TOPK_TRAIN": 2000,
+            "MODEL.RPN.POST_NMS_TOPK_TEST": 1000,
+            "MODEL.RPN.SMOOTH_L1_BETA": 1 / 9,
+            "MODEL.ROI_HEADS.NAME": "StandardROIHeads",
+            "MODEL.ROI_HEADS.IN_FEATURES": ["p2", "p3", "p4", "p5"],
+            "MODEL.ROI_HEADS.NUM_CLASSES": CLASSES,
+            "MODEL.ROI_BOX_HEAD.NAME": "FastRCNNConvFCHead",
+            "MODEL.ROI_BOX_HEAD.NUM_FC": 2,
+            "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": 7,
+            "MODEL.ROI_BOX_HEAD.POOLER_TYPE": "ROIAlign",
+            "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": 2,
+            "MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA": 1 / 9,
+        },
+    )
     detector = build_model(config)
     load(detector, from_ours(state, "detectron2"))
     for anchors in detector.proposal_generator.anchor_generator.cell_anchors:

@@ -99,17 +99,28 @@ def timms(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     return Maps(frozen, lambda maps: dict(zip(STAGES, maps, strict=True)))
 
 
-def detectron2s(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """With torchvision's place of the stride; the weights are those for our input, so it takes that."""
+def detectron2_config(depth: int, settings: Mapping[str, object]):
+    """detectron2's own defaults, torchvision's ResNet (stride in the 3x3, frozen through c2), and these settings."""
     from detectron2.config import get_cfg
+
+    settings = {
+        "MODEL.BACKBONE.FREEZE_AT": 2,
+        "MODEL.RESNETS.DEPTH": depth,
+        "MODEL.RESNETS.STRIDE_IN_1X1": False,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
+        "MODEL.RESNETS.OUT_FEATURES": list(DETECTRON2_STAGES),
+        **settings,
+    }
+    config = get_cfg()
+    config.merge_from_list([part for item in settings.items() for part in item])
+    return config
+
+
+def detectron2s(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """The weights are those for our input, so it takes that."""
     from detectron2.modeling import build_backbone
 
-    config = get_cfg()
-    config.MODEL.BACKBONE.NAME, config.MODEL.BACKBONE.FREEZE_AT = "build_resnet_backbone", 2
-    config.MODEL.RESNETS.DEPTH, config.MODEL.RESNETS.STRIDE_IN_1X1 = depth, False
-    config.MODEL.RESNETS.RES2_OUT_CHANNELS = 64 if depth < 50 else 256
-    config.MODEL.RESNETS.OUT_FEATURES = list(DETECTRON2_STAGES)
-    body = build_backbone(config)
+    body = build_backbone(detectron2_config(depth, {"MODEL.BACKBONE.NAME": "build_resnet_backbone"}))
     body.load_state_dict(from_ours(state, "detectron2"))
     return Maps(body, lambda maps: {DETECTRON2_STAGES[name]: x for name, x in maps.items()})
 
