@@ -6,23 +6,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def sum_cells(feature: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
-    """[B, C, H, W], cells [n, taps] and weights [n, taps] -> [n, C]: row i is the sum of weights[i] * cells[i].
+def rows_of(feature: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B * H * W, C], a row a cell: the map's own memory where it is channels-last, else a copy."""
+    return feature.permute(0, 2, 3, 1).flatten(0, 2)
 
-    Cells are integers that count images, rows and columns of the map, in this order; weights take the map's type. On
-    a channels-last map every cell is a row of memory, others are copied. Sums are in fp32 or better in both
-    directions, also on a bf16 map, and the gradient has the map's type and the channels-last layout.
+
+def sum_cells(rows: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
+    """Rows [m, C], cells [n, taps], which number them, and weights [n, taps] -> [n, C], sums of weights * rows.
+
+    Weights take the rows' type. Sums are in fp32 or better in both directions, also of bf16 rows; the gradient has the
+    rows' type. The same numbers are added in the same order each time, so results repeat bit for bit on a GPU too.
     """
-    return _SumCells.apply(feature, cells, weights.to(feature.dtype))
+    if rows.device.type == "mps":  # which has no embedding_bag
+        return (rows[cells] * weights.to(rows.dtype)[..., None]).sum(1)
+    return _SumCells.apply(rows, cells, weights.to(rows.dtype))
 
 
 class _SumCells(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, feature, cells, weights):
+    def forward(ctx, rows, cells, weights):
         ctx.save_for_backward(cells, weights)
-        ctx.shape = feature.shape
-        rows = feature.permute(0, 2, 3, 1).flatten(0, 2).contiguous()
-        return F.embedding_bag(cells, rows, mode="sum", per_sample_weights=weights)
+        ctx.count = len(rows)
+        return F.embedding_bag(cells, rows.contiguous(), mode="sum", per_sample_weights=weights)
 
     @staticmethod
     @once_differentiable
@@ -30,14 +35,17 @@ class _SumCells(torch.autograd.Function):
         # The same kind of sum the other way: of each cell's uses, which sorting brings together. The gradient of
         # PyTorch's embedding_bag takes twice as long, and adds up in bf16.
         cells, weights = ctx.saved_tensors
-        batch, channels, height, width = ctx.shape
-        used, order = cells.flatten().sort()
-        every_cell = torch.arange(batch * height * width, dtype=used.dtype, device=used.device)
-        of_map = F.embedding_bag(
+        used, order = cells.flatten().sort(stable=True)
+        every_cell = torch.arange(ctx.count, dtype=used.dtype, device=used.device)
+        of_rows = F.embedding_bag(
             (order // cells.shape[1]).to(used.dtype),
             gradient.contiguous(),
             torch.searchsorted(used, every_cell, out_int32=used.dtype == torch.int32),  # where the uses of each begin
             mode="sum",
             per_sample_weights=weights.flatten()[order],
         )
-        return of_map.view(batch, height, width, channels).permute(0, 3, 1, 2), None, None
+        return of_rows, None, None
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 
+from detection.boxes import BoxCoder
+from detection.cells import at_least_fp32
 from detection.foreign import NOT_A_CLASS, describe_detector
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
-from detection.rpn import Anchors, FP32RPNHead, SampledRPN, at_least_fp32
+from detection.rpn import Anchors, FP32RPNHead, SampledRPN
+from detection.transforms import InputTransform
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
 from resbackbone.checks import one_of
@@ -61,6 +64,16 @@ class FasterRCNN(TorchvisionFasterRCNN):
             rpn.nms_thresh,
             rpn.score_thresh,
         )
+        self.roi_heads.box_coder = BoxCoder(self.roi_heads.box_coder.weights)
+        own = self.transform  # type: ignore[has-type]
+        self.transform = InputTransform(
+            own.min_size,
+            own.max_size,
+            own.image_mean,
+            own.image_std,
+            size_divisible=own.size_divisible,
+            _skip_resize=own._skip_resize,
+        )
 
     @property
     def num_classes(self) -> int:
@@ -75,7 +88,16 @@ class FasterRCNN(TorchvisionFasterRCNN):
         """[3, H, W] RGB floats in 0..1 -> losses in training mode, in eval mode boxes, labels and scores an image."""
         if targets is not None:
             self._check_targets(targets)
-        return super().forward(images, targets)
+        elif self.training:
+            raise ValueError('training needs targets: {"boxes": [n, 4] x1 y1 x2 y2, "labels": [n]} for each image')
+        sizes = [tuple(image.shape[-2:]) for image in images]
+        batch, targets = self.transform(images, targets)
+        maps = self.backbone(batch.tensors)
+        proposals, rpn_losses = self.rpn(batch, maps, targets)
+        detections, losses = self.roi_heads(maps, proposals, batch.image_sizes, targets)
+        if self.training:
+            return {**losses, **rpn_losses}
+        return self.transform.postprocess(detections, batch.image_sizes, sizes)
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The training losses, in either mode: in eval mode norms use their statistics and images the test size."""

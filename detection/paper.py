@@ -2,17 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
 
+from detection.boxes import nms_in_groups
 from detection.roi_align import PyramidRoIAlign
+from detection.transforms import InputTransform
 from resbackbone import Backbone
 from resbackbone.backbone import FREEZABLE
 from resbackbone.checks import one_of
@@ -169,7 +170,7 @@ class ImprovedTesting(nn.Module):
         self.detector, self.box_refinement = detector, box_refinement
         own = detector.transform
         self.resizes = nn.ModuleList(
-            GeneralizedRCNNTransform(
+            InputTransform(
                 scale,
                 own.max_size * scale / own.min_size[-1],
                 own.image_mean,
@@ -196,7 +197,9 @@ class ImprovedTesting(nn.Module):
         [size] = resized.image_sizes
         own = PyramidLevel(maps, size, proposals.new_ones(4))
         levels = [
-            own if resize.min_size == detector.transform.min_size else self._level(image, resize, size)
+            own
+            if resize.min_size == detector.transform.min_size
+            else self._level(image, cast(InputTransform, resize), size)
             for resize in self.resizes
         ] or [own]
         if self.box_refinement:
@@ -207,7 +210,7 @@ class ImprovedTesting(nn.Module):
             found = {name: of_image for name, (of_image,) in zip(("boxes", "scores", "labels"), outputs, strict=True)}
         return detector.transform.postprocess([found], [size], [tuple(image.shape[-2:])])[0]
 
-    def _level(self, image: Tensor, resize: GeneralizedRCNNTransform, own_size: tuple[int, int]) -> PyramidLevel:
+    def _level(self, image: Tensor, resize: InputTransform, own_size: tuple[int, int]) -> PyramidLevel:
         resized, _ = resize([image])
         [size] = resized.image_sizes
         y, x = (there / here for there, here in zip(size, own_size, strict=True))
@@ -257,7 +260,7 @@ def select_and_vote(boxes: Tensor, scores: Tensor, *, score_thresh: float, count
     boxes, scores, labels = boxes[kept[:, 0], kept[:, 1]], scores[kept[:, 0], kept[:, 1]], kept[:, 1] + 1
     large = remove_small_boxes(boxes, SMALLEST_BOX)
     boxes, scores, labels = boxes[large], scores[large], labels[large]
-    best = batched_nms(boxes, scores, labels, REFINEMENT_NMS)[:count]
+    best = nms_in_groups(boxes, scores, labels, REFINEMENT_NMS)[:count]
     voted = vote(boxes[best], labels[best], boxes, labels, scores)
     return {"boxes": voted, "labels": labels[best], "scores": scores[best]}
 

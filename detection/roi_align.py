@@ -1,25 +1,28 @@
-"""RoIAlign over a pyramid (He et al. 2017, Mask R-CNN, Sec. 3): torchvision's or detectron2's, faster on a CPU."""
+"""RoIAlign over a pyramid (He et al. 2017, Mask R-CNN, Sec. 3): torchvision's or detectron2's."""
 
+import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
-from detection.cells import sum_cells
+from detection.cells import at_least_fp32, rows_of, sum_cells
 from resbackbone import Feature
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
     """torchvision's MultiScaleRoIAlign with the strides that the backbone states, not inferred from sizes.
 
-    On a CPU torchvision's runs on one thread and in fp32. There every output bin is computed as what it is, a
-    weighted sum of cells (`sum_cells`), in the maps' own type; outputs and gradients are torchvision's to rounding.
+    torchvision's kernel computes in fp32, on one thread on a CPU, and on a GPU its backward adds in any order. Here
+    every output bin is a weighted sum of cells (`sum_cells`) in the maps' own type, and repeats bit for bit; outputs
+    and gradients are torchvision's to rounding.
 
     `aligned` is detectron2's way: samples sit half a cell lower, where cell centres are, and are as many as the region
-    has cells; then `sampling_ratio` is not used.
+    has cells; `sampling_ratio` is not used. It is computed by torchvision's kernel, or, under
+    `torch.use_deterministic_algorithms` on a GPU, by torchvision's own deterministic version, which takes gigabytes.
     """
 
     def __init__(
@@ -41,45 +44,64 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps by level, boxes [n, 4] an image in pixels -> [sum of n, channels, output_size, output_size]."""
         maps = [x[name] for name in self.featmap_names]
-        if maps[0].device.type != "cpu" and not self.aligned:
-            return super().forward(x, boxes, image_shapes)
-        all_boxes = torch.cat(boxes)
-        image_of_box = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
-        level_of_box = self.map_levels([all_boxes])  # Lin et al. 2017, eq. 1: the canonical box goes to stride 16
-        order, pooled = [], []
-        for level, (feature, stride) in enumerate(zip(maps, self.strides, strict=True)):
-            chosen = (level_of_box == level).nonzero().squeeze(1)
-            order.append(chosen)
-            if self.aligned:
-                regions = torch.cat((image_of_box[chosen, None].float(), all_boxes[chosen]), 1)
-                pooled.append(roi_align(feature.float(), regions, self.output_size, 1 / stride, 0, aligned=True))
-            else:
-                pooled.append(self._pool(feature, all_boxes[chosen] / stride, image_of_box[chosen]))
-        return torch.cat(pooled)[torch.cat(order).argsort()]
+        image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
+        regions, level = torch.cat(boxes), self.map_levels(boxes)  # Lin et al. 2017, eq. 1
+        if self.aligned:
+            return _by_level(level, len(maps), lambda i, few: self._aligned(maps[i], i, regions[few], image[few]))
+        cells, weights = self._taps(maps, regions, image, level)
+        if regions.device.type == "cpu":  # where copying the maps into one table would cost more than it saves
+            pooled = _by_level(level, len(maps), lambda i, few: _sums(rows_of(maps[i]), cells[few], weights[few]))
+        else:
+            rows = [rows_of(feature) for feature in maps]
+            begins = [0, *itertools.accumulate(map(len, rows))][:-1]
+            pooled = _sums(torch.cat(rows), cells + _of_level(begins, level)[:, None, None], weights)
+        return pooled.unflatten(1, self.output_size).permute(0, 3, 1, 2)
 
-    def _pool(self, feature: Tensor, boxes: Tensor, image_of_box: Tensor) -> Tensor:
-        """[B, C, H, W] and boxes [n, 4] in cells of it -> [n, C, size, size]."""
-        height, width = feature.shape[-2:]
-        size = self.output_size[0]
-        rows, weights_y = self._axis(boxes[:, 1], boxes[:, 3], height)  # [n, size, 2 * sampling_ratio]
-        columns, weights_x = self._axis(boxes[:, 0], boxes[:, 2], width)
-        rows = rows + image_of_box.view(-1, 1, 1) * height
-        cells = rows[:, :, None, :, None] * width + columns[:, None, :, None, :]  # [n, y bin, x bin, y tap, x tap]
-        weights = weights_y[:, :, None, :, None] * weights_x[:, None, :, None, :]
-        taps = (2 * self.sampling_ratio) ** 2
-        pooled = sum_cells(feature, cells.view(-1, taps), weights.view(-1, taps))
-        return pooled.view(len(boxes), size, size, feature.shape[1]).permute(0, 3, 1, 2)
+    def _aligned(self, feature: Tensor, level: int, regions: Tensor, image: Tensor) -> Tensor:
+        feature = at_least_fp32(feature)
+        regions = torch.cat((image[:, None], regions), 1).to(feature.dtype)
+        return roi_align(feature, regions, self.output_size, self.scales[level], 0, aligned=True)
 
-    def _axis(self, low: Tensor, high: Tensor, cells: int) -> tuple[Tensor, Tensor]:
-        """The cells that each bin reads along one axis, and their weights: two a sample, bilinear, averaged."""
-        size, samples = self.output_size[0], self.sampling_ratio
-        extent = (high - low).clamp(min=1.0)  # torchvision's unaligned RoIAlign: a region is a cell wide at least
-        at = low[:, None] + (torch.arange(size * samples) + 0.5) * (extent / (size * samples))[:, None]
-        inside = (at >= -1) & (at <= cells)  # beyond that a sample counts as zero
-        at = at.clamp(0, cells - 1)
+    def _taps(self, maps: list[Tensor], regions: Tensor, image: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
+        """The cells of its level's map that every bin of every region reads, and their weights, [n, bins, taps] each.
+
+        Along an axis a sample is bilinear between two cells, and a bin the mean of `sampling_ratio` samples.
+        """
+        bins, samples = self.output_size[0], self.sampling_ratio
+        heights, widths = (_of_level([feature.shape[i] for feature in maps], level) for i in (2, 3))
+        sizes = torch.stack((widths, heights), 1)[..., None]  # [n, 2, 1], x before y, as in boxes
+        corners = (regions / _of_level(self.strides, level)[:, None]).view(-1, 2, 2)  # [n, corner, axis]
+        low, extent = corners[:, 0, :, None], (corners[:, 1] - corners[:, 0])[..., None]
+        extent = extent.clamp(min=1.0)  # torchvision's unaligned RoIAlign: a region is a cell wide at least
+        steps = torch.arange(bins * samples, device=low.device) + 0.5
+        at = low + steps * (extent / (bins * samples))  # [n, 2, bins * samples]
+        inside = (at >= -1) & (at <= sizes)  # beyond that a sample counts as zero
+        at = at.clamp(min=0).minimum(sizes - 1)
         lower = at.floor()
-        upper_share = at - lower
-        upper = (lower + 1).clamp(max=cells - 1)
-        taps = torch.stack((lower, upper), 2).long().view(len(low), size, 2 * samples)
-        shares = torch.stack((1 - upper_share, upper_share), 2) * (inside / samples)[..., None]
-        return taps, shares.view(len(low), size, 2 * samples)
+        taps = torch.stack((lower, (lower + 1).minimum(sizes - 1)), 3).long()
+        shares = torch.stack((1 - (at - lower), at - lower), 3) * (inside / samples)[..., None]
+        x, y = taps.view(-1, 2, bins, 2 * samples).unbind(1)
+        share_x, share_y = shares.view(-1, 2, bins, 2 * samples).unbind(1)
+        rows = (y + (image * heights)[:, None, None]) * widths[:, None, None]
+        cells = rows[:, :, None, :, None] + x[:, None, :, None, :]  # [n, y bin, x bin, y tap, x tap]
+        weights = share_y[:, :, None, :, None] * share_x[:, None, :, None, :]
+        return cells.flatten(3).flatten(1, 2), weights.flatten(3).flatten(1, 2)
+
+
+def _sums(rows: Tensor, cells: Tensor, weights: Tensor) -> Tensor:  # [m, C], [n, bins, taps] twice -> [n, bins, C]
+    return sum_cells(rows, cells.flatten(0, 1), weights.flatten(0, 1)).unflatten(0, cells.shape[:2])
+
+
+def _of_level(values: Sequence[int], level: Tensor) -> Tensor:
+    """values[level], without a table that would have to be sent to a GPU first."""
+    picked = torch.full_like(level, values[0])
+    for i, value in enumerate(values[1:], 1):
+        picked.masked_fill_(level == i, value)
+    return picked
+
+
+def _by_level(level: Tensor, levels: int, pool: Callable[[int, Tensor], Tensor]) -> Tensor:
+    """pool(i, those of level i) for every level, in the order of the regions, whose levels are [n]."""
+    order = level.argsort(stable=True)
+    counts = torch.stack([(level == i).sum() for i in range(levels)]).tolist()
+    return torch.cat([pool(i, few) for i, few in enumerate(order.split(counts))])[order.argsort()]

@@ -8,9 +8,10 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import batched_nms, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
-from detection.cells import sum_cells
+from detection.boxes import BoxCoder, Matcher, nms_in_groups
+from detection.cells import at_least_fp32, rows_of, sum_cells
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
@@ -73,10 +74,6 @@ class FP32RPNHead(RPNHead):
         return objectness, deltas.unflatten(1, (-1, 4))
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 class SampledRPN(RegionProposalNetwork):
     """torchvision's RPN, with its proposals, losses and gradients, that does not pay for anchors nobody asked about.
 
@@ -89,6 +86,9 @@ class SampledRPN(RegionProposalNetwork):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.box_similarity = box_iou
+        self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+        theirs: Any = self.proposal_matcher  # type: ignore[has-type]
+        self.proposal_matcher = Matcher(theirs.high_threshold, theirs.low_threshold, allow_low_quality_matches=True)
 
     def forward(
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
@@ -122,7 +122,7 @@ class SampledRPN(RegionProposalNetwork):
         large = (boxes[:, 2:] - boxes[:, :2] >= self.min_size).all(1)
         kept = (large & (scores >= self.score_thresh)).nonzero().squeeze(1)
         boxes = boxes[kept]
-        return boxes[batched_nms(boxes, scores[kept], levels[kept], self.nms_thresh)[: self.post_nms_top_n()]]
+        return boxes[nms_in_groups(boxes, scores[kept], levels[kept], self.nms_thresh)[: self.post_nms_top_n()]]
 
     def _losses(self, maps: list[Tensor], anchors: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         labels, matched_boxes = self.assign_targets_to_anchors(anchors, targets)
@@ -165,7 +165,7 @@ def _surroundings(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
     inside &= ((cell >= 0) & (cell < height * width))[:, None, None]
     cells = (image[:, None, None] * height + rows[:, :, None]) * width + columns[:, None]
-    return sum_cells(feature, (cells * inside).view(-1, 1), inside.view(-1, 1)).view(len(cell), -1)
+    return sum_cells(rows_of(feature), (cells * inside).view(-1, 1), inside.view(-1, 1)).view(len(cell), -1)
 
 
 def box_iou(boxes: Tensor, anchors: Tensor) -> Tensor:

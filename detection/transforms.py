@@ -1,10 +1,11 @@
-"""Training augmentation of an image and its boxes: flip and multi-scale resize, with torchvision's transforms v2."""
+"""Augmentation of training images and their boxes (torchvision's transforms v2), and what a detector does to images."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
 
 
@@ -31,6 +32,38 @@ class TrainTransform:
         boxes = boxes.as_subclass(Tensor)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # a box of one pixel can vanish in a small copy of the image
         return image.as_subclass(Tensor), {**target, "boxes": boxes[kept], "labels": target["labels"][kept]}
+
+
+class InputTransform(GeneralizedRCNNTransform):
+    """torchvision's normalisation, resizing and padding, with constants that are on the device already."""
+
+    def __init__(self, min_size, max_size, image_mean, image_std, **options):
+        super().__init__(min_size, max_size, image_mean, image_std, **options)
+        self.sent: dict[tuple, tuple[Tensor, ...]] = {}  # mean and std, by what images are in and where they are
+
+    def normalize(self, image: Tensor) -> Tensor:
+        """[3, H, W] floats in 0..1 -> the same less the mean, by the standard deviation."""
+        if not image.is_floating_point():
+            raise TypeError(f"images are floats in 0..1, not {image.dtype}: divide uint8 images by 255")
+        key = image.dtype, image.device
+        if key not in self.sent:
+            both = torch.tensor([self.image_mean, self.image_std], dtype=image.dtype, device=image.device)
+            constants = both[:, :, None, None].unbind()
+            if torch.compiler.is_compiling():  # a trace's tensors hold no numbers
+                return (image - constants[0]) / constants[1]
+            self.sent[key] = constants
+        mean, std = self.sent[key]
+        return (image - mean) / std
+
+    def postprocess(self, result: list[dict[str, Tensor]], image_shapes, original_image_sizes):
+        """Boxes on the resized images [(H, W), ..] -> boxes on the images as they came."""
+        if self.training:
+            return result
+        for found, resized, original in zip(result, image_shapes, original_image_sizes, strict=True):
+            y, x = (of / to for of, to in zip(original, resized, strict=True))
+            boxes = found["boxes"]
+            found["boxes"] = torch.stack((boxes[:, 0] * x, boxes[:, 1] * y, boxes[:, 2] * x, boxes[:, 3] * y), 1)
+        return result
 
 
 def to_model_input(image: Tensor, device: torch.device) -> Tensor:

@@ -1,5 +1,6 @@
 """Convolution, frozen batch norm, sum and ReLU as one step, the norm folded into the convolution's weights."""
 
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -33,8 +34,8 @@ def folded_conv(
     For backward it keeps x (for a weight that trains), the weight itself and the output where there is a ReLU, which
     is the next layer's input: neither the folded weight, which is made again, nor what was before the ReLU.
     On a CPU what comes out is channels_last, since oneDNN would reorder other maps on the way into and out of every
-    layer, and a weight that no gradient reaches is folded once and kept (`FoldCache`): a second copy of the weights
-    in memory, which `fuse` does without.
+    layer. A weight that no gradient reaches is folded once and kept (`FoldCache`): a second copy of the weights in
+    memory, which `fuse` does without.
     """
     weight = conv.weight
     how = _Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -47,9 +48,10 @@ def folded_conv(
     records = torch.is_grad_enabled()
     if records and (weight.requires_grad or x.requires_grad or (shortcut is not None and shortcut.requires_grad)):
         if weight.requires_grad:
-            norm.fold_cache.clear()  # an optimizer comes next, and may leave no trace
-        return _FoldedConv.apply(x, weight, *norm.scale_and_shift(), shortcut, relu, dtype, how)
-    folded, shift = norm.fold_cache.get(weight, norm, dtype)
+            norm.fold_cache.forget_weight()  # an optimizer comes next, and may leave no trace
+        scale, shift = norm.fold_cache.scale_and_shift(norm, dtype)
+        return _FoldedConv.apply(x, weight, scale, shift, shortcut, relu, how)
+    folded, shift = norm.fold_cache.folded(weight, norm, dtype, training=records)
     return _convolve(x, folded, shift, shortcut, relu, how)
 
 
@@ -69,60 +71,101 @@ class FoldCache:
 
     They are made again for another dtype, and when the weight or a buffer of the norm is another tensor, lies
     elsewhere in memory or in another format, or was written to in place. PyTorch does not count writes through
-    `.data` (which averages of weights often use), so the norm and one value of every filter and of every input
-    channel are compared too; a write that spares all of these needs `clear`, which `.to()`, `.train()`, `.eval()` and
-    loading call, and every forward pass that records a gradient for the weight. Elsewhere than on a CPU comparing
-    would wait for the device, and nothing is kept. Copies and pickles of it are empty.
+    `.data` (which averages of weights often use), so on a CPU the norm and one value of every filter and of every
+    input channel are compared too; a write that spares all of these needs `clear`, which `.to()`, `.train()`,
+    `.eval()` and loading call, and every forward pass that records a gradient for the weight.
+
+    On a GPU a comparison would wait for the device. There only what frozen layers need in training is kept, until one
+    of the above happens: write to a frozen layer through `.data` while it trains, and call `.train()` afterwards.
+    Under `no_grad`, and while a CUDA graph is captured, which may outlive what is kept, everything is computed anew.
+    Copies and pickles of a cache are empty.
     """
 
     def __init__(self):
         self.clear()
 
     def clear(self) -> None:
-        self._kept: _Kept | None = None
+        self._weight: _Kept | None = None
+        self._norm: _Kept | None = None
+
+    def forget_weight(self) -> None:
+        self._weight = None
 
     def __reduce__(self):
         return FoldCache, ()
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def get(self, weight: Tensor, norm: "FrozenBatchNorm2d", dtype: torch.dtype) -> Affine:
-        """The folded weight and the bias, in `dtype`."""
-        sources = (weight, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-        keeps = all(t.device.type == "cpu" and not t.is_inference() for t in sources)  # inference: writes not counted
-        if keeps:
-            kept, state = self._kept, [dtype, *map(_state, sources)]  # read once: another thread may replace it
-            if kept is not None and kept.state == state and all(map(torch.equal, kept.samples, _samples(*sources))):
-                return kept.folded
-            samples = [sample.clone() for sample in _samples(*sources)]
-        scale, shift = norm.scale_and_shift()
-        folded = _fold(weight, scale, dtype), shift.to(dtype)
-        if keeps:
-            self._kept = _Kept(folded, state, samples, [(t, t.untyped_storage()) for t in sources])
-        return folded
+    def folded(self, weight: Tensor, norm: "FrozenBatchNorm2d", dtype: torch.dtype, *, training: bool) -> Affine:
+        """The folded weight and the bias, in `dtype`. `training`: whether this pass records a gradient."""
+
+        def fold() -> Affine:
+            scale, shift = norm.scale_and_shift()
+            return _fold(weight, scale, dtype), shift.to(dtype)
+
+        sources = (weight, *_constants(norm))
+        if not _may_keep(sources, training):
+            return fold()
+        self._weight = kept = _kept(self._weight, dtype, sources, fold)  # another thread may put its own there
+        return kept.made
+
+    @torch.no_grad()
+    def scale_and_shift(self, norm: "FrozenBatchNorm2d", dtype: torch.dtype) -> Affine:
+        """The scale in fp32 or better and the shift in `dtype`, for a pass that records a gradient."""
+
+        def make() -> Affine:
+            scale, shift = norm.scale_and_shift()
+            return scale, shift.to(dtype)
+
+        sources = _constants(norm)
+        if sources[0].device.type == "cpu" or not _may_keep(sources, training=True):  # as quick as a comparison
+            return make()
+        self._norm = kept = _kept(self._norm, dtype, sources, make)
+        return kept.made
 
 
 class _Kept(NamedTuple):
-    folded: Affine
+    made: Affine
     state: list
     samples: list[Tensor]
     alive: list  # what `state` knows by id and address, so that nothing else comes to have these
 
 
-def _state(t: Tensor) -> tuple:
-    return id(t), t.data_ptr(), t._version, t.stride()
+def _constants(norm: "FrozenBatchNorm2d") -> tuple[Tensor, ...]:
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
-def _samples(weight: Tensor, *norm: Tensor) -> tuple[Tensor, ...]:
-    return weight[:, 0, 0, 0], weight[0, :, -1, -1], *norm
+def _may_keep(sources: Iterable[Tensor], training: bool) -> bool:
+    on_cpu = all(t.device.type == "cpu" for t in sources)
+    inference = any(t.is_inference() for t in sources)  # writes to these are not counted
+    return not inference and (on_cpu or (training and not _is_capturing()))
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def _kept(kept: _Kept | None, dtype: torch.dtype, sources: tuple[Tensor, ...], make: Callable[[], Affine]) -> _Kept:
+    """`kept` if it was made of these sources as they are now, else what `make` gives."""
+    state = [dtype, *((id(t), t.data_ptr(), t._version, t.stride()) for t in sources)]
+    samples = list(_samples(sources))
+    if kept is not None and kept.state == state and all(map(torch.equal, kept.samples, samples)):
+        return kept
+    return _Kept(make(), state, [sample.clone() for sample in samples], [(t, t.untyped_storage()) for t in sources])
+
+
+def _samples(sources: Iterable[Tensor]) -> Iterator[Tensor]:
+    for t in sources:
+        if t.device.type == "cpu":  # elsewhere a comparison waits for the device
+            yield from (t[:, 0, 0, 0], t[0, :, -1, -1]) if t.dim() == 4 else (t,)
 
 
 class _FoldedConv(torch.autograd.Function):
     """[relu](conv2d(x, weight * scale, shift) [+ shortcut]); its backward is made of differentiable operations."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale, shift, shortcut, relu, dtype, how):
-        y = _convolve(x, _fold(weight, scale, dtype), shift.to(dtype), shortcut, relu, how)
+    def forward(ctx, x, weight, scale, shift, shortcut, relu, how):
+        y = _convolve(x, _fold(weight, scale, shift.dtype), shift, shortcut, relu, how)
         ctx.how, ctx.shape = how, x.shape
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, scale, y if relu else None)
         return y
@@ -154,9 +197,7 @@ class _FoldedConv(torch.autograd.Function):
             )
         if needs_weight:
             grad_weight = grad_weight.to(scale.dtype).mul_(scale.view(-1, 1, 1, 1)).to(weight.dtype)
-            if weight.is_contiguous() and grad_weight.stride() != weight.stride():
-                grad_weight = grad_weight.flatten(1).view(weight.shape)  # of a 1x1 kernel: for DDP's buckets
-        return grad_x, grad_weight, None, None, grad if needs_shortcut else None, None, None, None
+        return grad_x, grad_weight, None, None, grad if needs_shortcut else None, None, None
 
 
 def _fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

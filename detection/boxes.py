@@ -1,0 +1,49 @@
+"""torchvision's box arithmetic with the same results, without constants that a GPU has to be sent."""
+
+import torch
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder as TorchvisionBoxCoder
+from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
+from torchvision.models.detection._utils import encode_boxes
+from torchvision.ops import batched_nms, nms
+
+MOST_AT_ONCE = 25_000  # boxes; of more, torchvision suppresses the groups one after the other
+
+
+class BoxCoder(TorchvisionBoxCoder):
+    """Boxes to offsets from reference boxes and back (Ren et al. 2015, eq. 2)."""
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        """Ground truth [n, 4] and the boxes [n, 4] that it is seen from, x1 y1 x2 y2 -> offsets [n, 4]."""
+        return encode_boxes(reference_boxes, proposals, self.weights)
+
+    def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
+        """Offsets [n, 4 k] from boxes [n, 4] -> boxes [n, 4 k]."""
+        boxes = boxes.to(rel_codes.dtype)
+        sizes = boxes[:, 2:] - boxes[:, :2]
+        centres, sizes = (boxes[:, :2] + 0.5 * sizes)[:, None], sizes[:, None]  # [n, 1, 2]
+        x, y, w, h = (rel_codes[:, i::4] / weight for i, weight in enumerate(self.weights))
+        centres = torch.stack((x, y), 2) * sizes + centres  # [n, k, 2]
+        halves = 0.5 * (torch.stack((w, h), 2).clamp(max=self.bbox_xform_clip).exp() * sizes)
+        return torch.cat((centres - halves, centres + halves), 2).flatten(1)
+
+
+class Matcher(TorchvisionMatcher):
+    """Which ground truth box each anchor is matched with (Ren et al. 2015, Sec. 3.1.2)."""
+
+    def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
+        """Keep, in `matches` [m], each ground truth box's best anchors, whatever their IoU (matrix [n, m])."""
+        best = match_quality_matrix == match_quality_matrix.amax(1, keepdim=True)
+        matches.copy_(torch.where(best.any(0), all_matches, matches))
+
+
+def nms_in_groups(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+    """torchvision's batched_nms: boxes [n, 4] suppress only those of their own group [n]; indices, best score first."""
+    if _on_cpu(boxes) or not 0 < len(boxes) <= MOST_AT_ONCE:
+        return batched_nms(boxes, scores, groups, iou_threshold)
+    apart = groups.to(boxes) * (boxes.max() + 1)
+    return nms(boxes + apart[:, None], scores, iou_threshold)
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
