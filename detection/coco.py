@@ -1,5 +1,6 @@
 """COCO-format images and targets: the only place that makes category ids labels."""
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -146,7 +147,10 @@ class CocoImages(Dataset):
         Raises BadImage that names the first of them and their number; with `skip_bad_images` they are only counted
         in `report`. A set over 64 MB is not decoded: that would take minutes, and training names what it meets.
         """
-        sizes = {i: p.stat().st_size for i in range(len(self)) if (p := self.path(i)).is_file()}
+        sizes = {}
+        for i in range(len(self)):
+            with contextlib.suppress(OSError):  # a missing one is counted already
+                sizes[i] = self.path(i).stat().st_size
         empty = [i for i, size in sizes.items() if size == 0]
         suspects = sizes if sum(sizes.values()) <= SMALL_SET else empty
         bad = [sample for i in suspects if isinstance(sample := self._load(i), BadImage)]
@@ -170,12 +174,11 @@ class CocoImages(Dataset):
         return image, self.target(index)
 
     def _check_files_exist(self, names: list[str]) -> None:
-        if any("/" in name for name in names):
-            missing = [name for name in names if not (self.folder / name).is_file()]
-        else:
-            with os.scandir(self.folder) as entries:  # one listing: 118,000 single look-ups are slow on a network
-                there = {entry.name for entry in entries}
-            missing = [name for name in names if name not in there]
+        there = set()
+        for below in {os.path.dirname(name) for name in names}:  # listings: 118,000 look-ups are slow on a network
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder / below) as entries:
+                there |= {f"{below}/{entry.name}" if below else entry.name for entry in entries}
+        missing = [name for name in names if name not in there]
         if len(missing) == len(names):
             raise ValueError(
                 f"annotations {self.annotation_file}: none of its {len(names)} images (the first is {names[0]}) is in "

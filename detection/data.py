@@ -42,6 +42,13 @@ def open_split(data: Path, split: str, **options) -> CocoImages:
     return CocoImages(found.images, found.annotations, part=found.part, **options)
 
 
+def open_checked(data: Path, split: str, **options) -> CocoImages:
+    """The same, and its image files looked at (`CocoImages.check_files`)."""
+    opened = open_split(data, split, **options)
+    opened.check_files()
+    return opened
+
+
 def train_batches(
     dataset: CocoImages, batches: TrainBatches, *, workers: int, device: torch.device
 ) -> Iterator[tuple[list, list[dict]]]:

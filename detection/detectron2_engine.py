@@ -67,8 +67,8 @@ LOSSES = {  # detectron2's names, and those of the other engine's metrics
 
 def check_options(options) -> None:
     """Raise ValueError for what tools/train_coco.py's Options ask of this engine and it does not do."""
-    if options.precision == "bf16":
-        raise ValueError("--precision bf16: --engine detectron2 trains in fp32; leave the option out")
+    if options.precision not in (None, "fp32"):
+        raise ValueError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
     if options.skip_bad_images:
         raise ValueError("--skip-bad-images: --engine detectron2 stops at the first image that cannot be read")
 

@@ -1,5 +1,6 @@
 """A detector to its COCO AP: every image once on any number of ranks, scored on rank 0; and what is written of it."""
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from detection.coco import BadImage, CocoImages
-from detection.faster_rcnn import FasterRCNN
+from detection.faster_rcnn import FasterRCNN, prepare_for_detection
 from detection.scoring import DETECTION, METRICS, entries, score_and_scorer
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
@@ -40,7 +41,7 @@ def evaluate(
     backend: str = "hotcoco",
     progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
 ) -> Evaluation:
-    """Detect on every image of `dataset` and score by `backend`.
+    """Detect on every image of `dataset`, with a copy of `detector` made for that, and score by `backend`.
 
     Detections take 56 bytes each while they are collected. `progress` wraps the loop over this rank's images; it is
     given their number. An image that cannot be read raises BadImage, or with the dataset's `skip_bad_images` counts as
@@ -49,21 +50,18 @@ def evaluate(
     """
     share = RankShare(len(dataset), rank=rank.rank, ranks=rank.ranks)
     loader = DataLoader(dataset, batch_size=None, sampler=share, num_workers=workers)
-    category_ids, was_training = list(detector.categories), detector.training
-    detector.eval()
+    category_ids = list(detector.categories)
+    network = prepare_for_detection(copy.deepcopy(detector), bf16=bf16)
     found = [np.empty(0, DETECTION)]
     skipped: list[str] = []
-    try:
-        for sample in progress(iter(loader), len(share)):
-            if isinstance(sample, BadImage):
-                if not dataset.skip_bad_images:
-                    raise sample
-                skipped.append(str(sample))
-                continue
-            image, image_id = sample[0], sample[1]["image_id"]
-            found.append(detect(detector, image, image_id, category_ids, rank.device, bf16=bf16))
-    finally:
-        detector.train(was_training)
+    for sample in progress(iter(loader), len(share)):
+        if isinstance(sample, BadImage):
+            if not dataset.skip_bad_images:
+                raise sample
+            skipped.append(str(sample))
+            continue
+        image, image_id = sample[0], sample[1]["image_id"]
+        found.append(detect(network, image, image_id, category_ids, rank.device, bf16=bf16))
     own = np.concatenate(found)
     parts = gather((own[np.isin(own["category_id"], list(dataset.categories))], skipped), rank)
     results, detections, scorer = None, np.empty(0, DETECTION), None
@@ -119,12 +117,15 @@ def detect_batch(
         which = [i for i, image in enumerate(images) if image.shape == shape]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             outputs = detector([to_model_input(images[i], device) for i in which])
-        for i, output in zip(which, outputs, strict=True):
-            boxes, scores = (output[name].cpu().double().numpy() for name in ("boxes", "scores"))
+        columns = [torch.cat((o["boxes"], o["scores"][:, None], o["labels"][:, None]), 1) for o in outputs]
+        rows = torch.cat(columns).cpu().double().numpy()  # a GPU is waited for once
+        ends = np.cumsum([len(of_image) for of_image in columns])[:-1]
+        for i, of_image in zip(which, np.split(rows, ends), strict=True):
+            boxes, scores, labels = of_image[:, :4], of_image[:, 4], of_image[:, 5].astype(np.int64)
             boxes[:, 2:] -= boxes[:, :2]
             found[i] = np.empty(len(scores), DETECTION)
             found[i]["image_id"], found[i]["bbox"], found[i]["score"] = image_ids[i], boxes, scores
-            found[i]["category_id"] = np.array(category_ids)[output["labels"].cpu().numpy() - 1]
+            found[i]["category_id"] = np.array(category_ids)[labels - 1]
     return found
 
 

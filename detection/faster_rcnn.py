@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from detection.transforms import InputTransform
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
 from resbackbone.checks import one_of
+from resbackbone.layers import fuse
 from resbackbone.resnet import ResNet
 from resbackbone.training.checkpoints import last_whole_checkpoint
 from resbackbone.weights import MEAN, STD, Weights, fit, read_weights, write_weights
@@ -35,6 +36,7 @@ LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the one map of a variant
 SHAPE = ("variant", "anchor_scale", "anchor_sides", "representation_size", "geometry", "global_context")
 PREDICTOR = "roi_heads.box_predictor."  # the layers that follow the number of classes
 GEOMETRIES = ("torchvision", "detectron2")
+AnyDetector = TypeVar("AnyDetector", bound=nn.Module)
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
 
 
@@ -356,6 +358,24 @@ def _backbone(config: Mapping) -> Backbone:
     from resbackbone.adapters.from_timm import timm_backbone_from_config  # only here: other detectors do without timm
 
     return timm_backbone_from_config(config)
+
+
+def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDetector:
+    """Make a detector ready for detecting alone, in place: eval mode, batch norms folded into their convolutions.
+
+    With `bf16`, convolutions and linear layers get the weights in bfloat16 that autocast would otherwise make of them
+    in every pass; the same is computed, and from here on under autocast only.
+    """
+    detector.eval().requires_grad_(False)
+    for module in detector.modules():
+        if isinstance(module, Backbone):
+            module.fuse()
+        elif isinstance(module, Stage5Head):
+            fuse(module)
+    for module in detector.modules() if bf16 else ():
+        if type(module) in (nn.Conv2d, nn.Linear):
+            module.to(torch.bfloat16)
+    return detector
 
 
 def detector_file(run: str | Path) -> str | Path:

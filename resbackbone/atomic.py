@@ -73,6 +73,8 @@ def remove_unfinished(folder: str | os.PathLike) -> None:
 
 
 def _sync(path: Path) -> None:
+    if os.name == "nt":  # Windows syncs what is open for writing alone, and no folders
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

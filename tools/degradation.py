@@ -61,11 +61,11 @@ class Options:
     seed: int = 0
     """Of every net."""
     device: str | None = None
-    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
+    """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
     gpus: int | None = None
     """How many of this machine's GPUs. Default: all."""
     precision: str | None = None
-    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
+    """fp32, bf16 or fp16 (autocast). Default: bf16 where the device computes in it."""
     quiet: bool = False
     """Print warnings, errors and the results alone."""
 

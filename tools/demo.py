@@ -14,14 +14,13 @@ import tyro
 from PIL import Image
 
 from detection.coco import BadImage, read_image
-from detection.faster_rcnn import FasterRCNN, detector_file, load_detector
+from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection
 from detection.report import draw_boxes
 from detection.responses import Look, heat_map, look
 from detection.scoring import entries
-from resbackbone.checks import one_of
 from resbackbone.report.page import Html, jpeg, short, tag
 from resbackbone.training.command import console, main_of, parse
-from resbackbone.training.distributed import count_processes, native_precision
+from resbackbone.training.device import INFERENCE, choose_device, choose_precision, use
 
 LOCAL = "127.0.0.1"
 MOST_ROWS = 100
@@ -57,7 +56,7 @@ class Options:
     threshold: float = 0.5
     """Score from which boxes are drawn, to begin with."""
     device: str | None = None
-    """cuda, cuda:N or cpu. Default: a GPU if there is one."""
+    """cuda, cuda:N, cpu or mps. Default: a GPU if there is one."""
     precision: str | None = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
 
@@ -119,13 +118,13 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
     if not 0 < options.port < 65536:
         raise ValueError(f"--port {options.port}: 1 to 65535 are ports")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    count_processes(device, None)
-    precision = one_of("precision", options.precision or native_precision(device), ("fp32", "bf16"))
+    device = torch.device(choose_device(options.device))
+    bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
+    use(device)
     gradio()
     file = detector_file(options.run)
     detector = load_detector(file).to(device, memory_format=torch.channels_last)
-    demo = Demo(detector, torch.device(device), bf16=precision == "bf16")
+    demo = Demo(prepare_for_detection(detector, bf16=bf16), device, bf16=bf16)
     page = build_page(
         demo, title=f"{Path(options.run).name}: {len(detector.real_categories)} classes", threshold=options.threshold
     )

@@ -22,15 +22,14 @@ from torch import Tensor
 
 from detection.coco import BadImage, read_image
 from detection.evaluate import detect_batch
-from detection.faster_rcnn import FasterRCNN, detector_file, load_detector
+from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
 from detection.report import draw_boxes
 from detection.scoring import DETECTION, entries
 from detection.video import Video, video_file
 from resbackbone.atomic import open_atomically
-from resbackbone.checks import one_of
 from resbackbone.training.command import console, main_of, notes, parse, track
-from resbackbone.training.distributed import count_processes, native_precision
+from resbackbone.training.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.training.options import check_counts
 from resbackbone.weights.sources import is_named
 
@@ -63,7 +62,7 @@ class Options:
     max_frames: int | None = None
     """Stop a video or camera after this many frames."""
     device: str | None = None
-    """cuda, cuda:N or cpu. Default: a GPU if there is one."""
+    """cuda, cuda:N, cpu or mps. Default: a GPU if there is one."""
     precision: str | None = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
     skip_bad_images: bool = False
@@ -107,9 +106,9 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= options.threshold <= 1:
         raise ValueError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
     check_counts(options, least=1, names=("batch_size", "max_frames"))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    count_processes(device, None)
-    precision = one_of("precision", options.precision or native_precision(device), ("fp32", "bf16"))
+    device = torch.device(choose_device(options.device))
+    bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
+    use(device)
     file = detector_file(options.run)
     folder = options.output or (Path() if is_named(options.run) else file.parent) / "detected"
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
@@ -119,7 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 
     detector = load_detector(file).to(device, memory_format=torch.channels_last)
     image_ids = image_ids_of(images, options.annotations, detector)
-    finder = Finder(detector, torch.device(device), precision == "bf16", options.threshold)
+    finder = Finder(prepare_for_detection(detector, bf16=bf16), device, bf16, options.threshold)
     folder.mkdir(parents=True, exist_ok=True)
     if images:
         detect_images(finder, images, image_ids, pictures, folder, options)

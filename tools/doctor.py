@@ -96,13 +96,17 @@ def devices() -> list[str]:
     try:
         import torch
 
-        from resbackbone.training.distributed import native_precision
+        from resbackbone.training.device import native_precision
 
         lines = [f"device   cpu, {torch.get_num_threads()} threads, {native_precision('cpu')} by default"]
         for i in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(i)
             size = f"{properties.total_memory / 2**30:.0f} GiB"
             lines.append(f"device   cuda:{i} {properties.name}, {size}, {native_precision('cuda')} by default")
+            if native_precision("cuda") == "fp32":
+                lines.append("         it has no bf16: --precision fp16 trains faster there")
+        if torch.backends.mps.is_available():
+            lines.append("device   mps, this Apple GPU: fp32, on request (--device mps); not tested by us")
         if torch.cuda.device_count() == 0:
             built = torch.version.cuda
             why = f"torch is built for CUDA {built}, but no driver or GPU is found (nvidia-smi says more)"

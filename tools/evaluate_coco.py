@@ -18,7 +18,8 @@ from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
 from resbackbone.checks import one_of
 from resbackbone.training.command import be_quiet, main_of, notes, parse, track
-from resbackbone.training.distributed import Rank, count_processes, launch, native_precision
+from resbackbone.training.device import INFERENCE, choose_device, choose_precision
+from resbackbone.training.distributed import Rank, count_processes, from_main, launch
 from resbackbone.training.run import read_yaml
 from resbackbone.weights.sources import is_named
 
@@ -41,7 +42,7 @@ class Options:
     """Shorter sides in pixels of an image pyramid: a region's features are the larger of those on its two best scales
     (the same appendix, which has 200 400 600 800 1000). Default: the detector's own size."""
     device: str | None = None
-    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
+    """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
     gpus: int | None = None
     """How many of this machine's GPUs. Default: all."""
     workers: int | None = None
@@ -59,7 +60,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """A run -> its 12 numbers, in one process or in one for each GPU."""
     options = parse(Options, argv)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(options.device)
     launch(score, (options,), device=device, processes=count_processes(device, options.gpus))
 
 
@@ -73,12 +74,14 @@ def score(rank: Rank, options: Options) -> None:
     if data is None:
         raise ValueError(f"{options.run} does not say what it was trained on (no config.yaml); give --data DIR")
     on_gpu = rank.device.type == "cuda"
-    precision = options.precision or config.get("precision") or native_precision(rank.device.type)
-    one_of("precision", precision, ("fp32", "bf16"))
+    trained_in = config.get("precision") if rank.device.type != "mps" else None
+    precision = options.precision or (trained_in if trained_in in INFERENCE else None)
+    precision = choose_precision(precision, rank.device.type, INFERENCE)
     one_of("COCO backend", options.coco_backend, BACKENDS)
 
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
-    dataset = open_split(data, "val", categories=detector.real_categories, skip_bad_images=options.skip_bad_images)
+    asked = {"categories": detector.real_categories, "skip_bad_images": options.skip_bad_images}
+    dataset = from_main(lambda: open_split(data, "val", **asked), rank)
     if rank.is_main:
         notes.print(f"{file} on {dataset.summary()}, {precision}")
     if options.box_refinement or options.scales:

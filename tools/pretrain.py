@@ -9,6 +9,7 @@ python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      
 
 import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,11 +37,12 @@ from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
 from resbackbone.report.summary import print_summary
 from resbackbone.training import loop
 from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config
+from resbackbone.training.device import arithmetic
 from resbackbone.training.distributed import (
     Rank,
-    broadcast,
     count_processes,
     distributed,
+    from_main,
     launch,
     share_buffers,
 )
@@ -78,19 +80,18 @@ def train(rank: Rank, options: Options) -> None:
     say = notes.print if rank.is_main else lambda *_: None
     draw_embedded_set(options, rank, say)
     claimed = {"default": default_folder(options), "resume": options.resume}
-    folder = broadcast(claim_folder(options.output, **claimed) if rank.is_main else None, rank)
+    folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
     recipe = recipe_of(options)
     say(f"run:   {folder}")
-    train_set, val_set = (
-        open_images(options.data, split, skip_bad_images=options.skip_bad_images) for split in ("train", "val")
-    )
+    opened = partial(open_images, options.data, skip_bad_images=options.skip_bad_images)
+    train_set, val_set = (from_main(partial(opened, split), rank) for split in ("train", "val"))
     if train_set.classes != val_set.classes:
         raise ValueError(f"--data {options.data}: the classes of its training and validation images differ")
     say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
     for message in sorted(train_set.skipped | val_set.skipped) if rank.is_main else ():
         console.print(f"skipped {message}")
 
-    last = broadcast(resume_point(folder) if rank.is_main and options.resume else None, rank)
+    last = from_main(lambda: resume_point(folder), rank) if options.resume else None
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     model, metadata = build(options, recipe, train_set.classes, last and last / "model.safetensors")
     metadata |= {"recipe": {"name": options.recipe, **asdict(recipe)}, "accuracy": []}
@@ -110,7 +111,7 @@ def train(rank: Rank, options: Options) -> None:
         weight_decay=recipe.weight_decay,
         decay_norms=recipe.decay_norms,
     )
-    state = TrainState(distributed(model, rank), optimizer, rank)
+    state = TrainState(distributed(model, rank), optimizer, rank, scaled=options.precision == "fp16")
     if last is not None:
         state.load(last)
     steps = schedule.steps if options.max_steps is None else options.max_steps
@@ -119,7 +120,7 @@ def train(rank: Rank, options: Options) -> None:
         f"update{f' in {options.accumulate} parts' if options.accumulate > 1 else ''} on {rank.ranks} "
         f"{rank.device.type}, {options.precision}, learning rate {schedule.rate:g}"
     )
-    effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
+    effective = {**asdict(schedule), "milestones": list(schedule.milestones), **arithmetic(rank.device)}
     effective["train_set_sha256"] = train_set.fingerprint
     if last is not None and rank.is_main and fingerprint_of(folder) != train_set.fingerprint:
         raise ValueError(f"--data {options.data}: the run in {folder} was trained on other images")
@@ -186,7 +187,7 @@ def train(rank: Rank, options: Options) -> None:
         steps=steps,
         images_per_update=options.batch_size,
         seed=options.seed,
-        bf16=options.precision == "bf16",
+        precision=options.precision,
         rank=rank,
         run=run,
         periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
@@ -232,10 +233,8 @@ def draw_embedded_set(options: Options, rank: Rank, say) -> None:
     say(f"data: the embedded set in {EMBEDDED}; for real images give --data DIR, which should hold {LAYOUT}")
     if not EMBEDDED.exists():
         say("drawing it first, some thousand images")
-    if rank.is_main:
-        EMBEDDED.parent.mkdir(exist_ok=True)
-        make_shape_crops(EMBEDDED)
-    broadcast(None, rank)
+    EMBEDDED.parent.mkdir(exist_ok=True)
+    from_main(lambda: make_shape_crops(EMBEDDED), rank)
 
 
 def augmentation(recipe: Recipe) -> TrainAugment:

@@ -36,14 +36,15 @@ from resbackbone.classification.report import Predictions, write_report
 from resbackbone.report.summary import print_summary
 from resbackbone.training import loop
 from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config
+from resbackbone.training.device import arithmetic, choose_device, choose_precision
 from resbackbone.training.distributed import (
     Rank,
     broadcast,
     count_processes,
     distributed,
+    from_main,
     gather,
     launch,
-    native_precision,
     share_buffers,
 )
 from resbackbone.training.optimizers import build_optimizer
@@ -119,14 +120,14 @@ def train(rank: Rank, options: Options) -> None:
     be_quiet(options)
     say = notes.print if rank.is_main else lambda *_: None
     claimed = {"default": default_folder(options), "resume": options.resume}
-    folder = broadcast(claim_folder(options.output, **claimed) if rank.is_main else None, rank)
-    data = open_cifar10(options.data)
+    folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
+    data = from_main(lambda: open_cifar10(options.data), rank)
     if options.validation:
         data = data.held_out()
     mean_image = mean_image_of(data.train)
     say(f"run:   {folder}\ndata:  {data.summary()} in {options.data}{' (validation)' if options.validation else ''}")
 
-    last = broadcast(resume_point(folder) if rank.is_main and options.resume else None, rank)
+    last = from_main(lambda: resume_point(folder), rank) if options.resume else None
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     network = {"depth": options.depth, "shortcut": shortcut_of(options), "num_classes": len(data.classes)}
     model = build_cifar_resnet(**network, weights=last and last / "model.safetensors")
@@ -135,7 +136,7 @@ def train(rank: Rank, options: Options) -> None:
 
     schedule = schedule_of(options)
     optimizer = build_optimizer(model, "sgd", rate=schedule.rate, weight_decay=WEIGHT_DECAY, decay_norms=True)
-    state = TrainState(distributed(model, rank), optimizer, rank)
+    state = TrainState(distributed(model, rank), optimizer, rank, scaled=options.precision == "fp16")
     if last is not None:
         state.load(last)
     steps = schedule.steps if options.max_steps is None else options.max_steps
@@ -156,7 +157,7 @@ def train(rank: Rank, options: Options) -> None:
     fingerprint = data.fingerprint()
     if last is not None and rank.is_main and fingerprint_of(folder) != fingerprint:
         raise ValueError(f"--data {options.data}: the run in {folder} was trained on other images")
-    effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
+    effective = {**asdict(schedule), "milestones": list(schedule.milestones), **arithmetic(rank.device)}
     effective["train_set_sha256"] = fingerprint
     kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
     config = {**to_config(kept), "effective": effective}
@@ -197,7 +198,7 @@ def train(rank: Rank, options: Options) -> None:
         steps=steps,
         images_per_update=options.batch_size,
         seed=options.seed,
-        bf16=options.precision == "bf16",
+        precision=options.precision,
         rank=rank,
         run=run,
         periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
@@ -234,8 +235,8 @@ def complete(options: Options) -> Options:
             "no CIFAR-10 in $CIFAR10_DIR or ./datasets/cifar10; unpack https://www.cs.toronto.edu/~kriz/"
             f"cifar-10-python.tar.gz and give --data DIR, which should hold {LAYOUT}; or try --data {SYNTHETIC}"
         )
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processes = count_processes(device, options.gpus)  # says so if the device is not there
+    device = choose_device(options.device)
+    processes = count_processes(device, options.gpus)
     if options.batch_size % processes:
         raise ValueError(f"--batch-size {options.batch_size} does not divide evenly over {processes} processes")
     steps = options.steps or max(1, round(STEPS * BATCH_SIZE / options.batch_size))
@@ -245,7 +246,7 @@ def complete(options: Options) -> Options:
         steps=steps,
         eval_period=min(1000, max(1, steps // 10)) if options.eval_period is None else options.eval_period,
         device=device,
-        precision=one_of("precision", options.precision or native_precision(device), ("fp32", "bf16")),
+        precision=choose_precision(options.precision, device),
     )
 
 
@@ -306,7 +307,7 @@ def test(
         with torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16):
             logits = model(images).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
-        own.append((begin, logits.argmax(1).cpu().numpy(), losses.double().cpu().numpy()))
+        own.append((begin, logits.argmax(1).cpu().numpy(), losses.cpu().double().numpy()))
     model.train()
     parts = gather(own, rank)
     results = best = losses = None

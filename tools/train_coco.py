@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from detection.annotations import count_images
-from detection.data import EMBEDDED, embedded_data, find_coco, open_split, train_batches
+from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
 from detection.evaluate import Evaluation, evaluate, percent, print_results, write_results
 from detection.faster_rcnn import (
     BACKBONE_OF,
@@ -40,14 +40,14 @@ from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.training import loop
 from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config, track
+from resbackbone.training.device import arithmetic, choose_device, choose_precision
 from resbackbone.training.distributed import (
     Rank,
-    broadcast,
     count_processes,
     distributed,
+    from_main,
     gather,
     launch,
-    native_precision,
     share_buffers,
 )
 from resbackbone.training.optimizers import build_optimizer
@@ -110,13 +110,14 @@ class Options:
     seed: int = 0
     """Weights, order, augmentation and sampling are functions of it."""
     device: str | None = None
-    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
+    """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
     gpus: int | None = None
     """How many of this machine's GPUs. Default: all."""
     workers: int | None = None
     """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
     precision: str | None = None
-    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
+    """fp32, bf16, or fp16 for GPUs without bf16 such as V100 and T4 (both autocast). Default: bf16 where the device
+    computes in it."""
     keep_empty: bool = False
     """Train on images without objects too."""
     skip_bad_images: bool = False
@@ -145,9 +146,9 @@ def train(rank: Rank, options: Options) -> None:
         say(f"data: the embedded set in {EMBEDDED}; for real ones give --data DIR, which should hold {LAYOUT}")
         if not EMBEDDED.exists():
             say("drawing it first, some thousand images")
-        broadcast(embedded_data() if rank.is_main else None, rank)
+        from_main(embedded_data, rank)
     claimed = {"default": default_folder(options), "resume": options.resume}
-    folder = broadcast(claim_folder(options.output, **claimed) if rank.is_main else None, rank)
+    folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
     recipe = RECIPES[options.recipe]
     say(f"run:   {folder}")
     if options.data != EMBEDDED:
@@ -155,16 +156,15 @@ def train(rank: Rank, options: Options) -> None:
 
     transform = TrainTransform(recipe.short_sides, recipe.max_size)
     images = {"keep_empty": options.keep_empty, "skip_bad_images": options.skip_bad_images}
-    train_set = open_split(options.data, "train", transform=transform, **images)
-    val_set = open_split(options.data, "val", **{**images, "keep_empty": True}, categories=train_set.categories)
-    for split in (train_set, val_set):
-        split.check_files()
+    train_set = from_main(lambda: open_checked(options.data, "train", transform=transform, **images), rank)
+    images |= {"keep_empty": True, "categories": train_set.categories}
+    val_set = from_main(lambda: open_checked(options.data, "val", **images), rank)
     say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
     if options.engine == "detectron2":
         detectron2_engine().train_with_detectron2(rank, options, folder, train_set=train_set, val_set=val_set)
         return
 
-    last = broadcast(resume_point(folder) if rank.is_main and options.resume else None, rank)
+    last = from_main(lambda: resume_point(folder), rank) if options.resume else None
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     if last is None:
         detector = build(options, recipe, train_set.categories, say)
@@ -182,12 +182,13 @@ def train(rank: Rank, options: Options) -> None:
         weight_decay=recipe.weight_decay,
         decay_norms=recipe.optimizer == "sgd",  # as in Detectron
     )
-    state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad)
+    fp16 = options.precision == "fp16"
+    state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad, scaled=fp16)
     if last is not None:
         state.load(last)
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
     steps = schedule.steps if options.max_steps is None else options.max_steps
-    effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
+    effective = {**asdict(schedule), "milestones": list(schedule.milestones), **arithmetic(rank.device)}
     if options.recipe == "small":
         epochs = schedule.steps * options.batch_size / len(train_set)
         say(
@@ -258,7 +259,7 @@ def train(rank: Rank, options: Options) -> None:
         steps=steps,
         images_per_update=options.batch_size,
         seed=options.seed,
-        bf16=options.precision == "bf16",
+        precision=options.precision,
         rank=rank,
         run=run,
         periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
@@ -305,12 +306,12 @@ def complete(options: Options) -> Options:
         detectron2_engine().check_options(options)
     depth = held.get("depth", recipe.depth)
     depth, depths = (VGG16_DEPTH, [VGG16_DEPTH]) if variant == "vgg16" else (depth, DEPTHS)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processes = count_processes(device, options.gpus)  # says so if the device is not there
+    device = choose_device(options.device)
+    processes = count_processes(device, options.gpus)
     on_gpu = torch.device(device).type == "cuda"
     batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
     batch_size = options.batch_size or max(1, batch_size // processes) * processes  # every process gets as many
-    default_precision = native_precision(device) if options.engine == "torchvision" else "fp32"
+    precision = options.precision or ("fp32" if options.engine == "detectron2" else None)
     check_counts(options, least=1, names=("max_steps", "batch_size", "checkpoint_period", "log_period"))
     check_counts(options, least=0, names=("eval_period", "pictures", "seed", "workers"))
     return replace(
@@ -323,7 +324,7 @@ def complete(options: Options) -> Options:
         checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
         device=device,
         workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
-        precision=one_of("precision", options.precision or default_precision, ("fp32", "bf16")),
+        precision=choose_precision(precision, device),
     )
 
 

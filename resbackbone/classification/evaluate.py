@@ -108,7 +108,7 @@ def predict(
                 for model in models
                 for group in groups
             )
-            found.append(scores.topk(min(5, scores.shape[1])).indices.cpu().masked_fill(bad[:, None], -1))
+            found.append(scores.topk(min(5, scores.shape[1])).indices.masked_fill(bad[:, None], -1))
     finally:
         for model, training in zip(models, was_training, strict=True):
             model.train(training)
@@ -132,7 +132,7 @@ def _scores(model: nn.Module, group: Tensor, device: torch.device, *, mirrored: 
         raise ValueError(f"the network scores {logits.shape[1]} classes, and the images are of {classes}")
     if not logits.isfinite().all():
         raise ValueError("the network's scores are not finite")
-    probabilities = logits.double().softmax(1)  # in fp32 logits that differ can come out equal
+    probabilities = logits.cpu().double().softmax(1)  # in fp32 logits that differ can come out equal
     return probabilities.view(-1, *group.shape[:2], classes).mean((0, 2))
 
 

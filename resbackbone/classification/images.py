@@ -1,5 +1,6 @@
 """Labelled images: folders of classes, shards or synthetic ones, checked before training, and batches to train on."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -121,8 +122,11 @@ class FolderImages(Images):
         """
         if len(self) > LOOKED_AT:
             return
-        paths = filter(os.path.exists, map(self.name, range(len(self))))  # links may lead nowhere
-        small = sum(map(os.path.getsize, paths)) <= SMALL_SET
+        size = 0
+        for i in range(len(self)):
+            with contextlib.suppress(OSError):  # links may lead nowhere
+                size += os.path.getsize(self.name(i))
+        small = size <= SMALL_SET
         broken = {}
         for i in range(len(self)):
             if small or not _looks_whole(self.name(i)):

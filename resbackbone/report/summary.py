@@ -30,12 +30,13 @@ def _facts(log: RunLog) -> dict[str, str]:
     seconds = log.total("seconds")
     images = sum(updates * line["images_per_second"] * line["seconds"] for updates, line in log.spans())
     evaluating = sum(line["seconds"] for line in log.evaluations)
+    memory = [line["memory_mib"] for line in log.train if "memory_mib" in line]  # Windows does not tell
     return {
         "updates": f"{log.train[-1]['step']:,}",
         "images": f"{images:,.0f}",
         "time": f"{duration(seconds)} of updates, {duration(evaluating)} of evaluation",
         "images a second": f"{images / seconds:.1f}",
         "waiting for data": f"{100 * log.total('data_seconds') / seconds:.0f}% of the updates' time",
-        "memory": f"{max(line['memory_mib'] for line in log.train):,.0f} MiB at most",
+        "memory": f"{max(memory):,.0f} MiB at most" if memory else "unknown",
         "loss": f"{log.train[-1]['loss']:.3f} in the last {log.spans()[-1][0]} updates",
     }

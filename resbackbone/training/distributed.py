@@ -8,8 +8,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
-from resbackbone.checks import one_of
+from resbackbone.training.device import choose_device, use
 from resbackbone.training.errors import SAID, one_line_errors, quick_exit
 from resbackbone.training.lock import let_go_of_all
 from resbackbone.training.rendezvous import store_of_this_start
 from resbackbone.training.termination import EXIT_STATUS, Terminated, termination
 
+T = TypeVar("T")
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
 
 
@@ -44,24 +46,18 @@ def count_processes(device: str, gpus: int | None) -> int:
 
     Raises ValueError for a device that is not there, and for more GPUs than there are.
     """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = device
-    one_of("device", kind, ("cuda", "cpu"), " (a GPU's number may follow: cuda:1)")
-    if kind == "cuda":
+    place = torch.device(choose_device(device))
+    if place.type == "cuda":
         there = torch.cuda.device_count()
-        if there == 0:
-            raise ValueError("--device cuda: no GPU that this torch can use; python tools/doctor.py says why")
         if gpus is not None and not 1 <= gpus <= there:
             raise ValueError(f"--gpus {gpus}: this machine has {there}")
-        if (torch.device(device).index or 0) >= there:
-            raise ValueError(f"--device {device}: this machine has {there} GPUs, cuda:0 to cuda:{there - 1}")
     elif gpus not in (None, 0, 1):
         raise ValueError(f"--gpus {gpus} with --device {device}: several CPU processes are started with torchrun")
+    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError("RANK is set and WORLD_SIZE is not: set both, as docs/scaling.md shows, or neither")
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    if kind != "cuda" or torch.device(device).index is not None:
+    if place.type != "cuda" or place.index is not None:
         return 1
     return gpus or there
 
@@ -73,12 +69,18 @@ def launch(function: Callable[..., None], arguments: tuple, *, device: str, proc
     importable then, and if one fails the others are stopped and this one exits with status 1.
     """
     if "RANK" in os.environ:
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        _run(local_rank, int(os.environ["RANK"]), processes, device, function, arguments)
+        _run(_local_rank(), int(os.environ["RANK"]), processes, device, function, arguments)
     elif processes > 1:
         _spawn(function, arguments, device=device, processes=processes)
     else:
+        use(torch.device(device))
         _call(function, Rank(0, 1, torch.device(device)), arguments)
+
+
+def _local_rank() -> int:
+    """This process's number on its machine. Plain srun does not set LOCAL_RANK."""
+    names = [name for name in ("LOCAL_RANK", "SLURM_LOCALID", "RANK") if name in os.environ]
+    return int(os.environ[names[0]])
 
 
 def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, processes: int) -> None:
@@ -112,9 +114,9 @@ def _spawned(rank: int, shared: dict, processes: int, device: str, function: Cal
 
 def _run(local_rank: int, rank: int, processes: int, device: str, function: Callable, arguments: tuple) -> None:
     place = torch.device(device)
-    if place.type == "cuda":
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(place)
+    if place.type == "cuda":  # a launcher may show each process one GPU, its own
+        place = torch.device("cuda", local_rank % torch.cuda.device_count())
+    use(place)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     store = store_of_this_start(rank, processes, TIMEOUT)
     dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
@@ -157,6 +159,11 @@ def broadcast(value, rank: Rank):
     return box[0]
 
 
+def from_main(make: Callable[[], T], rank: Rank) -> T:
+    """What make() gives at rank 0, at every rank, for what should be done once: claim a folder, look at many files."""
+    return broadcast(make() if rank.is_main else None, rank)
+
+
 def any_rank(flags: Tensor, rank: Rank) -> Tensor:
     """[n] booleans on `rank.device`, true where they are on any rank; does not wait for a GPU."""
     if rank.ranks > 1:
@@ -187,16 +194,25 @@ def share_buffers(module: nn.Module, rank: Rank) -> None:
 
 
 def distributed(model: nn.Module, rank: Rank) -> nn.Module:
-    """The model, with gradients averaged over the ranks if there are several."""
+    """The model, with gradients averaged over the ranks if there are several.
+
+    Statistics of batch norms are each rank's own while it trains: `share_buffers` makes them rank 0's.
+    """
     if rank.ranks == 1:
         return model
+    for parameter in model.parameters():
+        if parameter.requires_grad and 1 in parameter.shape:
+            parameter.register_hook(partial(_laid_out_as, parameter))
     devices = [rank.device.index] if rank.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=False)
+    return DistributedDataParallel(model, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def native_precision(device: str) -> str:
-    """ "bf16" where the device computes in it faster than in fp32, else "fp32"."""
-    if torch.device(device).type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the parameter's own strides, so that DDP need not copy it.
+
+    Where a side is 1, as those of a 1x1 kernel, a tensor of the same memory order may have others.
+    """
+    both = zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
+    if gradient.stride() == parameter.stride() or any(side != 1 and own != got for side, own, got in both):
+        return gradient
+    return gradient.as_strided(parameter.shape, parameter.stride())

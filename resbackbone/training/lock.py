@@ -1,5 +1,6 @@
 """One writer for a folder: a lock that the operating system lets go when its holder dies, however it does."""
 
+import contextlib
 import json
 import os
 import socket
@@ -38,7 +39,8 @@ def let_go(folder: Path) -> None:
     if lock is None:
         return
     for name in (LOCK, HOLDER):
-        (folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+            (folder / name).unlink(missing_ok=True)
     for path in made:
         if path.is_dir() and not any(path.iterdir()):
             path.rmdir()

@@ -1,6 +1,5 @@
 """The loop that every training here goes through: batches to updates, with metrics, checkpoints and evaluations."""
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from resbackbone.atomic import write_atomically
 from resbackbone.training.command import Progress, console, notes
+from resbackbone.training.device import autocast
 from resbackbone.training.distributed import Rank, broadcast, gather
 from resbackbone.training.run import Run
 from resbackbone.training.schedule import Schedule
@@ -39,7 +39,7 @@ def train(
     steps: int,
     images_per_update: int,
     seed: int,
-    bf16: bool,
+    precision: str,
     rank: Rank,
     run: Run,
     periods: Periods,
@@ -51,7 +51,7 @@ def train(
 ) -> None:
     """Update `state` from its step to `steps`, one batch an update.
 
-    losses_of: a batch, or a part of one, to its loss terms, under bf16 autocast if asked for.
+    losses_of: a batch, or a part of one, to its loss terms, under autocast to `precision`.
     parts_of: the parts of a batch whose gradients are accumulated, all of the same size (default: the whole).
     images_per_update: over all ranks, for the images a second that are recorded.
     checkpoint, evaluate: called at their periods; a checkpoint also at the end. An evaluation gives its result in a few
@@ -96,7 +96,7 @@ def train(
             rate = schedule.learning_rate(state.step)
 
             def losses(part: Any) -> Mapping[str, Tensor]:
-                with torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16):
+                with autocast(rank.device, precision):
                     return losses_of(part)
 
             try:
@@ -145,18 +145,28 @@ def keep_bad_batch(tensors: Mapping[str, Tensor], folder: Path, error: NonFinite
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Peak memory so far in MiB: the GPU's, or this process's."""
+    """{"memory_mib": peak memory so far of the GPU, or of this process}; on an Apple GPU what is held now.
+
+    Empty where the system does not tell (Windows).
+    """
     if device.type == "cuda":
         return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
+    if device.type == "mps":
+        return {"memory_mib": torch.mps.driver_allocated_memory() / 2**20}
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return {}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {"memory_mib": peak / (2**20 if sys.platform == "darwin" else 2**10)}  # macOS counts bytes
 
 
 def describe(record: Mapping[str, float], result: str | None = None) -> str:
     """One line on a stretch of updates, and what the last evaluation gave, if there has been one."""
+    used = f", {record['memory_mib']:,.0f} MiB" if "memory_mib" in record else ""
     parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in record.items() if "loss_" in name)
     return (
         f"loss {record['loss']:.3f}{f' ({parts})' if parts else ''}, lr {record['lr']:.2g}, "
-        f"{record['images_per_second']:.1f} images/s, data {100 * record['data_seconds'] / record['seconds']:.0f}%, "
-        f"{record['memory_mib']:,.0f} MiB{f', {result}' if result else ''}"
+        f"{record['images_per_second']:.1f} images/s, data {100 * record['data_seconds'] / record['seconds']:.0f}%"
+        f"{used}{f', {result}' if result else ''}"
     )

@@ -32,11 +32,12 @@ class RunOptions:
     seed: int = 0
     """Weights, order and augmentation are functions of it."""
     device: str | None = None
-    """cuda, cuda:N or cpu. Default: all GPUs if there are any."""
+    """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
     gpus: int | None = None
     """How many of this machine's GPUs. Default: all."""
     precision: str | None = None
-    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
+    """fp32, bf16, or fp16 for GPUs without bf16 such as V100 and T4 (both autocast). Default: bf16 where the device
+    computes in it."""
     resume: bool = False
     """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
     config: Path | None = None

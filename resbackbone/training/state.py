@@ -27,16 +27,26 @@ class NonFinite(ValueError):
 class TrainState:
     """`model` as it trains (wrapped or not), its `optimizer`, and the number of updates done.
 
-    After an update, `gradient_norm` is the length of its gradient before clipping, and `stopping` whether any rank
-    wished to stop. `stopwatch` has the seconds of the updates' forward, backward and optimizer, which is all that
-    follows on a backward: checks, clipping and the step.
+    `scaled` is for fp16, which holds no small gradients: the loss is multiplied by a factor that is halved whenever a
+    gradient overflows, and the weights are left alone in that update (Micikevicius et al. 2018; torch.amp.GradScaler).
+
+    After an update, `gradient_norm` is the length of its gradient before clipping (the last that was finite), and
+    `stopping` whether any rank wished to stop. `stopwatch` has the seconds of the updates' forward, backward and
+    optimizer, which is all that follows on a backward: checks, clipping and the step.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: Rank, *, clip_grad: float | None = None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        rank: Rank,
+        *,
+        clip_grad: float | None = None,
+        scaled: bool = False,
     ):
         self.model, self.optimizer, self.rank, self.clip_grad = model, optimizer, rank, clip_grad
         self.step, self.gradient_norm, self.stopping = 0, 0.0, False
+        self.scaler = torch.amp.GradScaler(rank.device.type, enabled=scaled)
         self.stopwatch = Stopwatch(rank.device)
 
     def update(
@@ -51,7 +61,7 @@ class TrainState:
 
         Gradients of several parts are accumulated, and exchanged between the ranks with the last. `stop` is this
         rank's wish to stop after the update. Raises NonFinite on every rank, before any weight has changed, if a
-        loss term or the gradient is not finite on any.
+        loss term is not finite on any, or the gradient (`scaled`: even where the loss's factor is 1).
         """
         self.stopwatch.start()
         self.optimizer.zero_grad(set_to_none=True)
@@ -62,8 +72,9 @@ class TrainState:
                 terms.append({name: loss.detach().float() for name, loss in losses.items()})
                 total = cast(Tensor, sum(losses.values()) / len(parts))
                 self.stopwatch.lap("forward")
-                total.backward()
+                self.scaler.scale(total).backward()
                 self.stopwatch.lap("backward")
+        self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         values = self._checked(terms, norm, stop)
@@ -71,7 +82,8 @@ class TrainState:
             group["lr"] = learning_rate
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.stopwatch.lap("optimizer")
         self.step += 1
         return mean_of(values)
@@ -84,18 +96,19 @@ class TrainState:
     def _checked(self, terms: Sequence[Mapping[str, Tensor]], norm: Tensor, stop: bool) -> list[dict[str, float]]:
         """The terms as floats, if all ranks have finite ones and a finite gradient; the only wait for a GPU."""
         losses = torch.stack([value for part in terms for value in part.values()])
-        flags = [~losses.isfinite().all(), ~norm.isfinite(), torch.tensor(stop, device=norm.device)]
+        flags = [~losses.isfinite().all(), ~norm.isfinite(), torch.full_like(norm, stop, dtype=torch.bool)]
         numbers = torch.cat([losses, norm.float()[None], any_rank(torch.stack(flags), self.rank).float()])
-        *values, self.gradient_norm, bad_loss, bad_gradient, stopping = numbers.tolist()
+        *values, length, bad_loss, bad_gradient, stopping = numbers.tolist()
         self.stopping, following = bool(stopping), iter(values)
         floats = [{name: next(following) for name in part} for part in terms]
         if bad_loss:  # on some rank; the gradient of all of them is not finite then
             wrong = [f"{name} is {v}" for part in floats for name, v in part.items() if not math.isfinite(v)]
             raise NonFinite(self.step, ", ".join(wrong))
-        if bad_gradient:
-            raise NonFinite(
-                self.step, f"the gradient of {', '.join(self._wrong_gradients()) or 'all weights together'}"
-            )
+        if not bad_gradient:
+            self.gradient_norm = length
+        elif not self.scaler.is_enabled() or self.scaler.get_scale() <= 1:
+            names = ", ".join(self._wrong_gradients()) or "all weights together"
+            raise NonFinite(self.step, f"the gradient of {names}")
         return floats
 
     def _wrong_gradients(self) -> list[str]:
@@ -123,6 +136,7 @@ class TrainState:
                     plain[f"{index}.{name}"] = value
         save_file(tensors, folder / "optimizer.safetensors")
         described = {"step": self.step, "param_groups": content["param_groups"], "state": plain}
+        described["scaler"] = self.scaler.state_dict()  # {} if it scales nothing
         (folder / "state.json").write_text(json.dumps(described, default=Tensor.item))  # LAMB counts in a tensor
 
     def load(self, folder: Path) -> None:
@@ -142,6 +156,8 @@ class TrainState:
                     value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
                 state.setdefault(int(index), {})[name] = value
             self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
+            if self.scaler.is_enabled():
+                self.scaler.load_state_dict(described["scaler"])
             self.step = described["step"]
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
             raise ValueError(f"checkpoint {folder}: cannot be read ({error})") from None

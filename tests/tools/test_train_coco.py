@@ -420,7 +420,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--precision", "fp8"], "unknown precision 'fp8'; choose from fp32, bf16"),
         (["--coco-backend", "fast"], "unknown COCO backend 'fast'; choose from hotcoco, pycocotools"),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu"),
-        (["--device", "mps"], "unknown device 'mps'; choose from cuda, cpu"),
+        (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu, mps"),
         (["--gpus", "2"], "--gpus 2 with --device cpu: several CPU processes are started with torchrun"),
         (["--max-steps", "0"], "--max-steps 0: 1 or more is wanted"),
         (["--batch-size", "0"], "--batch-size 0: 1 or more is wanted"),
@@ -633,7 +633,7 @@ def test_a_run_all_of_whose_checkpoints_were_harmed_is_one_line_and_stays_as_it_
 
 def test_a_batch_that_does_not_divide_over_the_processes_leaves_no_run_behind(shapes, capsys, monkeypatch):
     monkeypatch.setattr(train_coco, "distributed", lambda detector, rank: detector)
-    monkeypatch.setattr(train_coco, "broadcast", lambda value, rank: value)
+    monkeypatch.setattr(train_coco, "from_main", lambda make, rank: make())
     options = train_coco.complete(train_coco.parse(train_coco.Options, [*QUICK, "--data", str(shapes)]))
     with pytest.raises(ValueError, match="batch size 2 does not divide evenly over 3 processes"):
         train_coco.train(train_coco.Rank(0, 3, torch.device("cpu")), options)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from resbackbone.training import distributed as distributed_module
 from resbackbone.training.distributed import (
     Rank,
     RankShare,
@@ -15,7 +16,6 @@ from resbackbone.training.distributed import (
     count_processes,
     gather,
     launch,
-    native_precision,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -143,9 +143,62 @@ def test_a_process_alone_gathers_broadcasts_and_agrees_with_itself():
     assert any_rank(torch.tensor([True, False]), alone).tolist() == [True, False]
 
 
+# What each of two processes runs: a step of a detector, with DDP and without.
+STEP = """
+import json, sys, warnings, torch
+from detection import build_faster_rcnn
+from resbackbone import build_resnet_backbone
+from resbackbone.training.distributed import distributed, launch
+from resbackbone.training.errors import quick_exit
+
+def work(rank, folder):
+    torch.manual_seed(0)
+    backbone = build_resnet_backbone(50, levels=("c4", "c5"))  # trained norms; stage 5 becomes the box head
+    options = {"rpn_batch_size_per_image": 16, "box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 20}
+    detector = build_faster_rcnn(backbone, 3, variant="c4", min_size=64, max_size=96, **options)
+    detector.to(memory_format=torch.channels_last).train()
+    target = {"boxes": torch.tensor([[5.0, 9.0, 40.0, 50.0]]), "labels": torch.tensor([2])}
+    gradients = []
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for model in (detector, distributed(detector, rank)):
+            torch.manual_seed(1)
+            detector.zero_grad()
+            sum(model([torch.rand(3, 64, 70)], [target]).values()).backward()
+            gradients.append({name: p.grad.clone() for name, p in detector.named_parameters()})
+    alone, together = gradients
+    strides = [name for name, p in detector.named_parameters() if p.grad.stride() != p.stride()]
+    apart = max(((together[n] - alone[n]).norm() / alone[n].norm().clamp(min=1e-6)).item() for n in alone)
+    with open(f"{folder}/{rank.rank}.json", "w") as file:
+        json.dump({"said": [str(w.message) for w in said], "strides": strides, "apart": apart}, file)
+
+if __name__ == "__main__":
+    with quick_exit():
+        launch(work, (sys.argv[1],), device="cpu", processes=2)
+"""
+
+
+def test_gradients_lie_in_memory_as_ddp_wants_them(tmp_path):
+    (tmp_path / "program.py").write_text(STEP)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*torchrun, tmp_path / "program.py", tmp_path],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    for rank in "01":
+        seen = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert not [line for line in seen["said"] if "stride" in line] and not seen["strides"]
+        assert seen["apart"] < 1e-3  # both ranks had the same images
+    assert "stride" not in run.stderr
+
+
 @pytest.fixture
 def no_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -168,6 +221,42 @@ def test_processes_are_one_a_gpu_or_just_this_one(device, gpus, there, processes
     assert count_processes(device, gpus) == processes
 
 
+@pytest.mark.parametrize(
+    "environment, visible, index",
+    [
+        ({"RANK": "13", "LOCAL_RANK": "5"}, 8, 5),  # torchrun
+        ({"RANK": "13", "SLURM_LOCALID": "5"}, 8, 5),  # srun on 2 machines of 8 GPUs
+        ({"RANK": "13"}, 8, 5),
+        ({"RANK": "13", "SLURM_LOCALID": "5"}, 1, 0),  # srun --gpus-per-task=1: each sees its own GPU alone
+    ],
+)
+def test_a_process_takes_the_gpu_of_its_place_on_its_machine(environment, visible, index, no_torchrun, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with_gpus(monkeypatch, visible)
+    used = []
+    monkeypatch.setattr(distributed_module, "use", used.append)
+    monkeypatch.setattr(distributed_module, "_call", lambda function, rank, arguments: used.append(rank.device))
+    for name in ("init_process_group", "barrier", "destroy_process_group"):
+        monkeypatch.setattr(torch.distributed, name, lambda *_, **__: None)
+    launch(print, (), device="cuda", processes=16)
+    assert used == [torch.device("cuda", index)] * 2
+
+
+def test_one_process_makes_its_device_the_current_one(no_torchrun, monkeypatch):
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", used.append)
+    launch(lambda rank: used.append(rank.device), (), device="cuda:1", processes=1)
+    assert used == [1, "high", torch.device("cuda:1")]
+
+
+def test_a_rank_without_a_number_of_ranks_is_an_error(no_torchrun, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(ValueError, match="RANK is set and WORLD_SIZE is not"):
+        count_processes("cpu", None)
+
+
 def test_under_torchrun_its_number_counts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "16")
     assert count_processes("cpu", None) == 16
@@ -183,17 +272,13 @@ def test_under_torchrun_its_number_counts(monkeypatch):
         ("cuda", 0, 4, "--gpus 0: this machine has 4"),
         ("cuda:4", None, 4, "--device cuda:4: this machine has 4 GPUs, cuda:0 to cuda:3"),
         ("cpu", 2, 4, "--gpus 2 with --device cpu: several CPU processes are started with torchrun"),
-        ("gpu", None, 4, "unknown device 'gpu'; choose from cuda, cpu"),
+        ("gpu", None, 4, "unknown device 'gpu'; choose from cuda, cpu, mps"),
     ],
 )
 def test_a_device_that_is_not_there_is_an_error_that_says_so(device, gpus, there, message, no_torchrun, monkeypatch):
     with_gpus(monkeypatch, there)
     with pytest.raises(ValueError, match=message):
         count_processes(device, gpus)
-
-
-def test_the_precision_of_a_cpu_is_one_that_it_has():
-    assert native_precision("cpu") in ("bf16", "fp32")
 
 
 @pytest.mark.parametrize("count, ranks", [(10, 1), (10, 2), (10, 3), (2, 5), (0, 3)])

@@ -255,3 +255,57 @@ def test_a_steps_randomness_depends_on_seed_step_and_rank_alone():
 
 def test_the_mean_of_records_is_taken_entry_by_entry():
     assert mean_of(iter([{"a": 1.0, "b": 4.0}, {"a": 3.0, "b": 0.0}])) == {"a": 2.0, "b": 2.0}
+
+
+# fp16: the loss is scaled
+
+
+def test_a_scaled_loss_gives_the_update_that_the_loss_gives():
+    state, plain = train_state(scaled=True), train_state()
+    plain.model.load_state_dict(state.model.state_dict())
+    for step in range(3):
+        for one in (state, plain):
+            one.update(lambda _, one=one, step=step: losses_of(one.model, step), [None], learning_rate=0.1)
+    assert state.gradient_norm == pytest.approx(plain.gradient_norm)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(state.model.state_dict()[name], value)
+
+
+def overflowing(state):
+    """Losses that are finite, and gradients that are not."""
+    losses = losses_of(state.model)
+    weight = state.model[0].weight
+    return {**losses, "c": (weight - weight.detach()).abs().sum().sqrt()}  # the slope of a root at 0 is infinite
+
+
+def test_an_update_whose_gradient_overflows_is_left_out_and_the_factor_halved():
+    state = train_state(scaled=True)
+    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
+    before, scale, norm = copy.deepcopy(state.model.state_dict()), state.scaler.get_scale(), state.gradient_norm
+    parameters = [name for name, _ in state.model.named_parameters()]
+    state.update(lambda _: overflowing(state), [None], learning_rate=0.1)
+    assert all(torch.equal(state.model.state_dict()[name], before[name]) for name in parameters)
+    assert (state.step, state.scaler.get_scale(), state.gradient_norm) == (2, scale / 2, norm)
+
+
+def test_a_gradient_that_overflows_even_unscaled_is_an_error():
+    state = train_state(scaled=True)
+    with pytest.raises(NonFinite, match="the gradient of 0.weight"):
+        for _ in range(40):
+            state.update(lambda _: overflowing(state), [None], learning_rate=0.1)
+    assert 10 < state.step < 20  # 65536 was halved to 1
+
+
+def test_a_resumed_run_scales_as_before(tmp_path):
+    state = train_state(scaled=True)
+    state.update(lambda _: overflowing(state), [None], learning_rate=0.1)
+    state.save(tmp_path)
+    resumed = train_state(scaled=True)
+    resumed.load(tmp_path)
+    assert resumed.scaler.state_dict() == state.scaler.state_dict() and resumed.scaler.get_scale() == 32768
+
+
+def test_a_loss_that_is_not_finite_is_an_error_scaled_or_not():
+    state = train_state(scaled=True)
+    with pytest.raises(NonFinite, match="a is nan"):
+        state.update(lambda _: {"a": losses_of(state.model)["a"] * math.nan}, [None], learning_rate=0.1)

@@ -18,7 +18,7 @@ from resbackbone.classification.recipes import Recipe
 from resbackbone.classifier import build_resnet_classifier
 from resbackbone.report.run import RunLog
 from resbackbone.training.command import be_quiet, console, notes, track
-from resbackbone.training.distributed import Rank
+from resbackbone.training.distributed import Rank, from_main
 from resbackbone.weights import read_weights
 from resbackbone.weights.sources import is_named
 
@@ -28,7 +28,7 @@ def evaluate_only(rank: Rank, options: PretrainOptions) -> None:
     be_quiet(options)
     recipe = recipe_of(options)
     files = [str(Path(run) / "model.safetensors") if Path(run).is_dir() else run for run in options.eval_only]
-    val_set = open_images(options.data, "val", skip_bad_images=options.skip_bad_images)
+    val_set = from_main(lambda: open_images(options.data, "val", skip_bad_images=options.skip_bad_images), rank)
     models = []
     for file in files:
         weights = read_weights(file)

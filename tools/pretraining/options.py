@@ -12,7 +12,8 @@ from resbackbone.classification.images import SYNTHETIC
 from resbackbone.classification.recipes import RECIPES, Recipe
 from resbackbone.resnet import DEPTHS
 from resbackbone.training.command import refuse_command
-from resbackbone.training.distributed import count_processes, native_precision
+from resbackbone.training.device import INFERENCE, PRECISIONS, choose_device, choose_precision
+from resbackbone.training.distributed import count_processes
 from resbackbone.training.options import RunOptions, check_counts
 from resbackbone.training.run import read_yaml
 from resbackbone.weights.sources import is_named
@@ -96,8 +97,8 @@ def complete(options: PretrainOptions) -> PretrainOptions:
     check_counts(options, least=1, names=least_one)
     check_counts(options, least=0, names=("eval_period", "seed", "workers"))
     check_counts(options, least=32, names=("size",))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    processes = count_processes(device, options.gpus)  # says so if the device is not there
+    device = choose_device(options.device)
+    processes = count_processes(device, options.gpus)
     on_gpu = torch.device(device).type == "cuda"
     shares = processes * options.accumulate
     default_size = recipe.batch_size if on_gpu else 32
@@ -125,7 +126,7 @@ def complete(options: PretrainOptions) -> PretrainOptions:
         size=size,
         device=device,
         workers=(12 if on_gpu else 0) if options.workers is None else options.workers,
-        precision=one_of("precision", options.precision or native_precision(device), ("fp32", "bf16")),
+        precision=choose_precision(options.precision, device, INFERENCE if options.eval_only else PRECISIONS),
     )
 
 
@@ -137,7 +138,8 @@ def complete_for_evaluation(options: PretrainOptions) -> PretrainOptions:
     if options.data is None:
         refuse_command("data", config.get("data"), options.eval_only[0])
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
-    given["precision"] = given["precision"] or "fp32"  # as publishers of weights evaluate theirs
+    if given["precision"] not in INFERENCE and not options.precision:
+        given["precision"] = "fp32"  # as publishers of weights evaluate theirs
     if given["data"] == SYNTHETIC:
         raise ValueError(f"--data {SYNTHETIC}: synthetic images show the speed alone; give --data DIR to evaluate on")
     if given["data"] is None and not find_imagenet():

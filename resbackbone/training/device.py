@@ -1,0 +1,77 @@
+"""Where a command computes and in what precision: its device, autocast, TF32."""
+
+from collections.abc import Collection
+
+import torch
+
+from resbackbone.checks import one_of
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+INFERENCE = ("fp32", "bf16")  # precisions to detect and classify in
+
+
+def choose_device(asked: str | None) -> str:
+    """`asked`, or else the GPUs if there are any, or the CPU: "cuda" (all of them), "cuda:1", "cpu" or "mps".
+
+    Raises ValueError for a device that this torch or this machine does not have.
+    """
+    if asked is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        place = torch.device(asked)
+    except RuntimeError:
+        place = None
+    kind = one_of("device", place.type if place else asked, ("cuda", "cpu", "mps"), " (cuda:1 is the second GPU)")
+    if kind == "cuda":
+        there = torch.cuda.device_count()
+        if there == 0:
+            raise ValueError(f"--device {asked}: no GPU that this torch can use; python tools/doctor.py says why")
+        if place is not None and (place.index or 0) >= there:
+            raise ValueError(f"--device {asked}: this machine has {there} GPUs, cuda:0 to cuda:{there - 1}")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this torch finds no Apple GPU; leave the option out to compute on the CPU")
+    return asked
+
+
+def choose_precision(asked: str | None, device: str, among: Collection[str] = tuple(PRECISIONS)) -> str:
+    """`asked`, or else bf16 where the device computes in it, or fp32. Raises ValueError if it is not `among` them."""
+    precision = one_of("precision", asked or native_precision(device), among)
+    if torch.device(device).type == "mps" and precision != "fp32":
+        raise ValueError(f"--precision {precision}: on mps only fp32 is offered; leave the option out")
+    return precision
+
+
+def native_precision(device: str) -> str:
+    """ "bf16" where the device computes in it faster than in fp32, else "fp32"."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    features = torch.cpu.get_capabilities() if kind == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context in which a network computes in `precision`; its weights stay in fp32."""
+    dtype = PRECISIONS[precision]
+    enabled = dtype != torch.float32
+    return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
+
+
+def use(device: torch.device) -> None:
+    """Make `device` the current one, and let fp32 convolutions and matrix products on a GPU use TF32.
+
+    TF32 rounds their inputs to 11 bits. NVIDIA_TF32_OVERRIDE=0 in the environment forbids it.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # pinned memory and events belong to the current device
+        torch.set_float32_matmul_precision("high")
+
+
+def arithmetic(device: torch.device) -> dict[str, str]:
+    """What results depend on beside the configuration, for a run's config.yaml."""
+    kinds = {
+        "convolutions": torch.backends.cudnn.allow_tf32,
+        "matrix products": torch.get_float32_matmul_precision() != "highest",
+    }
+    tf32 = " and ".join(name for name, allowed in kinds.items() if allowed and device.type == "cuda")
+    return {"torch": str(torch.__version__), "tf32": tf32 or "not used"}

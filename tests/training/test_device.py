@@ -1,0 +1,67 @@
+import pytest
+import torch
+
+from resbackbone.training.device import arithmetic, autocast, choose_device, choose_precision, native_precision
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes this machine one with so many GPUs."""
+
+    def have(count, *, bf16=True):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+
+    return have
+
+
+def test_gpus_are_chosen_where_there_are_any(gpus):
+    gpus(0)
+    assert choose_device(None) == choose_device("cpu") == "cpu"
+    gpus(2)
+    assert choose_device(None) == "cuda" and choose_device("cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    "device, message",
+    [
+        ("cuda", "--device cuda: no GPU that this torch can use; python tools/doctor.py says why"),
+        ("mps", "--device mps: this torch finds no Apple GPU; leave the option out to compute on the CPU"),
+        ("tpu", "unknown device 'tpu'; choose from cuda, cpu, mps"),
+        ("xpu", "unknown device 'xpu'; choose from cuda, cpu, mps"),
+    ],
+)
+def test_a_device_that_is_not_here_is_refused(device, message, gpus):
+    gpus(0)
+    with pytest.raises(ValueError, match=message):
+        choose_device(device)
+
+
+def test_an_apple_gpu_is_used_where_torch_finds_one_and_computes_in_fp32(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == "mps" and choose_precision(None, "mps") == "fp32"
+    with pytest.raises(ValueError, match="--precision bf16: on mps only fp32 is offered"):
+        choose_precision("bf16", "mps")
+
+
+def test_the_precision_is_one_that_the_device_computes_in(gpus):
+    assert native_precision("cpu") in ("bf16", "fp32")
+    gpus(1)
+    assert choose_precision(None, "cuda") == "bf16"
+    gpus(1, bf16=False)  # V100, T4
+    assert choose_precision(None, "cuda") == "fp32" and choose_precision("fp16", "cuda:0") == "fp16"
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; choose from fp32, bf16, fp16"):
+        choose_precision("fp8", "cuda")
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.half)])
+def test_under_autocast_products_are_in_the_precision(precision, dtype):
+    with autocast(torch.device("cpu"), precision):
+        assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
+
+
+def test_what_a_result_depends_on_is_said():
+    said = arithmetic(torch.device("cpu"))
+    assert said == {"torch": torch.__version__, "tf32": "not used"}
+    assert arithmetic(torch.device("cuda"))["tf32"].startswith("convolutions")  # torch's default
