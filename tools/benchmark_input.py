@@ -4,22 +4,27 @@ python tools/benchmark_input.py --data imagenet/train               class folder
 python tools/benchmark_input.py --data imagenet/train --rounds 31
 
 Each row goes from encoded files on disk to normalized fp32 batches [B, 3, 224, 224], in one process without workers:
-decoding, RandomResizedCrop, flip, batching, normalizing. The rows take turns, round by round, each starting one round
-in as many; what is compared is the processor time of a round (user and system), which others on the machine disturb
-less than the clock, and the ratio is the median over the rounds of plain / row within a round. Files are in the
-system's cache after the first round, which is not counted: the figures are of the processor, not of the disk.
+decoding, RandomResizedCrop, flip, batching, normalizing. The rows take turns in an order that is shuffled each round.
+What is compared is the processor time of a round (user and system), which others on the machine disturb less than the
+clock, and the ratio is the median over the rounds of plain / row within a round. Files are in the system's cache after
+the first round, which is not counted: the figures are of the processor, not of the disk.
 """
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import make_shards
+import numpy as np
 import torch
+from benchmarks.contest import Contender, Contest
+from benchmarks.report import Spread, rows_of
+from benchmarks.rounds import Session, hold
+from PIL import Image
 from rich import box
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -54,25 +59,43 @@ class Options:
 def main(argv: list[str] | None = None) -> dict[str, float]:
     """Folder -> table of images a second and ratios; the ratios by row."""
     options = parse(Options, argv)
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
-        seconds = measure(pipelines(options, scratch), options.rounds)
-    return report(seconds, options)
+        contest = pipelines(options, Path(scratch))
+        result = contest.empty_result()
+        hold(contest, result, Session("cpu", rounds=options.rounds))
+    return report(result, options)
 
 
-def pipelines(options: Options, scratch: str) -> dict[str, Callable[[], None]]:
-    """A round of each row; `scratch` is a folder for the shards."""
+def pipelines(options: Options, scratch: Path) -> Contest:
+    """A contest between the rows; `scratch` is a folder for the shards."""
     rows = {
-        PLAIN: plain(options.data, options),
         "resbackbone, files as they are": ours(FolderImages(options.data.resolve()), options),
+        **{
+            f"resbackbone, shards of {side} pixels": ours(shards(scratch, side, options), options)
+            for side in (320, 256)
+        },
+        PLAIN: plain(options.data, options),
     }
-    for side in (320, 256):
-        rows[f"resbackbone, shards of {side} pixels"] = ours(shards(scratch, side, options), options)
-    return rows
+    images = options.images // options.batch_size * options.batch_size
+    heading = f"ImageNet input pipeline, one core, {images} images"
+    build = {name: Contender(run, clock=partial(on_one_core, run)) for name, run in rows.items()}.__getitem__
+    return Contest("input", heading, tuple(rows), build, reference=PLAIN, items=(images,) * len(rows))
+
+
+def on_one_core(run: Callable[[], None]) -> float:
+    """Seconds of processor time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        began = time.process_time()
+        run()
+        return time.process_time() - began
+    finally:
+        torch.set_num_threads(threads)
 
 
 def plain(folder: Path, options: Options) -> Callable[[], None]:
-    """What torchvision's and PyTorch's examples do."""
+    """A round of what torchvision's and PyTorch's examples do."""
     transform = transforms.Compose(
         [
             transforms.RandomResizedCrop(options.size),
@@ -81,12 +104,7 @@ def plain(folder: Path, options: Options) -> Callable[[], None]:
             transforms.Normalize(MEAN, STD),
         ]
     )
-    return over(ImageFolder(str(folder), transform), options)
-
-
-def over(dataset: ImageFolder, options: Options) -> Callable[[], None]:
-    """A round of a data set in a shuffled DataLoader."""
-    loader = DataLoader(dataset, options.batch_size, shuffle=True)
+    loader = DataLoader(ImageFolder(str(folder), transform), options.batch_size, shuffle=True)
 
     def one_round() -> None:
         for _ in islice(loader, options.images // options.batch_size):
@@ -108,9 +126,9 @@ def ours(images: Images, options: Options) -> Callable[[], None]:
     return one_round
 
 
-def shards(scratch: str, side: int, options: Options) -> Images:
+def shards(scratch: Path, side: int, options: Options) -> Images:
     """The same images in shards, as tools/make_shards.py writes them."""
-    data, output = Path(scratch) / "data", Path(scratch) / f"shards-{side}"
+    data, output = scratch / "data", scratch / f"shards-{side}"
     if not data.exists():
         data.mkdir()
         (data / "train").symlink_to(options.data.resolve())
@@ -119,34 +137,30 @@ def shards(scratch: str, side: int, options: Options) -> Images:
     return open_images(f"{output}/train-{{000000..{last:06d}}}.tar", "train")
 
 
-def measure(rows: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of processor time of each round of each row; a first round is not counted."""
-    seconds = {name: [] for name in rows}
-    names = list(rows)
-    for i in range(rounds + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            began = time.process_time()
-            rows[name]()
-            if i:
-                seconds[name].append(time.process_time() - began)
-    return seconds
+def noise_images(folder: Path, count: int) -> Path:
+    """JPEGs about as large as ImageNet's (456 x 394 pixels, 100 KB), in two class folders."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 14, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((456, 394), Image.Resampling.BICUBIC)) + rng.normal(0, 12, (394, 456, 3))
+        path = folder / f"class{i % 2}" / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+    return folder
 
 
-def report(seconds: dict[str, list[float]], options: Options) -> dict[str, float]:
-    """Print the table; the median ratio of each row to the first."""
+def report(result: dict, options: Options) -> dict[str, float]:
+    """Print the table; the median ratio of the plain pipeline's time to each row's."""
     table = Table("pipeline, one core", "images/s", "ratio", "middle half", box=box.SIMPLE_HEAD)
     table.columns[0].no_wrap = True
-    images = options.images // options.batch_size * options.batch_size
-    base, ratios = next(iter(seconds.values())), {}
-    for name, times in seconds.items():
-        each = [plain / own for plain, own in zip(base, times, strict=True)]
-        low, ratios[name], high = statistics.quantiles(each, n=4)
-        table.add_row(
-            name, f"{images / statistics.median(times):.0f}", f"{ratios[name]:.2f}", f"{low:.2f} .. {high:.2f}"
-        )
+    ratios = {}
+    for row in sorted(rows_of(result), key=lambda row: row.name != PLAIN):
+        each = [plain / own for plain, own in zip(result["seconds"][PLAIN], result["seconds"][row.name], strict=True)]
+        low, ratios[row.name], high = Spread.of(each)
+        table.add_row(row.name, f"{row.images_per_second:.0f}", f"{ratios[row.name]:.2f}", f"{low:.2f} .. {high:.2f}")
     console.print(table)
     console.print(
-        f"{images} images a round, {options.rounds} rounds taken in turns, medians of processor time; "
+        f"{result['items'][PLAIN]} images a round, {options.rounds} rounds taken in turns, medians of processor time; "
         f"torch {torch.__version__}"
     )
     return ratios

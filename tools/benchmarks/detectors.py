@@ -5,9 +5,10 @@ The settings are torchvision's: anchors on whole pixels, 2 x 2 samples a bin of 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,16 @@ from resbackbone.weights.translate import from_ours
 
 CLASSES = 80
 LONGEST = 1333  # pixels
+SHARPNESS = 60.0  # makes class scores differ as trained ones do
 LOSSES = {  # detectron2's names, and torchvision's, which are ours
     "loss_cls": "loss_classifier",
     "loss_box_reg": "loss_box_reg",
     "loss_rpn_cls": "loss_objectness",
     "loss_rpn_loc": "loss_rpn_box_reg",
 }
+
+
+Outputs = dict[str, Tensor] | list[dict[str, Tensor]]  # losses and a gradient, or detections image by image
 
 
 @dataclass(frozen=True)
@@ -61,46 +66,85 @@ class Scene:
         scale = min(shorter / min(height, width), LONGEST * shorter / 800 / max(height, width))
         return self.resized(round(height * scale), round(width * scale))
 
-    def to(self, device: str) -> "Scene":
-        return Scene(self.pixels.to(device), self.boxes.to(device), self.labels.to(device))
+    def flipped(self) -> "Scene":
+        """Left to right."""
+        x1, y1, x2, y2 = self.boxes.unbind(1)
+        width = self.pixels.shape[2]
+        return Scene(self.pixels.flip(2), torch.stack([width - x2, y1, width - x1, y2], 1), self.labels)
 
-    def double(self) -> "Scene":
-        return Scene(self.pixels.double(), self.boxes.double(), self.labels)
+    def batch(self, size: int, device: str, dtype: torch.dtype = torch.float32) -> list["Scene"]:
+        """So many images on the device, every second one flipped: the boxes of neighbours differ."""
+        pair = [
+            Scene(scene.pixels.to(device, dtype), scene.boxes.to(device, dtype), scene.labels.to(device))
+            for scene in (self, self.flipped())
+        ]
+        return [pair[i % 2] for i in range(size)]
+
+
+def scene_of(data: Path | None) -> Scene:
+    """The first image of COCO's val2017 with three objects or more; without such data, a drawn one."""
+    try:
+        from detection.data import find_coco, open_split
+    except ModuleNotFoundError:
+        if data is not None:
+            raise
+        return drawn_scene()
+    data = data or find_coco()
+    if data is None:
+        return drawn_scene()
+    dataset = open_split(data, "val", keep_empty=False)
+    samples = map(dataset.__getitem__, range(len(dataset)))
+    image, target = next((sample for sample in samples if len(sample[1]["boxes"]) > 2), dataset[0])
+    return Scene(image / 255, target["boxes"], target["labels"].clamp(max=CLASSES))
+
+
+def drawn_scene() -> Scene:
+    """Ten blocks of random colours on grey noise."""
+    generator = torch.Generator().manual_seed(0)
+    pixels = 0.4 + 0.2 * torch.rand(3, 480, 640, generator=generator)
+    sides = torch.randint(30, 200, (10, 2), generator=generator)
+    corners = (torch.rand(10, 2, generator=generator) * (torch.tensor([640, 480]) - sides)).int()
+    boxes = torch.cat([corners, corners + sides], 1)
+    for x1, y1, x2, y2 in boxes.tolist():
+        pixels[:, y1:y2, x1:x2] = torch.rand(3, 1, 1, generator=generator)
+    return Scene(pixels, boxes.float(), torch.randint(1, CLASSES + 1, (10,), generator=generator))
 
 
 class Detector(nn.Module):
-    """A package's Faster R-CNN: a scene to its losses in training mode, else to its detections."""
+    """A package's Faster R-CNN: images of one size to losses in training mode, else to detections image by image."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
 
-    def forward(self, scene: Scene) -> dict[str, Tensor]:
-        size = scene.pixels.shape[1:]
-        self.network.transform.min_size, self.network.transform.max_size = (min(size),), max(size)  # it comes resized
-        targets = [{"boxes": scene.boxes, "labels": scene.labels}] if self.training else None
-        outputs = self.network([scene.pixels], targets)
-        return outputs if self.training else outputs[0]
+    def forward(self, scenes: list[Scene]) -> Outputs:
+        height, width = scenes[0].pixels.shape[1:]
+        self.network.transform.min_size = (min(height, width),)  # they come resized
+        self.network.transform.max_size = max(height, width)
+        targets = [{"boxes": scene.boxes, "labels": scene.labels} for scene in scenes] if self.training else None
+        return self.network([scene.pixels for scene in scenes], targets)
 
 
 class Detectron2Detector(Detector):
-    def forward(self, scene: Scene) -> dict[str, Tensor]:
+    def forward(self, scenes: list[Scene]) -> Outputs:
         from detectron2.structures import Boxes, Instances
         from detectron2.utils.events import EventStorage
 
-        entry = {"image": scene.pixels * 255}
+        entries = [{"image": scene.pixels * 255} for scene in scenes]
         if not self.training:
-            found = self.network([entry])[0]["instances"]
-            return {"boxes": found.pred_boxes.tensor, "scores": found.scores, "labels": found.pred_classes + 1}
-        entry["instances"] = Instances(scene.pixels.shape[1:], gt_boxes=Boxes(scene.boxes), gt_classes=scene.labels - 1)
+            found = [output["instances"] for output in self.network(entries)]
+            return [{"boxes": f.pred_boxes.tensor, "scores": f.scores, "labels": f.pred_classes + 1} for f in found]
+        for entry, scene in zip(entries, scenes, strict=True):
+            size, boxes = scene.pixels.shape[1:], Boxes(scene.boxes)
+            entry["instances"] = Instances(size, gt_boxes=boxes, gt_classes=scene.labels - 1)
         with EventStorage():  # its losses want to log
-            losses = self.network([entry])
+            losses = self.network(entries)
         return {LOSSES[name]: loss for name, loss in losses.items()}
 
 
 @lru_cache(maxsize=1)
 def detector_weights(depth: int) -> dict[str, Tensor]:
-    """A detector's state dict under our names, the same in every process; scores differ as trained ones do."""
+    """A detector's state dict under our names, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         detector = make_lively(build_faster_rcnn(build_resnet_backbone(depth, fpn=True), CLASSES))
@@ -108,9 +152,6 @@ def detector_weights(depth: int) -> dict[str, Tensor]:
         state |= {f"backbone.{name}": tensor for name, tensor in backbone_weights(depth).items()}
         state["roi_heads.box_predictor.cls_score.weight"] *= SHARPNESS
         return state
-
-
-SHARPNESS = 60.0
 
 
 def ours(depth: int, state: Mapping[str, Tensor]) -> Detector:
@@ -142,7 +183,6 @@ def detectron2s(depth: int, state: Mapping[str, Tensor]) -> Detector:
             "MODEL.PIXEL_MEAN": [255 * x for x in MEAN],
             "MODEL.PIXEL_STD": [255 * x for x in STD],
             "MODEL.ANCHOR_GENERATOR.SIZES": [[32], [64], [128], [256], [512]],
-            "MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS": [[0.5, 1.0, 2.0]],
             "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
             "MODEL.RPN.PRE_NMS_TOPK_TRAIN": 2000,
             "MODEL.RPN.PRE_NMS_TOPK_TEST": 1000,
@@ -171,45 +211,49 @@ DETECTORS = {OWN: ours, "torchvision": torchvisions, "detectron2": detectron2s}
 
 
 def load(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """All of the state, save counters of batches that a frozen norm has not."""
+    """All of the state, except counters of batches, which frozen norms do not keep."""
     missing, unexpected = detector.load_state_dict(state, strict=False)
     left = [key for key in (*missing, *unexpected) if not key.endswith("num_batches_tracked")]
     assert not left, f"weights that do not fit: {', '.join(left)}"
 
 
-def contender(setting: Setting, training: bool, scene: Scene, name: str) -> Contender:
-    """The detector of `name` on `scene`, which is resized to the setting's height on its shorter side.
+def contender(training: bool, scene: Scene, setting: Setting, name: str) -> Contender:
+    """The detector of `name` on a batch of the scene, resized to the setting's height on its shorter side.
 
-    Outputs are compared in fp64 whatever the mode (rounding changes which proposals are kept), on the scene at about
-    half that size in multiples of 64 pixels (where torchvision infers the strides that detectron2 states), and in
-    training with the same anchors and proposals sampled: the first ones.
+    Outputs are compared in fp64 whatever the mode (rounding changes which proposals are kept), on two images at most,
+    at about half that size in multiples of 64 pixels (where torchvision infers the strides that detectron2 states),
+    and in training with the same anchors and proposals sampled: the first ones.
     """
     detector = setting.place(DETECTORS[name](setting.depth, detector_weights(setting.depth))).train(training)
-    given = scene.at(setting.height).to(setting.device)
-    height, width = (max(64, side // 128 * 64) for side in given.pixels.shape[1:])
-    checked = scene.resized(height, width).to(setting.device)
+    scene = scene.at(setting.height)
+    given = scene.batch(setting.batch_size, setting.device)
+    height, width = (max(64, side // 128 * 64) for side in scene.pixels.shape[1:])
+    checked = scene.resized(height, width).batch(min(2, setting.batch_size), setting.device, torch.float64)
     parameters, first = list(detector.parameters()), first_trained(detector)
 
-    def step(scene: Scene) -> dict[str, Tensor]:
+    def run() -> Outputs:
+        return run_on(given, setting.autocast())
+
+    def run_on(scenes: list[Scene], precision: AbstractContextManager) -> Outputs:
+        with torch.inference_mode(not training), precision:
+            outputs = detector(scenes)
+        if not training:
+            return outputs
         for parameter in parameters:
             parameter.grad = None
-        losses = detector(scene)
-        sum(losses.values()).backward()
-        return {**{name: loss.detach() for name, loss in losses.items()}, "gradient": first.grad}
+        sum(outputs.values()).backward()
+        return {**{name: loss.detach() for name, loss in outputs.items()}, "gradient": first.grad}
 
-    def run() -> dict[str, Tensor]:
-        with setting.autocast(), torch.inference_mode(not training):
-            return step(given) if training else detector(given)
-
-    def check() -> dict[str, Tensor]:
+    def check() -> Outputs:
         detector.double()
-        with torch.inference_mode(not training), comparable():
-            outputs = step(checked.double()) if training else detector(checked.double())
-        outputs = {name: tensor.clone() for name, tensor in outputs.items()}
+        with comparable():
+            outputs = run_on(checked, nullcontext())
+        if training:
+            outputs["gradient"] = outputs["gradient"].clone()
         detector.float()  # nothing is lost: it was in fp32 before
         return outputs
 
-    return Contender(run, detector, check)
+    return Contender(run, detector, check, counted=True)
 
 
 @contextmanager
@@ -226,13 +270,17 @@ def comparable() -> Iterator[None]:
         torch.randperm, boxes.batched_nms = drawn, suppress
 
 
-def difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+def difference(got: Outputs, wanted: Outputs) -> float:
     """Of losses and gradient the relative one; of detections the largest of a score, and of 1 - IoU of the best 20.
 
     Equal scores may come in another order, so a box is looked for among all of its class.
     """
-    if "scores" not in wanted:
+    if isinstance(wanted, Mapping):
         return relative_difference(got, wanted)
+    return max(difference_of_detections(*images) for images in zip(got, wanted, strict=True))
+
+
+def difference_of_detections(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     if len(got["scores"]) != len(wanted["scores"]):
         return float("inf")
     if not len(wanted["scores"]):

@@ -1,214 +1,172 @@
-"""What there is to compare: each job's contests, from the options of the command."""
+"""What there is to compare: each job's contests, from the options of the command and a folder for scratch files."""
 
-import importlib.util
-import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image
+from typing import TYPE_CHECKING
 
 from benchmarks import networks
-from benchmarks.contest import MODES, OWN, Contest
-from benchmarks.networks import COMPILED, FUSED, GRAPH, Setting
+from benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, Contest
+from benchmarks.networks import Setting
+
+if TYPE_CHECKING:
+    from benchmark import Options
 
 PEERS = ("torchvision", "timm", "detectron2")
-DETECTOR_MODES = ("fp32", "bf16-channels-last")
+GPU_MODES = ("tf32-channels-last",)  # on a CPU there is no TF32
+BF16 = "bf16-channels-last"
 # How much outputs may differ (`relative_difference`): TF32 keeps 11 bits and bf16 8, and packages differ in where they
 # round.
 TOLERANCE = {"fp64": 1e-5, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 DETECTIONS_AN_IMAGE = 100
 INPUT_IMAGES = 100
 SLOW_ROUNDS = 3  # at most, where a peer takes long and times hardly spread
-SECONDS_TO_COMPILE = 60.0
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the options come to."""
-
-    device: str
-    modes: tuple[str, ...] | None
-    peers: tuple[str, ...]  # that are installed
-    depth: int
-    height: int
-    width: int
-    batch_size: int
-    imagenet_batch_size: int
-    scoring_images: int
-    annotation_images: int
-    data: Path | None
-    images: Path | None
-    scratch: Path
-
-    def settings(self, modes: tuple[str, ...], batch_size: int | None = None) -> Iterator[Setting]:
-        """One for each of the asked modes, or of `modes` where none are asked."""
-        for mode in self.modes or modes:
-            yield Setting(mode, self.device, self.depth, self.height, self.width, batch_size or self.batch_size)
-
-    def with_peers(self, *own: str, among: tuple[str, ...] = PEERS) -> tuple[str, ...]:
-        return (*own, *(name for name in self.peers if name in among))
-
-    def tolerance(self, mode: str) -> float:
-        tf32 = torch.device(self.device).type == "cuda" and mode.startswith("fp32")
-        return TOLERANCE["tf32" if tf32 else mode.split("-")[0]]
+def with_peers(options: "Options", *own: str, among: tuple[str, ...] = PEERS) -> tuple[str, ...]:
+    return (*own, *(name for name in options.peers if name in among))
 
 
-def backbones(plan: Plan, *, training: bool) -> Iterator[Contest]:
-    names = plan.with_peers(*((OWN,) if training else (OWN, f"{OWN}, {FUSED}")))
-    for setting in plan.settings(tuple(MODES)):
-        yield Contest(
-            "training" if training else "inference",
-            names,
-            partial(networks.backbone, setting, training),
-            mode=setting.mode,
-            tolerance=plan.tolerance(setting.mode),
-            network=True,
-            memory=True,
-        )
+def size_of(options: "Options") -> str:
+    return f"{options.batch_size} x 3 x {options.height} x {options.width}"
 
 
-def compiled(plan: Plan, *, training: bool) -> Iterator[Contest]:
-    """Each package under torch.compile, and on a GPU as a CUDA graph too."""
-    ways = (COMPILED, GRAPH) if torch.device(plan.device).type == "cuda" else (COMPILED,)
-    names = (OWN, *(f"{name}, {way}" for way in reversed(ways) for name in plan.with_peers(OWN)))
-    for setting in plan.settings(("bf16-channels-last",)):
-        yield Contest(
-            "compiled-training" if training else "compiled-inference",
-            names,
-            partial(networks.backbone, setting, training),
-            mode=setting.mode,
-            tolerance=plan.tolerance(setting.mode),
-            network=True,
-            seconds_to_build=SECONDS_TO_COMPILE,
-        )
-
-
-def detectors(plan: Plan, *, training: bool) -> Iterator[Contest]:
-    from benchmarks import detectors  # torchvision's classes
-
-    scene = scene_of(plan)
-    for setting in plan.settings(DETECTOR_MODES):
-        yield Contest(
-            f"detector-{'training' if training else 'inference'}",
-            plan.with_peers(OWN, among=tuple(detectors.DETECTORS)),
-            partial(detectors.contender, setting, training, scene),
-            mode=setting.mode,
-            tolerance=TOLERANCE["fp64"],  # whatever the mode
-            difference=detectors.difference,
-            network=True,
-            memory=True,
-        )
-
-
-def imagenet(plan: Plan) -> Iterator[Contest]:
-    for setting in plan.settings(("bf16-channels-last",), plan.imagenet_batch_size):
-        names = plan.with_peers(OWN, among=("torchvision", "timm"))
-        yield Contest(
-            "imagenet",
-            names,
-            partial(networks.classifier, networks.imagenet(setting)),
-            mode=setting.mode,
-            tolerance=plan.tolerance(setting.mode),
-            items=(setting.batch_size,) * len(names),
+def by_mode(contest: Contest, options: "Options", modes: tuple[str, ...], batch_size: int) -> Iterator[Contest]:
+    """A contest between networks in each mode that is asked for, by default in each of `modes`."""
+    for mode in options.modes or modes:
+        setting = Setting(mode, options.device, options.depth, options.height, options.width, batch_size)
+        yield replace(
+            contest,
+            build=partial(contest.build, setting),
+            mode=mode,
+            batch_size=batch_size,
+            tolerance=contest.tolerance or TOLERANCE[mode.split("-")[0]],
+            items=(batch_size,) * len(contest.names),
             network=True,
         )
 
 
-def scoring(plan: Plan) -> Iterator[Contest]:
-    from benchmarks import coco_files
-
-    annotations, detections = plan.scratch / "scoring.json", plan.scratch / "detections.npy"
-    truth = coco_files.write_instances(annotations, plan.scoring_images)
-    np.save(detections, coco_files.detections_for(truth, plan.scoring_images, DETECTIONS_AN_IMAGE))
-    yield Contest(
-        "scoring",
-        (OWN, coco_files.REFEREE),
-        partial(coco_files.scoring, annotations, detections),
-        tolerance=1e-9,
-        most_rounds=SLOW_ROUNDS,
-    )
+def backbones(job: str, options: "Options", _: Path) -> Iterator[Contest]:
+    training = job == "training"
+    names = with_peers(options, *((OWN,) if training else (OWN, f"{OWN}, {FUSED}")))
+    what = "training step: {}, stem and c2 frozen, {}" if training else "inference: {}, c2 to c5, {}"
+    heading = f"Backbone {what.format(f'ResNet-{options.depth}', size_of(options))}"
+    contest = Contest(job, heading, names, partial(networks.backbone, training), memory=True)
+    modes = tuple(mode for mode in MODES if options.on_gpu or mode not in GPU_MODES)
+    return by_mode(contest, options, modes, options.batch_size)
 
 
-def annotations(plan: Plan) -> Iterator[Contest]:
-    from benchmarks import coco_files
+def compiled(job: str, options: "Options", _: Path) -> Iterator[Contest]:
+    """Each package under torch.compile, and on a GPU first as a CUDA graph."""
+    training = job == "compiled-training"
+    ways = (GRAPH, COMPILED) if options.on_gpu else (COMPILED,)
+    names = (OWN, *(f"{name}, {way}" for way in ways for name in with_peers(options, OWN)))
+    what = "training step" if training else "inference"
+    heading = f"Backbone {what}, compiled: ResNet-{options.depth}, {size_of(options)}"
+    contest = Contest(job, heading, names, partial(networks.backbone, training))
+    return by_mode(contest, options, (BF16,), options.batch_size)
 
-    path = plan.scratch / "annotations.json"
-    coco_files.write_instances(path, plan.annotation_images)
-    yield Contest(
-        "annotations",
-        (OWN, coco_files.REFEREE),
-        partial(coco_files.loading, path),
+
+def imagenet(job: str, options: "Options", _: Path) -> Iterator[Contest]:
+    """On a GPU under torch.compile too."""
+    names = with_peers(options, OWN, among=("torchvision", "timm"))
+    if options.on_gpu:
+        names += tuple(f"{name}, {COMPILED}" for name in names)
+    size = options.imagenet_batch_size
+    heading = f"ImageNet training step: ResNet-{options.depth}, batches of {size}, 224 x 224"
+    return by_mode(Contest(job, heading, names, networks.classifier), options, (BF16,), size)
+
+
+def detectors(job: str, options: "Options", _: Path) -> Iterator[Contest]:
+    from benchmarks import detectors
+
+    training, sizes = job == "detector-training", options.detector_batch_sizes
+    what = f"Faster R-CNN ResNet-{options.depth} FPN {'training step' if training else 'inference'}"
+    images = "one image" if sizes == (1,) else f"{' or '.join(map(str, sizes))} images"
+    contest = Contest(
+        job,
+        f"{what}, {images}, {options.height} pixels",
+        with_peers(options, OWN, among=("torchvision", "detectron2")),
+        partial(detectors.contender, training, detectors.scene_of(options.data)),
+        tolerance=TOLERANCE["fp64"],  # whatever the mode
+        difference=detectors.difference,
         memory=True,
-        most_rounds=SLOW_ROUNDS,
     )
+    for size in sizes:
+        yield from by_mode(contest, options, ("tf32-channels-last" if options.on_gpu else "fp32", BF16), size)
 
 
-def input_pipeline(plan: Plan) -> Iterator[Contest]:
+def scoring(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
+    import numpy as np
+
+    from benchmarks import data
+
+    annotations, detections = scratch / "scoring.json", scratch / "detections.npy"
+    truth = data.write_instances(annotations, options.scoring_images)
+    np.save(detections, data.detections_for(truth, options.scoring_images, DETECTIONS_AN_IMAGE))
+    heading = f"COCO scoring: {options.scoring_images} images, {DETECTIONS_AN_IMAGE} detections an image"
+    build = partial(data.scoring, annotations, detections)
+    yield Contest(job, heading, (OWN, data.REFEREE), build, tolerance=1e-9, most_rounds=SLOW_ROUNDS)
+
+
+def annotations(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
+    from benchmarks import data
+
+    path = scratch / "annotations.json"
+    data.write_instances(path, options.annotation_images)
+    heading = f"Loading an annotation file: {options.annotation_images} images"
+    build = partial(data.loading, path)
+    yield Contest(job, heading, (OWN, data.REFEREE), build, memory=True, most_rounds=SLOW_ROUNDS)
+
+
+def index(job: str, options: "Options", _: Path) -> Iterator[Contest]:
+    from benchmarks import data
+
+    heading = "Drawing 1,000 batches of 16 images from an index"
+    items = (data.BATCHES * data.BATCH_SIZE,) * len(data.INDEXES)
+    yield Contest(job, heading, data.INDEXES, data.drawing, reference=data.INDEXES[0], items=items, memory=True)
+
+
+def input_pipeline(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
     import benchmark_input
 
-    folder = plan.images or noise_images(plan.scratch / "images")
-    options = benchmark_input.Options(folder, batch_size=20, images=INPUT_IMAGES)
-    rows = benchmark_input.pipelines(options, str(plan.scratch))
-    names = (*(name for name in rows if name != benchmark_input.PLAIN), benchmark_input.PLAIN)
-
-    def measure(rounds: int) -> dict[str, list[float]]:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return benchmark_input.measure(rows, rounds)
-        finally:
-            torch.set_num_threads(threads)
-
-    yield Contest("input", names, measure=measure, items=(INPUT_IMAGES,) * len(names))
+    folder = options.images or benchmark_input.noise_images(scratch / "images", INPUT_IMAGES)
+    yield benchmark_input.pipelines(benchmark_input.Options(folder, batch_size=20, images=INPUT_IMAGES), scratch)
 
 
-def index(plan: Plan) -> Iterator[Contest]:
-    from benchmarks import index
-
-    yield Contest(
-        "index",
-        index.NAMES,
-        index.drawing,
-        reference=index.NAMES[0],
-        items=(index.BATCHES * index.BATCH_SIZE,) * len(index.NAMES),
-        memory=True,
-    )
-
-
-def imports(plan: Plan) -> Iterator[Contest]:
+def imports(job: str, options: "Options", _: Path) -> Iterator[Contest]:
     from benchmarks import processes
 
-    names = plan.with_peers(OWN, *((processes.WITH_DETECTION,) if importlib.util.find_spec("torchvision") else ()))
-    yield Contest("import", names, processes.importing, most_rounds=SLOW_ROUNDS)
+    names = with_peers(options, OWN, processes.WITH_DETECTION)
+    yield Contest(job, "Import, beyond that of torch", names, processes.importing, most_rounds=SLOW_ROUNDS)
 
 
-def scaling(plan: Plan) -> Iterator[Contest]:
+def scaling(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
     from benchmarks import processes
 
-    setting = Setting("fp32", "cpu", plan.depth, plan.height, plan.width, plan.batch_size)
+    size = options.batch_size
+    setting = Setting("fp32", "cpu", options.depth, options.height, options.width, size)
     yield Contest(
-        "scaling",
+        job,
+        f"Training step in one and two processes of one thread (gloo): ResNet-{options.depth}, {size_of(options)} each",
         (processes.TWO, processes.ONE),
-        measure=partial(processes.scaling, setting, plan.scratch),
+        measure=partial(processes.scaling, setting, scratch),
         mode="fp32",
         reference=processes.ONE,
-        items=(2 * plan.batch_size, plan.batch_size),
+        items=(2 * size, size),
         most_rounds=SLOW_ROUNDS,
     )
 
 
-JOBS = {
-    "inference": partial(backbones, training=False),
-    "training": partial(backbones, training=True),
-    "detector-inference": partial(detectors, training=False),
-    "detector-training": partial(detectors, training=True),
+JOBS: dict[str, Callable[[str, "Options", Path], Iterator[Contest]]] = {
+    "inference": backbones,
+    "training": backbones,
+    "detector-inference": detectors,
+    "detector-training": detectors,
     "imagenet": imagenet,
-    "compiled-inference": partial(compiled, training=False),
-    "compiled-training": partial(compiled, training=True),
+    "compiled-training": compiled,
+    "compiled-inference": compiled,
     "scoring": scoring,
     "annotations": annotations,
     "index": index,
@@ -216,54 +174,6 @@ JOBS = {
     "import": imports,
     "scaling": scaling,
 }
-ON_GPU_ONLY = ("imagenet", "compiled-inference", "compiled-training")  # by default
-ON_CPU_ONLY = ("index", "input", "scaling")  # by default
-
-
-def titles(plan: Plan) -> dict[str, str]:
-    """The heading of each job's table."""
-    size = f"{plan.batch_size} x 3 x {plan.height} x {plan.width}"
-    network = f"ResNet-{plan.depth}"
-    return {
-        "inference": f"Backbone inference: {network}, c2 to c5, {size}",
-        "training": f"Backbone training step: {network}, stem and c2 frozen, {size}",
-        "detector-inference": f"Faster R-CNN {network} FPN inference, one image, {plan.height} pixels",
-        "detector-training": f"Faster R-CNN {network} FPN training step, one image, {plan.height} pixels",
-        "imagenet": f"ImageNet training step: {network}, batches of {plan.imagenet_batch_size}, 224 x 224",
-        "compiled-inference": f"Backbone inference, compiled: {network}, {size}",
-        "compiled-training": f"Backbone training step, compiled: {network}, {size}",
-        "scoring": f"COCO scoring: {plan.scoring_images} images, {DETECTIONS_AN_IMAGE} detections an image",
-        "annotations": f"Loading an annotation file: {plan.annotation_images} images",
-        "index": "Drawing 1,000 batches of 16 images from an index",
-        "input": f"ImageNet input pipeline, one core, {INPUT_IMAGES} images",
-        "import": "Import, beyond that of torch",
-        "scaling": f"Training step in one and two processes of one thread (gloo): {network}, {size} each",
-    }
-
-
-def scene_of(plan: Plan):
-    """The first image of COCO's val2017 with three objects or more; without such data, a drawn one."""
-    from benchmarks.detectors import Scene
-    from detection.data import find_coco, open_split
-    from detection.shapes import make_shapes
-
-    folder = plan.data or find_coco() or make_shapes(plan.scratch / "shapes", train_images=1, val_images=5, size=640)
-    dataset = open_split(folder, "val", keep_empty=False)
-    image, target = next(
-        (sample for sample in map(dataset.__getitem__, range(len(dataset))) if len(sample[1]["boxes"]) > 2), dataset[0]
-    )
-    return Scene(image / 255, target["boxes"], target["labels"].clamp(max=80))
-
-
-def noise_images(folder: Path) -> Path:
-    """JPEGs about as large as ImageNet's (456 x 394 pixels, 100 KB), in two class folders."""
-    rng = np.random.default_rng(0)
-    for i in range(INPUT_IMAGES):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 14, 3), dtype=np.uint8)).resize(
-            (456, 394), Image.Resampling.BICUBIC
-        )
-        pixels = np.asarray(coarse) + rng.normal(0, 12, (394, 456, 3))
-        path = folder / f"class{i % 2}" / f"{i:04d}.jpg"
-        os.makedirs(path.parent, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
-    return folder
+# By default. A GPU's time is not for what the processor does alone.
+ON_GPU_ONLY = ("imagenet", "compiled-training", "compiled-inference")
+ON_CPU_ONLY = ("scoring", "annotations", "index", "input", "import", "scaling")

@@ -1,9 +1,11 @@
-"""What a figure depends on beside the code: hardware, versions, commit, date, command."""
+"""What a figure depends on beside the code: hardware, versions, commit, date, and what else the machine does."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
+import time
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -12,26 +14,22 @@ import torch
 ROOT = Path(__file__).parents[2]
 VERSIONS = ("torch", "torchvision", "timm", "detectron2", "pycocotools", "hotcoco", "msgspec", "numpy", "simplejpeg")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")  # as /proc/cpuinfo names them
+STAT = Path("/proc/stat")
+SHORTEST_JUDGED = 0.5  # seconds; the system counts processor time in hundredths of a second
 
 
 def describe(device: str, threads: int) -> dict:
     """JSON: date, commit, versions, hardware."""
+    versions = {"python": platform.python_version()}
+    for name in VERSIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": versions,
         "hardware": {**processor(), "threads": threads, **gpu(device)},
     }
-
-
-def versions() -> dict[str, str]:
-    found = {}
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def commit() -> str | None:
@@ -67,13 +65,36 @@ def processor() -> dict:
 
 
 def gpu(device: str) -> dict:
-    """{"gpu", "cuda", "cudnn", "tf32"} where the device is one: whether fp32 is computed in TF32, as torch is set."""
+    """{"gpu", "cuda", "cudnn"} where the device is one."""
     if torch.device(device).type != "cuda":
         return {}
-    tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
-    return {
-        "gpu": torch.cuda.get_device_name(device),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
-        "tf32": tf32,
-    }
+    name, cudnn = torch.cuda.get_device_name(device), torch.backends.cudnn.version()
+    return {"gpu": name, "cuda": torch.version.cuda, "cudnn": cudnn}
+
+
+class Others:
+    """Measures the share of the machine's processor time that other processes take, from here on."""
+
+    def __init__(self):
+        self.began, self.busy, self.own = time.monotonic(), busy_seconds(), own_seconds()
+
+    def share(self) -> float:
+        """0 where the system does not count it, and over less than half a second."""
+        elapsed, busy = time.monotonic() - self.began, busy_seconds()
+        if busy is None or self.busy is None or elapsed < SHORTEST_JUDGED:
+            return 0.0
+        others = (busy - self.busy) - (own_seconds() - self.own)
+        return max(0.0, others / (elapsed * (os.cpu_count() or 1)))
+
+
+def busy_seconds() -> float | None:
+    """Processor seconds of all processes since the machine started; None without /proc/stat."""
+    if not STAT.exists():
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, STAT.read_text().split("\n", 1)[0].split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """Processor seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])

@@ -3,20 +3,21 @@
 Every norm of a backbone is frozen, as are its stem and c2; its maps are c2..c5. All get one input, normalized RGB.
 """
 
+import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contest import MODES, OWN, Contender, Mode
+from benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, Contender, package_of
 from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.resnet import STAGES
 from resbackbone.weights.translate import from_ours
 
-COMPILED, GRAPH, FUSED = "compiled", "CUDA graph", "fused"  # how a contender is run, after its name and a comma
+Run = Callable[[], dict[str, Tensor]]
 DETECTRON2_STAGES = {"res2": "c2", "res3": "c3", "res4": "c4", "res5": "c5"}
 
 
@@ -32,14 +33,15 @@ class Setting:
     batch_size: int
 
     @property
-    def settings(self) -> Mode:
-        return MODES[self.mode]
+    def layout(self) -> torch.memory_format:
+        return MODES[self.mode].layout
 
     def place(self, module: nn.Module) -> nn.Module:
-        return module.to(device=self.device, memory_format=self.settings.layout)
+        return module.to(device=self.device, memory_format=self.layout)
 
     def autocast(self) -> torch.autocast:
-        return self.settings.autocast(self.device)
+        on = MODES[self.mode].dtype == torch.bfloat16
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=on)
 
 
 def make_lively(model: nn.Module) -> nn.Module:
@@ -135,49 +137,44 @@ def freeze_through_c2(body: nn.Module) -> nn.Module:
     return body
 
 
-def backbone(setting: Setting, training: bool, name: str) -> Contender:
+def backbone(training: bool, setting: Setting, name: str) -> Contender:
     """The contender `name`, such as "timm" or "resbackbone, fused", for inference or a training step."""
-    package, _, way = name.partition(", ")
-    network = setting.place(BACKBONES[package](setting.depth, backbone_weights(setting.depth)))
+    network = setting.place(BACKBONES[package_of(name)](setting.depth, backbone_weights(setting.depth)))
     network.train(training)
-    if way == FUSED:
+    if name.endswith(FUSED):
         network.fuse()
-    called = torch.compile(network) if way == COMPILED else network
-    contender = training_step(called, network, setting) if training else inference(called, setting)
-    if way == GRAPH:
-        contender = as_graph(contender)
-    return contender._replace(module=network, counted=way in ("", FUSED))
+    called = torch.compile(network) if name.endswith(COMPILED) else network
+    run = training_step(called, network, setting) if training else inference(called, setting)
+    if name.endswith(GRAPH):
+        run = as_graph(run, network)
+    return Contender(run, network, counted=not name.endswith((COMPILED, GRAPH)))
 
 
-def images(setting: Setting) -> Tensor:
+def images(setting: Setting, height: int, width: int) -> Tensor:
     """[batch_size, 3, height, width], normalized noise, the same in every process."""
-    pixels = torch.randn(
-        setting.batch_size, 3, setting.height, setting.width, generator=torch.Generator().manual_seed(1)
-    )
-    return pixels.to(setting.device).contiguous(memory_format=setting.settings.layout)
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randn(setting.batch_size, 3, height, width, generator=generator)
+    return pixels.to(setting.device).contiguous(memory_format=setting.layout)
 
 
-def inference(network: Callable[[Tensor], dict[str, Tensor]], setting: Setting) -> Contender:
-    pixels = images(setting)
+def inference(network: Callable[[Tensor], dict[str, Tensor]], setting: Setting) -> Run:
+    pixels = images(setting, setting.height, setting.width)
 
     @torch.inference_mode()
     def run() -> dict[str, Tensor]:
         with setting.autocast():
             return network(pixels)
 
-    return Contender(run)
+    return run
 
 
-def training_step(
-    network: Callable[[Tensor], dict[str, Tensor]], module: nn.Module, setting: Setting, prefix: str = ""
-) -> Contender:
+def training_step(network: Callable[[Tensor], dict[str, Tensor]], module: nn.Module, setting: Setting) -> Run:
     """Forward, and backward from given gradients of c3..c5, which stand for a detector's; no optimizer.
 
     What has to agree is the maps and the gradient of c3's first convolution, which comes through all that trains.
     """
-    pixels, gradients = images(setting), {}
-    parameters = list(module.parameters())
-    first = first_trained(module)
+    pixels, gradients = images(setting, setting.height, setting.width), {}
+    parameters, first = list(module.parameters()), first_trained(module)
 
     def run() -> dict[str, Tensor]:
         for parameter in parameters:
@@ -190,11 +187,11 @@ def training_step(
             for level, x in trained.items():
                 # Positive, so that they add up: in sums of noise a ReLU that rounding turns off would stand out.
                 given = torch.rand(x.shape, generator=generator).to(x.device, x.dtype)
-                gradients[level] = given.contiguous(memory_format=setting.settings.layout)
+                gradients[level] = given.contiguous(memory_format=setting.layout)
         torch.autograd.backward(list(trained.values()), [gradients[level] for level in trained])
         return {**{level: x.detach() for level, x in maps.items()}, "gradient": first.grad}
 
-    return Contender(run)
+    return run
 
 
 def first_trained(module: nn.Module) -> Tensor:
@@ -203,59 +200,53 @@ def first_trained(module: nn.Module) -> Tensor:
     return next(parameter for name, parameter in module.named_parameters() if name.endswith(ends))
 
 
-def as_graph(contender: Contender) -> Contender:
-    """The run as one CUDA graph: recorded once, then only replayed."""
+def as_graph(run: Run, module: nn.Module) -> Run:
+    """The run as one CUDA graph, recorded once and then replayed: it returns the same tensors each time.
+
+    As PyTorch's notes on CUDA graphs ask: the first runs are on another stream, and no gradient is left when the
+    recording begins, so that backward allocates them in the graph's memory. A run enters and leaves autocast, which
+    drops its cast weights on leaving: what the graph reads is cast within it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose their algorithms and make their workspaces before the recording
-            contender.run()
+        for _ in range(3):  # libraries choose their algorithms and allocate their workspaces
+            run()
     torch.cuda.current_stream().wait_stream(stream)
+    module.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        returned = contender.run()
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the stream after a failure too
+        returned = run()
 
-    def run() -> dict[str, Tensor]:
+    def replay() -> dict[str, Tensor]:
         graph.replay()
         return returned
 
-    return contender._replace(run=run)
+    return replay
 
 
 def classifier(setting: Setting, name: str) -> Contender:
     """A whole step of ImageNet training, norms training too: forward, cross-entropy, backward, SGD; random images."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        own = build_resnet_classifier(setting.depth)
-    if name == OWN:
-        network = own
-    elif name == "torchvision":
-        import torchvision
-
-        network = getattr(torchvision.models, f"resnet{setting.depth}")(weights=None)
-        network.load_state_dict(from_ours(own.state_dict(), "torchvision"))
-    else:
-        import timm
-
-        network = timm.create_model(f"resnet{setting.depth}")
-        network.load_state_dict(from_ours(own.state_dict(), "timm"))
+        network = own = build_resnet_classifier(setting.depth)
+    package = package_of(name)
+    if package != OWN:
+        network = getattr(importlib.import_module(f"{package}.models"), f"resnet{setting.depth}")()
+        network.load_state_dict(from_ours(own.state_dict(), package))
     network = setting.place(network).train()
+    called = torch.compile(network) if name.endswith(COMPILED) else network
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    pixels = images(setting)
+    pixels = images(setting, 224, 224)
     labels = torch.randint(0, 1000, (setting.batch_size,), generator=torch.Generator().manual_seed(3))
     labels = labels.to(setting.device)
 
     def run() -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
         with setting.autocast():
-            loss = F.cross_entropy(network(pixels), labels)
+            loss = F.cross_entropy(called(pixels), labels)
         loss.backward()
         optimizer.step()
         return {"loss": loss.detach()}
 
-    return Contender(run, network)
-
-
-def imagenet(setting: Setting) -> Setting:
-    """The same setting on ImageNet's crops."""
-    return replace(setting, height=224, width=224)
+    return Contender(run, network, counted=called is network)

@@ -1,9 +1,15 @@
-"""What needs processes of its own: the time an import takes, and training in two processes beside one."""
+"""What needs fresh processes: the memory of a run, the time of an import, training in two processes beside one."""
 
+import gc
+import importlib.util
 import json
+import multiprocessing
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
@@ -13,6 +19,8 @@ from benchmarks.contest import OWN, Contender
 from benchmarks.networks import Setting, backbone_weights, ours, training_step
 from resbackbone.training.distributed import Rank, distributed, launch
 
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PRELOADED = ("torch", "torchvision", "timm", "detection", "pycocotools")  # once, in the process that fresh ones fork
 ROOT = Path(__file__).parents[2]
 WITH_DETECTION = f"{OWN}, with detection"
 IMPORTED = {  # detectron2's top level is empty
@@ -25,6 +33,42 @@ IMPORTED = {  # detectron2's top level is empty
 ONE, TWO = f"{OWN}, 1 process", f"{OWN}, 2 processes"
 
 
+def peak_in_fresh_process(build: Callable, name: str, threads: int) -> tuple[int | None, int | None]:
+    """(peak, held): bytes that run() of build(name) adds at most and, with what it returned, in the end.
+
+    Resident memory above what the process held once the contender was built; there nothing else was freed or cached
+    before. None where the system does not count it (anywhere but Linux), or killed the process.
+    """
+    if not CLEAR.exists():
+        return None, None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([name for name in PRELOADED if importlib.util.find_spec(name)])
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(_peak, build, name, threads).result()
+        except BrokenProcessPool:
+            return None, None
+
+
+def _peak(build: Callable, name: str, threads: int) -> tuple[int, int]:
+    torch.set_num_threads(threads)
+    contender = build(name)
+    gc.collect()
+    before = _resident("VmRSS")
+    CLEAR.write_text("5")  # the peak starts again
+    returned = contender.run()
+    peak = _resident("VmHWM") - before
+    gc.collect()
+    held = _resident("VmRSS") - before
+    del returned
+    return peak, held
+
+
+def _resident(field: str) -> int:
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
 def importing(name: str) -> Contender:
     """A fresh interpreter's import of the package, after that of torch, which all of them need."""
     code = (
@@ -32,9 +76,10 @@ def importing(name: str) -> Contender:
     )
 
     def clock() -> float:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-        )
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            kind, _, reason = done.stderr.strip().splitlines()[-1].partition(": ")
+            raise (ModuleNotFoundError if kind == "ModuleNotFoundError" else RuntimeError)(reason or kind)
         return float(done.stdout.split()[-1])
 
     def run() -> dict:
@@ -57,8 +102,8 @@ def scaling(setting: Setting, scratch: Path, rounds: int) -> dict[str, list[floa
 def _steps(rank: Rank, setting: Setting, rounds: int, path: str) -> None:
     torch.set_num_threads(1)
     networks = [setting.place(ours(setting.depth, backbone_weights(setting.depth))).train() for _ in range(2)]
-    alone = training_step(networks[0], networks[0], setting).run
-    together = training_step(distributed(networks[1], rank), networks[1], setting).run
+    alone = training_step(networks[0], networks[0], setting)
+    together = training_step(distributed(networks[1], rank), networks[1], setting)
     seconds = {TWO: [], ONE: []}
     for _ in range(rounds + 1):
         dist.barrier()

@@ -1,19 +1,15 @@
-"""What was measured, told: figures, Markdown tables, a table on the terminal, a plot."""
+"""The figures of a run, from its rounds: Markdown tables, a plot, and what was not measured and why."""
 
+import importlib.util
 import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
-from rich import box
-from rich.table import Table
-
-from benchmarks.contest import MATRIX_PRODUCT, OWN
+from benchmarks.contest import OWN, is_own, package_of
+from benchmarks.rounds import MATRIX_PRODUCT
 from resbackbone.atomic import write_atomically
-
-MIB = 2**20
 
 
 class Spread(NamedTuple):
@@ -33,233 +29,174 @@ class Spread(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One contender of one contest. Times are of a run; None is what was not measured."""
+    """The times of one contender in one contest. None stands for what cannot be computed."""
 
     name: str
-    seconds: float
+    seconds: float  # of a run
     images_per_second: float | None
     ratio: Spread | None  # of its time to the reference's, round by round; below 1 is faster
-    share: float | None  # of the machine's own rate of matrix products
-    saved: int | None
-    peak: int | None
-    held: int | None
-
-
-def is_own(name: str) -> bool:
-    return name.split(",")[0] == OWN
+    share: float | None  # of the rate at which the machine multiplies matrices
 
 
 def reference_of(result: dict) -> str | None:
-    """Whom ratios are to: the contest's own choice, or the fastest of the other packages; None if there is none."""
+    """Whose times the ratios divide by: the contest's own choice, or the fastest of the other packages, if any."""
     times = result["seconds"]
     if result["reference"] in times:
         return result["reference"]
-    others = [name for name in times if name != MATRIX_PRODUCT and not is_own(name)]
+    others = [name for name in result["names"] if times.get(name) and not is_own(name)]
     return min(others, key=lambda name: statistics.median(times[name]), default=None)
 
 
 def rows_of(result: dict) -> list[Row]:
     """A row for each contender that was timed, in the contest's order."""
-    times, rows = result["seconds"], []
-    items = result["items"]
-    reference = reference_of(result)
-    for name in (name for name in result["names"] if times.get(name)):
-        each = [seconds / items.get(name, 1) for seconds in times[name]]
+    times, items, reference = result["seconds"], result["items"], reference_of(result)
+    an_item = {name: [s / items.get(name, 1) for s in times[name]] for name in result["names"] if times.get(name)}
+    rows = []
+    for name, each in an_item.items():
         ratio = share = None
         if reference is not None:
-            base = [seconds / items.get(reference, 1) for seconds in times[reference]]
-            ratio = Spread.of([own / other for own, other in zip(each, base, strict=True)])
-        flops = result["flops"].get(name) or result["flops"].get(name.split(",")[0])
+            ratio = Spread.of([own / other for own, other in zip(each, an_item[reference], strict=True)])
+        flops = result["flops"].get(name) or result["flops"].get(package_of(name))  # fused, the work is the same
         if flops and MATRIX_PRODUCT in times:
-            products = times[MATRIX_PRODUCT]
-            most = result["matrix_product_flops"]
-            share = statistics.median(flops / t / (most / p) for t, p in zip(times[name], products, strict=True))
-        rows.append(
-            Row(
-                name,
-                statistics.median(times[name]),
-                1 / statistics.median(each) if items else None,
-                ratio,
-                share,
-                result["saved_bytes"].get(name),
-                result["peak_bytes"].get(name),
-                result["held_bytes"].get(name),
-            )
-        )
+            rates = [result["matrix_product_flops"] / seconds for seconds in times[MATRIX_PRODUCT]]
+            share = statistics.median(flops / s / rate for s, rate in zip(times[name], rates, strict=True))
+        images_per_second = 1 / statistics.median(each) if items else None
+        rows.append(Row(name, statistics.median(times[name]), images_per_second, ratio, share))
     return rows
 
 
 def number(value: float) -> str:
     """Three significant digits, without an exponent."""
-    digits = f"{value:.3g}"
-    return (
-        f"{float(digits):.0f}"
-        if "e" in digits and value > 1
-        else f"{value:.6f}".rstrip("0")
-        if "e" in digits
-        else digits
-    )
+    return f"{float(f'{value:.3g}'):f}".rstrip("0").rstrip(".")
 
 
 def time_of(seconds: float) -> str:
     return f"{number(seconds)} s" if seconds >= 1 else f"{number(1000 * seconds)} ms"
 
 
+def settings_of(result: dict) -> str:
+    """Mode and batch size as far as the contest has them, such as "fp32, 2 images"."""
+    size = result.get("batch_size")
+    return ", ".join(filter(None, [result["mode"], size and f"{size} image{'s' * (size > 1)}"]))
+
+
+def label_of(result: dict) -> str:
+    return ", ".join(filter(None, [result["job"], settings_of(result)]))
+
+
+def remarks_on(result: dict) -> list[str]:
+    """What was not measured of a contest and why, a line for each reason."""
+    names_by_reason: dict[str, list[str]] = {}
+    for name, reason in {**result.get("left_out", {}), **result.get("failed", {})}.items():
+        names_by_reason.setdefault(reason, []).append(name)
+    lines = [f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
+    return [f"{label_of(result)}: {line}" for line in [*lines, result["skipped"]] if line]
+
+
+def failures_of(content: dict) -> list[str]:
+    """Every failure of a run in one line; a missing package or a spent budget is none."""
+    return [f"{label_of(r)}: {name}: {why}" for r in content["contests"] for name, why in r["failed"].items()]
+
+
 def markdown(content: dict) -> str:
-    """All of a benchmark.json as Markdown: on what it was measured, then a table for each job."""
+    """All of a benchmark.json as Markdown: the machine, a table for each job, and what was not measured."""
     machine, versions = content["hardware"], content["versions"]
+    gpu = f" {machine['gpu']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}." if "gpu" in machine else ""
     lines = [
         f"Measured {content['date']}, commit {content['commit'] or 'unknown'}, with `{content['command']}`.",
         f"{machine['cpu']}, {machine['cores']} cores ({', '.join(machine['instructions'])}), {machine['threads']} "
-        f"threads, {machine['memory_gib']} GiB, {machine['system']}."
-        + (f" {machine['gpu']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}, " if "gpu" in machine else "")
-        + (f"TF32 in {tf32(machine['tf32'])}." if "gpu" in machine else ""),
+        f"threads, {machine['memory_gib']} GiB, {machine['system']}.{gpu}",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".",
         "",
     ]
     for job, title in content["jobs"].items():
-        results = [result for result in content["contests"] if result["job"] == job and result["seconds"]]
-        if not results:
-            continue
-        lines += [f"### {title}", "", *job_table(results), ""]
-        lines += [f"{mode_of(result)}{rounds_of(result)}." for result in results] + [""]
-    lines += [f"Not measured: {line}." for line in content["skipped"]]
-    lines += [
-        f"{r['job']}{', ' + r['mode'] if r['mode'] else ''}: {r['skipped']}."
-        for r in content["contests"]
-        if r["skipped"]
-    ]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def tf32(switches: dict) -> str:
-    return " and ".join(name for name, on in switches.items() if on) or "nothing"
-
-
-def mode_of(result: dict) -> str:
-    return f"{result['mode']}: " if result["mode"] else ""
+        results = [result for result in content["contests"] if result["job"] == job and rows_of(result)]
+        if results:
+            lines += [f"### {title}", "", *job_table(results), "", *map(rounds_of, results), ""]
+    remarks = [*content["skipped"], *(line for result in content["contests"] for line in remarks_on(result))]
+    return "\n".join([*lines, *(f"Not measured: {line}." for line in remarks)]).rstrip() + "\n"
 
 
 def rounds_of(result: dict) -> str:
-    """How often it was measured and how equal the outputs are."""
-    count = len(next(iter(result["seconds"].values())))
+    """How often a contest was measured, and how far its outputs differ."""
+    count = len(next(filter(None, result["seconds"].values())))
     line = f"{count} round{'s' * (count != 1)}"
     if result["thrown_away"]:
         line += f", {result['thrown_away']} more thrown away"
     if result["difference"]:
-        line += (
-            f"; outputs differ by at most {max(result['difference'].values()):.1g} ({result['tolerance']:g} accepted)"
-        )
-    return line
+        most = max(result["difference"].values())
+        line += f"; outputs differ by at most {most:.1g} ({result['tolerance']:g} accepted)"
+    return f"{': '.join(filter(None, [settings_of(result), line]))}."
 
 
 def job_table(results: list[dict]) -> list[str]:
-    """The lines of one job's table; columns without a figure are left out."""
+    """The lines of one job's table, without columns that have no figure."""
     cells = []
+    several_sizes = len({result.get("batch_size") for result in results}) > 1
     for result in results:
-        reference = reference_of(result)
         for row in rows_of(result):
+            reference = row.name == reference_of(result)
             cells.append(
                 {
+                    "images": str(result["batch_size"]) if several_sizes else "",
                     "mode": result["mode"],
                     "package": f"**{row.name}**" if is_own(row.name) else row.name,
                     "a run": time_of(row.seconds),
-                    "images/s": "" if row.images_per_second is None else number(row.images_per_second),
-                    "ratio of times (quartiles)": ""
-                    if row.ratio is None
-                    else "1"
-                    if row.name == reference
-                    else str(row.ratio),
-                    "saved for backward, MiB": mib(row.saved),
-                    "peak memory, MiB": mib(row.peak),
-                    "held, MiB": mib(row.held) if result["job"] == "annotations" else "",
-                    "of torch.mm's rate": "" if row.share is None else f"{100 * row.share:.0f}%",
+                    "images/s": number(row.images_per_second) if row.images_per_second else "",
+                    "ratio of times (quartiles)": "1" if reference else str(row.ratio or ""),
+                    "saved for backward, MiB": mib(result["saved_bytes"].get(row.name)),
+                    "peak memory, MiB": mib(result["peak_bytes"].get(row.name)),
+                    "held, MiB": mib(result["held_bytes"].get(row.name)) if result["job"] == "annotations" else "",
+                    "of torch.mm's rate": f"{100 * row.share:.0f}%" if row.share else "",
                 }
             )
-    columns = [name for name in cells[0] if any(row[name] for row in cells)] if cells else []
+    columns = [name for name in cells[0] if any(row[name] for row in cells)]
     lines = [f"| {' | '.join(columns)} |", f"|{' --- |' * len(columns)}"]
     return lines + [f"| {' | '.join(row[name] for name in columns)} |" for row in cells]
 
 
 def mib(count: int | None) -> str:
-    return "" if not count else f"{count / MIB:.0f}"
-
-
-def summary(content: dict) -> Table:
-    """A line a contest: this package beside the fastest peer."""
-    table = Table(
-        "job", "mode", OWN, "beside", "ratio (quartiles)", "saved MiB", "peak MiB", "of torch.mm", box=box.SIMPLE_HEAD
-    )
-    for result in content["contests"]:
-        rows = {row.name: row for row in rows_of(result)}
-        own = next((row for row in rows.values() if is_own(row.name)), None)
-        if own is None:
-            continue
-        peer = rows.get(reference_of(result))
-        table.add_row(
-            result["job"],
-            result["mode"],
-            time_of(own.seconds),
-            f"{peer.name} {time_of(peer.seconds)}" if peer else "",
-            str(own.ratio) if own.ratio else "",
-            " / ".join(filter(None, (mib(row.saved) for row in (own, peer) if row))),
-            " / ".join(filter(None, (mib(row.peak) for row in (own, peer) if row))),
-            "" if own.share is None else f"{100 * own.share:.0f}%",
-        )
-    return table
+    return f"{count / 2**20:.0f}" if count else ""
 
 
 def draw(content: dict, path: Path) -> None:
-    """Ratios of times to the fastest peer with their quartiles, as path.png and path.svg; nothing without ratios.
-
-    Networks are on a scale of their own: other jobs differ by more than a hundred times.
-    """
+    """Plot the ratios of times with their quartiles as `path`; nothing without ratios, or without matplotlib."""
     drawn = [(result, rows) for result in content["contests"] if (rows := [r for r in rows_of(result) if r.ratio])]
-    groups = [[one for one in drawn if (MATRIX_PRODUCT in one[0]["seconds"]) is network] for network in (True, False)]
-    groups = [group for group in groups if group]
-    if not groups:
+    if not drawn or importlib.util.find_spec("matplotlib") is None:
         return
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(dict.fromkeys(row.name.split(",")[0] for _, rows in drawn for row in rows if not is_own(row.name)))
-    colours = {name: f"C{i}" for i, name in enumerate(names)} | {OWN: "black"}
-    figure, axes = pyplot.subplots(
-        len(groups),
-        figsize=(8, 1.5 + 0.4 * len(drawn)),
-        squeeze=False,
-        layout="constrained",
-        height_ratios=[len(group) + 1 for group in groups],
-    )
+    names = dict.fromkeys(package_of(row.name) for _, rows in drawn for row in rows if not is_own(row.name))
+    colours = {OWN: "black"} | {name: f"C{i}" for i, name in enumerate(names)}
+    figure, axis = pyplot.subplots(figsize=(8, 1.5 + 0.4 * len(drawn)), layout="constrained")
     handles = {}
-    for group, axis in zip(groups, axes[:, 0], strict=True):
-        for height, (_, rows) in enumerate(group):
-            for row in rows:
-                name, _, way = row.name.partition(",")
-                low, median, high = row.ratio
-                bar = [[median - low], [high - median]]
-                shape = {"fmt": "D" if is_own(name) else "o", "fillstyle": "none" if way else "full"}
-                handle = axis.errorbar(median, height + 0.15 * bool(way), xerr=bar, color=colours[name], **shape)
-                if not way:
-                    handles.setdefault(name, handle)
-        axis.axvline(1, color="grey", linewidth=0.8)
-        axis.set_xscale("linear" if MATRIX_PRODUCT in group[0][0]["seconds"] else "log")
-        axis.set_yticks(range(len(group)), [f"{r['job']}{', ' + r['mode'] if r['mode'] else ''}" for r, _ in group])
-        axis.set_ylim(len(group) - 0.5, -0.5)
-        axis.grid(alpha=0.3, axis="x")
-    axes[-1][0].set_xlabel("time / time of the fastest other package: left is faster\n(hollow: run in another way)")
+    for height, (_, rows) in enumerate(drawn):
+        for row in rows:
+            name = package_of(row.name)
+            low, median, high = row.ratio
+            shift, fill = (0, "full") if row.name == name else (0.15, "none")
+            bar, shape = [[median - low], [high - median]], "D" if is_own(name) else "o"
+            handle = axis.errorbar(median, height + shift, xerr=bar, color=colours[name], fmt=shape, fillstyle=fill)
+            handles.setdefault(name, handle)
+    axis.axvline(1, color="grey", linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_yticks(range(len(drawn)), [label_of(result) for result, _ in drawn])
+    axis.invert_yaxis()
+    axis.grid(alpha=0.3, axis="x")
+    axis.set_xlabel("time / time of the fastest other package: left is faster\n(hollow: run in another way)")
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
-    for kind in ("png", "svg"):
-        figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=110)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def write_json(content: dict, path: Path) -> None:
-    write_atomically(path.with_name(f"{path.name}.json"), json.dumps(content, indent=1) + "\n")
+    write_atomically(path, json.dumps(content, indent=1) + "\n")
 
 
-def write(content: dict, path: Path) -> None:
-    """Write path.json, path.md, path.png and path.svg."""
-    write_json(content, path)
-    write_atomically(path.with_name(f"{path.name}.md"), markdown(content))
-    draw(content, path)
+def write_tables(content: dict, path: Path) -> None:
+    """Write the tables and the plot beside `path`, as .md and .png."""
+    write_atomically(path.with_suffix(".md"), markdown(content))
+    draw(content, path.with_suffix(".png"))

@@ -1,0 +1,165 @@
+"""Jobs on data: COCO files of any size, loaded and scored here and by pycocotools; batches drawn from an index."""
+
+import contextlib
+import gc
+import io
+import json
+import time
+from collections.abc import Callable, Mapping
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.contest import OWN, Contender
+
+REFEREE = "pycocotools"
+BOXES_AN_IMAGE = 7.3  # as in COCO train2017
+CROWDS = 0.012  # of the boxes
+CATEGORIES = 80
+WIDTH, HEIGHT = 640, 480
+INDEX_SIZES = (1_000, 10_000, 100_000, 1_000_000)  # images
+INDEXES = tuple(f"{OWN}, {size:,} images" for size in INDEX_SIZES)
+BATCHES, BATCH_SIZE = 1000, 16
+PORTRAIT = 0.27  # of the images of an index; the rest are landscape
+
+
+def write_instances(path: Path, images: int) -> np.ndarray:
+    """Write an instances file of so many images: random boxes, each with its four corners as its outline.
+
+    Returns the boxes as rows image_id, x, y, width, height, category_id. The outlines of real files are longer.
+    """
+    rng = np.random.default_rng(0)
+    image_ids = np.repeat(np.arange(1, images + 1), rng.poisson(BOXES_AN_IMAGE, images))
+    boxes = random_boxes(rng, len(image_ids)).round(2)
+    categories = rng.integers(1, CATEGORIES + 1, len(image_ids))
+    crowds = (rng.random(len(image_ids)) < CROWDS).astype(int)
+    x1, y1, width, height = boxes.T
+    x2, y2 = (x1 + width).round(2), (y1 + height).round(2)
+    outlines = np.stack([x1, y1, x2, y1, x2, y2, x1, y2], 1)
+    columns = (image_ids, categories, boxes, (width * height).round(2), crowds, outlines[:, None])
+    names = ("image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    content = {
+        "images": [
+            {"id": i, "file_name": f"{i:012d}.jpg", "width": WIDTH, "height": HEIGHT} for i in range(1, images + 1)
+        ],
+        "categories": [{"id": i, "name": f"class {i}"} for i in range(1, CATEGORIES + 1)],
+        "annotations": [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows, 1)],
+    }
+    path.write_text(json.dumps(content, separators=(",", ":")))
+    return np.column_stack([image_ids, boxes, categories])
+
+
+def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
+    """[count, 4]: x, y, width, height in pixels; sides from 8 to 400."""
+    sides = np.exp(rng.uniform(np.log(8), np.log(400), (count, 2)))
+    corners = rng.uniform(0, 1, (count, 2)) * ([WIDTH, HEIGHT] - sides)
+    return np.concatenate([corners.clip(0), sides], 1)
+
+
+def detections_for(truth: np.ndarray, images: int, an_image: int) -> np.ndarray:
+    """So many detections an image on average: most boxes of the truth, moved a little, and others anywhere.
+
+    [n, 7], as pycocotools takes them: image_id, x, y, width, height, score, category_id.
+    """
+    rng = np.random.default_rng(1)
+    total = images * an_image
+    found = truth[rng.random(len(truth)) < 0.8][:total]
+    others = total - len(found)
+    moved = found[:, 1:5] + rng.normal(0, 0.08, (len(found), 4)) * np.tile(found[:, 3:5], 2)
+    image_ids = np.concatenate([found[:, 0], rng.integers(1, images + 1, others)])
+    boxes = np.concatenate([np.maximum(moved, [0, 0, 1, 1]), random_boxes(rng, others)])
+    scores = np.concatenate([rng.beta(4, 2, len(found)), rng.beta(1, 6, others)])
+    categories = np.concatenate([found[:, 5], rng.integers(1, CATEGORIES + 1, others)])
+    return np.column_stack([image_ids, boxes, scores, categories])[np.argsort(image_ids, kind="stable")]
+
+
+def scoring(annotations: Path, detections: Path, name: str) -> Contender:
+    """Annotation file and detections in memory -> the 12 COCO numbers."""
+    rows = np.load(detections)
+    return Contender(_ours(annotations, rows) if name == OWN else _pycocotools(annotations, rows))
+
+
+def _ours(annotations: Path, rows: np.ndarray) -> Callable[[], Mapping[str, Tensor]]:
+    from detection.annotations import read_annotations
+    from detection.scoring import DETECTION, score
+
+    ours = np.empty(len(rows), DETECTION)
+    for field, columns in {"image_id": 0, "bbox": slice(1, 5), "score": 5, "category_id": 6}.items():
+        ours[field] = rows[:, columns]
+
+    def run() -> Mapping[str, Tensor]:
+        box = score(read_annotations(annotations), ours, backend="hotcoco")["bbox"]
+        return {"numbers": torch.tensor([-1.0 if x is None else x for x in box.values()], dtype=torch.float64)}
+
+    return run
+
+
+def _pycocotools(annotations: Path, rows: np.ndarray) -> Callable[[], Mapping[str, Tensor]]:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    def run() -> Mapping[str, Tensor]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(str(annotations))
+            scorer = COCOeval(truth, truth.loadRes(rows), "bbox")
+            scorer.evaluate()
+            scorer.accumulate()
+            scorer.summarize()
+        return {"numbers": torch.from_numpy(scorer.stats)}
+
+    return run
+
+
+def loading(annotations: Path, name: str) -> Contender:
+    """Annotation file -> what answers which boxes an image has."""
+    if name == OWN:
+        from detection.annotations import read_annotations as load
+
+        images, boxes = "image_ids", "boxes_xywh"
+    else:
+        from pycocotools.coco import COCO as load  # noqa: N813
+
+        images, boxes = "imgs", "anns"
+    kept: list[object] = []  # what is loaded; it is freed before the next run, which is not timed
+
+    def clock() -> float:
+        kept.clear()
+        gc.collect()
+        began = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            kept.append(load(annotations))
+        return time.perf_counter() - began
+
+    def run() -> Mapping[str, Tensor]:
+        clock()
+        counts = (len(getattr(kept[0], kind)) for kind in (images, boxes))
+        return dict(zip(("images", "boxes"), map(torch.tensor, counts), strict=True))
+
+    return Contender(run, clock=clock)
+
+
+class Index:
+    """All that the sampler asks of a data set: int32 [images, 2], widths and heights in pixels."""
+
+    def __init__(self, images: int):
+        portrait = np.random.default_rng(0).random(images) < PORTRAIT
+        self.widths_heights = np.where(portrait[:, None], [480, 640], [640, 480]).astype(np.int32)
+
+
+def drawing(name: str) -> Contender:
+    """The first BATCHES batches, from the first update on: with what is done once an epoch."""
+    from detection.sampler import TrainBatches
+
+    index = Index(INDEX_SIZES[INDEXES.index(name)])
+
+    def run() -> dict:
+        batches = iter(TrainBatches(index, batch_size=BATCH_SIZE, seed=0))
+        for _ in islice(batches, BATCHES):
+            pass
+        return {"batches": batches}  # so that what it holds counts
+
+    return Contender(run, check=dict)  # the batches differ, as the data do
