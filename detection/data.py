@@ -1,10 +1,14 @@
 """Which data a run uses: a folder in a known layout, one found in the usual places, or the embedded set."""
 
+import math
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detection.coco import BadImage, CocoImages
@@ -12,6 +16,7 @@ from detection.layouts import find_split
 from detection.sampler import TrainBatches
 from detection.shapes import make_shapes
 from detection.transforms import to_model_input
+from resbackbone.training.transfer import moved
 
 EMBEDDED = Path("datasets/shapes")
 EMBEDDED_SET = {"train_images": 3000, "val_images": 200, "size": 128}
@@ -49,27 +54,57 @@ def open_checked(data: Path, split: str, **options) -> CocoImages:
     return opened
 
 
+class Packed(NamedTuple):
+    """The samples of a batch, their pixels in one tensor and their boxes in another: a copy each to a GPU."""
+
+    pixels: Tensor  # uint8, image after image
+    shapes: list[tuple[int, int, int]]
+    boxes: Tensor  # int32 [n, 5]: the bits of x1 y1 x2 y2 in fp32, and the label
+    targets: list[dict]  # the rest of each target
+    counts: list[int]  # boxes of each image
+
+
+def pack(samples: list) -> Packed | BadImage:
+    """(uint8 [3, H, W], target) each, as `CocoImages` gives them; the first BadImage if there is one among them."""
+    bad = next((sample for sample in samples if isinstance(sample, BadImage)), None)
+    if bad is not None:
+        return bad
+    images, targets = zip(*samples, strict=True)
+    boxes = [torch.cat((t["boxes"].float().view(torch.int32), t["labels"].int()[:, None]), 1) for t in targets]
+    return Packed(
+        torch.cat([image.flatten() for image in images]),
+        [tuple(image.shape) for image in images],
+        torch.cat(boxes),
+        [{name: value for name, value in t.items() if name not in ("boxes", "labels")} for t in targets],
+        [len(of_image) for of_image in boxes],
+    )
+
+
+def unpack(batch: Packed | BadImage, device: torch.device) -> tuple[list[Tensor], list[dict]]:
+    """Images and targets on `device`, as the detector takes them. Raises BadImage if that is what the batch is."""
+    if isinstance(batch, BadImage):
+        raise batch
+    pixels = to_model_input(batch.pixels, device)
+    rows = batch.boxes.to(device, non_blocking=True)
+    boxes, labels = rows[:, :4].contiguous().view(torch.float32), rows[:, 4].long()
+    images = pixels.split([math.prod(shape) for shape in batch.shapes])
+    of_images = zip(batch.targets, boxes.split(batch.counts), labels.split(batch.counts), strict=True)
+    return (
+        [image.view(shape) for image, shape in zip(images, batch.shapes, strict=True)],
+        [{**target, "boxes": of_image, "labels": classes} for target, of_image, classes in of_images],
+    )
+
+
 def train_batches(
     dataset: CocoImages, batches: TrainBatches, *, workers: int, device: torch.device
-) -> Iterator[tuple[list, list[dict]]]:
+) -> Iterator[tuple[list[Tensor], list[dict]]]:
     """Endless (images, targets) on `device` for the detector: [3, H, W] floats in 0..1, {"boxes", "labels", ...}."""
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=list,
+        collate_fn=pack,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
     )
-    for samples in loader:
-        for sample in samples:
-            if isinstance(sample, BadImage):
-                raise sample
-        images = [to_model_input(image, device) for image, _ in samples]
-        yield (
-            images,
-            [
-                {**target, "boxes": target["boxes"].to(device), "labels": target["labels"].to(device)}
-                for _, target in samples
-            ],
-        )
+    return moved(loader, partial(unpack, device=device), device)

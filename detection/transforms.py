@@ -67,5 +67,5 @@ class InputTransform(GeneralizedRCNNTransform):
 
 
 def to_model_input(image: Tensor, device: torch.device) -> Tensor:
-    """uint8 [3, H, W] to what every detector here takes: float [3, H, W] in 0..1 on `device`."""
+    """uint8 pixels of any shape to what every detector here takes: floats in 0..1 on `device`."""
     return image.to(device, non_blocking=True).float().div_(255)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from resbackbone.checks import one_of
 from resbackbone.classification.decode import SUFFIXES, BadImage, decode, open_rgb
 from resbackbone.classification.transforms import TrainAugment
+from resbackbone.training.transfer import moved
 
 SYNTHETIC = "synthetic"
 LAYOUT = "train/<class>/ and val/<class>/ (or test/<class>/) with images in them"
@@ -234,12 +235,15 @@ def train_batches(
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # it draws a seed that nothing here uses, and not from the global one
     )
-    for batch in loader:
+
+    def move(batch: tuple[Tensor, Tensor, list[str]] | BadImage) -> tuple[Tensor, Tensor]:
         if isinstance(batch, BadImage):
             raise batch
         pixels, labels, skipped = batch
         images.skipped.update(skipped)
-        yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        return pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    yield from moved(loader, move, device)
 
 
 class _Samples(Dataset):

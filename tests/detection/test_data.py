@@ -8,7 +8,7 @@ from PIL import Image
 
 from detection import data as data_module
 from detection.coco import BadImage
-from detection.data import embedded_data, find_coco, open_split, train_batches
+from detection.data import embedded_data, find_coco, open_split, pack, train_batches, unpack
 from detection.sampler import TrainBatches
 from detection.shapes import CLASSES, make_shapes
 from detection.transforms import TrainTransform
@@ -101,3 +101,25 @@ def test_open_split_hands_its_options_on():
     content["images"].append({"id": 9, "file_name": "empty.png", "width": 64, "height": 64})
     Path("shapes/annotations/instances_train2017.json").write_text(json.dumps(content))
     assert [len(open_split(Path("shapes"), "train", keep_empty=keep)) for keep in (True, False)] == [3, 2]
+
+
+def test_a_batch_comes_out_of_its_pack_as_it_went_in():
+    samples = []
+    for boxes in ([(0.1, 2.25, 50, 1e-7 + 60)], [], [(1, 2, 3, 4), (5, 6, 7e5, 8)]):
+        image = torch.randint(0, 256, (3, 5 + len(boxes), 7), dtype=torch.uint8)
+        labels = torch.arange(len(boxes)) + 80
+        target = {"boxes": torch.tensor(boxes).reshape(-1, 4), "labels": labels, "image_id": 2**40, "skipped": ["a"]}
+        samples.append((image, target))
+    images, targets = unpack(pack(samples), torch.device("cpu"))
+    for image, found, (pixels, target) in zip(images, targets, samples, strict=True):
+        assert torch.equal(image, pixels / 255)
+        assert torch.equal(found["boxes"], target["boxes"]) and found["boxes"].dtype == torch.float32
+        assert torch.equal(found["labels"], target["labels"]) and found["labels"].dtype == torch.int64
+        assert (found["image_id"], found["skipped"]) == (2**40, ["a"])
+
+
+def test_a_broken_image_is_raised_where_its_batch_is_used():
+    good = (torch.zeros(3, 4, 4, dtype=torch.uint8), {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0)})
+    batch = pack([good, BadImage("image 3.png: empty file"), BadImage("image 4.png: empty file")])
+    with pytest.raises(BadImage, match=r"image 3\.png"):
+        unpack(batch, torch.device("cpu"))
