@@ -27,7 +27,7 @@ import torch
 from benchmarks.contest import COMPILED, MODES, Contest
 from benchmarks.jobs import GPU_MODES, JOBS, ON_CPU_ONLY, ON_GPU_ONLY, PEERS
 from benchmarks.machine import describe
-from benchmarks.report import failures_of, label_of, markdown, remarks_on, write_json, write_tables
+from benchmarks.report import label_of, markdown, remarks_on, write_json, write_tables
 from benchmarks.rounds import EVERYTHING, Session, hold, recorded
 
 from resbackbone.checks import one_of
@@ -122,9 +122,10 @@ def main(argv: list[str] | None = None) -> dict:
                 hold_job(job, options, Path(scratch), content, session)
         content["finished"] = True
     finally:  # an interrupted run has measured what it has
-        console.print(markdown(content))
         if options.output is not None:
             write_json(content, options.output / "benchmark.json")
+        console.print(markdown(content))
+        if options.output is not None:
             write_tables(content, options.output / "benchmark.json")
             notes.print(f"written to {options.output}")
     if content["failed"]:
@@ -179,7 +180,7 @@ def hold_job(job: str, options: Options, scratch: Path, content: dict, session: 
 def add(result: dict, content: dict, options: Options) -> None:
     """Add a contest to the run, and write benchmark.json."""
     content["contests"].append(result)
-    content["failed"] = failures_of(content)
+    content["failed"] += remarks_on(result, ["failed"])
     for line in remarks_on(result):
         notes.print(line)
     if options.output is not None:

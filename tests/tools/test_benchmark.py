@@ -8,10 +8,12 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from detection import scoring
 from resbackbone.training.command import main_of
 
 ROOT = Path(__file__).parents[2]
@@ -133,7 +135,8 @@ def test_files_made_for_scoring_have_something_to_score(tmp_path):
     assert found.shape == (1500, 7) and set(found[:, 0]) <= set(range(1, 31))
     written = json.loads((tmp_path / "truth.json").read_text())
     assert len(written["images"]) == 30 and len(written["annotations"]) == len(truth) > 150
-    numbers = data._pycocotools(tmp_path / "truth.json", found)()["numbers"]
+    np.save(tmp_path / "found.npy", found)
+    numbers = data.scoring(tmp_path / "truth.json", tmp_path / "found.npy", "pycocotools").run()["numbers"]
     assert 0.05 < numbers[0] < 0.95
 
 
@@ -161,16 +164,17 @@ def test_outputs_that_differ_are_an_error_and_are_not_timed(job, mode, without_p
     assert f"1 failed: {job}, {mode}, 1 image: torchvision: its outputs differ from resbackbone's by " in said
     content = json.loads(Path("out/benchmark.json").read_text())
     assert content["finished"] and not times(content, job=job) and times(content, job="index")
-    assert "no two packages agree, so none is timed" in Path("out/benchmark.md").read_text()
+    assert ": no other package agrees with it" in Path("out/benchmark.md").read_text()
 
 
 def test_one_number_of_twelve_that_differs_is_an_error(monkeypatch):
-    ours = data._ours
+    score = scoring.score
 
-    def off(annotations, rows):
-        return lambda: {"numbers": ours(annotations, rows)()["numbers"] + torch.eye(12)[5] * 1e-6}
+    def off(*arguments, **options):
+        box = score(*arguments, **options)["bbox"]
+        return {"bbox": {**box, "ARs": (box["ARs"] or 0.0) + 1e-6}}
 
-    monkeypatch.setattr(data, "_ours", off)
+    monkeypatch.setattr(scoring, "score", off)
     assert "scoring: pycocotools: its outputs differ" in error_of([*TINY, "--jobs", "scoring"])
 
 
@@ -373,7 +377,7 @@ def test_a_contender_that_differs_is_left_out_and_those_that_agree_are_timed():
     assert set(result["seconds"]) == {"resbackbone", "timm"} and set(result["failed"]) == {"torchvision"}
     assert result["difference"]["torchvision"] == 0.5 and not result["tracebacks"]
     result = held(("resbackbone", "torchvision"), that_output({"resbackbone": 1.0, "torchvision": 1.5}))
-    assert not result["seconds"] and result["skipped"] == "no two packages agree, so none is timed"
+    assert not result["seconds"] and result["left_out"] == {"resbackbone": "no other package agrees with it"}
 
 
 @pytest.mark.parametrize("fails_at", [1, 4])  # its first run; in the second round, after one that tells the repeats

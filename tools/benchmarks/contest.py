@@ -73,14 +73,18 @@ class Contest:
     build: Callable[[str], Contender] | None = None  # picklable, as a fresh process calls it too
     measure: Callable[[int], dict[str, list[float]]] | None = None  # in place of `build`: rounds -> seconds by name
     mode: str = ""
-    batch_size: int | None = None
+    batch_size: int | None = None  # of networks
     tolerance: float = 0.0
     difference: Callable[..., float] = relative_difference
     reference: str | None = None
     items: tuple[int, ...] = ()
-    network: bool = False  # time a matrix product in the rounds too
     memory: bool = False
     most_rounds: int | None = None
+
+    @property
+    def network(self) -> bool:
+        """Whether contenders are networks, so that a matrix product is timed beside them."""
+        return self.batch_size is not None
 
     def empty_result(self) -> dict:
         """The JSON of this contest before anything is measured: settings, then figures by contender, then rounds.
@@ -101,5 +105,4 @@ class Contest:
             **{kind: {} for kind in (*figures, "left_out", "failed", "tracebacks")},
             "others": [],  # share of the machine that other processes had in each round
             "thrown_away": 0,  # rounds in which that was too much
-            "skipped": "",  # rounds, and why
         }

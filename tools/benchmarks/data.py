@@ -5,7 +5,7 @@ import gc
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -80,38 +80,32 @@ def detections_for(truth: np.ndarray, images: int, an_image: int) -> np.ndarray:
 def scoring(annotations: Path, detections: Path, name: str) -> Contender:
     """Annotation file and detections in memory -> the 12 COCO numbers."""
     rows = np.load(detections)
-    return Contender(_ours(annotations, rows) if name == OWN else _pycocotools(annotations, rows))
+    if name == OWN:
+        from detection.annotations import read_annotations
+        from detection.scoring import DETECTION, score
 
+        found = np.empty(len(rows), DETECTION)
+        for field, columns in {"image_id": 0, "bbox": slice(1, 5), "score": 5, "category_id": 6}.items():
+            found[field] = rows[:, columns]
 
-def _ours(annotations: Path, rows: np.ndarray) -> Callable[[], Mapping[str, Tensor]]:
-    from detection.annotations import read_annotations
-    from detection.scoring import DETECTION, score
+        def run() -> Mapping[str, Tensor]:
+            box = score(read_annotations(annotations), found, backend="hotcoco")["bbox"]
+            return {"numbers": torch.tensor([-1.0 if x is None else x for x in box.values()], dtype=torch.float64)}
 
-    ours = np.empty(len(rows), DETECTION)
-    for field, columns in {"image_id": 0, "bbox": slice(1, 5), "score": 5, "category_id": 6}.items():
-        ours[field] = rows[:, columns]
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
 
-    def run() -> Mapping[str, Tensor]:
-        box = score(read_annotations(annotations), ours, backend="hotcoco")["bbox"]
-        return {"numbers": torch.tensor([-1.0 if x is None else x for x in box.values()], dtype=torch.float64)}
+        def run() -> Mapping[str, Tensor]:
+            with contextlib.redirect_stdout(io.StringIO()):
+                truth = COCO(annotations)
+                scorer = COCOeval(truth, truth.loadRes(rows), "bbox")
+                scorer.evaluate()
+                scorer.accumulate()
+                scorer.summarize()
+            return {"numbers": torch.from_numpy(scorer.stats)}
 
-    return run
-
-
-def _pycocotools(annotations: Path, rows: np.ndarray) -> Callable[[], Mapping[str, Tensor]]:
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    def run() -> Mapping[str, Tensor]:
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(str(annotations))
-            scorer = COCOeval(truth, truth.loadRes(rows), "bbox")
-            scorer.evaluate()
-            scorer.accumulate()
-            scorer.summarize()
-        return {"numbers": torch.from_numpy(scorer.stats)}
-
-    return run
+    return Contender(run)
 
 
 def loading(annotations: Path, name: str) -> Contender:

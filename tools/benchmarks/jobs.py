@@ -43,7 +43,6 @@ def by_mode(contest: Contest, options: "Options", modes: tuple[str, ...], batch_
             batch_size=batch_size,
             tolerance=contest.tolerance or TOLERANCE[mode.split("-")[0]],
             items=(batch_size,) * len(contest.names),
-            network=True,
         )
 
 

@@ -18,7 +18,6 @@ from resbackbone.resnet import STAGES
 from resbackbone.weights.translate import from_ours
 
 Run = Callable[[], dict[str, Tensor]]
-DETECTRON2_STAGES = {"res2": "c2", "res3": "c3", "res4": "c4", "res5": "c5"}
 
 
 @dataclass(frozen=True)
@@ -101,20 +100,17 @@ def timms(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     return Maps(frozen, lambda maps: dict(zip(STAGES, maps, strict=True)))
 
 
-def detectron2_config(depth: int, settings: Mapping[str, object]):
-    """detectron2's own defaults, torchvision's ResNet (stride in the 3x3, frozen through c2), and these settings."""
+def detectron2_config(depth: int, settings: str):
+    """detectron2's defaults, torchvision's ResNet frozen through c2, and `settings` as its command line takes them."""
     from detectron2.config import get_cfg
 
-    settings = {
-        "MODEL.BACKBONE.FREEZE_AT": 2,
-        "MODEL.RESNETS.DEPTH": depth,
-        "MODEL.RESNETS.STRIDE_IN_1X1": False,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if depth < 50 else 256,
-        "MODEL.RESNETS.OUT_FEATURES": list(DETECTRON2_STAGES),
-        **settings,
-    }
+    resnet = f"""
+        MODEL.BACKBONE.FREEZE_AT 2   MODEL.RESNETS.DEPTH {depth}   MODEL.RESNETS.STRIDE_IN_1X1 False
+        MODEL.RESNETS.RES2_OUT_CHANNELS {64 if depth < 50 else 256}
+        MODEL.RESNETS.OUT_FEATURES ['res2','res3','res4','res5']
+    """
     config = get_cfg()
-    config.merge_from_list([part for item in settings.items() for part in item])
+    config.merge_from_list((resnet + settings).split())
     return config
 
 
@@ -122,9 +118,9 @@ def detectron2s(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     """The weights are those for our input, so it takes that."""
     from detectron2.modeling import build_backbone
 
-    body = build_backbone(detectron2_config(depth, {"MODEL.BACKBONE.NAME": "build_resnet_backbone"}))
+    body = build_backbone(detectron2_config(depth, "MODEL.BACKBONE.NAME build_resnet_backbone"))
     body.load_state_dict(from_ours(state, "detectron2"))
-    return Maps(body, lambda maps: {DETECTRON2_STAGES[name]: x for name, x in maps.items()})
+    return Maps(body, lambda maps: dict(zip(STAGES, maps.values(), strict=True)))
 
 
 BACKBONES = {OWN: ours, "torchvision": torchvisions, "timm": timms, "detectron2": detectron2s}

@@ -84,18 +84,12 @@ def label_of(result: dict) -> str:
     return ", ".join(filter(None, [result["job"], settings_of(result)]))
 
 
-def remarks_on(result: dict) -> list[str]:
+def remarks_on(result: dict, kinds: Sequence[str] = ("left_out", "failed")) -> list[str]:
     """What was not measured of a contest and why, a line for each reason."""
     names_by_reason: dict[str, list[str]] = {}
-    for name, reason in {**result.get("left_out", {}), **result.get("failed", {})}.items():
+    for name, reason in ((name, reason) for kind in kinds for name, reason in result.get(kind, {}).items()):
         names_by_reason.setdefault(reason, []).append(name)
-    lines = [f"{', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
-    return [f"{label_of(result)}: {line}" for line in [*lines, result["skipped"]] if line]
-
-
-def failures_of(content: dict) -> list[str]:
-    """Every failure of a run in one line; a missing package or a spent budget is none."""
-    return [f"{label_of(r)}: {name}: {why}" for r in content["contests"] for name, why in r["failed"].items()]
+    return [f"{label_of(result)}: {', '.join(names)}: {reason}" for reason, names in names_by_reason.items()]
 
 
 def markdown(content: dict) -> str:

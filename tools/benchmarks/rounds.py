@@ -29,7 +29,7 @@ class OutputsDiffer(ValueError):
 
 def record(result: dict, name: str, error: Exception) -> None:
     """Write down why `name` has no times."""
-    reason = " ".join(str(error).split())[:400].rstrip(".")
+    reason = " ".join(str(error).split())[:200].rstrip(".")
     if isinstance(error, ModuleNotFoundError):
         result["left_out"][name] = reason
         return
@@ -109,7 +109,7 @@ def hold(contest: Contest, result: dict, session: Session) -> None:
             max(result["difference"].values(), default=0) > contest.tolerance
             and len({*map(package_of, contenders)}) < 2
         ):
-            result["skipped"] = "no two packages agree, so none is timed"
+            result["left_out"].update(dict.fromkeys(contenders, "no other package agrees with it"))
             return
         _take_turns(contest, contenders, result, rounds, session)
 
@@ -214,7 +214,7 @@ def _take_turns(contest: Contest, contenders: dict, result: dict, rounds: int, s
     expected = 0.0 if contest.network else sum(result["first"].values())  # a network's first run may compile
     while timers.keys() - {MATRIX_PRODUCT} and len(result["others"]) < rounds:
         if session.is_over(expected):
-            result["skipped"] = f"only {len(result['others'])} of {rounds} rounds: the budget is spent"
+            result["left_out"][f"{rounds - len(result['others'])} of {rounds} rounds"] = "the budget is spent"
             return
         began, others, times = time.monotonic(), Others(), {}
         for name in random.sample(list(timers), len(timers)):
