@@ -1,1 +1,1 @@
-"""The parts of tools/benchmark.py: what is compared, how it is measured, and how that is told."""
+"""The parts of tools/benchmark.py: what is compared, how it is measured, and how it is reported."""

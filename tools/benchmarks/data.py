@@ -27,7 +27,7 @@ PORTRAIT = 0.27  # of the images of an index; the rest are landscape
 
 
 def write_instances(path: Path, images: int) -> np.ndarray:
-    """Write an instances file of so many images: random boxes, each with its four corners as its outline.
+    """Write a COCO instances file: random boxes, each with its four corners as its outline.
 
     Returns the boxes as rows image_id, x, y, width, height, category_id. The outlines of real files are longer.
     """
@@ -61,7 +61,7 @@ def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def detections_for(truth: np.ndarray, images: int, an_image: int) -> np.ndarray:
-    """So many detections an image on average: most boxes of the truth, moved a little, and others anywhere.
+    """Detections, `an_image` on average: most boxes of the truth, moved a little, and others anywhere.
 
     [n, 7], as pycocotools takes them: image_id, x, y, width, height, score, category_id.
     """
@@ -109,7 +109,7 @@ def scoring(annotations: Path, detections: Path, name: str) -> Contender:
 
 
 def loading(annotations: Path, name: str) -> Contender:
-    """Annotation file -> what answers which boxes an image has."""
+    """Annotation file -> an object that knows the boxes of each image."""
     if name == OWN:
         from detection.annotations import read_annotations as load
 
@@ -137,7 +137,7 @@ def loading(annotations: Path, name: str) -> Contender:
 
 
 class Index:
-    """All that the sampler asks of a data set: int32 [images, 2], widths and heights in pixels."""
+    """What the sampler needs of a data set: widths and heights in pixels, int32 [images, 2]."""
 
     def __init__(self, images: int):
         portrait = np.random.default_rng(0).random(images) < PORTRAIT
@@ -145,7 +145,7 @@ class Index:
 
 
 def drawing(name: str) -> Contender:
-    """The first BATCHES batches, from the first update on: with what is done once an epoch."""
+    """The first BATCHES batches of a training, with the work that is done once an epoch."""
     from detection.sampler import TrainBatches
 
     index = Index(INDEX_SIZES[INDEXES.index(name)])
@@ -154,6 +154,6 @@ def drawing(name: str) -> Contender:
         batches = iter(TrainBatches(index, batch_size=BATCH_SIZE, seed=0))
         for _ in islice(batches, BATCHES):
             pass
-        return {"batches": batches}  # so that what it holds counts
+        return {"batches": batches}  # whose memory counts
 
-    return Contender(run, check=dict)  # the batches differ, as the data do
+    return Contender(run, check=dict)  # nothing has to agree: the data differ

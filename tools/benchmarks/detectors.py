@@ -1,7 +1,7 @@
-"""The same Faster R-CNN R-FPN, with the same weights and settings, of every package that has one.
+"""Every package's Faster R-CNN with a pyramid, with the same weights and settings.
 
-The settings are torchvision's: anchors on whole pixels, 2 x 2 samples a bin of RoIAlign, 2000 proposals in training and
-1000 in inference, smooth L1 from 1/9 on. detectron2 is set to them.
+The settings are torchvision's, and detectron2 is set to them: anchors on whole pixels, 2 x 2 samples a bin of RoIAlign,
+2000 proposals in training and 1000 in inference, smooth L1 from 1/9.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +27,7 @@ from resbackbone.weights.translate import from_ours
 CLASSES = 80
 LONGEST = 1333  # pixels
 SHARPNESS = 60.0  # makes class scores differ as trained ones do
-LOSSES = {  # detectron2's names, and torchvision's, which are ours
+LOSSES = {  # detectron2's names: torchvision's, which are ours too
     "loss_cls": "loss_classifier",
     "loss_box_reg": "loss_box_reg",
     "loss_rpn_cls": "loss_objectness",
@@ -65,7 +65,7 @@ class Scene:
         return Scene(pixels.clamp(0, 1), self.boxes * scale, self.labels)
 
     def at(self, shorter: int) -> "Scene":
-        """With this shorter side, as detectors are trained and tested: the longer is 1333 pixels at most."""
+        """The scene with this shorter side, as detectors are trained and tested: the longer is at most 1333 for 800."""
         height, width = self.pixels.shape[1:]
         scale = min(shorter / min(height, width), LONGEST * shorter / 800 / max(height, width))
         return self.resized(round(height * scale), round(width * scale))
@@ -86,7 +86,7 @@ class Scene:
 
 
 def scene_of(data: Path | None) -> Scene:
-    """The first image of COCO's val2017 with three objects or more; without such data, a drawn one."""
+    """The first image of COCO's val2017 that has three objects or more; without that data set, a drawn image."""
     try:
         from detection.data import find_coco, open_split
     except ModuleNotFoundError:
@@ -115,7 +115,7 @@ def drawn_scene() -> Scene:
 
 
 class Detector(nn.Module):
-    """A package's Faster R-CNN: images of one size to losses in training mode, else to detections image by image."""
+    """A package's Faster R-CNN: images of one size to losses in training mode, otherwise to detections by image."""
 
     def __init__(self, network: nn.Module):
         super().__init__()
@@ -202,9 +202,9 @@ def load(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
 def contender(training: bool, scene: Scene, setting: Setting, name: str) -> Contender:
     """The detector of `name` on a batch of the scene, resized to the setting's height on its shorter side.
 
-    Outputs are compared in fp64 whatever the mode (rounding changes which proposals are kept), on two images at most,
-    at about half that size in multiples of 64 pixels (where torchvision infers the strides that detectron2 states),
-    and in training with the same anchors and proposals sampled: the first ones.
+    Outputs are compared in fp64 whatever the mode (rounding changes which proposals are kept), on at most two images of
+    about half that size in multiples of 64 pixels (where torchvision infers the strides that detectron2 states). In
+    training all packages sample the same anchors and proposals for it: the first ones.
     """
     detector = setting.place(DETECTORS[name](setting.depth, detector_weights(setting.depth))).train(training)
     scene = scene.at(setting.height)
@@ -240,7 +240,7 @@ def contender(training: bool, scene: Scene, setting: Setting, name: str) -> Cont
 
 @contextmanager
 def comparable() -> Iterator[None]:
-    """Where detectors draw a random permutation to sample by, they get 0, 1, 2, ..; and all of them compute in fp64."""
+    """In the block, detectors that draw a random permutation get 0, 1, 2, .., and all of them compute in fp64."""
     drawn: Callable = torch.randperm
     suppress: Callable = boxes.batched_nms
     torch.randperm = lambda n, **kwargs: torch.arange(n, **{k: v for k, v in kwargs.items() if k == "device"})
@@ -253,9 +253,9 @@ def comparable() -> Iterator[None]:
 
 
 def difference(got: Outputs, wanted: Outputs) -> float:
-    """Of losses and gradient the relative one; of detections the largest of a score, and of 1 - IoU of the best 20.
+    """The relative difference of losses and gradient; of detections the largest of a score, and of 1 - IoU of 20 boxes.
 
-    Equal scores may come in another order, so a box is looked for among all of its class.
+    Equal scores may come in another order, so a box may match any of its class.
     """
     if isinstance(wanted, Mapping):
         return relative_difference(got, wanted)

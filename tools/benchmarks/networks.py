@@ -1,6 +1,6 @@
-"""The same ResNet, with the same weights, of every package: backbones that detect, and classifiers that are pretrained.
+"""Every package's ResNet with the same weights and input: backbones of detectors, and classifiers to pretrain.
 
-Every norm of a backbone is frozen, as are its stem and c2; its maps are c2..c5. All get one input, normalized RGB.
+A backbone returns c2..c5; its norms, its stem and c2 are frozen. The input is normalized RGB.
 """
 
 import importlib
@@ -44,7 +44,7 @@ class Setting:
 
 
 def make_lively(model: nn.Module) -> nn.Module:
-    """Numbers in every norm, such that one left out shows and activations stay finite without training."""
+    """Fill every norm with numbers that show if it is left out, and that keep activations finite without training."""
     with torch.no_grad():
         for module in model.modules():
             if isinstance(getattr(module, "running_var", None), Tensor):
@@ -64,7 +64,7 @@ def backbone_weights(depth: int) -> dict[str, Tensor]:
 
 
 class Maps(nn.Module):
-    """Another package's backbone that gives its maps as ours do, {"c2": map, ..}."""
+    """Another package's backbone, returning its maps by our names."""
 
     def __init__(self, body: nn.Module, name: Callable[[object], dict[str, Tensor]]):
         super().__init__()
@@ -79,7 +79,7 @@ def ours(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def torchvisions(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """As its own detectors make it."""
+    """Built as torchvision's detectors build it."""
     import torchvision
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.ops import FrozenBatchNorm2d
@@ -115,7 +115,7 @@ def detectron2_config(depth: int, settings: str):
 
 
 def detectron2s(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """The weights are those for our input, so it takes that."""
+    """The weights are made for our input, so the body of the network takes it as it is."""
     from detectron2.modeling import build_backbone
 
     body = build_backbone(detectron2_config(depth, "MODEL.BACKBONE.NAME build_resnet_backbone"))
@@ -134,7 +134,7 @@ def freeze_through_c2(body: nn.Module) -> nn.Module:
 
 
 def backbone(training: bool, setting: Setting, name: str) -> Contender:
-    """The contender `name`, such as "timm" or "resbackbone, fused", for inference or a training step."""
+    """The contender called `name`, such as "timm" or "resbackbone, fused", for inference or a training step."""
     network = setting.place(BACKBONES[package_of(name)](setting.depth, backbone_weights(setting.depth)))
     network.train(training)
     if name.endswith(FUSED):
@@ -167,7 +167,7 @@ def inference(network: Callable[[Tensor], dict[str, Tensor]], setting: Setting) 
 def training_step(network: Callable[[Tensor], dict[str, Tensor]], module: nn.Module, setting: Setting) -> Run:
     """Forward, and backward from given gradients of c3..c5, which stand for a detector's; no optimizer.
 
-    What has to agree is the maps and the gradient of c3's first convolution, which comes through all that trains.
+    Maps have to agree, and the gradient of c3's first convolution, to which all that trains contributes.
     """
     pixels, gradients = images(setting, setting.height, setting.width), {}
     parameters, first = list(module.parameters()), first_trained(module)
@@ -181,7 +181,7 @@ def training_step(network: Callable[[Tensor], dict[str, Tensor]], module: nn.Mod
         if not gradients:
             generator = torch.Generator().manual_seed(2)
             for level, x in trained.items():
-                # Positive, so that they add up: in sums of noise a ReLU that rounding turns off would stand out.
+                # Positive, so that they add up: in a sum of noise, one ReLU that rounding turns off would stand out.
                 given = torch.rand(x.shape, generator=generator).to(x.device, x.dtype)
                 gradients[level] = given.contiguous(memory_format=setting.layout)
         torch.autograd.backward(list(trained.values()), [gradients[level] for level in trained])
@@ -199,9 +199,9 @@ def first_trained(module: nn.Module) -> Tensor:
 def as_graph(run: Run, module: nn.Module) -> Run:
     """The run as one CUDA graph, recorded once and then replayed: it returns the same tensors each time.
 
-    As PyTorch's notes on CUDA graphs ask: the first runs are on another stream, and no gradient is left when the
-    recording begins, so that backward allocates them in the graph's memory. A run enters and leaves autocast, which
-    drops its cast weights on leaving: what the graph reads is cast within it.
+    As PyTorch's notes on CUDA graphs require, the first runs are on another stream, and gradients are cleared before
+    the recording, so that backward allocates them in the graph's memory. Autocast begins and ends within the run, and
+    at its end drops the weights that it has cast, so the graph reads none that were cast outside of it.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -222,7 +222,7 @@ def as_graph(run: Run, module: nn.Module) -> Run:
 
 
 def classifier(setting: Setting, name: str) -> Contender:
-    """A whole step of ImageNet training, norms training too: forward, cross-entropy, backward, SGD; random images."""
+    """A whole step of ImageNet training on random images: forward, cross-entropy, backward, SGD. Norms train too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = own = build_resnet_classifier(setting.depth)

@@ -34,10 +34,10 @@ ONE, TWO = f"{OWN}, 1 process", f"{OWN}, 2 processes"
 
 
 def peak_in_fresh_process(build: Callable, name: str, threads: int) -> tuple[int | None, int | None]:
-    """(peak, held): bytes that run() of build(name) adds at most and, with what it returned, in the end.
+    """(peak, held): bytes of resident memory that a run of build(name) adds at its peak, and that its results hold.
 
-    Resident memory above what the process held once the contender was built; there nothing else was freed or cached
-    before. None where the system does not count it (anywhere but Linux), or killed the process.
+    In a fresh process nothing was freed or cached before. None where the system does not count (anywhere but Linux),
+    or killed the process.
     """
     if not CLEAR.exists():
         return None, None
@@ -70,7 +70,7 @@ def _resident(field: str) -> int:
 
 
 def importing(name: str) -> Contender:
-    """A fresh interpreter's import of the package, after that of torch, which all of them need."""
+    """The import of a package in a fresh interpreter that has imported torch, which all of them need."""
     code = (
         f"import time, torch; began = time.perf_counter(); import {IMPORTED[name]}; print(time.perf_counter() - began)"
     )
@@ -92,10 +92,13 @@ def importing(name: str) -> Contender:
 def scaling(setting: Setting, scratch: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of a training step in one process of one thread, and in two that average their gradients (gloo).
 
-    Round by round in the same two processes, of which one rests in between.
+    The same two processes take all rounds; one of them waits while the other trains alone.
     """
     path = scratch / "scaling.json"
-    launch(_steps, (setting, rounds, str(path)), device="cpu", processes=2)
+    try:
+        launch(_steps, (setting, rounds, str(path)), device="cpu", processes=2)
+    except SystemExit as exit:  # here it is no wish to stop
+        raise RuntimeError(f"a process that trains ended with exit status {exit.code}") from None
     return json.loads(path.read_text())
 
 

@@ -6,7 +6,7 @@ import random
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
@@ -90,7 +90,8 @@ class Session:
         """Free what nothing refers to any more."""
         gc.collect()
         if self.on_gpu:
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # a kernel that failed before is reported here again
+                torch.cuda.empty_cache()
 
 
 def hold(contest: Contest, result: dict, session: Session) -> None:
