@@ -117,9 +117,9 @@ class ContextRoIAlign(PyramidRoIAlign):
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The regions' features [N, channels, size, size], the images' [B, ..], and the image of each region [N]."""
-        whole = [boxes[0].new_tensor([[0, 0, width, height]]) for height, width in image_shapes]
-        counts = torch.tensor([len(of_image) for of_image in boxes], device=boxes[0].device)
-        image_of_region = torch.arange(len(boxes), device=counts.device).repeat_interleave(counts)
+        sides = [(0, 0, width, height) for height, width in image_shapes]
+        whole = [torch.stack([boxes[0].new_full((), side) for side in of_image])[None] for of_image in sides]
+        image_of_region = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
         regions, images = (super(ContextRoIAlign, self).forward(x, of, image_shapes) for of in (boxes, whole))
         return regions, images, image_of_region
 

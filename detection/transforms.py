@@ -55,15 +55,25 @@ class InputTransform(GeneralizedRCNNTransform):
         mean, std = self.sent[key]
         return (image - mean) / std
 
+    def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
+        """[3, H, W] at the size that the detector asks for, in eval mode the test size; boxes follow."""
+        resized, _ = super().resize(image)
+        if target is not None:
+            target = {**target, "boxes": _resized(target["boxes"], image.shape[-2:], resized.shape[-2:])}
+        return resized, target
+
     def postprocess(self, result: list[dict[str, Tensor]], image_shapes, original_image_sizes):
         """Boxes on the resized images [(H, W), ..] -> boxes on the images as they came."""
-        if self.training:
-            return result
-        for found, resized, original in zip(result, image_shapes, original_image_sizes, strict=True):
-            y, x = (of / to for of, to in zip(original, resized, strict=True))
-            boxes = found["boxes"]
-            found["boxes"] = torch.stack((boxes[:, 0] * x, boxes[:, 1] * y, boxes[:, 2] * x, boxes[:, 3] * y), 1)
+        if not self.training:
+            for found, resized, original in zip(result, image_shapes, original_image_sizes, strict=True):
+                found["boxes"] = _resized(found["boxes"], resized, original)
         return result
+
+
+def _resized(boxes: Tensor, size: Sequence[int], new_size: Sequence[int]) -> Tensor:
+    """Boxes [n, 4] x1 y1 x2 y2 on an image of `size` (H, W), on the same image at `new_size`."""
+    y, x = (new / old for new, old in zip(new_size, size, strict=True))
+    return torch.stack((boxes[:, 0] * x, boxes[:, 1] * y, boxes[:, 2] * x, boxes[:, 3] * y), 1)
 
 
 def to_model_input(image: Tensor, device: torch.device) -> Tensor:
