@@ -6,11 +6,16 @@ one another and leave the frame; other forms, striped and checked as well, lie a
 
 import json
 import math
+import multiprocessing
 import os
 import shutil
+import sys
 import uuid
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
@@ -36,10 +41,12 @@ CONTRAST = (0.75, 1.2)
 NOISE = (1, 7)  # standard deviation, 0..255
 BLUR = (0, 0.7)  # standard deviation in pixels, whatever the size
 JPEG_QUALITY = 92
+MANY = 200  # images
 SPLITS = ("train2017", "val2017")
 FIRST_ID = {"train2017": 1, "val2017": 1_000_001}  # an image id tells its split, as in COCO
 LUMA = np.array([0.299, 0.587, 0.114])
 
+T = TypeVar("T")
 Polygon = np.ndarray  # [N, 2]: x, y
 
 
@@ -129,17 +136,17 @@ def make_shapes(
     target = Path(folder).resolve()
     if is_made(target, made_of):
         return Path(folder)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        write_split(partial, "train2017", train_images, seed=seed, size=size)
-        write_split(partial, "val2017", val_images, seed=seed, size=size)
-        (partial / "shapes.json").write_text(json.dumps(made_of) + "\n")
-        os.rename(partial, target)
+        write_split(unfinished, "train2017", train_images, seed=seed, size=size)
+        write_split(unfinished, "val2017", val_images, seed=seed, size=size)
+        (unfinished / "shapes.json").write_text(json.dumps(made_of) + "\n")
+        os.rename(unfinished, target)
     except OSError:
         if not is_made(target, made_of):  # if it is, another run was faster
             raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     return Path(folder)
 
 
@@ -162,15 +169,10 @@ def write_split(folder: Path, split: str, count: int, *, seed: int, size: int) -
     annotations: list[dict] = []
     (folder / split).mkdir(parents=True)
     (folder / "annotations").mkdir(exist_ok=True)
-    for number in range(1, count + 1):
-        rng = np.random.default_rng([seed, SPLITS.index(split), number])
-        image, objects = draw_image(rng, size)
-        image_id = FIRST_ID[split] + number - 1
-        file_name = f"{image_id:012d}.jpg"
-        image.save(folder / split / file_name, quality=JPEG_QUALITY)
-        images.append({"id": image_id, "file_name": file_name, "width": size, "height": size, "license": 1})
+    for image, objects in in_processes(partial(save_image, folder, split, seed, size), range(1, count + 1)):
+        images.append(image)
         for found in objects:
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **found})
+            annotations.append({"id": len(annotations) + 1, "image_id": image["id"], **found})
     named = zip(CATEGORY_IDS, CLASSES, strict=True)
     content = {
         "info": {"description": f"resbackbone shapes, format {FORMAT}, seed {seed}", "version": str(FORMAT)},
@@ -180,6 +182,24 @@ def write_split(folder: Path, split: str, count: int, *, seed: int, size: int) -
         "categories": [{"id": id, "name": name, "supercategory": "shape"} for id, name in named],
     }
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+
+def save_image(folder: Path, split: str, seed: int, size: int, number: int) -> tuple[dict, list[dict]]:
+    """Draw one image into `folder`; returns what COCO says of it and of each of its objects."""
+    image, objects = draw_image(np.random.default_rng([seed, SPLITS.index(split), number]), size)
+    image_id = FIRST_ID[split] + number - 1
+    file_name = f"{image_id:012d}.jpg"
+    image.save(folder / split / file_name, quality=JPEG_QUALITY)
+    return {"id": image_id, "file_name": file_name, "width": size, "height": size, "license": 1}, objects
+
+
+def in_processes(function: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
+    """function(number) of each, in order; of many, in a process for each core where processes start at once."""
+    if len(numbers) < MANY or sys.platform != "linux":
+        yield from map(function, numbers)
+        return
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(function, numbers, chunksize=20)
 
 
 def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[dict]]:
