@@ -37,7 +37,7 @@ from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
 from resbackbone.report.summary import print_summary
 from resbackbone.training import loop
 from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config
-from resbackbone.training.device import arithmetic
+from resbackbone.training.device import arithmetic, use_deterministic
 from resbackbone.training.distributed import (
     Rank,
     count_processes,
@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(rank: Rank, options: Options) -> None:
     """Images -> classifier -> updates -> evaluation, in every process; rank 0 writes."""
     be_quiet(options)
+    use_deterministic(options.deterministic)
     say = notes.print if rank.is_main else lambda *_: None
     draw_embedded_set(options, rank, say)
     claimed = {"default": default_folder(options), "resume": options.resume}

@@ -36,7 +36,7 @@ from resbackbone.classification.report import Predictions, write_report
 from resbackbone.report.summary import print_summary
 from resbackbone.training import loop
 from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config
-from resbackbone.training.device import arithmetic, choose_device, choose_precision
+from resbackbone.training.device import arithmetic, choose_device, choose_precision, use_deterministic
 from resbackbone.training.distributed import (
     Rank,
     broadcast,
@@ -118,6 +118,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(rank: Rank, options: Options) -> None:
     """Data -> network -> updates -> test error, in every process; rank 0 writes."""
     be_quiet(options)
+    use_deterministic(options.deterministic)
     say = notes.print if rank.is_main else lambda *_: None
     claimed = {"default": default_folder(options), "resume": options.resume}
     folder = from_main(lambda: claim_folder(options.output, **claimed), rank)

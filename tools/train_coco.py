@@ -40,7 +40,7 @@ from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.training import loop
 from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config, track
-from resbackbone.training.device import arithmetic, choose_device, choose_precision
+from resbackbone.training.device import arithmetic, choose_device, choose_precision, use_deterministic
 from resbackbone.training.distributed import (
     Rank,
     count_processes,
@@ -118,6 +118,8 @@ class Options:
     precision: str | None = None
     """fp32, bf16, or fp16 for GPUs without bf16 such as V100 and T4 (both autocast). Default: bf16 where the device
     computes in it."""
+    deterministic: bool = False
+    """Use deterministic algorithms alone: a GPU repeats a run bit for bit, more slowly. A CPU does so anyway."""
     keep_empty: bool = False
     """Train on images without objects too."""
     skip_bad_images: bool = False
@@ -141,6 +143,7 @@ def main(argv: list[str] | None = None) -> None:
 def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
     be_quiet(options)
+    use_deterministic(options.deterministic)
     say = notes.print if rank.is_main else lambda *_: None
     if options.data == EMBEDDED:
         say(f"data: the embedded set in {EMBEDDED}; for real ones give --data DIR, which should hold {LAYOUT}")

@@ -126,19 +126,26 @@ def train_batches(
     drawn once an epoch, in an order that follows from the seed and the epoch; the next epoch begins within a batch.
     What is random in a batch follows from the seed, its number and the rank. ValueError for an uneven `batch_size`.
     """
+    images, labels, mean_image = (tensor.to(device) for tensor in (*split, mean_image))
+    for indices, random in draws(len(labels), batch_size=batch_size, seed=seed, rank=rank, ranks=ranks, start=start):
+        chosen = torch.tensor(indices, device=device)
+        yield augment(to_model_input(images[chosen], mean_image), random), labels[chosen]
+
+
+def draws(
+    count: int, *, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, start: int = 0
+) -> Iterator[tuple[list[int], torch.Generator]]:
+    """Which of `count` images make up each of `train_batches`' batches, and what its augmentation is drawn from."""
     if batch_size < ranks or batch_size % ranks:
         raise ValueError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
-    images, labels, mean_image = (tensor.to(device) for tensor in (*split, mean_image))
     epochs: dict[int, np.ndarray] = {}
     for number in _from(start):
         positions = np.arange(number * batch_size + rank, (number + 1) * batch_size, ranks)
-        epoch_of, place = np.divmod(positions, len(labels))
-        epochs = {e: epochs[e] if e in epochs else _order(seed, e, len(labels)) for e in np.unique(epoch_of).tolist()}
+        epoch_of, place = np.divmod(positions, count)
+        epochs = {e: epochs[e] if e in epochs else _order(seed, e, count) for e in np.unique(epoch_of).tolist()}
         indices = [epochs[e][i] for e, i in zip(epoch_of.tolist(), place.tolist(), strict=True)]
-        chosen = torch.tensor(indices, device=device)
         # Sequences of three are no others' seeds: epochs have two numbers.
-        random = torch.Generator().manual_seed(int(np.random.default_rng((seed, number, rank)).integers(2**62)))
-        yield augment(to_model_input(images[chosen], mean_image), random), labels[chosen]
+        yield indices, torch.Generator().manual_seed(int(np.random.default_rng((seed, number, rank)).integers(2**62)))
 
 
 def augment(images: Tensor, random: torch.Generator) -> Tensor:
@@ -146,13 +153,21 @@ def augment(images: Tensor, random: torch.Generator) -> Tensor:
 
     The result is channels last. `random` is the CPU's generator, so every device gets the same crops.
     """
-    count, _, height, width = images.shape
+    return crop(images, *(tensor.to(images.device) for tensor in draw_crops(len(images), random)))
+
+
+def draw_crops(count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """The first row and column of so many crops of padded images, and whether they are flipped, [count, 1] each."""
     top, left = torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=random)
-    flipped = torch.randint(0, 2, (count, 1), generator=random).bool()
-    rows = top + torch.arange(height)  # [B, H]
-    columns = torch.arange(width).expand(count, width)
+    return top, left, torch.randint(0, 2, (count, 1), generator=random).bool()
+
+
+def crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
+    """The crops that `draw_crops` describes, channels last."""
+    count, _, height, width = images.shape
+    rows = top + torch.arange(height, device=images.device)  # [B, H]
+    columns = torch.arange(width, device=images.device).expand(count, width)
     columns = left + torch.where(flipped, columns.flip(1), columns)  # [B, W]
-    rows, columns = rows.to(images.device), columns.to(images.device)
     padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)  # [B, H + 8, W + 8, 3]
     which = torch.arange(count, device=images.device)
     cropped = padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]  # [B, H, W, 3]

@@ -1,8 +1,10 @@
 """Where a command computes and in what precision: its device, autocast, TF32."""
 
+import os
 from collections.abc import Collection
 
 import torch
+import torch.utils.deterministic
 
 from resbackbone.checks import one_of
 
@@ -65,6 +67,15 @@ def use(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # pinned memory and events belong to the current device
         torch.set_float32_matmul_precision("high")
+
+
+def use_deterministic(on: bool) -> None:
+    """Let a run repeat bit for bit on a GPU too, or raise RuntimeError where torch cannot; no GPU has computed yet."""
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+        torch.use_deterministic_algorithms(True)
+        # Filling memory that nothing reads would only take time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def arithmetic(device: torch.device) -> dict[str, str]:

@@ -21,7 +21,7 @@ GROUPS = {  # by name: an option means the same in every command that has it
     "Training": ("recipe", "max_steps", "steps", "epochs", "batch_size", "accumulate", "size", "seed", "engine"),
     "Evaluation": ("eval", "eval_only", "eval_period", "validation", "coco_backend", "box_refinement", "scales"),
     "Run": ("output", "resume", "config", "checkpoint_period", "log_period", "pictures", "quiet"),
-    "Machine": ("device", "gpus", "workers", "precision", "compile"),
+    "Machine": ("device", "gpus", "workers", "precision", "deterministic", "compile"),
 }
 METAVARS = {Path: "PATH", str: "NAME", int: "N", float: "X"}
 

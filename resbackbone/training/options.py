@@ -38,6 +38,8 @@ class RunOptions:
     precision: str | None = None
     """fp32, bf16, or fp16 for GPUs without bf16 such as V100 and T4 (both autocast). Default: bf16 where the device
     computes in it."""
+    deterministic: bool = False
+    """Use deterministic algorithms alone: a GPU repeats a run bit for bit, more slowly. A CPU does so anyway."""
     resume: bool = False
     """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
     config: Path | None = None

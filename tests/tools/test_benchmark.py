@@ -81,7 +81,7 @@ def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, w
     wanted = {
         "inference": ["resbackbone", "resbackbone, fused", *INSTALLED],
         "training": ["resbackbone", *INSTALLED],
-        "detector-inference": ["resbackbone", *DETECTING],
+        "detector-inference": ["resbackbone", "resbackbone, fused", *DETECTING],
         "detector-training": ["resbackbone", *DETECTING],
         "imagenet": ["resbackbone", *(name for name in INSTALLED if name != "detectron2")],
     }

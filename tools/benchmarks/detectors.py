@@ -4,6 +4,7 @@ The settings are torchvision's, and detectron2 is set to them: anchors on whole 
 2000 proposals in training and 1000 in inference, smooth L1 from 1/9.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d, box_iou, boxes
 
-from benchmarks.contest import OWN, Contender, relative_difference
+from benchmarks.contest import FUSED, MODES, OWN, Contender, package_of, relative_difference
 from benchmarks.networks import Setting, backbone_weights, detectron2_config, first_trained, make_lively
 from detection import build_faster_rcnn
+from detection.faster_rcnn import prepare_for_detection
 from resbackbone import build_resnet_backbone
 from resbackbone.weights import MEAN, STD
 from resbackbone.weights.translate import from_ours
@@ -206,7 +208,14 @@ def contender(training: bool, scene: Scene, setting: Setting, name: str) -> Cont
     about half that size in multiples of 64 pixels (where torchvision infers the strides that detectron2 states). In
     training all packages sample the same anchors and proposals for it: the first ones.
     """
-    detector = setting.place(DETECTORS[name](setting.depth, detector_weights(setting.depth))).train(training)
+    detector = setting.place(DETECTORS[package_of(name)](setting.depth, detector_weights(setting.depth))).train(
+        training
+    )
+    timed = detector
+    if name.endswith(FUSED):  # as our commands detect; in bf16 its weights are rounded, so the check has a copy
+        bf16 = MODES[setting.mode].dtype == torch.bfloat16
+        timed = prepare_for_detection(copy.deepcopy(detector), bf16=bf16)
+        prepare_for_detection(detector)
     scene = scene.at(setting.height)
     given = scene.batch(setting.batch_size, setting.device)
     height, width = (max(64, side // 128 * 64) for side in scene.pixels.shape[1:])
@@ -214,9 +223,9 @@ def contender(training: bool, scene: Scene, setting: Setting, name: str) -> Cont
     parameters, first = list(detector.parameters()), first_trained(detector)
 
     def run() -> Outputs:
-        return run_on(given, setting.autocast())
+        return run_on(timed, given, setting.autocast())
 
-    def run_on(scenes: list[Scene], precision: AbstractContextManager) -> Outputs:
+    def run_on(detector: nn.Module, scenes: list[Scene], precision: AbstractContextManager) -> Outputs:
         with torch.inference_mode(not training), precision:
             outputs = detector(scenes)
         if not training:
@@ -229,13 +238,13 @@ def contender(training: bool, scene: Scene, setting: Setting, name: str) -> Cont
     def check() -> Outputs:
         detector.double()
         with comparable():
-            outputs = run_on(checked, nullcontext())
+            outputs = run_on(detector, checked, nullcontext())
         if training:
             outputs["gradient"] = outputs["gradient"].clone()
         detector.float()  # nothing is lost: it was in fp32 before
         return outputs
 
-    return Contender(run, detector, check, counted=True)
+    return Contender(run, timed, check, counted=True)
 
 
 @contextmanager

@@ -82,11 +82,12 @@ def detectors(job: str, options: "Options", _: Path) -> Iterator[Contest]:
 
     training, sizes = job == "detector-training", options.detector_batch_sizes
     what = f"Faster R-CNN ResNet-{options.depth} FPN {'training step' if training else 'inference'}"
+    own = (OWN,) if training else (OWN, f"{OWN}, {FUSED}")
     images = "one image" if sizes == (1,) else f"{' or '.join(map(str, sizes))} images"
     contest = Contest(
         job,
         f"{what}, {images}, {options.height} pixels",
-        with_peers(options, OWN, among=("torchvision", "detectron2")),
+        with_peers(options, *own, among=("torchvision", "detectron2")),
         partial(detectors.contender, training, detectors.scene_of(options.data)),
         tolerance=TOLERANCE["fp64"],  # whatever the mode
         difference=detectors.difference,

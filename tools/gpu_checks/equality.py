@@ -1,0 +1,316 @@
+"""The same computations on a CPU in fp64 and on the device in fp64, fp32 and bf16: how far apart they are."""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import torch
+from benchmarks.contest import OWN, relative_difference
+from benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn_scene, load
+from benchmarks.detectors import difference as detections_apart
+from benchmarks.networks import BACKBONES, as_graph, backbone_weights, first_trained
+from benchmarks.rounds import tf32
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from detection import build_faster_rcnn
+from detection.cells import rows_of, sum_cells
+from detection.faster_rcnn import FasterRCNN
+from detection.roi_align import PyramidRoIAlign
+from gpu_checks.record import Record, Setting
+from resbackbone import Feature, build_resnet_backbone
+from resbackbone.layers import FrozenBatchNorm2d, conv_norm_relu
+from resbackbone.training.distributed import Rank
+from resbackbone.training.optimizers import build_optimizer
+from resbackbone.training.state import TrainState
+
+Outputs = Mapping[str, Tensor]
+LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}  # of ||got - wanted|| / ||wanted||, fp32 without TF32
+CLASSES = 80
+DEPTH = 18
+HEIGHT, WIDTH = 128, 192  # of the detector's images
+CONVOLUTIONS = {
+    "1x1": {"kernel_size": 1},
+    "3x3, stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
+    "3x3, dilated, grouped": {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 4},
+}
+
+
+class Maker:
+    """Makes inputs: the same ones for every device and dtype."""
+
+    def __init__(self, device: str, dtype: torch.dtype):
+        self.device, self.dtype, self.random = device, dtype, torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.random, dtype=torch.float64).to(self.device, self.dtype)
+
+    def map(self, *shape: int) -> Tensor:
+        """A feature map [B, C, H, W] that takes a gradient."""
+        return self.normal(*shape).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def boxes(self, count: int) -> Tensor:
+        """[count, 4] of all sizes, some beyond the border of the detector's images."""
+        centres = torch.rand(count, 2, generator=self.random, dtype=torch.float64) * torch.tensor([WIDTH, HEIGHT])
+        sides = 4 * 2 ** (6 * torch.rand(count, 2, generator=self.random, dtype=torch.float64))
+        return torch.cat((centres - sides / 2, centres + sides / 2), 1).to(self.device, self.dtype)
+
+    def place(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device, self.dtype, memory_format=torch.channels_last)
+
+    def detector(self, *, smooth: bool = False) -> FasterRCNN:
+        """With few proposals, whose scores lie so far apart that rounding in fp32 chooses the same ones.
+
+        `smooth` is for gradients: see `lift`.
+        """
+        trunk = build_resnet_backbone(DEPTH, fpn=True, weights=dict(backbone_weights(DEPTH)))
+        few = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 60, "rpn_batch_size_per_image": 64}
+        detector = build_faster_rcnn(trunk, CLASSES, min_size=HEIGHT, resize_in_training=False, **few)
+        load(detector, detector_weights(DEPTH))
+        if smooth:
+            lift(detector.backbone)
+            for layer in (
+                detector.rpn.head.conv[0][0],
+                detector.roi_heads.box_head.fc6,
+                detector.roi_heads.box_head.fc7,
+            ):
+                nn.init.constant_(layer.bias, 30)
+            detector.roi_heads.box_predictor.cls_score.weight.data /= SHARPNESS
+        return self.place(detector)
+
+    def scenes(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+        """Two images with ten objects each, for the detector."""
+        scenes = drawn_scene().resized(HEIGHT, WIDTH).batch(2, self.device, self.dtype)
+        return [s.pixels for s in scenes], [{"boxes": s.boxes, "labels": s.labels} for s in scenes]
+
+
+def lift(backbone: nn.Module) -> nn.Module:
+    """Give frozen norms outputs that no ReLU cuts.
+
+    A ReLU whose input is nearly 0 passes a gradient or not, as rounding has it: in fp32 the gradients of any two
+    implementations may differ by 1e-3 for that alone.
+    """
+    for norm in (module for module in backbone.modules() if isinstance(module, FrozenBatchNorm2d)):
+        norm.weight.mul_(0.1)
+        norm.bias.fill_(1)
+    return backbone
+
+
+def folded_convolutions(make: Maker) -> Outputs:
+    """Convolution, frozen norm, sum and ReLU as one, with the gradients of input, weight and shortcut."""
+    outputs = {}
+    for name, options in CONVOLUTIONS.items():
+        torch.manual_seed(0)
+        conv, norm = nn.Conv2d(16, 24, bias=False, **options), FrozenBatchNorm2d(24)
+        for buffer in norm.buffers():
+            buffer.uniform_(0.5, 1.5)
+        conv, norm, x = make.place(conv), make.place(norm), make.map(2, 16, 19, 23)
+        shortcut = make.map(*conv(x).shape)
+        y = conv_norm_relu(conv, norm, x, shortcut)
+        y.backward(make.normal(*y.shape))
+        outputs |= {name: y, f"{name}: x": x.grad, f"{name}: weight": conv.weight.grad}
+        outputs[f"{name}: shortcut"] = shortcut.grad
+    return outputs
+
+
+def pyramid(make: Maker) -> Outputs:
+    """p2..p6 of images of odd size, with the gradients of the first and the last weight that trains."""
+    torch.manual_seed(0)
+    backbone = build_resnet_backbone(DEPTH, fpn=True, weights=dict(backbone_weights(DEPTH)))
+    maps = make.place(lift(backbone)).train()(make.normal(2, 3, 97, 130))
+    sum((x * make.normal(*x.shape)).sum() for x in maps.values()).backward()
+    weights = {"c3": first_trained(backbone), "p2": backbone.fpn.layer_blocks["0"][0].weight}
+    return {**maps, **{f"{name}: weight": weight.grad for name, weight in weights.items()}}
+
+
+def sums_of_cells(make: Maker) -> Outputs:
+    """`sum_cells` and its gradient, of cells that are used many times, once and never."""
+    feature = make.map(2, 32, 13, 17)
+    cells = torch.randint(0, 300, (500, 9), generator=make.random).to(make.device)
+    sums = sum_cells(rows_of(feature), cells, make.normal(500, 9))
+    sums.backward(make.normal(*sums.shape))
+    return {"sums": sums, "map": feature.grad}
+
+
+def roi_align(make: Maker, *, aligned: bool = False) -> Outputs:
+    """Regions of all levels, with the gradient of each map."""
+    features = {f"p{k}": Feature(16, 2**k) for k in range(2, 6)}
+    pool = PyramidRoIAlign(features, 7, 2, 224, aligned=aligned)
+    maps = {name: make.map(2, 16, HEIGHT // f.stride, WIDTH // f.stride) for name, f in features.items()}
+    pooled = pool(maps, [make.boxes(60), make.boxes(40)], [(HEIGHT, WIDTH)] * 2)
+    pooled.backward(make.normal(*pooled.shape))
+    return {"regions": pooled, **{name: feature.grad for name, feature in maps.items()}}
+
+
+def roi_align_aligned(make: Maker) -> Outputs:
+    """The same as detectron2 does it."""
+    return roi_align(make, aligned=True)
+
+
+def proposals(make: Maker) -> Outputs:
+    """The RPN's proposals, losses and gradient, of given maps."""
+    detector = make.detector().train()
+    features = detector.backbone.features.items()
+    maps = {name: make.map(2, 256, HEIGHT // f.stride, WIDTH // f.stride) for name, f in features}
+    images = ImageList(make.normal(2, 3, HEIGHT, WIDTH), [(HEIGHT, WIDTH), (HEIGHT - 9, WIDTH - 13)])
+    with comparable():
+        found, losses = detector.rpn(images, maps, make.scenes()[1])
+    sum(losses.values()).backward()
+    counts = torch.tensor([float(len(of_image)) for of_image in found])
+    return {"proposals": torch.cat(found), "counts": counts, "p3": maps["p3"].grad, **losses}
+
+
+def training_update(make: Maker) -> Outputs:
+    """A detector's losses and gradients, and the change of its weights by one update of SGD."""
+    detector = make.detector(smooth=True).train()
+    heads = {"RPN": detector.rpn.head.conv[0][0].weight, "fc6": detector.roi_heads.box_head.fc6.weight}
+    watched = {"c3": first_trained(detector), **heads}
+    before = {name: weight.detach().clone() for name, weight in watched.items()}
+    optimizer = build_optimizer(detector, "sgd", rate=1.0, weight_decay=1e-4, decay_norms=True)
+    state = TrainState(detector, optimizer, Rank(0, 1, torch.device(make.device)))
+    terms = {}
+
+    def losses(part: tuple) -> Outputs:
+        terms.update(detector(*part))
+        return terms
+
+    with comparable():
+        state.update(losses, [make.scenes()], learning_rate=1.0)
+    outputs = dict(terms)
+    for name, weight in watched.items():
+        outputs |= {f"{name}: gradient": weight.grad, f"{name}: change": weight.detach() - before[name]}
+    return outputs
+
+
+def detections(make: Maker) -> list[Outputs]:
+    """Boxes, scores and labels of two images, from fused weights."""
+    detector = make.detector().eval()
+    detector.backbone.fuse()
+    with torch.no_grad():
+        return detector(make.scenes()[0])
+
+
+SUBJECTS: dict[str, Callable[[Maker], Outputs | list[Outputs]]] = {
+    "folded convolutions": folded_convolutions,
+    "FPN maps": pyramid,
+    "sum_cells": sums_of_cells,
+    "RPN": proposals,
+    "RoIAlign": roi_align,
+    "RoIAlign, aligned": roi_align_aligned,
+    "losses, gradients, update": training_update,
+    "detections": detections,
+}
+
+
+def apart(subject: str, device: str, dtype: torch.dtype) -> float:
+    """How far a subject on the device is from the same in fp64 on the CPU; infinite if they cannot be compared."""
+    with tf32(False):
+        got = SUBJECTS[subject](Maker(device, dtype))
+    wanted = _reference(subject)
+    if isinstance(wanted, Mapping):
+        return relative_difference(got, wanted)
+    return detections_apart(
+        [{name: x.cpu().to(w[name]) for name, x in g.items()} for g, w in zip(got, wanted, strict=True)], wanted
+    )
+
+
+@lru_cache
+def _reference(subject: str) -> Outputs | list[Outputs]:
+    return SUBJECTS[subject](Maker("cpu", torch.float64))
+
+
+def step_of(
+    network: nn.Module, module: nn.Module, device: str, *, dtype: torch.dtype = torch.float32, bf16: bool = False
+) -> Callable[[], dict[str, Tensor]]:
+    """A training step of a backbone: its maps, and the gradient of the first weight that trains."""
+    make = Maker(device, dtype)
+    pixels = make.normal(2, 3, 97, 130).contiguous(memory_format=torch.channels_last)
+    parameters, first = list(module.parameters()), first_trained(module)
+    given: dict[str, Tensor] = {}
+
+    def run() -> dict[str, Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+            maps = network(pixels)
+        trained = {level: x for level, x in maps.items() if x.requires_grad}
+        for level, x in trained.items():
+            if level not in given:
+                given[level] = make.normal(*x.shape).abs().to(x.dtype).contiguous(memory_format=torch.channels_last)
+        torch.autograd.backward(list(trained.values()), [given[level] for level in trained])
+        return {**{level: x.detach() for level, x in maps.items()}, "gradient": first.grad}
+
+    return run
+
+
+def bf16_errors(device: str, depth: int) -> dict[str, dict[str, float]]:
+    """{who: {map or "gradient": how far it is from fp64 on the CPU}} of a backbone, c2..c5, that computes in bf16.
+
+    Ours under autocast keeps activations in bf16, as detectron2 does. torchvision's frozen norms make them fp32 under
+    autocast, which takes twice the memory; what compares with ours is torchvision's network in bf16 throughout.
+    """
+
+    def run(package: str, device: str, dtype: torch.dtype, *, autocast: bool = False) -> dict[str, Tensor]:
+        network = BACKBONES[package](depth, backbone_weights(depth)).train()
+        network = network.to(device, dtype, memory_format=torch.channels_last)
+        return step_of(network, network, device, dtype=dtype, bf16=autocast)()
+
+    wanted = run(OWN, "cpu", torch.float64)
+    runs = {
+        OWN: run(OWN, device, torch.float32, autocast=True),
+        "torchvision": run("torchvision", device, torch.bfloat16),
+        "torchvision, autocast": run("torchvision", device, torch.float32, autocast=True),
+    }
+    return {
+        who: {name: relative_difference({name: got[name]}, {name: wanted[name]}) for name in wanted}
+        for who, got in runs.items()
+    }
+
+
+def _backbone(device: str) -> nn.Module:
+    network = BACKBONES[OWN](DEPTH, backbone_weights(DEPTH)).train()
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def compiled_apart(device: str, *, backend: str = "inductor") -> float:
+    """How far a compiled backbone's step is from the eager one, in fp32 without TF32."""
+    with tf32(False):
+        network = _backbone(device)
+        eager = {name: x.clone() for name, x in step_of(network, network, device)().items()}
+        return relative_difference(step_of(torch.compile(network, backend=backend), network, device)(), eager)
+
+
+def graph_apart(device: str) -> dict[str, float]:
+    """How far a CUDA graph's replays are from eager steps: at once, after other work, and once weights have changed."""
+    with tf32(False):
+        network = _backbone(device)
+        run = step_of(network, network, device)
+        eager = {name: x.clone() for name, x in run().items()}
+        replay, found = as_graph(run, network), {}
+        found["at once"] = relative_difference(replay(), eager)
+        network.eval().train()  # which drops what frozen layers have kept: the graph must not read it
+        for _ in range(3):
+            step_of(_backbone(device), network, device)  # other work in the memory that was dropped
+        found["after other work"] = relative_difference(replay(), eager)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.mul_(1.01)
+        changed = {name: x.clone() for name, x in replay().items()}
+        found["with other weights"] = relative_difference(changed, run())
+    return found
+
+
+def check(setting: Setting, record: Record) -> None:
+    """Every subject in fp64 and fp32; bf16 beside torchvision's; CUDA graphs and torch.compile beside eager."""
+    for dtype, limit in LIMITS.items():
+        for subject in SUBJECTS:
+            name = str(dtype).removeprefix("torch.")
+            record.at_most(f"{subject}, {name}", apart(subject, setting.device, dtype), limit)
+    errors = bf16_errors(setting.device, DEPTH if setting.quick else 50)
+    for name, own in errors[OWN].items():
+        record.at_most(f"{name}, bf16: error beside torchvision's", own, errors["torchvision"][name])
+        record.row(f"{name}, bf16: torchvision's error with activations in fp32", errors["torchvision, autocast"][name])
+    if setting.on_gpu:
+        for name, difference in graph_apart(setting.device).items():
+            record.at_most(f"CUDA graph, {name}", difference, 1e-5)
+    if setting.on_gpu or not setting.quick:
+        record.at_most("torch.compile, float32", compiled_apart(setting.device), 1e-4)

@@ -1,0 +1,103 @@
+"""Speed beside torchvision, timm and detectron2: contests of tools/benchmark.py, and what compiling takes."""
+
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Sequence
+
+import benchmark
+import torch
+from benchmarks.contest import COMPILED, OWN, package_of, relative_difference
+from benchmarks.networks import Setting as Network
+from benchmarks.networks import classifier
+from benchmarks.rounds import MATRIX_PRODUCT
+
+from gpu_checks.record import Record, Setting
+from gpu_checks.runs import require
+
+BF16, TF32 = "bf16-channels-last", "tf32-channels-last"
+
+
+def contests(setting: Setting, record: Record, *words: str, modes: Sequence[str], seconds: int) -> None:
+    """Hold the contests that these words ask of benchmark.py; a row for each, all rounds in the details."""
+    require("tyro", "rich", "timm")
+    modes = [mode for mode in modes if setting.on_gpu or mode != TF32]
+    output = setting.scratch / "benchmark"
+    argv = [*words, "--modes", *modes, "--device", setting.device, "--output", str(output), "--quiet"]
+    argv += ["--rounds", "4" if setting.on_gpu else "1", "--budget", str(seconds)]
+    if not setting.on_gpu:
+        argv += ["--height", "64", "--width", "96", "--depth", "18", "--threads", str(torch.get_num_threads())]
+    with contextlib.suppress(ValueError):  # which names what failed: that is in the file too
+        benchmark.main(argv)
+    content = json.loads((output / "benchmark.json").read_text())
+    record.detail("benchmark.json", content)
+    for result in content["contests"]:
+        what = f"{result['job']}, {result['batch_size']} images, {result['mode']}"
+        own = [name for name, times in result["seconds"].items() if package_of(name) == OWN and times]
+        for name in own:
+            record.row(what + name.removeprefix(OWN), beside(name, result["seconds"]))
+        if not own:
+            record.row(what, "not measured")
+        for name, reason in result["failed"].items():
+            record.row(f"{what}: {name}", reason, "no failure", ok=False)
+        for name, reason in result["left_out"].items():
+            record.row(f"{what}: {name}", f"left out: {reason}")
+
+
+def beside(name: str, seconds: dict[str, list[float]]) -> str:
+    """A contender's time, and its ratio, round by round, to the fastest package that runs in the same way, if any."""
+    way = name.partition(", ")[2]
+    others = {n: times for n, times in seconds.items() if package_of(n) not in (OWN, MATRIX_PRODUCT)}
+    alike = [n for n in others if n.partition(", ")[2] == way] or [n for n in others if "," not in n]
+    took = f"{1000 * statistics.median(seconds[name]):.4g} ms"
+    if not alike:
+        return took
+    peer = min(alike, key=lambda n: statistics.median(others[n]))
+    ratio = statistics.median(own / other for own, other in zip(seconds[name], others[peer], strict=True))
+    return f"{took}, {ratio:.2f} of {peer}'s"
+
+
+def detector_training(setting: Setting, record: Record) -> None:
+    """A training step of 1, 2 and 16 images, in bf16 and TF32."""
+    contests(setting, record, *detector("detector-training", setting), modes=(BF16, TF32), seconds=70)
+
+
+def detector_inference(setting: Setting, record: Record) -> None:
+    """Detection on 1, 2 and 16 images, in bf16 and TF32."""
+    contests(setting, record, *detector("detector-inference", setting), modes=(BF16, TF32), seconds=50)
+
+
+def detector(job: str, setting: Setting) -> list[str]:
+    sizes = setting.batches(1, 2, 16) if setting.on_gpu else [1]
+    return ["--jobs", job, "--detector-batch-sizes", *map(str, sizes)]
+
+
+def backbones(setting: Setting, record: Record) -> None:
+    """c2..c5 of 8 images, in training and inference, eager; on a GPU as a CUDA graph and compiled too."""
+    jobs = ["training", "inference", *(["compiled-training"] if setting.on_gpu and not setting.quick else [])]
+    size = setting.batches(8)[0] if setting.on_gpu else 1
+    contests(setting, record, "--jobs", *jobs, "--batch-size", str(size), modes=(BF16,), seconds=60)
+
+
+def imagenet(setting: Setting, record: Record) -> None:
+    """ResNet-50's training step at 256 images, eager and compiled."""
+    size = setting.batches(256)[0] if setting.on_gpu else 2
+    contests(setting, record, "--jobs", "imagenet", "--imagenet-batch-size", str(size), modes=(BF16,), seconds=60)
+
+
+def compiled(setting: Setting, record: Record) -> None:
+    """What compiling a classifier's step takes and whether its loss is that of eager; the next parts find it cached."""
+    require("timm")
+    size = setting.batches(256)[0] if setting.on_gpu else 2
+    network = Network(BF16, setting.device, 50 if setting.on_gpu else 18, 800, 1216, size)
+    for package in (OWN, "torchvision", "timm"):
+        eager = classifier(network, package).run()
+        step = classifier(network, f"{package}, {COMPILED}")
+        began = time.monotonic()
+        difference = relative_difference(step.run(), eager)
+        record.row(
+            f"{package}: seconds to compile ResNet-{network.depth}'s training step", round(time.monotonic() - began)
+        )
+        record.at_most(f"{package}: loss of the first step, beside eager", difference, 0.03)
+        del step, eager

@@ -1,0 +1,60 @@
+"""What a part is given, and what it writes down: rows of a table, and longer things as JSON, after every step."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resbackbone.atomic import write_atomically
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a part is run."""
+
+    device: str  # "cuda", "cuda:1" or "cpu"
+    quick: bool
+    output: Path  # a folder for what is to stay
+    scratch: Path  # a folder that is removed in the end
+    share: float = 1.0  # of the usual batch sizes: halved after a part that ran out of memory
+    data: str | None = None  # CIFAR-10
+    minutes: float = 0.0  # for what fits into them
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def batches(self, *sizes: int) -> list[int]:
+        """The share of these batch sizes that memory holds, each once."""
+        return sorted({max(1, int(size * self.share)) for size in sizes})
+
+
+class Record:
+    """The results of one part, in a file that is written again with every row: a part that is cut off has left some."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.content: dict[str, Any] = {"status": "unfinished", "rows": [], "details": {}}
+
+    def row(self, what: str, value: Any, wanted: str = "", ok: bool | None = None) -> None:
+        """One line of the part's table. `ok` says whether the value is as it should be, if that can be said."""
+        self.content["rows"].append({"what": what, "value": value, "wanted": wanted, "ok": ok})
+        self.write()
+
+    def at_most(self, what: str, value: float, limit: float) -> None:
+        """A row whose value must neither exceed `limit` nor be NaN."""
+        self.row(what, value, f"at most {limit:.3g}", bool(value <= limit))
+
+    def detail(self, name: str, value: Any) -> None:
+        """What is too long for the table."""
+        self.content["details"][name] = value
+        self.write()
+
+    def write(self) -> None:
+        write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
+
+    @property
+    def differs(self) -> bool:
+        return any(row["ok"] is False for row in self.content["rows"])

@@ -1,0 +1,208 @@
+"""The commands as their users run them: killed and resumed, under torchrun, to an AP, for speed."""
+
+import importlib.util
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from detection.shapes import make_shapes
+from gpu_checks.record import Record, Setting
+from gpu_checks.steps import Training
+
+TOOLS = Path(__file__).parents[1]
+# What the commands need beside what a machine with torch is likely to have.
+NEEDED = ("tyro", "rich", "yaml", "filelock", "timm", "msgspec", "hotcoco", "pycocotools", "tensorboard", "matplotlib")
+UPDATES, SAVED, KILLED = 40, 20, 23
+PATIENCE = 120  # seconds for anything that must happen
+LEAST_AP50 = 0.6  # of `make demo`; on a CPU its seeds gave 0.68 to 0.76
+
+
+def require(*modules: str) -> None:
+    """Raise ModuleNotFoundError for the first of these that is not installed."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+class Command:
+    """One of the tools in a process of its own, in the scratch folder."""
+
+    def __init__(self, argv: Sequence[str | Path], setting: Setting, *, launcher: Sequence[str] = ()):
+        self.argv = [*(launcher or [sys.executable]), *map(str, argv)]
+        self.log = setting.scratch / f"{time.time_ns()}.log"
+        paths = os.pathsep.join(filter(None, (str(TOOLS.parent), os.environ.get("PYTHONPATH"))))
+        alone = {} if setting.on_gpu else {"OMP_NUM_THREADS": "1"}  # two at once would wait for each other's threads
+        self.began = time.monotonic()
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                self.argv,
+                cwd=setting.scratch,
+                env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **alone},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    def finish(self, *accepted: int) -> float:
+        """Wait for its end; returns the seconds since its start. Raises RuntimeError for another exit status."""
+        status = self.process.wait()
+        if status not in (accepted or (0,)):
+            raise RuntimeError(f"{' '.join(self.argv[1:4])} .. ended with {status}: {self.said()[-2000:]}")
+        return time.monotonic() - self.began
+
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str) -> float:
+        """The seconds from its start until it says this."""
+        while text not in self.said():
+            if self.process.poll() is not None or time.monotonic() - self.began > PATIENCE:
+                raise RuntimeError(f"{' '.join(self.argv[1:4])} .. never said {text!r}: {self.said()[-2000:]}")
+            time.sleep(0.05)
+        return time.monotonic() - self.began
+
+
+def small_data(setting: Setting) -> Path:
+    return make_shapes(setting.scratch / "small", train_images=32, val_images=2, size=64)
+
+
+def training(setting: Setting, output: str, *options: str) -> list[str | Path]:
+    """The options of train_coco.py for a short run."""
+    small = ["--recipe", "short", "--batch-size", "4", "--pictures", "0", "--log-period", "1"]
+    return [*small, "--data", small_data(setting), "--device", setting.device, "--output", output, *options]
+
+
+# Killed and resumed
+
+
+def resume(setting: Setting, record: Record) -> None:
+    """40 updates, and 40 that are killed after the 23rd and resumed at the 20th: the same images, the same weights."""
+    require(*NEEDED)
+    for kind in ("deterministic",) if setting.quick else ("deterministic", "as usual"):
+        extra = ["--deterministic"] if kind == "deterministic" else []
+        extra += ["--max-steps", str(UPDATES), "--checkpoint-period", str(SAVED)]
+        runs = {name: setting.scratch / f"{kind.replace(' ', '-')}-{name}" for name in ("whole", "broken")}
+
+        def start(name: str, kill: int, *options: str, runs=runs, extra=extra) -> Command:
+            notes = runs[name].with_suffix(".ids")
+            argv = training(setting, str(runs[name]), *extra, *options)
+            return Command([TOOLS / "gpu_checks" / "watched.py", notes, str(kill), *argv], setting)
+
+        commands = [start("whole", 0), start("broken", KILLED)]
+        commands[1].finish(-signal.SIGKILL)
+        start("broken", 0, "--resume").finish()
+        commands[0].finish()
+        compare(kind, runs["whole"], runs["broken"], record)
+
+
+def compare(kind: str, whole: Path, broken: Path, record: Record) -> None:
+    """Rows on what a broken run did otherwise than a whole one."""
+    ids = [[json.loads(line) for line in run.with_suffix(".ids").read_text().splitlines()] for run in (whole, broken)]
+    expected = ids[0][:KILLED] + ids[0][SAVED:]
+    same = len(ids[0]) == UPDATES and ids[1] == expected
+    record.row(f"{kind}: images of every update", "the same" if same else "others", "the same", same)
+    one, other = (load_file(run / "model.safetensors") for run in (whole, broken))
+    difference = sum((one[name].double() - other[name].double()).square().sum().item() for name in one) ** 0.5
+    distance = difference / sum(one[name].double().square().sum().item() for name in one) ** 0.5
+    what = f"{kind}: distance of the weights, relative"
+    if kind == "deterministic":
+        record.at_most(what, distance, 0.0)
+    else:
+        record.row(what, distance)
+
+
+# Under torchrun, and DDP over one rank
+
+
+def ranks(setting: Setting, record: Record) -> None:
+    """A start under torchrun, SIGTERM, and what DDP over one rank changes."""
+    ddp(setting, record)
+    require(*NEEDED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    output = setting.scratch / "torchrun"
+    argv = training(setting, str(output), "--max-steps", "100000", "--checkpoint-period", "100000")
+    command = Command([TOOLS / "train_coco.py", *argv], setting, launcher=launcher)
+    record.row("torchrun: seconds to the third update", round(command.wait_for("train 3/"), 1))
+    command.process.send_signal(signal.SIGTERM)
+    told = time.monotonic()
+    status = command.process.wait(PATIENCE)
+    record.row("torchrun: seconds from SIGTERM to the end", round(time.monotonic() - told, 1))
+    record.row("torchrun: its exit status", status, "1, whenever it is signalled")
+    saved = [path.name for path in (output / "checkpoints").glob("step_*")]
+    stopped = "terminated at step" in command.said() and len(saved) == 1
+    record.row("torchrun: the rank saved and stopped", ", ".join(saved) or "no", "yes", stopped)
+
+
+def ddp(setting: Setting, record: Record) -> None:
+    """One process as a group of its own: NCCL on a GPU, gloo on a CPU."""
+    backend = "nccl" if setting.on_gpu else "gloo"
+    if setting.on_gpu:
+        torch.cuda.set_device(torch.device(setting.device).index or 0)
+    began = time.monotonic()
+    dist.init_process_group(backend, init_method=f"file://{setting.scratch / 'store'}", rank=0, world_size=1)
+    dist.all_reduce(torch.ones(1, device=setting.device))
+    record.row(f"{backend}: seconds to the first exchange", round(time.monotonic() - began, 2))
+    alone, together = Training(setting, 2), Training(setting, 2, ranks=2)  # over 1, DDP would be left out
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for one in (alone, together):
+            torch.manual_seed(0)
+            one.step()
+    strides = sorted({str(line.message)[:200] for line in said if "stride" in str(line.message)})
+    record.row("DDP: warnings about strides", "; ".join(strides) or "none", "none", not strides)
+    states = alone.detector.state_dict(), together.detector.state_dict()
+    moved = [(states[1][name] - x).norm().item() / max(x.norm().item(), 1e-12) for name, x in states[0].items()]
+    record.at_most("DDP: weights after an update, beside those without", max(moved), 1e-3)
+    dist.destroy_process_group()
+
+
+# To its AP, and for speed
+
+
+def demo(setting: Setting, record: Record) -> None:
+    """train_coco.py on the embedded data set."""
+    require(*NEEDED)
+    short = ["--max-steps", "200" if setting.on_gpu else "2"] if setting.quick else []
+    data = [] if setting.on_gpu or not setting.quick else ["--data", small_data(setting), "--recipe", "short"]
+    argv = ["--output", "demo", "--device", setting.device, "--pictures", "2", *data, *short]
+    seconds = Command([TOOLS / "train_coco.py", *argv], setting).finish()
+    results = json.loads((setting.scratch / "demo" / "results.json").read_text())
+    lines = metrics(setting.scratch / "demo")
+    record.row("updates", lines[-1]["step"])
+    record.row("seconds in all, with drawing the images", round(seconds))
+    record.row("an update, median", f"{1000 * statistics.median(line['seconds'] for line in lines):.1f} ms")
+    ap50 = results["bbox"]["AP50"]
+    record.row("AP, AP50", f"{100 * (results['bbox']['AP'] or 0):.1f}, {100 * (ap50 or 0):.1f}")
+    if not short:
+        record.row("AP50 of the demo", ap50, f"at least {LEAST_AP50}", (ap50 or 0) >= LEAST_AP50)
+
+
+def pretrain(setting: Setting, record: Record) -> None:
+    """pretrain.py on synthetic images, as it is and compiled."""
+    require(*NEEDED)
+    small = [] if setting.on_gpu else ["--size", "64", "--depth", "18"]
+    steps, size = (60, setting.batches(256)[0]) if setting.on_gpu else (4, 4)
+    for flags in ([], ["--compile"]) if setting.on_gpu else ([],):
+        name = "compiled" if flags else "eager"
+        argv = ["--data", "synthetic", "--device", setting.device, "--output", name, "--batch-size", str(size), *small]
+        argv += ["--max-steps", str(steps), "--log-period", str(steps // 4), *flags]
+        seconds = Command([TOOLS / "pretrain.py", *argv], setting).finish()
+        rates = [line["images_per_second"] for line in metrics(setting.scratch / name)[1:]]
+        record.row(f"{name}: images a second, batches of {size}", round(statistics.median(rates)))
+        record.row(f"{name}: seconds in all", round(seconds))
+
+
+def metrics(run: Path) -> list[dict]:
+    """The lines that a run has recorded of its updates."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == "train"]

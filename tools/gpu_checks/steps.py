@@ -1,0 +1,163 @@
+"""A detector's training steps, looked at closely: where the host waits for the GPU, and what the GPU does."""
+
+import re
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from benchmarks.networks import backbone_weights
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from detection import build_faster_rcnn
+from detection.data import open_split, train_batches
+from detection.sampler import TrainBatches
+from detection.shapes import CLASSES, make_shapes
+from detection.transforms import TrainTransform
+from gpu_checks.machine import synchronize
+from gpu_checks.record import Record, Setting
+from resbackbone import build_resnet_backbone
+from resbackbone.training.device import autocast, choose_precision, use
+from resbackbone.training.distributed import Rank, distributed
+from resbackbone.training.optimizers import build_optimizer
+from resbackbone.training.state import TrainState
+
+ROOT = Path(__file__).parents[2]
+MOST_WAITS = 30  # of a step of two images; torchvision's detector has 37
+WARM_UP, STEPS = 3, 5
+GROUPS = {  # what kernels, or a CPU's operators, are for, by what their names hold
+    "NMS": r"nms",
+    "RoIAlign and RPN gathers": r"embedding_?bag|sumcells",
+    "sorting": r"sort|topk|radix",
+    "copies from the host": r"memcpy htod",
+    "convolutions and matrix products": r"conv|gemm|xmma|cutlass|nvjet|wgrad|dgrad|::mm|addmm|linear",
+}
+
+
+class Training:
+    """A Faster R-CNN with a pyramid that trains as tools/train_coco.py does, on drawn images."""
+
+    def __init__(self, setting: Setting, batch_size: int, *, ranks: int = 1):
+        device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device(setting.device)
+        use(device)
+        depth, sides = (50, (800,)) if setting.on_gpu else (18, (64,))
+        weights = dict(backbone_weights(depth))
+        torch.manual_seed(0)
+        detector = build_faster_rcnn(
+            build_resnet_backbone(depth, fpn=True, weights=weights), len(CLASSES), resize_in_training=False
+        )
+        self.detector = detector.to(device, memory_format=torch.channels_last).train()
+        self.rank, self.precision = Rank(0, ranks, device), choose_precision(None, str(device))
+        optimizer = build_optimizer(detector, "sgd", rate=1e-3, weight_decay=1e-4, decay_norms=True)
+        self.state = TrainState(distributed(detector, self.rank), optimizer, self.rank)
+        data = make_shapes(setting.scratch / "shapes", train_images=8, val_images=1, size=640 if setting.on_gpu else 64)
+        images = open_split(data, "train", transform=TrainTransform(sides, 1333), keep_empty=True)
+        order = TrainBatches(images, batch_size=batch_size, seed=0)
+        self.batches = train_batches(images, order, workers=6 if setting.on_gpu else 0, device=device)
+
+    def step(self) -> float:
+        """One update; returns the seconds that were spent waiting for its batch."""
+        began = time.perf_counter()
+        batch = next(self.batches)
+        waited = time.perf_counter() - began
+
+        def losses(part: tuple) -> dict[str, torch.Tensor]:
+            with autocast(self.rank.device, self.precision):
+                return self.state.model(*part)
+
+        self.state.update(losses, [batch], learning_rate=1e-3)
+        return waited
+
+
+@contextmanager
+def waits_noted(found: Counter) -> Iterator[None]:
+    """Count, by the line of this project and the line that is called at last, what makes the host wait for a GPU."""
+
+    def note(message, category, filename, lineno, *_) -> None:
+        if "synchronizing" not in str(message):
+            return
+        own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT / "detection"))]
+        own += [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT / "resbackbone"))]
+        line = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "backward"
+        found[f"{line}, in {'/'.join(Path(filename).parts[-3:])}:{lineno}"] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def waits(setting: Setting, record: Record) -> None:
+    """The host's waits in a step of 2 and of 16 images, by line."""
+    for size in setting.batches(2, 16):
+        training, found = Training(setting, size), Counter()
+        for _ in range(WARM_UP):
+            training.step()
+        with waits_noted(found):
+            training.step()
+        what = f"host waits in a step of {size} images"
+        record.detail(what, dict(found.most_common()))
+        if size == 2:
+            record.at_most(what, found.total(), MOST_WAITS)
+        else:
+            record.row(what, found.total())
+
+
+def profiled(setting: Setting, record: Record) -> None:
+    """Launches, idle share and what the time goes to, in steps of 2 and of 16 images."""
+    for size in setting.batches(2, 16) if setting.on_gpu else [2]:
+        training = Training(setting, size)
+        for _ in range(WARM_UP):
+            training.step()
+        synchronize(setting)
+        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
+        with profile(activities=kinds, acc_events=True) as profiler:
+            began, waited = time.perf_counter(), 0.0
+            for _ in range(STEPS):
+                waited += training.step()
+            synchronize(setting)
+            seconds = time.perf_counter() - began
+        spans = device_spans(profiler, setting)
+        busy = covered(spans)
+        record.row(f"{size} images: a step", f"{1000 * seconds / STEPS:.1f} ms")
+        record.row(f"{size} images: kernels in a step", round(len(spans) / STEPS))
+        record.row(f"{size} images: device idle", f"{100 * max(0.0, 1 - busy / seconds):.0f} %")
+        record.row(f"{size} images: waiting for data", f"{1000 * waited / STEPS:.2f} ms")
+        for group, pattern in GROUPS.items():
+            took = sum(end - start for name, start, end in spans if re.search(pattern, name, re.IGNORECASE))
+            record.row(f"{size} images: {group}", f"{1000 * took / STEPS:.2f} ms")
+        longest = Counter()
+        for name, start, end in spans:
+            longest[name[:120]] += 1000 * (end - start) / STEPS
+        record.detail(f"{size} images: ms a step by kernel", dict(longest.most_common(25)))
+        if setting.on_gpu:
+            record.row(f"{size} images: peak memory", f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
+
+
+def device_spans(profiler: profile, setting: Setting) -> list[tuple[str, float, float]]:
+    """(name, start, end) in seconds of every kernel and copy on the device; of a CPU, of every operator at the top."""
+    kind = DeviceType.CUDA if setting.on_gpu else DeviceType.CPU
+    events = [event for event in profiler.events() or () if event.device_type == kind]
+    if setting.on_gpu:
+        events = [event for event in events if not event.is_user_annotation]  # which span kernels
+    else:
+        events = [event for event in events if event.cpu_parent is None]
+    return [(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in events]
+
+
+def covered(spans: list[tuple[str, float, float]]) -> float:
+    """The seconds in which at least one of the spans runs."""
+    total, reached = 0.0, float("-inf")
+    for _, start, end in sorted(spans, key=lambda span: span[1]):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
