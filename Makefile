@@ -7,13 +7,14 @@ READY := $(VENV)/.installed
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help install demo test test-slow soak lint format check docs audit clean $(VENV)
+.PHONY: help install demo test test-slow soak gpu lint format check docs audit clean $(VENV)
 
 help:
 	@echo "make demo       install, train Faster R-CNN on the embedded data set, print its AP and where the pictures are"
 	@echo "make test       install, run the tests"
 	@echo "make test-slow  install, run all tests, the long ones too"
 	@echo "make soak       install, kill and break trainings and compare what comes of them with runs left alone"
+	@echo "make gpu        install, check the GPU: equality with the CPU, waits, resume, NCCL, speed beside the peers"
 	@echo "make check      install, lint and test: what CI runs"
 	@echo "make format     let ruff rewrite the sources"
 	@echo "make docs       install, build the documentation in site/"
@@ -43,6 +44,9 @@ test-slow: $(READY)
 
 soak: $(READY)
 	$(BIN)/python tools/soak.py
+
+gpu: $(READY)
+	$(BIN)/python tools/gpu_check.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

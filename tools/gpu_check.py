@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
                 write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
                 print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
         except KeyboardInterrupt:
-            print("interrupted")
-            content["parts"].update({name: skipped("interrupted") for name in parts if name not in content["parts"]})
+            for name in [name for name in parts if name not in content["parts"]]:
+                content["parts"][name] = not_run("interrupted", "by Ctrl-C")
     write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
     write_atomically(output / "gpu_check.md", markdown(content))
     print(table(content))
@@ -174,9 +174,9 @@ def results_of(parts: dict[str, Part], setting: Setting, deadline: float) -> Ite
             for name in group:
                 left = deadline - time.monotonic()
                 if parts[name].gpu_only and not setting.on_gpu:
-                    yield name, skipped("needs a GPU")
+                    yield name, not_run("skipped", "needs a GPU")
                 elif left < SHORTEST:
-                    yield name, skipped("no time left")
+                    yield name, not_run("skipped", "no time left")
                 else:
                     running.append(start(name, parts[name], setting, min(parts[name].seconds or left, left)))
             while running:
@@ -240,8 +240,8 @@ def result_of(one: Running) -> dict:
     return {"seconds": round(seconds, 1), **found}
 
 
-def skipped(reason: str) -> dict:
-    return {"status": "skipped", "seconds": 0.0, "reason": reason, "rows": [], "details": {}}
+def not_run(status: str, reason: str) -> dict:
+    return {"status": status, "seconds": 0.0, "reason": reason, "rows": [], "details": {}}
 
 
 def run_part(name: str, words: str) -> int:

@@ -56,6 +56,17 @@ def test_a_run_leaves_everything_in_its_folder(straight):
     assert config["precision"] == "fp32" and config["effective"]["milestones"] == [3, 4]
 
 
+def test_a_run_in_fp16_whose_loss_is_scaled_resumes_to_the_same_weights():
+    half = ["fp16" if word == "fp32" else word for word in SIX_STEPS]
+    train_cifar10.main([*half, "--output", "whole"])
+    train_cifar10.main([*half, "--output", "broken", "--max-steps", "4"])
+    train_cifar10.main([*half, "--output", "broken", "--max-steps", "6", "--resume"])
+    for name in ("model.safetensors", "checkpoints/step_0000006/optimizer.safetensors"):
+        assert differing(Path("broken", name), Path("whole", name)) == []
+    state = json.loads(Path("whole/checkpoints/step_0000006/state.json").read_text())
+    assert state["scaler"]["scale"] == 65536
+
+
 @pytest.mark.parametrize("words", [[], ["--quiet"]])
 def test_a_run_says_how_it_goes_sums_up_and_ends_with_its_result_which_is_all_that_a_quiet_one_says(words, capsys):
     argv = ["--data", "synthetic", "--steps", "4", "--batch-size", "8", "--eval-period", "2", "--log-period", "2"]
