@@ -1,6 +1,5 @@
 """A detector to its COCO AP: every image once on any number of ranks, scored on rank 0; and what is written of it."""
 
-import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.table import Table
 from torch.utils.data import DataLoader
 
 from detection.coco import BadImage, CocoImages
-from detection.faster_rcnn import FasterRCNN, prepare_for_detection
+from detection.faster_rcnn import FasterRCNN
 from detection.scoring import DETECTION, METRICS, entries, score_and_scorer
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
@@ -41,7 +40,7 @@ def evaluate(
     backend: str = "hotcoco",
     progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
 ) -> Evaluation:
-    """Detect on every image of `dataset`, with a copy of `detector` made for that, and score by `backend`.
+    """Detect on every image of `dataset` and score by `backend`.
 
     Detections take 56 bytes each while they are collected. `progress` wraps the loop over this rank's images; it is
     given their number. An image that cannot be read raises BadImage, or with the dataset's `skip_bad_images` counts as
@@ -50,18 +49,21 @@ def evaluate(
     """
     share = RankShare(len(dataset), rank=rank.rank, ranks=rank.ranks)
     loader = DataLoader(dataset, batch_size=None, sampler=share, num_workers=workers)
-    category_ids = list(detector.categories)
-    network = prepare_for_detection(copy.deepcopy(detector), bf16=bf16)
+    category_ids, was_training = list(detector.categories), detector.training
+    detector.eval()
     found = [np.empty(0, DETECTION)]
     skipped: list[str] = []
-    for sample in progress(iter(loader), len(share)):
-        if isinstance(sample, BadImage):
-            if not dataset.skip_bad_images:
-                raise sample
-            skipped.append(str(sample))
-            continue
-        image, image_id = sample[0], sample[1]["image_id"]
-        found.append(detect(network, image, image_id, category_ids, rank.device, bf16=bf16))
+    try:
+        for sample in progress(iter(loader), len(share)):
+            if isinstance(sample, BadImage):
+                if not dataset.skip_bad_images:
+                    raise sample
+                skipped.append(str(sample))
+                continue
+            image, image_id = sample[0], sample[1]["image_id"]
+            found.append(detect(detector, image, image_id, category_ids, rank.device, bf16=bf16))
+    finally:
+        detector.train(was_training)
     own = np.concatenate(found)
     parts = gather((own[np.isin(own["category_id"], list(dataset.categories))], skipped), rank)
     results, detections, scorer = None, np.empty(0, DETECTION), None

@@ -13,7 +13,7 @@ import tyro
 
 from detection.data import open_split
 from detection.evaluate import evaluate, print_results, write_results
-from detection.faster_rcnn import detector_file, load_detector
+from detection.faster_rcnn import detector_file, load_detector, prepare_for_detection
 from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
 from resbackbone.checks import one_of
@@ -84,6 +84,8 @@ def score(rank: Rank, options: Options) -> None:
     dataset = from_main(lambda: open_split(data, "val", **asked), rank)
     if rank.is_main:
         notes.print(f"{file} on {dataset.summary()}, {precision}")
+    bf16 = precision == "bf16"
+    prepare_for_detection(detector, bf16=bf16)
     if options.box_refinement or options.scales:
         detector = ImprovedTesting(detector, box_refinement=options.box_refinement, scales=options.scales)
     evaluation = evaluate(
@@ -91,7 +93,7 @@ def score(rank: Rank, options: Options) -> None:
         dataset,
         rank,
         workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
-        bf16=precision == "bf16",
+        bf16=bf16,
         backend=options.coco_backend,
         progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
     )

@@ -49,6 +49,7 @@ class Part:
     seconds: int
     gpu_only: bool = False
     alone: bool = True  # its times count, so that nothing else may run meanwhile
+    quick: bool = True  # part of --quick
 
 
 PARTS = {
@@ -58,11 +59,11 @@ PARTS = {
     "resume": Part("runs.resume", 120, alone=False),
     "ranks": Part("runs.ranks", 90, alone=False),
     "demo": Part("runs.demo", 120, alone=False),
-    "compile": Part("peers.compiled", 150, gpu_only=True, alone=False),
+    "compile": Part("peers.compiled", 140, gpu_only=True, alone=False, quick=False),
     "profile": Part("steps.profiled", 60),
     "detector-training": Part("peers.detector_training", 90),
     "detector-inference": Part("peers.detector_inference", 70),
-    "backbones": Part("peers.backbones", 80),
+    "backbones": Part("peers.backbones", 60),
     "imagenet": Part("peers.imagenet", 80),
     "pretrain": Part("runs.pretrain", 80),
 }
@@ -175,6 +176,8 @@ def results_of(parts: dict[str, Part], setting: Setting, deadline: float) -> Ite
                 left = deadline - time.monotonic()
                 if parts[name].gpu_only and not setting.on_gpu:
                     yield name, not_run("skipped", "needs a GPU")
+                elif setting.quick and not parts[name].quick:
+                    yield name, not_run("skipped", "not in --quick")
                 elif left < SHORTEST:
                     yield name, not_run("skipped", "no time left")
                 else:

@@ -6,6 +6,7 @@ python tools/train_coco.py --data coco --depth 50 --weights torchvision:ResNet50
 python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     goes on where it stopped
 """
 
+import copy
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ from detection.faster_rcnn import (
     FasterRCNN,
     build_faster_rcnn,
     load_detector,
+    prepare_for_detection,
     read_described_weights,
     retarget_detector,
     save_detector,
@@ -228,12 +230,13 @@ def train(rank: Rank, options: Options) -> None:
     def score() -> Evaluation:
         began = time.monotonic()
         share_buffers(detector, rank)
+        bf16 = options.precision == "bf16"
         evaluation = evaluate(
-            detector,
+            prepare_for_detection(copy.deepcopy(detector), bf16=bf16),
             val_set,
             rank,
             workers=options.workers,
-            bf16=options.precision == "bf16",
+            bf16=bf16,
             backend=options.coco_backend,
             progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
         )

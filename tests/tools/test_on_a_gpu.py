@@ -38,7 +38,7 @@ def test_a_compiled_backbone_gives_what_eager_gives():
 
 
 def test_a_cuda_graph_gives_what_eager_gives_whatever_happens_in_between():
-    assert all(difference < 1e-5 for difference in equality.graph_apart("cuda").values())
+    assert all(difference < 1e-4 for difference in equality.graph_apart("cuda").values())
 
 
 def test_a_step_of_two_images_waits_for_the_gpu_thirty_times_at_most(setting):

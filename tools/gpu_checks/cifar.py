@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import train_cifar10
 from torch import Tensor
 
-from gpu_checks.record import Record, Setting
-from gpu_checks.runs import NEEDED, require
+from gpu_checks.record import Record, Setting, require
+from gpu_checks.runs import NEEDED
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
 from resbackbone.cifar import CifarResNet, build_cifar_resnet, save_cifar_resnet

@@ -287,9 +287,9 @@ def graph_apart(device: str) -> dict[str, float]:
         eager = {name: x.clone() for name, x in run().items()}
         replay, found = as_graph(run, network), {}
         found["at once"] = relative_difference(replay(), eager)
-        network.eval().train()  # which drops what frozen layers have kept: the graph must not read it
-        for _ in range(3):
-            step_of(_backbone(device), network, device)  # other work in the memory that was dropped
+        network.eval().train()  # which drops what frozen layers have kept: the graph must not read that memory
+        other = _backbone(device)
+        step_of(other, other, device)()
         found["after other work"] = relative_difference(replay(), eager)
         with torch.no_grad():
             for parameter in network.parameters():
@@ -311,6 +311,6 @@ def check(setting: Setting, record: Record) -> None:
         record.row(f"{name}, bf16: torchvision's error with activations in fp32", errors["torchvision, autocast"][name])
     if setting.on_gpu:
         for name, difference in graph_apart(setting.device).items():
-            record.at_most(f"CUDA graph, {name}", difference, 1e-5)
+            record.at_most(f"CUDA graph, {name}", difference, 1e-4)
     if setting.on_gpu or not setting.quick:
         record.at_most("torch.compile, float32", compiled_apart(setting.device), 1e-4)

@@ -13,8 +13,7 @@ from benchmarks.networks import Setting as Network
 from benchmarks.networks import classifier
 from benchmarks.rounds import MATRIX_PRODUCT
 
-from gpu_checks.record import Record, Setting
-from gpu_checks.runs import require
+from gpu_checks.record import Record, Setting, require
 
 BF16, TF32 = "bf16-channels-last", "tf32-channels-last"
 
@@ -74,10 +73,10 @@ def detector(job: str, setting: Setting) -> list[str]:
 
 
 def backbones(setting: Setting, record: Record) -> None:
-    """c2..c5 of 8 images, in training and inference, eager; on a GPU as a CUDA graph and compiled too."""
-    jobs = ["training", "inference", *(["compiled-training"] if setting.on_gpu and not setting.quick else [])]
+    """c2..c5 of 8 images, in training and inference."""
     size = setting.batches(8)[0] if setting.on_gpu else 1
-    contests(setting, record, "--jobs", *jobs, "--batch-size", str(size), modes=(BF16,), seconds=60)
+    words = ("--jobs", "training", "inference", "--batch-size", str(size))
+    contests(setting, record, *words, modes=(BF16, TF32), seconds=40)
 
 
 def imagenet(setting: Setting, record: Record) -> None:

@@ -1,5 +1,6 @@
 """What a part is given, and what it writes down: rows of a table, and longer things as JSON, after every step."""
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,3 +59,10 @@ class Record:
     @property
     def differs(self) -> bool:
         return any(row["ok"] is False for row in self.content["rows"])
+
+
+def require(*modules: str) -> None:
+    """Raise ModuleNotFoundError for the first of these that is not installed."""
+    for name in modules:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)

@@ -1,6 +1,5 @@
 """The commands as their users run them: killed and resumed, under torchrun, to an AP, for speed."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from detection.shapes import make_shapes
-from gpu_checks.record import Record, Setting
+from gpu_checks.record import Record, Setting, require
 from gpu_checks.steps import Training
 
 TOOLS = Path(__file__).parents[1]
@@ -26,13 +25,6 @@ NEEDED = ("tyro", "rich", "yaml", "filelock", "timm", "msgspec", "hotcoco", "pyc
 UPDATES, SAVED, KILLED = 40, 20, 23
 PATIENCE = 120  # seconds for anything that must happen
 LEAST_AP50 = 0.6  # of `make demo`; on a CPU its seeds gave 0.68 to 0.76
-
-
-def require(*modules: str) -> None:
-    """Raise ModuleNotFoundError for the first of these that is not installed."""
-    for name in modules:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 
 class Command:
