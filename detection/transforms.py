@@ -39,21 +39,25 @@ class InputTransform(GeneralizedRCNNTransform):
 
     def __init__(self, min_size, max_size, image_mean, image_std, **options):
         super().__init__(min_size, max_size, image_mean, image_std, **options)
-        self.sent: dict[tuple, tuple[Tensor, ...]] = {}  # mean and std, by what images are in and where they are
+        self.sent: dict[tuple, tuple[Tensor, ...]] = {}  # mean and std on the device
 
     def normalize(self, image: Tensor) -> Tensor:
         """[3, H, W] floats in 0..1 -> the same less the mean, by the standard deviation."""
         if not image.is_floating_point():
             raise TypeError(f"images are floats in 0..1, not {image.dtype}: divide uint8 images by 255")
-        key = image.dtype, image.device
-        if key not in self.sent:
-            both = torch.tensor([self.image_mean, self.image_std], dtype=image.dtype, device=image.device)
-            constants = both[:, :, None, None].unbind()
-            if torch.compiler.is_compiling():  # a trace's tensors hold no numbers
-                return (image - constants[0]) / constants[1]
-            self.sent[key] = constants
-        mean, std = self.sent[key]
+        key = image.dtype, image.device, tuple(self.image_mean), tuple(self.image_std)
+        if torch.compiler.is_compiling():  # a trace's tensors hold no numbers
+            mean, std = self._constants(image)
+        elif key in self.sent:
+            mean, std = self.sent[key]
+        else:
+            with torch.inference_mode(False):  # they outlive a call under inference_mode, and a gradient may pass them
+                mean, std = self.sent[key] = self._constants(image)
         return (image - mean) / std
+
+    def _constants(self, image: Tensor) -> tuple[Tensor, ...]:
+        both = torch.tensor([self.image_mean, self.image_std], dtype=image.dtype, device=image.device)
+        return both[:, :, None, None].unbind()
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
         """[3, H, W] at the size that the detector asks for, in eval mode the test size; boxes follow."""

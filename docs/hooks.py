@@ -18,7 +18,8 @@ def address(path: Path) -> str:
 
 def on_files(files, config):
     """Add what pages link to outside docs/, and what these link to in turn."""
-    seen = {address(Path(file.abs_src_path)) for file in files}
+    paths = [Path(file.abs_src_path) for file in files]
+    seen = {address(path) for path in paths if path.is_relative_to(ROOT)}  # the theme's may lie elsewhere
     pages = [Path(file.abs_src_path) for file in files.documentation_pages()]
     while pages:
         page = pages.pop()

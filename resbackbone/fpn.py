@@ -89,6 +89,6 @@ class FPN(nn.Module):
             p6 = F.relu(pyramid["p6"]) if self.relu_before_p7 else pyramid["p6"]
             pyramid["p7"] = self.extra_blocks["p7"](p6)
         elif "p6" in self.levels:
-            # A max pool of single cells, as in torchvision, whose gradient is not deterministic on every GPU.
+            # torchvision's max pool of 1x1 windows; older versions of torch had no deterministic gradient for that one.
             pyramid["p6"] = pyramid["p5"][:, :, ::2, ::2].clone()
         return {level: pyramid[level] for level in self.levels}

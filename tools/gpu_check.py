@@ -4,7 +4,7 @@ python tools/gpu_check.py                                  every part, in 7.5 mi
 python tools/gpu_check.py --quick                          2 minutes
 python tools/gpu_check.py --parts equality waits           these parts alone
 python tools/gpu_check.py cifar --data cifar10 --minutes 12    the paper's CIFAR-10 networks, as many as fit
-python tools/gpu_check.py --device cpu --quick             what a CPU can do of it, at sizes that only show that it runs
+python tools/gpu_check.py --device cpu --quick             the parts that need no GPU, at toy sizes: a smoke test
 
 Every part runs in a process of its own, with a time limit; what fails is recorded with its traceback, and the next part
 starts. The output folder has gpu_check.json, written after every part, and gpu_check.md with all rows.
@@ -12,7 +12,6 @@ starts. The output folder has gpu_check.json, written after every part, and gpu_
 
 import argparse
 import contextlib
-import importlib
 import json
 import os
 import shlex
@@ -22,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -36,9 +35,9 @@ from gpu_checks.record import Record, Setting  # noqa: E402
 from resbackbone.atomic import write_atomically  # noqa: E402
 from resbackbone.training.device import choose_device  # noqa: E402
 
-ROOMY = {"cores": 8, "bytes": 40e9}  # of a machine that runs parts side by side
-BAD = ("differs", "failed", "out of memory", "timed out", "interrupted")
-SHORTEST = 5  # seconds; with less than this left, a part is not started
+ROOMY = {"cores": 8, "bytes": 70e9}  # of a machine that runs parts side by side
+BAD = ("differs", "failed", "out of memory", "timed out", "interrupted")  # not "skipped", nor "out of time"
+SHORTEST = 20  # seconds; with less than this left, a part is not started
 
 
 @dataclass(frozen=True)
@@ -48,24 +47,25 @@ class Part:
     function: str
     seconds: int
     gpu_only: bool = False
-    alone: bool = True  # its times count, so that nothing else may run meanwhile
+    alone: bool = True  # timed: nothing else may run meanwhile
     quick: bool = True  # part of --quick
 
 
+TOGETHER = 170  # seconds: the longest of the parts that run together sets how long they take
 PARTS = {
     "machine": Part("machine.check", 45),
-    "equality": Part("equality.check", 100, alone=False),
-    "waits": Part("steps.waits", 60, gpu_only=True, alone=False),
-    "resume": Part("runs.resume", 120, alone=False),
-    "ranks": Part("runs.ranks", 90, alone=False),
-    "demo": Part("runs.demo", 120, alone=False),
-    "compile": Part("peers.compiled", 140, gpu_only=True, alone=False, quick=False),
+    "equality": Part("equality.check", TOGETHER, alone=False),
+    "waits": Part("steps.waits", TOGETHER, gpu_only=True, alone=False),
+    "resume": Part("runs.resume", TOGETHER, alone=False),
+    "ranks": Part("runs.ranks", TOGETHER, alone=False),
+    "demo": Part("runs.demo", TOGETHER, alone=False),
+    "compile": Part("peers.compiled", TOGETHER, gpu_only=True, alone=False, quick=False),
     "profile": Part("steps.profiled", 60),
-    "detector-training": Part("peers.detector_training", 90),
-    "detector-inference": Part("peers.detector_inference", 70),
-    "backbones": Part("peers.backbones", 60),
-    "imagenet": Part("peers.imagenet", 80),
-    "pretrain": Part("runs.pretrain", 80),
+    "detector-training": Part("peers.detector_training", 80),
+    "detector-inference": Part("peers.detector_inference", 60),
+    "backbones": Part("peers.backbones", 50),
+    "imagenet": Part("peers.imagenet", 70),
+    "pretrain": Part("runs.pretrain", 100),
 }
 CIFAR = {"cifar": Part("cifar.experiment", 0)}  # its limit is --minutes
 
@@ -75,18 +75,57 @@ class Running:
     """A part that runs."""
 
     name: str
-    part: Part
     process: subprocess.Popen
     file: Path
     log: Path
     limit: float
+    cut: bool  # whether it is the time of all parts that sets the limit
     began: float = field(default_factory=time.monotonic)
+
+    def is_over(self) -> bool:
+        return self.process.poll() is not None or time.monotonic() - self.began > self.limit
 
     def stop(self) -> None:
         """End its process and all that it has started."""
+        kill_descendants(self.process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+    def result(self, *, interrupted: bool = False) -> dict:
+        """Stop it; returns its results, partial if it had not ended by itself."""
+        seconds, status = time.monotonic() - self.began, self.process.poll()
+        self.stop()
+        try:
+            found = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            found = not_run("unfinished", "")
+        if found["status"] == "unfinished":
+            if status is not None:
+                found |= {"status": "failed", "reason": f"its process ended with {status}"}
+            elif interrupted:
+                found |= {"status": "interrupted", "reason": "by Ctrl-C"}
+            else:
+                found["status"] = "out of time" if self.cut else "timed out"
+                found["reason"] = f"stopped after {self.limit:.0f} s"
+            found["traceback"] = self.log.read_text(errors="replace")[-4000:]
+        for file in (self.file, self.log):
+            file.unlink(missing_ok=True)
+        return {**found, "seconds": round(seconds, 1)}
+
+
+def kill_descendants(pid: int) -> None:
+    """Kill all that a process has started, in sessions of their own too, as torchrun's workers are; needs /proc."""
+    parents = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(file.parent.name)] = int(file.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:  # which grows meanwhile
+        found += [child for child, parent in parents.items() if parent == one]
+    for one in found[1:]:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,11 +134,11 @@ def main(argv: list[str] | None = None) -> int:
     if options.part:
         return run_part(options.part, options.setting)
     if sys.platform == "win32":
-        return refuse("it stops processes as Linux and macOS do")
+        return refuse("gpu_check.py needs Linux or macOS")
     try:
         choose_device(options.device)
     except ValueError as error:
-        return refuse(f"{error} (--device cpu --quick tries what a CPU can do)")
+        return refuse(f"{error}; --device cpu --quick runs the parts that need no GPU")
     if options.what == "cifar" and options.data is None:
         return refuse(
             "cifar needs --data DIR, which should hold cifar-10-batches-py/, or train/<class>/ and test/<class>/"
@@ -114,20 +153,25 @@ def main(argv: list[str] | None = None) -> int:
         "parts": {},
     }
     began = time.monotonic()
+
+    def done(name: str, found: dict) -> None:
+        content["machine"] = content["machine"] or found.pop("machine", {})
+        content["parts"][name] = found
+        content["seconds"] = round(time.monotonic() - began, 1)
+        write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
+        print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else its parts would outlive it
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         data = options.data and str(Path(options.data).absolute() if Path(options.data).exists() else options.data)
         setting = Setting(options.device, options.quick, output, Path(scratch), data=data, minutes=options.minutes)
         grace = 60 if options.what == "cifar" else 0  # for its start, and for the net that is under way
         try:
-            for name, found in results_of(parts, setting, began + 60 * options.minutes + grace):
-                content["machine"] = content["machine"] or found.pop("machine", {})
-                content["parts"][name] = found
-                content["seconds"] = round(time.monotonic() - began, 1)
-                write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
-                print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
+            run(parts, setting, began + 60 * options.minutes + grace, done)
         except KeyboardInterrupt:
             for name in [name for name in parts if name not in content["parts"]]:
-                content["parts"][name] = not_run("interrupted", "by Ctrl-C")
+                done(name, not_run("interrupted", "by Ctrl-C"))
+    content["parts"] = {name: content["parts"][name] for name in parts}
     write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
     write_atomically(output / "gpu_check.md", markdown(content))
     print(table(content))
@@ -167,29 +211,36 @@ def refuse(reason: str) -> int:
     return 1
 
 
-def results_of(parts: dict[str, Part], setting: Setting, deadline: float) -> Iterator[tuple[str, dict]]:
-    """(name, result) of every part as they end; where there is room, those whose times do not count run together."""
+def run(parts: dict[str, Part], setting: Setting, deadline: float, done: Callable[[str, dict], None]) -> None:
+    """Run every part, and call done(name, result) as they end. Parts that are not timed run together if there is room.
+
+    deadline: time.monotonic() at which all is stopped. After KeyboardInterrupt what runs has been stopped.
+    """
     for group in grouped(parts, side_by_side=setting.on_gpu and is_roomy(setting.device)):
-        running = []
+        running: list[Running] = []
         try:
             for name in group:
                 left = deadline - time.monotonic()
                 if parts[name].gpu_only and not setting.on_gpu:
-                    yield name, not_run("skipped", "needs a GPU")
+                    done(name, not_run("skipped", "needs a GPU"))
                 elif setting.quick and not parts[name].quick:
-                    yield name, not_run("skipped", "not in --quick")
+                    done(name, not_run("skipped", "not in --quick"))
                 elif left < SHORTEST:
-                    yield name, not_run("skipped", "no time left")
+                    done(name, not_run("out of time", "not started"))
                 else:
-                    running.append(start(name, parts[name], setting, min(parts[name].seconds or left, left)))
+                    running.append(start(name, parts[name], replace(setting, together=len(group) > 1), left))
             while running:
                 time.sleep(0.1)
-                for one in [one for one in running if is_over(one)]:
+                for one in [one for one in running if one.is_over()]:
                     running.remove(one)
-                    found = result_of(one)
+                    found = one.result()
                     if found["status"] == "out of memory":
                         setting = replace(setting, share=setting.share / 2)
-                    yield one.name, found
+                    done(one.name, found)
+        except KeyboardInterrupt:
+            for one in running:
+                done(one.name, one.result(interrupted=True))
+            raise
         finally:
             for one in running:
                 one.stop()
@@ -208,9 +259,10 @@ def is_roomy(device: str) -> bool:
     return (os.cpu_count() or 1) >= ROOMY["cores"] and memory >= ROOMY["bytes"]
 
 
-def start(name: str, part: Part, setting: Setting, limit: float) -> Running:
-    """Start a part's process."""
-    setting = replace(setting, scratch=setting.scratch / name)
+def start(name: str, part: Part, setting: Setting, left: float) -> Running:
+    """Start a part's process, which is stopped after its own seconds, or those that are left to all parts."""
+    limit = min(part.seconds or left, left)
+    setting = replace(setting, scratch=setting.scratch / name, until=time.time() + limit)
     setting.scratch.mkdir()
     file, log = (setting.output / f".{name}.{kind}" for kind in ("json", "log"))
     file.unlink(missing_ok=True)
@@ -218,29 +270,7 @@ def start(name: str, part: Part, setting: Setting, limit: float) -> Running:
     argv = [sys.executable, str(Path(__file__)), "--part", name, "--setting", json.dumps(words)]
     with open(log, "wb") as said:
         process = subprocess.Popen(argv, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-    return Running(name, part, process, file, log, limit)
-
-
-def is_over(one: Running) -> bool:
-    return one.process.poll() is not None or time.monotonic() - one.began > one.limit
-
-
-def result_of(one: Running) -> dict:
-    """What a part has recorded; of one that has not ended by itself, until it was stopped."""
-    seconds, status = time.monotonic() - one.began, one.process.poll()
-    one.stop()
-    try:
-        found = json.loads(one.file.read_text())
-    except (OSError, ValueError):
-        found = {"status": "unfinished", "rows": [], "details": {}}
-    if found["status"] == "unfinished":
-        found["status"] = "timed out" if status is None else "failed"
-        said = one.log.read_text(errors="replace")[-4000:]
-        found["reason"] = f"stopped after {one.limit:.0f} s" if status is None else f"its process ended with {status}"
-        found["traceback"] = found.get("traceback", said)
-    for file in (one.file, one.log):
-        file.unlink(missing_ok=True)
-    return {"seconds": round(seconds, 1), **found}
+    return Running(name, process, file, log, limit, cut=limit == left)
 
 
 def not_run(status: str, reason: str) -> dict:
@@ -252,12 +282,14 @@ def run_part(name: str, words: str) -> int:
     values = json.loads(words)
     setting = Setting(**{**values, "output": Path(values["output"]), "scratch": Path(values["scratch"])})
     record = Record(setting.output / f".{name}.json")
-    module, function = {**PARTS, **CIFAR}[name].function.split(".")
     try:
         from benchmarks.machine import describe
 
+        if setting.on_gpu:
+            torch.cuda.set_device(torch.device(setting.device).index or 0)
         record.content["machine"] = describe(setting.device, torch.get_num_threads())
-        getattr(importlib.import_module(f"gpu_checks.{module}"), function)(setting, record)
+        record.write()
+        function_of(name)(setting, record)
         status, reason = "differs" if record.differs else "ok", ""
     except ModuleNotFoundError as error:
         status, reason = "skipped", f"needs {error.name}, which is not installed"
@@ -268,13 +300,34 @@ def run_part(name: str, words: str) -> int:
             f"{type(error).__name__}: {' '.join(str(error).split())}",
         )
         record.content["traceback"] = traceback.format_exc()
+    finally:
+        kill_descendants(os.getpid())
     record.content |= {"status": status, "reason": reason[:300]}
     record.write()
     return int(status in BAD)
 
 
+def function_of(part: str) -> Callable[[Setting, Record], None]:
+    """What a part runs. Only its own module is imported: the machine may lack what another one needs."""
+    module, function = {**PARTS, **CIFAR}[part].function.split(".")
+    match module:
+        case "cifar":
+            from gpu_checks import cifar as found
+        case "equality":
+            from gpu_checks import equality as found
+        case "machine":
+            from gpu_checks import machine as found
+        case "peers":
+            from gpu_checks import peers as found
+        case "runs":
+            from gpu_checks import runs as found
+        case "steps":
+            from gpu_checks import steps as found
+    return getattr(found, function)
+
+
 def table(content: dict) -> str:
-    """A line a part: how it went, and what is wrong, or how many rows are as they should be."""
+    """One line per part: its status, then the failed checks or the number that passed."""
     lines = [f"{'part':18} {'status':14} {'seconds':>7}  "]
     for name, found in content["parts"].items():
         wrong = [
@@ -284,7 +337,10 @@ def table(content: dict) -> str:
         note = found.get("reason") or "; ".join(wrong) or (f"{right} checks passed" if right else "")
         lines.append(f"{name:18} {found['status']:14} {found['seconds']:7.0f}  {note[:150]}")
     bad = [name for name, found in content["parts"].items() if found["status"] in BAD]
+    late = [name for name, found in content["parts"].items() if found["status"] == "out of time"]
     lines.append(f"look at: {', '.join(bad)}" if bad else "nothing wrong was found")
+    if late:
+        lines[-1] += f"; there was no time for {', '.join(late)} (--minutes, --parts)"
     return "\n".join(lines)
 
 

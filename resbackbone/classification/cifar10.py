@@ -128,8 +128,9 @@ def train_batches(
     """
     images, labels, mean_image = (tensor.to(device) for tensor in (*split, mean_image))
     for indices, random in draws(len(labels), batch_size=batch_size, seed=seed, rank=rank, ranks=ranks, start=start):
-        chosen = torch.tensor(indices, device=device)
-        yield augment(to_model_input(images[chosen], mean_image), random), labels[chosen]
+        drawn = torch.tensor(indices)[:, None], *draw_crops(len(indices), random)
+        chosen, top, left, flipped = torch.stack(drawn).to(device)  # in one copy
+        yield crop(to_model_input(images[chosen[:, 0]], mean_image), top, left, flipped), labels[chosen[:, 0]]
 
 
 def draws(
@@ -148,26 +149,24 @@ def draws(
         yield indices, torch.Generator().manual_seed(int(np.random.default_rng((seed, number, rank)).integers(2**62)))
 
 
-def augment(images: Tensor, random: torch.Generator) -> Tensor:
-    """Each of [B, 3, H, W] padded by 4 zeros a side (the mean's value), cropped to H x W anywhere, flipped or not.
-
-    The result is channels last. `random` is the CPU's generator, so every device gets the same crops.
-    """
-    return crop(images, *(tensor.to(images.device) for tensor in draw_crops(len(images), random)))
-
-
 def draw_crops(count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """The first row and column of so many crops of padded images, and whether they are flipped, [count, 1] each."""
+    """The first row and column of `count` crops of padded images, and 1 for those to flip: int64 [count, 1] each.
+
+    `random` is a CPU's generator, so every device gets the same crops.
+    """
     top, left = torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=random)
-    return top, left, torch.randint(0, 2, (count, 1), generator=random).bool()
+    return top, left, torch.randint(0, 2, (count, 1), generator=random)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
-    """The crops that `draw_crops` describes, channels last."""
+    """Each of [B, 3, H, W] padded by 4 zeros a side (the mean's value), cropped to H x W, flipped or not.
+
+    The crops are `draw_crops`'s; the result is channels last.
+    """
     count, _, height, width = images.shape
     rows = top + torch.arange(height, device=images.device)  # [B, H]
     columns = torch.arange(width, device=images.device).expand(count, width)
-    columns = left + torch.where(flipped, columns.flip(1), columns)  # [B, W]
+    columns = left + torch.where(flipped == 1, columns.flip(1), columns)  # [B, W]
     padded = F.pad(images, (PADDING,) * 4).permute(0, 2, 3, 1)  # [B, H + 8, W + 8, 3]
     which = torch.arange(count, device=images.device)
     cropped = padded[which[:, None, None], rows[:, :, None], columns[:, None, :]]  # [B, H, W, 3]

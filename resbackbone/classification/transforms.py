@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -118,8 +119,14 @@ def to_model_input(images: Tensor, device: torch.device) -> Tensor:
     width = images.shape[-1]
     # Rows of pixels, [B, H, W*3], and a number for each value: CPUs take many times as long for [.., 3] / [3].
     rows = images.to(device, non_blocking=True).permute(0, 2, 3, 1).flatten(2).float()
-    mean, std = (torch.tensor(values).repeat(width).to(device) for values in (MEAN, STD))
+    mean, std = _row_of_constants(width, device)
     return rows.div_(255).sub_(mean).div_(std).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=16)
+def _row_of_constants(width: int, device: torch.device) -> list[Tensor]:
+    with torch.inference_mode(False):
+        return [torch.tensor(values).repeat(width).to(device) for values in (MEAN, STD)]
 
 
 def _auto_augment(name: str | None, size: int):

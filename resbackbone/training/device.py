@@ -47,9 +47,14 @@ def native_precision(device: str) -> str:
     """ "bf16" where the device computes in it faster than in fp32, else "fp32"."""
     kind = torch.device(device).type
     if kind == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if _is_ampere_or_later(device) else "fp32"
     features = torch.cpu.get_capabilities() if kind == "cpu" and hasattr(torch.cpu, "get_capabilities") else {}
     return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+
+
+def _is_ampere_or_later(device: str | torch.device) -> bool:
+    """Whether an NVIDIA GPU multiplies in bf16 and TF32."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -79,10 +84,9 @@ def use_deterministic(on: bool) -> None:
 
 
 def arithmetic(device: torch.device) -> dict[str, str]:
-    """What results depend on beside the configuration, for a run's config.yaml."""
-    kinds = {
-        "convolutions": torch.backends.cudnn.allow_tf32,
-        "matrix products": torch.get_float32_matmul_precision() != "highest",
-    }
-    tf32 = " and ".join(name for name, allowed in kinds.items() if allowed and device.type == "cuda")
-    return {"torch": str(torch.__version__), "tf32": tf32 or "not used"}
+    """The version of torch and what is computed in TF32, which a run's results depend on."""
+    used = []
+    if device.type == "cuda" and _is_ampere_or_later(device) and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+        used += ["convolutions"] if torch.backends.cudnn.allow_tf32 else []
+        used += ["matrix products"] if torch.get_float32_matmul_precision() != "highest" else []
+    return {"torch": str(torch.__version__), "tf32": " and ".join(used) or "not used"}

@@ -69,7 +69,8 @@ def launch(function: Callable[..., None], arguments: tuple, *, device: str, proc
     importable then, and if one fails the others are stopped and this one exits with status 1.
     """
     if "RANK" in os.environ:
-        _run(_local_rank(), int(os.environ["RANK"]), processes, device, function, arguments)
+        rank = int(os.environ["RANK"])
+        _run(_place(rank, processes, device), rank, processes, function, arguments)
     elif processes > 1:
         _spawn(function, arguments, device=device, processes=processes)
     else:
@@ -77,10 +78,21 @@ def launch(function: Callable[..., None], arguments: tuple, *, device: str, proc
         _call(function, Rank(0, 1, torch.device(device)), arguments)
 
 
-def _local_rank() -> int:
-    """This process's number on its machine. Plain srun does not set LOCAL_RANK."""
-    names = [name for name in ("LOCAL_RANK", "SLURM_LOCALID", "RANK") if name in os.environ]
-    return int(os.environ[names[0]])
+def _place(rank: int, ranks: int, device: str) -> torch.device:
+    """The device of a process that a launcher has started. Plain srun does not set LOCAL_RANK."""
+    place = torch.device(device)
+    if place.type != "cuda" or (place.index is not None and ranks == 1):
+        return place
+    if place.index is not None:
+        raise ValueError(f"--device {device}: each of the {ranks} processes takes a GPU of its own; use --device cuda")
+    visible = torch.cuda.device_count()
+    if visible == 1:  # a launcher may show each process its own GPU alone
+        return torch.device("cuda", 0)
+    name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), None)
+    index = rank % visible if name is None else int(os.environ[name])
+    if index >= visible:
+        raise ValueError(f"{name}={index}, but there are {visible} GPUs here: start no more than {visible} processes")
+    return torch.device("cuda", index)
 
 
 def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, processes: int) -> None:
@@ -109,13 +121,11 @@ def _call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
 def _spawned(rank: int, shared: dict, processes: int, device: str, function: Callable, arguments: tuple) -> None:
     os.environ.update(shared, RANK=str(rank))
     with quick_exit(), one_line_errors():
-        _run(rank, rank, processes, device, function, arguments)
+        place = torch.device("cuda", rank) if device == "cuda" else torch.device(device)
+        _run(place, rank, processes, function, arguments)
 
 
-def _run(local_rank: int, rank: int, processes: int, device: str, function: Callable, arguments: tuple) -> None:
-    place = torch.device(device)
-    if place.type == "cuda":  # a launcher may show each process one GPU, its own
-        place = torch.device("cuda", local_rank % torch.cuda.device_count())
+def _run(place: torch.device, rank: int, processes: int, function: Callable, arguments: tuple) -> None:
     use(place)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     store = store_of_this_start(rank, processes, TIMEOUT)

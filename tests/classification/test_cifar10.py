@@ -11,7 +11,8 @@ from torchvision.datasets import CIFAR10
 from resbackbone.classification import cifar10
 from resbackbone.classification.cifar10 import (
     Split,
-    augment,
+    crop,
+    draw_crops,
     mean_image_of,
     open_cifar10,
     to_model_input,
@@ -187,15 +188,15 @@ def test_the_networks_input_is_0_to_1_less_the_mean_of_each_pixel():
 
 def test_every_augmented_image_is_a_padded_crop_flipped_or_not():
     images = torch.randn(200, 3, 6, 5)
-    found = augment(images, torch.Generator().manual_seed(0))
+    found = crop(images, *draw_crops(len(images), torch.Generator().manual_seed(0)))
     assert found.shape == images.shape and found.is_contiguous(memory_format=torch.channels_last)
     seen = set()
-    for image, crop in zip(images, found, strict=True):
+    for image, cropped in zip(images, found, strict=True):
         padded = torch.nn.functional.pad(image, (4, 4, 4, 4))
         places = set()
         for top, left, flipped in itertools.product(range(9), range(9), (False, True)):
             there = padded[:, top : top + 6, left : left + 5]
-            if torch.equal(crop, there.flip(2) if flipped else there):
+            if torch.equal(cropped, there.flip(2) if flipped else there):
                 places.add((top, left, flipped))
         assert len(places) >= 1
         seen |= places if len(places) == 1 else set()
@@ -206,7 +207,7 @@ def test_every_augmented_image_is_a_padded_crop_flipped_or_not():
 @pytest.fixture
 def numbered(monkeypatch):
     """Eleven training images that are told apart by their values, and are not augmented."""
-    monkeypatch.setattr(cifar10, "augment", lambda images, random: images)
+    monkeypatch.setattr(cifar10, "crop", lambda images, *crops: images)
     return Split(torch.arange(11, dtype=torch.uint8).view(11, 1, 1, 1).expand(11, 3, 32, 32), torch.arange(11))
 
 
@@ -240,7 +241,12 @@ def test_ranks_share_a_batch_out_among_them(numbered):
 
 def test_augmentation_follows_from_seed_step_and_rank(numbered, monkeypatch):
     seeds = []
-    monkeypatch.setattr(cifar10, "augment", lambda images, random: seeds.append(random.initial_seed()) or images)
+
+    def draw(count, random):
+        seeds.append(random.initial_seed())
+        return draw_crops(count, random)
+
+    monkeypatch.setattr(cifar10, "draw_crops", draw)
     for seed, start, rank in [(3, 1, 0), (3, 1, 0), (4, 1, 0), (3, 2, 0), (3, 1, 1)]:
         labels_of(numbered, 1, seed=seed, start=start, rank=rank, ranks=2)
     assert seeds[0] == seeds[1] and len(set(seeds)) == 4

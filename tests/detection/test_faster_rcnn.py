@@ -355,6 +355,24 @@ def test_under_bf16_autocast_boxes_scores_and_losses_stay_fp32(variant):
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in detector.parameters())
 
 
+def test_after_inference_mode_a_detector_trains_and_passes_gradients_to_its_images():
+    detector = small_detector().eval()
+    images = two_images()
+    with torch.inference_mode():
+        detector([x.clone() for x in images])
+    images = [x.requires_grad_() for x in images]
+    sum(detector.train()(images, [target(*SOME_BOXES[:1])] * 2).values()).backward()
+    assert all(x.grad.abs().sum() > 0 for x in images)
+
+
+def test_a_change_of_the_mean_counts_from_the_next_image_on():
+    transform = small_detector().transform
+    image = torch.rand(3, 5, 7)
+    transform.normalize(image)
+    transform.image_mean, transform.image_std = [0.0] * 3, [2.0] * 3
+    assert torch.equal(transform.normalize(image), image / 2)
+
+
 def test_an_image_in_a_batch_of_one_may_have_any_size():
     detector = small_detector().eval()
     with torch.inference_mode():

@@ -14,7 +14,13 @@ from torch import nn
 from detection import paper
 from detection.data import open_split
 from detection.evaluate import evaluate
-from detection.faster_rcnn import BACKBONE_OF, build_faster_rcnn, load_detector, save_detector
+from detection.faster_rcnn import (
+    BACKBONE_OF,
+    build_faster_rcnn,
+    load_detector,
+    prepare_for_detection,
+    save_detector,
+)
 from detection.paper import ImprovedTesting, VGGHead, build_vgg16_backbone, load_vgg16, select_and_vote, vote
 from detection.recipes import RECIPES
 from detection.scoring import entries
@@ -523,6 +529,11 @@ def run(shapes, tmp_path_factory):
     return folder
 
 
+def prepared(run):
+    """The detector as the command has it: folded convolutions round otherwise."""
+    return prepare_for_detection(load_detector(run / "model.safetensors").to(memory_format=torch.channels_last))
+
+
 def evaluated(run, tmp_path, *argv):
     shutil.copytree(run, tmp_path / "run")
     evaluate_coco.main([str(tmp_path / "run"), "--device", "cpu", *map(str, argv)])
@@ -530,7 +541,7 @@ def evaluated(run, tmp_path, *argv):
 
 
 def test_evaluation_without_options_is_the_detectors_own_bit_for_bit(run, shapes, tmp_path):
-    detector = load_detector(run / "model.safetensors").to(memory_format=torch.channels_last)  # as the command has it
+    detector = prepared(run)
     _, wanted, _ = evaluate(detector, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
     assert len(wanted) > 10
     assert evaluated(run, tmp_path) == [entries(wanted)]
@@ -538,8 +549,7 @@ def test_evaluation_without_options_is_the_detectors_own_bit_for_bit(run, shapes
 
 
 def test_evaluation_with_improvements_is_that_of_the_improved_detector_in_a_folder_of_its_own(run, shapes, tmp_path):
-    detector = load_detector(run / "model.safetensors").to(memory_format=torch.channels_last)
-    improved = ImprovedTesting(detector, box_refinement=True, scales=(48, 64, 80))
+    improved = ImprovedTesting(prepared(run), box_refinement=True, scales=(48, 64, 80))
     _, wanted, _ = evaluate(improved, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
     assert len(wanted) > 10
     assert evaluated(run, tmp_path, "--box-refinement", "--scales", 48, 64, 80) == [entries(wanted)]

@@ -1,6 +1,7 @@
 """What tools/gpu_check.py finds, as tests: they run wherever there is a GPU, and are skipped elsewhere."""
 
 import importlib
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from resbackbone.training.device import use_deterministic
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on the GPU, for determinism
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 equality, records, runs, steps = (
     importlib.import_module(f"gpu_checks.{name}") for name in ("equality", "record", "runs", "steps")

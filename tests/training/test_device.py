@@ -11,7 +11,7 @@ def gpus(monkeypatch):
     def have(count, *, bf16=True):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if bf16 else (7, 5))
 
     return have
 
@@ -61,7 +61,12 @@ def test_under_autocast_products_are_in_the_precision(precision, dtype):
         assert torch.mm(torch.ones(2, 2), torch.ones(2, 2)).dtype == dtype
 
 
-def test_what_a_result_depends_on_is_said():
-    said = arithmetic(torch.device("cpu"))
-    assert said == {"torch": torch.__version__, "tf32": "not used"}
+def test_what_a_result_depends_on_is_said(gpus, monkeypatch):
+    assert arithmetic(torch.device("cpu")) == {"torch": torch.__version__, "tf32": "not used"}
+    gpus(1)
     assert arithmetic(torch.device("cuda"))["tf32"].startswith("convolutions")  # torch's default
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    assert arithmetic(torch.device("cuda"))["tf32"] == "not used"
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE")
+    gpus(1, bf16=False)  # V100, T4: no TF32 either
+    assert arithmetic(torch.device("cuda"))["tf32"] == "not used"

@@ -243,6 +243,22 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_machine(environment, visibl
     assert used == [torch.device("cuda", index)] * 2
 
 
+@pytest.mark.parametrize(
+    "device, environment, message",
+    [
+        ("cuda", {"LOCAL_RANK": "2"}, "LOCAL_RANK=2, but there are 2 GPUs here: start no more than 2 processes"),
+        ("cuda", {"SLURM_LOCALID": "7"}, "SLURM_LOCALID=7, but there are 2 GPUs here"),
+        ("cuda:1", {"LOCAL_RANK": "1"}, "--device cuda:1: each of the 3 processes takes a GPU of its own; use"),
+    ],
+)
+def test_processes_that_have_no_gpu_of_their_own_are_refused(device, environment, message, no_torchrun, monkeypatch):
+    for name, value in {"RANK": "2", **environment}.items():
+        monkeypatch.setenv(name, value)
+    with_gpus(monkeypatch, 2)
+    with pytest.raises(ValueError, match=message):
+        launch(print, (), device=device, processes=3)
+
+
 def test_one_process_makes_its_device_the_current_one(no_torchrun, monkeypatch):
     used = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)

@@ -33,7 +33,7 @@ def describe(device: str, threads: int) -> dict:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with "+" if files differ from it; None without git."""
+    """The checkout's commit, with "+" if files differ from it; without git, $RESBACKBONE_COMMIT or None."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -41,7 +41,7 @@ def commit() -> str | None:
     try:
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return os.environ.get("RESBACKBONE_COMMIT")
 
 
 def processor() -> dict:

@@ -3,7 +3,6 @@
 A backbone returns c2..c5; its norms, its stem and c2 are frozen. The input is normalized RGB.
 """
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -228,7 +227,11 @@ def classifier(setting: Setting, name: str) -> Contender:
         network = own = build_resnet_classifier(setting.depth)
     package = package_of(name)
     if package != OWN:
-        network = getattr(importlib.import_module(f"{package}.models"), f"resnet{setting.depth}")()
+        if package == "timm":
+            from timm import models
+        else:
+            from torchvision import models
+        network = getattr(models, f"resnet{setting.depth}")()
         network.load_state_dict(from_ours(own.state_dict(), package))
     network = setting.place(network).train()
     called = torch.compile(network) if name.endswith(COMPILED) else network

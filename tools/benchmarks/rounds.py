@@ -58,7 +58,7 @@ class Session:
     def __init__(self, device: str, *, rounds: int, deadline: float = math.inf):
         self.device, self.rounds, self.deadline = device, rounds, deadline
         self.on_gpu = torch.device(device).type == "cuda"
-        self.compile_seconds = 30.0  # an estimate, until a contender was compiled: then what that took
+        self.compile_seconds = 45.0  # an estimate, until a contender was compiled: then what that took
 
     def is_over(self, seconds: float = 0.0) -> bool:
         """Whether something that takes so long would end after the deadline."""
@@ -214,7 +214,7 @@ def _take_turns(contest: Contest, contenders: dict, result: dict, rounds: int, s
     result["seconds"] = {name: [] for name in timers}
     expected = 0.0 if contest.network else sum(result["first"].values())  # a network's first run may compile
     while timers.keys() - {MATRIX_PRODUCT} and len(result["others"]) < rounds:
-        if session.is_over(expected):
+        if result["others"] and session.is_over(expected):  # what is prepared gets one round in any case
             result["left_out"][f"{rounds - len(result['others'])} of {rounds} rounds"] = "the budget is spent"
             return
         began, others, times = time.monotonic(), Others(), {}

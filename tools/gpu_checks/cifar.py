@@ -188,6 +188,6 @@ def experiment(setting: Setting, record: Record) -> None:
         found = train(options, setting.output / "cifar" / name, data, until=until)
         took = f"{found['updates']:,} updates in {found['seconds']:.0f} s"
         if found["error"] is None:
-            record.row(name, f"would take longer than there is: stopped after {took}")
+            record.row(name, f"stopped after {took}: it would not finish within --minutes")
         else:
             record.row(name, f"test error {100 * found['error']:.2f} %, {took}")

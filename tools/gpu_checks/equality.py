@@ -86,8 +86,8 @@ class Maker:
 def lift(backbone: nn.Module) -> nn.Module:
     """Give frozen norms outputs that no ReLU cuts.
 
-    A ReLU whose input is nearly 0 passes a gradient or not, as rounding has it: in fp32 the gradients of any two
-    implementations may differ by 1e-3 for that alone.
+    Near 0, rounding decides whether a ReLU passes the gradient: in fp32, the gradients of any two implementations may
+    differ by 1e-3 for that alone.
     """
     for norm in (module for module in backbone.modules() if isinstance(module, FrozenBatchNorm2d)):
         norm.weight.mul_(0.1)

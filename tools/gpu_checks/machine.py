@@ -14,7 +14,7 @@ from gpu_checks.record import Record, Setting
 
 
 def check(setting: Setting, record: Record) -> None:
-    """doctor.py's checks, then the ceilings that all other times stand beside."""
+    """doctor.py's checks, then the device's peak rates, for comparison with all other times."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         status = doctor.main()

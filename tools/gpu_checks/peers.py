@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Sequence
@@ -11,26 +12,30 @@ import torch
 from benchmarks.contest import COMPILED, OWN, package_of, relative_difference
 from benchmarks.networks import Setting as Network
 from benchmarks.networks import classifier
-from benchmarks.rounds import MATRIX_PRODUCT
+from benchmarks.rounds import MATRIX_PRODUCT, tf32
 
 from gpu_checks.record import Record, Setting, require
 
+SPARE = 15  # seconds between the end of a contest's budget and that of the part
 BF16, TF32 = "bf16-channels-last", "tf32-channels-last"
 
 
-def contests(setting: Setting, record: Record, *words: str, modes: Sequence[str], seconds: int) -> None:
-    """Hold the contests that these words ask of benchmark.py; a row for each, all rounds in the details."""
+def contests(setting: Setting, record: Record, *words: str, modes: Sequence[str]) -> None:
+    """Hold the contests that these words ask of benchmark.py; a row for each, all rounds in the details.
+
+    Raises torch.OutOfMemoryError if a contender ran out of memory, once the rows are written.
+    """
     require("tyro", "rich", "timm")
     modes = [mode for mode in modes if setting.on_gpu or mode != TF32]
     output = setting.scratch / "benchmark"
     argv = [*words, "--modes", *modes, "--device", setting.device, "--output", str(output), "--quiet"]
-    argv += ["--rounds", "4" if setting.on_gpu else "1", "--budget", str(seconds)]
+    argv += ["--rounds", "4" if setting.on_gpu else "1", "--budget", str(max(1, setting.left() - SPARE))]
     if not setting.on_gpu:
         argv += ["--height", "64", "--width", "96", "--depth", "18", "--threads", str(torch.get_num_threads())]
     with contextlib.suppress(ValueError):  # which names what failed: that is in the file too
         benchmark.main(argv)
     content = json.loads((output / "benchmark.json").read_text())
-    record.detail("benchmark.json", content)
+    record.detail(shlex.join(words), content)
     for result in content["contests"]:
         what = f"{result['job']}, {result['batch_size']} images, {result['mode']}"
         own = [name for name, times in result["seconds"].items() if package_of(name) == OWN and times]
@@ -42,6 +47,10 @@ def contests(setting: Setting, record: Record, *words: str, modes: Sequence[str]
             record.row(f"{what}: {name}", reason, "no failure", ok=False)
         for name, reason in result["left_out"].items():
             record.row(f"{what}: {name}", f"left out: {reason}")
+    failures = [reason for result in content["contests"] for reason in result["failed"].values()]
+    full = [reason for reason in failures if reason.startswith("OutOfMemoryError")]
+    if full:
+        raise torch.OutOfMemoryError(full[0])
 
 
 def beside(name: str, seconds: dict[str, list[float]]) -> str:
@@ -59,44 +68,44 @@ def beside(name: str, seconds: dict[str, list[float]]) -> str:
 
 def detector_training(setting: Setting, record: Record) -> None:
     """A training step of 1, 2 and 16 images, in bf16 and TF32."""
-    contests(setting, record, *detector("detector-training", setting), modes=(BF16, TF32), seconds=70)
+    detectors("detector-training", setting, record)
 
 
 def detector_inference(setting: Setting, record: Record) -> None:
     """Detection on 1, 2 and 16 images, in bf16 and TF32."""
-    contests(setting, record, *detector("detector-inference", setting), modes=(BF16, TF32), seconds=50)
+    detectors("detector-inference", setting, record)
 
 
-def detector(job: str, setting: Setting) -> list[str]:
-    sizes = setting.batches(1, 2, 16) if setting.on_gpu else [1]
-    return ["--jobs", job, "--detector-batch-sizes", *map(str, sizes)]
+def detectors(job: str, setting: Setting, record: Record) -> None:
+    for size in setting.batches(1, 2, 16) if setting.on_gpu else [1]:  # one by one: each leaves its rows
+        contests(setting, record, "--jobs", job, "--detector-batch-sizes", str(size), modes=(BF16, TF32))
 
 
 def backbones(setting: Setting, record: Record) -> None:
     """c2..c5 of 8 images, in training and inference."""
     size = setting.batches(8)[0] if setting.on_gpu else 1
-    words = ("--jobs", "training", "inference", "--batch-size", str(size))
-    contests(setting, record, *words, modes=(BF16, TF32), seconds=40)
+    for job in ("training", "inference"):
+        contests(setting, record, "--jobs", job, "--batch-size", str(size), modes=(BF16, TF32))
 
 
 def imagenet(setting: Setting, record: Record) -> None:
     """ResNet-50's training step at 256 images, eager and compiled."""
     size = setting.batches(256)[0] if setting.on_gpu else 2
-    contests(setting, record, "--jobs", "imagenet", "--imagenet-batch-size", str(size), modes=(BF16,), seconds=60)
+    contests(setting, record, "--jobs", "imagenet", "--imagenet-batch-size", str(size), modes=(BF16,))
 
 
 def compiled(setting: Setting, record: Record) -> None:
-    """What compiling a classifier's step takes and whether its loss is that of eager; the next parts find it cached."""
+    """How long a classifier's step takes to compile, and whether its loss is eager's; `imagenet` finds it cached."""
     require("timm")
     size = setting.batches(256)[0] if setting.on_gpu else 2
     network = Network(BF16, setting.device, 50 if setting.on_gpu else 18, 800, 1216, size)
     for package in (OWN, "torchvision", "timm"):
-        eager = classifier(network, package).run()
-        step = classifier(network, f"{package}, {COMPILED}")
-        began = time.monotonic()
-        difference = relative_difference(step.run(), eager)
-        record.row(
-            f"{package}: seconds to compile ResNet-{network.depth}'s training step", round(time.monotonic() - began)
-        )
+        with tf32(True):  # as `imagenet` sets it: a compiled kernel is cached by that too
+            eager = classifier(network, package).run()
+            step = classifier(network, f"{package}, {COMPILED}")
+            began = time.monotonic()
+            difference = relative_difference(step.run(), eager)
+        took = f"{time.monotonic() - began:.0f} s, less if cached{setting.beside}"
+        record.row(f"{package}: compiling ResNet-{network.depth} and a step", took)
         record.at_most(f"{package}: loss of the first step, beside eager", difference, 0.03)
         del step, eager

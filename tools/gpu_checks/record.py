@@ -1,7 +1,8 @@
-"""What a part is given, and what it writes down: rows of a table, and longer things as JSON, after every step."""
+"""A part's input (`Setting`) and output (`Record`), which is saved after every row."""
 
 import importlib.util
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,23 @@ class Setting:
     output: Path  # a folder for what is to stay
     scratch: Path  # a folder that is removed in the end
     share: float = 1.0  # of the usual batch sizes: halved after a part that ran out of memory
+    together: bool = False  # with other parts, which makes its times longer
+    until: float = float("inf")  # the time (time.time()) at which it is stopped
     data: str | None = None  # CIFAR-10
     minutes: float = 0.0  # for what fits into them
 
     @property
     def on_gpu(self) -> bool:
         return torch.device(self.device).type == "cuda"
+
+    @property
+    def beside(self) -> str:
+        """What a time has to say of how it was measured."""
+        return ", beside other parts" if self.together else ""
+
+    def left(self) -> float:
+        """Seconds until the part is stopped; an hour at most."""
+        return min(3600.0, self.until - time.time())
 
     def batches(self, *sizes: int) -> list[int]:
         """The share of these batch sizes that memory holds, each once."""

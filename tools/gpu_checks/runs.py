@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from detection.data import EMBEDDED
 from detection.shapes import make_shapes
 from gpu_checks.record import Record, Setting, require
 from gpu_checks.steps import Training
@@ -70,7 +71,7 @@ def small_data(setting: Setting) -> Path:
 
 def training(setting: Setting, output: str, *options: str) -> list[str | Path]:
     """The options of train_coco.py for a short run."""
-    small = ["--recipe", "short", "--batch-size", "4", "--pictures", "0", "--log-period", "1"]
+    small = ["--recipe", "short", "--batch-size", "4", "--workers", "2", "--pictures", "0", "--log-period", "1"]
     return [*small, "--data", small_data(setting), "--device", setting.device, "--output", output, *options]
 
 
@@ -98,7 +99,7 @@ def resume(setting: Setting, record: Record) -> None:
 
 
 def compare(kind: str, whole: Path, broken: Path, record: Record) -> None:
-    """Rows on what a broken run did otherwise than a whole one."""
+    """Record how a resumed run differs from an uninterrupted one."""
     ids = [[json.loads(line) for line in run.with_suffix(".ids").read_text().splitlines()] for run in (whole, broken)]
     expected = ids[0][:KILLED] + ids[0][SAVED:]
     same = len(ids[0]) == UPDATES and ids[1] == expected
@@ -120,11 +121,13 @@ def ranks(setting: Setting, record: Record) -> None:
     """A start under torchrun, SIGTERM, and what DDP over one rank changes."""
     ddp(setting, record)
     require(*NEEDED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    launcher += ["--nproc-per-node", "1"]
     output = setting.scratch / "torchrun"
-    argv = training(setting, str(output), "--max-steps", "100000", "--checkpoint-period", "100000")
+    argv = training(setting, str(output), "--max-steps", "5000", "--checkpoint-period", "5000")
     command = Command([TOOLS / "train_coco.py", *argv], setting, launcher=launcher)
-    record.row("torchrun: seconds to the third update", round(command.wait_for("train 3/"), 1))
+    started = command.wait_for("train 3/")
+    record.row("torchrun: from its start to the third update", f"{started:.1f} s{setting.beside}")
     command.process.send_signal(signal.SIGTERM)
     told = time.monotonic()
     status = command.process.wait(PATIENCE)
@@ -165,14 +168,16 @@ def demo(setting: Setting, record: Record) -> None:
     """train_coco.py on the embedded data set."""
     require(*NEEDED)
     short = ["--max-steps", "200" if setting.on_gpu else "2"] if setting.quick else []
-    data = [] if setting.on_gpu or not setting.quick else ["--data", small_data(setting), "--recipe", "short"]
-    argv = ["--output", "demo", "--device", setting.device, "--pictures", "2", *data, *short]
+    data = EMBEDDED if setting.on_gpu or not setting.quick else small_data(setting)
+    argv = ["--data", data, "--recipe", "short", "--device", setting.device, "--pictures", "2", "--output", "demo"]
+    argv += short
     seconds = Command([TOOLS / "train_coco.py", *argv], setting).finish()
     results = json.loads((setting.scratch / "demo" / "results.json").read_text())
     lines = metrics(setting.scratch / "demo")
     record.row("updates", lines[-1]["step"])
-    record.row("seconds in all, with drawing the images", round(seconds))
-    record.row("an update, median", f"{1000 * statistics.median(line['seconds'] for line in lines):.1f} ms")
+    update = statistics.median(line["seconds"] for line in lines)
+    record.row("in all, with drawing the images", f"{seconds:.0f} s{setting.beside}")
+    record.row("an update, median", f"{1000 * update:.1f} ms{setting.beside}")
     ap50 = results["bbox"]["AP50"]
     record.row("AP, AP50", f"{100 * (results['bbox']['AP'] or 0):.1f}, {100 * (ap50 or 0):.1f}")
     if not short:

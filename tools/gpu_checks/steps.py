@@ -27,10 +27,11 @@ from resbackbone.training.distributed import Rank, distributed
 from resbackbone.training.optimizers import build_optimizer
 from resbackbone.training.state import TrainState
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
+OWN = tuple(str(ROOT / package) for package in ("detection", "resbackbone"))
 MOST_WAITS = 30  # of a step of two images; torchvision's detector has 37
 WARM_UP, STEPS = 3, 5
-GROUPS = {  # what kernels, or a CPU's operators, are for, by what their names hold
+GROUPS = {  # of kernels, or of a CPU's operators, by name
     "NMS": r"nms",
     "RoIAlign and RPN gathers": r"embedding_?bag|sumcells",
     "sorting": r"sort|topk|radix",
@@ -58,7 +59,7 @@ class Training:
         data = make_shapes(setting.scratch / "shapes", train_images=8, val_images=1, size=640 if setting.on_gpu else 64)
         images = open_split(data, "train", transform=TrainTransform(sides, 1333), keep_empty=True)
         order = TrainBatches(images, batch_size=batch_size, seed=0)
-        self.batches = train_batches(images, order, workers=6 if setting.on_gpu else 0, device=device)
+        self.batches = train_batches(images, order, workers=4 if setting.on_gpu else 0, device=device)
 
     def step(self) -> float:
         """One update; returns the seconds that were spent waiting for its batch."""
@@ -76,14 +77,13 @@ class Training:
 
 @contextmanager
 def waits_noted(found: Counter) -> Iterator[None]:
-    """Count, by the line of this project and the line that is called at last, what makes the host wait for a GPU."""
+    """Count what makes the host wait for a GPU, by the innermost line of this project and the line that waits."""
 
     def note(message, category, filename, lineno, *_) -> None:
-        if "synchronizing" not in str(message):
+        if "called a synchronizing" not in str(message):
             return
-        own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT / "detection"))]
-        own += [frame for frame in traceback.extract_stack() if frame.filename.startswith(str(ROOT / "resbackbone"))]
-        line = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "backward"
+        own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(OWN)]
+        line = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "elsewhere"
         found[f"{line}, in {'/'.join(Path(filename).parts[-3:])}:{lineno}"] += 1
 
     with warnings.catch_warnings():
@@ -119,17 +119,20 @@ def profiled(setting: Setting, record: Record) -> None:
         for _ in range(WARM_UP):
             training.step()
         synchronize(setting)
+        began, waited = time.perf_counter(), 0.0
+        for _ in range(STEPS):
+            waited += training.step()
+        synchronize(setting)
+        seconds = time.perf_counter() - began  # the profiler makes a step longer
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
         with profile(activities=kinds, acc_events=True) as profiler:
-            began, waited = time.perf_counter(), 0.0
             for _ in range(STEPS):
-                waited += training.step()
+                training.step()
             synchronize(setting)
-            seconds = time.perf_counter() - began
         spans = device_spans(profiler, setting)
         busy = covered(spans)
         record.row(f"{size} images: a step", f"{1000 * seconds / STEPS:.1f} ms")
-        record.row(f"{size} images: kernels in a step", round(len(spans) / STEPS))
+        record.row(f"{size} images: kernels and copies in a step", round(len(spans) / STEPS))
         record.row(f"{size} images: device idle", f"{100 * max(0.0, 1 - busy / seconds):.0f} %")
         record.row(f"{size} images: waiting for data", f"{1000 * waited / STEPS:.2f} ms")
         for group, pattern in GROUPS.items():
