@@ -67,18 +67,17 @@ def fused_conv(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, relu: bool) 
 
 
 class FoldCache:
-    """The folded weight and the bias that one frozen norm last made, for as long as they are right.
+    """Caches the weight and bias folded with one frozen norm, for as long as they are valid.
 
-    They are made again for another dtype, and when the weight or a buffer of the norm is another tensor, lies
-    elsewhere in memory or in another format, or was written to in place. PyTorch does not count writes through
-    `.data` (which averages of weights often use), so on a CPU the norm and one value of every filter and of every
-    input channel are compared too; a write that spares all of these needs `clear`, which `.to()`, `.train()`,
-    `.eval()` and loading call, and every forward pass that records a gradient for the weight.
+    They are recomputed for another dtype, and after the weight or a buffer of the norm was replaced, moved, put into
+    another memory format or written to in place. PyTorch does not count writes through `.data` (common in averaging
+    of weights), so on a CPU the norm and one value of each filter and each input channel are compared as well. A
+    write that changes none of these needs `clear`. `.to()`, `.train()`, `.eval()` and loading call it, and so does
+    every forward pass that records a gradient for the weight.
 
-    On a GPU a comparison would wait for the device. There only what frozen layers need in training is kept, until one
-    of the above happens: write to a frozen layer through `.data` while it trains, and call `.train()` afterwards.
-    Under `no_grad`, and while a CUDA graph is captured, which may outlive what is kept, everything is computed anew.
-    Copies and pickles of a cache are empty.
+    On a GPU that comparison would make the host wait. There only frozen layers in training use the cache, and a write
+    to them through `.data` must be followed by `.train()`. Under `no_grad`, and while a CUDA graph is captured (it may
+    outlive the cache), everything is computed anew. Copies and pickles of a cache are empty.
     """
 
     def __init__(self):

@@ -1,4 +1,4 @@
-"""Check a GPU once: whether this package computes on it what it should, resumes, and how fast it is beside its peers.
+"""Check a GPU: whether this package computes correctly on it, resumes, and how fast it is beside its peers.
 
 python tools/gpu_check.py                                  every part, in 7.5 minutes on an H100; nothing is downloaded
 python tools/gpu_check.py --quick                          2 minutes
@@ -6,8 +6,8 @@ python tools/gpu_check.py --parts equality waits           these parts alone
 python tools/gpu_check.py cifar --data cifar10 --minutes 12    the paper's CIFAR-10 networks, as many as fit
 python tools/gpu_check.py --device cpu --quick             the parts that need no GPU, at toy sizes: a smoke test
 
-Every part runs in a process of its own, with a time limit; what fails is recorded with its traceback, and the next part
-starts. The output folder has gpu_check.json, written after every part, and gpu_check.md with all rows.
+Each part runs in its own process with a time limit. If one fails, its traceback is recorded and the next one starts.
+The output folder gets gpu_check.json, written after every part, and gpu_check.md with all rows.
 """
 
 import argparse
@@ -212,9 +212,9 @@ def refuse(reason: str) -> int:
 
 
 def run(parts: dict[str, Part], setting: Setting, deadline: float, done: Callable[[str, dict], None]) -> None:
-    """Run every part, and call done(name, result) as they end. Parts that are not timed run together if there is room.
+    """Run every part, and call done(name, result) as each ends. Parts that are not timed run together where they fit.
 
-    deadline: time.monotonic() at which all is stopped. After KeyboardInterrupt what runs has been stopped.
+    deadline: when to stop, in time.monotonic(). On KeyboardInterrupt, parts are stopped before it is raised again.
     """
     for group in grouped(parts, side_by_side=setting.on_gpu and is_roomy(setting.device)):
         running: list[Running] = []

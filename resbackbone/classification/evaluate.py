@@ -13,6 +13,7 @@ from resbackbone.classification.decode import BadImage
 from resbackbone.classification.images import Images
 from resbackbone.classification.transforms import to_model_input
 from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
+from resbackbone.training.termination import leave_signals_to_parent
 
 PROTOCOLS = ("1crop", "10crop", "multiscale")
 SCALES = (224, 256, 384, 480, 640)  # shorter sides, of a network for crops of 224
@@ -92,6 +93,7 @@ def predict(
         sampler=share,
         num_workers=workers,
         pin_memory=rank.device.type == "cuda",
+        worker_init_fn=leave_signals_to_parent,
     )
     was_training = [model.training for model in models]
     for model in models:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from resbackbone.checks import one_of
 from resbackbone.classification.decode import SUFFIXES, BadImage, decode, open_rgb
 from resbackbone.classification.transforms import TrainAugment
+from resbackbone.training.termination import leave_signals_to_parent
 from resbackbone.training.transfer import moved
 
 SYNTHETIC = "synthetic"
@@ -233,6 +234,7 @@ def train_batches(
         collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=leave_signals_to_parent,
         generator=torch.Generator(),  # it draws a seed that nothing here uses, and not from the global one
     )
 

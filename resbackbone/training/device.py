@@ -75,7 +75,10 @@ def use(device: torch.device) -> None:
 
 
 def use_deterministic(on: bool) -> None:
-    """Let a run repeat bit for bit on a GPU too, or raise RuntimeError where torch cannot; no GPU has computed yet."""
+    """Make a run repeat bit for bit on a GPU. Call this before anything has run there.
+
+    Afterwards torch raises RuntimeError for an operator that has no deterministic version.
+    """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
         torch.use_deterministic_algorithms(True)

@@ -39,7 +39,7 @@ class RunOptions:
     """fp32, bf16, or fp16 for GPUs without bf16 such as V100 and T4 (both autocast). Default: bf16 where the device
     computes in it."""
     deterministic: bool = False
-    """Use deterministic algorithms alone: a GPU repeats a run bit for bit, more slowly. A CPU does so anyway."""
+    """Use only deterministic algorithms, so that a GPU repeats a run bit for bit (slower). A CPU always does."""
     resume: bool = False
     """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
     config: Path | None = None

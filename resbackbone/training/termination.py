@@ -1,5 +1,6 @@
 """SIGTERM, with which schedulers end a job: training stops between two updates and saves, and the command exits 0."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -59,6 +60,24 @@ class Termination:
         self.requested = True
         if not self._deferred:
             self.stop()
+
+
+def leave_signals_to_parent(_worker: int = 0) -> None:
+    """In a data loader's process (its `worker_init_fn`): Ctrl-C, and SIGTERM of others than the parent, do nothing.
+
+    torchrun, SLURM and a terminal signal all processes of a rank. Without its loaders it could not end its update and
+    save. Where there is no sigwaitinfo (macOS, Windows) SIGTERM is left as it is.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit this
+        threading.Thread(target=_exit_if_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
+
+
+def _exit_if_the_parent_says_so(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 termination = Termination()  # the process's: it has one handler for a signal

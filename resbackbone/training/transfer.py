@@ -1,4 +1,4 @@
-"""Batches to the device that computes: on a GPU the next one is copied while the last one is computed with."""
+"""Moves batches to the device. On a GPU the next batch is copied while the current one is computed."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -11,10 +11,10 @@ Moved = TypeVar("Moved")
 
 
 def moved(batches: Iterable[T], move: Callable[[T], Moved], device: torch.device) -> Iterator[Moved]:
-    """move(batch) for each batch, in order; `move` copies its tensors to `device`, without waiting for that.
+    """move(batch) for each batch, in order; `move` starts copying the batch's tensors to `device`.
 
-    On a GPU it is called one batch ahead, on a stream of its own: copies from pinned memory overlap with computing. An
-    exception that a batch ahead raises is raised when that batch's turn comes.
+    On a GPU `move` runs one batch ahead on its own stream, so that copies from pinned memory overlap with computation.
+    An exception from the batch ahead is raised when it is that batch's turn.
     """
     if device.type != "cuda":
         yield from map(move, batches)

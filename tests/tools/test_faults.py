@@ -16,6 +16,7 @@ import torch
 from commands import CIFAR, SIX_STEPS
 from safetensors.torch import load_file, save_file
 
+from detection.shapes import make_shapes
 from resbackbone.training.checkpoints import checkpoints
 from resbackbone.training.command import main_of
 from resbackbone.training.lock import HOLDER
@@ -96,6 +97,21 @@ def test_sigterm_in_the_last_evaluation_exits_with_0_for_all_is_saved_and_before
         train_cifar10.main([*SIX_STEPS, "--output", str(run.with_name("other"))])
     assert stopped.value.code == EXIT_STATUS
     assert not run.with_name("other").exists()
+
+
+def test_sigterm_to_the_loaders_too_as_torchrun_and_schedulers_send_it_saves_and_exits_with_0(run, tmp_path):
+    data = make_shapes(tmp_path / "shapes", train_images=8, val_images=1, size=64)
+    argv = ["--recipe", "short", "--data", data, "--depth", "18", "--batch-size", "2", "--max-steps", "2000"]
+    argv += ["--pictures", "0", "--device", "cpu", "--workers", "2", "--log-period", "1", "--output", run]
+    process = subprocess.Popen(
+        [sys.executable, TOOLS / "train_coco.py", *map(str, argv)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    subject.wait_for(lambda: subject.last_step(run) >= 2, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert len(checkpoints(run)) == 1 and int(checkpoints(run)[0].name[5:]) >= 2
 
 
 def test_a_run_killed_in_an_evaluation_has_it_when_it_is_resumed(run):

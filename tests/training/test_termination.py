@@ -1,10 +1,15 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
+from torch.utils.data import DataLoader
 
-from resbackbone.training.termination import EXIT_STATUS, Terminated, termination
+from resbackbone.training.termination import EXIT_STATUS, Terminated, leave_signals_to_parent, termination
 
 
 def send_sigterm():
@@ -59,3 +64,60 @@ def test_in_another_thread_which_may_have_no_handler_nothing_is_handled():
     thread.start()
     thread.join()
     assert seen == ["done"]
+
+
+class Pids:
+    """Sample 0 is the process that makes it."""
+
+    def __getitem__(self, i):
+        return os.getpid()
+
+    def __len__(self):
+        return 100
+
+
+def loads():
+    """A loader's batches, and the process that makes them."""
+    batches = iter(DataLoader(Pids(), batch_size=None, num_workers=1, worker_init_fn=leave_signals_to_parent))
+    return batches, next(batches)
+
+
+def is_there(pid):
+    """Whether a process runs; a zombie does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def ends(pid, seconds=20):
+    deadline = time.monotonic() + seconds
+    while is_there(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not is_there(pid)
+
+
+needs_sigwaitinfo = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="this system has no sigwaitinfo")
+
+
+@needs_sigwaitinfo
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_data_loaders_process_heeds_no_signal_of_others(number):
+    batches, worker = loads()
+    subprocess.run(["kill", f"-{int(number)}", str(worker)], check=True)
+    assert not ends(worker, 0.5) and list(batches) == [worker] * 99
+
+
+@needs_sigwaitinfo
+def test_a_data_loaders_process_ends_when_its_parent_terminates_it_or_exits():
+    _batches, worker = loads()
+    os.kill(worker, signal.SIGTERM)
+    assert ends(worker, 5)
+    here = Path(__file__)
+    program = f"import sys; sys.path.insert(0, {str(here.parent)!r})\nimport {here.stem} as own\n"
+    program += "batches, pid = own.loads()\nprint(pid, flush=True)\n"
+    for ending in ("", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"):
+        environment = {**os.environ, "PYTHONPATH": str(here.parents[2])}
+        argv = [sys.executable, "-c", program + ending]
+        process = subprocess.run(argv, stdout=subprocess.PIPE, text=True, timeout=60, env=environment)
+        assert ends(int(process.stdout)) and process.returncode in (0, -signal.SIGKILL)

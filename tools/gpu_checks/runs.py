@@ -136,6 +136,8 @@ def ranks(setting: Setting, record: Record) -> None:
     saved = [path.name for path in (output / "checkpoints").glob("step_*")]
     stopped = "terminated at step" in command.said() and len(saved) == 1
     record.row("torchrun: the rank saved and stopped", ", ".join(saved) or "no", "yes", stopped)
+    if not stopped:
+        record.detail("torchrun said", command.said()[-4000:])
 
 
 def ddp(setting: Setting, record: Record) -> None:

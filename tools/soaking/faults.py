@@ -77,7 +77,7 @@ def kill(subject: Subject, times: int, moments: random.Random) -> Row:
 
 
 def terminate(subject: Subject, times: int, moments: random.Random) -> Row:
-    """SIGTERM, as a scheduler sends it before it takes the machine away."""
+    """SIGTERM to all its processes, as a scheduler sends it before it takes the machine away."""
     run, lost, seconds = subject.new_run("terminate"), [], []
     for _ in range(times):
         trains = subject.trains(run)
@@ -87,7 +87,7 @@ def terminate(subject: Subject, times: int, moments: random.Random) -> Row:
         if process.poll() is not None:
             break  # it was done
         step = len(metrics(run))
-        process.terminate()
+        os.killpg(process.pid, signal.SIGTERM)
         began = time.monotonic()
         status = process.wait(PATIENCE)
         seconds.append(time.monotonic() - began)
