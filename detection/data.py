@@ -16,7 +16,7 @@ from detection.layouts import find_split
 from detection.sampler import TrainBatches
 from detection.shapes import make_shapes
 from detection.transforms import to_model_input
-from resbackbone.training.termination import leave_signals_to_parent
+from resbackbone.training.termination import worker_processes
 from resbackbone.training.transfer import moved
 
 EMBEDDED = Path("datasets/shapes")
@@ -103,10 +103,9 @@ def train_batches(
     loader = DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=workers,
         collate_fn=pack,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_parent,
+        **worker_processes(workers),
     )
     return moved(loader, partial(unpack, device=device), device)

@@ -17,7 +17,7 @@ from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
 from resbackbone.training.command import console, notes
 from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
-from resbackbone.training.termination import leave_signals_to_parent
+from resbackbone.training.termination import worker_processes
 
 AT_ONCE = 10_000  # detections turned into text together
 CLASSES_SHOWN = 30  # on the terminal
@@ -49,9 +49,7 @@ def evaluate(
     (torchvision's detectors know the ids that COCO skips).
     """
     share = RankShare(len(dataset), rank=rank.rank, ranks=rank.ranks)
-    loader = DataLoader(
-        dataset, batch_size=None, sampler=share, num_workers=workers, worker_init_fn=leave_signals_to_parent
-    )
+    loader = DataLoader(dataset, batch_size=None, sampler=share, **worker_processes(workers))
     category_ids, was_training = list(detector.categories), detector.training
     detector.eval()
     found = [np.empty(0, DETECTION)]

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -64,7 +64,7 @@ PARTS = {
     "detector-training": Part("peers.detector_training", 80),
     "detector-inference": Part("peers.detector_inference", 60),
     "backbones": Part("peers.backbones", 50),
-    "imagenet": Part("peers.imagenet", 70),
+    "imagenet": Part("peers.imagenet", 110),
     "pretrain": Part("runs.pretrain", 100),
 }
 CIFAR = {"cifar": Part("cifar.experiment", 0)}  # its limit is --minutes
@@ -79,7 +79,7 @@ class Running:
     file: Path
     log: Path
     limit: float
-    cut: bool  # whether it is the time of all parts that sets the limit
+    cut: bool  # whether the overall deadline set the limit
     began: float = field(default_factory=time.monotonic)
 
     def is_over(self) -> bool:
@@ -90,7 +90,8 @@ class Running:
         kill_descendants(self.process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver cannot be killed
+            self.process.wait(10)
 
     def result(self, *, interrupted: bool = False) -> dict:
         """Stop it; returns its results, partial if it had not ended by itself."""
@@ -104,7 +105,7 @@ class Running:
             if status is not None:
                 found |= {"status": "failed", "reason": f"its process ended with {status}"}
             elif interrupted:
-                found |= {"status": "interrupted", "reason": "by Ctrl-C"}
+                found |= {"status": "interrupted", "reason": "by a signal"}
             else:
                 found["status"] = "out of time" if self.cut else "timed out"
                 found["reason"] = f"stopped after {self.limit:.0f} s"
@@ -115,7 +116,7 @@ class Running:
 
 
 def kill_descendants(pid: int) -> None:
-    """Kill all that a process has started, in sessions of their own too, as torchrun's workers are; needs /proc."""
+    """Kill a process's living descendants, those in other sessions (torchrun's workers) too; only with /proc."""
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -155,22 +156,23 @@ def main(argv: list[str] | None = None) -> int:
     began = time.monotonic()
 
     def done(name: str, found: dict) -> None:
-        content["machine"] = content["machine"] or found.pop("machine", {})
+        machine = found.pop("machine", {})
+        content["machine"] = content["machine"] or machine
         content["parts"][name] = found
         content["seconds"] = round(time.monotonic() - began, 1)
         write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
         print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # else its parts would outlive it
+    asked: list[int] = []  # signals to stop, which is done between two steps so that no part is lost
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda received, _: asked.append(received))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         data = options.data and str(Path(options.data).absolute() if Path(options.data).exists() else options.data)
-        setting = Setting(options.device, options.quick, output, Path(scratch), data=data, minutes=options.minutes)
+        device = "cuda:0" if options.device == "cuda" else options.device  # commands would use all GPUs
+        setting = Setting(device, options.quick, output, Path(scratch), data=data, minutes=options.minutes)
         grace = 60 if options.what == "cifar" else 0  # for its start, and for the net that is under way
-        try:
-            run(parts, setting, began + 60 * options.minutes + grace, done)
-        except KeyboardInterrupt:
-            for name in [name for name in parts if name not in content["parts"]]:
-                done(name, not_run("interrupted", "by Ctrl-C"))
+        run(parts, setting, began + 60 * options.minutes + grace, done, asked)
     content["parts"] = {name: content["parts"][name] for name in parts}
     write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
     write_atomically(output / "gpu_check.md", markdown(content))
@@ -211,17 +213,25 @@ def refuse(reason: str) -> int:
     return 1
 
 
-def run(parts: dict[str, Part], setting: Setting, deadline: float, done: Callable[[str, dict], None]) -> None:
+def run(
+    parts: dict[str, Part],
+    setting: Setting,
+    deadline: float,
+    done: Callable[[str, dict], None],
+    asked: Sequence[int] = (),
+) -> None:
     """Run every part, and call done(name, result) as each ends. Parts that are not timed run together where they fit.
 
-    deadline: when to stop, in time.monotonic(). On KeyboardInterrupt, parts are stopped before it is raised again.
+    deadline: when to stop, in time.monotonic(). asked: signals received so far; once there is one, all is stopped.
     """
     for group in grouped(parts, side_by_side=setting.on_gpu and is_roomy(setting.device)):
         running: list[Running] = []
         try:
             for name in group:
                 left = deadline - time.monotonic()
-                if parts[name].gpu_only and not setting.on_gpu:
+                if asked:
+                    done(name, not_run("interrupted", "by a signal"))
+                elif parts[name].gpu_only and not setting.on_gpu:
                     done(name, not_run("skipped", "needs a GPU"))
                 elif setting.quick and not parts[name].quick:
                     done(name, not_run("skipped", "not in --quick"))
@@ -231,16 +241,12 @@ def run(parts: dict[str, Part], setting: Setting, deadline: float, done: Callabl
                     running.append(start(name, parts[name], replace(setting, together=len(group) > 1), left))
             while running:
                 time.sleep(0.1)
-                for one in [one for one in running if one.is_over()]:
-                    running.remove(one)
-                    found = one.result()
+                for one in [one for one in running if asked or one.is_over()]:
+                    found = one.result(interrupted=bool(asked))
                     if found["status"] == "out of memory":
                         setting = replace(setting, share=setting.share / 2)
                     done(one.name, found)
-        except KeyboardInterrupt:
-            for one in running:
-                done(one.name, one.result(interrupted=True))
-            raise
+                    running.remove(one)
         finally:
             for one in running:
                 one.stop()
@@ -256,11 +262,12 @@ def grouped(parts: dict[str, Part], *, side_by_side: bool) -> list[list[str]]:
 
 def is_roomy(device: str) -> bool:
     memory = torch.cuda.get_device_properties(device).total_memory
-    return (os.cpu_count() or 1) >= ROOMY["cores"] and memory >= ROOMY["bytes"]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores >= ROOMY["cores"] and memory >= ROOMY["bytes"]
 
 
 def start(name: str, part: Part, setting: Setting, left: float) -> Running:
-    """Start a part's process, which is stopped after its own seconds, or those that are left to all parts."""
+    """Start a part's process, to be stopped after its own seconds or at the overall deadline, whichever is first."""
     limit = min(part.seconds or left, left)
     setting = replace(setting, scratch=setting.scratch / name, until=time.time() + limit)
     setting.scratch.mkdir()
@@ -300,15 +307,18 @@ def run_part(name: str, words: str) -> int:
             f"{type(error).__name__}: {' '.join(str(error).split())}",
         )
         record.content["traceback"] = traceback.format_exc()
-    finally:
-        kill_descendants(os.getpid())
     record.content |= {"status": status, "reason": reason[:300]}
     record.write()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch raises an error when DataLoader workers are killed
+    kill_descendants(os.getpid())
     return int(status in BAD)
 
 
 def function_of(part: str) -> Callable[[Setting, Record], None]:
-    """What a part runs. Only its own module is imported: the machine may lack what another one needs."""
+    """What a part runs. Only its own module is imported: the machine may lack what another one needs.
+
+    (Not through importlib: tests/test_security.py lets no source import a module by a computed name.)
+    """
     module, function = {**PARTS, **CIFAR}[part].function.split(".")
     match module:
         case "cifar":
@@ -338,7 +348,10 @@ def table(content: dict) -> str:
         lines.append(f"{name:18} {found['status']:14} {found['seconds']:7.0f}  {note[:150]}")
     bad = [name for name, found in content["parts"].items() if found["status"] in BAD]
     late = [name for name, found in content["parts"].items() if found["status"] == "out of time"]
+    skipped = [name for name, found in content["parts"].items() if found["status"] == "skipped"]
     lines.append(f"look at: {', '.join(bad)}" if bad else "nothing wrong was found")
+    if skipped:
+        lines[-1] += f"; skipped: {', '.join(skipped)}"
     if late:
         lines[-1] += f"; there was no time for {', '.join(late)} (--minutes, --parts)"
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from resbackbone.classification.decode import BadImage
 from resbackbone.classification.images import Images
 from resbackbone.classification.transforms import to_model_input
 from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
-from resbackbone.training.termination import leave_signals_to_parent
+from resbackbone.training.termination import worker_processes
 
 PROTOCOLS = ("1crop", "10crop", "multiscale")
 SCALES = (224, 256, 384, 480, 640)  # shorter sides, of a network for crops of 224
@@ -91,9 +91,8 @@ def predict(
         _Views(images, protocol, crop, resize),
         batch_size=max(1, batch_size // views),
         sampler=share,
-        num_workers=workers,
         pin_memory=rank.device.type == "cuda",
-        worker_init_fn=leave_signals_to_parent,
+        **worker_processes(workers),
     )
     was_training = [model.training for model in models]
     for model in models:

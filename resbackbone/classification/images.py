@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from resbackbone.checks import one_of
 from resbackbone.classification.decode import SUFFIXES, BadImage, decode, open_rgb
 from resbackbone.classification.transforms import TrainAugment
-from resbackbone.training.termination import leave_signals_to_parent
+from resbackbone.training.termination import worker_processes
 from resbackbone.training.transfer import moved
 
 SYNTHETIC = "synthetic"
@@ -230,11 +230,10 @@ def train_batches(
     loader = DataLoader(
         _Samples(images, transform),
         batch_sampler=_batched(draws, batch_size),
-        num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
-        worker_init_fn=leave_signals_to_parent,
+        **worker_processes(workers),
         generator=torch.Generator(),  # it draws a seed that nothing here uses, and not from the global one
     )
 

@@ -86,12 +86,13 @@ def _place(rank: int, ranks: int, device: str) -> torch.device:
     if place.index is not None:
         raise ValueError(f"--device {device}: each of the {ranks} processes takes a GPU of its own; use --device cuda")
     visible = torch.cuda.device_count()
-    if visible == 1:  # a launcher may show each process its own GPU alone
-        return torch.device("cuda", 0)
     name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), None)
+    if visible == 1 and (name != "LOCAL_RANK" or "CUDA_VISIBLE_DEVICES" in os.environ):
+        return torch.device("cuda", 0)  # srun may show each process its own GPU alone, and so may a torchrun's caller
     index = rank % visible if name is None else int(os.environ[name])
     if index >= visible:
-        raise ValueError(f"{name}={index}, but there are {visible} GPUs here: start no more than {visible} processes")
+        there, most = ("is 1 GPU", "1 process") if visible == 1 else (f"are {visible} GPUs", f"{visible} processes")
+        raise ValueError(f"{name}={index}, but there {there} here: start no more than {most}")
     return torch.device("cuda", index)
 
 

@@ -1,11 +1,13 @@
 """SIGTERM, with which schedulers end a job: training stops between two updates and saves, and the command exits 0."""
 
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
 EXIT_STATUS = 128 + signal.SIGTERM  # what a shell reports for it
 
@@ -62,21 +64,33 @@ class Termination:
             self.stop()
 
 
-def leave_signals_to_parent(_worker: int = 0) -> None:
-    """In a data loader's process (its `worker_init_fn`): Ctrl-C, and SIGTERM of others than the parent, do nothing.
+def worker_processes(workers: int) -> dict[str, Any]:
+    """A DataLoader's options for workers that ignore Ctrl-C, and SIGTERM unless their parent sent it.
 
-    torchrun, SLURM and a terminal signal all processes of a rank. Without its loaders it could not end its update and
-    save. Where there is no sigwaitinfo (macOS, Windows) SIGTERM is left as it is.
+    torchrun, SLURM and terminals signal every process of a rank. Without its workers a rank could not finish its update
+    and save. On macOS and Windows workers take SIGTERM as usual.
     """
+    forked = workers > 0 and sys.platform == "linux"  # elsewhere threads that started earlier would get the signal
+    return {
+        "num_workers": workers,
+        "worker_init_fn": _leave_signals_to_parent,
+        "multiprocessing_context": "fork" if forked else None,
+    }
+
+
+def _leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):
+    if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit this
-        threading.Thread(target=_exit_if_the_parent_says_so, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _exit_if_the_parent_says_so(parent: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while parent is not None and parent.is_alive():
+        received = signal.sigtimedwait({signal.SIGTERM}, 1)
+        if received is not None and received.si_pid == parent.pid:
+            break
     os._exit(0)
 
 

@@ -198,7 +198,7 @@ def test_gradients_lie_in_memory_as_ddp_wants_them(tmp_path):
 
 @pytest.fixture
 def no_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID", "CUDA_VISIBLE_DEVICES"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -227,6 +227,7 @@ def test_processes_are_one_a_gpu_or_just_this_one(device, gpus, there, processes
         ({"RANK": "13", "LOCAL_RANK": "5"}, 8, 5),  # torchrun
         ({"RANK": "13", "SLURM_LOCALID": "5"}, 8, 5),  # srun on 2 machines of 8 GPUs
         ({"RANK": "13"}, 8, 5),
+        ({"RANK": "13", "LOCAL_RANK": "5", "CUDA_VISIBLE_DEVICES": "7"}, 1, 0),
         ({"RANK": "13", "SLURM_LOCALID": "5"}, 1, 0),  # srun --gpus-per-task=1: each sees its own GPU alone
     ],
 )
@@ -244,17 +245,20 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_machine(environment, visibl
 
 
 @pytest.mark.parametrize(
-    "device, environment, message",
+    "device, visible, environment, message",
     [
-        ("cuda", {"LOCAL_RANK": "2"}, "LOCAL_RANK=2, but there are 2 GPUs here: start no more than 2 processes"),
-        ("cuda", {"SLURM_LOCALID": "7"}, "SLURM_LOCALID=7, but there are 2 GPUs here"),
-        ("cuda:1", {"LOCAL_RANK": "1"}, "--device cuda:1: each of the 3 processes takes a GPU of its own; use"),
+        ("cuda", 1, {"LOCAL_RANK": "1"}, "LOCAL_RANK=1, but there is 1 GPU here: start no more than 1 process$"),
+        ("cuda", 2, {"LOCAL_RANK": "2"}, "LOCAL_RANK=2, but there are 2 GPUs here: start no more than 2 processes"),
+        ("cuda", 2, {"SLURM_LOCALID": "7"}, "SLURM_LOCALID=7, but there are 2 GPUs here"),
+        ("cuda:1", 2, {"LOCAL_RANK": "1"}, "--device cuda:1: each of the 3 processes takes a GPU of its own; use"),
     ],
 )
-def test_processes_that_have_no_gpu_of_their_own_are_refused(device, environment, message, no_torchrun, monkeypatch):
+def test_processes_that_have_no_gpu_of_their_own_are_refused(
+    device, visible, environment, message, no_torchrun, monkeypatch
+):
     for name, value in {"RANK": "2", **environment}.items():
         monkeypatch.setenv(name, value)
-    with_gpus(monkeypatch, 2)
+    with_gpus(monkeypatch, visible)
     with pytest.raises(ValueError, match=message):
         launch(print, (), device=device, processes=3)
 

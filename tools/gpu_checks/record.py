@@ -32,7 +32,7 @@ class Setting:
 
     @property
     def beside(self) -> str:
-        """What a time has to say of how it was measured."""
+        """Suffix for times measured while other parts ran."""
         return ", beside other parts" if self.together else ""
 
     def left(self) -> float:
@@ -45,7 +45,7 @@ class Setting:
 
 
 class Record:
-    """The results of one part, in a file that is written again with every row: a part that is cut off has left some."""
+    """The results of one part. Its file is written anew with every row, so a part that is stopped keeps its rows."""
 
     def __init__(self, path: Path):
         self.path = path

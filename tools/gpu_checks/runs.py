@@ -131,7 +131,7 @@ def ranks(setting: Setting, record: Record) -> None:
     command.process.send_signal(signal.SIGTERM)
     told = time.monotonic()
     status = command.process.wait(PATIENCE)
-    record.row("torchrun: seconds from SIGTERM to the end", round(time.monotonic() - told, 1))
+    record.row("torchrun: from SIGTERM to its end", f"{time.monotonic() - told:.1f} s{setting.beside}")
     record.row("torchrun: its exit status", status, "1, whenever it is signalled")
     saved = [path.name for path in (output / "checkpoints").glob("step_*")]
     stopped = "terminated at step" in command.said() and len(saved) == 1
@@ -148,7 +148,7 @@ def ddp(setting: Setting, record: Record) -> None:
     began = time.monotonic()
     dist.init_process_group(backend, init_method=f"file://{setting.scratch / 'store'}", rank=0, world_size=1)
     dist.all_reduce(torch.ones(1, device=setting.device))
-    record.row(f"{backend}: seconds to the first exchange", round(time.monotonic() - began, 2))
+    record.row(f"{backend}: time to the first exchange", f"{time.monotonic() - began:.2f} s{setting.beside}")
     alone, together = Training(setting, 2), Training(setting, 2, ranks=2)  # over 1, DDP would be left out
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

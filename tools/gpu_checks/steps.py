@@ -130,6 +130,8 @@ def profiled(setting: Setting, record: Record) -> None:
                 training.step()
             synchronize(setting)
         spans = device_spans(profiler, setting)
+        if not spans:
+            raise RuntimeError("the profiler recorded no kernel; a container may not let it read the GPU's counters")
         busy = covered(spans)
         record.row(f"{size} images: a step", f"{1000 * seconds / STEPS:.1f} ms")
         record.row(f"{size} images: kernels and copies in a step", round(len(spans) / STEPS))
