@@ -392,3 +392,13 @@ def test_the_command_passes_cifar_its_data(tmp_path):
     assert run.returncode == 0, run.stdout
     rows = content_of(tmp_path)["parts"]["cifar"]["rows"]
     assert [row["what"] for row in rows] == ["images", "resnet-20", "plain-20"] and "test error" in rows[1]["value"]
+
+
+MEASURED = sorted((ROOT / "docs" / "benchmarks").glob("gpu_check-*.json"))
+
+
+@pytest.mark.parametrize("path", MEASURED, ids=lambda path: path.name)
+def test_a_committed_table_is_that_of_its_json_and_of_a_commit_as_it_was(path):
+    content = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == gpu_check.markdown(content)
+    assert re.fullmatch("[0-9a-f]{12}", content["machine"]["commit"])
