@@ -143,8 +143,6 @@ def ranks(setting: Setting, record: Record) -> None:
 def ddp(setting: Setting, record: Record) -> None:
     """One process as a group of its own: NCCL on a GPU, gloo on a CPU."""
     backend = "nccl" if setting.on_gpu else "gloo"
-    if setting.on_gpu:
-        torch.cuda.set_device(torch.device(setting.device).index or 0)
     began = time.monotonic()
     dist.init_process_group(backend, init_method=f"file://{setting.scratch / 'store'}", rank=0, world_size=1)
     dist.all_reduce(torch.ones(1, device=setting.device))
