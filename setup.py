@@ -24,7 +24,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["resbackbone", "resbackbone.*", "detection", "detection.*"]),
+    packages=[
+        *find_packages(include=["resbackbone", "resbackbone.*", "detection", "detection.*"]),
+        *(f"resbackbone.{name}" for name in find_packages(include=["tools", "tools.*"])),
+    ],
+    package_dir={"resbackbone.tools": "tools"},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resbackbone.checks import UserError
+
 
 class Annotations(NamedTuple):
     """What an instances file of N images and M annotations says: 49 bytes an annotation, 24 an image beside its name.
@@ -212,11 +214,11 @@ def _checked(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise ValueError(f"annotations {path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"annotations {path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"annotations {path}: not JSON ({error})") from None
+        raise UserError(f"annotations {path}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"annotations {path}: a JSON object with images, annotations, categories is wanted")
+        raise UserError(f"annotations {path}: a JSON object with images, annotations, categories is wanted")
     needed = {
         "images": {"id": int, "file_name": str, "width": int, "height": int},
         "annotations": {"id": int, "image_id": int, "category_id": int, "bbox": list},
@@ -226,7 +228,7 @@ def _checked(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list
     for section, keys in needed.items():
         entries = content.get(section)
         if not isinstance(entries, list):
-            raise ValueError(f"annotations {path}: no list {section!r}; wanted are {', '.join(needed)}")
+            raise UserError(f"annotations {path}: no list {section!r}; wanted are {', '.join(needed)}")
         seen = set()
         for i, entry in enumerate(entries):
             if section == "annotations" and isinstance(entry, dict):
@@ -234,34 +236,32 @@ def _checked(path: Path) -> tuple[list[_Image], Iterable[_Annotation], int, list
             for key, kind in keys.items():
                 value = entry.get(key) if isinstance(entry, dict) else None
                 if not isinstance(value, kind) or isinstance(value, bool):
-                    raise ValueError(f"annotations {path}: {section}[{i}] has no {key!r} of type {kind.__name__}")
+                    raise UserError(f"annotations {path}: {section}[{i}] has no {key!r} of type {kind.__name__}")
             if not -(2**63) <= entry["id"] < 2**63:
-                raise ValueError(f"annotations {path}: {section}[{i}] has the id {entry['id']}, over 64 bits")
+                raise UserError(f"annotations {path}: {section}[{i}] has the id {entry['id']}, over 64 bits")
             if entry["id"] in seen:
-                raise ValueError(f"annotations {path}: {section}[{i}] repeats the id {entry['id']}")
+                raise UserError(f"annotations {path}: {section}[{i}] repeats the id {entry['id']}")
             seen.add(entry["id"])
         found[section] = seen
     for i, image in enumerate(content["images"]):
         if not (0 < image["width"] < 2**31 and 0 < image["height"] < 2**31):
-            raise ValueError(f"annotations {path}: images[{i}] has size {image['width']} x {image['height']}")
+            raise UserError(f"annotations {path}: images[{i}] has size {image['width']} x {image['height']}")
         if _leaves_its_folder(image["file_name"]):
-            raise ValueError(f"annotations {path}: images[{i}] file_name {image['file_name']!r} leaves its folder")
+            raise UserError(f"annotations {path}: images[{i}] file_name {image['file_name']!r} leaves its folder")
     if not content["categories"]:
-        raise ValueError(f"annotations {path}: the list of categories is empty")
+        raise UserError(f"annotations {path}: the list of categories is empty")
     known = sorted(found["categories"])
     for i, annotation in enumerate(content["annotations"]):
         if annotation["image_id"] not in found["images"]:
-            raise ValueError(
-                f"annotations {path}: annotations[{i}] is of image {annotation['image_id']}, not in images"
-            )
+            raise UserError(f"annotations {path}: annotations[{i}] is of image {annotation['image_id']}, not in images")
         if annotation["category_id"] not in found["categories"]:
-            raise ValueError(
+            raise UserError(
                 f"annotations {path}: annotations[{i}] has category_id {annotation['category_id']}, which is not in "
                 f"categories ({len(known)} ids, {known[0]}..{known[-1]})"
             )
         box = annotation["bbox"]
         if len(box) != 4 or not all(isinstance(v, int | float) and not isinstance(v, bool) for v in box):
-            raise ValueError(f"annotations {path}: annotations[{i}] bbox {box} is not four numbers x, y, width, height")
+            raise UserError(f"annotations {path}: annotations[{i}] bbox {box} is not four numbers x, y, width, height")
     return (
         [_Image(*(entry[key] for key in _Image.__struct_fields__)) for entry in content["images"]],
         map(_converted, content["annotations"]),

@@ -18,6 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from detection.annotations import Annotations, read_annotations, select_images
 from detection.layouts import held_out
 from resbackbone.atomic import file_digest
+from resbackbone.checks import UserError
 from resbackbone.classification.decode import BadImage, to_rgb
 
 EXIF_ORIENTATION = 0x0112
@@ -26,7 +27,7 @@ MAX_ASPECT = 200  # longer side over shorter; resized to at most max_size, a nar
 MIN_BOX_SIDE = 1.0  # pixels; a smaller box teaches a detector nothing and turns into nothing when it is resized
 
 
-class Draw(NamedTuple):
+class ImageRequest(NamedTuple):
     """One training sample to load: which image, and the seed of its augmentation."""
 
     index: int  # type: ignore[assignment]  # in place of a tuple's method of that name
@@ -42,9 +43,9 @@ class CocoImages(Dataset):
     "train" or "val" takes these images alone of a file that holds both (`layouts.held_out`).
 
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
-    int64 [n], "image_id": int}. An index gives the image as it is; a `Draw` gives it through `transform` under the
-    draw's seed. A broken image gives a BadImage in place of the pair (a worker's exception would lose its message);
-    with `skip_bad_images` a Draw gives the next readable image instead, the failures named in target["skipped"].
+    int64 [n], "image_id": int}. An index gives the image as it is; an `ImageRequest` gives it through `transform`
+    under its seed. A broken image gives a BadImage in place of the pair (a worker's exception would lose its message);
+    with `skip_bad_images` an ImageRequest gives the next readable image instead, with the failures in target["skipped"].
     """
 
     def __init__(
@@ -63,13 +64,13 @@ class CocoImages(Dataset):
             try:
                 for_validation = held_out(self.annotations.file_names())
             except ValueError as error:
-                raise ValueError(f"annotations {annotations}: {error}") from None
+                raise UserError(f"annotations {annotations}: {error}") from None
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
         self.folder, self.annotation_file = Path(images), Path(annotations)
         self.transform, self.skip_bad_images, self.part = transform, skip_bad_images, part
         self.categories = self.annotations.categories
         if categories is not None and dict(categories) != self.categories:
-            raise ValueError(_category_difference(annotations, self.categories, categories))
+            raise UserError(_category_difference(annotations, self.categories, categories))
         self.report: Counter[str] = Counter()
         for name in self.annotations.grouping.values():
             self.report[f"category without boxes that only groups the others, {name!r}"] += 1
@@ -80,7 +81,7 @@ class CocoImages(Dataset):
         kept = np.flatnonzero(counts) if not keep_empty else np.arange(total)
         self.report["images without a usable box"] = total - len(kept)
         if not len(kept):
-            raise ValueError(f"annotations {annotations}: no image {'' if keep_empty else 'with a usable box '}in it")
+            raise UserError(f"annotations {annotations}: no image {'' if keep_empty else 'with a usable box '}in it")
         names = self.annotations.file_names()
         self._check_files_exist([names[i] for i in kept.tolist()])
 
@@ -110,8 +111,8 @@ class CocoImages(Dataset):
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def __getitem__(self, item: int | Draw):
-        if not isinstance(item, Draw):
+    def __getitem__(self, item: int | ImageRequest):
+        if not isinstance(item, ImageRequest):
             return self._load(item)
         skipped = []
         for step in range(len(self)):
@@ -180,7 +181,7 @@ class CocoImages(Dataset):
                 there |= {f"{below}/{entry.name}" if below else entry.name for entry in entries}
         missing = [name for name in names if name not in there]
         if len(missing) == len(names):
-            raise ValueError(
+            raise UserError(
                 f"annotations {self.annotation_file}: none of its {len(names)} images (the first is {names[0]}) is in "
                 f"{self.folder}; is it the file of another split?"
             )

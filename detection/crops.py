@@ -7,6 +7,7 @@ import numpy as np
 
 from detection.shapes import CATEGORY_IDS, CLASSES, FORMAT, JPEG_QUALITY, draw_image
 from resbackbone.atomic import folder_atomically
+from resbackbone.checks import UserError
 
 ROOM = 1.3  # side of a crop over the longer side of its object
 MIN_CROP = 24  # pixels
@@ -24,7 +25,7 @@ def make_shape_crops(folder: str | Path, *, train_scenes: int = 1000, val_scenes
     if folder.exists():
         if note.is_file() and json.loads(note.read_text()) == made_of:
             return folder
-        raise ValueError(f"{folder} holds something else than the embedded set; move it away, and that is drawn anew")
+        raise UserError(f"{folder} holds something else than the embedded set; move it away, and that is drawn anew")
     with folder_atomically(folder) as partial:
         for name, split, scenes in (("train", 0, train_scenes), ("val", 1, val_scenes)):
             for label in CLASSES:

@@ -16,8 +16,9 @@ from detection.layouts import find_split
 from detection.sampler import TrainBatches
 from detection.shapes import make_shapes
 from detection.transforms import to_model_input
-from resbackbone.training.termination import worker_processes
-from resbackbone.training.transfer import moved
+from resbackbone.checks import UserError
+from resbackbone.engine.termination import worker_processes
+from resbackbone.engine.transfer import moved
 
 EMBEDDED = Path("datasets/shapes")
 EMBEDDED_SET = {"train_images": 3000, "val_images": 200, "size": 128}
@@ -39,7 +40,7 @@ def embedded_data() -> Path:
     try:
         return make_shapes(EMBEDDED, **EMBEDDED_SET)
     except ValueError as error:  # drawn by another version, or not ours
-        raise ValueError(f"{error}; or remove {EMBEDDED}, and it is drawn anew") from None
+        raise UserError(f"{error}; or remove {EMBEDDED}, and it is drawn anew") from None
 
 
 def open_split(data: Path, split: str, **options) -> CocoImages:

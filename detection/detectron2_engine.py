@@ -33,16 +33,16 @@ from resbackbone import build_resnet_backbone
 from resbackbone.adapters.detectron2 import INPUT, NORMS
 from resbackbone.atomic import write_atomically
 from resbackbone.backbone import FREEZABLE
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
+from resbackbone.cli.command import Progress, progress_console, to_config, track
+from resbackbone.engine.checkpoints import KEPT
+from resbackbone.engine.distributed import Rank, share_buffers
+from resbackbone.engine.loop import memory
+from resbackbone.engine.run import Run, read_yaml
+from resbackbone.engine.state import mean_of, parameter_groups, seed_step
+from resbackbone.engine.stopwatch import Stopwatch
 from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
-from resbackbone.training.checkpoints import KEPT
-from resbackbone.training.command import Progress, notes, to_config, track
-from resbackbone.training.distributed import Rank, share_buffers
-from resbackbone.training.loop import memory
-from resbackbone.training.run import Run, read_yaml
-from resbackbone.training.state import mean_of, parameter_groups, seed_step
-from resbackbone.training.stopwatch import Stopwatch
 
 CONFIGS = Path(detectron2.__file__).parent / "model_zoo" / "configs"  # its model_zoo module needs an old setuptools
 BASES = {"fpn": "Base-RCNN-FPN.yaml", "c4": "Base-RCNN-C4.yaml", "dc5": "Base-RCNN-DilatedC5.yaml"}
@@ -68,9 +68,9 @@ LOSSES = {  # detectron2's names, and those of the other engine's metrics
 def check_options(options) -> None:
     """Raise ValueError for what tools/train_coco.py's Options ask of this engine and it does not do."""
     if options.precision not in (None, "fp32"):
-        raise ValueError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
+        raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
     if options.skip_bad_images:
-        raise ValueError("--skip-bad-images: --engine detectron2 stops at the first image that cannot be read")
+        raise UserError("--skip-bad-images: --engine detectron2 stops at the first image that cannot be read")
 
 
 def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoImages, val_set: CocoImages) -> None:
@@ -81,7 +81,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
     any run.
     A run that is resumed goes on from detectron2's last checkpoint, in an order of images of its own.
     """
-    say = notes.print if rank.is_main else lambda *_: None
+    say = progress_console.print if rank.is_main else lambda *_: None
     recipe = RECIPES[options.recipe]
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
     steps = schedule.steps if options.max_steps is None else options.max_steps
@@ -107,7 +107,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
     start = 0
     if options.resume and checkpointer.has_checkpoint():
         if annotations_of(folder) != train_set.fingerprint:
-            raise ValueError(f"--data {options.data}: the run in {folder} was trained on other annotations")
+            raise UserError(f"--data {options.data}: the run in {folder} was trained on other annotations")
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
         cfg.SEED = options.seed + start  # else the first images would come again
@@ -161,7 +161,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
         try:
             trainer.train(start, steps)
         except FloatingPointError as error:
-            raise ValueError(" ".join(str(error).split())) from None
+            raise UserError(" ".join(str(error).split())) from None
         evaluation = score(max(start, steps))
 
     if rank.is_main:

@@ -15,9 +15,9 @@ from detection.faster_rcnn import FasterRCNN
 from detection.scoring import DETECTION, METRICS, entries, score_and_scorer
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
-from resbackbone.training.command import console, notes
-from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
-from resbackbone.training.termination import worker_processes
+from resbackbone.cli.command import console, progress_console
+from resbackbone.engine.distributed import Rank, RankShare, broadcast, gather
+from resbackbone.engine.termination import worker_processes
 
 AT_ONCE = 10_000  # detections turned into text together
 CLASSES_SHOWN = 30  # on the terminal
@@ -167,9 +167,9 @@ def print_results(results: dict) -> None:
     classes = sorted(per_class.items(), key=lambda item: 1 if item[1]["AP"] is None else -item[1]["AP"])
     for name, entry in classes[:CLASSES_SHOWN]:
         table.add_row(name, percent(entry["AP"]), percent(entry["AP50"]), str(entry["boxes"]))
-    notes.print(table)
+    progress_console.print(table)
     if len(classes) > CLASSES_SHOWN:
-        notes.print(f"{len(classes) - CLASSES_SHOWN} more classes in results.json")
+        progress_console.print(f"{len(classes) - CLASSES_SHOWN} more classes in results.json")
     if results["note"]:
         console.print(results["note"])
     for message in results["skipped_images"]:

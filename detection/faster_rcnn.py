@@ -19,10 +19,10 @@ from detection.rpn import Anchors, FP32RPNHead, SampledRPN
 from detection.transforms import InputTransform
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
+from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse
 from resbackbone.resnet import ResNet
-from resbackbone.training.checkpoints import last_whole_checkpoint
 from resbackbone.weights import MEAN, STD, Weights, fit, read_weights, write_weights
 from resbackbone.weights.sources import is_named
 
@@ -91,7 +91,7 @@ class FasterRCNN(TorchvisionFasterRCNN):
         if targets is not None:
             self._check_targets(targets)
         elif self.training:
-            raise ValueError('training needs targets: {"boxes": [n, 4] x1 y1 x2 y2, "labels": [n]} for each image')
+            raise UserError('training needs targets: {"boxes": [n, 4] x1 y1 x2 y2, "labels": [n]} for each image')
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)
         maps = self.backbone(batch.tensors)
@@ -125,14 +125,14 @@ class FasterRCNN(TorchvisionFasterRCNN):
             labels, boxes = target["labels"], target["boxes"]
             name = f"image {target['image_id']}: " if "image_id" in target else ""
             if labels.numel() and (labels.min() < 1 or labels.max() > self.num_classes):
-                raise ValueError(
+                raise UserError(
                     f"{name}labels {sorted(set(labels.tolist()))}: a label is 1..{self.num_classes} "
                     f"({', '.join(list(self.categories.values())[:3])} ..), 0 is background"
                 )
             if not torch.isfinite(boxes).all():
-                raise ValueError(f"{name}a box has coordinates that are not finite: {boxes.tolist()}")
+                raise UserError(f"{name}a box has coordinates that are not finite: {boxes.tolist()}")
             if not (boxes[:, 2:] > boxes[:, :2]).all():
-                raise ValueError(f"{name}a box x1 y1 x2 y2 without width or height: {boxes.tolist()}")
+                raise UserError(f"{name}a box x1 y1 x2 y2 without width or height: {boxes.tolist()}")
 
 
 class FP32Predictor(FastRCNNPredictor):
@@ -195,12 +195,12 @@ def build_faster_rcnn(
     one_of("variant", variant, VARIANTS)
     one_of("geometry", geometry, GEOMETRIES)
     if not isinstance(num_classes, int) or num_classes < 1:
-        raise ValueError(f"num_classes is the number of real categories, at least 1, not {num_classes!r}")
+        raise UserError(f"num_classes is the number of real categories, at least 1, not {num_classes!r}")
     categories = dict(categories or {label: f"class {label}" for label in range(1, num_classes + 1)})
     if len(categories) != num_classes:
-        raise ValueError(f"num_classes is {num_classes}, but there are {len(categories)} categories")
+        raise UserError(f"num_classes is {num_classes}, but there are {len(categories)} categories")
     if anchor_sides is not None and variant == "fpn":
-        raise ValueError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")
+        raise UserError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")
     if representation_size is None:
         representation_size = 4096 if variant == "vgg16" else 1024
     backbone_config = dict(backbone.config)
@@ -266,12 +266,12 @@ def build_faster_rcnn(
 def _take_stage5(backbone: Backbone) -> Stage5Head:
     """Move stage 5 out of the trunk; one that was not built is built, if no weights were meant for it."""
     if not isinstance(backbone, ResNet) or backbone.fpn is not None:
-        raise ValueError("variant 'c4' runs stage 5 of a ResNet on regions: build the backbone with fpn=False")
+        raise UserError("variant 'c4' runs stage 5 of a ResNet on regions: build the backbone with fpn=False")
     if "c5" in backbone.stage_features:
         channels = backbone.stage_features["c5"].channels
         return Stage5Head(backbone.detach_stage("c5"), channels)
     if backbone.weights_source is not None:
-        raise ValueError("variant 'c4' needs stage 5 and its weights: build the backbone with levels=('c4', 'c5')")
+        raise UserError("variant 'c4' needs stage 5 and its weights: build the backbone with levels=('c4', 'c5')")
     whole = backbone_from_config({**backbone.config, "levels": ["c5"]})
     return Stage5Head(cast(nn.Sequential, whole.layer4), whole.stage_features["c5"].channels)
 
@@ -280,19 +280,17 @@ def _use_levels_of(variant: str, backbone: Backbone) -> None:
     levels = list(backbone.features)
     if variant == "fpn":
         if not all(level.startswith("p") for level in levels):
-            raise ValueError(
-                f"variant 'fpn' needs pyramid levels, the backbone gives {', '.join(levels)}: use fpn=True"
-            )
+            raise UserError(f"variant 'fpn' needs pyramid levels, the backbone gives {', '.join(levels)}: use fpn=True")
         return
     level = LEVEL_OF[variant]
     if level not in levels:
-        raise ValueError(f"variant {variant!r} needs level {level}, the backbone gives {', '.join(levels)}")
+        raise UserError(f"variant {variant!r} needs level {level}, the backbone gives {', '.join(levels)}")
     if backbone.features[level].stride != 16:
-        raise ValueError(f"variant {variant!r} needs {level} at stride 16: build the backbone with dilate_c5=True")
+        raise UserError(f"variant {variant!r} needs {level} at stride 16: build the backbone with dilate_c5=True")
     if isinstance(backbone, ResNet):
         backbone.levels = [level]
     elif levels != [level]:
-        raise ValueError(f"variant {variant!r} needs level {level} alone: build the backbone with levels=[{level!r}]")
+        raise UserError(f"variant {variant!r} needs level {level} alone: build the backbone with levels=[{level!r}]")
 
 
 def save_detector(detector: FasterRCNN, path: str | Path) -> None:
@@ -308,7 +306,7 @@ def load_detector(path: str | Path) -> FasterRCNN:
     weights = read_weights(path)
     if "detector" not in weights.metadata:
         if weights.format == "resbackbone":
-            raise ValueError(f"{path} does not hold a detector of this package: its metadata describe none")
+            raise UserError(f"{path} does not hold a detector of this package: its metadata describe none")
         weights.announce_assumptions()
         weights.metadata.update(describe_detector(weights))
     detector = _described(weights, weights.metadata["backbone"], weights.metadata["detector"])
@@ -349,7 +347,7 @@ def _described(weights: Weights, backbone: Mapping, detector: Mapping) -> Faster
     try:
         return build_faster_rcnn(_backbone(backbone), **detector)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{weights.source} describes a detector this version cannot build ({error!r})") from None
+        raise UserError(f"{weights.source} describes a detector this version cannot build ({error!r})") from None
 
 
 def _backbone(config: Mapping) -> Backbone:
@@ -389,8 +387,8 @@ def detector_file(run: str | Path) -> str | Path:
     if run.is_file():
         return run
     if not run.is_dir():
-        raise ValueError(f"{run}: no such run folder or file")
+        raise UserError(f"{run}: no such run folder or file")
     folder = run if (run / "model.safetensors").is_file() else last_whole_checkpoint(run)[0]
     if folder is None:
-        raise ValueError(f"{run} holds no detector: neither model.safetensors nor a whole checkpoint is there")
+        raise UserError(f"{run} holds no detector: neither model.safetensors nor a whole checkpoint is there")
     return folder / "model.safetensors"

@@ -2,7 +2,8 @@
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from resbackbone.weights import Weights, backbone_part, pyramid_of, settle
+from resbackbone.checks import UserError
+from resbackbone.weights import Weights, backbone_part, pyramid_of, resolve_architecture
 from resbackbone.weights.formats import STAGE5
 
 NOT_A_CLASS = "N/A"  # torchvision's name for the ids that COCO skips: its detectors have outputs for them
@@ -26,13 +27,13 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     """
     state = weights.state
     if weights.unknown:
-        raise ValueError(
+        raise UserError(
             f"weights from {weights.source} hold {len(weights.unknown)} tensors that no Faster R-CNN of this package "
             f"has (their trunk and pyramid can be read alone): {', '.join(weights.unknown)}"
         )
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
     if scores is None or scores.dim() != 2:
-        raise ValueError(f"weights from {weights.source} hold no Faster R-CNN: roi_heads.box_predictor is missing")
+        raise UserError(f"weights from {weights.source} hold no Faster R-CNN: roi_heads.box_predictor is missing")
     pyramid = any(key.startswith("backbone.fpn.") for key in state)
     at_c4 = any(key.startswith(f"{STAGE5}layer4.") for key in state)
     variant = "fpn" if pyramid else "c4" if at_c4 else "dc5"
@@ -52,7 +53,7 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
 
 
 def _backbone_config(weights: Weights, variant: str) -> dict[str, object]:
-    trunk = {**settle(weights), "zero_init_residual": False, "checkpoint_activations": False}
+    trunk = {**resolve_architecture(weights), "zero_init_residual": False, "checkpoint_activations": False}
     if trunk["norm"] != "GN":
         trunk["norm"] = "FrozenBN"
     single = {"levels": ["c4", "c5"] if variant == "c4" else ["c5"], "fpn_channels": 256, "fpn_norm": None}

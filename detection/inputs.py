@@ -9,6 +9,7 @@ from typing import NamedTuple
 from detection import video
 from detection.annotations import read_annotations
 from detection.faster_rcnn import FasterRCNN
+from resbackbone.checks import UserError
 from resbackbone.classification.decode import SUFFIXES
 
 
@@ -36,7 +37,7 @@ def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) 
         elif glob.has_magic(word) and not path.exists():
             files = [file for file in map(Path, sorted(glob.glob(word, recursive=True))) if file.is_file()]
             if not files:
-                raise ValueError(f"{word}: no file fits this pattern")
+                raise UserError(f"{word}: no file fits this pattern")
             images |= dict.fromkeys(file for file in files if not _is_video(file))
             videos |= dict.fromkeys(file for file in files if _is_video(file))
         else:
@@ -50,7 +51,7 @@ def _images_in(folder: Path, output: Path, *, recursive: bool) -> list[Path]:
         files = [file for file in files if output.resolve() not in file.resolve().parents]
     if not files:
         deeper = "" if recursive else "; --recursive looks in its subfolders too"
-        raise ValueError(f"{folder}: holds no image ({', '.join(SUFFIXES)}){deeper}")
+        raise UserError(f"{folder}: holds no image ({', '.join(SUFFIXES)}){deeper}")
     return sorted(files)
 
 
@@ -76,7 +77,7 @@ def output_files(inputs: Inputs, folder: Path) -> dict[Path | int, Path]:
     for source, file in files.items():
         if file.resolve() in given:
             kind, what = ("picture", "image") if source in inputs.images else ("video", "video")
-            raise ValueError(f"--output {folder}: a {kind} would replace the {what} {file}; choose another")
+            raise UserError(f"--output {folder}: a {kind} would replace the {what} {file}; choose another")
     return files
 
 
@@ -101,7 +102,7 @@ def image_ids_of(images: Sequence[Path], annotations: Path | None, detector: Fas
         return list(range(1, len(images) + 1))
     content = read_annotations(annotations)
     if content.categories != detector.real_categories:
-        raise ValueError(f"--annotations {annotations}: its categories are not those the detector was made for")
+        raise UserError(f"--annotations {annotations}: its categories are not those the detector was made for")
     known = dict(zip(content.file_names(), content.image_ids.tolist(), strict=True))
     return [_id_of(path, known, annotations) for path in images]
 
@@ -111,4 +112,4 @@ def _id_of(path: Path, known: dict[str, int], annotations: Path) -> int:
     for start in range(len(parts)):  # the longest name first: two folders may have files of one name
         if (image_id := known.get("/".join(parts[start:]))) is not None:
             return image_id
-    raise ValueError(f"{path}: no image of this name in --annotations {annotations}")
+    raise UserError(f"{path}: no image of this name in --annotations {annotations}")

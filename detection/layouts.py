@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from resbackbone.checks import UserError
+
 LAYOUT = (
     "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/ (COCO's "
     "layout); train/_annotations.coco.json and valid/_annotations.coco.json, images beside them (Roboflow's); "
@@ -67,10 +69,10 @@ def find_split(data: str | os.PathLike, split: str) -> Split:
     """
     folder = Path(data)
     if not folder.is_dir():
-        raise ValueError(f"--data {data}: no such folder; it should hold {LAYOUT}")
+        raise UserError(f"--data {data}: no such folder; it should hold {LAYOUT}")
     layout = _layout_of(folder)
     if layout is None:
-        raise ValueError(f"--data {data}: holds no data in a layout that is known; it should hold {LAYOUT}")
+        raise UserError(f"--data {data}: holds no data in a layout that is known; it should hold {LAYOUT}")
     train, found = layout.paths(folder, "train"), layout.paths(folder, split)
     part = split if all(train) and not any(layout.paths(folder, "val")) else None
     images, annotations = train if part else found
@@ -78,7 +80,7 @@ def find_split(data: str | os.PathLike, split: str) -> Split:
         name = SPLIT_NAMES[split][0]
         wanted = {layout.annotations[0].format(name): annotations, layout.images[0].format(name): images}
         missing = " and no ".join(path for path, at in wanted.items() if at is None)
-        raise ValueError(f"--data {data}: not {layout.title}, no {missing}; it should hold {LAYOUT}")
+        raise UserError(f"--data {data}: not {layout.title}, no {missing}; it should hold {LAYOUT}")
     return Split(layout.title, images, annotations, part)
 
 
@@ -112,5 +114,5 @@ def held_out(file_names: Sequence[str]) -> np.ndarray:
     originals = np.array([name.partition(".rf.")[0] for name in file_names])
     distinct = sorted(set(originals.tolist()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(distinct) < 2:
-        raise ValueError(f"there is no validation split, and of {len(distinct)} image none can be held out for it")
+        raise UserError(f"there is no validation split, and of {len(distinct)} image none can be held out for it")
     return np.isin(originals, distinct[: -(-len(distinct) // HELD_OUT)])

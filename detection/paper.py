@@ -16,7 +16,7 @@ from detection.roi_align import PyramidRoIAlign
 from detection.transforms import InputTransform
 from resbackbone import Backbone
 from resbackbone.backbone import FREEZABLE
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.weights import fit, read_weights
 from resbackbone.weights.inputs import INPUT, describe_input
 
@@ -74,11 +74,11 @@ def load_vgg16(detector: FasterRCNN, source: str) -> None:
     """
     weights = read_weights(_on_the_hub(source))
     if weights.metadata.get("input", INPUT) != INPUT:
-        raise ValueError(f"weights from {source} are made for {describe_input(weights.metadata['input'])}")
+        raise UserError(f"weights from {source} are made for {describe_input(weights.metadata['input'])}")
     parts: dict[str, dict[str, Tensor]] = {"features": {}, "head": {}}
     for key, tensor in weights.state.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"weights from {source}: {key} holds numbers that are not finite")
+            raise UserError(f"weights from {source}: {key} holds numbers that are not finite")
         layer, _, leaf = key.rpartition(".")
         if layer in FULLY_CONNECTED:
             name = f"{FULLY_CONNECTED[layer]}.{leaf}"
@@ -101,7 +101,7 @@ def _on_the_hub(source: str) -> str:
 
     names = list_pretrained("vgg16.*")
     if name not in {*names, *(known.partition(".")[0] for known in names)}:
-        raise ValueError(f"weights {source!r}: not a VGG-16; timm has {', '.join(names)}")
+        raise UserError(f"weights {source!r}: not a VGG-16; timm has {', '.join(names)}")
     config = get_pretrained_cfg(name)
     assert config is not None  # it is one of timm's names
     return f"hf:{config.hf_hub_id}"
@@ -166,7 +166,7 @@ class ImprovedTesting(nn.Module):
     def __init__(self, detector: FasterRCNN, *, box_refinement: bool = False, scales: Sequence[int] = ()):
         super().__init__()
         if any(scale < 1 for scale in scales) or len(set(scales)) < len(scales):
-            raise ValueError(f"scales {', '.join(map(str, scales))}: shorter sides in pixels are wanted, each once")
+            raise UserError(f"scales {', '.join(map(str, scales))}: shorter sides in pixels are wanted, each once")
         self.detector, self.box_refinement = detector, box_refinement
         own = detector.transform
         self.resizes = nn.ModuleList(

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 
-from resbackbone.training.schedule import Schedule
+from resbackbone.engine.schedule import Schedule
 
 DETECTRON_SIDES = (640, 672, 704, 736, 768, 800)
 SMALL_DATA = 40_000  # images; of fewer, 1x would see each over 36 times, as often as 3x does COCO's

@@ -5,11 +5,12 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from detection.coco import CocoImages, Draw
+from detection.coco import CocoImages, ImageRequest
+from resbackbone.checks import UserError
 
 
 class TrainBatches(Sampler):
-    """Endless batches of `Draw`s, each of landscape or of portrait images only, so that little padding is computed.
+    """Endless batches of `ImageRequest`s, each all landscape or all portrait, so that little padding is computed.
 
     Every image is drawn once an epoch, in an order of its own. A batch of all ranks together holds `batch_size`
     images; rank r of n takes every n-th of it. It starts at batch `start`, so a resumed run goes on with the batch
@@ -20,12 +21,12 @@ class TrainBatches(Sampler):
         self, dataset: CocoImages, *, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, start: int = 0
     ):
         if batch_size < ranks or batch_size % ranks:
-            raise ValueError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
+            raise UserError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
         sizes = np.asarray(dataset.widths_heights)
         self.portrait = sizes[:, 0] < sizes[:, 1]
         self.batch_size, self.seed, self.rank, self.ranks, self.start = batch_size, seed, rank, ranks, start
 
-    def __iter__(self) -> Iterator[list[Draw]]:
+    def __iter__(self) -> Iterator[list[ImageRequest]]:
         counts = np.bincount(self.portrait, minlength=2)  # how many images are landscape, how many portrait
         epoch = self._epoch_of(self.start, counts)
         skip = self.start - self._batches_before(epoch, counts)
@@ -45,7 +46,7 @@ class TrainBatches(Sampler):
             order = np.argsort(np.concatenate(ends))  # a batch comes when its last image is drawn
             of_epoch = np.concatenate(batches)
             for which in order[skip:]:
-                yield [Draw(*draw) for draw in of_epoch[which, self.rank :: self.ranks].tolist()]
+                yield [ImageRequest(*draw) for draw in of_epoch[which, self.rank :: self.ranks].tolist()]
             epoch, skip = epoch + 1, 0
 
     def _draws(self, epoch: int) -> np.ndarray:

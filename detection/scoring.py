@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.annotations import Annotations
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 DETECTION = np.dtype(  # COCO's results format; bbox is x, y, width, height in pixels
@@ -45,7 +45,7 @@ def score_and_scorer(
     score_with = BACKENDS[one_of("COCO backend", backend, BACKENDS)]
     unknown = ~np.isin(detections["image_id"], annotations.image_ids.numpy())
     if unknown.any():
-        raise ValueError(
+        raise UserError(
             f"{unknown.sum()} of {len(detections)} detections are of images that the annotations have not; the first "
             f"is of image {detections['image_id'][unknown][0]}"
         )

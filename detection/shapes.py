@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from resbackbone.checks import UserError
+
 FORMAT = 2  # raise it when the same arguments draw other files, so that folders made before are not taken for new ones
 
 # Lengths are in pixels of a 160 x 160 image and scale with `size`. A pair is a range.
@@ -131,7 +133,7 @@ def make_shapes(
     arguments = {"seed": seed, "train_images": train_images, "val_images": val_images, "size": size}
     for (name, value), least in zip(arguments.items(), (0, 1, 1, MIN_SIZE), strict=True):
         if value < least:
-            raise ValueError(f"{name} is {value}; it must be {least} or more")
+            raise UserError(f"{name} is {value}; it must be {least} or more")
     made_of = {"format": FORMAT, **arguments}
     target = Path(folder).resolve()
     if is_made(target, made_of):
@@ -159,7 +161,7 @@ def is_made(folder: Path, made_of: dict) -> bool:
     except (OSError, ValueError):
         found = "other files"
     if found != made_of:
-        raise ValueError(f"{folder} already holds {found}; to make {made_of}, choose a new or empty folder")
+        raise UserError(f"{folder} already holds {found}; to make {made_of}, choose a new or empty folder")
     return True
 
 

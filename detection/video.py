@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from resbackbone.checks import UserError
+
 SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 RATE = 30.0  # frames a second, where the source gives none, as many cameras
 
@@ -25,12 +27,12 @@ class Video:
     def __init__(self, source: Path | int):
         self.name = f"camera {source}" if isinstance(source, int) else str(source)
         if isinstance(source, Path) and not source.is_file():
-            raise ValueError(f"video {source}: no such file")
+            raise UserError(f"video {source}: no such file")
         cv2 = _opencv(self.name)
         self._capture = cv2.VideoCapture(source if isinstance(source, int) else str(source))
         if not self._capture.isOpened():
             what = "camera cannot be opened" if isinstance(source, int) else "not a video that OpenCV can read"
-            raise ValueError(f"{self.name}: {what}")
+            raise UserError(f"{self.name}: {what}")
         count = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self.count = count if isinstance(source, Path) and count > 0 else None
         rate = self._capture.get(cv2.CAP_PROP_FPS)
@@ -61,7 +63,7 @@ class VideoFile:
             codec = self._cv2.VideoWriter.fourcc(*"mp4v")
             self._writer = self._cv2.VideoWriter(str(self._path), codec, self._rate, picture.size)
             if not self._writer.isOpened():
-                raise ValueError(f"{self._path}: OpenCV cannot write a video of {picture.width} x {picture.height}")
+                raise UserError(f"{self._path}: OpenCV cannot write a video of {picture.width} x {picture.height}")
         self._writer.write(np.asarray(picture)[:, :, ::-1])
 
     def close(self) -> None:
@@ -90,5 +92,5 @@ def _opencv(name: str):
     try:
         import cv2
     except ModuleNotFoundError:
-        raise ValueError(f"{name}: a video takes OpenCV: pip install opencv-python-headless") from None
+        raise UserError(f"{name}: a video takes OpenCV: pip install opencv-python-headless") from None
     return cv2

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from resbackbone.checks import UserError
+
 
 def count_parameters(module: nn.Module) -> int:
     """Number of parameters, frozen ones included; statistics of norms are not parameters."""
@@ -90,7 +92,7 @@ def _observed(model: nn.Module, record: Callable[[str, Tensor], None]) -> nn.Mod
     copied = copy.deepcopy(model).train()
     layers = list(_layers_3x3(copied))
     if not layers:
-        raise ValueError("no 3x3 layer (a convN with its bnN) in this network, whose responses could be measured")
+        raise UserError("no 3x3 layer (a convN with its bnN) in this network, whose responses could be measured")
     for layer, parent, norm_name in layers:
         setattr(parent, norm_name, _Observed(getattr(parent, norm_name), layer, record))
     return copied

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.export import export_backbone
 from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
 from resbackbone.layers import fuse
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, count_norms, sorted_levels
-from resbackbone.weights import backbone_part, fit, pyramid_of, read_weights, settle
+from resbackbone.weights import backbone_part, fit, pyramid_of, read_weights, resolve_architecture
 
 FREEZABLE = ("none", "stem", *TRUNK_LEVELS)
 DEFAULT_PYRAMID = ("p2", "p3", "p4", "p5", "p6")
@@ -148,7 +148,7 @@ def build_resnet_backbone(
     if weights is None:
         _refuse_frozen_random_layers(norm=norm, frozen_through=frozen_through, fpn_norm=fpn_norm)
     loaded = None if weights is None else read_weights(weights)
-    trunk = settle(
+    trunk = resolve_architecture(
         loaded,
         depth=depth,
         shortcut=shortcut,
@@ -197,7 +197,7 @@ def build_resnet_backbone(
     )
     if loaded is not None:
         if fpn_norm == "FrozenBN" and not any(key.startswith("fpn.") for key in backbone_part(loaded.state)):
-            raise ValueError(f"fpn_norm='FrozenBN', but weights from {loaded.source} hold no pyramid to freeze")
+            raise UserError(f"fpn_norm='FrozenBN', but weights from {loaded.source} hold no pyramid to freeze")
         fit(backbone, replace(loaded, state=backbone_part(loaded.state)), fresh=("fpn.",))
         backbone.weights_source = loaded.source
     return backbone
@@ -222,4 +222,4 @@ def backbone_from_config(config: Mapping) -> ResNetBackbone:
 def _refuse_frozen_random_layers(**arguments: str | None) -> None:
     for name, value in arguments.items():
         if value == "FrozenBN" or (name == "frozen_through" and value not in (None, "none")):
-            raise ValueError(f"{name}={value!r} without weights would freeze random layers; give weights, or drop it")
+            raise UserError(f"{name}={value!r} without weights would freeze random layers; give weights, or drop it")

@@ -1,6 +1,10 @@
-"""How a wrong argument is answered: one sentence that says what was given and what there is."""
+"""What a caller or a file did wrong, in one sentence: what was given, what is accepted, what to do."""
 
 from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake of a caller or in a file. Commands print it as one line; every other exception keeps its traceback."""
 
 
 def one_of(kind: str, value, choices: Iterable, note: str = ""):
@@ -9,4 +13,4 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
     listed = ", ".join(str(choice) for choice in choices)
-    raise ValueError(f"unknown {kind} {value!r}; choose from {listed}{note}")
+    raise UserError(f"unknown {kind} {value!r}; choose from {listed}{note}")

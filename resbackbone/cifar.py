@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.layers import SHORTCUTS, conv, conv_norm, norm_layer
 from resbackbone.resnet import BasicBlock, Layout
 from resbackbone.weights import architecture_of, fit, read_weights, write_weights
@@ -86,12 +86,12 @@ def build_cifar_resnet(
     loaded = read_weights(weights)
     told = _told_by(loaded.state)
     if "depth" not in told:
-        raise ValueError(f"weights from {loaded.source} are of no CIFAR network: it has layer1, layer2, layer3 and fc")
+        raise UserError(f"weights from {loaded.source} are of no CIFAR network: it has layer1, layer2, layer3 and fc")
     if "shortcut" not in told and "shortcut" in loaded.metadata.get("cifar", {}):
         told["shortcut"] = loaded.metadata["cifar"]["shortcut"]
     for name, value in asked.items():
         if told.get(name, value) != value:
-            raise ValueError(f"weights from {loaded.source} are for {name}={told[name]}, asked was {name}={value}")
+            raise UserError(f"weights from {loaded.source} are for {name}={told[name]}, asked was {name}={value}")
     model = CifarResNet(**{**told, **asked})
     state = {name: tensor for name, tensor in loaded.state.items() if name != "mean_image"}
     fit(model, replace(loaded, state=state))

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS, ResNet
-from resbackbone.weights import Weights, fit, read_weights, settle
+from resbackbone.weights import Weights, fit, read_weights, resolve_architecture
 
 
 class ResNetClassifier(ResNet):
@@ -48,14 +48,14 @@ def build_resnet_classifier(
     loaded = weights if weights is None or isinstance(weights, Weights) else read_weights(weights)
     if loaded is not None:
         if "fc.weight" not in loaded.state:
-            raise ValueError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")
+            raise UserError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")
         held = len(loaded.state["fc.weight"])
         if num_classes not in (None, held):
-            raise ValueError(
+            raise UserError(
                 f"weights from {loaded.source} are for num_classes={held}, asked was num_classes={num_classes}"
             )
         num_classes = held
-    trunk = settle(
+    trunk = resolve_architecture(
         loaded,
         depth=depth,
         shortcut=shortcut,

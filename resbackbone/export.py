@@ -14,7 +14,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_options
 
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.weights.inputs import INPUT
 
 if TYPE_CHECKING:
@@ -47,13 +47,13 @@ def export_backbone(backbone: "Backbone", path: str | os.PathLike, format: str |
         format = path.suffix.removeprefix(".")
     one_of("format", format, SUFFIXES)
     if path.suffix in SUFFIXES.values() and path.suffix != SUFFIXES[format]:
-        raise ValueError(f"format {format!r} and a path that ends in {path.suffix!r} do not agree: {str(path)!r}")
+        raise UserError(f"format {format!r} and a path that ends in {path.suffix!r} do not agree: {str(path)!r}")
     if not path.parent.is_dir():
-        raise ValueError(f"cannot export to {str(path)!r}: there is no folder {str(path.parent)!r}")
+        raise UserError(f"cannot export to {str(path)!r}: there is no folder {str(path.parent)!r}")
     if format == "onnx":
         missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
         if missing:
-            raise ValueError(f"export to ONNX needs {' and '.join(missing)}: pip install 'resbackbone[export]'")
+            raise UserError(f"export to ONNX needs {' and '.join(missing)}: pip install 'resbackbone[export]'")
 
     program = _capture(backbone)
     to_bytes = _to_onnx if format == "onnx" else _to_pt2

@@ -6,7 +6,7 @@ from typing import NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.layers import (
     SHORTCUTS,
     Norm,
@@ -46,7 +46,7 @@ class BasicBlock(nn.Module):
     ):
         super().__init__()
         if layout.groups != 1 or layout.width_per_group != 64:
-            raise ValueError("groups and width_per_group are for depths 50, 101 and 152: a basic block has neither")
+            raise UserError("groups and width_per_group are for depths 50, 101 and 152: a basic block has neither")
         norm = layout.norm
         self.conv1 = conv(in_channels, width, kernel=3, stride=stride, dilation=dilation[0])
         self.bn1 = norm(width)
@@ -125,7 +125,7 @@ class ResNet(nn.Module):
         block, counts = DEPTHS[one_of("depth", depth, DEPTHS)]
         self.levels = sorted_levels(levels, TRUNK_LEVELS)
         if zero_init_residual and shortcut == "none":
-            raise ValueError("zero_init_residual starts a block as its shortcut alone, and a plain net has none")
+            raise UserError("zero_init_residual starts a block as its shortcut alone, and a plain net has none")
         layout = Layout(
             norm_layer(norm, eps), one_of("shortcut", shortcut, SHORTCUTS), stride_in_1x1, groups, width_per_group
         )
@@ -197,7 +197,7 @@ class ResNet(nn.Module):
         """Take the last stage out of the trunk and return it, for a head that runs it on regions (C4 detectors)."""
         built = list(self.stage_features)
         if level != built[-1] or len(built) == 1:
-            raise ValueError(f"{level} is not the last of several stages; this trunk has {', '.join(built)}")
+            raise UserError(f"{level} is not the last of several stages; this trunk has {', '.join(built)}")
         stage = getattr(self, STAGES[level])
         delattr(self, STAGES[level])
         del self.stage_features[level]
@@ -215,10 +215,10 @@ class ResNet(nn.Module):
 def sorted_levels(levels: Iterable[str], choices: tuple[str, ...], note: str = "") -> list[str]:
     """The asked levels, finest first, each once; ValueError for an unknown one or for none."""
     if isinstance(levels, str):
-        raise ValueError(f"levels is a list of names such as {list(choices)}, not the string {levels!r}")
+        raise UserError(f"levels is a list of names such as {list(choices)}, not the string {levels!r}")
     asked = {one_of("level", level, choices, note) for level in levels}
     if not asked:
-        raise ValueError(f"no level asked for; choose from {', '.join(choices)}")
+        raise UserError(f"no level asked for; choose from {', '.join(choices)}")
     return sorted(asked)
 
 

@@ -12,11 +12,10 @@ import pytest
 
 from detection import build_faster_rcnn, save_detector
 from resbackbone import build_resnet_backbone
-from resbackbone.training.command import parse
+from resbackbone.cli.command import parse
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
-sys.path.insert(0, str(TOOLS))
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 NOT_RUN = "# not run by the tests: "  # first line of a block that cannot be, and why
 MOST_NOT_RUN = 4
@@ -81,7 +80,7 @@ def test_few_blocks_are_not_run_and_each_says_why():
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=name_of)
 def test_every_command_of_a_page_is_one_that_its_tool_understands(page, capsys):
     for tool, *words in commands(page):
-        module = importlib.import_module(tool)
+        module = importlib.import_module(f"resbackbone.tools.{tool}")
         if not hasattr(module, "Options"):
             assert not words or module.parse(words), f"tools/{tool}.py takes no options"
             continue

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import random
-import sys
 import tracemalloc
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from detection.scoring import DETECTION, score
 from resbackbone.classification.decode import BadImage, decode
 
 TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
 TIMES = int(os.environ.get("RESBACKBONE_FUZZ", "1"))
 CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
 many = settings(max_examples=300 * TIMES, deadline=None, derandomize=TIMES == 1, suppress_health_check=CHECKS)
@@ -238,7 +236,7 @@ WORDS = (
 @given(st.sampled_from(COMMANDS), seeds)
 def test_wrong_command_lines_are_options_or_one_sentence(tmp_path_factory, name, seed):
     chance = random.Random(seed)
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"resbackbone.tools.{name}")
     flags = [f"--{field.replace('_', '-')}" for field in module.Options.__dataclass_fields__]
     argv = [chance.choice([chance.choice(flags), chance.choice(WORDS)]) for _ in range(chance.randrange(1, 7))]
     before = os.getcwd()

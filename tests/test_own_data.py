@@ -47,13 +47,12 @@ def run(command: str, monkeypatch) -> None:
     if PUBLISHED in argv:
         argv[argv.index(PUBLISHED)] = "runs/first/model.safetensors"
         argv += ["--max-steps", "1", "--recipe", "short"]  # the recipe `small` is for a GPU
-    module = importlib.import_module(Path(tool).stem)
+    module = importlib.import_module(f"resbackbone.tools.{Path(tool).stem}")
     module.main([*argv, "--device", "cpu"] if "device" in module.Options.__dataclass_fields__ else argv)
 
 
 def test_every_command_and_block_of_the_page_runs_and_prints_what_it_says(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(ROOT / "tools"))
     draw_voc(Path("VOCdevkit/VOC2007"))
     blocks = re.findall(r"```(sh|python|text)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert [kind for kind, _ in blocks].count("sh") == 5

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
+from resbackbone.engine import command
 from resbackbone.report.summary import print_summary
-from resbackbone.training import command
 
 
 def write(folder, *lines):
@@ -54,7 +54,7 @@ def test_a_run_without_updates_has_a_summary_too(lines, tmp_path, capsys):
 
 
 def test_quiet_leaves_the_summary_out(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command.notes, "quiet", True)
+    monkeypatch.setattr(command.progress_console, "quiet", True)
     write(tmp_path, trained(1, 1.0, 0.0))
     print_summary(tmp_path, {"AP": "20.0"}, {})
     assert capsys.readouterr().out == ""

@@ -24,17 +24,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from benchmarks.contest import COMPILED, MODES, Contest
-from benchmarks.jobs import GPU_MODES, JOBS, ON_CPU_ONLY, ON_GPU_ONLY, PEERS
-from benchmarks.machine import describe
-from benchmarks.report import label_of, markdown, remarks_on, write_json, write_tables
-from benchmarks.rounds import EVERYTHING, Session, hold, recorded
+from resbackbone.tools.benchmarks.contest import COMPILED, MODES, Contest
+from resbackbone.tools.benchmarks.jobs import GPU_MODES, JOBS, ON_CPU_ONLY, ON_GPU_ONLY, PEERS
+from resbackbone.tools.benchmarks.machine import describe
+from resbackbone.tools.benchmarks.report import label_of, markdown, remarks_on, write_json, write_tables
+from resbackbone.tools.benchmarks.rounds import EVERYTHING, Session, hold, recorded
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
+from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.options import check_counts
+from resbackbone.engine.device import choose_device
 from resbackbone.resnet import DEPTHS
-from resbackbone.training.command import console, main_of, notes, parse
-from resbackbone.training.device import choose_device
-from resbackbone.training.options import check_counts
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> dict:
         "contests": [],
     }
     for line in content["skipped"]:
-        notes.print(f"without {line}")
+        progress_console.print(f"without {line}")
     options = replace(options, peers=tuple(name for name in options.peers if name not in missing))
     left_out = ON_CPU_ONLY if options.on_gpu else ON_GPU_ONLY
     try:
@@ -127,9 +127,9 @@ def main(argv: list[str] | None = None) -> dict:
         console.print(markdown(content))
         if options.output is not None:
             write_tables(content, options.output / "benchmark.json")
-            notes.print(f"written to {options.output}")
+            progress_console.print(f"written to {options.output}")
     if content["failed"]:
-        raise ValueError(f"{len(content['failed'])} failed: {'; '.join(content['failed'])}")
+        raise UserError(f"{len(content['failed'])} failed: {'; '.join(content['failed'])}")
     return content
 
 
@@ -144,11 +144,11 @@ def check(options: Options) -> None:
     check_counts(options, least=1, names=(*counts, "scoring_images", "annotation_images"))
     for size in options.detector_batch_sizes:
         if size < 1:
-            raise ValueError(f"--detector-batch-sizes {size}: must be at least 1")
+            raise UserError(f"--detector-batch-sizes {size}: must be at least 1")
     one_of("device", torch.device(choose_device(options.device)).type, ("cpu", "cuda"))
     for mode in set(options.modes or ()) & set(GPU_MODES):
         if not options.on_gpu:
-            raise ValueError(f"--modes {mode} with --device {options.device}: TF32 needs --device cuda")
+            raise UserError(f"--modes {mode} with --device {options.device}: TF32 needs --device cuda")
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
 
@@ -171,7 +171,7 @@ def hold_job(job: str, options: Options, scratch: Path, content: dict, session: 
         finally:  # an interrupted contest keeps its rounds
             add(result, content, options)
         thrown = f", {result['thrown_away']} rounds thrown away" if result["thrown_away"] else ""
-        notes.print(f"{label_of(result)} took {time.monotonic() - began:.0f} s{thrown}")
+        progress_console.print(f"{label_of(result)} took {time.monotonic() - began:.0f} s{thrown}")
         session.release_memory()
         if any(name.endswith(COMPILED) for name in contest.names):
             torch.compiler.reset()  # else torch.compile gives up on a class of which it has compiled eight networks
@@ -182,7 +182,7 @@ def add(result: dict, content: dict, options: Options) -> None:
     content["contests"].append(result)
     content["failed"] += remarks_on(result, ["failed"])
     for line in remarks_on(result):
-        notes.print(line)
+        progress_console.print(line)
     if options.output is not None:
         write_json(content, options.output / "benchmark.json")
 
@@ -193,7 +193,7 @@ def render(path: Path) -> dict:
         content = json.loads(path.read_text())
         text = markdown(content)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--render {path}: not a benchmark.json ({error!r})") from None
+        raise UserError(f"--render {path}: not a benchmark.json ({error!r})") from None
     write_tables(content, path)
     console.print(text)
     return content

@@ -16,11 +16,11 @@ import tyro
 from detection.faster_rcnn import build_faster_rcnn
 from detection.foreign import describe_detector
 from resbackbone.backbone import backbone_from_config
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.classifier import ResNetClassifier
+from resbackbone.cli.command import console, main_of, parse
 from resbackbone.resnet import STAGES
-from resbackbone.training.command import console, main_of, parse
-from resbackbone.weights import Weights, backbone_part, fitting, pyramid_of, read_weights, settle
+from resbackbone.weights import Weights, backbone_part, fitting, pyramid_of, read_weights, resolve_architecture
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, describe_input
 from resbackbone.weights.read import has_bottlenecks
@@ -81,21 +81,21 @@ def main(argv: list[str] | None = None) -> None:
         print_sources()
         return
     if not options.source or options.destination is None:
-        raise ValueError("SRC and DST are wanted: python tools/convert_weights.py SRC DST [--to FORMAT], or --list")
+        raise UserError("SRC and DST are wanted: python tools/convert_weights.py SRC DST [--to FORMAT], or --list")
     one_of("format", options.to, TARGETS)
     given = None if options.input is None else INPUTS[one_of("input", options.input, INPUTS)]
     check_destination(options)
 
     weights = read_weights(options.source, entry=options.entry, given_input=given)
     if weights.format == OURS and given not in (None, INPUT):
-        raise ValueError(f"{options.source} is a file of this package, for {describe_input(INPUT)}: --input is not")
+        raise UserError(f"{options.source} is a file of this package, for {describe_input(INPUT)}: --input is not")
     weights = described(weights, options)
     try:
         print_found(weights)
         check_whole(weights)
         difference = write_checked(options.destination, weights, options.to)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{options.source} describes a network this version cannot build ({error!r})") from None
+        raise UserError(f"{options.source} describes a network this version cannot build ({error!r})") from None
     console.print(
         f"wrote   {options.destination} ({options.to}), read back: {len(weights.state)} tensors, "
         f"largest relative difference {difference:.1g}"
@@ -107,15 +107,15 @@ def check_destination(options: Options) -> None:
     """ValueError unless the destination may be written, before anything is downloaded or read."""
     path = options.destination
     if not path.name:
-        raise ValueError(f"{path}: a name to write to is wanted")
+        raise UserError(f"{path}: a name to write to is wanted")
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent}: no such folder to write into")
+        raise UserError(f"{path.parent}: no such folder to write into")
     if path.is_dir() and options.to != "transformers":
-        raise ValueError(f"{path} is a folder; for {options.to} the name of a file is wanted")
+        raise UserError(f"{path} is a folder; for {options.to} the name of a file is wanted")
     if path.exists() and not options.overwrite:
-        raise ValueError(f"{path} is there already; --overwrite replaces it")
+        raise UserError(f"{path} is there already; --overwrite replaces it")
     if path.is_dir() and (others := sorted({file.name for file in path.iterdir()} - TRANSFORMERS_FILES)):
-        raise ValueError(f"{path} holds more than transformers' files and is not replaced: {', '.join(others[:3])}")
+        raise UserError(f"{path} holds more than transformers' files and is not replaced: {', '.join(others[:3])}")
 
 
 def described(weights: Weights, options: Options) -> Weights:
@@ -123,17 +123,17 @@ def described(weights: Weights, options: Options) -> Weights:
     if weights.format is None:
         names = ", ".join(list(weights.state)[:3])
         known = ", ".join(dict.fromkeys(known.title for known in FORMATS.values()))
-        raise ValueError(f"{weights.source}: names of no known format ({names}, ..); known are {known}")
+        raise UserError(f"{weights.source}: names of no known format ({names}, ..); known are {known}")
     hollow = (k for k, x in weights.state.items() if not x.numel() or not (x.dim() or k.endswith("_tracked")))
     if (key := next(hollow, None)) is not None:
-        raise ValueError(f"{weights.source}: {key} is {list(weights.state[key].shape)}, which no layer has")
+        raise UserError(f"{weights.source}: {key} is {list(weights.state[key].shape)}, which no layer has")
     if options.part is not None:
         weights = only_part(weights, options.part)
     metadata = {"source": weights.source, **weights.metadata}
     for name in ("licence", "recipe"):
         if getattr(options, name) is not None:
             metadata[name] = getattr(options, name)
-    trunk = settle(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
+    trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
     assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name, None) is None}
     metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}
     weights = replace(weights, metadata=metadata, assumed=assumed)
@@ -141,7 +141,7 @@ def described(weights: Weights, options: Options) -> Weights:
         try:
             weights.metadata.update(describe_detector(weights))
         except ValueError as error:
-            raise ValueError(f"{error}; --part backbone converts these") from None
+            raise UserError(f"{error}; --part backbone converts these") from None
     return weights
 
 
@@ -180,7 +180,7 @@ def print_found(weights: Weights) -> None:
 def check_whole(weights: Weights) -> None:
     """ValueError unless the weights are all of a network of this package and nothing else."""
     state, config = weights.state, weights.metadata["backbone"]
-    trunk = {name: config[name] for name in settle(weights)}
+    trunk = {name: config[name] for name in resolve_architecture(weights)}
     with torch.device("meta"):
         if is_detector(weights):
             network = build_faster_rcnn(backbone_from_config(config), **weights.metadata["detector"])
@@ -201,22 +201,24 @@ def last_level(weights: Weights) -> str:
 
 def write_checked(path: Path, weights: Weights, format: str) -> float:
     """Write the file, after one beside it was read back and found to be the same network; their largest difference."""
-    network = {name: value for name, value in settle(weights).items() if name != "eps"}  # that is in the scales then
+    network = {
+        name: value for name, value in resolve_architecture(weights).items() if name != "eps"
+    }  # that is in the scales then
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as scratch:
         trial = Path(scratch) / path.name
         try:
             write_as(trial, weights, format)
         except ValueError as error:
-            raise ValueError(str(error).replace(str(trial), str(path))) from None
+            raise UserError(str(error).replace(str(trial), str(path))) from None
         try:
             back = read_weights(trial)
-            settle(back, **network)
+            resolve_architecture(back, **network)
             difference, tensor = largest_difference(weights, back)
             if difference > 1e-5:
-                raise ValueError(f"{tensor} is off by {difference:.1g}")
+                raise UserError(f"{tensor} is off by {difference:.1g}")
         except ValueError as error:
             said = str(error).replace(str(trial), str(path))
-            raise ValueError(f"{path} is not written, as {format} does not hold all of this network: {said}") from None
+            raise UserError(f"{path} is not written, as {format} does not hold all of this network: {said}") from None
     write_as(path, weights, format)
     return difference
 

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-import train_cifar10
-from train_cifar10 import name_of
+from resbackbone.tools import train_cifar10
+from resbackbone.tools.train_cifar10 import name_of
 
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
+from resbackbone.checks import UserError
 from resbackbone.cifar import build_cifar_resnet
-from resbackbone.training.command import console, main_of, notes, parse
-from resbackbone.training.options import check_counts, resumed
-from resbackbone.training.run import read_yaml
+from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.options import check_counts, resumed
+from resbackbone.engine.run import read_yaml
 
 POINTS = 100  # of a training curve: the mean over a hundredth of the updates each
 LAST = 0.1  # the share of the updates over which the final training error is the mean
@@ -133,7 +134,7 @@ def networks(options: Options) -> list[train_cifar10.Options]:
         **{name: getattr(options, name) for name in ("device", "gpus")},
     }
     if not options.depths:
-        raise ValueError("--depths: give one or more, such as --depths 20 56")
+        raise UserError("--depths: give one or more, such as --depths 20 56")
     residual = {}  # with shortcut A, the default
     kinds = [{"plain": True}, residual] if options.plain else [residual]
     if options.shortcuts:
@@ -160,7 +161,7 @@ def train(net: train_cifar10.Options, options: Options) -> None:
         wanted = train_cifar10.parse(train_cifar10.Options, argv)
         resumed(wanted, argv, default=folder, may_differ=train_cifar10.MAY_DIFFER)  # says so if it is another recipe's
         if json.loads((folder / "results.json").read_text())["steps"] >= net.steps:
-            notes.print(f"{folder} is finished")
+            progress_console.print(f"{folder} is finished")
             return
     train_cifar10.main(argv)
 
@@ -171,11 +172,11 @@ def read_run(folder: Path) -> Curves:
     try:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / 'metrics.jsonl'}: cannot be read ({error})") from None
+        raise UserError(f"{folder / 'metrics.jsonl'}: cannot be read ({error})") from None
     train = [line for line in lines if line["kind"] == "train"]
     tests = [line for line in lines if line["kind"] == "eval"]
     if not train:
-        raise ValueError(f"{folder}: has recorded no updates yet")
+        raise UserError(f"{folder}: has recorded no updates yet")
     seconds, before = sum(line["seconds"] for line in tests), 0
     for line in train:
         seconds += line["seconds"] * (line["step"] - before)
@@ -198,7 +199,7 @@ def check_same_recipe(curves: Sequence[Curves]) -> None:
     for one in curves[1:]:
         for name, value in one.recipe.items():
             if value != curves[0].recipe[name]:
-                raise ValueError(
+                raise UserError(
                     f"{one.name} was trained with {name} {value}, {curves[0].name} with {curves[0].recipe[name]}; runs "
                     "that are compared have one recipe"
                 )

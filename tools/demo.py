@@ -18,9 +18,10 @@ from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prep
 from detection.report import draw_boxes
 from detection.responses import Look, heat_map, look
 from detection.scoring import entries
+from resbackbone.checks import UserError
+from resbackbone.cli.command import console, main_of, parse
+from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.report.page import Html, jpeg, short, tag
-from resbackbone.training.command import console, main_of, parse
-from resbackbone.training.device import INFERENCE, choose_device, choose_precision, use
 
 LOCAL = "127.0.0.1"
 MOST_ROWS = 100
@@ -115,9 +116,9 @@ def main(argv: list[str] | None = None) -> None:
     """A detector -> a page that shows what it does, until Ctrl-C."""
     options = parse(Options, argv)
     if not 0 <= options.threshold <= 1:
-        raise ValueError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
+        raise UserError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
     if not 0 < options.port < 65536:
-        raise ValueError(f"--port {options.port}: 1 to 65535 are ports")
+        raise UserError(f"--port {options.port}: 1 to 65535 are ports")
     device = torch.device(choose_device(options.device))
     bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
     use(device)
@@ -142,7 +143,7 @@ def gradio():
     try:
         import gradio
     except ModuleNotFoundError:
-        raise ValueError("the page takes gradio: pip install gradio") from None
+        raise UserError("the page takes gradio: pip install gradio") from None
     return gradio
 
 
@@ -217,7 +218,7 @@ def serve(page, port: int) -> None:
             mcp_server=False,
         )
     except OSError:
-        raise ValueError(f"--port {port}: is taken, or not for users; give another one") from None
+        raise UserError(f"--port {port}: is taken, or not for users; give another one") from None
 
 
 if __name__ == "__main__":

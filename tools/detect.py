@@ -28,9 +28,10 @@ from detection.report import draw_boxes
 from detection.scoring import DETECTION, entries
 from detection.video import Video, video_file
 from resbackbone.atomic import open_atomically
-from resbackbone.training.command import console, main_of, notes, parse, track
-from resbackbone.training.device import INFERENCE, choose_device, choose_precision, use
-from resbackbone.training.options import check_counts
+from resbackbone.checks import UserError
+from resbackbone.cli.command import console, main_of, parse, progress_console, track
+from resbackbone.cli.options import check_counts
+from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.weights.sources import is_named
 
 T = TypeVar("T")
@@ -102,9 +103,9 @@ def main(argv: list[str] | None = None) -> None:
     """Images and videos -> pictures with boxes, and what was found as JSON."""
     options = parse(Options, argv)
     if not options.inputs:
-        raise ValueError("no image given: python tools/detect.py RUN IMAGE...")
+        raise UserError("no image given: python tools/detect.py RUN IMAGE...")
     if not 0 <= options.threshold <= 1:
-        raise ValueError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
+        raise UserError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
     check_counts(options, least=1, names=("batch_size", "max_frames"))
     device = torch.device(choose_device(options.device))
     bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.output or (Path() if is_named(options.run) else file.parent) / "detected"
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
     if videos and options.coco_results:
-        raise ValueError(f"--coco-results is of images, and the frames of {videos[0]} have no ids; leave one out")
+        raise UserError(f"--coco-results is of images, and the frames of {videos[0]} have no ids; leave one out")
     pictures = output_files(inputs, folder)
 
     detector = load_detector(file).to(device, memory_format=torch.channels_last)
@@ -145,9 +146,9 @@ def detect_images(
                 if options.pictures:
                     finder.picture(image, found).save(pictures[path])
                 where = f", {pictures[path]}" if options.pictures else ""
-                notes.print(f"{path}: {len(finder.sure(found))} found{where}")
+                progress_console.print(f"{path}: {len(finder.sure(found))} found{where}")
     if options.coco_results:
-        notes.print(f"COCO results: {folder / 'coco_results.json'}")
+        progress_console.print(f"COCO results: {folder / 'coco_results.json'}")
     console.print(f"all detections: {folder / 'detections.json'}")
 
 
@@ -187,8 +188,8 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
             if isinstance(source, Path):
                 raise
         if not number:
-            raise ValueError(f"{video.name}: not one frame can be read")
-    notes.print(f"{video.name}: {boxes} found in {number} frames{f', {out}' if options.pictures else ''}")
+            raise UserError(f"{video.name}: not one frame can be read")
+    progress_console.print(f"{video.name}: {boxes} found in {number} frames{f', {out}' if options.pictures else ''}")
     console.print(f"all detections: {frames_file(out)}")
 
 

@@ -96,7 +96,7 @@ def devices() -> list[str]:
     try:
         import torch
 
-        from resbackbone.training.device import native_precision
+        from resbackbone.engine.device import native_precision
 
         lines = [f"device   cpu, {torch.get_num_threads()} threads, {native_precision('cpu')} by default"]
         for i in range(torch.cuda.device_count()):

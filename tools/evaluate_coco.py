@@ -16,11 +16,11 @@ from detection.evaluate import evaluate, print_results, write_results
 from detection.faster_rcnn import detector_file, load_detector, prepare_for_detection
 from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
-from resbackbone.checks import one_of
-from resbackbone.training.command import be_quiet, main_of, notes, parse, track
-from resbackbone.training.device import INFERENCE, choose_device, choose_precision
-from resbackbone.training.distributed import Rank, count_processes, from_main, launch
-from resbackbone.training.run import read_yaml
+from resbackbone.checks import UserError, one_of
+from resbackbone.cli.command import be_quiet, main_of, parse, progress_console, track
+from resbackbone.engine.device import INFERENCE, choose_device, choose_precision
+from resbackbone.engine.distributed import Rank, count_processes, from_main, launch
+from resbackbone.engine.run import read_yaml
 from resbackbone.weights.sources import is_named
 
 
@@ -72,7 +72,7 @@ def score(rank: Rank, options: Options) -> None:
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     data = options.data or (Path(config["data"]) if config.get("data") else None)
     if data is None:
-        raise ValueError(f"{options.run} does not say what it was trained on (no config.yaml); give --data DIR")
+        raise UserError(f"{options.run} does not say what it was trained on (no config.yaml); give --data DIR")
     on_gpu = rank.device.type == "cuda"
     trained_in = config.get("precision") if rank.device.type != "mps" else None
     precision = options.precision or (trained_in if trained_in in INFERENCE else None)
@@ -83,7 +83,7 @@ def score(rank: Rank, options: Options) -> None:
     asked = {"categories": detector.real_categories, "skip_bad_images": options.skip_bad_images}
     dataset = from_main(lambda: open_split(data, "val", **asked), rank)
     if rank.is_main:
-        notes.print(f"{file} on {dataset.summary()}, {precision}")
+        progress_console.print(f"{file} on {dataset.summary()}, {precision}")
     bf16 = precision == "bf16"
     prepare_for_detection(detector, bf16=bf16)
     if options.box_refinement or options.scales:
@@ -106,7 +106,7 @@ def score(rank: Rank, options: Options) -> None:
     target.mkdir(parents=True, exist_ok=True)
     write_results(target, evaluation.results, evaluation.detections)
     print_results(evaluation.results)
-    notes.print(f"results: {target / 'results.json'}")
+    progress_console.print(f"results: {target / 'results.json'}")
 
 
 if __name__ == "__main__":

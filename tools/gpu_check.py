@@ -28,12 +28,15 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tools")]  # it runs where this package is not installed, too
+sys.path.insert(0, str(ROOT))
+import resbackbone  # noqa: E402
 
-from gpu_checks.record import Record, Setting  # noqa: E402
+resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
+
+from resbackbone.tools.gpu_checks.record import Record, Setting  # noqa: E402
 
 from resbackbone.atomic import write_atomically  # noqa: E402
-from resbackbone.training.device import choose_device  # noqa: E402
+from resbackbone.engine.device import choose_device  # noqa: E402
 
 ROOMY = {"cores": 8, "bytes": 70e9}  # of a machine that runs parts side by side
 BAD = ("differs", "failed", "out of memory", "timed out", "interrupted")  # not "skipped", nor "out of time"
@@ -290,7 +293,7 @@ def run_part(name: str, words: str) -> int:
     setting = Setting(**{**values, "output": Path(values["output"]), "scratch": Path(values["scratch"])})
     record = Record(setting.output / f".{name}.json")
     try:
-        from benchmarks.machine import describe
+        from resbackbone.tools.benchmarks.machine import describe
 
         if setting.on_gpu:
             torch.cuda.set_device(torch.device(setting.device).index or 0)
@@ -322,17 +325,17 @@ def function_of(part: str) -> Callable[[Setting, Record], None]:
     module, function = {**PARTS, **CIFAR}[part].function.split(".")
     match module:
         case "cifar":
-            from gpu_checks import cifar as found
+            from resbackbone.tools.gpu_checks import cifar as found
         case "equality":
-            from gpu_checks import equality as found
+            from resbackbone.tools.gpu_checks import equality as found
         case "machine":
-            from gpu_checks import machine as found
+            from resbackbone.tools.gpu_checks import machine as found
         case "peers":
-            from gpu_checks import peers as found
+            from resbackbone.tools.gpu_checks import peers as found
         case "runs":
-            from gpu_checks import runs as found
+            from resbackbone.tools.gpu_checks import runs as found
         case "steps":
-            from gpu_checks import steps as found
+            from resbackbone.tools.gpu_checks import steps as found
     return getattr(found, function)
 
 

@@ -13,18 +13,18 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from resbackbone.tools.train_cifar10 import find_cifar10
 from torch import Tensor
-from train_cifar10 import find_cifar10
 
 from resbackbone.analysis import gradient_norms, layer_responses
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
-from resbackbone.training.checkpoints import checkpoints
-from resbackbone.training.command import console, main_of, notes, parse
-from resbackbone.training.distributed import count_processes
-from resbackbone.training.run import read_yaml
+from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.engine.checkpoints import checkpoints
+from resbackbone.engine.distributed import count_processes
+from resbackbone.engine.run import read_yaml
 
 KINDS = {"plain": "none", "resnet": "A"}  # and their shortcuts
 FILE = "model.safetensors"  # in each checkpoint of a run
@@ -67,19 +67,19 @@ def main(argv: list[str] | None = None) -> None:
     """Networks, and checkpoints of runs -> responses and gradients of their layers -> one figure and its numbers."""
     options = parse(Options, argv)
     if options.images < 2:
-        raise ValueError(f"--images {options.images}: batch norm takes the statistics of two images or more")
+        raise UserError(f"--images {options.images}: batch norm takes the statistics of two images or more")
     count_processes(options.device, None)  # says so if the device is not there
     networks = [named(name) for name in options.networks]
     files = [file for run in options.runs for file in files_of(run)]
     if not networks and not files:
-        raise ValueError("nothing to measure: no --networks and no --runs")
+        raise UserError("nothing to measure: no --networks and no --runs")
     data_folder = options.data or trained_on(options.runs)
     data = open_cifar10(data_folder)
     mean_image = mean_image_of(data.train)
     drawn = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(options.seed))
     images, labels = (tensor[drawn[: options.images]] for tensor in data.train)
     looked_at = f"{len(labels)} training images of {data_folder}"
-    notes.print(f"looks at {looked_at}")
+    progress_console.print(f"looks at {looked_at}")
 
     measured = []
     for depth, kind in networks:
@@ -110,7 +110,7 @@ def files_of(folder: Path) -> list[Path]:
     is_checkpoint = re.fullmatch(r"step_\d+", folder.resolve().name)
     files = [path / FILE for path in ([folder] if is_checkpoint else checkpoints(folder))]
     if not files or not all(file.is_file() for file in files):
-        raise ValueError(f"--runs {folder}: holds no checkpoint (checkpoints/step_NNNNNNN/{FILE})")
+        raise UserError(f"--runs {folder}: holds no checkpoint (checkpoints/step_NNNNNNN/{FILE})")
     return files
 
 
@@ -124,7 +124,7 @@ def trained_on(runs: Sequence[Path]) -> str:
         return str(find_cifar10() or SYNTHETIC)
     file = runs[0] / "config.yaml"
     if not file.is_file():
-        raise ValueError(f"--runs {runs[0]}: does not say what it was trained on (no config.yaml); give --data DIR")
+        raise UserError(f"--runs {runs[0]}: does not say what it was trained on (no config.yaml); give --data DIR")
     return read_yaml(file)["data"]
 
 

@@ -30,10 +30,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from resbackbone.atomic import write_atomically
+from resbackbone.checks import UserError
 from resbackbone.classification.decode import BadImage
 from resbackbone.classification.images import LAYOUT, Images, open_images, split_folder
 from resbackbone.classification.shards import describe_shard, expand, index_name, index_shards, write_shard
-from resbackbone.training.command import console, main_of, notes, parse, track
+from resbackbone.cli.command import console, main_of, parse, progress_console, track
 
 
 @dataclass(frozen=True)
@@ -73,20 +74,20 @@ def main(argv: list[str] | None = None) -> None:
     for split in ("train", "val"):
         if split_folder(options.data, split) is not None:
             images = open_images(options.data, split, skip_bad_images=options.skip_bad_images)
-            notes.print(f"{split}: {images.summary()}")
+            progress_console.print(f"{split}: {images.summary()}")
             write_split(images, split, options)
 
 
 def check(options: Options) -> None:
     """ValueError for an option that is missing or out of range."""
     if options.data is None or options.output is None:
-        raise ValueError("--data and --output are wanted, or --index")
+        raise UserError("--data and --output are wanted, or --index")
     if not (split_folder(options.data, "train") or split_folder(options.data, "val")):
-        raise ValueError(f"--data {options.data}: no images; it should hold {LAYOUT}")
+        raise UserError(f"--data {options.data}: no images; it should hold {LAYOUT}")
     ranges = {"shorter_side": (0, 65500), "quality": (1, 95), "images_per_shard": (1, 10**6), "workers": (1, 10**3)}
     for name, (low, high) in ranges.items():
         if not low <= (value := getattr(options, name)) <= high:
-            raise ValueError(f"--{name.replace('_', '-')} {value}: {low} to {high} is wanted")
+            raise UserError(f"--{name.replace('_', '-')} {value}: {low} to {high} is wanted")
 
 
 def write_split(images: Images, split: str, options: Options) -> None:
@@ -100,9 +101,9 @@ def write_split(images: Images, split: str, options: Options) -> None:
     entries = [options.output / f"{split}-{i:06d}.json" for i in range(len(parts))]
     for path in filter(Path.is_file, [index, *entries]):
         if json.loads(path.read_bytes()).get("made_of") != made_of:
-            raise ValueError(f"{path} is of other images or settings; give another --output, or remove what is there")
+            raise UserError(f"{path} is of other images or settings; give another --output, or remove what is there")
     if index.is_file():
-        notes.print(f"{split}: {index} is there already")
+        progress_console.print(f"{split}: {index} is there already")
         return
     missing = [(part, entry) for part, entry in zip(parts, entries, strict=True) if not entry.is_file()]
     make = partial(make_shard, images, side=side, quality=options.quality, made_of=made_of)
@@ -180,9 +181,7 @@ def write_index_of(pattern: str) -> None:
     paths = [folder / shard for shard in expand(name)]
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise ValueError(
-            f"--index {pattern}: {len(missing)} of {len(paths)} shards are missing, the first {missing[0]}"
-        )
+        raise UserError(f"--index {pattern}: {len(missing)} of {len(paths)} shards are missing, the first {missing[0]}")
     index = index_shards(paths)
     write_atomically(folder / index_name(name), json.dumps(index))
     count = sum(len(shard["labels"]) for shard in index["shards"])

@@ -13,8 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from pretraining.evaluation import described, evaluate_only, score_of, write_results, zoo_row
-from pretraining.options import (
+from resbackbone.tools.pretraining.evaluation import described, evaluate_only, score_of, write_results, zoo_row
+from resbackbone.tools.pretraining.options import (
     EMBEDDED,
     MAY_DIFFER,
     PretrainOptions,
@@ -28,17 +28,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from detection.crops import make_shape_crops
+from resbackbone.checks import UserError
 from resbackbone.classification.images import LAYOUT, SYNTHETIC, open_images, train_batches
 from resbackbone.classification.recipes import Recipe
 from resbackbone.classification.report import Predictions, write_report
 from resbackbone.classification.training import build_average, build_loss
 from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
-from resbackbone.report.summary import print_summary
-from resbackbone.training import loop
-from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config
-from resbackbone.training.device import arithmetic, use_deterministic
-from resbackbone.training.distributed import (
+from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
+from resbackbone.cli.options import claim_folder, resume_point, resumed, wants_resume
+from resbackbone.engine import loop
+from resbackbone.engine.device import arithmetic, use_deterministic
+from resbackbone.engine.distributed import (
     Rank,
     count_processes,
     distributed,
@@ -46,11 +47,11 @@ from resbackbone.training.distributed import (
     launch,
     share_buffers,
 )
-from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.options import claim_folder, resume_point, resumed, wants_resume
-from resbackbone.training.run import Run, read_yaml
-from resbackbone.training.state import NonFinite, TrainState, seed_step
-from resbackbone.weights import read_weights, settle, write_weights
+from resbackbone.engine.optimizers import build_optimizer
+from resbackbone.engine.run import Run, read_yaml
+from resbackbone.engine.state import NonFinite, TrainState, seed_step
+from resbackbone.report.summary import print_summary
+from resbackbone.weights import read_weights, resolve_architecture, write_weights
 from resbackbone.weights.write import architecture_name
 
 
@@ -78,7 +79,7 @@ def train(rank: Rank, options: Options) -> None:
     """Images -> classifier -> updates -> evaluation, in every process; rank 0 writes."""
     be_quiet(options)
     use_deterministic(options.deterministic)
-    say = notes.print if rank.is_main else lambda *_: None
+    say = progress_console.print if rank.is_main else lambda *_: None
     draw_embedded_set(options, rank, say)
     claimed = {"default": default_folder(options), "resume": options.resume}
     folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
@@ -87,7 +88,7 @@ def train(rank: Rank, options: Options) -> None:
     opened = partial(open_images, options.data, skip_bad_images=options.skip_bad_images)
     train_set, val_set = (from_main(partial(opened, split), rank) for split in ("train", "val"))
     if train_set.classes != val_set.classes:
-        raise ValueError(f"--data {options.data}: the classes of its training and validation images differ")
+        raise UserError(f"--data {options.data}: the classes of its training and validation images differ")
     say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
     for message in sorted(train_set.skipped | val_set.skipped) if rank.is_main else ():
         console.print(f"skipped {message}")
@@ -124,7 +125,7 @@ def train(rank: Rank, options: Options) -> None:
     effective = {**asdict(schedule), "milestones": list(schedule.milestones), **arithmetic(rank.device)}
     effective["train_set_sha256"] = train_set.fingerprint
     if last is not None and rank.is_main and fingerprint_of(folder) != train_set.fingerprint:
-        raise ValueError(f"--data {options.data}: the run in {folder} was trained on other images")
+        raise UserError(f"--data {options.data}: the run in {folder} was trained on other images")
     kept = to_config(replace(options, output=None, resume=False, config=None))  # who starts from it starts a new run
     kept.pop("eval_only")
     run = Run(folder, {**kept, "effective": effective}, resumed_step=state.step, writes=rank.is_main)
@@ -261,10 +262,10 @@ def build(
     source = checkpoint or options.weights
     weights = None if source is None else read_weights(source)
     if checkpoint and weights.metadata.get("classes") != classes:
-        raise ValueError(f"{checkpoint}: was trained on other classes than those of {options.data}")
+        raise UserError(f"{checkpoint}: was trained on other classes than those of {options.data}")
     zero_init = recipe.zero_init_residual and not options.plain
     model = build_resnet_classifier(num_classes=len(classes), weights=weights, zero_init_residual=zero_init, **asked)
-    trunk = settle(weights, **asked)
+    trunk = resolve_architecture(weights, **asked)
     return model, {
         "architecture": architecture_name(trunk),
         "backbone": trunk,

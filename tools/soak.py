@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmarks.machine import describe
-from soaking.faults import FAULTS, Row
-from soaking.subject import COMMANDS, Subject
+from resbackbone.tools.benchmarks.machine import describe
+from resbackbone.tools.soaking.faults import FAULTS, Row
+from resbackbone.tools.soaking.subject import COMMANDS, Subject
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
-from resbackbone.training.command import console, main_of, notes, parse
+from resbackbone.cli.command import console, main_of, parse, progress_console
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ def main(argv: list[str] | None = None) -> None:
                 rows.append(FAULTS[name](subject, times, moments))
             except RuntimeError as error:  # it hung, or could not be gone on with
                 rows.append(Row(name, subject.name, times, "not done", [str(error)]))
-            notes.print(f"{name}, {subject.name}: {rows[-1].outcome}; lost: {rows[-1].lost or 'nothing'}")
+            progress_console.print(f"{name}, {subject.name}: {rows[-1].outcome}; lost: {rows[-1].lost or 'nothing'}")
             content = {**describe("cpu", torch.get_num_threads()), "kills": options.kills, "seed": options.seed}
             content["rows"] = [vars(row) for row in rows]
             write_atomically(options.output / "reliability.json", json.dumps(content, indent=2) + "\n")
             write_atomically(options.output / "reliability.md", table(rows))
-        notes.print(f"  {time.monotonic() - began:.0f} s")
+        progress_console.print(f"  {time.monotonic() - began:.0f} s")
     console.print(table(rows))
     if any(row.lost for row in rows):
         sys.exit(1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet, save_cifar_resnet
 from resbackbone.classification.cifar10 import (
     LAYOUT,
@@ -33,11 +33,11 @@ from resbackbone.classification.cifar10 import (
     train_batches,
 )
 from resbackbone.classification.report import Predictions, write_report
-from resbackbone.report.summary import print_summary
-from resbackbone.training import loop
-from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config
-from resbackbone.training.device import arithmetic, choose_device, choose_precision, use_deterministic
-from resbackbone.training.distributed import (
+from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
+from resbackbone.cli.options import RunOptions, check_counts, claim_folder, resume_point, resumed, wants_resume
+from resbackbone.engine import loop
+from resbackbone.engine.device import arithmetic, choose_device, choose_precision, use_deterministic
+from resbackbone.engine.distributed import (
     Rank,
     broadcast,
     count_processes,
@@ -47,11 +47,11 @@ from resbackbone.training.distributed import (
     launch,
     share_buffers,
 )
-from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.options import RunOptions, check_counts, claim_folder, resume_point, resumed, wants_resume
-from resbackbone.training.run import Run, read_yaml
-from resbackbone.training.schedule import Schedule
-from resbackbone.training.state import NonFinite, TrainState, seed_step
+from resbackbone.engine.optimizers import build_optimizer
+from resbackbone.engine.run import Run, read_yaml
+from resbackbone.engine.schedule import Schedule
+from resbackbone.engine.state import NonFinite, TrainState, seed_step
+from resbackbone.report.summary import print_summary
 
 PAPER = "He et al. 2015, Sec. 4.2: SGD 0.1, momentum 0.9, weight decay 1e-4, a tenth of the rate at 1/2 and at 3/4"
 RATE, BATCH_SIZE, STEPS = 0.1, 128, 64_000
@@ -119,7 +119,7 @@ def train(rank: Rank, options: Options) -> None:
     """Data -> network -> updates -> test error, in every process; rank 0 writes."""
     be_quiet(options)
     use_deterministic(options.deterministic)
-    say = notes.print if rank.is_main else lambda *_: None
+    say = progress_console.print if rank.is_main else lambda *_: None
     claimed = {"default": default_folder(options), "resume": options.resume}
     folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
     data = from_main(lambda: open_cifar10(options.data), rank)
@@ -157,7 +157,7 @@ def train(rank: Rank, options: Options) -> None:
     )
     fingerprint = data.fingerprint()
     if last is not None and rank.is_main and fingerprint_of(folder) != fingerprint:
-        raise ValueError(f"--data {options.data}: the run in {folder} was trained on other images")
+        raise UserError(f"--data {options.data}: the run in {folder} was trained on other images")
     effective = {**asdict(schedule), "milestones": list(schedule.milestones), **arithmetic(rank.device)}
     effective["train_set_sha256"] = fingerprint
     kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
@@ -227,19 +227,19 @@ def complete(options: Options) -> Options:
     if options.shortcut is not None:
         one_of("shortcut", options.shortcut, ("A", "B", "C"), " (or --plain)")
         if options.plain:
-            raise ValueError(f"--plain has no shortcuts, --shortcut {options.shortcut} asks for them; leave one out")
+            raise UserError(f"--plain has no shortcuts, --shortcut {options.shortcut} asks for them; leave one out")
     check_counts(options, least=1, names=("steps", "max_steps", "batch_size", "checkpoint_period", "log_period"))
     check_counts(options, least=0, names=("eval_period", "seed"))
     data = options.data or find_cifar10()
     if data is None:
-        raise ValueError(
+        raise UserError(
             "no CIFAR-10 in $CIFAR10_DIR or ./datasets/cifar10; unpack https://www.cs.toronto.edu/~kriz/"
             f"cifar-10-python.tar.gz and give --data DIR, which should hold {LAYOUT}; or try --data {SYNTHETIC}"
         )
     device = choose_device(options.device)
     processes = count_processes(device, options.gpus)
     if options.batch_size % processes:
-        raise ValueError(f"--batch-size {options.batch_size} does not divide evenly over {processes} processes")
+        raise UserError(f"--batch-size {options.batch_size} does not divide evenly over {processes} processes")
     steps = options.steps or max(1, round(STEPS * BATCH_SIZE / options.batch_size))
     return replace(
         options,

@@ -37,13 +37,12 @@ from detection.sampler import TrainBatches
 from detection.scoring import BACKENDS
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
-from resbackbone.checks import one_of
-from resbackbone.report.summary import print_summary
-from resbackbone.resnet import DEPTHS
-from resbackbone.training import loop
-from resbackbone.training.command import be_quiet, console, main_of, notes, parse, to_config, track
-from resbackbone.training.device import arithmetic, choose_device, choose_precision, use_deterministic
-from resbackbone.training.distributed import (
+from resbackbone.checks import UserError, one_of
+from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config, track
+from resbackbone.cli.options import check_counts, claim_folder, resume_point, resumed, wants_resume
+from resbackbone.engine import loop
+from resbackbone.engine.device import arithmetic, choose_device, choose_precision, use_deterministic
+from resbackbone.engine.distributed import (
     Rank,
     count_processes,
     distributed,
@@ -52,11 +51,12 @@ from resbackbone.training.distributed import (
     launch,
     share_buffers,
 )
-from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.options import check_counts, claim_folder, resume_point, resumed, wants_resume
-from resbackbone.training.run import Run, read_yaml
-from resbackbone.training.state import NonFinite, TrainState, seed_step
-from resbackbone.weights import Weights, architecture_of, backbone_part, settle
+from resbackbone.engine.optimizers import build_optimizer
+from resbackbone.engine.run import Run, read_yaml
+from resbackbone.engine.state import NonFinite, TrainState, seed_step
+from resbackbone.report.summary import print_summary
+from resbackbone.resnet import DEPTHS
+from resbackbone.weights import Weights, architecture_of, backbone_part, resolve_architecture
 
 ENGINES = ("torchvision", "detectron2")
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1"
@@ -146,7 +146,7 @@ def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
     be_quiet(options)
     use_deterministic(options.deterministic)
-    say = notes.print if rank.is_main else lambda *_: None
+    say = progress_console.print if rank.is_main else lambda *_: None
     if options.data == EMBEDDED:
         say(f"data: the embedded set in {EMBEDDED}; for real ones give --data DIR, which should hold {LAYOUT}")
         if not EMBEDDED.exists():
@@ -176,7 +176,7 @@ def train(rank: Rank, options: Options) -> None:
     else:
         detector = load_detector(last / "model.safetensors")
     if dict(detector.categories) != train_set.categories:
-        raise ValueError(f"{last}: was trained on other categories than those of {options.data}")
+        raise UserError(f"{last}: was trained on other categories than those of {options.data}")
     detector.to(rank.device, memory_format=torch.channels_last).train()
     say(detector.backbone.summary())
 
@@ -217,7 +217,7 @@ def train(rank: Rank, options: Options) -> None:
     effective["train_annotations_sha256"] = train_set.fingerprint
     effective["validation"] = val_set.origin
     if last is not None and fingerprint_of(folder) != train_set.fingerprint and rank.is_main:
-        raise ValueError(f"--data {options.data}: the run in {folder} was trained on other annotations")
+        raise UserError(f"--data {options.data}: the run in {folder} was trained on other annotations")
     kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
     config = {**to_config(kept), "effective": effective}
     run = Run(folder, config, resumed_step=state.step, writes=rank.is_main)
@@ -308,7 +308,7 @@ def complete(options: Options) -> Options:
     one_of("COCO backend", options.coco_backend, BACKENDS)
     if one_of("engine", options.engine, ENGINES) == "detectron2":
         if variant not in BACKBONE_OF or "anchor_sides" in recipe.detector:
-            raise ValueError(f"--engine detectron2 trains no {variant} of --recipe {recipe_name}; leave the engine out")
+            raise UserError(f"--engine detectron2 trains no {variant} of --recipe {recipe_name}; leave the engine out")
         detectron2_engine().check_options(options)
     depth = held.get("depth", recipe.depth)
     depth, depths = (VGG16_DEPTH, [VGG16_DEPTH]) if variant == "vgg16" else (depth, DEPTHS)
@@ -345,7 +345,7 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
         told = architecture_of(backbone_part(weights.state))
         return {"depth": told["depth"]} if "depth" in told else {}
     if "timm" in weights.metadata["backbone"]:
-        raise ValueError(f"--weights {options.weights}: a detector on a timm network; one on a ResNet is wanted")
+        raise UserError(f"--weights {options.weights}: a detector on a timm network; one on a ResNet is wanted")
     return {"depth": weights.metadata["backbone"]["depth"], "variant": weights.metadata["detector"]["variant"]}
 
 
@@ -356,7 +356,7 @@ def detectron2_engine():
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] != "detectron2":
             raise
-        raise ValueError(
+        raise UserError(
             "--engine detectron2: detectron2 is not installed; pip install --no-build-isolation "
             "git+https://github.com/facebookresearch/detectron2 builds it"
         ) from None
@@ -383,9 +383,9 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
         return build_from_detector(options, weights, categories, say, backbone=frozen, **sizes, **recipe.detector)
     if options.variant == "vgg16":
         if options.norm is not None:
-            raise ValueError(f"--norm {options.norm}: VGG-16 has no norms; leave the option out")
+            raise UserError(f"--norm {options.norm}: VGG-16 has no norms; leave the option out")
         if not options.weights and frozen_through not in (None, "none"):
-            raise ValueError(f"--frozen-through {frozen_through} without --weights would freeze random layers")
+            raise UserError(f"--frozen-through {frozen_through} without --weights would freeze random layers")
         backbone = build_vgg16_backbone(frozen_through=frozen_through or ("stem" if options.weights else "none"))
     else:
         backbone = build_resnet_backbone(
@@ -419,9 +419,9 @@ def build_from_detector(
     **detector,
 ) -> FasterRCNN:
     """The detector that --weights hold, with a new box predictor if it is of other classes."""
-    trunk, held = settle(weights, depth=options.depth, norm=options.norm), weights.metadata["detector"]
+    trunk, held = resolve_architecture(weights, depth=options.depth, norm=options.norm), weights.metadata["detector"]
     if options.variant != held["variant"]:
-        raise ValueError(f"--variant {options.variant}: {options.weights} hold a detector of variant {held['variant']}")
+        raise UserError(f"--variant {options.variant}: {options.weights} hold a detector of variant {held['variant']}")
     norm = options.norm or ("GN" if trunk["norm"] == "GN" else "FrozenBN")
     built, new = retarget_detector(weights, categories, backbone={**backbone, "norm": norm}, **detector)
     count = sum(name != NOT_A_CLASS for _, name in held["categories"])

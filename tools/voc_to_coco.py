@@ -25,8 +25,9 @@ import tyro
 from PIL import Image
 
 from resbackbone.atomic import folder_atomically
+from resbackbone.checks import UserError
 from resbackbone.classification.decode import SUFFIXES
-from resbackbone.training.command import console, main_of, notes, parse, track
+from resbackbone.cli.command import console, main_of, parse, progress_console, track
 
 LAYOUT = "Annotations/, JPEGImages/ and ImageSets/Main/*.txt"
 
@@ -70,21 +71,21 @@ def main(argv: list[str] | None = None) -> None:
     """Every list of images -> its instances file and a folder of its images, all at once or not at all."""
     options = parse(Options, argv)
     if options.output.exists():
-        raise ValueError(f"{options.output} is there already; give a folder that is not")
+        raise UserError(f"{options.output} is there already; give a folder that is not")
     below = sorted(options.root.glob("*")) if options.root.is_dir() else []
     years = [folder for folder in (options.root, *below) if (folder / "Annotations").is_dir()]
     if not years:
-        raise ValueError(f"{options.root}: no folder Annotations in it or one level below; it should hold {LAYOUT}")
+        raise UserError(f"{options.root}: no folder Annotations in it or one level below; it should hold {LAYOUT}")
     splits = {"train": listed(years, options.train), "val": listed(years, options.val)}
     if not splits["train"] and not any((year / "ImageSets" / "Main").is_dir() for year in years):
         splits["train"] = [(year, path.stem) for year in years for path in sorted((year / "Annotations").glob("*.xml"))]
     if not splits["train"]:
-        raise ValueError(f"{options.root}: no image in ImageSets/Main/{options.train}.txt; --train names another list")
+        raise UserError(f"{options.root}: no image in ImageSets/Main/{options.train}.txt; --train names another list")
 
     found = {split: list(readable(names, split, skip=options.skip_bad_files)) for split, names in splits.items()}
     classes = sorted({box.name for images in found.values() for image in images for box in image.boxes})
     if not classes:
-        raise ValueError(f"{options.root}: no object in any of the annotations")
+        raise UserError(f"{options.root}: no object in any of the annotations")
     with folder_atomically(options.output) as folder:
         (folder / "annotations").mkdir()
         first_id = 1
@@ -95,8 +96,10 @@ def main(argv: list[str] | None = None) -> None:
     for split, images in found.items():
         boxes = [box for image in images for box in image.boxes]
         difficult = sum(box.difficult for box in boxes)
-        notes.print(f"{split}: {len(images)} images, {len(boxes)} boxes, {difficult} of them difficult, now crowds")
-    notes.print(f"{len(classes)} classes: {', '.join(classes)}")
+        progress_console.print(
+            f"{split}: {len(images)} images, {len(boxes)} boxes, {difficult} of them difficult, now crowds"
+        )
+    progress_console.print(f"{len(classes)} classes: {', '.join(classes)}")
     console.print(f"written: {options.output}; train on it with tools/train_coco.py --data {options.output}")
 
 
@@ -117,29 +120,29 @@ def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterat
             console.print(f"bad: {error}")
             bad += 1
     if bad and not skip:
-        raise ValueError(f"{bad} of {len(names)} images of {split} cannot be used; --skip-bad-files goes on without")
+        raise UserError(f"{bad} of {len(names)} images of {split} cannot be used; --skip-bad-files goes on without")
 
 
 def read(year: Path, name: str) -> Annotated:
     """One image of VOC's layout and what its XML says; ValueError, in a line, for what cannot be used."""
     if Path(name).name != name:
-        raise ValueError(f"{name!r} in a list of {year}: not the name of an image")
+        raise UserError(f"{name!r} in a list of {year}: not the name of an image")
     path = year / "Annotations" / f"{name}.xml"
     try:
         root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=WithoutDoctype()))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that is unknown
-        raise ValueError(f"{path}: not an annotation ({error})") from None
+        raise UserError(f"{path}: not an annotation ({error})") from None
     files = (year / "JPEGImages" / f"{name}{suffix}" for suffix in (*SUFFIXES, *map(str.upper, SUFFIXES)))
     image = next((file for file in files if file.is_file()), None)
     if image is None:
-        raise ValueError(f"{path}: no image {name} in {year / 'JPEGImages'}")
+        raise UserError(f"{path}: no image {name} in {year / 'JPEGImages'}")
     try:
         with Image.open(image) as opened:
             width, height = opened.size
     except Exception as error:  # whatever its decoders raise
-        raise ValueError(f"{image}: not an image ({error})") from None
+        raise UserError(f"{image}: not an image ({error})") from None
     boxes = [read_box(path, number, element) for number, element in enumerate(root.findall("object"), 1)]
     return Annotated(image, width, height, boxes)
 
@@ -151,9 +154,9 @@ def read_box(path: Path, number: int, element: ElementTree.Element) -> Box:
     try:
         left, top, right, bottom = (float(corner) for corner in corners)
     except (TypeError, ValueError):
-        raise ValueError(f"{path}: object {number} has the corners {corners}, four numbers are wanted") from None
+        raise UserError(f"{path}: object {number} has the corners {corners}, four numbers are wanted") from None
     if not name or not all(map(math.isfinite, (left, top, right, bottom))) or right < left or bottom < top:
-        raise ValueError(f"{path}: object {number}, {name!r}, has the corners {corners}: no box of a class")
+        raise UserError(f"{path}: object {number}, {name!r}, has the corners {corners}: no box of a class")
     xywh = [left - 1, top - 1, right - left + 1, bottom - top + 1]
     return Box(name, xywh, (element.findtext("difficult") or "0").strip() == "1")
 
@@ -162,7 +165,7 @@ class WithoutDoctype(ElementTree.TreeBuilder):
     """Refuses a document type, and with it every entity that a file could define to swell or to read other files."""
 
     def doctype(self, name: str, public: str | None, system: str | None) -> None:
-        raise ValueError("it has a DOCTYPE, which VOC's have not")
+        raise UserError("it has a DOCTYPE, which VOC's have not")
 
 
 def write_split(folder: Path, split: str, images: list[Annotated], classes: list[str], *, first_id: int) -> None:
@@ -172,7 +175,7 @@ def write_split(folder: Path, split: str, images: list[Annotated], classes: list
     for image_id, (file, width, height, boxes) in enumerate(images, first_id):
         target = folder / split / file.name
         if target.exists():
-            raise ValueError(f"{file}: {split} has an image of this name already")
+            raise UserError(f"{file}: {split} has an image of this name already")
         try:
             os.link(file, target)
         except OSError:  # another file system, or one without links

@@ -20,7 +20,7 @@ from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import Tensor
 
 from resbackbone.backbone import FREEZABLE, ResNetBackbone, backbone_from_config, build_resnet_backbone
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import MEAN, STD
 
@@ -65,7 +65,7 @@ def _refuse_another_model(module: ResBackbone, state_dict: dict, prefix: str, *_
     # detectron2's checkpointer leaves out what does not match and goes on: here that would be random, frozen layers.
     wanted = [prefix + name for name in module.state_dict() if not name.endswith("num_batches_tracked")]
     if missing := [name for name in wanted if name not in state_dict]:
-        raise ValueError(
+        raise UserError(
             f"the checkpoint lacks {len(missing)} of the backbone's {len(wanted)} tensors in its shape, the first "
             f"{missing[0]}: MODEL.WEIGHTS takes a checkpoint of this very model; other weights go into "
             "MODEL.RESBACKBONE.WEIGHTS, with MODEL.WEIGHTS ''"
@@ -121,9 +121,7 @@ def _build(cfg: CfgNode, in_channels: int, **arguments) -> ResNetBackbone:
     supported = {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 64 * block.expansion, "DEFORM_ON_PER_STAGE": [False] * 4}
     for name, value in supported.items():
         if resnets[name] != value:
-            raise ValueError(
-                f"MODEL.RESNETS.{name} {resnets[name]}: at depth {resnets.DEPTH} only {value} is supported"
-            )
+            raise UserError(f"MODEL.RESNETS.{name} {resnets[name]}: at depth {resnets.DEPTH} only {value} is supported")
     arguments = {
         "fpn": False,
         "norm": NORMS[one_of("MODEL.RESNETS.NORM", resnets.NORM, NORMS)],
@@ -152,7 +150,7 @@ def _check_input(cfg: CfgNode) -> None:
         same = found == wanted if name == "FORMAT" else len(found) == 3 and math.dist(found, wanted) < 0.1
         if not same:
             settings = ", ".join(f"{key} {value}" for key, value in INPUT.items())
-            raise ValueError(f"{key} {found}: MODEL.RESBACKBONE.WEIGHTS are made for other images; set {settings}")
+            raise UserError(f"{key} {found}: MODEL.RESBACKBONE.WEIGHTS are made for other images; set {settings}")
 
 
 add_resbackbone_config(DEFAULTS)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.backbone import DEFAULT_PYRAMID, FREEZABLE, Backbone
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
 from resbackbone.resnet import TRUNK_LEVELS, Feature, sorted_levels
 from resbackbone.weights import MEAN, STD
@@ -52,7 +52,7 @@ class TimmTrunk(nn.Module):
         if not torch.compiler.is_compiling():
             for y, stride in zip(outputs, self.map_strides, strict=True):
                 if tuple(y.shape[-2:]) != (x.shape[-2] // stride, x.shape[-1] // stride):
-                    raise ValueError(f"a map said to have stride {stride} is {list(y.shape)} for {list(x.shape)}")
+                    raise UserError(f"a map said to have stride {stride} is {list(y.shape)} for {list(x.shape)}")
         maps = {}
         for level, (_, stride) in self.trunk_features.items():
             y = _at_stride(stride, outputs[self.outputs[level]], self.map_strides[self.outputs[level]])
@@ -111,7 +111,7 @@ def from_timm(
     one_of("norm", norm, (None, "BN", "FrozenBN"))
     one_of("part to freeze through", frozen_through, (None, *FREEZABLE))
     if not pretrained and (norm == "FrozenBN" or fpn_norm == "FrozenBN" or frozen_through not in (None, "none")):
-        raise ValueError(f"from_timm({name!r}) without pretrained=True has random weights, and is not to be frozen")
+        raise UserError(f"from_timm({name!r}) without pretrained=True has random weights, and is not to be frozen")
     source = {key: options.pop(key) for key in SOURCE_OPTIONS if key in options}
     config = {
         "timm": name,
@@ -131,7 +131,7 @@ def timm_backbone_from_config(config: Mapping, *, pretrained: bool = False, **so
     """The backbone that `config`, a TimmBackbone's own, describes; with random weights, unless `pretrained`."""
     name, fpn, levels, options = config["timm"], config["fpn"], config["levels"], config["options"]
     if "checkpoint_path" in options:
-        raise ValueError("give a file as pretrained=True, pretrained_cfg_overlay={'file': ..}, not as checkpoint_path")
+        raise UserError("give a file as pretrained=True, pretrained_cfg_overlay={'file': ..}, not as checkpoint_path")
     probe, options = _features_of(name, options)  # to see which maps there are
     taps, features = _levels_of(name, probe.feature_info.info)
     if levels is None:
@@ -162,7 +162,7 @@ def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tu
     """timm's network of maps, and `options` with what lets it take images of any size, where it needs that."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
-        raise ValueError(f"timm has no network {name!r}; timm.list_models() names those it has")
+        raise UserError(f"timm has no network {name!r}; timm.list_models() names those it has")
     fixed = timm.get_pretrained_cfg(architecture).fixed_input_size and "img_size" not in options
     refusal = None
     for lifted in ({"dynamic_img_size": True}, {}) if fixed else ({},):
@@ -172,7 +172,7 @@ def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tu
         except (TypeError, ValueError, RuntimeError, AssertionError, AttributeError, OSError) as error:
             refusal = error
     reason = (str(refusal).strip() or type(refusal).__name__).splitlines()[0]
-    raise ValueError(f"timm cannot make feature maps of {name!r}{' with its weights' if pretrained else ''}: {reason}")
+    raise UserError(f"timm cannot make feature maps of {name!r}{' with its weights' if pretrained else ''}: {reason}")
 
 
 def _levels_of(name: str, info: list[dict]) -> tuple[dict[str, int], dict[str, Feature]]:
@@ -182,7 +182,7 @@ def _levels_of(name: str, info: list[dict]) -> tuple[dict[str, int], dict[str, F
     if len(last) == 1:
         ((stride, index),) = last.items()
         if stride not in strides.values():
-            raise ValueError(f"{name} has maps of stride {stride} alone, not of 4, 8, 16 or 32: give patch_size=16")
+            raise UserError(f"{name} has maps of stride {stride} alone, not of 4, 8, 16 or 32: give patch_size=16")
         taps = dict.fromkeys(strides, index)
     else:
         taps = {level: last[stride] for level, stride in strides.items() if stride in last}
@@ -199,7 +199,7 @@ def _at_stride(stride: int, x: Tensor, given: int) -> Tensor:
 def _freeze(name: str, network: nn.Module, through: str) -> None:
     """Freeze, in place, the parts that run before the map `through` is there; "stem": before those of stride 4."""
     if not isinstance(network, IN_ORDER):
-        raise ValueError(f"frozen_through={through!r}: which parts of {name} come first is not known; leave it out")
+        raise UserError(f"frozen_through={through!r}: which parts of {name} come first is not known; leave it out")
     modules = list(network.named_modules())
     names = [key.replace("_", ".") + "." for key, _ in modules]  # timm flattens stages.0 to stages_0
 

@@ -17,7 +17,7 @@ from timm.models import (
 from torch import Tensor, nn
 
 from resbackbone.adapters.from_timm import TimmBackbone, from_timm
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.classifier import ResNetClassifier
 from resbackbone.resnet import DEPTHS, STAGES, TRUNK_LEVELS, ResNet
 
@@ -65,7 +65,7 @@ class TimmClassifier(ResNetClassifier):
         self.num_classes = num_classes
         self.global_pool = one_of("global_pool", self.global_pool if global_pool is None else global_pool, ("avg", ""))
         if num_classes and not self.global_pool:
-            raise ValueError(f"global_pool='' leaves a map, which {num_classes} classes cannot be told from")
+            raise UserError(f"global_pool='' leaves a map, which {num_classes} classes cannot be told from")
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.fc.to(self.conv1.weight.device)
 
@@ -87,7 +87,7 @@ def _trunk_arguments(depth: int, given: Mapping) -> dict:
     trunk["dilate_c5"] = DILATE_C5[one_of("output_stride", trunk.pop("output_stride", 32), DILATE_C5)]
     for name in [name for name, value in trunk.items() if name not in ("in_channels", "dilate_c5", *TRUNK_ARGUMENTS)]:
         if trunk.pop(name):
-            raise ValueError(
+            raise UserError(
                 f"resbackbone_{depth} does not take {name}={given[name]!r}; it takes num_classes, in_chans, "
                 f"global_pool, output_stride, features_only, out_indices, {', '.join(TRUNK_ARGUMENTS)}"
             )

@@ -6,6 +6,7 @@ from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from resbackbone.backbone import ResNetBackbone, backbone_from_config, build_resnet_backbone
+from resbackbone.checks import UserError
 from resbackbone.resnet import TRUNK_LEVELS
 
 STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]  # c1 .. c5
@@ -85,7 +86,7 @@ def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = N
     It does not share memory with `backbone`. Raises ValueError for one with a pyramid, or without all of c2..c5.
     """
     if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None or tuple(backbone.levels) != TRUNK_LEVELS:
-        raise ValueError("transformers takes the four stages of a ResNet: build the backbone with fpn=False, c2 to c5")
+        raise UserError("transformers takes the four stages of a ResNet: build the backbone with fpn=False, c2 to c5")
     trunk = {name: value for name, value in backbone.config.items() if name != "depth"}
     config = ResBackboneConfig(depth=backbone.config["depth"], trunk=trunk, out_features=out_features)
     model = ResBackboneModel(config)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.datasets import CIFAR10
 
+from resbackbone.checks import UserError
 from resbackbone.classification.decode import SUFFIXES, BadImage, decode
 from resbackbone.classification.images import split_folder
 
@@ -70,20 +71,20 @@ def open_cifar10(data: str | os.PathLike) -> Cifar10:
     path = Path(data)
     if path.is_file():
         unpack = f"; unpack it first: mkdir -p FOLDER && tar -xf {path} -C FOLDER" if ".t" in path.name else ""
-        raise ValueError(f"--data {data}: a file, not a folder{unpack}")
+        raise UserError(f"--data {data}: a file, not a folder{unpack}")
     if not path.is_dir():
-        raise ValueError(f"--data {data}: no such folder; it should hold {LAYOUT}")
+        raise UserError(f"--data {data}: no such folder; it should hold {LAYOUT}")
     for root in (path, path.parent):
         if (root / CIFAR10.base_folder).is_dir() and (root == path or path.name == CIFAR10.base_folder):
             return _open_batches(root)
     folders = {"train": split_folder(path, "train"), "test": split_folder(path, "val")}
     if None in folders.values():
         missing = " and ".join(name for name, folder in folders.items() if folder is None)
-        raise ValueError(f"--data {data}: no folder {missing} in it; it should hold {LAYOUT}")
+        raise UserError(f"--data {data}: no folder {missing} in it; it should hold {LAYOUT}")
     classes, others = (sorted(p.name for p in folder.iterdir() if p.is_dir()) for folder in folders.values())
     if classes != others or len(classes) < 2:
         apart = ", ".join(sorted(set(classes) ^ set(others))) or f"only {len(classes)} there"
-        raise ValueError(f"--data {data}: train and {folders['test'].name} should hold the same class folders: {apart}")
+        raise UserError(f"--data {data}: train and {folders['test'].name} should hold the same class folders: {apart}")
     return Cifar10(*(_open_folder(folder, classes) for folder in folders.values()), classes)
 
 
@@ -138,7 +139,7 @@ def draws(
 ) -> Iterator[tuple[list[int], torch.Generator]]:
     """Which of `count` images make up each of `train_batches`' batches, and what its augmentation is drawn from."""
     if batch_size < ranks or batch_size % ranks:
-        raise ValueError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
+        raise UserError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
     epochs: dict[int, np.ndarray] = {}
     for number in _from(start):
         positions = np.arange(number * batch_size + rank, (number + 1) * batch_size, ranks)
@@ -187,7 +188,7 @@ def _open_batches(root: Path) -> Cifar10:
     try:
         train, test = (CIFAR10(str(root), train=part) for part in (True, False))  # checks them before it reads them
     except (RuntimeError, OSError):
-        raise ValueError(
+        raise UserError(
             f"--data {root}: {CIFAR10.base_folder} is not whole or not the original; {CIFAR10.url} has it, MD5 "
             f"{CIFAR10.tgz_md5}"
         ) from None
@@ -201,7 +202,7 @@ def _open_folder(folder: Path, classes: list[str]) -> Split:
     for label, name in enumerate(classes):
         files = sorted(path for path in (folder / name).iterdir() if path.name.lower().endswith(SUFFIXES))
         if not files:
-            raise ValueError(f"{folder / name}: no images in it ({', '.join(SUFFIXES)})")
+            raise UserError(f"{folder / name}: no images in it ({', '.join(SUFFIXES)})")
         for path in files:
             try:
                 image = decode(path.read_bytes(), str(path))
@@ -213,7 +214,7 @@ def _open_folder(folder: Path, classes: list[str]) -> Split:
             pixels.append(image)
             labels.append(label)
     if wrong:
-        raise ValueError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+        raise UserError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
     return Split(_channels_first(np.stack(pixels)), torch.tensor(labels))
 
 

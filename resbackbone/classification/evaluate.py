@@ -8,12 +8,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.classification.decode import BadImage
 from resbackbone.classification.images import Images
 from resbackbone.classification.transforms import to_model_input
-from resbackbone.training.distributed import Rank, RankShare, broadcast, gather
-from resbackbone.training.termination import worker_processes
+from resbackbone.engine.distributed import Rank, RankShare, broadcast, gather
+from resbackbone.engine.termination import worker_processes
 
 PROTOCOLS = ("1crop", "10crop", "multiscale")
 SCALES = (224, 256, 384, 480, 640)  # shorter sides, of a network for crops of 224
@@ -82,9 +82,9 @@ def predict(
     """
     models = [models] if isinstance(models, nn.Module) else list(models)
     if not models or not len(images.labels):
-        raise ValueError(f"nothing to evaluate: {len(models)} models, {len(images.labels)} images")
+        raise UserError(f"nothing to evaluate: {len(models)} models, {len(images.labels)} images")
     if one_of("protocol", protocol, PROTOCOLS) != "multiscale" and crop > resize:
-        raise ValueError(f"a crop of {crop} does not fit into a shorter side of {resize}")
+        raise UserError(f"a crop of {crop} does not fit into a shorter side of {resize}")
     views = {"1crop": 1, "10crop": 10, "multiscale": batch_size}[protocol]  # of one size, of an image
     share = RankShare(len(images.labels), rank=rank.rank, ranks=rank.ranks)
     loader = DataLoader(
@@ -130,9 +130,9 @@ def _scores(model: nn.Module, group: Tensor, device: torch.device, *, mirrored: 
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = model(x)
     if logits.shape[1] != classes:
-        raise ValueError(f"the network scores {logits.shape[1]} classes, and the images are of {classes}")
+        raise UserError(f"the network scores {logits.shape[1]} classes, and the images are of {classes}")
     if not logits.isfinite().all():
-        raise ValueError("the network's scores are not finite")
+        raise UserError("the network's scores are not finite")
     probabilities = logits.cpu().double().softmax(1)  # in fp32 logits that differ can come out equal
     return probabilities.view(-1, *group.shape[:2], classes).mean((0, 2))
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.classification.decode import SUFFIXES, BadImage, decode, open_rgb
 from resbackbone.classification.transforms import TrainAugment
-from resbackbone.training.termination import worker_processes
-from resbackbone.training.transfer import moved
+from resbackbone.engine.termination import worker_processes
+from resbackbone.engine.transfer import moved
 
 SYNTHETIC = "synthetic"
 LAYOUT = "train/<class>/ and val/<class>/ (or test/<class>/) with images in them"
@@ -27,7 +27,7 @@ SMALL_SET = 64_000_000  # bytes; decoded before training starts
 LOOKED_AT = 100_000  # images; of sets up to this size the first and last bytes are read before training starts
 
 
-class Draw(NamedTuple):
+class CropRequest(NamedTuple):
     """One training sample to make: which image, the seed of its augmentation, and its file where that is read here."""
 
     index: int
@@ -60,7 +60,7 @@ class Images:
         """The image in RGB, decoded by PIL, as torchvision's evaluation does. Raises BadImage, naming it."""
         return open_rgb(self.file(index), self.name(index))
 
-    def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[Draw]:
+    def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[CropRequest]:
         """This rank's training samples without end, from the `start`-th on: see `train_batches`."""
         position = start * ranks + rank
         while True:
@@ -68,7 +68,7 @@ class Images:
             random = np.random.default_rng((seed, epoch))
             order = np.repeat(random.permutation(len(self)), repeats)[first : len(self) : ranks]
             seeds = random.integers(0, 2**62, len(self))[first::ranks]
-            yield from map(Draw, order.tolist(), seeds.tolist())
+            yield from map(CropRequest, order.tolist(), seeds.tolist())
             position += ranks * len(order)
 
     @cached_property
@@ -181,16 +181,16 @@ def open_images(data: str | os.PathLike, split: str, *, skip_bad_images: bool = 
         return open_shards(str(data), split, skip_bad_images=skip_bad_images)
     if not Path(data).is_dir():
         what = "a file, not a folder" if Path(data).is_file() else "no such folder"
-        raise ValueError(f"--data {data}: {what}; it should hold {LAYOUT}, or be shards, or {SYNTHETIC!r}")
+        raise UserError(f"--data {data}: {what}; it should hold {LAYOUT}, or be shards, or {SYNTHETIC!r}")
     folders = {name: split_folder(data, name) for name in SPLITS}
     if folders[split] is None:
-        raise ValueError(f"--data {data}: no folder {' or '.join(SPLITS[split])} in it; it should hold {LAYOUT}")
+        raise UserError(f"--data {data}: no folder {' or '.join(SPLITS[split])} in it; it should hold {LAYOUT}")
     if all(folders.values()):
         train, val = ({e.name for e in os.scandir(f) if e.is_dir() and e.name[0] != "."} for f in folders.values())
         if train != val:
             sides = [f"only in {folders['train'].name}: {_some(sorted(train - val))}"] if train - val else []
             sides += [f"only in {folders['val'].name}: {_some(sorted(val - train))}"] if val - train else []
-            raise ValueError(f"--data {data}: class folders differ between the splits, {' and '.join(sides)}")
+            raise UserError(f"--data {data}: class folders differ between the splits, {' and '.join(sides)}")
     return FolderImages(folders[split], skip_bad_images=skip_bad_images)
 
 
@@ -253,7 +253,7 @@ class _Samples(Dataset):
     def __init__(self, images: Images, transform: TrainAugment):
         self.images, self.transform = images, transform
 
-    def __getitems__(self, draws: list[Draw]) -> tuple[Tensor, Tensor, list[str]] | BadImage:
+    def __getitems__(self, draws: list[CropRequest]) -> tuple[Tensor, Tensor, list[str]] | BadImage:
         size = self.transform.size
         # The pixels of an image lie together, as decoders and networks in channels_last want them.
         pixels = torch.empty(len(draws), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
@@ -280,7 +280,7 @@ def _as_it_is(batch):
     return batch
 
 
-def _batched(draws: Iterator[Draw], size: int) -> Iterator[list[Draw]]:
+def _batched(draws: Iterator[CropRequest], size: int) -> Iterator[list[CropRequest]]:
     while True:
         yield [next(draws) for _ in range(size)]
 

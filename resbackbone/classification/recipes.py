@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from resbackbone.training.schedule import Schedule
+from resbackbone.engine.schedule import Schedule
 
 
 @dataclass(frozen=True)

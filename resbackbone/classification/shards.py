@@ -20,8 +20,9 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from resbackbone.checks import UserError
 from resbackbone.classification.decode import SUFFIXES, BadImage
-from resbackbone.classification.images import Draw, Images
+from resbackbone.classification.images import CropRequest, Images
 
 WINDOW = 5000  # images of which a stream gives any next; 0.2 to 0.5 GB of files for a rank
 SHARD = re.compile(r"[^/\s]*\.tar(?!.*\.tar)")  # a shard's file name, in a path, a URL or a command
@@ -41,7 +42,7 @@ class ShardImages(Images):
             skip_bad_images=skip_bad_images,
         )
         if not len(self) or self.labels.max() >= len(self.classes):
-            raise ValueError(f"{pattern}: labels up to {self.labels.max(initial=-1)}, and {len(self.classes)} classes")
+            raise UserError(f"{pattern}: labels up to {self.labels.max(initial=-1)}, and {len(self.classes)} classes")
         self.pattern, self.shards = pattern, [shard["name"] for shard in shards]
         self.firsts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])  # of each shard, and the end
         self.offsets = np.concatenate([np.array(shard["offsets"], dtype=np.int64) for shard in shards])
@@ -71,13 +72,11 @@ class StreamedImages(ShardImages):
 
     _reading: "_Reading | None" = None
 
-    def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[Draw]:
+    def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[CropRequest]:
         if len(self.shards) < ranks:
-            raise ValueError(f"--data {self.pattern}: {len(self.shards)} shards are too few for {ranks} processes")
+            raise UserError(f"--data {self.pattern}: {len(self.shards)} shards are too few for {ranks} processes")
         if repeats > 1:
-            raise ValueError(
-                f"--data {self.pattern}: streamed images cannot be repeated; copy the shards here for that"
-            )
+            raise UserError(f"--data {self.pattern}: streamed images cannot be repeated; copy the shards here for that")
         counts = np.diff(self.firsts)
         for epoch in range(2**62):
             random = np.random.default_rng((seed, epoch))
@@ -98,7 +97,7 @@ class StreamedImages(ShardImages):
                 while place not in waiting:
                     at, file = next(files)
                     waiting[at] = file
-                yield Draw(int(comes[place]), int(seeds[place]), waiting.pop(place))
+                yield CropRequest(int(comes[place]), int(seeds[place]), waiting.pop(place))
             start = 0
 
     def _files_of(self, shards: np.ndarray, ends: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[int, bytes]]:
@@ -122,7 +121,7 @@ class StreamedImages(ShardImages):
                 count += 1
                 yield image.file
         if count < len(expected):
-            raise ValueError(f"{url}: image {count} is not the one of the index; was the shard written anew?")
+            raise UserError(f"{url}: image {count} is not the one of the index; was the shard written anew?")
 
     def file(self, index: int) -> bytes:
         shard = self.shard_of(index)
@@ -152,11 +151,11 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
     """
     found = SHARD.search(data)
     if data[found.end() :].startswith(COMPRESSED):
-        raise ValueError(f"--data {data}: shards are tar files, not compressed (...tar)")
+        raise UserError(f"--data {data}: shards are tar files, not compressed (...tar)")
     pattern = found[0]
     if split == "val" and "val" not in pattern:
         if "train" not in pattern:
-            raise ValueError(f"--data {data}: names of shards should hold 'train', so that those for val can be found")
+            raise UserError(f"--data {data}: names of shards should hold 'train', so that those for val can be found")
         pattern = pattern.replace("train", "val")
     data = beside(data, pattern)
     remote = is_url(data)
@@ -164,13 +163,13 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
         with open_url(beside(data, index_name(pattern))) as file:
             index = json.loads(file.read())
         if not isinstance(index, dict) or not {"classes", "shards"} <= index.keys():
-            raise ValueError("it has no classes and shards")
+            raise UserError("it has no classes and shards")
         for i, shard in enumerate(index["shards"]):
             if not isinstance(shard, dict) or not set(ENTRY) <= shard.keys():
-                raise ValueError(f"entry {i} of its shards has no {', '.join(ENTRY[:-1])} and {ENTRY[-1]}")
+                raise UserError(f"entry {i} of its shards has no {', '.join(ENTRY[:-1])} and {ENTRY[-1]}")
     except (OSError, ValueError, TypeError) as error:
         if remote or not isinstance(error, FileNotFoundError):
-            raise ValueError(
+            raise UserError(
                 f"--data {data}: cannot read the index {index_name(pattern)} beside the shards, which "
                 f"tools/make_shards.py writes ({' '.join(str(error).split())})"
             ) from None
@@ -184,7 +183,7 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
         size = path.stat().st_size if path.is_file() else None
         if size != shard["bytes"]:
             found = "there is no such file" if size is None else f"it has {size:,} bytes"
-            raise ValueError(f"{path}: the index says {shard['bytes']:,} bytes, and {found}; copy or write it anew")
+            raise UserError(f"{path}: the index says {shard['bytes']:,} bytes, and {found}; copy or write it anew")
     return ShardImages(data, index, skip_bad_images=skip_bad_images)
 
 
@@ -196,7 +195,7 @@ def index_shards(paths: list[Path]) -> dict:
             shards.append(describe_shard(path.name, file))
     highest = max((label for shard in shards for label in shard["labels"]), default=-1)
     if highest < 0:
-        raise ValueError(f"no image in {len(paths)} shards, of which the first is {paths[0]}")
+        raise UserError(f"no image in {len(paths)} shards, of which the first is {paths[0]}")
     return {"classes": [str(i) for i in range(highest + 1)], "shards": shards}
 
 
@@ -242,16 +241,16 @@ def tar_images(stream: BinaryIO, name: str, *, whole: bool = True) -> Iterator[T
             if parts:
                 yield _labelled(name, key, parts)
     except tarfile.TarError as error:
-        raise ValueError(f"shard {name}: not a whole tar file ({error})") from None
+        raise UserError(f"shard {name}: not a whole tar file ({error})") from None
 
 
 def _labelled(name: str, key: tuple[str, str], parts: dict) -> TarImage:
     said = "/".join(filter(None, key))
     if "image" not in parts:
-        raise ValueError(f"shard {name}: {said} has no image; an image and its label, .jpg and .cls, are wanted")
+        raise UserError(f"shard {name}: {said} has no image; an image and its label, .jpg and .cls, are wanted")
     label = parts.get("cls", b"").decode(errors="replace").strip()
     if not label.isdecimal():
-        raise ValueError(f"shard {name}: {said} has no label; {said}.cls with the number of its class is wanted")
+        raise UserError(f"shard {name}: {said} has no label; {said}.cls with the number of its class is wanted")
     return TarImage(int(label), *parts["image"])
 
 
@@ -274,7 +273,7 @@ def expand(pattern: str) -> list[str]:
         return [pattern]
     first, last = numbers.groups()
     if int(first) > int(last):
-        raise ValueError(f"{pattern} names no shard; its numbers go down")
+        raise UserError(f"{pattern} names no shard; its numbers go down")
     names = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
     return [pattern[: numbers.start()] + name + pattern[numbers.end() :] for name in names]
 
@@ -300,7 +299,7 @@ def open_url(data: str) -> BinaryIO:
     try:
         from webdataset import gopen
     except ModuleNotFoundError:
-        raise ValueError(f"{data}: shards behind a URL need webdataset; pip install 'resbackbone[scale]'") from None
+        raise UserError(f"{data}: shards behind a URL need webdataset; pip install 'resbackbone[scale]'") from None
     return gopen(data)
 
 
@@ -316,7 +315,7 @@ def _shards_there(data: str, pattern: str, split: str) -> list[Path]:
         said = (
             f"{len(missing)} of {len(paths)} shards are missing, {missing[0]} the first" if paths else "no such shard"
         )
-        raise ValueError(f"--data {data}: {said}")
+        raise UserError(f"--data {data}: {said}")
     return paths
 
 
@@ -324,5 +323,5 @@ def _those_named(data: str, names: list[str], shards: list[dict]) -> list[dict]:
     known = {shard["name"]: shard for shard in shards}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"--data {data}: {unknown[0]} is not in the index, which has {len(known)} shards")
+        raise UserError(f"--data {data}: {unknown[0]} is not in the index, which has {len(known)} shards")
     return [known[name] for name in names]

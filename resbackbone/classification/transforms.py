@@ -14,7 +14,7 @@ from timm.data import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import v2
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.weights.inputs import MEAN, STD
 
 COLOURS = ("none", "pca")
@@ -58,7 +58,7 @@ class TrainAugment:
         erase: float = 0.0,
     ):
         if shorter_side is not None and not size <= shorter_side[0] <= shorter_side[1]:
-            raise ValueError(
+            raise UserError(
                 f"a crop of {size} does not fit into shorter sides of {shorter_side[0]} to {shorter_side[1]}"
             )
         self.size, self.scale, self.ratio, self.shorter_side, self.flip = size, scale, ratio, shorter_side, flip
@@ -138,7 +138,7 @@ def _auto_augment(name: str | None, size: int):
         assert name.startswith("rand-")
         return rand_augment_transform(name, {"translate_const": int(0.45 * size), "img_mean": tuple(MEAN_COLOUR)})
     except (AssertionError, ValueError, KeyError):
-        raise ValueError(
+        raise UserError(
             f"unknown auto_augment {name!r}; 'trivial' or timm's 'rand-m7-mstd0.5-inc1' is wanted"
         ) from None
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from resbackbone.atomic import write_atomically
+from resbackbone.cli.command import console
+from resbackbone.engine.run import read_yaml
 from resbackbone.report.charts import bar, line_chart
 from resbackbone.report.page import (
     Cell,
@@ -25,8 +27,6 @@ from resbackbone.report.page import (
     table,
     tag,
 )
-from resbackbone.training.command import console
-from resbackbone.training.run import read_yaml
 
 FILE = "report.html"
 PACKAGES = ("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")

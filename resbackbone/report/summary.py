@@ -5,8 +5,8 @@ from pathlib import Path
 
 from rich.table import Table
 
+from resbackbone.cli.command import duration, progress_console
 from resbackbone.report.run import RunLog
-from resbackbone.training.command import duration, notes
 
 
 def print_summary(folder: Path, results: Mapping[str, str], files: Mapping[str, str]) -> None:
@@ -18,10 +18,10 @@ def print_summary(folder: Path, results: Mapping[str, str], files: Mapping[str, 
     table = Table(title="Summary", show_header=False, title_justify="left")
     for name, value in {**_facts(RunLog(folder)), **results}.items():
         table.add_row(name, value)
-    notes.print(table)
+    progress_console.print(table)
     for name, path in files.items():  # below the table, which would cut a long path
         if (folder / path).exists():
-            notes.print(f"{name}: {folder / path}")
+            progress_console.print(f"{name}: {folder / path}")
 
 
 def _facts(log: RunLog) -> dict[str, str]:

@@ -13,6 +13,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from resbackbone.atomic import file_digest, write_atomically
+from resbackbone.checks import UserError
 
 CHUNK = 1 << 20  # bytes
 SILENCE_SECONDS = 30.0  # without a byte, after which a connection counts as dead
@@ -92,7 +93,7 @@ def _fetch(url: str, to: Path, published: _Hash | None) -> None:
         digest = file_digest(part.data, published.algorithm)
     if published and not digest.startswith(published.digits):
         part.remove()
-        raise ValueError(
+        raise UserError(
             f"{url} holds a file whose {published.algorithm} is {digest}, where {published.digits} is published, "
             "so it was not kept"
         )
@@ -188,10 +189,10 @@ def _refuse_size(size: int | None, present: int, to: Path, url: str) -> None:
     if size is None:
         return
     if size > MAX_BYTES:
-        raise ValueError(f"{url} holds {_megabytes(size)}, and no weights file has more than {_megabytes(MAX_BYTES)}")
+        raise UserError(f"{url} holds {_megabytes(size)}, and no weights file has more than {_megabytes(MAX_BYTES)}")
     free = shutil.disk_usage(to.parent).free
     if size - present > free:
-        raise ValueError(f"{url} holds {_megabytes(size)}, and only {_megabytes(free)} are free in {to.parent}")
+        raise UserError(f"{url} holds {_megabytes(size)}, and only {_megabytes(free)} are free in {to.parent}")
 
 
 class _HttpOnly(HTTPRedirectHandler):
@@ -200,7 +201,7 @@ class _HttpOnly(HTTPRedirectHandler):
     def redirect_request(self, request, file, code, message, headers, new_url):
         scheme = new_url.split(":", 1)[0].lower()
         if scheme not in ("http", "https") or (request.type == "https" and scheme == "http"):
-            raise ValueError(
+            raise UserError(
                 f"{request.full_url} redirects to {new_url}, which is refused: redirects are followed to http and "
                 "https only, and never from https to http"
             )

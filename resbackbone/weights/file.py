@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resbackbone.atomic import write_atomically
+from resbackbone.checks import UserError
 from resbackbone.weights.inputs import INPUT, describe_input
 
 HEADER_LIMIT = 32 * 2**20  # bytes; the largest networks have some 100 KB
@@ -42,7 +43,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"weights {str(path)!r}: not a readable safetensors file ({error})") from None
+        raise UserError(f"weights {str(path)!r}: not a readable safetensors file ({error})") from None
     text = header.get("__metadata__") or {}
     if not isinstance(text, dict) or not {"input", NOTES} & text.keys():
         return state, {}
@@ -51,14 +52,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         metadata = {key: json.loads(value) for key, value in text.items()}
     except (json.JSONDecodeError, TypeError, RecursionError) as error:
-        raise ValueError(f"weights {str(path)!r}: metadata is not JSON ({error})") from None
+        raise UserError(f"weights {str(path)!r}: metadata is not JSON ({error})") from None
     if metadata["input"] != INPUT and "cifar" not in metadata:  # those take the mean image of what they were trained on
-        raise ValueError(
+        raise UserError(
             f"weights {str(path)!r}: made for input {metadata['input']}, this library feeds {describe_input(INPUT)}"
         )
     for key in ("backbone", "detector", "cifar"):
         if not isinstance(metadata.get(key, {}), dict):
-            raise ValueError(f"weights {str(path)!r}: its metadata {key!r} is {metadata[key]!r}, not a table")
+            raise UserError(f"weights {str(path)!r}: its metadata {key!r} is {metadata[key]!r}, not a table")
     return state, metadata
 
 
@@ -67,9 +68,9 @@ def read_notes(text: str) -> dict[str, Any]:
     try:
         notes = json.loads(text)
     except (json.JSONDecodeError, TypeError, RecursionError) as error:
-        raise ValueError(f"weights: the {NOTES} entry is not JSON ({error})") from None
+        raise UserError(f"weights: the {NOTES} entry is not JSON ({error})") from None
     if not isinstance(notes, dict) or not isinstance(notes.get("backbone", {}), dict):
-        raise ValueError(f"weights: the {NOTES} entry is no table of metadata")
+        raise UserError(f"weights: the {NOTES} entry is no table of metadata")
     return notes
 
 
@@ -88,7 +89,7 @@ def _read_header(path: Path) -> dict:
             except (ValueError, RecursionError) as error:
                 reason = f"header: {error}"
     if reason is not None:
-        raise ValueError(f"weights {str(path)!r}: not a readable safetensors file ({reason})")
+        raise UserError(f"weights {str(path)!r}: not a readable safetensors file ({reason})")
     return header
 
 
@@ -97,7 +98,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     if len(table) < len(pairs):
         names = [name for name, _ in pairs]
         repeated = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{repeated[:80]!r} is there twice")
+        raise UserError(f"{repeated[:80]!r} is there twice")
     if too_long := [name for name in table if len(name) > NAME_LIMIT]:
-        raise ValueError(f"a name of {len(too_long[0])} characters, {NAME_LIMIT} are the most: {too_long[0][:40]!r}..")
+        raise UserError(f"a name of {len(too_long[0])} characters, {NAME_LIMIT} are the most: {too_long[0][:40]!r}..")
     return table

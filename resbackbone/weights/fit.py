@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.read import Weights
 
@@ -87,7 +87,7 @@ DEFAULTS = {  # of what makes a trunk; the depth has none
 ARCHITECTURE = ("depth", *DEFAULTS)
 
 
-def settle(weights: Weights | None, **asked: Any) -> dict[str, Any]:
+def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any]:
     """The ARCHITECTURE of a network for `weights`: what is asked, else what they say, else what is assumed of them.
 
     Without weights it is what is asked, else DEFAULTS; the depth has to be asked then. An argument of None is not
@@ -101,13 +101,13 @@ def settle(weights: Weights | None, **asked: Any) -> dict[str, Any]:
     told = {name: told[name] for name in ARCHITECTURE if name in told}
     for name, value in asked.items():
         if name in told and (_family(told[name]) != _family(value) if name == "norm" else told[name] != value):
-            raise ValueError(f"weights from {weights.source} are for {name}={told[name]}, asked was {name}={value}")
+            raise UserError(f"weights from {weights.source} are for {name}={told[name]}, asked was {name}={value}")
     settled = {**DEFAULTS, **weights.assumed, **told, **asked}
     if "depth" not in settled:
         if not told:
             names = ", ".join([*list(weights.state)[:3], ".."])
-            raise ValueError(f"weights from {weights.source} hold no ResNet under names that are known ({names})")
-        raise ValueError(
+            raise UserError(f"weights from {weights.source} hold no ResNet under names that are known ({names})")
+        raise UserError(
             f"weights from {weights.source} do not tell a depth of {', '.join(map(str, DEPTHS))}; give it, if they are "
             "of one of these"
         )
@@ -153,5 +153,5 @@ def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ())
     if broken := [key for key in wanted if key in given and not given[key].isfinite().all()]:
         problems.append(f"{len(broken)} with values that are not finite: {', '.join(broken)}")
     if problems:
-        raise ValueError(f"weights from {weights.source} do not fit: {'; '.join(problems)}")
+        raise UserError(f"weights from {weights.source} do not fit: {'; '.join(problems)}")
     return given

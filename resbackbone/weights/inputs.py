@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from resbackbone.checks import UserError
+
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values 0..1: the one input every backbone here takes
 STD = (0.229, 0.224, 0.225)
 INPUT = {"channel_order": "RGB", "range": [0.0, 1.0], "mean": list(MEAN), "std": list(STD)}
@@ -51,7 +53,7 @@ def _factor(given: Mapping) -> Tensor:
     if _is_bgr(given):
         mean, std = mean.flip(0), std.flip(0)
     if not torch.allclose(mean / top, torch.tensor(MEAN, dtype=torch.float64), rtol=1e-6, atol=0):
-        raise ValueError(
+        raise UserError(
             f"weights made for an input of {describe_input(given)} cannot be converted exactly: padding would stand "
             f"for another colour at the borders, as the mean is not {' '.join(map(str, MEAN))} (RGB, of 0..1)"
         )
@@ -67,4 +69,4 @@ def check_input(given: Mapping) -> None:
     except (KeyError, TypeError, ValueError, IndexError):
         known = False
     if not known:
-        raise ValueError(f"unknown input {given!r}; one looks like {INPUT}, with RGB or BGR and a range to 1 or 255")
+        raise UserError(f"unknown input {given!r}; one looks like {INPUT}, with RGB or BGR and a range to 1 or 255")

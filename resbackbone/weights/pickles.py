@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from resbackbone.checks import UserError
 from resbackbone.weights.admitted import Refused, Storage, bytes_tensor, checked_key, lengths, shown
 from resbackbone.weights.rebuild import Plain
 from resbackbone.weights.unpickle import Machine, Source
@@ -44,12 +45,12 @@ def read_pickle(path: str | os.PathLike) -> object:
         with open(name, "rb") as file:
             return _read(file, os.fstat(file.fileno()).st_size)
     except OSError as error:
-        raise ValueError(f"weights {name!r}: cannot be read ({error.strerror})") from None
+        raise UserError(f"weights {name!r}: cannot be read ({error.strerror})") from None
     except Refused as error:
-        raise ValueError(f"weights {name!r}: {error}") from None
+        raise UserError(f"weights {name!r}: {error}") from None
     except DAMAGED as error:
         reason = shown(f"{type(error).__name__}: {error}")
-        raise ValueError(f"weights {name!r}: a damaged file, or not a PyTorch or pickle file ({reason})") from None
+        raise UserError(f"weights {name!r}: a damaged file, or not a PyTorch or pickle file ({reason})") from None
 
 
 def _read(file: BinaryIO, size: int) -> object:

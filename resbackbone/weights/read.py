@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from resbackbone.checks import UserError
 from resbackbone.weights.file import NOTES, read_notes, read_safetensors
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
@@ -88,7 +89,7 @@ def read_weights(
     try:
         translated = to_ours(weights.state)
     except ValueError as error:
-        raise ValueError(f"weights from {weights.source}: {error}") from None
+        raise UserError(f"weights from {weights.source}: {error}") from None
     if translated.format is None:
         return weights
     weights = replace(
@@ -114,7 +115,7 @@ def _read_file(name: str, entry: str | None) -> Weights:
     elif path.is_dir():
         path, stated = locate_in_folder(path)
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"weights {name!r}: no such file; give a weight file (.safetensors, .pth, .pkl, ..), a named source such "
             "as torchvision:ResNet50_Weights.IMAGENET1K_V2, or a URL"
         )
@@ -144,16 +145,16 @@ def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, 
         at.append(nested[0])
         content = content[nested[0]]
     if entry is not None:
-        raise ValueError(f"weights {name!r}: holds no part {entry!r}")
+        raise UserError(f"weights {name!r}: holds no part {entry!r}")
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"weights {name!r}: holds no state dict (tensors by name)")
+        raise UserError(f"weights {name!r}: holds no state dict (tensors by name)")
     others = [
         str(key)
         for key, value in content.items()
         if not isinstance(key, str) or not (isinstance(value, Tensor) or BOOKKEEPING.fullmatch(key))
     ]
     if others:
-        raise ValueError(f"weights {name!r}: {len(others)} entries are no tensors by name: {', '.join(others)[:200]}")
+        raise UserError(f"weights {name!r}: {len(others)} entries are no tensors by name: {', '.join(others)[:200]}")
     return content, at
 
 
@@ -202,7 +203,7 @@ def _in_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         if not key.endswith("num_batches_tracked"):
             if not tensor.is_floating_point():
                 kind = str(tensor.dtype).removeprefix("torch.")
-                raise ValueError(f"weights from {source}: {key} holds {kind}, floating point numbers are wanted")
+                raise UserError(f"weights from {source}: {key} holds {kind}, floating point numbers are wanted")
             tensor = tensor.float()
         converted[key] = tensor
     return converted
@@ -229,7 +230,7 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
     if given != INPUT:
         check_input(given)
         if state[key].dim() != 4 or state[key].shape[1] != 3:
-            raise ValueError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, takes no colours")
+            raise UserError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, takes no colours")
         state[key] = for_canonical_input(state[key], given)
     metadata |= {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
     return replace(weights, state=state, metadata=metadata, assumed=assumed)
@@ -261,7 +262,7 @@ def _input_of_detectron2(constants: Mapping[str, Tensor]) -> dict | None:
     mean, std = (constants[key].double().flatten().tolist() for key in ("pixel_mean", "pixel_std"))
     mean, std = ([float(f"{value:.7g}") for value in values] for values in (mean, std))  # 103.53, not its fp32
     if len(mean) != 3 or len(std) != 3:
-        raise ValueError(f"pixel_mean {mean} and pixel_std {std} are not of three channels")
+        raise UserError(f"pixel_mean {mean} and pixel_std {std} are not of three channels")
     return {
         "channel_order": "BGR" if mean[0] < mean[2] else "RGB",  # ImageNet is redder than blue
         "range": [0.0, 255.0] if max(mean) > 1 else [0.0, 1.0],

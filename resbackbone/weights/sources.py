@@ -15,6 +15,7 @@ from urllib.request import getproxies
 
 import torch
 
+from resbackbone.checks import UserError
 from resbackbone.weights.download import download
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT
 from resbackbone.weights.zoo import (
@@ -79,23 +80,23 @@ def locate(source: str) -> Located:
     that cannot be reached, the sentence says what to fetch and where to put it.
     """
     if not is_named(source):
-        raise ValueError(f"weights {source!r}: not a named source; one begins with {':, '.join(_SOURCES)}:")
+        raise UserError(f"weights {source!r}: not a named source; one begins with {':, '.join(_SOURCES)}:")
     scheme, _, name = source.partition(":")
     try:
         return _SOURCES[scheme.lower()](name if scheme.lower() not in ("http", "https") else source)
     except ValueError as error:
-        raise ValueError(f"weights {source!r}: {error}") from None
+        raise UserError(f"weights {source!r}: {error}") from None
 
 
 def locate_in_folder(folder: Path) -> Located:
     """The weights in a folder as transformers writes it, and what its config.json says; ValueError if none is there."""
     file = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
     if file is None:
-        raise ValueError(f"weights {str(folder)!r}: the folder holds no {' and no '.join(HUB_FILES)}")
+        raise UserError(f"weights {str(folder)!r}: the folder holds no {' and no '.join(HUB_FILES)}")
     try:
         config, preprocessor = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
     except ValueError as error:
-        raise ValueError(f"weights {str(folder)!r}: {error}") from None
+        raise UserError(f"weights {str(folder)!r}: {error}") from None
     resnet = config.get("model_type") == "resnet"
     return Located(file, _stated_by_transformers(config, preprocessor) if resnet else {})
 
@@ -107,7 +108,7 @@ def _torchvision(name: str) -> Located:
         weights = torchvision.models.get_weight(name)
     except (ValueError, AttributeError, KeyError):
         example = "torchvision:ResNet50_Weights.IMAGENET1K_V2"
-        raise ValueError(
+        raise UserError(
             f"torchvision knows no such weights; {_close(name, torchvision_names(), f'an example is {example}')}"
         ) from None
     file = Path(weights.url).name
@@ -134,20 +135,20 @@ def _timm(name: str) -> Located:
     from timm.models import get_deprecated_models, get_pretrained_cfg, is_model_in_modules, list_models
 
     if current := get_deprecated_models().get(name):
-        raise ValueError(f"timm calls it timm:{current} now")
+        raise UserError(f"timm calls it timm:{current} now")
     try:
         config = get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:
         names = [*list_models(module="resnet", pretrained=True), *list_models(module="resnet")]
-        raise ValueError(
+        raise UserError(
             f"timm knows no such weights; {_close(name, names, 'an example is timm:resnet50.a1_in1k')}"
         ) from None
     if not is_model_in_modules(name, ("resnet",)):
-        raise ValueError("not one of timm's ResNets (timm/models/resnet.py), which are all that can be read here")
+        raise UserError("not one of timm's ResNets (timm/models/resnet.py), which are all that can be read here")
     _refuse_anti_aliased(name)
     assert config is not None  # allow_unregistered=False raises instead
     if not config.hf_hub_id:
-        raise ValueError("timm publishes no weights for it")
+        raise UserError("timm publishes no weights for it")
     repository, _, revision = config.hf_hub_id.partition("@")
     files = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES
     path = _hub_weights(repository, revision or None, files)
@@ -158,7 +159,7 @@ def _timm(name: str) -> Located:
 
 def _refuse_anti_aliased(architecture: object) -> None:
     if str(architecture).startswith(TIMM_ANTI_ALIASED):
-        raise ValueError(f"timm's {architecture} blurs its maps before it subsamples them, which no network here does")
+        raise UserError(f"timm's {architecture} blurs its maps before it subsamples them, which no network here does")
 
 
 def _stated_by_timm(config: Mapping) -> dict[str, Any]:
@@ -177,7 +178,7 @@ def _stated_by_timm(config: Mapping) -> dict[str, Any]:
 def _hugging_face(name: str) -> Located:
     match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^:@]+))?(?::([^:]+))?", name)
     if not match:
-        raise ValueError("Hugging Face sources are hf:OWNER/REPO[@REVISION][:FILE], such as hf:microsoft/resnet-50")
+        raise UserError("Hugging Face sources are hf:OWNER/REPO[@REVISION][:FILE], such as hf:microsoft/resnet-50")
     repository, revision, file = match.groups()
     # The small files first: were the network to go between, nothing would be read without what it says of itself.
     config = _hub_json(repository, revision, "config.json")
@@ -254,7 +255,7 @@ def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
         reason = f"it has no revision {revision!r}"
     except Exception as error:  # by its version, huggingface_hub lets those of requests or of httpx through
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise ValueError(f"https://huggingface.co/{repository} could not be read: {reason}")
+    raise UserError(f"https://huggingface.co/{repository} could not be read: {reason}")
 
 
 def _hub_has_an_address() -> bool:
@@ -287,13 +288,13 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     if path.stat().st_size > MAX_JSON_BYTES:
-        raise ValueError(f"its {file} has more than {MAX_JSON_BYTES:,} bytes")
+        raise UserError(f"its {file} has more than {MAX_JSON_BYTES:,} bytes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {file} is not readable JSON ({str(error).splitlines()[0]})") from None
+        raise UserError(f"its {file} is not readable JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"its {file} holds a {type(content).__name__}, where an object is expected")
+        raise UserError(f"its {file} holds a {type(content).__name__}, where an object is expected")
     return content
 
 
@@ -313,7 +314,7 @@ def _detectron2(name: str) -> Located:
         name = f"{config}/{DETECTRON2_FASTER_RCNN[config][1]}"
     elif not name.endswith(".pkl") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ".." in name:
         known = [*DETECTRON2_IMAGENET, *(f"{config}.yaml" for config in DETECTRON2_FASTER_RCNN)]
-        raise ValueError(
+        raise UserError(
             "give the path of a .pkl below its download folder, or a Faster R-CNN config of its zoo; "
             + _close(name, known, f"examples are {known[0]} and {known[-1]}")
         )
@@ -352,16 +353,16 @@ def _url(source: str) -> Located:
     parts = urlsplit(url)
     file = re.sub(r"[^\w.+-]", "_", unquote(parts.path).rsplit("/", 1)[-1])[-100:]
     if not parts.hostname or not file.strip("."):
-        raise ValueError("a URL has a host and ends in a file's name: https://HOST/PATH/FILE")
+        raise UserError("a URL has a host and ends in a file's name: https://HOST/PATH/FILE")
     if not re.fullmatch(r"[!-~]+", url):
-        raise ValueError("a URL has no spaces and no letters beyond ASCII; write them percent-encoded")
+        raise UserError("a URL has no spaces and no letters beyond ASCII; write them percent-encoded")
     if parts.username or parts.password:
-        raise ValueError("a URL with a user name or password is not supported")
+        raise UserError("a URL with a user name or password is not supported")
     sha256 = published_sha256(file)
     if fragment:
         match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
         if not match:
-            raise ValueError(f"unknown ending #{fragment}; a URL may end in #sha256= and 8 to 64 hexadecimal digits")
+            raise UserError(f"unknown ending #{fragment}; a URL may end in #sha256= and 8 to 64 hexadecimal digits")
         sha256 = match[1]
     # A folder a URL, as one file name (model_final.pth) may come from several.
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.weights.formats import (
     ANCHOR_RATIOS,
     CLASSIFIER,
@@ -66,7 +66,7 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
     for theirs, (ours, rule) in found.items():
         ours = f"backbone.{ours}" if detector and _of_network(ours) else ours
         if ours in renamed:
-            raise ValueError(f"{giver[ours]} and {theirs} both stand for {ours}")
+            raise UserError(f"{giver[ours]} and {theirs} both stand for {ours}")
         renamed[ours] = state[theirs] if rule.take is None else rule.take(state[theirs])
         giver[ours] = theirs
     if name == "msra":
@@ -109,7 +109,7 @@ def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> 
         else:
             nameless.append(key)
     if nameless:
-        raise ValueError(f"the format {format} has no name for {len(nameless)} tensors: {', '.join(nameless)}")
+        raise UserError(f"the format {format} has no name for {len(nameless)} tensors: {', '.join(nameless)}")
     return renamed
 
 
@@ -176,7 +176,7 @@ def _swap_anchors(x: Tensor, numbers: int, *, sizes_first: bool) -> Tensor:
     """[anchors * numbers, ...] from one order of a location's anchors to the other: by size, or by ratio."""
     sizes = len(x) // numbers // ANCHOR_RATIOS
     if sizes * ANCHOR_RATIOS * numbers != len(x):
-        raise ValueError(f"a box head for {len(x) // numbers} anchors a location: three ratios a size are wanted")
+        raise UserError(f"a box head for {len(x) // numbers} anchors a location: three ratios a size are wanted")
     order = (sizes, ANCHOR_RATIOS) if sizes_first else (ANCHOR_RATIOS, sizes)
     return x.unflatten(0, (*order, numbers)).transpose(0, 1).flatten(0, 2)
 

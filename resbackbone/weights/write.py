@@ -14,10 +14,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resbackbone.atomic import folder_atomically, write_atomically
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.file import NOTES, write_weights
-from resbackbone.weights.fit import backbone_part, settle
+from resbackbone.weights.fit import backbone_part, resolve_architecture
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import INPUT, for_given_input
 from resbackbone.weights.read import Weights
@@ -40,7 +40,7 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
     """
     one_of("format", format, TARGETS)
     path = Path(path)
-    trunk = settle(weights)
+    trunk = resolve_architecture(weights)
     metadata = {
         **{key: value for key, value in weights.metadata.items() if key not in ("format", "input")},
         "architecture": architecture_name(trunk),
@@ -52,12 +52,12 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         metadata["num_classes"] = len(weights.state["fc.weight"])
     if format == OURS:
         if path.suffix != ".safetensors":
-            raise ValueError(f"{path}: files of this package are .safetensors")
+            raise UserError(f"{path}: files of this package are .safetensors")
         write_weights(path, weights.state, metadata)
         return
     _check_network(trunk, format)
     if metadata["backbone"].get("relu_before_p7") is False and format in RELU_BEFORE_P7:
-        raise ValueError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7, and would differ")
+        raise UserError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7, and would differ")
     state, given = dict(weights.state), FORMATS[format].assumed["input"]
     if given != INPUT:
         key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
@@ -88,11 +88,11 @@ def largest_difference(a: Weights, b: Weights) -> tuple[float, str]:
     """
     first, second = (_comparable(weights) for weights in (a, b))
     if first.keys() != second.keys():
-        raise ValueError(f"different tensors: {', '.join(sorted(first.keys() ^ second.keys()))}")
+        raise UserError(f"different tensors: {', '.join(sorted(first.keys() ^ second.keys()))}")
     worst = (0.0, "")
     for key, tensor in first.items():
         if tensor.shape != second[key].shape:
-            raise ValueError(f"{key} is {list(tensor.shape)} and {list(second[key].shape)}")
+            raise UserError(f"{key} is {list(tensor.shape)} and {list(second[key].shape)}")
         if tensor.numel():
             difference = (tensor.double() - second[key].double()).abs().max() / tensor.double().abs().max().clamp(1e-30)
             worst = max(worst, (float(difference), key), key=lambda pair: pair[0])
@@ -100,7 +100,7 @@ def largest_difference(a: Weights, b: Weights) -> tuple[float, str]:
 
 
 def _comparable(weights: Weights) -> dict[str, Tensor]:
-    state = merged_norms(weights.state, eps=settle(weights)["eps"])
+    state = merged_norms(weights.state, eps=resolve_architecture(weights)["eps"])
     for key in [key for key in state if ".box_predictor.bbox_pred." in key]:
         state[key] = state[key][4:]
     return {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
@@ -108,15 +108,15 @@ def _comparable(weights: Weights) -> dict[str, Tensor]:
 
 def _check_network(trunk: Mapping[str, Any], format: str) -> None:
     if trunk["shortcut"] != "B":
-        raise ValueError(f"shortcut={trunk['shortcut']!r}: {format} has no such network, only the one of shortcut B")
+        raise UserError(f"shortcut={trunk['shortcut']!r}: {format} has no such network, only the one of shortcut B")
     if trunk["stride_in_1x1"] and trunk["depth"] >= 50 and format in STRIDING_IN_3X3:
-        raise ValueError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3, and would compute wrong")
+        raise UserError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3, and would compute wrong")
     if format == "transformers" and (trunk["groups"], trunk["width_per_group"]) != (1, 64):
-        raise ValueError("transformers has neither groups nor other widths in its ResNet")
+        raise UserError("transformers has neither groups nor other widths in its ResNet")
     if format in ("transformers", "msra") and trunk["norm"] == "GN":
-        raise ValueError(f"norm='GN': {format} has no such network, only the one of batch norms")
+        raise UserError(f"norm='GN': {format} has no such network, only the one of batch norms")
     if FORMATS[format].assumed["input"] != INPUT and trunk["in_channels"] != 3:
-        raise ValueError(f"in_channels={trunk['in_channels']}: {format}'s networks take three colours, as BGR")
+        raise UserError(f"in_channels={trunk['in_channels']}: {format}'s networks take three colours, as BGR")
 
 
 def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:
@@ -130,7 +130,7 @@ def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> by
         return pickle.dumps({"model": arrays, "__author__": OURS, "matching_heuristics": True, NOTES: notes})
     if path.suffix not in (".pth", ".pt", ".bin"):
         kinds = ".safetensors, .pth, .pt, .bin" + (", .pkl" if format in ("detectron2", "msra") else "")
-        raise ValueError(f"{path}: unknown suffix {path.suffix!r} for {format}; choose from {kinds}")
+        raise UserError(f"{path}: unknown suffix {path.suffix!r} for {format}; choose from {kinds}")
     content: dict[str, Any] = dict(state)  # torchvision and timm load a bare state dict
     if format == "detectron2":
         content = {"model": state, "__author__": OURS, "matching_heuristics": True, NOTES: notes}
@@ -147,7 +147,7 @@ def _write_transformers_folder(
     path: Path, state: dict[str, Tensor], trunk: Mapping[str, Any], metadata: Mapping[str, Any], notes: str
 ) -> None:
     if path.suffix:
-        raise ValueError(f"{path}: transformers reads a folder; give a name without a suffix")
+        raise UserError(f"{path}: transformers reads a folder; give a name without a suffix")
     block, counts = DEPTHS[trunk["depth"]]
     config: dict[str, Any] = {
         "model_type": "resnet",

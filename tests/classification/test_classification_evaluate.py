@@ -11,7 +11,7 @@ from resbackbone import build_resnet_classifier
 from resbackbone.classification.decode import BadImage
 from resbackbone.classification.evaluate import evaluate, predict
 from resbackbone.classification.images import Images
-from resbackbone.training.distributed import Rank
+from resbackbone.engine.distributed import Rank
 from resbackbone.weights.inputs import MEAN, STD
 
 ALONE = Rank(0, 1, torch.device("cpu"))

@@ -12,7 +12,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from detection.annotations import read_annotations
-from detection.coco import BadImage, CocoImages, Draw, read_image, usable_boxes
+from detection.coco import BadImage, CocoImages, ImageRequest, read_image, usable_boxes
 from detection.data import open_split
 from detection.shapes import make_shapes
 
@@ -155,7 +155,11 @@ def test_a_draw_gives_the_same_sample_for_the_same_seed_and_leaves_the_random_st
 
     dataset = opened(tmp_path, content(), transform=transform)
     before = torch.get_rng_state()
-    one, again, others = dataset[Draw(0, 5)][0], dataset[Draw(0, 5)][0], [dataset[Draw(0, s)][0] for s in range(9)]
+    one, again, others = (
+        dataset[ImageRequest(0, 5)][0],
+        dataset[ImageRequest(0, 5)][0],
+        [dataset[ImageRequest(0, s)][0] for s in range(9)],
+    )
     assert torch.equal(one, again) and any(not torch.equal(one, other) for other in others)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -352,20 +356,20 @@ def test_a_loader_gives_a_broken_image_as_a_value_with_its_message(tmp_path, har
 def test_a_broken_image_is_drawn_as_a_value_or_skipped_and_named(tmp_path, harm, says):
     dataset = opened(tmp_path, content(images=3))
     harm(dataset.folder / "9.png")
-    assert isinstance(dataset[Draw(2, 0)], BadImage)
+    assert isinstance(dataset[ImageRequest(2, 0)], BadImage)
     dataset.skip_bad_images = True
-    image, target = dataset[Draw(2, 0)]
+    image, target = dataset[ImageRequest(2, 0)]
     assert target["image_id"] == 7 and len(target["boxes"]) == 1 and image.shape == (3, 21, 33)
     [message] = target["skipped"]
     assert "9.png" in message and says in message
-    assert dataset[Draw(1, 0)][1]["skipped"] == []
+    assert dataset[ImageRequest(1, 0)][1]["skipped"] == []
 
 
 def test_with_no_readable_image_at_all_skipping_ends_in_an_error_value(tmp_path):
     dataset = opened(tmp_path, content(images=2), skip_bad_images=True)
     for path in dataset.folder.iterdir():
         path.write_bytes(b"")
-    bad = dataset[Draw(1, 0)]
+    bad = dataset[ImageRequest(1, 0)]
     assert isinstance(bad, BadImage) and "none of the 2 images" in str(bad) and "8.png" in str(bad)
 
 
@@ -377,7 +381,7 @@ def test_missing_images_are_named_at_once_or_counted(tmp_path):
         CocoImages(*files)
     dataset = CocoImages(*files, skip_bad_images=True)
     assert dataset.report["images missing"] == 4 and "4 images missing" in dataset.summary()
-    assert dataset[Draw(1, 0)][1]["image_id"] == 11
+    assert dataset[ImageRequest(1, 0)][1]["image_id"] == 11
 
 
 def test_images_may_lie_in_folders_of_their_own(tmp_path):

@@ -16,17 +16,16 @@ import torch
 import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from resbackbone.tools import train_coco
 
 from detection.data import open_split
 from detection.evaluate import METRICS
 from detection.recipes import RECIPES
 from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone
-from resbackbone.training.command import main_of
+from resbackbone.cli.command import main_of
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-train_coco = importlib.import_module("train_coco")
 
 needs_detectron2 = pytest.mark.skipif(
     importlib.util.find_spec("detectron2") is None,

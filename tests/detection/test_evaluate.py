@@ -10,7 +10,7 @@ from detection.annotations import read_annotations
 from detection.coco import BadImage, CocoImages
 from detection.evaluate import detect, evaluate, percent, print_results, write_results
 from detection.scoring import DETECTION, METRICS, entries, score
-from resbackbone.training.distributed import Rank
+from resbackbone.engine.distributed import Rank
 
 CPU = torch.device("cpu")
 

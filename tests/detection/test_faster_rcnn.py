@@ -14,7 +14,7 @@ from detection.faster_rcnn import (
     save_detector,
 )
 from resbackbone import build_resnet_backbone
-from resbackbone.training.checkpoints import save_checkpoint
+from resbackbone.engine.checkpoints import save_checkpoint
 
 FEW = {  # regions: enough to train on a tiny image
     "rpn_pre_nms_top_n_train": 60,

@@ -1,13 +1,11 @@
-import importlib
 import json
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from resbackbone.tools import evaluate_coco, train_coco
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,11 +25,8 @@ from detection.scoring import entries
 from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.adapters.from_timm import from_timm
-from resbackbone.training.command import main_of
-from resbackbone.training.distributed import Rank
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-evaluate_coco, train_coco = (importlib.import_module(name) for name in ("evaluate_coco", "train_coco"))
+from resbackbone.cli.command import main_of
+from resbackbone.engine.distributed import Rank
 
 FEW = {  # regions: enough to train on a tiny image, and to find something
     "min_size": 64,

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from detection.coco import Draw
+from detection.coco import ImageRequest
 from detection.sampler import TrainBatches
 
 
@@ -68,7 +68,7 @@ def plain_loop(portrait, batch_size, seed, start):
         order = random.permutation(len(portrait))
         for index, draw_seed in zip(order.tolist(), random.integers(0, 2**62, len(order)).tolist(), strict=True):
             group = waiting[bool(portrait[index])]
-            group.append(Draw(index, draw_seed))
+            group.append(ImageRequest(index, draw_seed))
             if len(group) == batch_size:
                 done += 1
                 if done > start:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from resbackbone.training.command import main_of
-from resbackbone.training.run import CLOCK
+from resbackbone.cli.command import main_of
+from resbackbone.engine.run import CLOCK
 
 CIFAR = ["--data", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-period", "1"]
 SIX_STEPS = [*CIFAR, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]  # of train_cifar10.py

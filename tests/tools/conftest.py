@@ -1,8 +1,6 @@
 """Commands are tested in an empty folder, and know of no data but what a test gives them."""
 
 import importlib
-import sys
-from pathlib import Path
 
 import pytest
 from commands import SIX_STEPS
@@ -28,7 +26,6 @@ def few_synthetic_images():
 @pytest.fixture(scope="module")  # other modules' tests may change the number of threads, and with it the last bits
 def six_steps_left_alone(tmp_path_factory, few_synthetic_images):
     """The folder of a CIFAR training of SIX_STEPS on few synthetic images; tests only read it."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
     folder = tmp_path_factory.mktemp("runs") / "alone"
-    importlib.import_module("train_cifar10").main([*SIX_STEPS, "--output", str(folder)])
+    importlib.import_module("resbackbone.tools.train_cifar10").main([*SIX_STEPS, "--output", str(folder)])
     return folder

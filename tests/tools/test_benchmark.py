@@ -11,16 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from resbackbone.tools import benchmark
 from torch import nn
 
 from detection import scoring
-from resbackbone.training.command import main_of
+from resbackbone.cli.command import main_of
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tools"))
-benchmark = importlib.import_module("benchmark")
 contest, data, detectors, jobs, machine, networks, processes, report, rounds = (
-    importlib.import_module(f"benchmarks.{name}")
+    importlib.import_module(f"resbackbone.tools.benchmarks.{name}")
     for name in ("contest", "data", "detectors", "jobs", "machine", "networks", "processes", "report", "rounds")
 )
 

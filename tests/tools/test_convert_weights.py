@@ -1,6 +1,5 @@
 """The command that converts weights: what it writes, what it says, and what it refuses."""
 
-import importlib
 import json
 import os
 import pickle
@@ -12,6 +11,7 @@ import pytest
 import torch
 import torchvision
 from commands import error_line
+from resbackbone.tools import convert_weights
 from safetensors import safe_open
 
 from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
@@ -23,8 +23,6 @@ from resbackbone.weights.translate import from_ours, merged_norms
 from resbackbone.weights.write import TARGETS
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_weights.py"
-sys.path.insert(0, str(TOOL.parent))
-convert_weights = importlib.import_module("convert_weights")
 
 CATEGORIES = {3: "car", 13: "stop sign"}
 INPUT = "RGB 0..1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225"

@@ -1,6 +1,5 @@
 import importlib
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -8,14 +7,12 @@ import pytest
 import yaml
 from commands import error_line
 from PIL import Image
+from resbackbone.tools import degradation, train_cifar10
 
 from resbackbone.classification import cifar10
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-degradation = importlib.import_module("degradation")
 error_of = partial(error_line, degradation.main)
-train_cifar10 = importlib.import_module("train_cifar10")
 
 QUICK = ["--data", "synthetic", "--device", "cpu", "--batch-size", "4", "--log-period", "1", "--eval-period", "1"]
 TWO_DEPTHS = [*QUICK, "--steps", "2", "--depths", "20", "32"]

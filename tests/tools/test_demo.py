@@ -1,20 +1,16 @@
-import importlib
 import socket
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from commands import error_line
 from PIL import Image
+from resbackbone.tools import demo
 
 from detection.coco import BadImage
 from detection.faster_rcnn import build_faster_rcnn, save_detector
 from resbackbone import build_resnet_backbone
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-demo = importlib.import_module("demo")
 
 HOSTILE = {3: "<img src=x onerror=alert(1)>", 13: "${alert(2)} {{constructor}} </table>"}
 INPUT = "#image input[type=file]"

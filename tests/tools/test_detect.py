@@ -1,6 +1,4 @@
-import importlib
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +8,11 @@ from commands import error_line
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from resbackbone.tools import detect
 
 from detection.faster_rcnn import build_faster_rcnn, save_detector
 from detection.video import Video, video_file
 from resbackbone import build_resnet_backbone
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-detect = importlib.import_module("detect")
 
 CATEGORIES = {3: "car", 13: "stop sign"}
 

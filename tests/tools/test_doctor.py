@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from resbackbone.tools import doctor
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-doctor = importlib.import_module("doctor")
 
 
 def test_a_machine_where_all_works_gets_a_line_for_each_check_and_status_0(capsys):

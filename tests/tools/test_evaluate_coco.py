@@ -1,4 +1,3 @@
-import importlib
 import json
 import os
 import shutil
@@ -11,6 +10,7 @@ import pytest
 import torch
 import yaml
 from commands import error_line
+from resbackbone.tools import evaluate_coco
 from safetensors.torch import save_file
 
 from detection import scoring
@@ -19,11 +19,9 @@ from detection.faster_rcnn import build_faster_rcnn, save_detector
 from detection.scoring import DETECTION, score
 from detection.shapes import CATEGORY_IDS, CLASSES, make_shapes
 from resbackbone import build_resnet_backbone
-from resbackbone.training.checkpoints import save_checkpoint
+from resbackbone.engine.checkpoints import save_checkpoint
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-evaluate_coco = importlib.import_module("evaluate_coco")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What happens to a training that is terminated, restarted, damaged or started twice; tools/soak.py does more of it."""
 
-import importlib
 import json
 import os
 import shutil
@@ -14,20 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CIFAR, SIX_STEPS
+from resbackbone.tools import soak, train_cifar10
+from resbackbone.tools.soaking import subject
 from safetensors.torch import load_file, save_file
 
 from detection.shapes import make_shapes
-from resbackbone.training.checkpoints import checkpoints
-from resbackbone.training.command import main_of
-from resbackbone.training.lock import HOLDER
-from resbackbone.training.state import TrainState
-from resbackbone.training.termination import EXIT_STATUS, Terminated
+from resbackbone.cli.command import main_of
+from resbackbone.engine.checkpoints import checkpoints
+from resbackbone.engine.lock import HOLDER
+from resbackbone.engine.state import TrainState
+from resbackbone.engine.termination import EXIT_STATUS, Terminated
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-train_cifar10 = importlib.import_module("train_cifar10")
-soak = importlib.import_module("soak")
-subject = importlib.import_module("soaking.subject")
 
 pytestmark = pytest.mark.usefixtures("few_synthetic_images")
 
@@ -141,8 +138,8 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_run_goes_on_from_the_one_be
 
 
 def test_a_folder_that_another_process_writes_is_refused_and_left_as_it_is(run, capsys):
-    program = "import sys, time; from pathlib import Path; from resbackbone.training.lock import hold\n"
-    program += "hold(Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
+    program = "import sys, time; from pathlib import Path; from resbackbone.engine.lock import lock_folder\n"
+    program += "lock_folder(Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
     with subprocess.Popen([sys.executable, "-c", program, run], env=environment, stdout=subprocess.PIPE) as another:
         another.stdout.readline()
@@ -191,7 +188,7 @@ def test_a_worker_killed_under_torchrun_is_started_again_and_the_job_ends_as_if_
 def test_a_rank_that_fails_ends_the_job_in_seconds_and_is_named(tmp_path):
     program = """
 import sys, time
-from resbackbone.training.distributed import gather, launch
+from resbackbone.engine.distributed import gather, launch
 
 def work(rank):
     gather(0, rank)
@@ -201,7 +198,7 @@ def work(rank):
     gather(0, rank)
 
 if __name__ == "__main__":
-    from resbackbone.training.command import main_of
+    from resbackbone.cli.command import main_of
     main_of(lambda: launch(work, (), device="cpu", processes=2))
 """
     (tmp_path / "program.py").write_text(program)

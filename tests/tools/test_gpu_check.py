@@ -16,13 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CIFAR, differing, metrics
+from resbackbone.tools import gpu_check
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "gpu_check.py"
-sys.path.insert(0, str(ROOT / "tools"))
-gpu_check = importlib.import_module("gpu_check")
 cifar, equality, peers, records, runs, steps = (
-    importlib.import_module(f"gpu_checks.{name}") for name in ("cifar", "equality", "peers", "record", "runs", "steps")
+    importlib.import_module(f"resbackbone.tools.gpu_checks.{name}")
+    for name in ("cifar", "equality", "peers", "record", "runs", "steps")
 )
 Part, Record, Setting = gpu_check.Part, records.Record, records.Setting
 
@@ -362,7 +362,7 @@ def test_a_time_stands_beside_the_fastest_package_that_runs_in_the_same_way():
 
 
 def test_cifar_trains_as_train_cifar10_does(setting, record, monkeypatch, few_synthetic_images):
-    train_cifar10 = importlib.import_module("train_cifar10")
+    train_cifar10 = importlib.import_module("resbackbone.tools.train_cifar10")
     monkeypatch.setattr(cifar, "STRETCH", 4)
     options = train_cifar10.Options(data=Path("synthetic"), steps=10, batch_size=8, device="cpu", precision="fp32")
     data = cifar.cifar10.open_cifar10("synthetic")
@@ -379,7 +379,7 @@ def test_cifar_trains_as_train_cifar10_does(setting, record, monkeypatch, few_sy
 
 
 def test_cifar_stops_a_net_that_would_not_be_done_in_time(setting, monkeypatch, few_synthetic_images):
-    train_cifar10 = importlib.import_module("train_cifar10")
+    train_cifar10 = importlib.import_module("resbackbone.tools.train_cifar10")
     monkeypatch.setattr(cifar, "STRETCH", 2)
     options = train_cifar10.Options(data=Path("synthetic"), steps=1000, batch_size=8, device="cpu", precision="fp32")
     data = cifar.cifar10.open_cifar10("synthetic")

@@ -1,4 +1,3 @@
-import importlib
 import json
 import subprocess
 import sys
@@ -8,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from resbackbone.tools import layer_responses as tool
 
 from resbackbone.analysis import gradient_norms, layer_responses
 from resbackbone.cifar import build_cifar_resnet, save_cifar_resnet
 from resbackbone.classification.cifar10 import mean_image_of, open_cifar10
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-tool = importlib.import_module("layer_responses")
 
 
 @pytest.fixture

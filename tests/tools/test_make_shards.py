@@ -1,21 +1,17 @@
 """The command that writes shards, and the one that measures what they bring."""
 
-import importlib
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from resbackbone.tools import benchmark_input, make_shards
 
 from resbackbone.classification.images import open_images
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-make_shards = importlib.import_module("make_shards")
-benchmark_input = importlib.import_module("benchmark_input")
 
 
 def picture(path, width, height, seed):

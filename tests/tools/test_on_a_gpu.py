@@ -2,19 +2,16 @@
 
 import importlib
 import os
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
 
-from resbackbone.training.device import use_deterministic
+from resbackbone.engine.device import use_deterministic
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before the first product on the GPU, for determinism
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 equality, records, runs, steps = (
-    importlib.import_module(f"gpu_checks.{name}") for name in ("equality", "record", "runs", "steps")
+    importlib.import_module(f"resbackbone.tools.gpu_checks.{name}") for name in ("equality", "record", "runs", "steps")
 )
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 

@@ -16,19 +16,19 @@ import torch
 import yaml
 from commands import differing, error_line, metrics, timeless
 from PIL import Image
+from resbackbone.tools import make_shards, pretrain
+from resbackbone.tools.pretraining import evaluation
 from safetensors.torch import load_file
 
 from detection import crops
 from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.classification.evaluate import evaluate
 from resbackbone.classification.images import open_images
-from resbackbone.training.distributed import Rank
-from resbackbone.training.state import TrainState
+from resbackbone.engine.distributed import Rank
+from resbackbone.engine.state import TrainState
 from resbackbone.weights import read_weights
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-pretrain, make_shards, evaluation = map(importlib.import_module, ("pretrain", "make_shards", "pretraining.evaluation"))
 error_of = partial(error_line, pretrain.main)
 needs_webdataset = pytest.mark.skipif(importlib.util.find_spec("webdataset") is None, reason="needs webdataset")
 
@@ -112,7 +112,7 @@ def test_the_file_says_what_it_is_and_a_detectors_backbone_starts_from_it(straig
 
 
 def test_train_coco_takes_the_file_as_weights(straight):
-    train_coco = importlib.import_module("train_coco")
+    train_coco = importlib.import_module("resbackbone.tools.train_coco")
     argv = ["--depth", "18", "--weights", str(straight / "a2" / "model.safetensors"), "--recipe", "short"]
     options = train_coco.complete(train_coco.parse(train_coco.Options, [*argv, "--device", "cpu"]))
     detector = train_coco.build(options, train_coco.RECIPES["short"], {1: "thing"}, print)
@@ -334,7 +334,7 @@ def test_training_from_shards_is_resumed_exactly_and_scores_the_images_that_were
 
 def test_two_processes_train_one_classifier_and_both_hold_it(photos):
     script = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); import pretrain; from pretraining import evaluation\n"
+        "import os, sys; from resbackbone.tools import pretrain; from resbackbone.tools.pretraining import evaluation\n"
         "from safetensors.torch import save_file\n"
         "def save(model, name):\n"
         "    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}\n"

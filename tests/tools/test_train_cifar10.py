@@ -1,4 +1,3 @@
-import importlib
 import json
 import math
 import os
@@ -15,17 +14,16 @@ import torch.nn.functional as F
 import yaml
 from commands import CIFAR, SIX_STEPS, differing, error_line, metrics, timeless
 from PIL import Image
+from resbackbone.tools import train_cifar10
 from safetensors.torch import load_file
 
 from resbackbone.cifar import CifarResNet, build_cifar_resnet
 from resbackbone.classification import cifar10
 from resbackbone.classification.cifar10 import open_cifar10, to_model_input
-from resbackbone.training.command import be_quiet
-from resbackbone.training.state import TrainState
+from resbackbone.cli.command import be_quiet
+from resbackbone.engine.state import TrainState
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-train_cifar10 = importlib.import_module("train_cifar10")
 error_of = partial(error_line, train_cifar10.main)
 
 pytestmark = pytest.mark.usefixtures("few_synthetic_images")

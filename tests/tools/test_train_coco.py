@@ -1,5 +1,4 @@
 import contextlib
-import importlib
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from commands import differing, error_line, metrics, timeless
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from resbackbone.tools import train_coco
 from safetensors.torch import load_file
 
 from detection import data as data_module
@@ -27,12 +27,10 @@ from detection.evaluate import METRICS
 from detection.faster_rcnn import FasterRCNN
 from detection.recipes import RECIPES
 from detection.shapes import make_shapes
-from resbackbone.training.lock import let_go_of_all
-from resbackbone.training.state import TrainState
+from resbackbone.engine.lock import release_all_folders
+from resbackbone.engine.state import TrainState
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
-train_coco = importlib.import_module("train_coco")
 error_of = partial(error_line, train_coco.main)
 
 QUICK = ["--recipe", "short", "--depth", "18", "--device", "cpu", "--batch-size", "2", "--log-period", "1"]
@@ -637,7 +635,7 @@ def test_a_batch_that_does_not_divide_over_the_processes_leaves_no_run_behind(sh
     options = train_coco.complete(train_coco.parse(train_coco.Options, [*QUICK, "--data", str(shapes)]))
     with pytest.raises(ValueError, match="batch size 2 does not divide evenly over 3 processes"):
         train_coco.train(train_coco.Rank(0, 3, torch.device("cpu")), options)
-    let_go_of_all()  # as `launch` does
+    release_all_folders()  # as `launch` does
     assert files() == {}
 
 

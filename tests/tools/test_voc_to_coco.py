@@ -1,19 +1,16 @@
 """Pascal VOC's XML becomes COCO's JSON, box by box; what cannot be used is named."""
 
-import importlib
 import json
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 from commands import error_line
 from PIL import Image
+from resbackbone.tools import voc_to_coco
 
 from detection.data import open_split
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
-voc_to_coco = importlib.import_module("voc_to_coco")
 error_of = partial(error_line, voc_to_coco.main)
 
 OBJECT = """<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>

@@ -7,7 +7,7 @@ from torch import nn
 
 from resbackbone import build_resnet_backbone
 from resbackbone.resnet import DEPTHS, ResNet
-from resbackbone.weights import Weights, architecture_of, backbone_part, fit, pyramid_of, settle
+from resbackbone.weights import Weights, architecture_of, backbone_part, fit, pyramid_of, resolve_architecture
 
 
 def state_of(depth, **options):
@@ -74,16 +74,16 @@ def test_a_pyramid_is_read_off_its_names_and_shapes(options, told):
 
 def test_what_is_asked_stands_over_what_is_assumed_and_may_not_contradict_what_is_told():
     said = Weights(state_of(50), {"backbone": {"eps": 0.1}}, "a file", assumed={"stride_in_1x1": True})
-    assert settle(said)["stride_in_1x1"] is True and settle(said)["eps"] == 0.1
-    assert settle(said, stride_in_1x1=False, depth=50)["stride_in_1x1"] is False
-    assert settle(said, norm="SyncBN")["norm"] == "SyncBN"
+    assert resolve_architecture(said)["stride_in_1x1"] is True and resolve_architecture(said)["eps"] == 0.1
+    assert resolve_architecture(said, stride_in_1x1=False, depth=50)["stride_in_1x1"] is False
+    assert resolve_architecture(said, norm="SyncBN")["norm"] == "SyncBN"
     with pytest.raises(ValueError, match="weights from a file are for eps=0.1, asked was eps=1e-05"):
-        settle(said, eps=1e-5)
+        resolve_architecture(said, eps=1e-5)
 
 
 def test_weights_of_no_known_names_are_refused_by_their_names():
     with pytest.raises(ValueError, match=r"hold no ResNet under names that are known \(stem.0.weight, \.\.\)"):
-        settle(Weights({"stem.0.weight": torch.zeros(1)}, {}, "a file"))
+        resolve_architecture(Weights({"stem.0.weight": torch.zeros(1)}, {}, "a file"))
 
 
 def test_a_detectors_backbone_is_taken_out_and_any_other_dict_is_taken_whole():

@@ -14,12 +14,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from resbackbone.tools.benchmarks.contest import FUSED, MODES, OWN, Contender, package_of, relative_difference
+from resbackbone.tools.benchmarks.networks import (
+    Setting,
+    backbone_weights,
+    detectron2_config,
+    first_trained,
+    make_lively,
+)
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d, box_iou, boxes
 
-from benchmarks.contest import FUSED, MODES, OWN, Contender, package_of, relative_difference
-from benchmarks.networks import Setting, backbone_weights, detectron2_config, first_trained, make_lively
 from detection import build_faster_rcnn
 from detection.faster_rcnn import prepare_for_detection
 from resbackbone import build_resnet_backbone

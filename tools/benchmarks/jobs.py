@@ -6,12 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks import networks
-from benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, Contest
-from benchmarks.networks import Setting
+from resbackbone.tools.benchmarks import networks
+from resbackbone.tools.benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, Contest
+from resbackbone.tools.benchmarks.networks import Setting
 
 if TYPE_CHECKING:
-    from benchmark import Options
+    from resbackbone.tools.benchmark import Options
 
 PEERS = ("torchvision", "timm", "detectron2")
 GPU_MODES = ("tf32-channels-last",)  # on a CPU there is no TF32
@@ -78,7 +78,7 @@ def imagenet(job: str, options: "Options", _: Path) -> Iterator[Contest]:
 
 
 def detectors(job: str, options: "Options", _: Path) -> Iterator[Contest]:
-    from benchmarks import detectors
+    from resbackbone.tools.benchmarks import detectors
 
     training, sizes = job == "detector-training", options.detector_batch_sizes
     what = f"Faster R-CNN ResNet-{options.depth} FPN {'training step' if training else 'inference'}"
@@ -99,8 +99,7 @@ def detectors(job: str, options: "Options", _: Path) -> Iterator[Contest]:
 
 def scoring(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
     import numpy as np
-
-    from benchmarks import data
+    from resbackbone.tools.benchmarks import data
 
     annotations, detections = scratch / "scoring.json", scratch / "detections.npy"
     truth = data.write_instances(annotations, options.scoring_images)
@@ -111,7 +110,7 @@ def scoring(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
 
 
 def annotations(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
-    from benchmarks import data
+    from resbackbone.tools.benchmarks import data
 
     path = scratch / "annotations.json"
     data.write_instances(path, options.annotation_images)
@@ -121,7 +120,7 @@ def annotations(job: str, options: "Options", scratch: Path) -> Iterator[Contest
 
 
 def index(job: str, options: "Options", _: Path) -> Iterator[Contest]:
-    from benchmarks import data
+    from resbackbone.tools.benchmarks import data
 
     heading = "Drawing 1,000 batches of 16 images from an index"
     items = (data.BATCHES * data.BATCH_SIZE,) * len(data.INDEXES)
@@ -129,21 +128,21 @@ def index(job: str, options: "Options", _: Path) -> Iterator[Contest]:
 
 
 def input_pipeline(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
-    import benchmark_input
+    from resbackbone.tools import benchmark_input
 
     folder = options.images or benchmark_input.noise_images(scratch / "images", INPUT_IMAGES)
     yield benchmark_input.pipelines(benchmark_input.Options(folder, batch_size=20, images=INPUT_IMAGES), scratch)
 
 
 def imports(job: str, options: "Options", _: Path) -> Iterator[Contest]:
-    from benchmarks import processes
+    from resbackbone.tools.benchmarks import processes
 
     names = with_peers(options, OWN, processes.WITH_DETECTION)
     yield Contest(job, "Import, beyond that of torch", names, processes.importing, most_rounds=SLOW_ROUNDS)
 
 
 def scaling(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
-    from benchmarks import processes
+    from resbackbone.tools.benchmarks import processes
 
     size = options.batch_size
     setting = Setting("fp32", "cpu", options.depth, options.height, options.width, size)

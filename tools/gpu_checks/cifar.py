@@ -11,21 +11,22 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import train_cifar10
+from resbackbone.tools import train_cifar10
+from resbackbone.tools.gpu_checks.record import Record, Setting, require
+from resbackbone.tools.gpu_checks.runs import NEEDED
 from torch import Tensor
 
-from gpu_checks.record import Record, Setting, require
-from gpu_checks.runs import NEEDED
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
+from resbackbone.checks import UserError
 from resbackbone.cifar import CifarResNet, build_cifar_resnet, save_cifar_resnet
 from resbackbone.classification import cifar10
-from resbackbone.training.command import to_config
-from resbackbone.training.device import arithmetic, use
-from resbackbone.training.distributed import Rank
-from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.run import Run
-from resbackbone.training.state import seed_step
+from resbackbone.cli.command import to_config
+from resbackbone.engine.device import arithmetic, use
+from resbackbone.engine.distributed import Rank
+from resbackbone.engine.optimizers import build_optimizer
+from resbackbone.engine.run import Run
+from resbackbone.engine.state import seed_step
 
 NETS = ("resnet-20", "plain-20", "resnet-56", "plain-56", "resnet-110", "resnet-32", "resnet-44")  # as time allows
 STRETCH = 500  # updates whose batches are drawn, and whose metrics are read, at once
@@ -137,7 +138,7 @@ def train(options: train_cifar10.Options, folder: Path, data: cifar10.Cifar10, *
             updates.run(end - step, rates[step])
             loss, wrong = (values[: end - step].mean().item() for values in (updates.losses, updates.wrong))
             if not loss < float("inf"):
-                raise ValueError(f"{folder.name}: the loss is {loss} after {end} updates")
+                raise UserError(f"{folder.name}: the loss is {loss} after {end} updates")
             seconds = (time.monotonic() - started) / (end - step)
             line = {"loss": loss, "loss_class": loss, "train_error": wrong, "lr": rates[step], "seconds": seconds}
             line |= {"data_seconds": waited / (end - step), "images_per_second": options.batch_size / seconds}

@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
-from benchmarks.contest import OWN, relative_difference
-from benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn_scene, load
-from benchmarks.detectors import difference as detections_apart
-from benchmarks.networks import BACKBONES, as_graph, backbone_weights, first_trained
-from benchmarks.rounds import tf32
+from resbackbone.tools.benchmarks.contest import OWN, relative_difference
+from resbackbone.tools.benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn_scene, load
+from resbackbone.tools.benchmarks.detectors import difference as detections_apart
+from resbackbone.tools.benchmarks.networks import BACKBONES, as_graph, backbone_weights, first_trained
+from resbackbone.tools.benchmarks.rounds import tf32
+from resbackbone.tools.gpu_checks.record import Record, Setting
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
@@ -16,12 +17,11 @@ from detection import build_faster_rcnn
 from detection.cells import rows_of, sum_cells
 from detection.faster_rcnn import FasterRCNN
 from detection.roi_align import PyramidRoIAlign
-from gpu_checks.record import Record, Setting
 from resbackbone import Feature, build_resnet_backbone
+from resbackbone.engine.distributed import Rank
+from resbackbone.engine.optimizers import build_optimizer
+from resbackbone.engine.state import TrainState
 from resbackbone.layers import FrozenBatchNorm2d, conv_norm_relu
-from resbackbone.training.distributed import Rank
-from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.state import TrainState
 
 Outputs = Mapping[str, Tensor]
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}  # of ||got - wanted|| / ||wanted||, fp32 without TF32

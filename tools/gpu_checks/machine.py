@@ -6,11 +6,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-import doctor
 import torch
-from benchmarks.rounds import tf32
-
-from gpu_checks.record import Record, Setting
+from resbackbone.tools import doctor
+from resbackbone.tools.benchmarks.rounds import tf32
+from resbackbone.tools.gpu_checks.record import Record, Setting
 
 
 def check(setting: Setting, record: Record) -> None:

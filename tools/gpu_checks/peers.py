@@ -7,14 +7,13 @@ import statistics
 import time
 from collections.abc import Sequence
 
-import benchmark
 import torch
-from benchmarks.contest import COMPILED, OWN, package_of, relative_difference
-from benchmarks.networks import Setting as Network
-from benchmarks.networks import classifier
-from benchmarks.rounds import MATRIX_PRODUCT, tf32
-
-from gpu_checks.record import Record, Setting, require
+from resbackbone.tools import benchmark
+from resbackbone.tools.benchmarks.contest import COMPILED, OWN, package_of, relative_difference
+from resbackbone.tools.benchmarks.networks import Setting as Network
+from resbackbone.tools.benchmarks.networks import classifier
+from resbackbone.tools.benchmarks.rounds import MATRIX_PRODUCT, tf32
+from resbackbone.tools.gpu_checks.record import Record, Setting, require
 
 SPARE = 15  # seconds between the end of a contest's budget and that of the part
 BF16, TF32 = "bf16-channels-last", "tf32-channels-last"

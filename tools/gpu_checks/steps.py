@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from benchmarks.networks import backbone_weights
+from resbackbone.tools.benchmarks.networks import backbone_weights
+from resbackbone.tools.gpu_checks.machine import synchronize
+from resbackbone.tools.gpu_checks.record import Record, Setting
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -19,13 +21,11 @@ from detection.data import open_split, train_batches
 from detection.sampler import TrainBatches
 from detection.shapes import CLASSES, make_shapes
 from detection.transforms import TrainTransform
-from gpu_checks.machine import synchronize
-from gpu_checks.record import Record, Setting
 from resbackbone import build_resnet_backbone
-from resbackbone.training.device import autocast, choose_precision, use
-from resbackbone.training.distributed import Rank, distributed
-from resbackbone.training.optimizers import build_optimizer
-from resbackbone.training.state import TrainState
+from resbackbone.engine.device import autocast, choose_precision, use
+from resbackbone.engine.distributed import Rank, distributed
+from resbackbone.engine.optimizers import build_optimizer
+from resbackbone.engine.state import TrainState
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = tuple(str(ROOT / package) for package in ("detection", "resbackbone"))

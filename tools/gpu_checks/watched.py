@@ -9,12 +9,16 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+import resbackbone  # noqa: E402
 
-import train_coco  # noqa: E402
+resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
 
-from resbackbone.training import loop  # noqa: E402
-from resbackbone.training.command import main_of  # noqa: E402
+from resbackbone.tools import train_coco  # noqa: E402
+
+from resbackbone.cli.command import main_of  # noqa: E402
+from resbackbone.engine import loop  # noqa: E402
 
 
 def watch(notes: Path, kill_after: int) -> None:

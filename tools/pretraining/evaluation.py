@@ -7,18 +7,19 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks.machine import commit
+from resbackbone.tools.benchmarks.machine import commit
+from resbackbone.tools.pretraining.options import PretrainOptions, data_name, recipe_of
 from torch import nn
 
-from pretraining.options import PretrainOptions, data_name, recipe_of
 from resbackbone.atomic import write_atomically
+from resbackbone.checks import UserError
 from resbackbone.classification.evaluate import evaluate
 from resbackbone.classification.images import Images, open_images
 from resbackbone.classification.recipes import Recipe
 from resbackbone.classifier import build_resnet_classifier
+from resbackbone.cli.command import be_quiet, console, progress_console, track
+from resbackbone.engine.distributed import Rank, from_main
 from resbackbone.report.run import RunLog
-from resbackbone.training.command import be_quiet, console, notes, track
-from resbackbone.training.distributed import Rank, from_main
 from resbackbone.weights import read_weights
 from resbackbone.weights.sources import is_named
 
@@ -35,9 +36,9 @@ def evaluate_only(rank: Rank, options: PretrainOptions) -> None:
         model = build_resnet_classifier(num_classes=len(val_set.classes), weights=weights)
         of_folders = "recipe" in weights.metadata  # in our files; elsewhere they are named otherwise
         if of_folders and weights.metadata["classes"] != val_set.classes:
-            raise ValueError(f"{file}: was trained on other classes than those of {options.data}")
+            raise UserError(f"{file}: was trained on other classes than those of {options.data}")
         models.append(model.to(rank.device, memory_format=torch.channels_last))
-    say = notes.print if rank.is_main else lambda *_: None
+    say = progress_console.print if rank.is_main else lambda *_: None
     say(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
     for message in sorted(val_set.skipped) if rank.is_main else ():
         console.print(f"skipped {message}")

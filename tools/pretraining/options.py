@@ -6,16 +6,16 @@ from pathlib import Path
 
 import torch
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 from resbackbone.classification.evaluate import PROTOCOLS
 from resbackbone.classification.images import SYNTHETIC
 from resbackbone.classification.recipes import RECIPES, Recipe
+from resbackbone.cli.command import refuse_command
+from resbackbone.cli.options import RunOptions, check_counts
+from resbackbone.engine.device import INFERENCE, PRECISIONS, choose_device, choose_precision
+from resbackbone.engine.distributed import count_processes
+from resbackbone.engine.run import read_yaml
 from resbackbone.resnet import DEPTHS
-from resbackbone.training.command import refuse_command
-from resbackbone.training.device import INFERENCE, PRECISIONS, choose_device, choose_precision
-from resbackbone.training.distributed import count_processes
-from resbackbone.training.options import RunOptions, check_counts
-from resbackbone.training.run import read_yaml
 from resbackbone.weights.sources import is_named
 
 EMBEDDED = Path("datasets/shape-crops")
@@ -92,7 +92,7 @@ def complete(options: PretrainOptions) -> PretrainOptions:
     if options.shortcut is not None:
         one_of("shortcut", options.shortcut, ("A", "B", "C"), " (or --plain)")
         if options.plain:
-            raise ValueError(f"--plain has no shortcuts, --shortcut {options.shortcut} asks for them; leave one out")
+            raise UserError(f"--plain has no shortcuts, --shortcut {options.shortcut} asks for them; leave one out")
     least_one = ("batch_size", "accumulate", "epochs", "max_steps", "checkpoint_period", "log_period")
     check_counts(options, least=1, names=least_one)
     check_counts(options, least=0, names=("eval_period", "seed", "workers"))
@@ -107,15 +107,15 @@ def complete(options: PretrainOptions) -> PretrainOptions:
     in_parts = f"{processes} processes and {options.accumulate} parts (--accumulate)"
     size = options.size or recipe.size
     if left:
-        raise ValueError(f"--batch-size {batch_size} does not divide evenly over {in_parts}")
+        raise UserError(f"--batch-size {batch_size} does not divide evenly over {in_parts}")
     batch_norm = options.norm == "BN" or options.norm is None and options.weights is None
     if batch_norm and per_part == 1 and size <= 32:  # a channel of c5 is one number then
-        raise ValueError(
+        raise UserError(
             f"--batch-size {batch_size}: that is one image of {size} pixels at a time, of which batch norm has no "
             "statistics; take 2 or more, a larger --size or --norm GN"
         )
     if per_part % 2 and (recipe.mixup or recipe.cutmix):
-        raise ValueError(f"--batch-size {batch_size}: recipe {recipe_name} mixes pairs, and over {in_parts} it is odd")
+        raise UserError(f"--batch-size {batch_size}: recipe {recipe_name} mixes pairs, and over {in_parts} it is odd")
     return replace(
         options,
         data=data,
@@ -141,11 +141,9 @@ def complete_for_evaluation(options: PretrainOptions) -> PretrainOptions:
     if given["precision"] not in INFERENCE and not options.precision:
         given["precision"] = "fp32"  # as publishers of weights evaluate theirs
     if given["data"] == SYNTHETIC:
-        raise ValueError(f"--data {SYNTHETIC}: synthetic images show the speed alone; give --data DIR to evaluate on")
+        raise UserError(f"--data {SYNTHETIC}: synthetic images show the speed alone; give --data DIR to evaluate on")
     if given["data"] is None and not find_imagenet():
-        raise ValueError(
-            f"{options.eval_only[0]} does not say what it was trained on (no config.yaml); give --data DIR"
-        )
+        raise UserError(f"{options.eval_only[0]} does not say what it was trained on (no config.yaml); give --data DIR")
     if options.recipe:
         given["size"] = options.size
     return complete(replace(options, **given, batch_size=None, accumulate=1))

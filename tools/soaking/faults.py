@@ -13,9 +13,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
-from resbackbone.training.checkpoints import checkpoints
-from soaking.places import slow_server, small_disk
-from soaking.subject import (
+from resbackbone.tools.soaking.places import slow_server, small_disk
+from resbackbone.tools.soaking.subject import (
     PATIENCE,
     TORCHRUN,
     Subject,
@@ -28,6 +27,8 @@ from soaking.subject import (
     wait_for,
     workers,
 )
+
+from resbackbone.engine.checkpoints import checkpoints
 
 
 @dataclass

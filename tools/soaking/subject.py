@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from detection.crops import make_shape_crops
 from detection.shapes import make_shapes
-from resbackbone.training.run import CLOCK
+from resbackbone.engine.run import CLOCK
 
 TOOLS = Path(__file__).parents[1]
 STEPS = 40

@@ -11,8 +11,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from resbackbone.training import command, errors
-from resbackbone.training.command import (
+from resbackbone.cli.command import (
     Progress,
     be_quiet,
     console,
@@ -24,7 +23,8 @@ from resbackbone.training.command import (
     to_config,
     track,
 )
-from resbackbone.training.options import RunOptions, resumed
+from resbackbone.cli.options import RunOptions, resumed
+from resbackbone.engine import command, errors
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def test_a_rank_that_is_not_the_first_says_which_it_is(monkeypatch):
 def test_a_rank_exits_with_its_status_at_once_and_takes_its_workers_along(last_line, status, said):
     code = f"""
 import atexit, multiprocessing, sys, time
-from resbackbone.training.command import main_of
+from resbackbone.cli.command import main_of
 def command():
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,)).start()  # would be waited for
     print("worked")
@@ -204,7 +204,7 @@ def test_our_own_mistake_keeps_its_traceback_and_success_says_nothing():
 
 
 def test_a_command_ends_with_status_1_on_a_users_mistake():
-    code = "from resbackbone.training.command import main_of\nmain_of(lambda: int('x'))"
+    code = "from resbackbone.cli.command import main_of\nmain_of(lambda: int('x'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (1, "")
     assert run.stderr == "error: invalid literal for int() with base 10: 'x'\n"
@@ -297,9 +297,9 @@ def restored():
 def test_quiet_silences_notes_and_progress_and_neither_results_nor_the_next_command(
     is_terminal, restored, terminal, capsys
 ):
-    shown = command.notes if is_terminal else notes
+    shown = command.progress_console if is_terminal else notes
     for argv, said in ((["--quiet"], ["result"]), ([], ["note", "train 6/10, 0 s left, loss 0.5", "result"])):
-        command.notes = shown  # as `terminal` does, which puts the real one back
+        command.progress_console = shown  # as `terminal` does, which puts the real one back
         parse(Quiet, argv)
         shown.print("note")
         with Progress("train", 10, start=5) as progress:

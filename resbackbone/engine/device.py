@@ -6,7 +6,7 @@ from collections.abc import Collection
 import torch
 import torch.utils.deterministic
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INFERENCE = ("fp32", "bf16")  # precisions to detect and classify in
@@ -27,11 +27,11 @@ def choose_device(asked: str | None) -> str:
     if kind == "cuda":
         there = torch.cuda.device_count()
         if there == 0:
-            raise ValueError(f"--device {asked}: no GPU that this torch can use; python tools/doctor.py says why")
+            raise UserError(f"--device {asked}: no GPU that this torch can use; python tools/doctor.py says why")
         if place is not None and (place.index or 0) >= there:
-            raise ValueError(f"--device {asked}: this machine has {there} GPUs, cuda:0 to cuda:{there - 1}")
+            raise UserError(f"--device {asked}: this machine has {there} GPUs, cuda:0 to cuda:{there - 1}")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: this torch finds no Apple GPU; leave the option out to compute on the CPU")
+        raise UserError("--device mps: this torch finds no Apple GPU; leave the option out to compute on the CPU")
     return asked
 
 
@@ -39,7 +39,7 @@ def choose_precision(asked: str | None, device: str, among: Collection[str] = tu
     """`asked`, or else bf16 where the device computes in it, or fp32. Raises ValueError if it is not `among` them."""
     precision = one_of("precision", asked or native_precision(device), among)
     if torch.device(device).type == "mps" and precision != "fp32":
-        raise ValueError(f"--precision {precision}: on mps only fp32 is offered; leave the option out")
+        raise UserError(f"--precision {precision}: on mps only fp32 is offered; leave the option out")
     return precision
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from resbackbone.training.schedule import Schedule
+from resbackbone.engine.schedule import Schedule
 
 STEPS = Schedule(rate=0.02, steps=90_000, milestones=(60_000, 80_000), warmup_steps=1000, warmup_factor=0.001)
 COSINE = Schedule(rate=0.1, steps=100, cosine=True)

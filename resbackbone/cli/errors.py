@@ -12,13 +12,15 @@ from typing import NoReturn
 import torch
 from safetensors import SafetensorError
 
+from resbackbone.checks import UserError
+
 HEAD_START = 2.0  # seconds; mistakes are mostly found by all ranks at once, and the first one said is enough
 SAID = "RESBACKBONE_ERROR_SAID"  # names a file that is there once rank 0 has said its error
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a ValueError, an OSError, a full GPU or Ctrl-C in the block into one line on stderr and an exit.
+    """Turn a UserError, an OSError, a full GPU or Ctrl-C in the block into one line on stderr and an exit.
 
     The rank in $RANK, if it is not 0, is named, and waits a moment, in which it is stopped if rank 0 failed too; if
     rank 0 was heard by then, it says nothing.
@@ -29,7 +31,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit("interrupted")
-    except (ValueError, OSError, SafetensorError, torch.OutOfMemoryError) as error:  # the third: a disk that is full
+    except (UserError, OSError, SafetensorError, torch.OutOfMemoryError) as error:  # the third: a disk that is full
         if os.environ.get("RESBACKBONE_DEBUG"):
             raise
         _exit(" ".join(_in_words(error).split()) or type(error).__name__)
@@ -61,6 +63,18 @@ def quick_exit() -> Iterator[None]:
     for worker in multiprocessing.active_children():  # of data loaders, which outlive this otherwise
         worker.terminate()
     os._exit(status if isinstance(status, int) else int(status is not None))
+
+
+@contextmanager
+def from_option(name: str) -> Iterator[None]:
+    """Name the option whose value a UserError in the block is about: `nowhere: no such folder` gets `--data ` in front.
+
+    The library does not know options, so its message starts with the value.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name} {error}") from None
 
 
 def _in_words(error: Exception) -> str:

@@ -2,17 +2,15 @@ import dataclasses
 import importlib
 import io
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import tyro
 from rich.console import Console
 
-from resbackbone.training.help import GROUPS, print_help
+from resbackbone.cli.help import GROUPS, print_help
 
 TOOLS = Path(__file__).parents[2] / "tools"
-sys.path.insert(0, str(TOOLS))
 COMMANDS = sorted(path.stem for path in TOOLS.glob("*.py") if "parse(Options, argv)" in path.read_text())
 TRAININGS = ("train_coco", "pretrain", "train_cifar10")
 
@@ -88,7 +86,7 @@ def test_a_narrow_terminal_wraps_texts_and_cuts_no_flag():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_commands_help_has_all_its_options_each_with_a_text_and_examples_that_can_be_typed(name, capsys):
-    command = importlib.import_module(name)
+    command = importlib.import_module(f"resbackbone.tools.{name}")
     with pytest.raises(SystemExit) as exit:
         command.main(["--help"])
     assert exit.value.code == 0
@@ -110,5 +108,5 @@ def test_every_commands_help_has_all_its_options_each_with_a_text_and_examples_t
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_trainings_options_are_nearly_all_in_a_group(name):
     named = {option for names in GROUPS.values() for option in names}
-    fields = {field.name for field in dataclasses.fields(importlib.import_module(name).Options)}
+    fields = {field.name for field in dataclasses.fields(importlib.import_module(f"resbackbone.tools.{name}").Options)}
     assert fields - named == set()

@@ -6,10 +6,10 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from resbackbone.training.checkpoints import checkpoints
-from resbackbone.training.distributed import Rank
-from resbackbone.training.run import Run, latest_folder, new_folder, read_yaml
-from resbackbone.training.state import TrainState
+from resbackbone.engine.checkpoints import checkpoints
+from resbackbone.engine.distributed import Rank
+from resbackbone.engine.run import Run, latest_folder, new_folder, read_yaml
+from resbackbone.engine.state import TrainState
 
 
 def metrics(folder):

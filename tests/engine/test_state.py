@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from resbackbone.training import stopwatch
-from resbackbone.training.distributed import Rank
-from resbackbone.training.state import NonFinite, TrainState, mean_of, parameter_groups, seed_step
+from resbackbone.engine import stopwatch
+from resbackbone.engine.distributed import Rank
+from resbackbone.engine.state import NonFinite, TrainState, mean_of, parameter_groups, seed_step
 
 ALONE = Rank(0, 1, torch.device("cpu"))
 OPTIMIZERS = {

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
-from resbackbone.training.device import choose_device, use
-from resbackbone.training.errors import SAID, one_line_errors, quick_exit
-from resbackbone.training.lock import let_go_of_all
-from resbackbone.training.rendezvous import store_of_this_start
-from resbackbone.training.termination import EXIT_STATUS, Terminated, termination
+from resbackbone.checks import UserError
+from resbackbone.cli.errors import SAID, one_line_errors, quick_exit
+from resbackbone.engine.device import choose_device, use
+from resbackbone.engine.lock import release_all_folders
+from resbackbone.engine.rendezvous import store_of_this_start
+from resbackbone.engine.termination import EXIT_STATUS, Terminated, termination
 
 T = TypeVar("T")
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
@@ -50,11 +51,11 @@ def count_processes(device: str, gpus: int | None) -> int:
     if place.type == "cuda":
         there = torch.cuda.device_count()
         if gpus is not None and not 1 <= gpus <= there:
-            raise ValueError(f"--gpus {gpus}: this machine has {there}")
+            raise UserError(f"--gpus {gpus}: this machine has {there}")
     elif gpus not in (None, 0, 1):
-        raise ValueError(f"--gpus {gpus} with --device {device}: several CPU processes are started with torchrun")
+        raise UserError(f"--gpus {gpus} with --device {device}: several CPU processes are started with torchrun")
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ValueError("RANK is set and WORLD_SIZE is not: set both, as docs/scaling.md shows, or neither")
+        raise UserError("RANK is set and WORLD_SIZE is not: set both, as docs/scaling.md shows, or neither")
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     if place.type != "cuda" or place.index is not None:
@@ -84,7 +85,7 @@ def _place(rank: int, ranks: int, device: str) -> torch.device:
     if place.type != "cuda" or (place.index is not None and ranks == 1):
         return place
     if place.index is not None:
-        raise ValueError(f"--device {device}: each of the {ranks} processes takes a GPU of its own; use --device cuda")
+        raise UserError(f"--device {device}: each of the {ranks} processes takes a GPU of its own; use --device cuda")
     visible = torch.cuda.device_count()
     name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), None)
     if visible == 1 and (name != "LOCAL_RANK" or "CUDA_VISIBLE_DEVICES" in os.environ):
@@ -92,7 +93,7 @@ def _place(rank: int, ranks: int, device: str) -> torch.device:
     index = rank % visible if name is None else int(os.environ[name])
     if index >= visible:
         there, most = ("is 1 GPU", "1 process") if visible == 1 else (f"are {visible} GPUs", f"{visible} processes")
-        raise ValueError(f"{name}={index}, but there {there} here: start no more than {most}")
+        raise UserError(f"{name}={index}, but there {there} here: start no more than {most}")
     return torch.device("cuda", index)
 
 
@@ -116,7 +117,7 @@ def _call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
         try:
             function(rank, *arguments)
         finally:
-            let_go_of_all()
+            release_all_folders()
 
 
 def _spawned(rank: int, shared: dict, processes: int, device: str, function: Callable, arguments: tuple) -> None:

@@ -4,8 +4,8 @@ from itertools import islice
 import pytest
 import torch
 
-from resbackbone.training import transfer
-from resbackbone.training.transfer import moved
+from resbackbone.engine import transfer
+from resbackbone.engine.transfer import moved
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 

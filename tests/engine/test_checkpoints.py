@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from resbackbone.training.checkpoints import CHECKSUMS, KEPT, checkpoints, last_whole_checkpoint, save_checkpoint
-from resbackbone.training.options import resume_point
+from resbackbone.cli.options import resume_point
+from resbackbone.engine.checkpoints import CHECKSUMS, KEPT, checkpoints, last_whole_checkpoint, save_checkpoint
 
 
 def save(run, step, content="weights"):

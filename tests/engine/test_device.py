@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from resbackbone.training.device import arithmetic, autocast, choose_device, choose_precision, native_precision
+from resbackbone.engine.device import arithmetic, autocast, choose_device, choose_precision, native_precision
 
 
 @pytest.fixture

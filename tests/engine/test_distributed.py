@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from resbackbone.training import distributed as distributed_module
-from resbackbone.training.distributed import (
+from resbackbone.engine import distributed as distributed_module
+from resbackbone.engine.distributed import (
     Rank,
     RankShare,
     any_rank,
@@ -23,9 +23,9 @@ ROOT = Path(__file__).parents[2]
 # What each of the processes that torchrun starts runs; it writes what it saw to a file of its own.
 PROGRAM = """
 import json, math, sys, torch
-from resbackbone.training.distributed import any_rank, broadcast, gather, launch
-from resbackbone.training.errors import quick_exit
-from resbackbone.training.state import NonFinite, TrainState
+from resbackbone.engine.distributed import any_rank, broadcast, gather, launch
+from resbackbone.cli.errors import quick_exit
+from resbackbone.engine.state import NonFinite, TrainState
 
 def work(rank, folder):
     seen = {"rank": rank.rank, "ranks": rank.ranks, "main": rank.is_main, "device": str(rank.device)}
@@ -108,7 +108,7 @@ def test_processes_are_spawned_without_torchrun_and_one_that_fails_ends_the_comm
     program = """
 import sys
 from pathlib import Path
-from resbackbone.training.distributed import gather, launch
+from resbackbone.engine.distributed import gather, launch
 
 def work(rank, folder):
     everyone = gather(rank.rank, rank)
@@ -148,8 +148,8 @@ STEP = """
 import json, sys, warnings, torch
 from detection import build_faster_rcnn
 from resbackbone import build_resnet_backbone
-from resbackbone.training.distributed import distributed, launch
-from resbackbone.training.errors import quick_exit
+from resbackbone.engine.distributed import distributed, launch
+from resbackbone.cli.errors import quick_exit
 
 def work(rank, folder):
     torch.manual_seed(0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from resbackbone.atomic import file_digest, folder_atomically
+from resbackbone.checks import UserError
 
 KEPT = 3
 CHECKSUMS = "checksums.json"  # {file: SHA-256}
@@ -38,7 +39,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbyt
             raise
         before = checkpoints(run)
         stays = f"{before[-1].name} stays, and --resume goes on from it" if before else "there is none before it"
-        raise ValueError(
+        raise UserError(
             f"checkpoint of step {step}: no space left in {run}: {nbytes / 1e6:.0f} MB are needed, "
             f"{shutil.disk_usage(run).free / 1e6:.0f} MB are free; {stays}"
         ) from None

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from resbackbone.checks import one_of
-from resbackbone.training.state import parameter_groups
+from resbackbone.engine.state import parameter_groups
 
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 

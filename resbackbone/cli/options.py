@@ -8,10 +8,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from resbackbone.training.checkpoints import last_whole_checkpoint
-from resbackbone.training.command import console, from_config, parse
-from resbackbone.training.lock import hold
-from resbackbone.training.run import latest_folder, new_folder
+from resbackbone.checks import UserError
+from resbackbone.cli.command import console, from_config, parse
+from resbackbone.engine.checkpoints import last_whole_checkpoint
+from resbackbone.engine.lock import lock_folder
+from resbackbone.engine.run import latest_folder, new_folder
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
 
@@ -52,18 +53,18 @@ def check_counts(options, *, least: int, names: Collection[str]) -> None:
     """ValueError for the first of these options that is below `least`; None is not."""
     for name in names:
         if getattr(options, name) is not None and getattr(options, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(options, name)}: {least} or more is wanted")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: {least} or more is wanted")
 
 
 def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
     """Where the run is written: --output, which may hold a run only if that is resumed, or a new `default`.
 
-    It is this process's from here on (`lock.hold`); ValueError if another one writes there.
+    It is this process's from here on (`lock.lock_folder`); ValueError if another one writes there.
     """
     folder = new_folder(default) if output is None else output
-    hold(folder)
+    lock_folder(folder)
     if not resume and (folder / "config.yaml").exists():
-        raise ValueError(f"--output {folder} holds a run already; --resume goes on with it")
+        raise UserError(f"--output {folder} holds a run already; --resume goes on with it")
     return folder
 
 
@@ -81,7 +82,7 @@ def resume_point(folder: Path) -> Path | None:
     for path, wrong in damaged.items():
         console.print(f"damaged: {path}: {wrong}; set aside as {path.name}.damaged")
     if last is None and damaged:
-        raise ValueError(f"{folder}: none of its {len(damaged)} checkpoints is whole; give another --output")
+        raise UserError(f"{folder}: none of its {len(damaged)} checkpoints is whole; give another --output")
     for path in damaged:
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
@@ -103,7 +104,7 @@ def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Co
     options = parse(type(options), argv, default=saved)
     for name in sorted({field.name for field in dataclasses.fields(options)} - {*may_differ, "quiet"}):
         if (asked := getattr(options, name)) != (had := getattr(saved, name)):
-            raise ValueError(
+            raise UserError(
                 f"--{name.replace('_', '-')} {asked}: the run in {folder} was made with {had}; leave the option out to "
                 "resume that run, or give another --output to start anew"
             )

@@ -4,8 +4,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from resbackbone.training import rendezvous
-from resbackbone.training.rendezvous import agree, store_of_this_start
+from resbackbone.engine import rendezvous
+from resbackbone.engine.rendezvous import agree, store_of_this_start
 
 SOON = timedelta(seconds=20)
 

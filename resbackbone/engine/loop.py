@@ -12,13 +12,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resbackbone.atomic import write_atomically
-from resbackbone.training.command import Progress, console, notes
-from resbackbone.training.device import autocast
-from resbackbone.training.distributed import Rank, broadcast, gather
-from resbackbone.training.run import Run
-from resbackbone.training.schedule import Schedule
-from resbackbone.training.state import NonFinite, TrainState, mean_of, seed_step
-from resbackbone.training.termination import Terminated, termination
+from resbackbone.checks import UserError
+from resbackbone.cli.command import Progress, console, progress_console
+from resbackbone.engine.device import autocast
+from resbackbone.engine.distributed import Rank, broadcast, gather
+from resbackbone.engine.run import Run
+from resbackbone.engine.schedule import Schedule
+from resbackbone.engine.state import NonFinite, TrainState, mean_of, seed_step
+from resbackbone.engine.termination import Terminated, termination
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def train(
             _say_terminated(state, rank)
             termination.stop()
         if rank.is_main:
-            notes.print(f"step {state.step}: {result}")
+            progress_console.print(f"step {state.step}: {result}")
 
     with Progress("train", steps, start=state.step, shown=rank.is_main) as progress, termination.deferred():
         if not broadcast(run.evaluated, rank):  # killed in the middle of it
@@ -104,7 +105,7 @@ def train(
             except NonFinite as error:
                 clause = bad_batch(batch, error) if error.terms else None
                 said = "; ".join(filter(None, gather(clause, rank) or [clause or "on another rank"]))
-                raise ValueError(f"step {error.step} is not finite: {said}") from None
+                raise UserError(f"step {error.step} is not finite: {said}") from None
             values = {"loss": sum(values.values()), **values, "gradient_norm": state.gradient_norm}
             values |= after_update(batch) or {}
             now = time.monotonic()

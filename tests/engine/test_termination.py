@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader
 
-from resbackbone.training.termination import EXIT_STATUS, Terminated, termination, worker_processes
+from resbackbone.engine.termination import EXIT_STATUS, Terminated, termination, worker_processes
 
 
 def send_sigterm():

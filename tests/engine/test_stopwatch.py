@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from resbackbone.training import stopwatch
-from resbackbone.training.stopwatch import Stopwatch
+from resbackbone.engine import stopwatch
+from resbackbone.engine.stopwatch import Stopwatch
 
 
 @pytest.fixture

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from resbackbone.checks import UserError
+
 LOCK, HOLDER = ".lock", ".lock.json"
 _held: dict[Path, tuple[FileLock, list[Path]]] = {}  # and the folders that were made for it, the innermost first
 
 
-def hold(folder: Path) -> None:
-    """Be the only writer of `folder`, which is made if it is not there, until `let_go` or the end of the process.
+def lock_folder(folder: Path) -> None:
+    """Make this process the only writer of `folder`, created if missing, until `release_folder` or the process ends.
 
     ValueError that names the holder if another process is.
     """
@@ -27,14 +29,14 @@ def hold(folder: Path) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise ValueError(f"{folder} is being written by {_holder(folder)}; give another --output") from None
+        raise UserError(f"{folder} is being written by {_holder(folder)}; give another --output") from None
     _held[key] = lock, made
     content = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     (folder / HOLDER).write_text(json.dumps(content))
 
 
-def let_go(folder: Path) -> None:
-    """Let others write to `folder`. If it was made by `hold` and nothing was written to it, it goes."""
+def release_folder(folder: Path) -> None:
+    """Let others write to `folder`. If it was made by `lock_folder` and nothing was written to it, it goes."""
     lock, made = _held.pop(folder.resolve(), (None, []))
     if lock is None:
         return
@@ -47,10 +49,10 @@ def let_go(folder: Path) -> None:
     lock.release()
 
 
-def let_go_of_all() -> None:
+def release_all_folders() -> None:
     """Let others write to every folder that this process holds."""
     for folder in list(_held):
-        let_go(folder)
+        release_folder(folder)
 
 
 def _holder(folder: Path) -> str:

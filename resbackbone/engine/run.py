@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from resbackbone.atomic import remove_unfinished, write_atomically
-from resbackbone.training.checkpoints import save_checkpoint
-from resbackbone.training.lock import hold, let_go
-from resbackbone.training.state import TrainState
+from resbackbone.checks import UserError
+from resbackbone.engine.checkpoints import save_checkpoint
+from resbackbone.engine.lock import lock_folder, release_folder
+from resbackbone.engine.state import TrainState
 
 CLOCK = frozenset(  # metrics that depend on the clock and the machine: no two runs share them
     ("seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
@@ -20,7 +21,7 @@ CLOCK = frozenset(  # metrics that depend on the clock and the machine: no two r
 
 
 class Run:
-    """The folder of one training run; only rank 0 writes to it, and no other process (`lock.hold`).
+    """The folder of one training run; only rank 0 writes to it, and no other process (`lock.lock_folder`).
 
     `config.yaml` everything the run was started with; `metrics.jsonl` one JSON object a line; `events.out.tfevents.*`
     the same for TensorBoard; `checkpoints/step_NNNNNNN/`, each written whole or not at all, the last three kept.
@@ -33,7 +34,7 @@ class Run:
         self.evaluated = False
         if not writes:
             return
-        hold(self.folder)
+        lock_folder(self.folder)
         remove_unfinished(self.folder)
         remove_unfinished(self.folder / "checkpoints")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
@@ -59,7 +60,7 @@ class Run:
                 if isinstance(value, int | float):
                     self._events.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
-            raise ValueError(f"metrics of step {step}: cannot be written to {self.folder} ({error.strerror})") from None
+            raise UserError(f"metrics of step {step}: cannot be written to {self.folder} ({error.strerror})") from None
 
     def save(self, state: TrainState, write_model: Callable[[Path], None]) -> None:
         """The checkpoint of the step that `state` is at: what `write_model` puts into its folder, and the state."""
@@ -78,7 +79,7 @@ class Run:
             self._events.close()
             self._metrics.close()
             self._events = None
-            let_go(self.folder)
+            release_folder(self.folder)
 
     def _open_metrics(self) -> None:
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
@@ -104,11 +105,11 @@ def read_yaml(path: str | os.PathLike) -> dict:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML ({error})") from None
+        raise UserError(f"{path}: not YAML ({error})") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds no options (name: value, a line each)")
+        raise UserError(f"{path}: holds no options (name: value, a line each)")
     return content
 
 

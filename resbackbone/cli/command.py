@@ -16,15 +16,16 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
-from resbackbone.training.errors import one_line_errors, quick_exit
-from resbackbone.training.help import print_help
-from resbackbone.training.run import read_yaml
+from resbackbone.checks import UserError
+from resbackbone.cli.errors import one_line_errors, quick_exit
+from resbackbone.cli.help import print_help
+from resbackbone.engine.run import read_yaml
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
 # Markup is off, for paths and class names may hold [brackets].
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 console = Console(**PLAIN)  # for warnings and results
-notes = Console(**PLAIN)  # for what --quiet leaves out: how it goes, where things are
+progress_console = Console(**PLAIN)  # for what --quiet leaves out: how it goes, where things are
 SECONDS_BETWEEN_LINES = 20  # of a loop that is not on a terminal
 
 
@@ -32,7 +33,8 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None,
     """Options from the command line: the dataclass's defaults, over them `default` or --config FILE, then the flags.
 
     Raises ValueError in one line for a flag that is not there or a value of another type; --help prints and exits,
-    and so does --tyro-print-completion SHELL. With --quiet, if the command has it, `notes` is silent from here on.
+    and so does --tyro-print-completion SHELL. With --quiet, if the command has it, `progress_console` is silent from
+    here on.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     description = description or options.__doc__ or ""
@@ -50,7 +52,7 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None,
         if exit.code in (0, None):
             raise
         said = " ".join(_first_part_of_box(wrong.getvalue()).split())
-        raise ValueError(f"{said} (--help lists the options)") from None
+        raise UserError(f"{said} (--help lists the options)") from None
     be_quiet(parsed)
     return parsed
 
@@ -61,8 +63,8 @@ def program() -> str:
 
 
 def be_quiet(options) -> None:
-    """Keep `notes` to itself if these options, of a command that has --quiet, ask for it: in every process."""
-    notes.quiet = getattr(options, "quiet", False)
+    """Silence `progress_console` in this process if these options ask for it with --quiet."""
+    progress_console.quiet = getattr(options, "quiet", False)
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
@@ -106,8 +108,8 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int | None, *, start: int = 0, shown: bool = True):
-        self.label, self.total, self.start, self.shown = label, total, start, shown and not notes.quiet
-        self.on_terminal = self.shown and notes.is_terminal
+        self.label, self.total, self.start, self.shown = label, total, start, shown and not progress_console.quiet
+        self.on_terminal = self.shown and progress_console.is_terminal
         self.began = self.said = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -119,10 +121,10 @@ class Progress:
                 rich.progress.MofNCompleteColumn(),
                 rich.progress.TimeElapsedColumn(),
                 *([] if self.total is None else left),
-                console=notes,
+                console=progress_console,
             )
             self.note = Text(no_wrap=False, overflow="fold")  # on a line of its own: beside the bar it would squeeze it
-            self.live = Live(Group(self.bar, self.note), console=notes, refresh_per_second=5)
+            self.live = Live(Group(self.bar, self.note), console=progress_console, refresh_per_second=5)
             self.task = self.bar.add_task(self.label, total=self.total, completed=self.start)
             self.live.start()
         return self
@@ -143,7 +145,7 @@ class Progress:
             if self.total is not None:
                 left = (self.said - self.began) / max(done - self.start, 1) * (self.total - done)
                 of = f"/{self.total}, {duration(left)} left"
-            notes.print(f"{self.label} {done}{of}{'' if note is None else ', ' + note}")
+            progress_console.print(f"{self.label} {done}{of}{'' if note is None else ', ' + note}")
 
 
 def duration(seconds: float) -> str:
@@ -165,7 +167,7 @@ def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) ->
     values.pop("effective", None)
     for name, value in values.items():
         if name not in fields:
-            raise ValueError(f"{path}: unknown option {name!r}; choose from {', '.join(fields)}")
+            raise UserError(f"{path}: unknown option {name!r}; choose from {', '.join(fields)}")
         if _value_of(f"--{name.replace('_', '-')}", list(argv)) is None:
             refuse_command(name, value, path)
         kinds = typing.get_args(fields[name].type) or (fields[name].type,)
@@ -175,14 +177,14 @@ def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) ->
             values[name] = float(value)
         elif type(value) not in kinds:
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{path}: {name} is {value!r}; {wanted} is wanted")
+            raise UserError(f"{path}: {name} is {value!r}; {wanted} is wanted")
     return options(**values)
 
 
 def refuse_command(name: str, value, path: str | Path) -> None:
     """ValueError if an option that `path` gives is a command: the file may be a stranger's."""
     if isinstance(value, str) and value.startswith("pipe:"):
-        raise ValueError(f"{path}: {name} is a command, {value!r}; if you mean to run it, give it as --{name}")
+        raise UserError(f"{path}: {name} is a command, {value!r}; if you mean to run it, give it as --{name}")
 
 
 def to_config(options) -> dict:

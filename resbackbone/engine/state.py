@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from resbackbone.training.distributed import Rank, any_rank
-from resbackbone.training.stopwatch import Stopwatch
+from resbackbone.checks import UserError
+from resbackbone.engine.distributed import Rank, any_rank
+from resbackbone.engine.stopwatch import Stopwatch
 
 
 class NonFinite(ValueError):
@@ -151,7 +152,7 @@ class TrainState:
                 parameter = parameters[int(index)]
                 if isinstance(value, Tensor) and value.ndim:
                     if value.shape != parameter.shape:
-                        raise ValueError(f"{key} is {list(value.shape)}, the parameter {list(parameter.shape)}")
+                        raise UserError(f"{key} is {list(value.shape)}, the parameter {list(parameter.shape)}")
                     # in the parameter's memory layout, in which it was: sums over it (LAMB's norms) depend on that
                     value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
                 state.setdefault(int(index), {})[name] = value
@@ -160,7 +161,7 @@ class TrainState:
                 self.scaler.load_state_dict(described["scaler"])
             self.step = described["step"]
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            raise ValueError(f"checkpoint {folder}: cannot be read ({error})") from None
+            raise UserError(f"checkpoint {folder}: cannot be read ({error})") from None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norms: bool = True) -> list[dict]:

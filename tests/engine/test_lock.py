@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from resbackbone.training.lock import hold, let_go, let_go_of_all
-from resbackbone.training.options import claim_folder
+from resbackbone.cli.options import claim_folder
+from resbackbone.engine.lock import lock_folder, release_all_folders, release_folder
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from resbackbone.training.lock import hold
+from resbackbone.engine.lock import lock_folder
 
-hold(Path(sys.argv[1]))
+lock_folder(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)
 """
@@ -43,34 +43,34 @@ def test_a_killed_process_holds_nothing(another, tmp_path):
     another.wait()
     folder = claim_folder(tmp_path / "run", default=tmp_path, resume=False)
     assert folder == tmp_path / "run"
-    let_go(folder)
+    release_folder(folder)
 
 
 def test_a_folder_that_nothing_was_written_to_goes_and_another_stays(tmp_path):
     for name in ("empty", "used"):
-        hold(tmp_path / name)
-        hold(tmp_path / name)  # again by the same process
+        lock_folder(tmp_path / name)
+        lock_folder(tmp_path / name)  # again by the same process
     (tmp_path / "used" / "config.yaml").touch()
-    let_go(tmp_path / "empty")
-    let_go(tmp_path / "used")
-    let_go(tmp_path / "used")  # once more does no harm
+    release_folder(tmp_path / "empty")
+    release_folder(tmp_path / "used")
+    release_folder(tmp_path / "used")  # once more does no harm
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["used", "used/config.yaml"]
 
 
 def test_the_folders_around_it_that_were_made_for_it_go_too_and_others_stay(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "there" / "run").mkdir(parents=True)
-    hold(tmp_path / "mine" / "runs" / "a")
-    hold(tmp_path / "there" / "run")
-    let_go_of_all()
+    lock_folder(tmp_path / "mine" / "runs" / "a")
+    lock_folder(tmp_path / "there" / "run")
+    release_all_folders()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["mine", "there", "there/run"]
 
 
 def test_a_folder_that_was_removed_can_be_let_go(tmp_path):
-    hold(tmp_path / "run")
+    lock_folder(tmp_path / "run")
     for path in (tmp_path / "run").iterdir():
         path.unlink()
     (tmp_path / "run").rmdir()
-    let_go(tmp_path / "run")
-    hold(tmp_path / "run")
-    let_go(tmp_path / "run")
+    release_folder(tmp_path / "run")
+    lock_folder(tmp_path / "run")
+    release_folder(tmp_path / "run")

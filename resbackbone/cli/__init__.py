@@ -1,0 +1,1 @@
+"""The terminal: options, help, progress and one-line errors of the commands."""
