@@ -45,7 +45,7 @@ class CocoImages(Dataset):
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
     int64 [n], "image_id": int}. An index gives the image as it is; an `ImageRequest` gives it through `transform`
     under its seed. A broken image gives a BadImage in place of the pair (a worker's exception would lose its message);
-    with `skip_bad_images` an ImageRequest gives the next readable image instead, with the failures in target["skipped"].
+    with `skip_bad_images` an ImageRequest gives the next readable image instead, failures in target["skipped"].
     """
 
     def __init__(
