@@ -17,7 +17,6 @@ import yaml
 from commands import differing, error_line, metrics, timeless
 from PIL import Image
 from resbackbone.tools import make_shards, pretrain
-from resbackbone.tools.pretraining import evaluation
 from safetensors.torch import load_file
 
 from detection import crops
@@ -225,11 +224,6 @@ def test_weights_are_read_once(straight, photos, monkeypatch):
     options = pretrain.complete(pretrain.parse(pretrain.Options, argv))
     pretrain.build(options, pretrain.recipe_of(options), ["blue", "green", "red"], None)
     assert read == [path]
-
-
-def test_a_machine_without_git_ends_its_run_all_the_same(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert evaluation.commit() is None
 
 
 @pytest.mark.parametrize("flags, averages", [([], False), (["--ema"], True), (["--recipe", "torchvision-v2"], True)])

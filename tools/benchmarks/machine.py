@@ -3,7 +3,6 @@
 import importlib.metadata
 import os
 import platform
-import subprocess
 import time
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -11,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from resbackbone.engine.provenance import commit
+
 VERSIONS = ("torch", "torchvision", "timm", "detectron2", "pycocotools", "hotcoco", "msgspec", "numpy", "simplejpeg")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")  # as /proc/cpuinfo names them
 STAT = Path("/proc/stat")
@@ -30,18 +30,6 @@ def describe(device: str, threads: int) -> dict:
         "versions": versions,
         "hardware": {**processor(), "threads": threads, **gpu(device)},
     }
-
-
-def commit() -> str | None:
-    """The checkout's commit, with "+" if files differ from it; without git, $RESBACKBONE_COMMIT or None."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("RESBACKBONE_COMMIT")
 
 
 def processor() -> dict:

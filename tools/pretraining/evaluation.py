@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import torch
-from resbackbone.tools.benchmarks.machine import commit
 from resbackbone.tools.pretraining.options import PretrainOptions, data_name, recipe_of
 from torch import nn
 
@@ -19,6 +18,7 @@ from resbackbone.classification.recipes import Recipe
 from resbackbone.classifier import build_resnet_classifier
 from resbackbone.cli.command import be_quiet, console, progress_console, track
 from resbackbone.engine.distributed import Rank, from_main
+from resbackbone.engine.provenance import commit
 from resbackbone.report.run import RunLog
 from resbackbone.weights import read_weights
 from resbackbone.weights.sources import is_named

@@ -1,0 +1,39 @@
+import subprocess
+
+import pytest
+
+from resbackbone.engine import provenance
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    folder = tmp_path / "checkout"
+    folder.mkdir()
+    (folder / "file").write_text("one")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "file"], [*author, "commit", "-q", "-m", "one"]):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    monkeypatch.setattr(provenance, "ROOT", folder)
+    return folder
+
+
+def test_a_commit_is_marked_if_files_differ_from_it(checkout):
+    clean = provenance.commit()
+    assert len(clean) == 12
+    (checkout / "file").write_text("two")
+    assert provenance.commit() == f"{clean}+"
+
+
+def test_an_installed_package_does_not_take_the_commit_of_the_repository_around_it(checkout, monkeypatch):
+    (checkout / "site-packages").mkdir()
+    monkeypatch.setattr(provenance, "ROOT", checkout / "site-packages")
+    monkeypatch.delenv("RESBACKBONE_COMMIT", raising=False)
+    assert provenance.commit() is None
+
+
+def test_without_git_the_environment_names_the_commit(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("RESBACKBONE_COMMIT", raising=False)
+    assert provenance.commit() is None
+    monkeypatch.setenv("RESBACKBONE_COMMIT", "0123456789ab")
+    assert provenance.commit() == "0123456789ab"
