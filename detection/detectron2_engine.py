@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from detection.coco import CocoImages
-from detection.evaluate import Evaluation, evaluate, percent, print_results, write_results
+from detection.evaluate import Evaluation, evaluate, print_results, write_results
 from detection.recipes import RECIPES, Recipe
 from detection.report import save_pictures, write_report
 from resbackbone import build_resnet_backbone
@@ -41,6 +41,7 @@ from resbackbone.engine.loop import memory
 from resbackbone.engine.run import Run, read_yaml
 from resbackbone.engine.state import mean_of, parameter_groups, seed_step
 from resbackbone.engine.stopwatch import Stopwatch
+from resbackbone.report.numbers import percent
 from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
 

@@ -18,6 +18,7 @@ from resbackbone.atomic import write_atomically
 from resbackbone.cli.command import console, progress_console
 from resbackbone.engine.distributed import Rank, RankShare, broadcast, gather
 from resbackbone.engine.termination import worker_processes
+from resbackbone.report.numbers import percent
 
 AT_ONCE = 10_000  # detections turned into text together
 CLASSES_SHOWN = 30  # on the terminal
@@ -144,11 +145,6 @@ def _as_json(detections: np.ndarray) -> Iterator[str]:
         text = json.dumps(entries(detections[start : start + AT_ONCE]))
         yield f"{', ' if start else ''}{text[1:-1]}"
     yield "]"
-
-
-def percent(value: float | None) -> str:
-    """A fraction as COCO tables print it: 37.0, or n/a for what is undefined."""
-    return "n/a" if value is None else f"{100 * value:.1f}"
 
 
 def print_results(results: dict) -> None:

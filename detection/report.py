@@ -13,15 +13,14 @@ from detection.evaluate import Evaluation
 from detection.gallery import class_colour, gallery
 from detection.scoring import BACKENDS, METRICS, entries
 from resbackbone.report.charts import bar, line_chart
+from resbackbone.report.numbers import number, percent
 from resbackbone.report.page import (
     Cell,
     Html,
     Section,
     absent,
-    number,
     page,
     paragraph,
-    percent,
     short,
     side_by_side,
     table,

@@ -9,6 +9,7 @@ from PIL import Image
 
 from resbackbone.report import page as page_module
 from resbackbone.report.charts import MAX_POINTS, line_chart, ticks
+from resbackbone.report.numbers import number, percent
 from resbackbone.report.page import (
     LIMIT,
     MAX_NAME,
@@ -19,10 +20,8 @@ from resbackbone.report.page import (
     absent,
     escaped,
     jpeg,
-    number,
     page,
     paragraph,
-    percent,
     short,
     table,
     tag,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from resbackbone.engine import command
+from resbackbone.cli import command
 from resbackbone.report.summary import print_summary
 
 

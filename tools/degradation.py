@@ -24,6 +24,7 @@ from resbackbone.checks import UserError
 from resbackbone.cifar import build_cifar_resnet
 from resbackbone.cli.command import console, main_of, parse, progress_console
 from resbackbone.cli.options import check_counts, resumed
+from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import read_yaml
 
 POINTS = 100  # of a training curve: the mean over a hundredth of the updates each
@@ -169,12 +170,7 @@ def train(net: train_cifar10.Options, options: Options) -> None:
 def read_run(folder: Path) -> Curves:
     """The curves of a run; ValueError if there is none or it has recorded nothing yet."""
     config = read_yaml(folder / "config.yaml")
-    try:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'metrics.jsonl'}: cannot be read ({error})") from None
-    train = [line for line in lines if line["kind"] == "train"]
-    tests = [line for line in lines if line["kind"] == "eval"]
+    train, tests = read_metrics(folder, "train"), read_metrics(folder, "eval")
     if not train:
         raise UserError(f"{folder}: has recorded no updates yet")
     seconds, before = sum(line["seconds"] for line in tests), 0

@@ -16,7 +16,7 @@ import torch
 
 from detection.annotations import count_images
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
-from detection.evaluate import Evaluation, evaluate, percent, print_results, write_results
+from detection.evaluate import Evaluation, evaluate, print_results, write_results
 from detection.faster_rcnn import (
     BACKBONE_OF,
     VARIANTS,
@@ -54,6 +54,7 @@ from resbackbone.engine.distributed import (
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import Run, read_yaml
 from resbackbone.engine.state import NonFinite, TrainState, seed_step
+from resbackbone.report.numbers import percent
 from resbackbone.report.summary import print_summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import Weights, architecture_of, backbone_part, resolve_architecture

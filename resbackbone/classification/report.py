@@ -9,6 +9,7 @@ from PIL import Image
 
 from resbackbone.classification.decode import BadImage
 from resbackbone.report.charts import line_chart
+from resbackbone.report.numbers import number, percent
 from resbackbone.report.page import (
     Cell,
     Html,
@@ -16,10 +17,8 @@ from resbackbone.report.page import (
     absent,
     joined,
     jpeg,
-    number,
     page,
     paragraph,
-    percent,
     short,
     table,
     tag,

@@ -12,6 +12,7 @@ from resbackbone.atomic import remove_unfinished, write_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.checkpoints import save_checkpoint
 from resbackbone.engine.lock import lock_folder, release_folder
+from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.state import TrainState
 
 CLOCK = frozenset(  # metrics that depend on the clock and the machine: no two runs share them
@@ -88,16 +89,9 @@ class Run:
         self.evaluated, path = False, self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                content = json.loads(line)
-                if not forgotten(content):
-                    kept.append(line + "\n")
-                    self.evaluated |= content["step"] == self._resumed_step and content.get("kind") == "eval"
-            except (ValueError, KeyError, TypeError):  # the line during which the run was killed
-                continue
-        write_atomically(path, "".join(kept))
+        kept = [line for line in read_metrics(self.folder) if not forgotten(line)]
+        self.evaluated = any(line["step"] == self._resumed_step and line.get("kind") == "eval" for line in kept)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_yaml(path: str | os.PathLike) -> dict:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from resbackbone.report.assets import SCRIPT, STYLE
+from resbackbone.report.numbers import number
 
 LIMIT = 2_000_000  # bytes of a page
 MAX_NAME = 80  # characters of a name; longer ones are cut
@@ -72,20 +73,6 @@ def short(name: object) -> str:
     """A name of at most MAX_NAME characters."""
     text = str(name)
     return text if len(text) <= MAX_NAME else text[: MAX_NAME - 1] + "…"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for people: `digits` significant ones, whole ones with commas; n/a for what is undefined."""
-    if value is None or not math.isfinite(value):
-        return "n/a"
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}"
-    return f"{value:.{digits}g}" if 1e-4 <= abs(value) < 10**digits else f"{value:.{max(digits - 2, 1)}e}"
-
-
-def percent(fraction: float | None) -> str:
-    """A fraction 0..1 with one decimal, without a sign, as COCO tables have it."""
-    return "n/a" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f}"
 
 
 class Cell(NamedTuple):

@@ -1,6 +1,5 @@
 """What the report of any run says: its curves, its timing, its configuration, and the file it is written to."""
 
-import json
 import math
 import platform
 import time
@@ -12,16 +11,16 @@ import torch
 
 from resbackbone.atomic import write_atomically
 from resbackbone.cli.command import console
+from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import read_yaml
 from resbackbone.report.charts import bar, line_chart
+from resbackbone.report.numbers import number, percent
 from resbackbone.report.page import (
     Cell,
     Html,
     Section,
     absent,
-    number,
     paragraph,
-    percent,
     short,
     side_by_side,
     table,
@@ -48,16 +47,8 @@ class RunLog:
             self.config = read_yaml(folder / "config.yaml")
         except ValueError:
             self.config = {}
-        self.train, self.evaluations = [], []
-        path = folder / "metrics.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                content = json.loads(line)
-                (self.evaluations if content["kind"] == "eval" else self.train).append(
-                    {**content, "step": content["step"]}
-                )
-            except (ValueError, KeyError, TypeError):  # the line during which a run was killed
-                continue
+        begun = (folder / "metrics.jsonl").exists()
+        self.train, self.evaluations = (read_metrics(folder, kind) if begun else [] for kind in ("train", "eval"))
 
     def curve(self, name: str, *, evaluations: bool = False) -> list[tuple[int, float | None]]:
         """(update, value) wherever it was recorded."""

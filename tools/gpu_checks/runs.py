@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from detection.data import EMBEDDED
 from detection.shapes import make_shapes
+from resbackbone.engine.metrics import read_metrics
 
 TOOLS = Path(__file__).parents[1]
 # What the commands need beside what a machine with torch is likely to have.
@@ -173,7 +174,7 @@ def demo(setting: Setting, record: Record) -> None:
     argv += short
     seconds = Command([TOOLS / "train_coco.py", *argv], setting).finish()
     results = json.loads((setting.scratch / "demo" / "results.json").read_text())
-    lines = metrics(setting.scratch / "demo")
+    lines = read_metrics(setting.scratch / "demo", "train")
     record.row("updates", lines[-1]["step"])
     update = statistics.median(line["seconds"] for line in lines)
     record.row("in all, with drawing the images", f"{seconds:.0f} s{setting.beside}")
@@ -194,12 +195,6 @@ def pretrain(setting: Setting, record: Record) -> None:
         argv = ["--data", "synthetic", "--device", setting.device, "--output", name, "--batch-size", str(size), *small]
         argv += ["--max-steps", str(steps), "--log-period", str(steps // 4), *flags]
         seconds = Command([TOOLS / "pretrain.py", *argv], setting).finish()
-        rates = [line["images_per_second"] for line in metrics(setting.scratch / name)[1:]]
+        rates = [line["images_per_second"] for line in read_metrics(setting.scratch / name, "train")[1:]]
         record.row(f"{name}: images a second, batches of {size}", round(statistics.median(rates)))
         record.row(f"{name}: seconds in all", round(seconds))
-
-
-def metrics(run: Path) -> list[dict]:
-    """The lines that a run has recorded of its updates."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == "train"]

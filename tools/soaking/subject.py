@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from detection.crops import make_shape_crops
 from detection.shapes import make_shapes
+from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import CLOCK
 
 TOOLS = Path(__file__).parents[1]
@@ -97,13 +97,8 @@ def comparable(line: dict) -> dict:
 
 
 def metrics(run: Path, kind: str | None = "train") -> list[dict]:
-    """The lines of metrics that are whole, of one kind or of all."""
-    found = []
-    with suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            with suppress(ValueError):
-                found.append(json.loads(line))
-    return [line for line in found if kind in (None, line["kind"])]
+    """What a run has recorded so far, of one kind or all; nothing before it makes the file."""
+    return read_metrics(run, kind) if (run / "metrics.jsonl").exists() else []
 
 
 def last_step(run: Path) -> int:

@@ -1,0 +1,17 @@
+"""Numbers as tables and progress lines show them; n/a for what is undefined."""
+
+import math
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """`digits` significant digits; whole numbers in full, with commas."""
+    if value is None or not math.isfinite(value):
+        return "n/a"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.{digits}g}" if 1e-4 <= abs(value) < 10**digits else f"{value:.{max(digits - 2, 1)}e}"
+
+
+def percent(fraction: float | None) -> str:
+    """A fraction 0..1 in percent with one decimal and no sign, as COCO tables print it: 37.0."""
+    return "n/a" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f}"
