@@ -253,5 +253,9 @@ def in_percent(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[flo
     return [update for update, _ in points], [100 * error for _, error in points]
 
 
-if __name__ == "__main__":
+def run() -> None:
     main_of(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -215,5 +215,9 @@ def json_list(path: Path) -> Iterator[Callable[[dict], None]]:
         file.write(b"\n]\n" if lines else b"[]\n")
 
 
-if __name__ == "__main__":
+def run() -> None:
     main_of(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -109,5 +109,9 @@ def score(rank: Rank, options: Options) -> None:
     progress_console.print(f"results: {target / 'results.json'}")
 
 
-if __name__ == "__main__":
+def run() -> None:
     main_of(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -201,5 +201,9 @@ def named_depth(network: str) -> int:
     return int(network.split("-")[1])
 
 
-if __name__ == "__main__":
+def run() -> None:
     main_of(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -331,5 +331,9 @@ def save_batch(images: Tensor, labels: Tensor, folder: Path, error: NonFinite, r
     return f"{error.terms} on rank {rank.rank}, its images are saved in {path}"
 
 
-if __name__ == "__main__":
+def run() -> None:
     main_of(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -441,5 +441,9 @@ def save_batch(images: list, targets: list[dict], folder: Path, error: NonFinite
     return f"{error.terms} on rank {rank.rank} for images {ids}, saved in {path}"
 
 
-if __name__ == "__main__":
+def run() -> None:
     main_of(main)
+
+
+if __name__ == "__main__":
+    run()
