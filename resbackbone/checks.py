@@ -1,6 +1,7 @@
 """What a caller or a file did wrong, in one sentence: what was given, what is accepted, what to do."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class UserError(ValueError):
@@ -14,3 +15,16 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
         return value
     listed = ", ".join(str(choice) for choice in choices)
     raise UserError(f"unknown {kind} {value!r}; choose from {listed}{note}")
+
+
+class MissingPackage(UserError, ImportError):
+    """A package of an extra is not installed; the message says which, and how to install it."""
+
+
+def require(extra: str, *modules: str, user: str) -> None:
+    """Raise MissingPackage if one of these modules is not installed: `detection needs hotcoco: pip install ..`.
+
+    `user` is what needs them, and `extra` the one of setup.py that brings them.
+    """
+    if missing := [module for module in modules if find_spec(module) is None]:
+        raise MissingPackage(f"{user} needs {', '.join(missing)}: pip install 'resbackbone[{extra}]'")

@@ -23,18 +23,19 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.options import check_counts
+
 import torch
+
+from resbackbone.checks import UserError, one_of
+from resbackbone.engine.device import choose_device
+from resbackbone.resnet import DEPTHS
 from resbackbone.tools.benchmarks.contest import COMPILED, MODES, Contest
 from resbackbone.tools.benchmarks.jobs import GPU_MODES, JOBS, ON_CPU_ONLY, ON_GPU_ONLY, PEERS
 from resbackbone.tools.benchmarks.machine import describe
 from resbackbone.tools.benchmarks.report import label_of, markdown, remarks_on, write_json, write_tables
 from resbackbone.tools.benchmarks.rounds import EVERYTHING, Session, hold, recorded
-
-from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import console, main_of, parse, progress_console
-from resbackbone.cli.options import check_counts
-from resbackbone.engine.device import choose_device
-from resbackbone.resnet import DEPTHS
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,11 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse
+
 import numpy as np
 import torch
 from PIL import Image
-from resbackbone.tools import make_shards
-from resbackbone.tools.benchmarks.contest import Contender, Contest
-from resbackbone.tools.benchmarks.report import Spread, rows_of
-from resbackbone.tools.benchmarks.rounds import Session, hold
 from rich import box
 from rich.table import Table
 from torch.utils.data import DataLoader
@@ -33,7 +31,10 @@ from torchvision.datasets import ImageFolder
 
 from resbackbone.classification.images import FolderImages, Images, open_images, train_batches
 from resbackbone.classification.transforms import TrainAugment, to_model_input
-from resbackbone.cli.command import console, main_of, parse
+from resbackbone.tools import make_shards
+from resbackbone.tools.benchmarks.contest import Contender, Contest
+from resbackbone.tools.benchmarks.report import Spread, rows_of
+from resbackbone.tools.benchmarks.rounds import Session, hold
 from resbackbone.weights.inputs import MEAN, STD
 
 CPU = torch.device("cpu")

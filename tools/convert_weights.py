@@ -10,6 +10,8 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse
+
 import torch
 import tyro
 
@@ -18,7 +20,6 @@ from detection.foreign import describe_detector
 from resbackbone.backbone import backbone_from_config
 from resbackbone.checks import UserError, one_of
 from resbackbone.classifier import ResNetClassifier
-from resbackbone.cli.command import console, main_of, parse
 from resbackbone.resnet import STAGES
 from resbackbone.weights import Weights, backbone_part, fitting, pyramid_of, read_weights, resolve_architecture
 from resbackbone.weights.formats import FORMATS

@@ -14,18 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.options import check_counts, resumed
+
 import matplotlib
-from resbackbone.tools import train_cifar10
-from resbackbone.tools.train_cifar10 import name_of
 
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.cifar import build_cifar_resnet
-from resbackbone.cli.command import console, main_of, parse, progress_console
-from resbackbone.cli.options import check_counts, resumed
 from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import read_yaml
+from resbackbone.tools import train_cifar10
+from resbackbone.tools.train_cifar10 import name_of
 
 POINTS = 100  # of a training curve: the mean over a hundredth of the updates each
 LAST = 0.1  # the share of the updates over which the final training error is the mean

@@ -9,6 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse
+
 import torch
 import tyro
 from PIL import Image
@@ -19,7 +21,6 @@ from detection.report import draw_boxes
 from detection.responses import Look, heat_map, look
 from detection.scoring import entries
 from resbackbone.checks import UserError
-from resbackbone.cli.command import console, main_of, parse
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.report.page import Html, jpeg, short, tag
 

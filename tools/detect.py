@@ -15,6 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+from resbackbone.cli.command import console, main_of, parse, progress_console, track
+from resbackbone.cli.options import check_counts
+
 import torch
 import tyro
 from PIL import Image
@@ -29,8 +32,6 @@ from detection.scoring import DETECTION, entries
 from detection.video import Video, video_file
 from resbackbone.atomic import open_atomically
 from resbackbone.checks import UserError
-from resbackbone.cli.command import console, main_of, parse, progress_console, track
-from resbackbone.cli.options import check_counts
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.weights.sources import is_named
 

@@ -8,6 +8,8 @@ python tools/evaluate_coco.py runs/mine --box-refinement --scales 200 400 600 80
 from dataclasses import dataclass
 from pathlib import Path
 
+from resbackbone.cli.command import be_quiet, main_of, parse, progress_console, track
+
 import torch
 import tyro
 
@@ -17,7 +19,6 @@ from detection.faster_rcnn import detector_file, load_detector, prepare_for_dete
 from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
 from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import be_quiet, main_of, parse, progress_console, track
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision
 from resbackbone.engine.distributed import Rank, count_processes, from_main, launch
 from resbackbone.engine.run import read_yaml

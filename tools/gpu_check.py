@@ -33,10 +33,9 @@ import resbackbone  # noqa: E402
 
 resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
 
-from resbackbone.tools.gpu_checks.record import Record, Setting  # noqa: E402
-
 from resbackbone.atomic import write_atomically  # noqa: E402
 from resbackbone.engine.device import choose_device  # noqa: E402
+from resbackbone.tools.gpu_checks.record import Record, Setting  # noqa: E402
 
 ROOMY = {"cores": 8, "bytes": 70e9}  # of a machine that runs parts side by side
 BAD = ("differs", "failed", "out of memory", "timed out", "interrupted")  # not "skipped", nor "out of time"

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse, progress_console
+
 import matplotlib
 import numpy as np
 import torch
-from resbackbone.tools.train_cifar10 import find_cifar10
 from torch import Tensor
 
 from resbackbone.analysis import gradient_norms, layer_responses
@@ -21,10 +22,10 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
-from resbackbone.cli.command import console, main_of, parse, progress_console
 from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.engine.distributed import count_processes
 from resbackbone.engine.run import read_yaml
+from resbackbone.tools.train_cifar10 import find_cifar10
 
 KINDS = {"plain": "none", "resnet": "A"}  # and their shortcuts
 FILE = "model.safetensors"  # in each checkpoint of a run

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse, progress_console, track
+
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -34,7 +36,6 @@ from resbackbone.checks import UserError
 from resbackbone.classification.decode import BadImage
 from resbackbone.classification.images import LAYOUT, Images, open_images, split_folder
 from resbackbone.classification.shards import describe_shard, expand, index_name, index_shards, write_shard
-from resbackbone.cli.command import console, main_of, parse, progress_console, track
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
+from resbackbone.cli.options import claim_folder, resume_point, resumed, wants_resume
+
 import torch
-from resbackbone.tools.pretraining.evaluation import described, evaluate_only, score_of, write_results, zoo_row
-from resbackbone.tools.pretraining.options import (
-    EMBEDDED,
-    MAY_DIFFER,
-    PretrainOptions,
-    complete,
-    complete_for_evaluation,
-    data_name,
-    default_folder,
-    recipe_of,
-)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -35,8 +27,6 @@ from resbackbone.classification.report import Predictions, write_report
 from resbackbone.classification.training import build_average, build_loss
 from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
-from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
-from resbackbone.cli.options import claim_folder, resume_point, resumed, wants_resume
 from resbackbone.engine import loop
 from resbackbone.engine.device import arithmetic, use_deterministic
 from resbackbone.engine.distributed import (
@@ -51,6 +41,17 @@ from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import Run, read_yaml
 from resbackbone.engine.state import NonFinite, TrainState, seed_step
 from resbackbone.report.summary import print_summary
+from resbackbone.tools.pretraining.evaluation import described, evaluate_only, score_of, write_results, zoo_row
+from resbackbone.tools.pretraining.options import (
+    EMBEDDED,
+    MAY_DIFFER,
+    PretrainOptions,
+    complete,
+    complete_for_evaluation,
+    data_name,
+    default_folder,
+    recipe_of,
+)
 from resbackbone.weights import read_weights, resolve_architecture, write_weights
 from resbackbone.weights.write import architecture_name
 

@@ -14,14 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse, progress_console
+
 import torch
-from resbackbone.tools.benchmarks.machine import describe
-from resbackbone.tools.soaking.faults import FAULTS, Row
-from resbackbone.tools.soaking.subject import COMMANDS, Subject
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
-from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.tools.benchmarks.machine import describe
+from resbackbone.tools.soaking.faults import FAULTS, Row
+from resbackbone.tools.soaking.subject import COMMANDS, Subject
 
 
 @dataclass(frozen=True)

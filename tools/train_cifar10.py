@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
+from resbackbone.cli.options import RunOptions, check_counts, claim_folder, resume_point, resumed, wants_resume
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -33,8 +36,6 @@ from resbackbone.classification.cifar10 import (
     train_batches,
 )
 from resbackbone.classification.report import Predictions, write_report
-from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
-from resbackbone.cli.options import RunOptions, check_counts, claim_folder, resume_point, resumed, wants_resume
 from resbackbone.engine import loop
 from resbackbone.engine.device import arithmetic, choose_device, choose_precision, use_deterministic
 from resbackbone.engine.distributed import (

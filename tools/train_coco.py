@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config, track
+from resbackbone.cli.options import check_counts, claim_folder, resume_point, resumed, wants_resume
+
 import torch
 
 from detection.annotations import count_images
@@ -38,8 +41,6 @@ from detection.scoring import BACKENDS
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
 from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config, track
-from resbackbone.cli.options import check_counts, claim_folder, resume_point, resumed, wants_resume
 from resbackbone.engine import loop
 from resbackbone.engine.device import arithmetic, choose_device, choose_precision, use_deterministic
 from resbackbone.engine.distributed import (

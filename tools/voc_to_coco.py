@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
+from resbackbone.cli.command import console, main_of, parse, progress_console, track
+
 import tyro
 from PIL import Image
 
 from resbackbone.atomic import folder_atomically
 from resbackbone.checks import UserError
 from resbackbone.classification.decode import SUFFIXES
-from resbackbone.cli.command import console, main_of, parse, progress_console, track
 
 LAYOUT = "Annotations/, JPEGImages/ and ImageSets/Main/*.txt"
 

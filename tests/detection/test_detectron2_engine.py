@@ -16,7 +16,6 @@ import torch
 import yaml
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from resbackbone.tools import train_coco
 
 from detection.data import open_split
 from detection.evaluate import METRICS
@@ -24,6 +23,7 @@ from detection.recipes import RECIPES
 from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.cli.command import main_of
+from resbackbone.tools import train_coco
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

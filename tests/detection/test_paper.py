@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from resbackbone.tools import evaluate_coco, train_coco
 from safetensors.torch import save_file
 from torch import nn
 
@@ -27,6 +26,7 @@ from resbackbone import build_resnet_backbone
 from resbackbone.adapters.from_timm import from_timm
 from resbackbone.cli.command import main_of
 from resbackbone.engine.distributed import Rank
+from resbackbone.tools import evaluate_coco, train_coco
 
 FEW = {  # regions: enough to train on a tiny image, and to find something
     "min_size": 64,

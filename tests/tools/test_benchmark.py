@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from resbackbone.tools import benchmark
 from torch import nn
 
 from detection import scoring
 from resbackbone.cli.command import main_of
+from resbackbone.tools import benchmark
 
 ROOT = Path(__file__).parents[2]
 contest, data, detectors, jobs, machine, networks, processes, report, rounds = (

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torchvision
 from commands import error_line
-from resbackbone.tools import convert_weights
 from safetensors import safe_open
 
 from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
 from resbackbone import build_resnet_backbone
+from resbackbone.tools import convert_weights
 from resbackbone.weights import read_weights
 from resbackbone.weights.file import write_weights
 from resbackbone.weights.sources import is_named

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from commands import error_line
 from PIL import Image
-from resbackbone.tools import degradation, train_cifar10
 
 from resbackbone.classification import cifar10
+from resbackbone.tools import degradation, train_cifar10
 
 TOOLS = Path(__file__).parents[2] / "tools"
 error_of = partial(error_line, degradation.main)

@@ -8,11 +8,11 @@ from commands import error_line
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from resbackbone.tools import detect
 
 from detection.faster_rcnn import build_faster_rcnn, save_detector
 from detection.video import Video, video_file
 from resbackbone import build_resnet_backbone
+from resbackbone.tools import detect
 
 CATEGORIES = {3: "car", 13: "stop sign"}
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+
 from resbackbone.tools import doctor
 
 TOOLS = Path(__file__).parents[2] / "tools"

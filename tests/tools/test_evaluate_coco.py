@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from commands import error_line
-from resbackbone.tools import evaluate_coco
 from safetensors.torch import save_file
 
 from detection import scoring
@@ -20,6 +19,7 @@ from detection.scoring import DETECTION, score
 from detection.shapes import CATEGORY_IDS, CLASSES, make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.engine.checkpoints import save_checkpoint
+from resbackbone.tools import evaluate_coco
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CIFAR, SIX_STEPS
-from resbackbone.tools import soak, train_cifar10
-from resbackbone.tools.soaking import subject
 from safetensors.torch import load_file, save_file
 
 from detection.shapes import make_shapes
@@ -23,6 +21,8 @@ from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.engine.lock import HOLDER
 from resbackbone.engine.state import TrainState
 from resbackbone.engine.termination import EXIT_STATUS, Terminated
+from resbackbone.tools import soak, train_cifar10
+from resbackbone.tools.soaking import subject
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

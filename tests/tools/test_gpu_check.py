@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import CIFAR, differing, metrics
+
 from resbackbone.tools import gpu_check
 
 ROOT = Path(__file__).parents[2]

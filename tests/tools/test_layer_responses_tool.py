@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from resbackbone.tools import layer_responses as tool
 
 from resbackbone.analysis import gradient_norms, layer_responses
 from resbackbone.cifar import build_cifar_resnet, save_cifar_resnet
 from resbackbone.classification.cifar10 import mean_image_of, open_cifar10
+from resbackbone.tools import layer_responses as tool
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

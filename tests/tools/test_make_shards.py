@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from resbackbone.tools import benchmark_input, make_shards
 
 from resbackbone.classification.images import open_images
+from resbackbone.tools import benchmark_input, make_shards
 
 TOOLS = Path(__file__).parents[2] / "tools"
 

@@ -16,7 +16,6 @@ import torch
 import yaml
 from commands import differing, error_line, metrics, timeless
 from PIL import Image
-from resbackbone.tools import make_shards, pretrain
 from safetensors.torch import load_file
 
 from detection import crops
@@ -25,6 +24,7 @@ from resbackbone.classification.evaluate import evaluate
 from resbackbone.classification.images import open_images
 from resbackbone.engine.distributed import Rank
 from resbackbone.engine.state import TrainState
+from resbackbone.tools import make_shards, pretrain
 from resbackbone.weights import read_weights
 
 TOOLS = Path(__file__).parents[2] / "tools"

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 import yaml
 from commands import CIFAR, SIX_STEPS, differing, error_line, metrics, timeless
 from PIL import Image
-from resbackbone.tools import train_cifar10
 from safetensors.torch import load_file
 
 from resbackbone.cifar import CifarResNet, build_cifar_resnet
@@ -22,6 +21,7 @@ from resbackbone.classification import cifar10
 from resbackbone.classification.cifar10 import open_cifar10, to_model_input
 from resbackbone.cli.command import be_quiet
 from resbackbone.engine.state import TrainState
+from resbackbone.tools import train_cifar10
 
 TOOLS = Path(__file__).parents[2] / "tools"
 error_of = partial(error_line, train_cifar10.main)

@@ -19,7 +19,6 @@ from commands import differing, error_line, metrics, timeless
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from resbackbone.tools import train_coco
 from safetensors.torch import load_file
 
 from detection import data as data_module
@@ -29,6 +28,7 @@ from detection.recipes import RECIPES
 from detection.shapes import make_shapes
 from resbackbone.engine.lock import release_all_folders
 from resbackbone.engine.state import TrainState
+from resbackbone.tools import train_coco
 
 TOOLS = Path(__file__).parents[2] / "tools"
 error_of = partial(error_line, train_coco.main)

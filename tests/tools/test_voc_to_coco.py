@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from commands import error_line
 from PIL import Image
-from resbackbone.tools import voc_to_coco
 
 from detection.data import open_split
+from resbackbone.tools import voc_to_coco
 
 error_of = partial(error_line, voc_to_coco.main)
 

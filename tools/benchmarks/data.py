@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from resbackbone.tools.benchmarks.contest import OWN, Contender
 from torch import Tensor
+
+from resbackbone.tools.benchmarks.contest import OWN, Contender
 
 REFEREE = "pycocotools"
 BOXES_AN_IMAGE = 7.3  # as in COCO train2017

@@ -99,6 +99,7 @@ def detectors(job: str, options: "Options", _: Path) -> Iterator[Contest]:
 
 def scoring(job: str, options: "Options", scratch: Path) -> Iterator[Contest]:
     import numpy as np
+
     from resbackbone.tools.benchmarks import data
 
     annotations, detections = scratch / "scoring.json", scratch / "detections.npy"

@@ -9,11 +9,11 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from resbackbone.tools.benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, Contender, package_of
 from torch import Tensor, nn
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.resnet import STAGES
+from resbackbone.tools.benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, Contender, package_of
 from resbackbone.weights.translate import from_ours
 
 Run = Callable[[], dict[str, Tensor]]

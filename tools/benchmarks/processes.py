@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from resbackbone.tools.benchmarks.contest import OWN, Contender
-from resbackbone.tools.benchmarks.networks import Setting, backbone_weights, ours, training_step
 
 from resbackbone.engine.distributed import Rank, distributed, launch
+from resbackbone.tools.benchmarks.contest import OWN, Contender
+from resbackbone.tools.benchmarks.networks import Setting, backbone_weights, ours, training_step
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 PRELOADED = ("torch", "torchvision", "timm", "detection", "pycocotools")  # once, in the process that fresh ones fork

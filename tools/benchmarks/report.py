@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from resbackbone.atomic import write_atomically
 from resbackbone.tools.benchmarks.contest import OWN, is_own, package_of
 from resbackbone.tools.benchmarks.rounds import MATRIX_PRODUCT
-
-from resbackbone.atomic import write_atomically
 
 
 class Spread(NamedTuple):

@@ -10,11 +10,12 @@ from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
 from resbackbone.tools.benchmarks.contest import COMPILED, MODES, Contender, Contest, is_own, package_of
 from resbackbone.tools.benchmarks.machine import Others
 from resbackbone.tools.benchmarks.processes import peak_in_fresh_process
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 MATRIX_PRODUCT = "torch.mm"
 MATRIX_SIDE = 4096

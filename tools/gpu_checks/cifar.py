@@ -9,11 +9,10 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from resbackbone.cli.command import to_config
+
 import torch
 import torch.nn.functional as F
-from resbackbone.tools import train_cifar10
-from resbackbone.tools.gpu_checks.record import Record, Setting, require
-from resbackbone.tools.gpu_checks.runs import NEEDED
 from torch import Tensor
 
 from resbackbone.analysis import count_parameters
@@ -21,12 +20,14 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.cifar import CifarResNet, build_cifar_resnet, save_cifar_resnet
 from resbackbone.classification import cifar10
-from resbackbone.cli.command import to_config
 from resbackbone.engine.device import arithmetic, use
 from resbackbone.engine.distributed import Rank
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import Run
 from resbackbone.engine.state import seed_step
+from resbackbone.tools import train_cifar10
+from resbackbone.tools.gpu_checks.record import Record, Setting, require
+from resbackbone.tools.gpu_checks.runs import NEEDED
 
 NETS = ("resnet-20", "plain-20", "resnet-56", "plain-56", "resnet-110", "resnet-32", "resnet-44")  # as time allows
 STRETCH = 500  # updates whose batches are drawn, and whose metrics are read, at once

@@ -4,12 +4,6 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
-from resbackbone.tools.benchmarks.contest import OWN, relative_difference
-from resbackbone.tools.benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn_scene, load
-from resbackbone.tools.benchmarks.detectors import difference as detections_apart
-from resbackbone.tools.benchmarks.networks import BACKBONES, as_graph, backbone_weights, first_trained
-from resbackbone.tools.benchmarks.rounds import tf32
-from resbackbone.tools.gpu_checks.record import Record, Setting
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
@@ -22,6 +16,12 @@ from resbackbone.engine.distributed import Rank
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import TrainState
 from resbackbone.layers import FrozenBatchNorm2d, conv_norm_relu
+from resbackbone.tools.benchmarks.contest import OWN, relative_difference
+from resbackbone.tools.benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn_scene, load
+from resbackbone.tools.benchmarks.detectors import difference as detections_apart
+from resbackbone.tools.benchmarks.networks import BACKBONES, as_graph, backbone_weights, first_trained
+from resbackbone.tools.benchmarks.rounds import tf32
+from resbackbone.tools.gpu_checks.record import Record, Setting
 
 Outputs = Mapping[str, Tensor]
 LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}  # of ||got - wanted|| / ||wanted||, fp32 without TF32

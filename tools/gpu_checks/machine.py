@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+
 from resbackbone.tools import doctor
 from resbackbone.tools.benchmarks.rounds import tf32
 from resbackbone.tools.gpu_checks.record import Record, Setting

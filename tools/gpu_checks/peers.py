@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+
 from resbackbone.tools import benchmark
 from resbackbone.tools.benchmarks.contest import COMPILED, OWN, package_of, relative_difference
 from resbackbone.tools.benchmarks.networks import Setting as Network

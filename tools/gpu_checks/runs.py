@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from resbackbone.tools.gpu_checks.record import Record, Setting, require
-from resbackbone.tools.gpu_checks.steps import Training
 from safetensors.torch import load_file
 
 from detection.data import EMBEDDED
 from detection.shapes import make_shapes
 from resbackbone.engine.metrics import read_metrics
+from resbackbone.tools.gpu_checks.record import Record, Setting, require
+from resbackbone.tools.gpu_checks.steps import Training
 
 TOOLS = Path(__file__).parents[1]
 # What the commands need beside what a machine with torch is likely to have.

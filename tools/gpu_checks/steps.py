@@ -10,9 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from resbackbone.tools.benchmarks.networks import backbone_weights
-from resbackbone.tools.gpu_checks.machine import synchronize
-from resbackbone.tools.gpu_checks.record import Record, Setting
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -26,6 +23,9 @@ from resbackbone.engine.device import autocast, choose_precision, use
 from resbackbone.engine.distributed import Rank, distributed
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import TrainState
+from resbackbone.tools.benchmarks.networks import backbone_weights
+from resbackbone.tools.gpu_checks.machine import synchronize
+from resbackbone.tools.gpu_checks.record import Record, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = tuple(str(ROOT / package) for package in ("detection", "resbackbone"))

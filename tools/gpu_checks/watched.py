@@ -15,10 +15,10 @@ import resbackbone  # noqa: E402
 
 resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
 
-from resbackbone.tools import train_coco  # noqa: E402
-
 from resbackbone.cli.command import main_of  # noqa: E402
+
 from resbackbone.engine import loop  # noqa: E402
+from resbackbone.tools import train_coco  # noqa: E402
 
 
 def watch(notes: Path, kill_after: int) -> None:

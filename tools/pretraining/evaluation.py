@@ -6,8 +6,9 @@ import shlex
 import sys
 from pathlib import Path
 
+from resbackbone.cli.command import be_quiet, console, progress_console, track
+
 import torch
-from resbackbone.tools.pretraining.options import PretrainOptions, data_name, recipe_of
 from torch import nn
 
 from resbackbone.atomic import write_atomically
@@ -16,10 +17,10 @@ from resbackbone.classification.evaluate import evaluate
 from resbackbone.classification.images import Images, open_images
 from resbackbone.classification.recipes import Recipe
 from resbackbone.classifier import build_resnet_classifier
-from resbackbone.cli.command import be_quiet, console, progress_console, track
 from resbackbone.engine.distributed import Rank, from_main
 from resbackbone.engine.provenance import commit
 from resbackbone.report.run import RunLog
+from resbackbone.tools.pretraining.options import PretrainOptions, data_name, recipe_of
 from resbackbone.weights import read_weights
 from resbackbone.weights.sources import is_named
 

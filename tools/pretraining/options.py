@@ -4,14 +4,15 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from resbackbone.cli.command import refuse_command
+from resbackbone.cli.options import RunOptions, check_counts
+
 import torch
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.classification.evaluate import PROTOCOLS
 from resbackbone.classification.images import SYNTHETIC
 from resbackbone.classification.recipes import RECIPES, Recipe
-from resbackbone.cli.command import refuse_command
-from resbackbone.cli.options import RunOptions, check_counts
 from resbackbone.engine.device import INFERENCE, PRECISIONS, choose_device, choose_precision
 from resbackbone.engine.distributed import count_processes
 from resbackbone.engine.run import read_yaml

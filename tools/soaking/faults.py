@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.tools.soaking.places import slow_server, small_disk
 from resbackbone.tools.soaking.subject import (
     PATIENCE,
@@ -27,8 +28,6 @@ from resbackbone.tools.soaking.subject import (
     wait_for,
     workers,
 )
-
-from resbackbone.engine.checkpoints import checkpoints
 
 
 @dataclass
