@@ -10,20 +10,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from detection.annotations import Annotations, read_annotations, select_images
 from detection.layouts import held_out
 from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError
-from resbackbone.classification.decode import BadImage, to_rgb
+from resbackbone.image_io import BadImage, read_image
 
-EXIF_ORIENTATION = 0x0112
 SMALL_SET = 64_000_000  # bytes
-MAX_ASPECT = 200  # longer side over shorter; resized to at most max_size, a narrower image would have no width left
 MIN_BOX_SIDE = 1.0  # pixels; a smaller box teaches a detector nothing and turns into nothing when it is resized
 
 
@@ -157,7 +152,7 @@ class CocoImages(Dataset):
         bad = [sample for i in suspects if isinstance(sample := self._load(i), BadImage)]
         if bad and not self.skip_bad_images:
             others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-            raise BadImage(f"{bad[0]}{others}; --skip-bad-images goes on without")
+            raise BadImage(f"{bad[0]}{others}")
         if bad:
             self.report["images that cannot be read"] = len(bad)
 
@@ -188,7 +183,7 @@ class CocoImages(Dataset):
         if missing and not self.skip_bad_images:
             raise BadImage(
                 f"{self.folder} lacks {len(missing)} of {len(names)} images that {self.annotation_file} names: "
-                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; --skip-bad-images goes on without them"
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
             )
         if missing:
             self.report["images missing"] = len(missing)
@@ -234,30 +229,3 @@ def _category_difference(path, found: Mapping[int, str], wanted: Mapping[int, st
         f"annotations {path}: categories differ from those the detector was made for in {len(differing)} of "
         f"{len({*found, *wanted})}; id {first} is {found.get(first)!r} here, {wanted.get(first)!r} there"
     )
-
-
-def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> Tensor:
-    """Read an image file of any colour mode as uint8 [3, H, W], RGB; 16 bits are brought to 8, alpha is dropped.
-
-    size: (width, height) the annotations give, if any. An image with an EXIF orientation is turned upright unless
-    it is the stored, unturned image that has this size: boxes are in the coordinates the annotator saw. Raises
-    BadImage, naming the file, if it is missing, empty, truncated, no image, or of another size.
-    """
-    try:
-        with Image.open(path) as image:
-            turn = image.getexif().get(EXIF_ORIENTATION, 1) != 1
-            if turn and size is not None and image.size == size != image.size[::-1]:
-                turn = image.getexif().get(EXIF_ORIENTATION) < 5  # 5..8 swap width and height, and size says no
-            pixels = to_rgb(ImageOps.exif_transpose(image) if turn else image)
-    except FileNotFoundError:
-        raise BadImage(f"image {path}: no such file") from None
-    except UnidentifiedImageError:
-        empty = os.path.isfile(path) and os.path.getsize(path) == 0
-        raise BadImage(f"image {path}: {'empty file' if empty else 'not an image'}") from None
-    except Exception as error:  # whatever its decoders raise: OSError, SyntaxError, RuntimeError, struct.error, ..
-        raise BadImage(f"image {path}: cannot be decoded ({error})") from None
-    if max(pixels.size) > MAX_ASPECT * min(pixels.size):
-        raise BadImage(f"image {path}: {pixels.size[0]} x {pixels.size[1]} is too narrow to be resized")
-    if size is not None and pixels.size != tuple(size):
-        raise BadImage(f"image {path}: is {pixels.size[0]} x {pixels.size[1]}, annotations say {size[0]} x {size[1]}")
-    return pil_to_tensor(pixels)

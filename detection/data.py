@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from detection.coco import BadImage, CocoImages
+from detection.coco import CocoImages
 from detection.layouts import find_split
 from detection.sampler import TrainBatches
 from detection.shapes import make_shapes
@@ -19,6 +19,7 @@ from detection.transforms import to_model_input
 from resbackbone.checks import UserError
 from resbackbone.engine.termination import worker_processes
 from resbackbone.engine.transfer import moved
+from resbackbone.image_io import BadImage
 
 EMBEDDED = Path("datasets/shapes")
 EMBEDDED_SET = {"train_images": 3000, "val_images": 200, "size": 128}

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 from torch.utils.data import DataLoader
 
-from detection.coco import BadImage, CocoImages
+from detection.coco import CocoImages
 from detection.faster_rcnn import FasterRCNN
 from detection.scoring import DETECTION, METRICS, entries, score_and_scorer
 from detection.transforms import to_model_input
@@ -18,6 +18,7 @@ from resbackbone.atomic import write_atomically
 from resbackbone.cli.command import console, progress_console
 from resbackbone.engine.distributed import Rank, RankShare, broadcast, gather
 from resbackbone.engine.termination import worker_processes
+from resbackbone.image_io import BadImage
 from resbackbone.report.numbers import percent
 
 AT_ONCE = 10_000  # detections turned into text together

@@ -9,7 +9,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from detection.coco import BadImage, CocoImages
+from detection.coco import CocoImages
+from resbackbone.image_io import BadImage
 from resbackbone.report.page import Html, Section, absent, jpeg, paragraph, short, tag
 
 IOU, SCORE = 0.5, 0.5  # what a detection in the report's gallery needs to be right, and to be counted

@@ -10,7 +10,7 @@ from detection import video
 from detection.annotations import read_annotations
 from detection.faster_rcnn import FasterRCNN
 from resbackbone.checks import UserError
-from resbackbone.classification.decode import SUFFIXES
+from resbackbone.image_io import SUFFIXES
 
 
 class Inputs(NamedTuple):

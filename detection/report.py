@@ -8,10 +8,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from detection.coco import BadImage, CocoImages
+from detection.coco import CocoImages
 from detection.evaluate import Evaluation
 from detection.gallery import class_colour, gallery
 from detection.scoring import BACKENDS, METRICS, entries
+from resbackbone.image_io import BadImage
 from resbackbone.report.charts import bar, line_chart
 from resbackbone.report.numbers import number, percent
 from resbackbone.report.page import (

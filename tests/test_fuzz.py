@@ -21,7 +21,7 @@ from PIL import Image
 
 from detection.coco import CocoImages, read_image
 from detection.scoring import DETECTION, score
-from resbackbone.classification.decode import BadImage, decode
+from resbackbone.image_io import BadImage, decode
 
 TOOLS = Path(__file__).parents[1] / "tools"
 TIMES = int(os.environ.get("RESBACKBONE_FUZZ", "1"))

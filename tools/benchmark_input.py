@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from resbackbone.classification.images import FolderImages, Images, open_images, train_batches
+from resbackbone.classification.data import open_images, train_batches
+from resbackbone.classification.images import FolderImages, Images
 from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.tools import make_shards
 from resbackbone.tools.benchmarks.contest import Contender, Contest

@@ -15,13 +15,13 @@ import torch
 import tyro
 from PIL import Image
 
-from detection.coco import BadImage, read_image
 from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection
 from detection.report import draw_boxes
 from detection.responses import Look, heat_map, look
 from detection.scoring import entries
 from resbackbone.checks import UserError
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
+from resbackbone.image_io import BadImage, read_image
 from resbackbone.report.page import Html, jpeg, short, tag
 
 LOCAL = "127.0.0.1"

@@ -23,7 +23,6 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from detection.coco import BadImage, read_image
 from detection.evaluate import detect_batch
 from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
@@ -33,6 +32,7 @@ from detection.video import Video, video_file
 from resbackbone.atomic import open_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
+from resbackbone.image_io import BadImage, read_image
 from resbackbone.weights.sources import is_named
 
 T = TypeVar("T")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resbackbone.cli.command import be_quiet, main_of, parse, progress_console, track
+from resbackbone.cli.errors import from_option
 
 import torch
 import tyro
@@ -82,7 +83,8 @@ def score(rank: Rank, options: Options) -> None:
 
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
     asked = {"categories": detector.real_categories, "skip_bad_images": options.skip_bad_images}
-    dataset = from_main(lambda: open_split(data, "val", **asked), rank)
+    with from_option("--data"):
+        dataset = from_main(lambda: open_split(data, "val", **asked), rank)
     if rank.is_main:
         progress_console.print(f"{file} on {dataset.summary()}, {precision}")
     bf16 = precision == "bf16"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.errors import from_option
 
 import matplotlib
 import numpy as np
@@ -75,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     if not networks and not files:
         raise UserError("nothing to measure: no --networks and no --runs")
     data_folder = options.data or trained_on(options.runs)
-    data = open_cifar10(data_folder)
+    with from_option("--data"):
+        data = open_cifar10(data_folder)
     mean_image = mean_image_of(data.train)
     drawn = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(options.seed))
     images, labels = (tensor[drawn[: options.images]] for tensor in data.train)

@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from resbackbone.cli.command import console, main_of, parse, progress_console, track
+from resbackbone.cli.errors import from_option
 
 import numpy as np
 from PIL import Image
@@ -33,9 +34,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
-from resbackbone.classification.decode import BadImage
-from resbackbone.classification.images import LAYOUT, Images, open_images, split_folder
+from resbackbone.classification.data import LAYOUT, open_images
+from resbackbone.classification.images import Images, split_folder
 from resbackbone.classification.shards import describe_shard, expand, index_name, index_shards, write_shard
+from resbackbone.image_io import BadImage
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ def main(argv: list[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         if split_folder(options.data, split) is not None:
-            images = open_images(options.data, split, skip_bad_images=options.skip_bad_images)
+            with from_option("--data"):
+                images = open_images(options.data, split, skip_bad_images=options.skip_bad_images)
             progress_console.print(f"{split}: {images.summary()}")
             write_split(images, split, options)
 
@@ -150,7 +153,7 @@ def make_shard(images: Images, part: np.ndarray, entry: Path, *, side: int, qual
             files.append((encoded(images, i, side, quality), int(images.labels[i])))
         except BadImage as error:
             if not images.skip_bad_images:
-                raise BadImage(f"{error}; --skip-bad-images goes on without") from None
+                raise
             messages.append(str(error))
     shard = entry.with_suffix(".tar")
     content = write_shard(files)

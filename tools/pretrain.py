@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
+from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import claim_folder, resume_point, resumed, wants_resume
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from detection.crops import make_shape_crops
 from resbackbone.checks import UserError
-from resbackbone.classification.images import LAYOUT, SYNTHETIC, open_images, train_batches
+from resbackbone.classification.data import LAYOUT, SYNTHETIC, open_images, train_batches
 from resbackbone.classification.recipes import Recipe
 from resbackbone.classification.report import Predictions, write_report
 from resbackbone.classification.training import build_average, build_loss
@@ -87,7 +88,8 @@ def train(rank: Rank, options: Options) -> None:
     recipe = recipe_of(options)
     say(f"run:   {folder}")
     opened = partial(open_images, options.data, skip_bad_images=options.skip_bad_images)
-    train_set, val_set = (from_main(partial(opened, split), rank) for split in ("train", "val"))
+    with from_option("--data"):
+        train_set, val_set = (from_main(partial(opened, split), rank) for split in ("train", "val"))
     if train_set.classes != val_set.classes:
         raise UserError(f"--data {options.data}: the classes of its training and validation images differ")
     say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")

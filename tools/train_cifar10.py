@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
+from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import RunOptions, check_counts, claim_folder, resume_point, resumed, wants_resume
 
 import numpy as np
@@ -123,7 +124,8 @@ def train(rank: Rank, options: Options) -> None:
     say = progress_console.print if rank.is_main else lambda *_: None
     claimed = {"default": default_folder(options), "resume": options.resume}
     folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
-    data = from_main(lambda: open_cifar10(options.data), rank)
+    with from_option("--data"):
+        data = from_main(lambda: open_cifar10(options.data), rank)
     if options.validation:
         data = data.held_out()
     mean_image = mean_image_of(data.train)

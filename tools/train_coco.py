@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config, track
+from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import check_counts, claim_folder, resume_point, resumed, wants_resume
 
 import torch
@@ -159,7 +160,8 @@ def train(rank: Rank, options: Options) -> None:
     recipe = RECIPES[options.recipe]
     say(f"run:   {folder}")
     if options.data != EMBEDDED:
-        say(f"data:  {describe_layout(options.data)}")
+        with from_option("--data"):
+            say(f"data:  {describe_layout(options.data)}")
 
     transform = TrainTransform(recipe.short_sides, recipe.max_size)
     images = {"keep_empty": options.keep_empty, "skip_bad_images": options.skip_bad_images}
@@ -303,7 +305,8 @@ def complete(options: Options) -> Options:
     elif data == EMBEDDED:
         recipe_name = "short"
     else:
-        recipe_name = default_recipe(count_images(find_split(data, "train").annotations))
+        with from_option("--data"):
+            recipe_name = default_recipe(count_images(find_split(data, "train").annotations))
     recipe = RECIPES[recipe_name]
     held = architecture_of_weights(options, recipe)
     variant = one_of("variant", options.variant or held.get("variant", recipe.variant), VARIANTS)

@@ -28,7 +28,7 @@ from PIL import Image
 
 from resbackbone.atomic import folder_atomically
 from resbackbone.checks import UserError
-from resbackbone.classification.decode import SUFFIXES
+from resbackbone.image_io import SUFFIXES
 
 LAYOUT = "Annotations/, JPEGImages/ and ImageSets/Main/*.txt"
 

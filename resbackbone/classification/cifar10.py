@@ -13,8 +13,8 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from resbackbone.checks import UserError
-from resbackbone.classification.decode import SUFFIXES, BadImage, decode
-from resbackbone.classification.images import split_folder
+from resbackbone.classification.images import FolderImages, find_split
+from resbackbone.image_io import BadImage, decode
 
 SYNTHETIC = "synthetic"
 SYNTHETIC_IMAGES = {"train": 2000, "test": 500}
@@ -71,21 +71,14 @@ def open_cifar10(data: str | os.PathLike) -> Cifar10:
     path = Path(data)
     if path.is_file():
         unpack = f"; unpack it first: mkdir -p FOLDER && tar -xf {path} -C FOLDER" if ".t" in path.name else ""
-        raise UserError(f"--data {data}: a file, not a folder{unpack}")
-    if not path.is_dir():
-        raise UserError(f"--data {data}: no such folder; it should hold {LAYOUT}")
+        raise UserError(f"{data}: a file, not a folder{unpack}")
     for root in (path, path.parent):
         if (root / CIFAR10.base_folder).is_dir() and (root == path or path.name == CIFAR10.base_folder):
             return _open_batches(root)
-    folders = {"train": split_folder(path, "train"), "test": split_folder(path, "val")}
-    if None in folders.values():
-        missing = " and ".join(name for name, folder in folders.items() if folder is None)
-        raise UserError(f"--data {data}: no folder {missing} in it; it should hold {LAYOUT}")
-    classes, others = (sorted(p.name for p in folder.iterdir() if p.is_dir()) for folder in folders.values())
-    if classes != others or len(classes) < 2:
-        apart = ", ".join(sorted(set(classes) ^ set(others))) or f"only {len(classes)} there"
-        raise UserError(f"--data {data}: train and {folders['test'].name} should hold the same class folders: {apart}")
-    return Cifar10(*(_open_folder(folder, classes) for folder in folders.values()), classes)
+    train, test = (
+        FolderImages(find_split(path, split, LAYOUT), skip_bad_images=True, check=False) for split in ("train", "val")
+    )
+    return Cifar10(_decoded(train), _decoded(test), train.classes)
 
 
 def make_synthetic() -> Cifar10:
@@ -189,7 +182,7 @@ def _open_batches(root: Path) -> Cifar10:
         train, test = (CIFAR10(str(root), train=part) for part in (True, False))  # checks them before it reads them
     except (RuntimeError, OSError):
         raise UserError(
-            f"--data {root}: {CIFAR10.base_folder} is not whole or not the original; {CIFAR10.url} has it, MD5 "
+            f"{root}: {CIFAR10.base_folder} is not whole or not the original; {CIFAR10.url} has it, MD5 "
             f"{CIFAR10.tgz_md5}"
         ) from None
     return Cifar10(
@@ -197,25 +190,19 @@ def _open_batches(root: Path) -> Cifar10:
     )
 
 
-def _open_folder(folder: Path, classes: list[str]) -> Split:
-    pixels, labels, wrong = [], [], []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (folder / name).iterdir() if path.name.lower().endswith(SUFFIXES))
-        if not files:
-            raise UserError(f"{folder / name}: no images in it ({', '.join(SUFFIXES)})")
-        for path in files:
-            try:
-                image = decode(path.read_bytes(), str(path))
-                if image.shape != (32, 32, 3):
-                    raise BadImage(f"image {path}: {image.shape[1]} x {image.shape[0]} pixels, 32 x 32 are wanted")
-            except (BadImage, OSError) as error:
-                wrong.append(str(error))
-                continue
+def _decoded(files: FolderImages) -> Split:
+    pixels, wrong = [], []
+    for i in range(len(files)):
+        try:
+            image = decode(files.file(i), files.name(i))
+            if image.shape != (32, 32, 3):
+                raise BadImage(f"image {files.name(i)}: {image.shape[1]} x {image.shape[0]} pixels; must be 32 x 32")
             pixels.append(image)
-            labels.append(label)
+        except BadImage as error:
+            wrong.append(str(error))
     if wrong:
         raise UserError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-    return Split(_channels_first(np.stack(pixels)), torch.tensor(labels))
+    return Split(_channels_first(np.stack(pixels)), torch.from_numpy(files.labels))
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:  # [N, 32, 32, 3] -> [N, 3, 32, 32]

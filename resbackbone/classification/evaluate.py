@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as F
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.classification.decode import BadImage
 from resbackbone.classification.images import Images
 from resbackbone.classification.transforms import to_model_input
 from resbackbone.engine.distributed import Rank, RankShare, broadcast, gather
 from resbackbone.engine.termination import worker_processes
+from resbackbone.image_io import BadImage
 
 PROTOCOLS = ("1crop", "10crop", "multiscale")
 SCALES = (224, 256, 384, 480, 640)  # shorter sides, of a network for crops of 224
@@ -103,7 +103,7 @@ def predict(
             bad = torch.tensor([bool(problem) for problem in problems])
             skipped += filter(None, problems)
             if skipped and not images.skip_bad_images:
-                raise BadImage(f"{skipped[0]}; --skip-bad-images goes on without")
+                raise BadImage(skipped[0])
             scores = sum(
                 _scores(model, group, rank.device, mirrored=protocol != "1crop", bf16=bf16, classes=len(images.classes))
                 for model in models

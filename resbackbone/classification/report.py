@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from resbackbone.classification.decode import BadImage
+from resbackbone.image_io import BadImage
 from resbackbone.report.charts import line_chart
 from resbackbone.report.numbers import number, percent
 from resbackbone.report.page import (

@@ -21,8 +21,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from resbackbone.checks import UserError
-from resbackbone.classification.decode import SUFFIXES, BadImage
 from resbackbone.classification.images import CropRequest, Images
+from resbackbone.image_io import SUFFIXES, BadImage
 
 WINDOW = 5000  # images of which a stream gives any next; 0.2 to 0.5 GB of files for a rank
 SHARD = re.compile(r"[^/\s]*\.tar(?!.*\.tar)")  # a shard's file name, in a path, a URL or a command
@@ -74,9 +74,9 @@ class StreamedImages(ShardImages):
 
     def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[CropRequest]:
         if len(self.shards) < ranks:
-            raise UserError(f"--data {self.pattern}: {len(self.shards)} shards are too few for {ranks} processes")
+            raise UserError(f"{self.pattern}: {len(self.shards)} shards are too few for {ranks} processes")
         if repeats > 1:
-            raise UserError(f"--data {self.pattern}: streamed images cannot be repeated; copy the shards here for that")
+            raise UserError(f"{self.pattern}: streamed images cannot be repeated; copy the shards here for that")
         counts = np.diff(self.firsts)
         for epoch in range(2**62):
             random = np.random.default_rng((seed, epoch))
@@ -151,11 +151,11 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
     """
     found = SHARD.search(data)
     if data[found.end() :].startswith(COMPRESSED):
-        raise UserError(f"--data {data}: shards are tar files, not compressed (...tar)")
+        raise UserError(f"{data}: shards are tar files, not compressed (...tar)")
     pattern = found[0]
     if split == "val" and "val" not in pattern:
         if "train" not in pattern:
-            raise UserError(f"--data {data}: names of shards should hold 'train', so that those for val can be found")
+            raise UserError(f"{data}: names of shards should hold 'train', so that those for val can be found")
         pattern = pattern.replace("train", "val")
     data = beside(data, pattern)
     remote = is_url(data)
@@ -170,7 +170,7 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
     except (OSError, ValueError, TypeError) as error:
         if remote or not isinstance(error, FileNotFoundError):
             raise UserError(
-                f"--data {data}: cannot read the index {index_name(pattern)} beside the shards, which "
+                f"{data}: cannot read the index {index_name(pattern)} beside the shards, which "
                 f"tools/make_shards.py writes ({' '.join(str(error).split())})"
             ) from None
         index = index_shards(_shards_there(data, pattern, split))
@@ -315,7 +315,7 @@ def _shards_there(data: str, pattern: str, split: str) -> list[Path]:
         said = (
             f"{len(missing)} of {len(paths)} shards are missing, {missing[0]} the first" if paths else "no such shard"
         )
-        raise UserError(f"--data {data}: {said}")
+        raise UserError(f"{data}: {said}")
     return paths
 
 
@@ -323,5 +323,5 @@ def _those_named(data: str, names: list[str], shards: list[dict]) -> list[dict]:
     known = {shard["name"]: shard for shard in shards}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise UserError(f"--data {data}: {unknown[0]} is not in the index, which has {len(known)} shards")
+        raise UserError(f"{data}: {unknown[0]} is not in the index, which has {len(known)} shards")
     return [known[name] for name in names]

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from resbackbone.checks import UserError
+from resbackbone.image_io import BadImage
 
 HEAD_START = 2.0  # seconds; mistakes are mostly found by all ranks at once, and the first one said is enough
 SAID = "RESBACKBONE_ERROR_SAID"  # names a file that is there once rank 0 has said its error
@@ -73,6 +74,8 @@ def from_option(name: str) -> Iterator[None]:
     """
     try:
         yield
+    except BadImage:
+        raise  # it is about one of many files
     except UserError as error:
         raise UserError(f"{name} {error}") from None
 
@@ -81,7 +84,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         said = ". ".join(str(error).split(". ")[:2])
         return f"{said}; fewer images at a time take less: --batch-size, and for classifiers --accumulate"
-    return str(error)
+    return f"{error}; --skip-bad-images goes on without it" if isinstance(error, BadImage) else str(error)
 
 
 def _exit(line: str) -> NoReturn:

@@ -123,10 +123,10 @@ def no_test(folder):
     [
         (broken, "train/dog/1.png: cannot be decoded"),
         (no_image, "test/cat/0.png: not an image"),
-        (large, "train/cat/2.png: 33 x 31 pixels, 32 x 32 are wanted"),
-        (empty_class, "test/cat: no images in it"),
-        (other_classes, "train and test should hold the same class folders: cat, kitten"),
-        (no_test, "no folder test in it; it should hold cifar-10-batches-py/, or train/<class>/"),
+        (large, "train/cat/2.png: 33 x 31 pixels; must be 32 x 32"),
+        (empty_class, "test: class folders without images: cat"),
+        (other_classes, "train and test hold different class folders: cat, kitten"),
+        (no_test, "no folder val or test in it; it should hold cifar-10-batches-py/, or train/<class>/"),
     ],
 )
 def test_bad_data_is_one_sentence_that_names_it(folder, harm, says):
@@ -150,7 +150,7 @@ def test_an_archive_is_to_be_unpacked_and_how_is_said(tmp_path):
 
 
 def test_a_folder_that_is_not_there_is_said():
-    with pytest.raises(ValueError, match="--data nowhere: no such folder; it should hold cifar-10-batches-py/"):
+    with pytest.raises(ValueError, match="nowhere: no such folder; it should hold cifar-10-batches-py/"):
         open_cifar10("nowhere")
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resbackbone.classification.decode import BadImage
 from resbackbone.classification.report import PAIRS, WHOLE_MATRIX, WORST, Predictions, write_report
+from resbackbone.image_io import BadImage
 from resbackbone.report.page import LIMIT
 
 SECTIONS = ["Summary", "Training", "Classes", "Confusions", "Worst images", "Timing", "Configuration"]

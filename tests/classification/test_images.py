@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
-from resbackbone.classification.decode import BadImage, decode, open_rgb
-from resbackbone.classification.images import open_images, train_batches
+from resbackbone.classification.data import open_images, train_batches
 from resbackbone.classification.transforms import TrainAugment
+from resbackbone.image_io import BadImage
 
 CPU = torch.device("cpu")
 TRUNCATED = "cannot be decoded"
@@ -117,13 +117,13 @@ def test_repeated_augmentation_gives_each_of_fewer_images_several_times_to_diffe
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (lambda f: (f / "val" / "c9").mkdir(), "class folders differ between the splits, only in val: c9"),
+        (lambda f: (f / "val" / "c9").mkdir(), "train and val hold different class folders: c9"),
         (lambda f: [p.unlink() for p in (f / "train" / "c1").iterdir()], "class folders without images: c1;"),
-        (lambda f: (f / "train" / "c1" / "list.txt").write_text("x"), "files that are no images: c1/list.txt;"),
-        (lambda f: (f / "train" / "c2" / "02.JPEG").write_bytes(b""), "c2/02.JPEG: empty file; --skip-bad-images"),
+        (lambda f: (f / "train" / "c1" / "list.txt").write_text("x"), "files that are not images: c1/list.txt;"),
+        (lambda f: (f / "train" / "c2" / "02.JPEG").write_bytes(b""), "c2/02.JPEG: empty file$"),
         (lambda f: (f / "train" / "c2" / "02.JPEG").write_bytes(b"text"), "c2/02.JPEG: not an image"),
         (lambda f: (f / "train" / "c2" / "02.JPEG").write_bytes(encoded(90, 90)[:500]), f"02.JPEG: {TRUNCATED}"),
-        (lambda f: dangle(f / "train" / "c2" / "99.JPEG"), "c2/99.JPEG: cannot be read .No such file or directory.;"),
+        (lambda f: dangle(f / "train" / "c2" / "99.JPEG"), "c2/99.JPEG: no such file$"),
         (lambda f: (f / "train").rename(f / "training"), "no folder train in it; it should hold train/<class>/"),
     ],
 )
@@ -170,7 +170,7 @@ def test_a_truncated_file_is_found_in_a_set_too_large_to_be_decoded_first(folder
     monkeypatch.setattr("resbackbone.classification.images.SMALL_SET", 0)
     (folder / "train" / "c2" / "02.JPEG").write_bytes(encoded(90, 90)[:500])
     (folder / "train" / "c2" / "07.JPEG").write_bytes(encoded(20, 20) + b"after the end")  # PIL reads it
-    with pytest.raises(BadImage, match="02.JPEG: cannot be decoded [^&]*; --skip-bad-images goes on without"):
+    with pytest.raises(BadImage, match="02.JPEG: cannot be decoded"):
         open_images(folder, "train")
 
 
@@ -188,7 +188,7 @@ def test_an_image_that_breaks_while_training_is_named_or_replaced_by_one_of_its_
     images = open_images(folder, "train")
     (folder / "train" / "c2" / "02.JPEG").write_bytes(b"")
     (folder / "train" / "c3" / "03.JPEG").unlink()
-    with pytest.raises(BadImage, match=r"^image [^ ]*/0[23].JPEG: (empty file|cannot be read .*); --skip-bad-images"):
+    with pytest.raises(BadImage, match=r"^image [^ ]*/0[23].JPEG: (empty file|no such file)$"):
         batches(folder, 6, images=images, workers=workers)
     images.skip_bad_images = True
     for pixels, labels in batches(folder, 6, images=images, workers=workers):
@@ -219,30 +219,3 @@ def test_synthetic_images_are_imagenet_in_number_and_cost_nothing():
     (a, labels), (b, _) = batches(None, 2, images=images)
     assert a is b and a.shape == (4, 3, 15, 15) and a.dtype == torch.uint8 and labels.dtype == torch.int64
     assert images.read(0).mode == "RGB"
-
-
-@pytest.mark.parametrize(
-    "mode, kind", [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("RGB", "PNG"), ("RGBA", "PNG"), ("P", "PNG")]
-)
-def test_the_fast_decoder_gives_what_pil_gives(mode, kind):
-    file = encoded(37, 53, mode=mode, kind=kind)
-    expected = np.asarray(Image.open(io.BytesIO(file)).convert("RGB"))
-    assert np.array_equal(decode(file, "x"), expected) and np.array_equal(open_rgb(file, "x"), expected)
-
-
-def test_real_jpegs_are_decoded_to_the_values_that_pil_gives(data):
-    for path in sorted((data / "imagenet_sample").rglob("*.JPEG"))[::5]:
-        assert np.array_equal(decode(path.read_bytes(), "x"), np.asarray(Image.open(path).convert("RGB"))), path
-
-
-def test_16_bits_are_brought_to_8_and_not_clipped():
-    file = io.BytesIO()
-    Image.fromarray(np.full((3, 5), 257 * 100, dtype=np.uint16)).save(file, "PNG")
-    assert (decode(file.getvalue(), "x") == 100).all()
-
-
-def test_an_image_too_large_to_be_true_is_left_to_pil_which_refuses_it(monkeypatch):
-    file = encoded(37, 53)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 37 * 53 // 2 - 1)
-    with pytest.raises(BadImage, match="x: cannot be decoded .*decompression bomb"):
-        decode(file, "x")

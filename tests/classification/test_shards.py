@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from resbackbone.classification.images import open_images, train_batches
+from resbackbone.classification.data import open_images, train_batches
 from resbackbone.classification.shards import (
     ShardImages,
     StreamedImages,

@@ -62,7 +62,7 @@ def test_a_folder_without_a_known_layout_is_one_line_that_lists_them(tmp_path, s
     for folder, says in ((tmp_path, "holds no data in a layout that is known"), (tmp_path / "no", "no such folder")):
         with pytest.raises(ValueError) as error:
             find_split(folder, split)
-        assert str(error.value) == f"--data {folder}: {says}; it should hold {LAYOUT}"
+        assert str(error.value) == f"{folder}: {says}; it should hold {LAYOUT}"
     for part in ("instances_train2017.json", "valid/_annotations.coco.json", "instances_val.json"):
         assert part in LAYOUT
 

@@ -7,9 +7,9 @@ import torch
 from commands import error_line
 from PIL import Image
 
-from detection.coco import BadImage
 from detection.faster_rcnn import build_faster_rcnn, save_detector
 from resbackbone import build_resnet_backbone
+from resbackbone.image_io import BadImage
 from resbackbone.tools import demo
 
 HOSTILE = {3: "<img src=x onerror=alert(1)>", 13: "${alert(2)} {{constructor}} </table>"}

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 from detection import crops
 from resbackbone import build_resnet_backbone, build_resnet_classifier
+from resbackbone.classification.data import open_images
 from resbackbone.classification.evaluate import evaluate
-from resbackbone.classification.images import open_images
 from resbackbone.engine.distributed import Rank
 from resbackbone.engine.state import TrainState
 from resbackbone.tools import make_shards, pretrain

@@ -7,14 +7,16 @@ import sys
 from pathlib import Path
 
 from resbackbone.cli.command import be_quiet, console, progress_console, track
+from resbackbone.cli.errors import from_option
 
 import torch
 from torch import nn
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
+from resbackbone.classification.data import open_images
 from resbackbone.classification.evaluate import evaluate
-from resbackbone.classification.images import Images, open_images
+from resbackbone.classification.images import Images
 from resbackbone.classification.recipes import Recipe
 from resbackbone.classifier import build_resnet_classifier
 from resbackbone.engine.distributed import Rank, from_main
@@ -30,7 +32,8 @@ def evaluate_only(rank: Rank, options: PretrainOptions) -> None:
     be_quiet(options)
     recipe = recipe_of(options)
     files = [str(Path(run) / "model.safetensors") if Path(run).is_dir() else run for run in options.eval_only]
-    val_set = from_main(lambda: open_images(options.data, "val", skip_bad_images=options.skip_bad_images), rank)
+    with from_option("--data"):
+        val_set = from_main(lambda: open_images(options.data, "val", skip_bad_images=options.skip_bad_images), rank)
     models = []
     for file in files:
         weights = read_weights(file)

@@ -10,8 +10,8 @@ from resbackbone.cli.options import RunOptions, check_counts
 import torch
 
 from resbackbone.checks import UserError, one_of
+from resbackbone.classification.data import SYNTHETIC
 from resbackbone.classification.evaluate import PROTOCOLS
-from resbackbone.classification.images import SYNTHETIC
 from resbackbone.classification.recipes import RECIPES, Recipe
 from resbackbone.engine.device import INFERENCE, PRECISIONS, choose_device, choose_precision
 from resbackbone.engine.distributed import count_processes

@@ -1,0 +1,141 @@
+"""Which labelled images a run uses (folders, shards or synthetic ones), and batches of them to train on."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from resbackbone.checks import one_of
+from resbackbone.classification.images import (
+    SPLIT_FOLDERS,
+    CropRequest,
+    FolderImages,
+    Images,
+    SyntheticImages,
+    find_split,
+)
+from resbackbone.classification.shards import open_shards
+from resbackbone.classification.transforms import TrainAugment
+from resbackbone.engine.termination import worker_processes
+from resbackbone.engine.transfer import moved
+from resbackbone.image_io import BadImage, decode
+
+SYNTHETIC = "synthetic"
+LAYOUT = "train/<class>/ and val/<class>/ (or test/<class>/) with images in them"
+
+
+def open_images(data: str | os.PathLike, split: str, *, skip_bad_images: bool = False) -> Images:
+    """Open the images of `split`, "train" or "val".
+
+    data: a folder of LAYOUT; shards, as `shards.open_shards` takes them ('path/train-{000000..000146}.tar'); or
+    "synthetic". Raises UserError if the folder is missing, if class folders are empty or differ between the splits, if
+    files are not images or are broken, and if shards lack labels. With `skip_bad_images` broken files are left out, now
+    and in training, and `skipped` holds their messages.
+    """
+    one_of("split", split, SPLIT_FOLDERS)
+    if data == SYNTHETIC:
+        return SyntheticImages(split)
+    if ".tar" in str(data) and not Path(data).is_dir():
+        return open_shards(str(data), split, skip_bad_images=skip_bad_images)
+    folder = find_split(data, split, f"{LAYOUT}, or be shards, or {SYNTHETIC!r}")
+    return FolderImages(folder, skip_bad_images=skip_bad_images)
+
+
+def train_batches(
+    images: Images,
+    *,
+    batch_size: int,
+    transform: TrainAugment,
+    seed: int,
+    rank: int = 0,
+    ranks: int = 1,
+    start: int = 0,
+    workers: int = 0,
+    repeats: int = 1,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless (uint8 [batch_size, 3, size, size] RGB, int64 labels [batch_size]) on `device`, for this rank.
+
+    Every epoch is a permutation of the images, a function of seed and epoch, dealt out to the ranks image by image; an
+    image's augmentation is a function of the same and its place. So batches from `start` on equal those of a run that
+    was not interrupted, whatever the number of `workers` (processes that load).
+
+    repeats: how often an image appears in a row, augmented differently each time, so that it falls to different ranks;
+    an epoch still has as many samples as there are images, so some images are left out (Hoffer et al. 2020; as in
+    timm).
+
+    Raises BadImage for a broken image. With `images.skip_bad_images` another image of its batch replaces it, and its
+    message joins `images.skipped`.
+    """
+    if isinstance(images, SyntheticImages):
+        yield from _synthetic_batches(images, batch_size, transform.size, device)
+    draws = images.draws(seed=seed, rank=rank, ranks=ranks, start=start * batch_size, repeats=repeats)
+    loader = DataLoader(
+        _Samples(images, transform),
+        batch_sampler=_batched(draws, batch_size),
+        collate_fn=_as_it_is,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        **worker_processes(workers),
+        generator=torch.Generator(),  # the loader draws an unused seed; not from the global generator
+    )
+
+    def move(batch: tuple[Tensor, Tensor, list[str]] | BadImage) -> tuple[Tensor, Tensor]:
+        if isinstance(batch, BadImage):
+            raise batch
+        pixels, labels, skipped = batch
+        images.skipped.update(skipped)
+        return pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+
+    yield from moved(loader, move, device)
+
+
+class _Samples(Dataset):
+    """Makes the samples of a whole batch at once."""
+
+    def __init__(self, images: Images, transform: TrainAugment):
+        self.images, self.transform = images, transform
+
+    def __getitems__(self, draws: list[CropRequest]) -> tuple[Tensor, Tensor, list[str]] | BadImage:
+        size = self.transform.size
+        # The pixels of an image are adjacent, as decoders and networks in channels_last want them.
+        pixels = torch.empty(len(draws), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(self.images.labels[[draw.index for draw in draws]])
+        good, bad, messages = [], [], []
+        for place, draw in enumerate(draws):
+            try:
+                file = self.images.file(draw.index) if draw.file is None else draw.file
+                pixels[place] = self.transform(decode(file, self.images.name(draw.index)), draw.seed)
+                good.append(place)
+            except BadImage as error:
+                if not self.images.skip_bad_images:
+                    return error  # returned: an exception raised in a worker would lose its message
+                bad.append(place)
+                messages.append(str(error))
+        if not good:
+            return BadImage(f"none of the {len(draws)} images of a batch can be read; the first: {messages[0]}")
+        for place, other in zip(bad, good * len(bad), strict=False):
+            pixels[place], labels[place] = pixels[other], labels[other]
+        return pixels, labels, messages
+
+
+def _as_it_is(batch):
+    return batch
+
+
+def _batched(draws: Iterator[CropRequest], size: int) -> Iterator[list[CropRequest]]:
+    while True:
+        yield [next(draws) for _ in range(size)]
+
+
+def _synthetic_batches(images: Images, batch_size: int, size: int, device: torch.device) -> Iterator[tuple]:
+    random = torch.Generator().manual_seed(0)
+    shape = (batch_size, size, size, 3)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=random).permute(0, 3, 1, 2).to(device)
+    labels = torch.from_numpy(images.labels[np.arange(batch_size) % len(images)]).to(device)
+    while True:
+        yield pixels, labels

@@ -1,0 +1,114 @@
+"""Image files to uint8 RGB pixels, and what is wrong with a file: the one module that opens images."""
+
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from resbackbone.checks import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+EXIF_ORIENTATION = 0x0112
+MAX_ASPECT = 200  # longer side over shorter; resized to at most max_size, a narrower image would have no width left
+
+
+class BadImage(UserError):
+    """An image that cannot be used. The message is `image FILE: REASON`.
+
+    Every image that is skipped is skipped because of one of these, and most are raised in this module: the file is
+    missing, empty, truncated or not an image, or its size is not the annotated one. Data sets opened with
+    `skip_bad_images=True` (`--skip-bad-images`) leave such images out; commands then print `skipped image FILE: REASON`
+    and list the messages in results.json, under `skipped_images` and `skipped_training_images`.
+    """
+
+
+def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> Tensor:
+    """Read an image file of any colour mode as uint8 [3, H, W], RGB; 16 bits are brought to 8, alpha is dropped.
+
+    size: the annotated (width, height), if any. An image with an EXIF orientation is turned upright unless the stored,
+    unturned image is the one of this size: boxes are in the coordinates the annotator saw. Raises BadImage, naming the
+    file, if it is missing, empty, truncated, not an image, or of another size.
+    """
+    with _opened(read_file(path), path) as image:
+        orientation = image.getexif().get(EXIF_ORIENTATION, 1)
+        turn = orientation != 1
+        if size is not None and image.size == size != image.size[::-1]:
+            turn = 1 < orientation < 5  # 5..8 would swap width and height
+        rgb = to_rgb(ImageOps.exif_transpose(image) if turn else image)
+    width, height = rgb.size
+    if max(rgb.size) > MAX_ASPECT * min(rgb.size):
+        raise BadImage(f"image {path}: {width} x {height} is too narrow to be resized")
+    if size is not None and rgb.size != tuple(size):
+        raise BadImage(f"image {path}: is {width} x {height}, annotations say {size[0]} x {size[1]}")
+    return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+    """The encoded image. Raises BadImage if the file cannot be read."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
+    except FileNotFoundError:
+        raise BadImage(f"image {path}: no such file") from None
+    except OSError as error:
+        raise BadImage(f"image {path}: cannot be read ({error.strerror})") from None
+
+
+def image_size(path: str | os.PathLike) -> tuple[int, int]:
+    """(width, height) as stored, in pixels. Raises BadImage if the file is not an image."""
+    with _opened(read_file(path), path) as image:
+        return image.size
+
+
+def decode(file: bytes, name: str) -> np.ndarray:
+    """Decode an image file as `open_rgb` does, to uint8 [H, W, 3]; JPEGs in 3/4 of the time or less.
+
+    Values equal PIL's: simplejpeg uses the same libjpeg-turbo. CMYK files, sizes that PIL warns about and files that
+    simplejpeg rejects go to PIL. Raises BadImage, with `name`, if PIL cannot decode the file.
+    """
+    import simplejpeg
+
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
+        if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or np.inf):
+            return simplejpeg.decode_jpeg(file, "RGB")
+    except ValueError:  # simplejpeg's only error; PIL reads the file or says what is wrong
+        pass
+    return np.array(open_rgb(file, name))
+
+
+def open_rgb(file: bytes, name: str) -> Image.Image:
+    """Decode an image file of any colour mode to a PIL image in RGB. Raises BadImage, with `name`, if that fails.
+
+    The EXIF orientation is ignored, as torchvision and timm ignore it: published accuracies depend on that.
+    """
+    with _opened(file, name) as image:
+        return to_rgb(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: 16 bits and more are scaled to 8, where PIL's own conversion clips; alpha is dropped."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, dtype=np.float64)
+        top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
+        return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+@contextmanager
+def _opened(file: bytes, name: str | os.PathLike) -> Iterator[Image.Image]:
+    """PIL's image of a file. Whatever PIL raises in the block becomes a BadImage: it decodes there."""
+    try:
+        with Image.open(io.BytesIO(file)) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise BadImage(f"image {name}: {'not an image' if file else 'empty file'}") from None
+    except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, struct.error, ..
+        raise BadImage(f"image {name}: cannot be decoded ({error})") from None
