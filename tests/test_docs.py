@@ -119,7 +119,7 @@ def test_what_a_page_names_is_there(page):
 
 
 def test_the_readmes_ratios_are_those_on_the_page_of_benchmarks():
-    table = (ROOT / "README.md").read_text().partition("\nTime beside the fastest")[2].split("\n\n")[1]
+    table = (ROOT / "README.md").read_text().partition("\nTime relative to the fastest")[2].split("\n\n")[1]
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     assert header[1:] == ["fp32", "bf16, channels last"] and rows
     sections = (ROOT / "docs/benchmarks.md").read_text().split("\n### ")

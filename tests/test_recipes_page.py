@@ -13,8 +13,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "recipes.md"
 def detector_row(name, recipe):
     schedule = recipe.schedule
     drops = ", ".join(f"{step:,}" for step in schedule.milestones)
-    ends = "to 0 as a cosine" if schedule.cosine else f"a tenth after {drops}"
-    least = f"; {recipe.epochs:g} epochs at least" if recipe.epochs else ""
+    ends = "cosine to 0" if schedule.cosine else f"/10 at {drops}"
+    least = f", at least {recipe.epochs:g} epochs" if recipe.epochs else ""
     sides = recipe.short_sides
     train = f"{sides[0]}" if len(sides) == 1 else f"{min(sides)} .. {max(sides)}"
     return [
@@ -24,12 +24,12 @@ def detector_row(name, recipe):
         f"{recipe.optimizer} {schedule.rate:g}",
         f"{schedule.steps:,}{least}",
         f"{schedule.warmup_steps:,}, then {ends}",
-        f"{train} / {recipe.min_size}, longer side up to {recipe.max_size}",
+        f"{train} / {recipe.min_size}, longer side at most {recipe.max_size}",
     ]
 
 
 def classifier_row(name, recipe):
-    ends = "cosine" if recipe.cosine else f"a tenth after {', '.join(map(str, recipe.drops))}"
+    ends = "cosine" if recipe.cosine else f"/10 at {', '.join(map(str, recipe.drops))}"
     return [
         f"`{name}`",
         f"{recipe.epochs}",
@@ -49,14 +49,14 @@ def classifier_row(name, recipe):
     ],
     ids=["detectors", "classifiers"],
 )
-def test_the_page_of_recipes_says_what_the_recipes_are(heading, expected):
+def test_the_tables_match_the_recipes(heading, expected):
     section = PAGE.read_text(encoding="utf-8").partition(heading)[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("| `")]
     assert [[cell.strip() for cell in row] for row in rows] == expected
 
 
-def test_the_page_names_where_every_recipe_is_from():
-    sources = PAGE.read_text(encoding="utf-8").partition("## Where they are from")[2]
+def test_the_page_gives_the_source_of_every_recipe():
+    sources = PAGE.read_text(encoding="utf-8").partition("## Sources")[2]
     for name in (*detection.RECIPES, *classification.RECIPES):
         assert f"`{name}`" in sources, name
     for recipe in classification.RECIPES.values():

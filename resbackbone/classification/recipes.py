@@ -184,7 +184,7 @@ A3 = strikes_back(
 )
 
 DEMO = Recipe(
-    source="this package's, for the embedded objects: small images, few epochs, from scratch on two CPU cores",
+    source="this package's own, for the built-in data set: small images, few epochs, from scratch on two CPU cores",
     published="see MODEL_ZOO.md",
     epochs=4,
     batch_size=32,
