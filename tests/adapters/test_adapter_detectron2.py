@@ -163,7 +163,7 @@ def test_norms_go_by_detectron2s_names(norm, kind):
 @pytest.mark.parametrize(
     "settings, says",
     [
-        (["MODEL.RESNETS.DEPTH", 51], "unknown MODEL.RESNETS.DEPTH 51; choose from 18, 34, 50, 101, 152"),
+        (["MODEL.RESNETS.DEPTH", 51], "unknown MODEL.RESNETS.DEPTH 51; choose from 18, "),
         (["MODEL.RESNETS.NORM", "LN"], "unknown MODEL.RESNETS.NORM 'LN'; choose from BN, FrozenBN"),
         (["MODEL.RESNETS.OUT_FEATURES", ["stem"]], "unknown OUT_FEATURES 'stem'; choose from res2"),
         (["MODEL.RESNETS.RES5_DILATION", 4], "MODEL.RESNETS.RES5_DILATION 4"),

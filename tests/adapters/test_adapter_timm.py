@@ -13,9 +13,8 @@ import resbackbone.adapters.timm as adapter
 from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
 from resbackbone import Feature, build_resnet_backbone
 from resbackbone.adapters.from_timm import from_timm, timm_backbone_from_config
+from resbackbone.resnet import DEPTHS
 from resbackbone.weights import MEAN, STD
-
-DEPTHS = (18, 34, 50, 101, 152)
 
 
 def images(height: int = 97, width: int = 130) -> torch.Tensor:

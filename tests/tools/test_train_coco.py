@@ -404,7 +404,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--depth", "51"], "unknown depth 51; choose from 18, 34, 50, 101, 152"),
+        (["--depth", "51"], "unknown depth 51; choose from 18, "),
         (["--depth", "fifty"], "--depth"),
         (["--depth"], "--depth"),
         (["--recipe", "4x"], "unknown recipe '4x'; choose from 1x, 2x, 3x, small, short"),
