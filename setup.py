@@ -29,6 +29,7 @@ setup(
         *(f"resbackbone.{name}" for name in find_packages(include=["tools", "tools.*"])),
     ],
     package_dir={"resbackbone.tools": "tools"},
+    package_data={"resbackbone.report": ["templates/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -47,6 +48,7 @@ setup(
         "tensorboard>=2.15",
         "matplotlib>=3.8",
         "simplejpeg>=1.7",
+        "jinja2>=3.1",
     ],
     extras_require={"demo": DEMO, "video": VIDEO, "export": EXPORT, "scale": SCALE, "docs": DOCS, "dev": DEV},
     classifiers=[

@@ -42,7 +42,7 @@ from resbackbone.engine.run import Run, read_yaml
 from resbackbone.engine.state import mean_of, parameter_groups, seed_step
 from resbackbone.engine.stopwatch import Stopwatch
 from resbackbone.report.numbers import percent
-from resbackbone.report.summary import print_summary
+from resbackbone.report.summary import summary
 from resbackbone.resnet import DEPTHS
 
 CONFIGS = Path(detectron2.__file__).parent / "model_zoo" / "configs"  # its model_zoo module needs an old setuptools
@@ -173,7 +173,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
         write_report(folder, val_set, evaluation)
         ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
         files = {"detector": "model_final.pth", "results": "results.json", "report": "report.html"}
-        print_summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"})
+        progress_console.print(summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"}))
         print_results(results)
     run.close()
 

@@ -1,10 +1,11 @@
 """What a person looks at after a run: report.html, and pictures of predictions beside the ground truth."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import hotcoco
 import numpy as np
+from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -15,33 +16,20 @@ from detection.scoring import BACKENDS, METRICS, entries
 from resbackbone.image_io import BadImage
 from resbackbone.report.charts import bar, line_chart
 from resbackbone.report.numbers import number, percent
-from resbackbone.report.page import (
-    Cell,
-    Html,
-    Section,
-    absent,
-    page,
-    paragraph,
-    short,
-    side_by_side,
-    table,
-    tag,
-    tiles,
-)
+from resbackbone.report.page import Section, fraction, macros, page, short
 from resbackbone.report.run import RunLog, configuration_section, timing_section, training_section
 from resbackbone.report.run import write_report as write_page
 
 CURVES = 6  # classes whose precision and recall are drawn
-NO_EVALUATION = "No evaluation yet"
 ERRORS = {  # Bolya et al. 2020, Sec. 2.2
     "Cls": ("classification", "right place (IoU at least 0.5), wrong class"),
-    "Loc": ("localisation", "right class, IoU between 0.1 and 0.5"),
+    "Loc": ("localization", "right class, IoU between 0.1 and 0.5"),
     "Both": ("both", "wrong class, IoU between 0.1 and 0.5"),
-    "Dupe": ("duplicate", "right, but another detection of this object scored higher"),
-    "Bkg": ("background", "no object there: IoU under 0.1 with all of them"),
-    "Miss": ("missed", "an object without detection that none of these errors accounts for"),
+    "Dupe": ("duplicate", "right, but another detection of the same object scored higher"),
+    "Bkg": ("background", "IoU below 0.1 with every object"),
+    "Miss": ("missed", "undetected object that no other error accounts for"),
 }
-MEANING = {  # of COCO's 12 numbers: IoU, area in pixels, detections an image
+MEANING = {  # of COCO's 12 numbers: IoU, area in pixels, detections per image
     "AP": ("0.50:0.95", "all", 100),
     "AP50": ("0.50", "all", 100),
     "AP75": ("0.75", "all", 100),
@@ -55,7 +43,6 @@ MEANING = {  # of COCO's 12 numbers: IoU, area in pixels, detections an image
     "ARm": ("0.50:0.95", "32²–96²", 100),
     "ARl": ("0.50:0.95", "> 96²", 100),
 }
-
 MIN_SIDE = 480  # pixels; smaller pictures are enlarged so that labels can be read
 GAP = 12
 
@@ -65,23 +52,22 @@ def save_pictures(
 ) -> list[Path]:
     """Write `count` images of the data set, evenly spread, ground truth left and detections right, as PNG.
 
-    Detections, DETECTION [n], under the score `threshold` are not drawn. Returns the files, which are named by image
-    id; an image that cannot be read has none.
+    Detections, DETECTION [n], below the score `threshold` are not drawn. Returns the files, named by image id; an
+    unreadable image has none.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    sure = detections[detections["score"] >= threshold]
-    written = []
+    confident = detections[detections["score"] >= threshold]
+    ids, written = list(dataset.categories), []
     for index in sorted(set(np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int).tolist())):
         sample = dataset[index]
         if isinstance(sample, BadImage):
             continue
         image, target = sample
-        ids = list(dataset.categories)
         truth = [
             {"category_id": ids[label - 1], "bbox": [x1, y1, x2 - x1, y2 - y1]}
             for (x1, y1, x2, y2), label in zip(target["boxes"].tolist(), target["labels"].tolist(), strict=True)
         ]
-        found = entries(sure[sure["image_id"] == target["image_id"]])
+        found = entries(confident[confident["image_id"] == target["image_id"]])
         left = draw_boxes(image, truth, dataset.categories, title="ground truth")
         right = draw_boxes(image, found, dataset.categories, title=f"detections, score >= {threshold:g}")
         both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
@@ -96,7 +82,7 @@ def save_pictures(
 def draw_boxes(
     image: Tensor, entries: Sequence[dict], categories: Mapping[int, str], *, title: str | None = None
 ) -> Image.Image:
-    """uint8 [3, H, W] with the boxes of `entries` (COCO annotations or detections) drawn on it, in a colour a class.
+    """uint8 [3, H, W] with the boxes of `entries` (COCO annotations or detections), one color per class.
 
     Boxes are [x, y, width, height] in the image's pixels. A small image is enlarged; a title goes above it.
     """
@@ -105,7 +91,7 @@ def draw_boxes(
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(13, min(picture.size) // 36))
     order = {category: i for i, category in enumerate(categories)}
-    for entry in sorted(entries, key=lambda entry: entry.get("score", 1.0)):  # the surest on top
+    for entry in sorted(entries, key=lambda entry: entry.get("score", 1.0)):  # the highest scores on top
         x, y, w, h = (value * zoom for value in entry["bbox"])
         colour = class_colour(order[entry["category_id"]])
         draw.rectangle((x, y, x + w, y + h), outline=colour, width=max(2, min(picture.size) // 240))
@@ -125,108 +111,76 @@ def draw_boxes(
     return framed
 
 
-def write_report(folder: Path, dataset: CocoImages | None = None, evaluation: Evaluation | None = None) -> Path | None:
-    """Write report.html of the detector's run in `folder`, as far as it has come; returns the file.
+def write_report(
+    folder: Path,
+    dataset: CocoImages | None = None,
+    evaluation: Evaluation | None = None,
+    say: Callable[[str], object] = print,
+) -> Path | None:
+    """Write report.html of the detector's run in `folder`, finished or not; returns the file.
 
-    `evaluation` is the last one, on `dataset`; without, the page says that there is none yet. If it cannot be made a
-    printed line says why, the run goes on, and None is returned.
+    `evaluation` is the last one, on `dataset`; without it the page says that there is none yet. A failure never stops
+    the run: `say` gets one line about it, and the result is None.
     """
-    return write_page(folder, lambda: report(folder, dataset, evaluation))
+    return write_page(folder, lambda: report(folder, dataset, evaluation), say)
 
 
 def report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | None) -> str:
     """The page that `write_report` writes."""
-    results = None if evaluation is None else evaluation.results
-    log = RunLog(folder)
-    config = log.config
-    network = (
-        "VGG-16" if config.get("variant") == "vgg16" else f"R{config.get('depth', '?')}-{config.get('variant', '?')}"
-    )
-    title = f"Faster R-CNN {network} on {log.data_name()}"
-    said = [f"recipe {config['recipe']}"] if "recipe" in config else []
-    said += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
-    said += [f"{number(results['images'])} images evaluated"] if results else [NO_EVALUATION.lower()]
-    sections = [_summary(results), training_section(log, _ap_over_time(log)), _numbers(results), _classes(results)]
-    if dataset is None or evaluation is None:
-        missing = [absent(f"{NO_EVALUATION}: there are no detections to show.")]
-        sections += [Section(t, missing) for t in ("Precision and recall", "Errors", "Worst and best images")]
+    log, results = RunLog(folder), evaluation and evaluation.results
+    config, words = log.config, macros("detection.html")
+    variant = config.get("variant", "?")
+    network = "VGG-16" if variant == "vgg16" else f"R{config.get('depth', '?')}-{variant}"
+    subtitle = [f"recipe {config['recipe']}"] if "recipe" in config else []
+    subtitle += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
+    subtitle += [f"{number(results['images'])} images evaluated"] if results else ["no evaluation yet"]
+    ap = {name: log.curve(name, evaluations=True, scale=100) for name in METRICS[:3]}
+    training = training_section(log, words.ap_over_time(ap, len(log.evaluations)))
+    if dataset is None or evaluation is None or results is None:
+        titles = ("The 12 numbers", "Classes", "Precision and recall", "Errors", "Worst and best images")
+        sections = [Section("Summary", words.no_evaluation()), training]
+        sections += [Section(title, words.no_evaluation()) for title in titles]
     else:
-        sections += [*_curves_and_errors(dataset, evaluation), gallery(dataset, evaluation.detections)]
-    return page(title, ", ".join(said), [*sections, timing_section(log), configuration_section(log)])
+        numbers = [(name, fraction(results["bbox"][name]), *MEANING[name]) for name in METRICS]
+        classes = [
+            (short(name), fraction(entry["AP"]), fraction(entry["AP50"]), entry["boxes"])
+            for name, entry in results["per_class"].items()
+        ]
+        curves, errors = _curves_and_errors(dataset, evaluation)
+        sections = [
+            Section("Summary", words.summary(results, METRICS[:6])),
+            training,
+            Section("The 12 numbers", words.numbers(numbers)),
+            Section("Classes", words.classes(classes)),
+            Section("Precision and recall", curves),
+            Section("Errors", errors),
+            gallery(dataset, evaluation.detections),
+        ]
+    title = f"Faster R-CNN {network} on {log.data_name()}"
+    return page(title, ", ".join(subtitle), [*sections, timing_section(log), configuration_section(log)])
 
 
-def _summary(results: Mapping | None) -> Section:
-    if results is None:
-        return Section("Summary", [absent(f"{NO_EVALUATION}: AP is known after the first one.")])
-    parts = [tiles((name, percent(results["bbox"][name])) for name in METRICS[:6])]
-    said = f"COCO box AP in percent on {number(results['images'])} images, {number(results['detections'])} detections."
-    parts.append(paragraph(said))
-    if results.get("note"):
-        parts.append(absent(results["note"]))
-    for what, kind in (("skipped_images", "evaluation"), ("skipped_training_images", "training")):
-        if messages := results.get(what):
-            more = f" and {len(messages) - 5} more" if len(messages) > 5 else ""
-            parts.append(absent(f"Without images that could not be read, in {kind}: {'; '.join(messages[:5])}{more}."))
-    return Section("Summary", parts)
-
-
-def _ap_over_time(log: RunLog) -> Html:
-    if len(log.evaluations) < 2:
-        times = "not evaluated yet" if not log.evaluations else "evaluated once"
-        return absent(f"AP over time is not drawn: {times} (", tag("code", "--eval-period"), " evaluates on the way).")
-    curves = {
-        name: [(step, value and 100 * value) for step, value in log.curve(name, evaluations=True)]
-        for name in METRICS[:3]
-    }
-    return line_chart("AP over time, percent", curves, x="updates")
-
-
-def _numbers(results: Mapping | None) -> Section:
-    if results is None:
-        return Section("The 12 numbers", [absent(f"{NO_EVALUATION}: there are no numbers to show.")])
-    rows = [(name, _fraction(results["bbox"][name]), *MEANING[name]) for name in METRICS]
-    said = "IoU 0.50:0.95 is the mean over ten of them. Areas are in pixels; the last column is detections an image."
-    return Section("The 12 numbers", [table(("", "percent", "IoU", "area", "per image"), rows), paragraph(said)])
-
-
-def _classes(results: Mapping | None) -> Section:
-    if results is None:
-        return Section("Classes", [absent(f"{NO_EVALUATION}: AP by class is known after the first one.")])
-    rows = [
-        (short(name), _fraction(entry["AP"]), _fraction(entry["AP50"]), entry["boxes"])
-        for name, entry in results["per_class"].items()
-    ]
-    note = paragraph("A class without boxes in the annotations has no AP. A click on a heading sorts.")
-    return Section("Classes", [note, table(("class", "AP", "AP50", "boxes"), rows, sortable=True)])
-
-
-def _fraction(value: float | None) -> Cell:
-    return Cell(percent(value), value)
-
-
-def _curves_and_errors(dataset: CocoImages, evaluation: Evaluation) -> list[Section]:
-    """Precision against recall, and the errors by kind: both by hotcoco, also where the other backend scored."""
+def _curves_and_errors(dataset: CocoImages, evaluation: Evaluation) -> tuple[Markup, Markup]:
+    """Precision against recall, and the errors by kind: both by hotcoco, even where the other backend scored."""
     annotations, detections, scorer = dataset.annotations, evaluation.detections, evaluation.scorer
+    words, names = macros("detection.html"), list(dataset.categories.values())
     truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)
+    objects = truth & ~annotations.crowds.numpy()
     finite = np.isfinite(detections["bbox"]).all(1) & np.isfinite(detections["score"])
     found = detections[finite & np.isin(detections["category_id"], list(dataset.categories))]
-    if not len(found) or not (truth & ~annotations.crowds.numpy()).any():
-        lacking = "detections" if not len(found) else "objects to be found"
-        return [Section(t, [absent(f"There are no {lacking}.")]) for t in ("Precision and recall", "Errors")]
+    if not len(found) or not objects.any():
+        return (words.nothing("objects to find" if len(found) else "detections"),) * 2
     if not isinstance(scorer, hotcoco.COCOeval):
         scorer = BACKENDS["hotcoco"](annotations, truth, found)
         scorer.evaluate()
         scorer.accumulate()
     precision = scorer.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], -1 for a class without boxes
-    defined = [k for k in range(precision.shape[2]) if (precision[0, :, k] > -1).all()]
-    recall = np.linspace(0, 1, precision.shape[1])
+    defined = [k for k in range(len(names)) if (precision[0, :, k] > -1).all()]
+    boxes = np.bincount(annotations.labels.numpy()[objects], minlength=len(names) + 1)
+    most = sorted(defined, key=lambda k: -boxes[k + 1])[:CURVES]
     means = {f"IoU {iou:.2f}": precision[i][:, defined].mean(1) for i, iou in ((0, 0.5), (5, 0.75))}
-    boxes = np.bincount(
-        annotations.labels.numpy()[truth & ~annotations.crowds.numpy()], minlength=precision.shape[2] + 1
-    )
-    few = sorted(defined, key=lambda k: -boxes[k + 1])[:CURVES]
-    names = list(dataset.categories.values())
-    of_classes = {f"{short(names[k])} ({percent(precision[0, :, k].mean())})": precision[0, :, k] for k in few}
+    of_classes = {f"{short(names[k])} ({percent(precision[0, :, k].mean())})": precision[0, :, k] for k in most}
+    recall = np.linspace(0, 1, precision.shape[1])
     charts = [
         line_chart(
             title,
@@ -240,21 +194,10 @@ def _curves_and_errors(dataset: CocoImages, evaluation: Evaluation) -> list[Sect
             ("Precision of the classes with the most objects, IoU 0.50 (AP50)", of_classes),
         )
     ]
-    return [Section("Precision and recall", [side_by_side(*charts)]), _errors(scorer.tide_errors())]
-
-
-def _errors(tide: Mapping) -> Section:
-    cost, counts = tide["delta_ap"], tide["counts"]
-    largest = max([cost[name] for name in ERRORS] + [1e-9])
+    tide = scorer.tide_errors()
+    cost, largest = tide["delta_ap"], max(1e-9, *(tide["delta_ap"][kind] for kind in ERRORS))
     rows = [
-        (title, _fraction(cost[name]), bar(cost[name] / largest), int(counts[name]), meaning)
-        for name, (title, meaning) in ERRORS.items()
+        (title, fraction(cost[kind]), bar(cost[kind] / largest), int(tide["counts"][kind]), meaning)
+        for kind, (title, meaning) in ERRORS.items()
     ]
-    said = (
-        f"Of the AP50 that is missing (it is {percent(tide['ap_base'])}), what each kind of error costs: the AP50 that "
-        "would be gained by mending those errors alone, in percent. Kinds do not add up to the whole. All wrong "
-        f"detections together cost {percent(cost['FP'])}, all objects that were not found {percent(cost['FN'])}."
-    )
-    source = paragraph("After TIDE (Bolya et al. 2020, arXiv 2008.08115), computed by hotcoco.")
-    header = ("error", "costs", "", "count", "what it is")
-    return Section("Errors", [paragraph(said), table(header, rows, sortable=True), source])
+    return words.curves(charts), words.errors(rows, tide)

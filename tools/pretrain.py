@@ -41,7 +41,7 @@ from resbackbone.engine.distributed import (
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import Run, read_yaml
 from resbackbone.engine.state import NonFinite, TrainState, seed_step
-from resbackbone.report.summary import print_summary
+from resbackbone.report.summary import summary
 from resbackbone.tools.pretraining.evaluation import described, evaluate_only, score_of, write_results, zoo_row
 from resbackbone.tools.pretraining.options import (
     EMBEDDED,
@@ -209,7 +209,7 @@ def train(rank: Rank, options: Options) -> None:
         if rank.is_main:
             why_not = "Nothing is evaluated: synthetic images show the speed alone."
             write_report(folder, network=metadata["architecture"], why_not=why_not)
-            print_summary(folder, {}, {"report": "report.html"})
+            progress_console.print(summary(folder, {}, {"report": "report.html"}))
     elif rank.is_main:
         where = f"{data_name(options)}, {len(val_set)} validation images, {options.eval}"
         metadata["accuracy"] = [
@@ -221,7 +221,8 @@ def train(rank: Rank, options: Options) -> None:
         write_results(folder / "results.json", results)
         say(f"row of MODEL_ZOO.md:\n{zoo_row(options, folder, metadata, results, train_set, val_set, rank)}")
         files = {"classifier": "model.safetensors", "results": "results.json", "report": "report.html"}
-        print_summary(folder, {"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"}, files)
+        accuracy = f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"
+        progress_console.print(summary(folder, {"top-1, top-5": accuracy}, files))
         console.print(described(results))
     run.close()
 

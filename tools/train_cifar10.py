@@ -53,7 +53,7 @@ from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import Run, read_yaml
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import NonFinite, TrainState, seed_step
-from resbackbone.report.summary import print_summary
+from resbackbone.report.summary import summary
 
 PAPER = "He et al. 2015, Sec. 4.2: SGD 0.1, momentum 0.9, weight decay 1e-4, a tenth of the rate at 1/2 and at 3/4"
 RATE, BATCH_SIZE, STEPS = 0.1, 128, 64_000
@@ -219,7 +219,7 @@ def train(rank: Rank, options: Options) -> None:
         write_atomically(folder / "results.json", json.dumps(content, indent=2) + "\n")
         error = f"{'validation' if options.validation else 'test'} error"
         files = {"network": "model.safetensors", "results": "results.json", "report": "report.html"}
-        print_summary(folder, {error: f"{100 * results['error']:.2f}%"}, files)
+        progress_console.print(summary(folder, {error: f"{100 * results['error']:.2f}%"}, files))
         console.print(f"{error} {100 * results['error']:.2f}%")
     run.close()
 

@@ -57,7 +57,7 @@ from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import Run, read_yaml
 from resbackbone.engine.state import NonFinite, TrainState, seed_step
 from resbackbone.report.numbers import percent
-from resbackbone.report.summary import print_summary
+from resbackbone.report.summary import summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import Weights, architecture_of, backbone_part, resolve_architecture
 
@@ -292,7 +292,7 @@ def train(rank: Rank, options: Options) -> None:
             say(f"{len(results['skipped_training_images'])} training images could not be read and were skipped")
         ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
         files = {"detector": "model.safetensors", "results": "results.json", "report": "report.html"}
-        print_summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"})
+        progress_console.print(summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"}))
         print_results(results)
     run.close()
 

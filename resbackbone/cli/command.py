@@ -20,6 +20,7 @@ from resbackbone.checks import UserError
 from resbackbone.cli.errors import one_line_errors, quick_exit
 from resbackbone.cli.help import print_help
 from resbackbone.engine.run import read_yaml
+from resbackbone.report.numbers import duration
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
 # Markup is off, for paths and class names may hold [brackets].
@@ -146,14 +147,6 @@ class Progress:
                 left = (self.said - self.began) / max(done - self.start, 1) * (self.total - done)
                 of = f"/{self.total}, {duration(left)} left"
             progress_console.print(f"{self.label} {done}{of}{'' if note is None else ', ' + note}")
-
-
-def duration(seconds: float) -> str:
-    """A time for people: 8 s, 3:20 min, 5:07 h."""
-    minutes, left = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{left} s"
-    return f"{minutes}:{left:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"
 
 
 def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) -> T:

@@ -15,3 +15,17 @@ def number(value: float | None, digits: int = 4) -> str:
 def percent(fraction: float | None) -> str:
     """A fraction 0..1 in percent with one decimal and no sign, as COCO tables print it: 37.0."""
     return "n/a" if fraction is None or not math.isfinite(fraction) else f"{100 * fraction:.1f}"
+
+
+def finite(value: object) -> float | None:
+    """`value` if it is a finite number, otherwise None."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value if is_number and math.isfinite(value) else None
+
+
+def duration(seconds: float) -> str:
+    """8 s, 3:20 min, 5:07 h."""
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{left} s"
+    return f"{minutes}:{left:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"

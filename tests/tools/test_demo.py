@@ -50,7 +50,7 @@ def test_moving_the_threshold_changes_boxes_and_table_without_the_network(shown,
         picture, listed = shown.boxes(seen, threshold)
         pictures.append(np.asarray(picture))
         assert listed.count("<tr>") == (count and count + 1)
-        assert listed.startswith(f"<div><p>{count} of {len(scores)} boxes score {threshold:g} or more")
+        assert listed.startswith(f"<p>{count} of {len(scores)} boxes score at least {threshold:g}")
     assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[1], pictures[2])
 
 
@@ -73,10 +73,12 @@ def test_an_upload_that_cannot_be_read_is_named_without_the_place_where_it_is_ke
 
 
 def test_wrong_options_and_a_missing_gradio_are_one_line(detector, tmp_path, monkeypatch):
-    assert "--threshold 2.0: a score between 0 and 1" in error_line(demo.main, ["run", "--threshold", "2"])
-    assert "--port 0: 1 to 65535 are ports" in error_line(demo.main, ["run", "--port", "0"])
+    assert "--threshold 2.0: must be between 0 and 1" in error_line(demo.main, ["run", "--threshold", "2"])
+    assert "--port 0: must be between 1 and 65535" in error_line(demo.main, ["run", "--port", "0"])
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "the page takes gradio: pip install gradio" in error_line(demo.main, [tmp_path, "--device", "cpu"])
+    assert "the page needs gradio: pip install 'resbackbone[demo]'" in error_line(
+        demo.main, [tmp_path, "--device", "cpu"]
+    )
 
 
 # The page
@@ -121,12 +123,12 @@ def test_an_image_that_is_dropped_gets_boxes_and_heat_maps_and_the_threshold_mov
     page.wait_for_selector("#picture img", timeout=60_000)
     first = page.locator("#picture img").get_attribute("src")
     text = page.inner_text("#found")
-    assert HOSTILE[3] in text and HOSTILE[13] in text and "boxes score 0 or more" in text
+    assert HOSTILE[3] in text and HOSTILE[13] in text and "boxes score at least 0" in text
     assert page.inner_text("h1") == "<b>run</b>: 2 classes"
     number = page.locator("#threshold input[type=number]")
     number.fill("0.99")
     number.press("Enter")
-    page.get_by_text("boxes score 0.99 or more").wait_for(timeout=60_000)
+    page.get_by_text("boxes score at least 0.99").wait_for(timeout=60_000)
     assert "0 of 100" in page.inner_text("#found") and HOSTILE[3] not in page.inner_text("#found")
     page.wait_for_function(f"document.querySelector('#picture img').src !== {first!r}", timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
@@ -153,7 +155,7 @@ def test_the_command_serves_on_this_machine_alone_until_it_is_ended(detector, tm
     monkeypatch.setattr(gradio.Blocks, "block_thread", interrupted)
     with pytest.raises(KeyboardInterrupt):
         demo.main([str(tmp_path), "--device", "cpu", "--port", str(port)])
-    assert f"on http://127.0.0.1:{port}, this machine alone; Ctrl-C ends it" in capsys.readouterr().out
+    assert f"on http://127.0.0.1:{port}, this machine only; Ctrl-C ends it" in capsys.readouterr().out
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", port))
         taken.listen()
