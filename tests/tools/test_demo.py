@@ -76,9 +76,8 @@ def test_wrong_options_and_a_missing_gradio_are_one_line(detector, tmp_path, mon
     assert "--threshold 2.0: must be between 0 and 1" in error_line(demo.main, ["run", "--threshold", "2"])
     assert "--port 0: must be between 1 and 65535" in error_line(demo.main, ["run", "--port", "0"])
     monkeypatch.setitem(sys.modules, "gradio", None)
-    assert "the page needs gradio: pip install 'resbackbone[demo]'" in error_line(
-        demo.main, [tmp_path, "--device", "cpu"]
-    )
+    said = error_line(demo.main, [tmp_path, "--device", "cpu"])
+    assert "the page needs gradio: pip install 'resbackbone[demo]'" in said
 
 
 # The page
