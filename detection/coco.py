@@ -59,7 +59,7 @@ class CocoImages(Dataset):
             try:
                 for_validation = held_out(self.annotations.file_names())
             except ValueError as error:
-                raise UserError(f"annotations {annotations}: {error}") from None
+                raise UserError(f"{annotations}: {error}") from None
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
         self.folder, self.annotation_file = Path(images), Path(annotations)
         self.transform, self.skip_bad_images, self.part = transform, skip_bad_images, part
@@ -76,7 +76,7 @@ class CocoImages(Dataset):
         kept = np.flatnonzero(counts) if not keep_empty else np.arange(total)
         self.report["images without a usable box"] = total - len(kept)
         if not len(kept):
-            raise UserError(f"annotations {annotations}: no image {'' if keep_empty else 'with a usable box '}in it")
+            raise UserError(f"{annotations}: no image {'' if keep_empty else 'with a usable box '}in it")
         names = self.annotations.file_names()
         self._check_files_exist([names[i] for i in kept.tolist()])
 
@@ -177,7 +177,7 @@ class CocoImages(Dataset):
         missing = [name for name in names if name not in there]
         if len(missing) == len(names):
             raise UserError(
-                f"annotations {self.annotation_file}: none of its {len(names)} images (the first is {names[0]}) is in "
+                f"{self.annotation_file}: none of its {len(names)} images (the first is {names[0]}) is in "
                 f"{self.folder}; is it the file of another split?"
             )
         if missing and not self.skip_bad_images:
@@ -226,6 +226,6 @@ def _category_difference(path, found: Mapping[int, str], wanted: Mapping[int, st
     differing = [i for i in sorted({*found, *wanted}) if found.get(i) != wanted.get(i)]
     first = differing[0]
     return (
-        f"annotations {path}: categories differ from those the detector was made for in {len(differing)} of "
+        f"{path}: categories differ from those the detector was made for in {len(differing)} of "
         f"{len({*found, *wanted})}; id {first} is {found.get(first)!r} here, {wanted.get(first)!r} there"
     )

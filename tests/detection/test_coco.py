@@ -230,7 +230,6 @@ def test_images_may_lie_in_folders_of_their_own(tmp_path):
         ((math.nan, 2, 5, 5), "boxes that are not finite"),
         ((1, 2, math.inf, 5), "boxes that are not finite"),
         ((1, -math.inf, 5, 5), "boxes that are not finite"),
-        ((10**400, 2, 5, 5), "boxes that are not finite"),
         ((9, 2, -5, 5), "boxes of zero or negative size"),
         ((9, 9, 5, -5), "boxes of zero or negative size"),
         ((1, 2, 0, 5), "boxes of zero or negative size"),
