@@ -38,7 +38,7 @@ def offences(path):
     found = []
     for name, call in calls(path):
         keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
-        if name in RUNS_CODE:
+        if name in RUNS_CODE and not (name == "torch.load" and keywords.get("weights_only") == "True"):
             found.append(name)
         if name.split(".")[-1] in UNPACKS:
             found.append(name)
@@ -60,7 +60,7 @@ def test_no_source_runs_what_a_file_holds_starts_a_shell_or_unpacks_an_archive(p
         "import pickle\npickle.load(open('a'))",
         "import pickle as p\np.loads(b'')",
         "from pickle import loads\nloads(b'')",
-        "import torch\ntorch.load('a', weights_only=True)",
+        "import torch\ntorch.load('a', weights_only=False)",
         "from yaml import load as read\nread('a')",
         "import numpy\nnumpy.load('a', allow_pickle=True)",
         "import subprocess\nsubprocess.run('ls', shell=True)",

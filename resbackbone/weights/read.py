@@ -24,6 +24,7 @@ _log = logging.getLogger("resbackbone")  # without a handler, warnings go to std
 AVERAGES = ("model_ema", "state_dict_ema", "ema")
 ENTRIES = (*AVERAGES, "state_dict", "model_state_dict", "model", "net", "blobs")
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+MAX_DEPTH = 8  # of nested state dicts: a damaged file may hold itself
 BOOKKEEPING = re.compile(r"(.*_momentum|n_averaged|lr|model_iter|weight_order)")  # of the training that made a file
 
 
@@ -133,8 +134,8 @@ def _read_file(name: str, entry: str | None) -> Weights:
 
 def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, Tensor], list[str]]:
     """The state dict in a checkpoint, and the keys that lead to it."""
-    at = []
-    while isinstance(content, dict):
+    at: list[str] = []
+    while isinstance(content, dict) and len(at) < MAX_DEPTH:
         nested = [key for key in ENTRIES if isinstance(content.get(key), dict) and content[key]]
         if entry is not None and isinstance(content.get(entry), dict):
             nested, entry = [entry], None

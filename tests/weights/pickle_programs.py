@@ -23,6 +23,7 @@ def torch_zip(program: bytes, storages: dict[str, bytes] | None = None, **record
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", program)
+        archive.writestr("archive/version", "3\n")
         for name, data in {**{f"data/{key}": data for key, data in (storages or {}).items()}, **records}.items():
             archive.writestr(f"archive/{name}", data)
     return file.getvalue()
