@@ -1,7 +1,7 @@
-"""Frames of a video file or a camera, and a video of pictures: through OpenCV, which is optional."""
+"""Videos and cameras, read and written frame by frame through OpenCV, which is optional."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, require
 
 SUFFIXES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
-RATE = 30.0  # frames a second, where the source gives none, as many cameras
+RATE = 30.0  # frames per second where the source states none, as many cameras do
 
 
 class Video:
-    """The frames of a video file, or of the camera of a number, one at a time.
+    """The frames of a video file, or of a camera given by its number.
 
-    `count` is their number, None for a camera and where the file does not say (what it says can be wrong); `rate`
-    is in frames a second. Raises ValueError for a file or camera that cannot be opened, and without OpenCV.
+    `count` is the number of frames that the file states, which can be wrong; None for a camera or if it states none.
+    `rate` is in frames per second. Raises ValueError if the file or camera cannot be opened, or OpenCV is missing.
     """
 
     def __init__(self, source: Path | int):
@@ -41,56 +41,48 @@ class Video:
     def __iter__(self) -> Iterator[Tensor]:  # uint8 [3, H, W], RGB
         try:
             while True:
-                there, frame = self._capture.read()  # BGR, [H, W, 3]
-                if not there:
+                success, frame = self._capture.read()  # BGR, [H, W, 3]
+                if not success:
                     return
                 yield torch.from_numpy(np.ascontiguousarray(frame[:, :, ::-1])).permute(2, 0, 1)
         finally:
             self._capture.release()
 
 
-class VideoFile:
-    """An MPEG-4 file of pictures; `video_file` makes it."""
-
-    def __init__(self, path: Path, rate: float):
-        self._path, self._rate = path, rate
-        self._writer: Any = None  # OpenCV's, made for the first picture
-        self._cv2 = _opencv(str(path))
-
-    def add(self, picture: Image.Image) -> None:
-        """Append an RGB picture, of the size of the first; an odd side loses its last pixels, as MPEG-4 wants it."""
-        if self._writer is None:
-            codec = self._cv2.VideoWriter.fourcc(*"mp4v")
-            self._writer = self._cv2.VideoWriter(str(self._path), codec, self._rate, picture.size)
-            if not self._writer.isOpened():
-                raise UserError(f"{self._path}: OpenCV cannot write a video of {picture.width} x {picture.height}")
-        self._writer.write(np.asarray(picture)[:, :, ::-1])
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
-
-
 @contextmanager
-def video_file(path: Path, rate: float) -> Iterator[VideoFile]:
-    """Yield what appends pictures to a video of `rate` frames a second; it is at `path` once it is whole."""
+def video_file(path: Path, rate: float) -> Iterator[Callable[[Image.Image], None]]:
+    """Yield a function that appends an RGB picture to an MPEG-4 video of `rate` frames per second.
+
+    All pictures have the size of the first; MPEG-4 drops the last row or column of an odd side. The file appears at
+    `path` once it is complete, and not at all without pictures.
+    """
+    cv2 = _opencv(str(path))
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")  # the suffix tells OpenCV the format
-    file = VideoFile(temporary, rate)
+    writer: Any = None
+
+    def add(picture: Image.Image) -> None:
+        nonlocal writer
+        if writer is None:
+            writer = cv2.VideoWriter(str(temporary), cv2.VideoWriter.fourcc(*"mp4v"), rate, picture.size)
+            if not writer.isOpened():
+                raise UserError(f"{path}: OpenCV cannot write a video of {picture.width} x {picture.height}")
+        writer.write(np.asarray(picture)[:, :, ::-1])
+
     try:
-        yield file
-        file.close()
-        if temporary.is_file():
+        yield add
+        if writer is not None:
+            writer.release()
             os.replace(temporary, path)
     finally:
-        file.close()
+        if writer is not None:
+            writer.release()
         temporary.unlink(missing_ok=True)
 
 
 def _opencv(name: str):
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # what goes wrong is said here, in one line
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # our own errors say what is wrong
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-    try:
-        import cv2
-    except ModuleNotFoundError:
-        raise UserError(f"{name}: a video takes OpenCV: pip install opencv-python-headless") from None
+    require("video", "cv2", user=f"{name}: a video")
+    import cv2
+
     return cv2

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from resbackbone.cli.command import console, main_of, parse, progress_console, track
+from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import check_counts
 
 import torch
@@ -116,10 +117,12 @@ def main(argv: list[str] | None = None) -> None:
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
     if videos and options.coco_results:
         raise UserError(f"--coco-results is of images, and the frames of {videos[0]} have no ids; leave one out")
-    pictures = output_files(inputs, folder)
+    with from_option("--output"):
+        pictures = output_files(inputs, folder)
 
     detector = load_detector(file).to(device, memory_format=torch.channels_last)
-    image_ids = image_ids_of(images, options.annotations, detector)
+    with from_option("--annotations"):
+        image_ids = image_ids_of(images, options.annotations, detector.real_categories)
     finder = Finder(prepare_for_detection(detector, bf16=bf16), device, bf16, options.threshold)
     folder.mkdir(parents=True, exist_ok=True)
     if images:
@@ -175,12 +178,12 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
     with ExitStack() as files:
         add = files.enter_context(json_list(frames_file(out)))
         if options.pictures:
-            pictures = files.enter_context(video_file(out, video.rate))
+            add_picture = files.enter_context(video_file(out, video.rate))
         try:
             for batch in batches(frames, options.batch_size):
                 for frame, found in zip(batch, finder.find(batch, range(len(batch))), strict=True):
                     if options.pictures:
-                        pictures.add(finder.picture(frame, found))
+                        add_picture(finder.picture(frame, found))
                     for entry in found:
                         del entry["image_id"]
                     add({"frame": number, "seconds": round(number / video.rate, 3), "detections": found})

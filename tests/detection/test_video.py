@@ -15,9 +15,9 @@ def opencv():
 
 
 def write(path, frames, rate=12.5):
-    with video_file(path, rate) as file:
+    with video_file(path, rate) as add:
         for frame in frames:
-            file.add(Image.fromarray(frame))
+            add(Image.fromarray(frame))
 
 
 def plain(colour, size=(48, 64)):
@@ -43,8 +43,8 @@ def test_an_odd_side_loses_its_last_pixels(opencv, tmp_path):
 
 def test_a_video_is_there_once_it_is_whole(opencv, tmp_path):
     path = tmp_path / "a.mp4"
-    with pytest.raises(KeyError), video_file(path, RATE) as file:
-        file.add(Image.fromarray(plain((1, 2, 3))))
+    with pytest.raises(KeyError), video_file(path, RATE) as add:
+        add(Image.fromarray(plain((1, 2, 3))))
         assert not path.exists()
         raise KeyError
     assert list(tmp_path.iterdir()) == []
@@ -72,7 +72,7 @@ def test_without_opencv_the_package_to_install_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     (tmp_path / "a.mp4").touch()
     for source in (tmp_path / "a.mp4", 0):
-        with pytest.raises(ValueError, match="a video takes OpenCV: pip install opencv-python-headless$"):
+        with pytest.raises(ValueError, match=r"a video needs cv2: pip install 'resbackbone\[video\]'$"):
             Video(source)
-    with pytest.raises(ValueError, match="pip install opencv-python-headless$"), video_file(tmp_path / "b.mp4", RATE):
+    with pytest.raises(ValueError, match=r"pip install 'resbackbone\[video\]'$"), video_file(tmp_path / "b.mp4", RATE):
         pass

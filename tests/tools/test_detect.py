@@ -131,7 +131,7 @@ def test_folders_and_patterns_are_looked_at_beside_files(run):
 def test_what_names_no_image_is_one_line(run):
     Path("set").mkdir()
     assert "set: holds no image (.jpg, " in error_of(run, "set")
-    assert "*.webp: no file fits this pattern" in error_of(run, "*.webp")
+    assert "*.webp: no file matches this pattern" in error_of(run, "*.webp")
     assert "--batch-size 0: 1 or more is wanted" in error_of(run, "a.png", "--batch-size", "0")
     assert "video clip.mp4: no such file" in error_of(run, "clip.mp4")
 
@@ -202,9 +202,9 @@ def clip():
     """Five frames of 64 x 48 at 10 a second."""
     pytest.importorskip("cv2", reason="OpenCV is not installed: pip install opencv-python-headless")
     noise = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), dtype=np.uint8)
-    with video_file(Path("clip.mp4"), 10.0) as file:
+    with video_file(Path("clip.mp4"), 10.0) as add:
         for frame in noise:
-            file.add(Image.fromarray(frame))
+            add(Image.fromarray(frame))
     return Path("clip.mp4")
 
 
