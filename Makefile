@@ -27,10 +27,10 @@ $(VENV): $(READY)
 
 # The stamp is written last, so an install that was interrupted starts again.
 $(READY): setup.py
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "resbackbone needs Python 3.10 or newer; say which with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "resbackbone needs Python 3.10 or newer; choose one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --upgrade pip
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --editable '.[all,dev]'
 	touch $(READY)
 
 demo: $(READY)

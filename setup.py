@@ -1,11 +1,19 @@
-"""Installs two packages: `resbackbone` (the backbone library) and `detection` (Faster R-CNN on COCO)."""
+"""Installs `resbackbone` (the library, with tools/ as resbackbone.tools) and `detection` (Faster R-CNN on COCO)."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
+[VERSION] = re.findall(r'^__version__ = "(.+)"$', (HERE / "resbackbone/__init__.py").read_text(encoding="utf-8"), re.M)
 
+BOTH = ["jinja2>=3.1", "pyyaml>=6", "simplejpeg>=1.7"]
+DETECTION = [*BOTH, "hotcoco>=1.3", "msgspec>=0.19", "pycocotools>=2.0.8"]
+TRAIN = [
+    *BOTH,
+    *("huggingface_hub>=0.30", "matplotlib>=3.8", "rich>=14.1", "tensorboard>=2.15", "timm>=1.0.15", "tyro>=1.0"),
+]
 SCALE = ["webdataset>=0.2.100"]
 DEMO = ["gradio>=6"]
 VIDEO = ["opencv-python-headless>=4.10"]
@@ -15,9 +23,11 @@ DOCS = ["mkdocs-material>=9.5.50", "mkdocstrings[python]>=1.0"]
 LINT = ["ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "pre-commit>=4"]
 DEV = [*EXPORT, *SCALE, *DOCS, *LINT, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "transformers>=4.50"]
 
+COMMANDS = ("train_coco", "pretrain", "detect", "evaluate_coco", "convert_weights", "doctor")
+
 setup(
     name="resbackbone",
-    version="0.1.0",
+    version=VERSION,
     description="ResNet backbones for detection: feature maps, frozen batch norm, FPN, and Faster R-CNN on COCO",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -29,28 +39,26 @@ setup(
         *(f"resbackbone.{name}" for name in find_packages(include=["tools", "tools.*"])),
     ],
     package_dir={"resbackbone.tools": "tools"},
-    package_data={"resbackbone.report": ["templates/*"]},
+    package_data={"resbackbone": ["py.typed"], "detection": ["py.typed"], "resbackbone.report": ["templates/*"]},
+    entry_points={
+        "console_scripts": [f"resbackbone-{name.replace('_', '-')} = resbackbone.tools.{name}:run" for name in COMMANDS]
+    },
+    # torch and torchvision bring the last three; these are the versions that our own imports need.
     install_requires=[
-        "torch>=2.11",
-        "torchvision>=0.26",
-        "safetensors>=0.4.3",
-        "numpy>=1.26",
-        "pillow>=10",
-        "timm>=1.0.15",
-        "huggingface_hub>=0.30",
-        "filelock>=3.12",
-        "pycocotools>=2.0.8",
-        "hotcoco>=1.3",
-        "msgspec>=0.19",
-        "pyyaml>=6",
-        "tyro>=1.0",
-        "rich>=14.1",
-        "tensorboard>=2.15",
-        "matplotlib>=3.8",
-        "simplejpeg>=1.7",
-        "jinja2>=3.1",
+        *("torch>=2.11", "torchvision>=0.26", "safetensors>=0.4.3"),
+        *("numpy>=1.26", "pillow>=10", "filelock>=3.12"),
     ],
-    extras_require={"demo": DEMO, "video": VIDEO, "export": EXPORT, "scale": SCALE, "docs": DOCS, "dev": DEV},
+    extras_require={
+        "detection": DETECTION,
+        "train": TRAIN,
+        "all": [*DETECTION, *TRAIN],
+        "demo": DEMO,
+        "video": VIDEO,
+        "export": EXPORT,
+        "scale": SCALE,
+        "docs": DOCS,
+        "dev": DEV,
+    },
     classifiers=[
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Image Recognition",

@@ -1,5 +1,9 @@
 """Detection over the backbones: `build_faster_rcnn` turns one into a Faster R-CNN."""
 
-from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
+from resbackbone.checks import require
+
+require("detection", "hotcoco", "msgspec", "pycocotools", "simplejpeg", "yaml", user="detection")
+
+from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector  # noqa: E402 - after the check
 
 __all__ = ["build_faster_rcnn", "load_detector", "save_detector"]

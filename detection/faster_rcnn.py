@@ -19,7 +19,7 @@ from detection.rpn import Anchors, FP32RPNHead, SampledRPN
 from detection.transforms import InputTransform
 from resbackbone import Backbone
 from resbackbone.backbone import backbone_from_config
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, one_of, require
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse
 from resbackbone.resnet import ResNet
@@ -353,6 +353,7 @@ def _described(weights: Weights, backbone: Mapping, detector: Mapping) -> Faster
 def _backbone(config: Mapping) -> Backbone:
     if "timm" not in config:
         return backbone_from_config(config)
+    require("train", "timm", user="a detector on a timm network")
     from resbackbone.adapters.from_timm import timm_backbone_from_config  # only here: other detectors do without timm
 
     return timm_backbone_from_config(config)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from importlib.util import find_spec
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -28,3 +29,14 @@ def require(extra: str, *modules: str, user: str) -> None:
     """
     if missing := [module for module in modules if find_spec(module) is None]:
         raise MissingPackage(f"{user} needs {', '.join(missing)}: pip install 'resbackbone[{extra}]'")
+
+
+def detection_clash() -> str | None:
+    """Say which other package `import detection` finds (the registry has one of this name); None if it finds ours."""
+    spec = find_spec("detection")
+    if spec is None:
+        return "detection is not installed: install resbackbone again"
+    if spec.origin and "resbackbone" in Path(spec.origin).read_text(encoding="utf-8"):
+        return None
+    found = spec.origin or spec.name
+    return f"{found} is another package named detection: pip uninstall detection, then install resbackbone again"

@@ -5,20 +5,9 @@ the name of ours, is one line and not a traceback.
 """
 
 import sys
-from importlib.util import find_spec
-from pathlib import Path
 from types import TracebackType
 
-from resbackbone.checks import MissingPackage, require
-
-
-def detection_clash() -> str | None:
-    """Say which other package is imported as `detection` instead of ours; None if it is ours."""
-    spec = find_spec("detection")
-    if spec is not None and spec.origin and "resbackbone" in Path(spec.origin).read_text(encoding="utf-8"):
-        return None
-    found = "is not installed" if spec is None else f"in {spec.origin} is another package than ours"
-    return f"detection {found}: pip uninstall detection, then install resbackbone again"
+from resbackbone.checks import MissingPackage, detection_clash, require
 
 
 def import_error_in_one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
@@ -31,4 +20,5 @@ def import_error_in_one_line(kind: type[BaseException], error: BaseException, tr
 
 
 sys.excepthook = import_error_in_one_line
-require("train", "rich", "tyro", "yaml", user="a command")
+TRAIN = ("huggingface_hub", "jinja2", "matplotlib", "rich", "simplejpeg", "tensorboard", "timm", "tyro", "yaml")
+require("train", *TRAIN, user="a command")

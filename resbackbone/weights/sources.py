@@ -15,7 +15,7 @@ from urllib.request import getproxies
 
 import torch
 
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, require
 from resbackbone.weights.download import download
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT
 from resbackbone.weights.zoo import (
@@ -132,6 +132,7 @@ def _torchvision(name: str) -> Located:
 
 
 def _timm(name: str) -> Located:
+    require("train", "timm", user="a timm: source")
     from timm.models import get_deprecated_models, get_pretrained_cfg, is_model_in_modules, list_models
 
     if current := get_deprecated_models().get(name):
@@ -233,6 +234,7 @@ def _hub_weights(repository: str, revision: str | None, files: Iterable[str]) ->
 
 def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
     """The file in huggingface_hub's cache (which locks, resumes and checks), or None if the repository has none."""
+    require("train", "huggingface_hub", user="the Hub")
     import huggingface_hub
     from huggingface_hub import errors
 

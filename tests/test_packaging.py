@@ -1,0 +1,151 @@
+"""The wheel is enough to use the library and to train; a package that is missing is one line that names its extra."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pytest
+
+import resbackbone
+
+ROOT = Path(__file__).parents[1]
+BROUGHT = ("torch", "torchvision", "safetensors")  # what the core needs
+
+
+def run(*words, folder: Path, status: int = 0, path: str = "") -> subprocess.CompletedProcess:
+    """Run a command in `folder`, with this PYTHONPATH."""
+    hidden = ("COCO_DIR", "DETECTRON2_DATASETS", "RESBACKBONE_DEBUG")
+    env = {name: value for name, value in os.environ.items() if name not in hidden} | {"PYTHONPATH": path}
+    words = [str(word) for word in words]
+    process = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, encoding="utf-8")
+    assert process.returncode == status, process.stdout + process.stderr
+    return process
+
+
+def environment(folder: Path, wheel: Path, *site_packages: str) -> tuple[Path, Path]:
+    """Make a virtual environment with the wheel and the packages in these folders; returns its Python and scripts."""
+    venv.create(folder, with_pip=False)
+    paths = sysconfig.get_paths("venv", {"base": str(folder), "platbase": str(folder)})
+    (Path(paths["purelib"]) / "others.pth").write_text("\n".join(site_packages), encoding="utf-8")
+    scripts = Path(paths["scripts"])
+    python = scripts / Path(sys.executable).name
+    options = ("--no-deps", "--no-index", "--ignore-installed", "--quiet", "--disable-pip-version-check")
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, folder=folder)
+    return python, scripts
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # a copy, for a build leaves folders in its source
+    others = (".*", "build", "datasets", "docs", "runs", "site", "tests", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*others))
+    options = ("--no-deps", "--no-build-isolation", "--quiet", "--disable-pip-version-check", "--wheel-dir", folder)
+    run(sys.executable, "-m", "pip", "wheel", *options, source, folder=folder)
+    [wheel] = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory, wheel):
+    """An environment with the wheel and all packages of this one."""
+    return environment(tmp_path_factory.mktemp("full"), wheel, *(p for p in sys.path if p.endswith("site-packages")))
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory, wheel):
+    """An environment with the wheel and, of the packages here, only the core's and what these need themselves."""
+    folder = tmp_path_factory.mktemp("packages")
+    queue, seen = list(BROUGHT), set()
+    while queue:
+        name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
+        if name in seen:
+            continue
+        seen.add(name)
+        try:
+            distribution = Distribution.from_name(name)
+        except ModuleNotFoundError:  # of another platform
+            continue
+        for file in distribution.files or ():
+            top = Path(file).parts[0]
+            if top not in ("..", "__pycache__") and not (folder / top).exists():
+                (folder / top).symlink_to(Path(distribution.locate_file(top)))
+        for requirement in distribution.requires or ():
+            if "extra ==" not in requirement:
+                queue.append(re.match(r"[\w.-]+", requirement)[0])
+    return environment(tmp_path_factory.mktemp("bare"), wheel, str(folder))
+
+
+def test_the_wheel_has_this_version_and_the_files_that_are_not_python(wheel):
+    assert wheel.name.startswith(f"resbackbone-{resbackbone.__version__}-")
+    names = zipfile.ZipFile(wheel).namelist()
+    templates = [f"resbackbone/report/templates/{path.name}" for path in ROOT.glob("resbackbone/report/templates/*")]
+    assert {"resbackbone/py.typed", "detection/py.typed", "resbackbone/tools/train_coco.py", *templates} <= set(names)
+    assert not [name for name in names if name.startswith(("tools/", "tests/"))]
+
+
+def test_the_installed_commands_train_and_check(full, tmp_path):
+    python, scripts = full
+    draw = "from detection.shapes import make_shapes; make_shapes('shapes', train_images=8, val_images=2, size=64)"
+    run(python, "-c", draw, folder=tmp_path)
+    where = "import detection, resbackbone.tools.detect as tool; print(detection.__file__, tool.__file__)"
+    for file in run(python, "-c", where, folder=tmp_path).stdout.split():
+        assert Path(file).is_relative_to(scripts.parent)
+    train = ("--data", "shapes", "--recipe", "short", "--max-steps", "5", "--log-period", "1", "--device", "cpu")
+    run(scripts / "resbackbone-train-coco", *train, "--output", "run", folder=tmp_path)
+    steps = [line for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines() if '"train"' in line]
+    assert len(steps) == 5 and (tmp_path / "run/model.safetensors").exists() and (tmp_path / "run/report.html").exists()
+    detected = run(scripts / "resbackbone-detect", "run", "shapes/val2017", "--device", "cpu", folder=tmp_path)
+    assert "all detections:" in detected.stdout
+    assert "everything installed works" in run(scripts / "resbackbone-doctor", folder=tmp_path).stdout
+
+
+def test_the_core_needs_torch_torchvision_and_safetensors_alone(bare, tmp_path):
+    python, _ = bare
+    code = "import resbackbone as r, torch; print(*r.build_resnet_backbone(50, fpn=True)(torch.zeros(1, 3, 65, 97)))"
+    assert run(python, "-c", code, folder=tmp_path).stdout.split() == ["p2", "p3", "p4", "p5", "p6"]
+
+
+@pytest.mark.parametrize(
+    "code, line",
+    [
+        ("import detection", "detection needs .*pycocotools.*: pip install 'resbackbone[detection]'"),
+        ("import resbackbone.classification", "resbackbone.classification needs .*: pip install 'resbackbone[train]'"),
+        ("import resbackbone.engine", "resbackbone.engine needs yaml: pip install 'resbackbone[train]'"),
+        ("build(18, weights='timm:resnet18.a1_in1k')", "a timm: source needs timm: pip install 'resbackbone[train]'"),
+        ("build(18, weights='hf:owner/name')", "the Hub needs huggingface_hub: pip install 'resbackbone[train]'"),
+    ],
+)
+def test_a_missing_package_is_one_line_that_names_its_extra(bare, tmp_path, code, line):
+    python, _ = bare
+    code = f"from resbackbone import build_resnet_backbone as build; {code}"
+    error = run(python, "-c", code, folder=tmp_path, status=1).stderr
+    assert "During handling" not in error
+    assert re.search(line.replace("[", r"\[") + "$", error.splitlines()[-1])
+
+
+def test_a_command_whose_packages_are_missing_is_one_line(bare, tmp_path):
+    python, scripts = bare
+    line = "error: a command needs .*rich.*tyro.*: pip install 'resbackbone\\[train\\]'\n"
+    for command in ([scripts / "resbackbone-train-coco"], [python, ROOT / "tools/train_coco.py"]):
+        assert re.fullmatch(line, run(*command, folder=tmp_path, status=1).stderr)
+    said = run(scripts / "resbackbone-doctor", folder=tmp_path).stdout
+    assert re.search(r"missing  detection needs \w+: pip install 'resbackbone\[detection\]'", said)
+
+
+def test_another_package_named_detection_is_one_line(full, tmp_path):
+    _, scripts = full
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/detection.py").write_text("faces = ['not ours']")
+    fix = "detection.py is another package named detection: pip uninstall detection, then install resbackbone again"
+    failed = run(scripts / "resbackbone-train-coco", folder=tmp_path, status=1, path=str(tmp_path / "other"))
+    assert failed.stderr.startswith("error: ") and failed.stderr.endswith(fix + "\n") and failed.stderr.count("\n") == 1
+    said = run(scripts / "resbackbone-doctor", folder=tmp_path, status=1, path=str(tmp_path / "other")).stdout
+    assert "FAILED   import detection: " in said and fix in said
