@@ -30,7 +30,7 @@ HOSTILE = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onl
 
 
 def everything(name):
-    """A page with a name wherever one can stand."""
+    """A page with a name in every place that takes one."""
     written = '<p>{{ name }}</p><svg><title>{{ name }}</title><rect class="{{ name }}"/></svg>'
     parts = [
         Markup(ENVIRONMENT.from_string(written).render(name=name)),
@@ -46,7 +46,7 @@ def paragraph(text):
 
 
 def loads(html):
-    """What a page asks for: the addresses in its attributes and styles."""
+    """The addresses in a page's attributes and styles."""
     addresses = re.findall(r"""(?:src|href|srcset|action|data|poster)\s*=\s*["']([^"']*)""", html)
     return [a for a in [*addresses, *re.findall(r"url\(([^)]*)|@import (\S*)", html)] if not str(a).startswith("#")]
 
@@ -64,7 +64,7 @@ def attributes_of(html):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_name_is_text_wherever_it_stands(name):
+def test_hostile_names_are_escaped_everywhere(name):
     html, harmless = everything(name), everything("cat")
     assert html.count("<script>") == 1 and html.count("</style>") == 1
     assert html.count("<") == harmless.count("<")  # no element more than with any other name
@@ -75,13 +75,13 @@ def test_a_hostile_name_is_text_wherever_it_stands(name):
 
 
 @pytest.mark.parametrize("name", ["\x00\x1b[31m", "\udcff", "\ufffe", "a\x85b"])
-def test_what_no_page_may_hold_is_replaced(name):
+def test_control_characters_and_surrogates_are_replaced(name):
     html = everything(name)
     html.encode("utf-8")
     assert "\ufffd" in html and not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufffe]", html)
 
 
-def test_a_name_of_any_length_takes_little_room():
+def test_long_names_are_cut():
     assert len(short("x" * 10_000)) == MAX_NAME and short("猫") == "猫"
     assert "x" * (MAX_NAME + 1) not in page("x" * 1000, "x" * 1000, [])
 
@@ -91,7 +91,7 @@ def test_a_name_of_any_length_takes_little_room():
     [(0, "0"), (1234567, "1,234,567"), (0.5, "0.5"), (-0.25, "-0.25"), (1.23456, "1.235"), (0.0000123, "1.23e-05")]
     + [(None, "n/a"), (math.nan, "n/a"), (math.inf, "n/a"), (1e300, "1.00e+300"), (98765.4, "9.88e+04")],
 )
-def test_numbers_are_short_and_what_is_undefined_says_so(value, shown):
+def test_numbers_are_short_and_undefined_ones_are_n_a(value, shown):
     assert number(value) == shown
 
 
@@ -102,7 +102,7 @@ def test_percent_has_one_decimal():
 # The page
 
 
-def test_a_page_is_whole_and_loads_nothing():
+def test_a_page_is_complete_and_loads_nothing():
     html = everything("cat")
     assert html.startswith("<!DOCTYPE html>") and html.rstrip().endswith("</html>")
     assert loads(html) == [] and "http://" not in html and "https://" not in html
@@ -117,7 +117,7 @@ def test_a_page_over_its_limit_leaves_out_the_largest_section_and_says_so():
     assert "Left out: its 2.0 MB" in html and "Big" in html
 
 
-def test_a_page_that_is_just_small_enough_is_whole(monkeypatch):
+def test_a_page_of_exactly_the_limit_is_complete(monkeypatch):
     sections = [Section("Big", paragraph("é" * 1000))]
     size = len(page("title", "", sections).encode())
     monkeypatch.setattr(page_module, "LIMIT", size)
@@ -132,14 +132,14 @@ def test_a_long_table_says_how_many_rows_it_does_not_show():
     assert "not shown" not in table(("a",), [("x",)] * MAX_ROWS)
 
 
-def test_a_cell_is_sorted_by_its_number_and_not_by_what_is_shown():
+def test_a_cell_is_sorted_by_its_value_and_not_by_its_text():
     html = table(("a", "b"), [("x", Cell("37.0", 0.3701)), ("y", Cell("n/a", None)), ("z", 1500)])
     values = re.findall(r'data-value="([^"]*)">([^<]*)', html)
     assert values == [("0.3701", "37.0"), ("", "n/a"), ("1500.0", "1,500")]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3000, 2), (97, 1301)])
-def test_a_picture_keeps_to_its_limits_and_its_shape(size):
+def test_a_picture_keeps_its_limits_and_aspect_ratio(size):
     uri, (width, height) = jpeg(Image.effect_noise(size, 90), side=400, limit=6000)
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) <= 6000 and max(width, height) <= 400
     assert width == size[0] or width / height == pytest.approx(size[0] / size[1], rel=0.1) or 1 in (width, height)
@@ -154,7 +154,7 @@ def curves_of(html):
     return [np.array([[float(v) for v in point.split()] for point in path.split("L")]) for path in paths]
 
 
-def test_a_curve_goes_through_its_points_upwards_and_to_the_right():
+def test_a_curve_goes_through_its_points():
     [points] = curves_of(line_chart("t", {"a": [(0, 1.0), (10, 2.0), (20, 4.0)]}, x="x"))
     (x0, y0), (x1, y1), (x2, y2) = points
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2) and x0 < x1
@@ -162,19 +162,19 @@ def test_a_curve_goes_through_its_points_upwards_and_to_the_right():
 
 
 @pytest.mark.parametrize("gap", [None, math.nan, math.inf])
-def test_what_is_not_finite_is_a_gap_in_a_curve(gap):
+def test_a_value_that_is_not_finite_is_a_gap_in_the_curve(gap):
     html = line_chart("t", {"a": [(0, 1.0), (1, 2.0), (2, gap), (3, 2.0), (4, 1.0)]}, x="x")
     assert [len(curve) for curve in curves_of(html)] == [2, 2] and "nan" not in html and "inf" not in html
 
 
-def test_a_single_point_is_a_dot_and_none_is_a_sentence():
+def test_a_single_point_is_a_dot_and_no_point_a_sentence():
     html = line_chart("t", {"a": [(7, 3.0)]}, x="x")
     assert html.count("<circle") == 1 and not curves_of(html)
     for points in ([], [(0, None)], [(0, math.nan), (1, None)]):
         assert "No finite value to draw." in line_chart("t", {"a": points}, x="x")
 
 
-def test_a_long_curve_is_thinned_and_its_band_keeps_the_extremes():
+def test_a_long_curve_is_thinned_and_its_band_shows_the_extremes():
     points = [(i, 1.0) for i in range(100_000)]
     points[50_001] = (50_001, 9.0)
     html = line_chart("t", {"a": points}, x="x", y_range=(0, 10))
@@ -207,7 +207,7 @@ def test_one_curve_needs_no_legend_and_two_have_one():
     assert "<i" not in line_chart("t", one, x="x") and line_chart("t", two, x="x").count("<i ") == 2
 
 
-# What a run's folder says
+# Sections of any run
 
 
 def run_of(
@@ -238,13 +238,13 @@ def test_small_numbers_at_an_axis_are_short():
     assert {"0.005", "0.02"} <= set(labels)
 
 
-def test_lines_that_are_half_written_or_strange_are_passed_over(tmp_path):
+def test_malformed_lines_of_metrics_are_skipped(tmp_path):
     log = run_of(tmp_path, trained(1), {"kind": "eval", "step": 1, "AP": 0.5}, "[]\n", '{"kind": "train"}\n', '{"kin')
     assert [line["step"] for line in log.train] == [1] and log.curve("AP", evaluations=True) == [(1, 0.5)]
     assert log.data_name() == "photos"
 
 
-def test_timing_weighs_a_line_by_the_updates_it_stands_for(tmp_path):
+def test_timing_weights_a_line_by_its_number_of_updates(tmp_path):
     first, second = trained(10, seconds=1.0), trained(40, seconds=3.0, memory_mib=1536.4)
     log = run_of(tmp_path, first, second, {"kind": "eval", "step": 40, "seconds": 7})
     html = html_of(timing_section(log))
@@ -265,9 +265,9 @@ def where_it_went(html):
     return {name: [float(value) for value in re.findall('data-value="([^"]*)"', cells)] for name, cells in rows}
 
 
-def test_the_parts_of_an_update_are_shown_and_what_is_left_of_it(tmp_path):
+def test_the_parts_of_an_update_and_the_rest_are_shown(tmp_path):
     parts = {"forward_seconds": 0.4, "backward_seconds": 0.8, "optimizer_seconds": 0.2}
-    lines = [trained(5, **parts), trained(10)]  # of the second one nothing but the data is known
+    lines = [trained(5, **parts), trained(10)]  # the second line has only data_seconds
     html = html_of(timing_section(run_of(tmp_path, *lines)))
     assert where_it_went(html) == {
         "waiting for data": [5, 0.25],
@@ -279,19 +279,19 @@ def test_the_parts_of_an_update_are_shown_and_what_is_left_of_it(tmp_path):
     assert "not listed" not in html and "<figcaption>Percent of an update</figcaption>" in html
 
 
-def test_a_run_that_has_just_begun_says_what_is_not_there_yet(tmp_path):
+def test_a_new_run_says_what_is_missing(tmp_path):
     log = RunLog(tmp_path)
     assert "Nothing to draw" in html_of(training_section(log)) and "No time" in html_of(timing_section(log))
     assert "no config.yaml" in html_of(configuration_section(log))
 
 
-def test_losses_that_are_not_numbers_leave_the_rest_of_the_curves(tmp_path):
+def test_undefined_losses_leave_the_rest_of_the_curve(tmp_path):
     lines = [trained(1, loss=math.nan), trained(2, loss=None), trained(3, loss=2.0), trained(4, loss=1.5)]
     html = html_of(training_section(run_of(tmp_path, *lines)))
     assert len(curves_of(html)[0]) == 2 and "nan" not in html.lower()
 
 
-def test_the_configuration_is_all_there(tmp_path):
+def test_the_configuration_is_complete(tmp_path):
     html = html_of(
         configuration_section(run_of(tmp_path, config="depth: 18\nweights: <b>\neffective:\n  rate: 0.02\n"))
     )
@@ -300,7 +300,7 @@ def test_the_configuration_is_all_there(tmp_path):
     assert "<td>torch</td>" in html and "<td>Python</td>" in html
 
 
-def test_a_report_that_fails_is_one_line_and_leaves_the_one_before(tmp_path):
+def test_a_report_that_fails_is_one_line_and_keeps_the_previous_one(tmp_path):
     said = []
     assert write_report(tmp_path, lambda: "before", said.append) == tmp_path / "report.html" and said == []
     assert write_report(tmp_path, lambda: 1 / 0, said.append) is None
@@ -318,7 +318,7 @@ def column(shown, number):
     return shown.locator(f"tbody tr td:nth-child({number})").all_inner_texts()
 
 
-def test_a_click_on_a_heading_sorts_and_another_turns_the_order(opened):
+def test_a_click_on_a_heading_sorts_and_a_second_reverses(opened):
     rows = [("b", 3), ("C", Cell("n/a", None)), ("a", 10), ("d", Cell("0.5", 0.5))]
     shown = opened(page("t", "", [Section("S", table(("name", "n", ""), [(*r, "x") for r in rows], sortable=True))]))
     shown.locator("th button").nth(1).click()
@@ -339,7 +339,7 @@ def test_a_browser_shows_a_hostile_name_as_text(opened, name):
     assert shown.said == [] and shown.locator("img").count() == 0
 
 
-def test_the_pages_policy_stops_what_slipped_through(opened):
+def test_the_content_security_policy_blocks_injected_markup(opened):
     slipped = Markup("<img src=x onerror=alert(1)><script>alert(2)</script><p onclick='alert(3)'>click</p>")
     shown = opened(page("t", "", [Section("S", slipped)]))
     shown.get_by_text("click").click()
@@ -349,7 +349,7 @@ def test_the_pages_policy_stops_what_slipped_through(opened):
 
 @pytest.mark.parametrize("width", [320, 390, 1280])
 @pytest.mark.parametrize("dark", [False, True])
-def test_no_page_is_wider_than_its_screen_and_it_follows_light_and_dark(opened, width, dark):
+def test_a_page_fits_its_screen_and_follows_light_and_dark(opened, width, dark):
     wide = table([f"column {i}" for i in range(30)], [["x" * 70] * 30])
     chart = line_chart("t", {"x" * 200: [(0, 1), (1, 2)], "b": [(0, 1)]}, x="x")
     shown = opened(page("T" * 70, "s" * 70, [Section("S", wide + chart)]), width=width, dark=dark)

@@ -19,7 +19,7 @@ def rows(said):
     return dict(line.strip().split("  ", 1) for line in said.splitlines() if line.startswith("  "))
 
 
-def test_a_summary_adds_up_what_the_metrics_say_by_the_updates_that_they_stand_for(tmp_path):
+def test_a_summary_weights_the_metrics_by_their_number_of_updates(tmp_path):
     run = tmp_path / "a-folder-of-a-name-so-long-that-no-table-of-eighty-columns-would-hold-it"
     write(
         run,

@@ -46,7 +46,7 @@ def rows(html):
 LABELS, BEST = [0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 0, 1]
 
 
-def test_a_report_has_every_section_and_the_numbers_it_was_given(tmp_path):
+def test_a_report_has_every_section_and_the_results(tmp_path):
     results = {"top1": 0.3333, "top5": 0.875, "images": 6, "unreadable": 1, "protocol": "10crop"}
     html = report_of(tmp_path, predictions(LABELS, BEST), results)
     assert re.findall("<h2>([^<]*)</h2>", html) == SECTIONS
@@ -57,7 +57,7 @@ def test_a_report_has_every_section_and_the_numbers_it_was_given(tmp_path):
     assert "<b>8.75</b><span>error" in html and "top-1, percent" not in html
 
 
-def test_classes_have_their_share_of_right_images(tmp_path):
+def test_each_class_has_its_accuracy(tmp_path):
     html = report_of(tmp_path, predictions(LABELS, [[0, 1], [1, 0], [1, 2], [1, 0], [0, 1], [1, 0]]))
     assert rows(part(html, "Classes")) == [
         ["cat", "3", "33.3", "66.7"],
@@ -89,7 +89,7 @@ def test_of_many_classes_only_the_most_confused_pairs_are_shown(tmp_path):
 
 
 @pytest.mark.parametrize("best", [LABELS, [-1] * 6])
-def test_nothing_wrong_is_said_and_unreadable_images_confuse_nothing(tmp_path, best):
+def test_without_wrong_predictions_the_page_says_so_and_unreadable_images_are_no_confusions(tmp_path, best):
     html = report_of(tmp_path, predictions(LABELS, best))
     assert "No image was classified wrongly." in part(html, "Confusions")
     assert "No image was classified wrongly." in part(html, "Worst images")
@@ -99,14 +99,14 @@ def shown_images(html):
     return [int(name) for name in re.findall(r"(\d+)\.png", part(html, "Worst images"))]
 
 
-def test_the_worst_images_have_the_largest_loss_of_the_wrong_ones(tmp_path):
+def test_the_worst_images_are_wrong_ones_with_the_largest_loss(tmp_path):
     losses = [9.0, 1.0, 3.0, 0.1, 2.0, 0.5]
     html = report_of(tmp_path, predictions(LABELS, BEST, losses=losses, bad=[4]))
     assert shown_images(html) == [2, 1, 5]  # 0 and 3 are right, 4 cannot be read
     assert "<b>cat</b>, predicted as dog, loss 3. 2.png" in html
 
 
-def test_without_losses_the_worst_are_those_whose_class_comes_last(tmp_path):
+def test_without_losses_the_worst_are_those_whose_class_ranks_last(tmp_path):
     best = [[1, 0, 2], [2, 1, 0], [0, 1, 2], [1, 2, 3]]
     shown = predictions([0, 0, 0, 0], best, classes=["cat", "dog", "owl", "elk"])
     assert shown_images(report_of(tmp_path, shown)) == [3, 1, 0]
@@ -125,7 +125,7 @@ def test_a_run_without_evaluation_says_why(tmp_path):
     assert "No evaluation yet." in report_of(tmp_path)
 
 
-def test_the_error_is_drawn_over_time_beside_that_of_the_training_batches(tmp_path):
+def test_the_error_over_time_is_drawn_with_that_of_the_training_batches(tmp_path):
     lines = [{"kind": "train", "step": s, "loss": 1.0, "lr": 0.1, "train_error": 0.5} for s in (1, 2)]
     assert "not drawn: no evaluation yet" in report_of(tmp_path, lines=lines)
     lines += [{"kind": "eval", "step": s, "error": 0.4} for s in (1, 2)]
@@ -135,7 +135,7 @@ def test_the_error_is_drawn_over_time_beside_that_of_the_training_batches(tmp_pa
     assert "Accuracy, percent" in report_of(tmp_path, lines=lines)
 
 
-def test_hostile_names_are_text_and_large_images_stay_within_two_megabytes(tmp_path):
+def test_hostile_names_are_escaped_and_large_images_stay_within_two_megabytes(tmp_path):
     names = ["<script>alert(1)</script>", *(f"class {i} {'<&' * 60}" for i in range(1, 500))]
     labels = np.arange(500)
     shown = predictions(labels, (labels + 1) % 500, losses=-labels, classes=names, size=(500, 400))

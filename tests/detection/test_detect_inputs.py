@@ -19,19 +19,19 @@ def found(*words, output="found", **options):
     return [str(path) for path in images], [str(video) for video in videos]
 
 
-def test_a_folder_is_its_images_in_the_order_of_their_names_and_recursively_those_below():
+def test_a_folder_gives_its_images_by_name_and_recursively_those_of_subfolders():
     assert found(".") == (["a.PNG", "b.jpg", "odd[1].png"], [])
     below = ["deep/a.png", "deep/er/z.webp"]
     assert found(".", recursive=True) == (["a.PNG", "b.jpg", *below, "odd[1].png"], [])
     assert found("deep", recursive=True) == (below, [])
 
 
-def test_pictures_of_an_earlier_call_are_no_images_unless_their_folder_is_what_is_given():
+def test_pictures_of_an_earlier_call_are_left_out_unless_their_folder_is_given():
     assert found(".", recursive=True, output="deep") == (["a.PNG", "b.jpg", "odd[1].png"], [])
     assert found("deep", output="deep") == (["deep/a.png"], [])
 
 
-def test_patterns_files_videos_and_cameras_keep_their_order_and_count_once():
+def test_patterns_files_videos_and_cameras_keep_their_order_without_duplicates():
     assert found("b.jpg", "**/*.[pP]*", "./b.jpg", "0", "clip.mp4") == (
         ["b.jpg", "a.PNG", "deep/a.png", "odd[1].png"],
         ["0", "clip.mp4"],
@@ -40,13 +40,13 @@ def test_patterns_files_videos_and_cameras_keep_their_order_and_count_once():
     assert found("odd[1].png") == (["odd[1].png"], [])  # a file's name, though it looks like a pattern
 
 
-def test_a_file_that_is_not_there_is_left_to_whoever_reads_it_but_a_file_of_digits_is_no_camera():
+def test_missing_files_are_kept_and_a_file_named_by_digits_is_no_camera():
     assert found("nowhere.jpg", "nowhere.mp4") == (["nowhere.jpg"], ["nowhere.mp4"])
     Path("7").touch()
     assert found("7") == (["7"], [])
 
 
-def test_a_folder_without_images_and_a_pattern_without_files_are_refused():
+def test_a_folder_without_images_and_a_pattern_without_files_are_rejected():
     Path("empty").mkdir()
     Path("above/deep").mkdir(parents=True)
     Path("above/deep/x.png").touch()
@@ -58,7 +58,7 @@ def test_a_folder_without_images_and_a_pattern_without_files_are_refused():
         found("*.gif")
 
 
-def test_pictures_and_videos_go_under_the_names_of_what_they_show_each_its_own():
+def test_outputs_are_named_after_their_inputs_and_are_distinct():
     images = [Path("x/a.jpg"), Path("y/a.png"), Path("a-1.png"), Path("b.tif")]
     videos = [Path("a.avi"), Path("z/a.mp4"), 2]
     names = [file.name for file in output_files(Inputs(images, videos), Path("found")).values()]
@@ -66,7 +66,7 @@ def test_pictures_and_videos_go_under_the_names_of_what_they_show_each_its_own()
     assert frames_file(Path("found/a-2.mp4")) == Path("found/a-2-frames.json")
 
 
-def test_nothing_that_is_given_is_written_over():
+def test_no_input_is_overwritten():
     with pytest.raises(ValueError, match="^deep: a picture would replace the image deep/a.png; choose another folder$"):
         output_files(Inputs([Path("deep/../deep/a.png")], []), Path("deep"))
     with pytest.raises(ValueError, match="a video would replace the video clip.mp4"):
@@ -83,14 +83,14 @@ def annotations(*names, categories=CATEGORIES):
     return Path("truth.json")
 
 
-def test_images_have_the_ids_of_the_annotations_by_the_longest_name_that_fits_or_numbers_from_1():
+def test_image_ids_come_from_the_longest_matching_name_or_count_from_1():
     images = [Path("a.png"), Path("deep/a.png"), Path("b.jpg")]
     truth = annotations("b.jpg", "deep/a.png", "a.png")
     assert image_ids_of(images, truth, CATEGORIES) == [72, 71, 70]
     assert image_ids_of(images, None, CATEGORIES) == [1, 2, 3]
 
 
-def test_annotations_of_other_images_or_categories_are_refused():
+def test_annotations_of_other_images_or_categories_are_rejected():
     with pytest.raises(ValueError, match="^truth.json: has no image named a.png$"):
         image_ids_of([Path("a.png")], annotations("b.jpg"), CATEGORIES)
     with pytest.raises(ValueError, match="^truth.json: its categories differ from the detector's$"):

@@ -15,97 +15,6 @@ from detection.scoring import DETECTION, METRICS, score_and_scorer
 from resbackbone.report.page import LIMIT
 
 
-def data_set(folder, count=3, size=(9, 7), names=("cat",), boxes=((1, 1, 5, 4),)):
-    """Grey images 1.. of `size` (width, height), each with `boxes`."""
-    images = [{"id": i, "file_name": f"{i}.png", "width": size[0], "height": size[1]} for i in range(1, count + 1)]
-    annotations = [{"image_id": image["id"], "category_id": 5, "bbox": list(box)} for image in images for box in boxes]
-    categories = [{"id": 5 + i, "name": name} for i, name in enumerate(names)]
-    folder.mkdir(exist_ok=True)
-    for image in images:
-        Image.new("RGB", size, (100, 100, 100)).save(folder / image["file_name"])
-    content = {"images": images, "annotations": annotations, "categories": categories}
-    (folder / "instances.json").write_text(json.dumps(content))
-    return CocoImages(folder, folder / "instances.json")
-
-
-def colours(picture):
-    return {colour for _, colour in picture.getcolors(picture.width * picture.height)}
-
-
-def grey(height, width):
-    return torch.full((3, height, width), 100, dtype=torch.uint8)
-
-
-def test_a_picture_shows_truth_and_detections_side_by_side_for_a_tiny_image_too(tmp_path):
-    dataset = data_set(tmp_path / "images", count=1)
-    found = np.array([(1, 5, (2, 2, 6, 4), 0.9)], DETECTION)
-    [path] = save_pictures(tmp_path / "pictures", dataset, found)
-    assert path == tmp_path / "pictures" / "000000000001.png"
-    picture = Image.open(path)
-    zoom = -(-MIN_SIDE // 7)
-    assert picture.size == (2 * 9 * zoom + GAP, 7 * zoom + 26)
-    left, right = (picture.crop((x, 26, x + 9 * zoom, picture.height)) for x in (0, 9 * zoom + GAP))
-    assert class_colour(0) in colours(left) and class_colour(0) in colours(right)
-    assert left.tobytes() != right.tobytes()
-
-
-def test_detections_of_a_low_score_or_of_other_images_are_not_drawn(tmp_path):
-    dataset = data_set(tmp_path / "images", count=1, boxes=())
-    found = np.array([(1, 5, (2, 2, 6, 4), 0.49), (2, 5, (2, 2, 6, 4), 0.9)], DETECTION)
-    [nothing] = save_pictures(tmp_path / "pictures", dataset, found)
-    assert class_colour(0) not in colours(Image.open(nothing))
-    [drawn] = save_pictures(tmp_path / "pictures", dataset, found, threshold=0.4)
-    assert class_colour(0) in colours(Image.open(drawn))
-
-
-@pytest.mark.parametrize("count, names", [(0, []), (1, [1]), (3, [1, 3, 5]), (12, [1, 2, 3, 4, 5])])
-def test_as_many_pictures_as_asked_for_are_spread_over_the_data_set(tmp_path, count, names):
-    dataset = data_set(tmp_path / "images", count=5)
-    written = save_pictures(tmp_path / "pictures", dataset, np.empty(0, DETECTION), count=count)
-    assert [int(path.stem) for path in written] == names
-    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(path.name for path in written)
-
-
-def test_an_image_that_cannot_be_read_has_no_picture(tmp_path):
-    dataset = data_set(tmp_path / "images", count=3)
-    (tmp_path / "images" / "2.png").write_bytes(b"")
-    written = save_pictures(tmp_path / "pictures", dataset, np.empty(0, DETECTION))
-    assert [int(path.stem) for path in written] == [1, 3]
-
-
-@pytest.mark.parametrize("name", ["猫 🐈", "\u0000\ufffe", "", "two\nlines", "a" * 300, "[bold]red[/bold]"])
-def test_any_class_name_can_be_drawn(name):
-    entries = [{"category_id": 5, "bbox": [2, 3, 20, 10], "score": 0.5}]
-    assert class_colour(0) in colours(draw_boxes(grey(33, 40), entries, {5: name}, title=name))
-
-
-def test_a_box_is_drawn_where_it_is_and_nothing_without_boxes():
-    assert colours(draw_boxes(grey(500, 600), [], {5: "cat"})) == {(100, 100, 100)}
-    picture = np.asarray(draw_boxes(grey(500, 600), [{"category_id": 5, "bbox": [200, 150, 300, 250]}], {5: "cat"}))
-    rows, columns = np.nonzero(np.any(picture != 100, axis=-1))
-    assert (columns.min(), columns.max(), rows.max()) == (200, 500, 400)
-    assert 100 < rows.min() < 150  # the label stands above the box
-    assert (picture[200:380, 220:480] == 100).all()
-
-
-def test_a_large_image_keeps_its_size_and_a_title_goes_above_it():
-    assert draw_boxes(grey(481, 640), [], {}).size == (640, 481)
-    assert draw_boxes(grey(481, 640), [], {}, title="truth").size == (640, 507)
-
-
-def test_a_sliver_of_an_image_is_not_enlarged_beyond_measure():
-    width, height = draw_boxes(grey(2, 1500), [], {}).size
-    assert width * height < 20e6
-
-
-def test_classes_have_light_colours_of_their_own():
-    assert len({class_colour(i) for i in range(80)}) == 80
-    assert all(sum(class_colour(i)) > 250 for i in range(80))
-
-
-# report.html
-
-
 def boxed(folder, boxes, *, names=("cat", "dog"), size=(60, 40), files=None):
     """A data set with an image for each list of (class, x, y, width, height[, crowd])."""
     (folder / "images").mkdir(parents=True)
@@ -122,6 +31,84 @@ def boxed(folder, boxes, *, names=("cat", "dog"), size=(60, 40), files=None):
     content = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "instances.json").write_text(json.dumps(content))
     return CocoImages(folder / "images", folder / "instances.json")
+
+
+def colours(picture):
+    return {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+
+
+def grey(height, width):
+    return torch.full((3, height, width), 100, dtype=torch.uint8)
+
+
+def test_a_picture_shows_truth_beside_detections_even_for_a_tiny_image(tmp_path):
+    dataset = boxed(tmp_path, [[(0, 1, 1, 5, 4)]], size=(9, 7))
+    found = np.array([(1, 5, (2, 2, 6, 4), 0.9)], DETECTION)
+    [path] = save_pictures(tmp_path / "pictures", dataset, found)
+    assert path == tmp_path / "pictures" / "000000000001.png"
+    picture = Image.open(path)
+    zoom = -(-MIN_SIDE // 7)
+    assert picture.size == (2 * 9 * zoom + GAP, 7 * zoom + 26)
+    left, right = (picture.crop((x, 26, x + 9 * zoom, picture.height)) for x in (0, 9 * zoom + GAP))
+    assert class_colour(0) in colours(left) and class_colour(0) in colours(right)
+    assert left.tobytes() != right.tobytes()
+
+
+def test_detections_with_low_scores_or_of_other_images_are_not_drawn(tmp_path):
+    dataset = boxed(tmp_path, [[]])
+    found = np.array([(1, 5, (2, 2, 6, 4), 0.49), (2, 5, (2, 2, 6, 4), 0.9)], DETECTION)
+    [nothing] = save_pictures(tmp_path / "pictures", dataset, found)
+    assert class_colour(0) not in colours(Image.open(nothing))
+    [drawn] = save_pictures(tmp_path / "pictures", dataset, found, threshold=0.4)
+    assert class_colour(0) in colours(Image.open(drawn))
+
+
+@pytest.mark.parametrize("count, names", [(0, []), (1, [1]), (3, [1, 3, 5]), (12, [1, 2, 3, 4, 5])])
+def test_the_requested_number_of_pictures_is_spread_over_the_data_set(tmp_path, count, names):
+    dataset = boxed(tmp_path, [[]] * 5)
+    written = save_pictures(tmp_path / "pictures", dataset, np.empty(0, DETECTION), count=count)
+    assert [int(path.stem) for path in written] == names
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(path.name for path in written)
+
+
+def test_an_unreadable_image_has_no_picture(tmp_path):
+    dataset = boxed(tmp_path, [[]] * 3)
+    (tmp_path / "images" / "2.png").write_bytes(b"")
+    written = save_pictures(tmp_path / "pictures", dataset, np.empty(0, DETECTION))
+    assert [int(path.stem) for path in written] == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["猫 🐈", "\u0000\ufffe", "", "two\nlines", "a" * 300, "[bold]red[/bold]"])
+def test_any_class_name_can_be_drawn(name):
+    entries = [{"category_id": 5, "bbox": [2, 3, 20, 10], "score": 0.5}]
+    assert class_colour(0) in colours(draw_boxes(grey(33, 40), entries, {5: name}, title=name))
+
+
+def test_only_the_box_and_its_label_are_drawn():
+    assert colours(draw_boxes(grey(500, 600), [], {5: "cat"})) == {(100, 100, 100)}
+    picture = np.asarray(draw_boxes(grey(500, 600), [{"category_id": 5, "bbox": [200, 150, 300, 250]}], {5: "cat"}))
+    rows, columns = np.nonzero(np.any(picture != 100, axis=-1))
+    assert (columns.min(), columns.max(), rows.max()) == (200, 500, 400)
+    assert 100 < rows.min() < 150  # the label stands above the box
+    assert (picture[200:380, 220:480] == 100).all()
+
+
+def test_a_large_image_keeps_its_size_and_a_title_goes_above_it():
+    assert draw_boxes(grey(481, 640), [], {}).size == (640, 481)
+    assert draw_boxes(grey(481, 640), [], {}, title="truth").size == (640, 507)
+
+
+def test_a_very_narrow_image_is_not_enlarged_too_much():
+    width, height = draw_boxes(grey(2, 1500), [], {}).size
+    assert width * height < 20e6
+
+
+def test_classes_have_distinct_light_colors():
+    assert len({class_colour(i) for i in range(80)}) == 80
+    assert all(sum(class_colour(i)) > 250 for i in range(80))
+
+
+# report.html
 
 
 def found(*rows):
@@ -168,7 +155,7 @@ SECTIONS = ["Summary", "Training", "The 12 numbers", "Classes", "Precision and r
 SECTIONS += ["Worst and best images", "Timing", "Configuration"]
 
 
-def test_a_report_says_what_results_json_says(tmp_path):
+def test_a_report_agrees_with_results_json(tmp_path):
     html, results = report_of(tmp_path / "run", boxed(tmp_path, TWO), NEAR)
     for name in METRICS:
         assert values(part(html, "The 12 numbers"), name)[0] == results["bbox"][name]
@@ -184,7 +171,7 @@ def test_a_report_has_every_section_and_loads_nothing(tmp_path):
     assert "http://" not in html and "https://" not in html
     addresses = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert addresses and all(address.startswith(("#", "data:image/jpeg;base64,")) for address in addresses)
-    assert "AP over time, percent" in html and "not drawn" not in html
+    assert "AP over time, percent" in html and "needs two evaluations" not in html
     assert len(html.encode()) < LIMIT
 
 
@@ -198,7 +185,7 @@ def test_a_run_without_evaluation_says_what_is_missing(tmp_path, updates):
     assert part(html, "Training").count("<circle") == (0 if not updates else 5)  # loss, two parts, rate, norm
 
 
-def test_ap_is_drawn_over_time_once_there_are_two_evaluations(tmp_path):
+def test_ap_over_time_is_drawn_from_two_evaluations_on(tmp_path):
     dataset = boxed(tmp_path, TWO)
     assert "this run has one" in report_of(tmp_path / "run", dataset, NEAR)[0]
     assert "this run has one" not in report_of(tmp_path / "run", dataset, NEAR, evaluations=2)[0]
@@ -216,7 +203,7 @@ def test_a_report_on_images_without_objects_has_no_numbers(tmp_path):
     assert "There are no objects to find." in part(html, "Errors")
 
 
-def test_hostile_names_of_classes_and_files_are_text(tmp_path):
+def test_hostile_names_of_classes_and_files_are_escaped(tmp_path):
     hostile = ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>']
     dataset = boxed(tmp_path, TWO, names=hostile, files=["<b>'1&.png", "2.png"])
     html, _ = report_of(tmp_path / "run", dataset, NEAR)
@@ -233,7 +220,7 @@ def test_five_hundred_classes_and_large_images_stay_within_two_megabytes(tmp_pat
     assert part(html, "Classes").count("<tr>") == 501 and html.count("data:image/jpeg") == 6 + 6
 
 
-def test_what_has_been_scored_is_not_scored_again(tmp_path, monkeypatch):
+def test_a_scored_evaluation_is_not_scored_again(tmp_path, monkeypatch):
     dataset = boxed(tmp_path, TWO)
     results, scorer = score_and_scorer(dataset.annotations, NEAR)
     monkeypatch.setitem(scoring.BACKENDS, "hotcoco", None)
@@ -265,13 +252,13 @@ def errors_of(tmp_path, detections, boxes=TWO):
         ("background", (2, 0, 0, 33, 5, 5, 0.5)),
     ],
 )
-def test_an_error_is_counted_as_what_it_is(tmp_path, kind, row):
+def test_each_kind_of_error_is_counted(tmp_path, kind, row):
     right = [(1, 0, 2, 2, 20, 20, 0.9), (1, 1, 30, 5, 20, 30, 0.9), (2, 0, 10, 10, 30, 20, 0.9)]
     counts = errors_of(tmp_path, found(*right, row))
     assert counts == dict.fromkeys(counts, 0) | {kind: 1} and len(counts) == 6
 
 
-def test_an_object_that_nothing_touches_is_missed(tmp_path):
+def test_an_object_without_detection_is_missed(tmp_path):
     counts = errors_of(tmp_path, found((1, 0, 2, 2, 20, 20, 0.9), (2, 0, 10, 10, 30, 20, 0.9)))
     assert counts == dict.fromkeys(counts, 0) | {"missed": 1}
 
@@ -281,9 +268,9 @@ def outcome(tmp_path, boxes, *rows):
     return only.right.tolist(), only.seen.tolist()
 
 
-def test_the_surest_detection_takes_an_object_and_another_of_it_is_wrong(tmp_path):
+def test_the_highest_score_takes_an_object_and_a_duplicate_is_wrong(tmp_path):
     rows = [(1, 0, 2, 2, 20, 20, 0.6), (1, 0, 4, 2, 20, 20, 0.9), (1, 0, 2, 2, 20, 20, 0.4)]
-    assert outcome(tmp_path, [(0, 2, 2, 20, 20)], *rows) == ([True, False], [True])  # surest first, none under 0.5
+    assert outcome(tmp_path, [(0, 2, 2, 20, 20)], *rows) == ([True, False], [True])  # by falling score, none below 0.5
 
 
 @pytest.mark.parametrize("row", [(1, 1, 2, 2, 20, 20, 0.9), (1, 0, 13, 2, 20, 20, 0.9), (2, 0, 2, 2, 20, 20, 0.9)])
@@ -292,13 +279,13 @@ def test_another_class_place_or_image_is_no_match(tmp_path, row):
     assert not any(right) and seen == [False]
 
 
-def test_a_detection_in_a_crowd_of_its_class_counts_for_nothing(tmp_path):
+def test_a_detection_in_a_crowd_of_its_class_is_ignored(tmp_path):
     crowd = [(0, 0, 0, 50, 40, "crowd")]
     rows = [(1, 0, 5, 5, 10, 10, 0.9), (1, 1, 5, 5, 10, 10, 0.8)]
     assert outcome(tmp_path, crowd, *rows) == ([False], [])  # the other class's
 
 
-def test_the_worst_and_the_best_images_are_those_by_f1(tmp_path):
+def test_the_worst_and_best_images_are_ranked_by_f1(tmp_path):
     boxes = [[(0, 2, 2, 20, 20)], [(0, 2, 2, 20, 20)], [(0, 2, 2, 20, 20)] * 2, []]
     dataset = boxed(tmp_path, boxes)
     html, _ = report_of(tmp_path / "run", dataset, found((1, 0, 2, 2, 20, 20, 0.9), (3, 0, 2, 2, 20, 20, 0.9)))
@@ -310,7 +297,7 @@ def test_the_worst_and_the_best_images_are_those_by_f1(tmp_path):
     ]
 
 
-def test_an_image_that_cannot_be_read_is_passed_over_in_the_gallery(tmp_path):
+def test_the_gallery_skips_an_unreadable_image(tmp_path):
     dataset = boxed(tmp_path, TWO)
     (tmp_path / "images" / "2.png").write_bytes(b"")
     html, _ = report_of(tmp_path / "run", dataset, NEAR, skipped_images=["image 2.png: empty file"])
@@ -320,7 +307,7 @@ def test_an_image_that_cannot_be_read_is_passed_over_in_the_gallery(tmp_path):
     )
 
 
-def test_a_box_of_the_gallery_is_drawn_where_it_is_in_its_class_colour(tmp_path):
+def test_the_gallery_draws_a_box_in_place_in_its_class_color(tmp_path):
     html, _ = report_of(tmp_path / "run", boxed(tmp_path, [[(1, 30, 5, 20, 30)]]), found((1, 1, 0, 0, 3, 40, 0.75)))
     scale, colour = 400 / 60, ",".join(map(str, class_colour(1)))
     for kind, (x, y, w, h) in (("truth wrong", (30, 5, 20, 30)), ("found wrong", (0, 0, 3, 40))):

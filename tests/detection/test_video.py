@@ -24,7 +24,7 @@ def plain(colour, size=(48, 64)):
     return np.full((*size, 3), colour, np.uint8)
 
 
-def test_what_was_written_is_read_in_rgb_in_its_order_and_at_its_rate(opencv, tmp_path):
+def test_written_frames_are_read_back_as_rgb_in_order_and_at_their_rate(opencv, tmp_path):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
     write(tmp_path / "a.mp4", map(plain, colours))
     video = Video(tmp_path / "a.mp4")
@@ -41,7 +41,7 @@ def test_an_odd_side_loses_its_last_pixels(opencv, tmp_path):
     assert (height, width) == (44, 60)
 
 
-def test_a_video_is_there_once_it_is_whole(opencv, tmp_path):
+def test_a_video_appears_once_it_is_complete(opencv, tmp_path):
     path = tmp_path / "a.mp4"
     with pytest.raises(KeyError), video_file(path, RATE) as add:
         add(Image.fromarray(plain((1, 2, 3))))
@@ -52,7 +52,7 @@ def test_a_video_is_there_once_it_is_whole(opencv, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_is_no_video_and_no_camera_is_one_line_and_opencv_says_nothing(opencv, tmp_path, capfd):
+def test_an_unreadable_video_or_camera_is_one_line_and_opencv_prints_nothing(opencv, tmp_path, capfd):
     path = tmp_path / "a.mp4"
     path.write_bytes(b"no video" * 99)
     with pytest.raises(ValueError, match="a.mp4: not a video that OpenCV can read"):
@@ -62,7 +62,7 @@ def test_what_is_no_video_and_no_camera_is_one_line_and_opencv_says_nothing(open
     assert capfd.readouterr().err == ""
 
 
-def test_a_file_that_is_not_there_is_said_before_what_is_not_installed(monkeypatch):
+def test_a_missing_file_is_reported_before_a_missing_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ValueError, match="^video nowhere.mp4: no such file$"):
         Video(Path("nowhere.mp4"))

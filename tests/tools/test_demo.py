@@ -54,19 +54,19 @@ def test_moving_the_threshold_changes_boxes_and_table_without_the_network(shown,
     assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[1], pictures[2])
 
 
-def test_names_are_text_in_the_table(shown, photo):
+def test_names_are_escaped_in_the_table(shown, photo):
     _, listed = shown.boxes(shown.look(photo), 0.0)
     assert "&lt;img src=x onerror=alert(1)&gt;" in listed and "<img" not in listed
 
 
-def test_every_level_has_a_heat_map_and_says_what_map_it_is(shown, photo):
+def test_every_level_has_a_heat_map_with_a_caption(shown, photo):
     html = shown.levels(shown.look(photo))
     assert html.count("<img ") == html.count('src="data:image/jpeg;base64,') == 9
     assert "<b>c2</b>: 64 channels of 20 x 16, stride 4" in html
     assert "<b>p6</b>: 16 channels of 2 x 1, stride 64" in html
 
 
-def test_an_upload_that_cannot_be_read_is_named_without_the_place_where_it_is_kept(shown, tmp_path):
+def test_an_unreadable_upload_is_named_without_its_folder(shown, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     with pytest.raises(BadImage, match="^image notes.png: not an image$"):
         shown.look(tmp_path / "notes.png")
@@ -115,7 +115,7 @@ def page(address, chromium):
     context.close()
 
 
-def test_an_image_that_is_dropped_gets_boxes_and_heat_maps_and_the_threshold_moves_the_boxes(page, photo):
+def test_a_dropped_image_gets_boxes_and_heat_maps_and_the_threshold_filters_the_boxes(page, photo):
     page.set_input_files(INPUT, photo)
     page.wait_for_selector("#levels img", timeout=60_000)
     assert page.locator("#levels img").count() == 9
@@ -134,14 +134,14 @@ def test_an_image_that_is_dropped_gets_boxes_and_heat_maps_and_the_threshold_mov
     assert page.said == []
 
 
-def test_a_file_that_is_no_image_is_answered_on_the_page(page, tmp_path):
+def test_the_page_reports_a_file_that_is_no_image(page, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
     page.set_input_files(INPUT, tmp_path / "notes.png")
     page.get_by_text("image notes.png: not an image").wait_for(timeout=60_000)
     assert page.locator("#levels img").count() == 0
 
 
-def test_the_command_serves_on_this_machine_alone_until_it_is_ended(detector, tmp_path, monkeypatch, capsys):
+def test_the_command_serves_on_this_machine_only_until_it_is_interrupted(detector, tmp_path, monkeypatch, capsys):
     gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install gradio")
     save_detector(detector, tmp_path / "model.safetensors")
     port = free_port()
