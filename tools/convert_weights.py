@@ -6,6 +6,7 @@ python tools/convert_weights.py fasterrcnn_resnet50_fpn_coco.pth detector.safete
 python tools/convert_weights.py runs/mine/model.safetensors mine.pkl --to detectron2
 """
 
+import inspect
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,12 @@ BARE = {
     "fpn_norm": None,
     "p6_from": "c5",
 }
+TRUNK_TYPES = {
+    **dict.fromkeys(("depth", "groups", "width_per_group", "in_channels"), int),
+    **dict.fromkeys(("shortcut", "norm"), str),
+    "stride_in_1x1": bool,
+    "eps": (int, float),
+}
 INPUTS = {"rgb": INPUT, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}
 TRANSFORMERS_FILES = {"config.json", "preprocessor_config.json", "model.safetensors"}
 
@@ -72,7 +79,7 @@ class Options:
     overwrite: bool = False
     """Replace a file that is there, or a folder of transformers."""
     list: bool = False
-    """List every named source, with depth, published accuracy and licence, and stop."""
+    """List all named weights with depth, published accuracy and licence, and stop."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,12 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     if weights.format == OURS and given not in (None, INPUT):
         raise UserError(f"{options.source} is a file of this package, for {describe_input(INPUT)}: --input is not")
     weights = described(weights, options)
-    try:
-        print_found(weights)
-        check_whole(weights)
-        difference = write_checked(options.destination, weights, options.to)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{options.source} describes a network this version cannot build ({error!r})") from None
+    print_found(weights)
+    check_whole(weights)
+    difference = write_checked(options.destination, weights, options.to)
     console.print(
         f"wrote   {options.destination} ({options.to}), read back: {len(weights.state)} tensors, "
         f"largest relative difference {difference:.1g}"
@@ -134,6 +138,7 @@ def described(weights: Weights, options: Options) -> Weights:
     for name in ("licence", "recipe"):
         if getattr(options, name) is not None:
             metadata[name] = getattr(options, name)
+    check_description(weights)
     trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
     assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name, None) is None}
     metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}
@@ -144,6 +149,18 @@ def described(weights: Weights, options: Options) -> Weights:
         except ValueError as error:
             raise UserError(f"{error}; --part backbone converts these") from None
     return weights
+
+
+def check_description(weights: Weights) -> None:
+    """Raise ValueError if the file's own description of its network is not one that this version can build."""
+    trunk, detector = weights.metadata.get("backbone", {}), weights.metadata.get("detector")
+    wrong = [name for name, kind in TRUNK_TYPES.items() if name in trunk and not isinstance(trunk[name], kind)]
+    if detector is not None:
+        known = inspect.signature(build_faster_rcnn).parameters.keys()
+        wrong += [name for name in ("num_classes", "variant") if name not in detector]
+        wrong += [name for name in detector if name not in known]
+    if wrong:
+        raise UserError(f"{weights.source} describes a network this version cannot build: {', '.join(wrong)}")
 
 
 def is_detector(weights: Weights) -> bool:
@@ -247,11 +264,12 @@ def print_advice(weights: Weights, options: Options) -> None:
 
 
 def print_sources() -> None:
-    """Every named source with depth, published accuracy and licence."""
+    """All named weights with depth, published accuracy and licence."""
     rows = [("weights", "depth", "what", "accuracy", "licence", "published in")]
-    for source in list_sources():
-        value = "" if source.value is None else f"{source.value:.1f} {source.metric}"
-        rows.append((source.name, str(source.depth), source.kind, value, source.licence, source.published))
+    for named in list_sources():
+        metric = {"classifier": "top-1", "detector": "box AP"}[named.kind]
+        accuracy = "" if named.accuracy is None else f"{named.accuracy:.1f} {metric}"
+        rows.append((named.name, str(named.depth), named.kind, accuracy, named.licence, named.published))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:  # a line each, however wide the terminal is: names are there to be copied
         console.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

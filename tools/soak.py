@@ -30,7 +30,7 @@ class Options:
     """Break trainings, go on with them, and compare them with runs that were left alone."""
 
     faults: tuple[str, ...] = ()
-    """Of kill, terminate, damage, full-disk, download, restart, bad-rank, two-nodes and evaluation.
+    """Of kill, terminate, damage, full-disk, restart, bad-rank, two-nodes and evaluation.
     Default: all."""
     kills: int = 50
     """How many kills, half of a detector's training and half of a classifier's; the other faults scale with it."""

@@ -24,7 +24,6 @@ from resbackbone.weights.zoo import (
     DETECTRON2_LICENCE,
     TORCHVISION_LICENCE,
     detectron2_accuracy,
-    timm_accuracy,
     torchvision_accuracy,
     torchvision_names,
 )
@@ -155,7 +154,7 @@ def _timm(name: str) -> Located:
     path = _hub_weights(repository, revision or None, files)
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     stated = {"source": f"timm:{name}", "url": f"https://huggingface.co/{repository}", "licence": "unknown"}
-    return Located(path, {**stated, "accuracy": timm_accuracy(name), **_stated_by_timm(config.to_dict())})
+    return Located(path, {**stated, "accuracy": [], **_stated_by_timm(config.to_dict())})
 
 
 def _refuse_anti_aliased(architecture: object) -> None:
@@ -188,7 +187,7 @@ def _hugging_face(name: str) -> Located:
         "source": f"hf:{name}",
         "url": f"https://huggingface.co/{repository}",
         "licence": _licence(card),
-        "accuracy": timm_accuracy(repository.removeprefix("timm/")) if repository.startswith("timm/") else [],
+        "accuracy": [],
     }
     if config.get("model_type") == "resnet":
         preprocessor = _hub_json(repository, revision, "preprocessor_config.json")
@@ -313,7 +312,7 @@ def _licence(card: Path | None) -> str:
 def _detectron2(name: str) -> Located:
     config = name.removesuffix(".yaml")
     if config in DETECTRON2_FASTER_RCNN:
-        name = f"{config}/{DETECTRON2_FASTER_RCNN[config][1]}"
+        name = f"{config}/{DETECTRON2_FASTER_RCNN[config][0]}"
     elif not name.endswith(".pkl") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name) or ".." in name:
         known = [*DETECTRON2_IMAGENET, *(f"{config}.yaml" for config in DETECTRON2_FASTER_RCNN)]
         raise UserError(
@@ -324,7 +323,7 @@ def _detectron2(name: str) -> Located:
     cache = Path(os.environ.get("FVCORE_CACHE", "~/.torch/iopath_cache")).expanduser()
     path = cache / "detectron2" / name
     md5 = re.search(r"/model_final_([0-9a-f]{6})\.pkl$", name)  # its MODEL_ZOO.md: the digits begin the file's md5
-    download(DETECTRON2_URL + name, path, md5=md5[1] if md5 else None)
+    download(DETECTRON2_URL + name, path, md5=md5[1] if md5 else "")
     stated = {
         "source": f"detectron2:{name}",
         "url": DETECTRON2_URL + name,
@@ -384,15 +383,15 @@ def published_eps(file: str) -> dict[str, float]:
     return {"eps": 0.0} if any(Path(url).name == file for url in urls) else {}
 
 
-def published_sha256(file: str) -> str | None:
-    """The first 8 digits of a file's sha256, or all 64, where its name ends in them: resnet50-0676ba61.pth.
+def published_sha256(file: str) -> str:
+    """The first 8 digits of a file's sha256, or all 64, where its name ends in them (resnet50-0676ba61.pth), else "".
 
     torch.hub's convention, which timm and mmdetection keep: behind a hyphen, before .pth or .pt. Eight digits that
     read as a day (-20200130.pth) are taken for one, and so are no hash; #sha256= behind a URL goes before either.
     """
     match = re.search(r"-([0-9a-f]{64}|[0-9a-f]{8})\.pth?$", file)
     if not match or re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", match[1]):
-        return None
+        return ""
     return match[1]
 
 

@@ -36,7 +36,7 @@ def downloads(monkeypatch):
     """The calls of download(), none of which downloads."""
     calls = []
 
-    def record(url, to, *, sha256=None, md5=None):
+    def record(url, to, *, sha256="", md5=""):
         calls.append((url, to, sha256, md5))
 
     monkeypatch.setattr(sources, "download", record)
@@ -86,7 +86,7 @@ def test_torchvision_weights_lie_where_torchvision_keeps_them_and_say_what_it_sa
     path, stated = locate("torchvision:ResNet50_Weights.IMAGENET1K_V2")
     url = "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"
     assert path == Path(torch.hub.get_dir()) / "checkpoints" / "resnet50-11ad3fa6.pth"
-    assert downloads == [(url, path, "11ad3fa6", None)]
+    assert downloads == [(url, path, "11ad3fa6", "")]
     assert stated["source"] == "torchvision:ResNet50_Weights.IMAGENET1K_V2" and stated["url"] == url
     top1 = stated["accuracy"][0]
     assert (top1["data"], top1["metric"], top1["value"]) == ("ImageNet-1k val", "top-1", 80.858)
@@ -140,7 +140,6 @@ def test_timm_weights_come_from_its_hub_and_say_what_its_registry_says(hub):
     path, stated = locate("timm:resnet50.a1_in1k")
     assert path.name == "model.safetensors" and path.read_text() == "tensors"
     assert stated["licence"] == "apache-2.0" and stated["url"] == "https://huggingface.co/timm/resnet50.a1_in1k"
-    assert stated["accuracy"][0]["value"] == 80.382 and "results-imagenet.csv" in stated["accuracy"][0]["published"]
     assert stated["backbone"] == STRIDE_IN_3X3 and stated["input"] == INPUT
     assert stated["recipe"] == "a1_in1k (arXiv:2110.00476)"
     assert locate("timm:resnet50").stated["source"] == "timm:resnet50.a1_in1k"  # its default tag
@@ -228,7 +227,6 @@ def test_a_timm_repository_states_its_pretrained_cfg(hub, nested):
     stated = locate("hf:timm/resnet18.a1_in1k").stated
     assert stated["input"] == {**INPUT, "mean": [0.5] * 3, "std": [0.25] * 3}
     assert (stated["licence"], stated["classes"], stated["backbone"]) == ("mit", ["a", "b"], STRIDE_IN_3X3)
-    assert stated["accuracy"][0]["value"] == 71.504
 
 
 def test_a_timm_repository_of_a_network_that_only_looks_like_a_resnet_is_refused(hub):
@@ -323,7 +321,7 @@ def test_detectron2_files_with_configs_of_their_own_state_nothing_assumed(downlo
 def test_a_config_of_detectron2s_zoo_stands_for_its_file(downloads):
     path, stated = locate("detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
     name = "COCO-Detection/faster_rcnn_R_50_FPN_1x/137257794/model_final_b275ba.pkl"
-    assert downloads == [(f"https://dl.fbaipublicfiles.com/detectron2/{name}", path, None, "b275ba")]  # md5: MODEL_ZOO
+    assert downloads == [(f"https://dl.fbaipublicfiles.com/detectron2/{name}", path, "", "b275ba")]  # md5: MODEL_ZOO
     assert stated["source"] == f"detectron2:{name}" and stated["accuracy"][0]["value"] == 37.9
     assert stated["recipe"] == "detectron2 configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
     assert stated["input"] == BGR_255
@@ -428,12 +426,12 @@ def test_no_url_leads_out_of_the_cache(downloads, url):
         ("faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth", "047c8118"),
         ("resnet34-43635321.pth", "43635321"),  # timm's, and no day
         (f"net-{'a1' * 32}.pt", "a1" * 32),
-        ("net-20200130.pth", None),  # a day
-        ("resnet18_fbgemm_16fa66dd.pth", None),
-        ("net-0676ba6.pth", None),
-        ("net-0676ba61.pkl", None),
-        ("net-" + "0676ba61" * 5 + ".pth", None),  # a commit
-        ("model.safetensors", None),
+        ("net-20200130.pth", ""),  # a day
+        ("resnet18_fbgemm_16fa66dd.pth", ""),
+        ("net-0676ba6.pth", ""),
+        ("net-0676ba61.pkl", ""),
+        ("net-" + "0676ba61" * 5 + ".pth", ""),  # a commit
+        ("model.safetensors", ""),
     ],
 )
 def test_the_digits_of_a_file_name_that_are_its_hash(file, digits):
@@ -445,7 +443,7 @@ def test_the_digits_are_those_that_torch_hub_checks():
     assert len(files) > 20
     for file in files:
         hashed = torch.hub.HASH_REGEX.search(file)
-        assert published_sha256(file) == (hashed[1] if hashed else None)
+        assert published_sha256(file) == (hashed[1] if hashed else "")
 
 
 def test_without_a_network_nothing_is_tried_again_and_again(monkeypatch, capfd):

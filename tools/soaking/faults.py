@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from resbackbone.engine.checkpoints import checkpoints
-from resbackbone.tools.soaking.places import slow_server, small_disk
+from resbackbone.tools.soaking.places import small_disk
 from resbackbone.tools.soaking.subject import (
     PATIENCE,
     TORCHRUN,
@@ -24,7 +23,6 @@ from resbackbone.tools.soaking.subject import (
     last_step,
     metrics,
     saving,
-    size_of,
     wait_for,
     workers,
 )
@@ -148,25 +146,6 @@ def full_disk(subject: Subject, times: int, moments: random.Random) -> Row:
     return Row("full disk while saving", subject.name, times, outcome, lost)
 
 
-def download(subject: Subject, times: int, moments: random.Random) -> Row:
-    """SIGKILL in the middle of a download from a slow server."""
-    source, to = subject.folder / "served" / "weights.bin", subject.folder / "downloaded.bin"
-    source.parent.mkdir()
-    source.write_bytes(moments.randbytes(8 << 20))
-    program = "import sys; from resbackbone.weights.download import download; download(*sys.argv[1:])"
-    with slow_server(source.parent) as address:
-        for _ in range(times):
-            process = subprocess.Popen([sys.executable, "-c", program, f"{address}/weights.bin", str(to)], stderr=-3)
-            part, had = to.with_name(f"{to.name}.part"), size_of(to.with_name(f"{to.name}.part"))
-            wait_for(lambda part=part, had=had: size_of(part) > had, process)
-            time.sleep(moments.uniform(0, 0.3))
-            process.kill()
-            process.wait()
-        subprocess.run([sys.executable, "-c", program, f"{address}/weights.bin", str(to)], check=True, stderr=-3)
-    lost = [] if to.read_bytes() == source.read_bytes() else ["the file differs"]
-    return Row("SIGKILL in a download", "weights", times, "went on where it stopped; the file is the server's", lost)
-
-
 def restart(subject: Subject, times: int, moments: random.Random) -> Row:
     """One of two workers killed, under torchrun --max-restarts, which starts both again."""
     run = subject.new_run("restart")
@@ -243,7 +222,6 @@ FAULTS: dict[str, Callable[[Subject, int, random.Random], Row]] = {
     "terminate": terminate,
     "damage": damage,
     "full-disk": full_disk,
-    "download": download,
     "restart": restart,
     "bad-rank": bad_rank,
     "two-nodes": two_nodes,

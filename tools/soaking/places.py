@@ -1,11 +1,7 @@
-"""Surroundings that go wrong: a disk that is too small, a server that is slow."""
+"""Surroundings that go wrong: a disk that is too small."""
 
 import subprocess
-import threading
-import time
-from contextlib import contextmanager, suppress
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -23,25 +19,3 @@ def small_disk(place: Path, size: int):
     finally:
         if mounted:
             subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-@contextmanager
-def slow_server(folder: Path):
-    """A file server on this machine that sends 4 MB a second; its address."""
-
-    class Handler(SimpleHTTPRequestHandler):
-        def copyfile(self, source, outputfile):
-            while block := source.read(1 << 16):
-                with suppress(OSError):
-                    outputfile.write(block)
-                time.sleep(1 / 64)
-
-        def log_message(self, *_):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()

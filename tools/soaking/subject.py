@@ -114,10 +114,6 @@ def evaluating(run: Path) -> bool:
     return step > 0 and step % 8 == 0 and step not in {line["step"] for line in metrics(run, "eval")}
 
 
-def size_of(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
     """Until the condition holds or the process has ended."""
     deadline = time.monotonic() + PATIENCE
