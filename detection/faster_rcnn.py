@@ -23,7 +23,8 @@ from resbackbone.checks import UserError, one_of, require
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse
 from resbackbone.resnet import ResNet
-from resbackbone.weights import MEAN, STD, Weights, fit, read_weights, write_weights
+from resbackbone.weights import MEAN, STD, Weights, read_weights, write_weights
+from resbackbone.weights.fit import fit
 from resbackbone.weights.sources import is_named
 
 BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`

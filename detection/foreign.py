@@ -3,7 +3,8 @@
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from resbackbone.checks import UserError
-from resbackbone.weights import Weights, backbone_part, pyramid_of, resolve_architecture
+from resbackbone.weights import Weights
+from resbackbone.weights.fit import backbone_part, pyramid_of, resolve_architecture
 from resbackbone.weights.formats import STAGE5
 
 NOT_A_CLASS = "N/A"  # torchvision's name for the ids that COCO skips: its detectors have outputs for them

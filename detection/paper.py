@@ -17,7 +17,8 @@ from detection.transforms import InputTransform
 from resbackbone import Backbone
 from resbackbone.backbone import FREEZABLE
 from resbackbone.checks import UserError, one_of
-from resbackbone.weights import fit, read_weights
+from resbackbone.weights import read_weights
+from resbackbone.weights.fit import fit
 from resbackbone.weights.inputs import INPUT, describe_input
 
 REFINEMENT_NMS = 0.3  # IoU, of the union of first and refined predictions

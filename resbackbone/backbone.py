@@ -13,7 +13,8 @@ from resbackbone.export import export_backbone
 from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
 from resbackbone.layers import fuse
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, count_norms, sorted_levels
-from resbackbone.weights import backbone_part, fit, pyramid_of, read_weights, resolve_architecture
+from resbackbone.weights import read_weights
+from resbackbone.weights.fit import backbone_part, fit, pyramid_of, resolve_architecture
 
 FREEZABLE = ("none", "stem", *TRUNK_LEVELS)
 DEFAULT_PYRAMID = ("p2", "p3", "p4", "p5", "p6")

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from resbackbone.checks import UserError, one_of
 from resbackbone.layers import SHORTCUTS, conv, conv_norm, norm_layer
 from resbackbone.resnet import BasicBlock, Layout
-from resbackbone.weights import architecture_of, fit, read_weights, write_weights
+from resbackbone.weights import read_weights, write_weights
+from resbackbone.weights.fit import architecture_of, fit
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)  # Table 6
 STAGES = {"layer1": (16, 1), "layer2": (32, 2), "layer3": (64, 2)}  # channels, stride

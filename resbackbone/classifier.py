@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS, ResNet
-from resbackbone.weights import Weights, fit, read_weights, resolve_architecture
+from resbackbone.weights import Weights, read_weights
+from resbackbone.weights.fit import fit, resolve_architecture
 
 
 class ResNetClassifier(ResNet):

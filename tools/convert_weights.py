@@ -22,12 +22,12 @@ from resbackbone.backbone import backbone_from_config
 from resbackbone.checks import UserError, one_of
 from resbackbone.classifier import ResNetClassifier
 from resbackbone.resnet import STAGES
-from resbackbone.weights import Weights, backbone_part, fitting, pyramid_of, read_weights, resolve_architecture
+from resbackbone.weights import Weights, list_sources, read_weights
+from resbackbone.weights.fit import backbone_part, fitting, pyramid_of, resolve_architecture
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, describe_input
 from resbackbone.weights.read import has_bottlenecks
 from resbackbone.weights.write import OURS, TARGETS, architecture_name, largest_difference, only_part, write_as
-from resbackbone.weights.zoo import list_sources
 
 GEOMETRY_OF = {"torchvision": "torchvision", "detectron2": "detectron2", "mmdetection": "detectron2"}
 # A backbone's config beside its trunk's, of a network that is built to be compared and not to be run.

@@ -53,7 +53,8 @@ from resbackbone.tools.pretraining.options import (
     default_folder,
     recipe_of,
 )
-from resbackbone.weights import read_weights, resolve_architecture, write_weights
+from resbackbone.weights import read_weights, write_weights
+from resbackbone.weights.fit import resolve_architecture
 from resbackbone.weights.write import architecture_name
 
 

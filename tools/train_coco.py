@@ -59,7 +59,8 @@ from resbackbone.engine.state import NonFinite, TrainState, seed_step
 from resbackbone.report.numbers import percent
 from resbackbone.report.summary import summary
 from resbackbone.resnet import DEPTHS
-from resbackbone.weights import Weights, architecture_of, backbone_part, resolve_architecture
+from resbackbone.weights import Weights
+from resbackbone.weights.fit import architecture_of, backbone_part, resolve_architecture
 
 ENGINES = ("torchvision", "detectron2")
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1"

@@ -1,21 +1,19 @@
-"""The one door for weights: where they come from, what they say about themselves, and whether they fit."""
+"""Weights of any known format in and out, and the named weights to start from."""
 
 from resbackbone.weights.file import write_weights
-from resbackbone.weights.fit import architecture_of, backbone_part, fit, fitting, pyramid_of, resolve_architecture
 from resbackbone.weights.inputs import INPUT, MEAN, STD
 from resbackbone.weights.read import Weights, read_weights
+from resbackbone.weights.write import write_as
+from resbackbone.weights.zoo import NamedWeights, list_sources
 
 __all__ = [
     "INPUT",
     "MEAN",
     "STD",
+    "NamedWeights",
     "Weights",
-    "architecture_of",
-    "backbone_part",
-    "fit",
-    "fitting",
-    "pyramid_of",
+    "list_sources",
     "read_weights",
-    "resolve_architecture",
+    "write_as",
     "write_weights",
 ]

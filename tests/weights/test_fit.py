@@ -7,7 +7,8 @@ from torch import nn
 
 from resbackbone import build_resnet_backbone
 from resbackbone.resnet import DEPTHS, ResNet
-from resbackbone.weights import Weights, architecture_of, backbone_part, fit, pyramid_of, resolve_architecture
+from resbackbone.weights import Weights
+from resbackbone.weights.fit import architecture_of, backbone_part, fit, pyramid_of, resolve_architecture
 
 IN_TORCHVISION = [depth for depth in DEPTHS if hasattr(torchvision.models, f"resnet{depth}")]
 
