@@ -15,9 +15,9 @@ from detection.gallery import class_colour, gallery
 from detection.scoring import BACKENDS, METRICS, entries
 from resbackbone.image_io import BadImage
 from resbackbone.report.charts import bar, line_chart
-from resbackbone.report.numbers import number, percent
-from resbackbone.report.page import Section, fraction, macros, page, short
-from resbackbone.report.run import RunLog, configuration_section, timing_section, training_section
+from resbackbone.report.numbers import percent
+from resbackbone.report.page import Section, fraction, macros, short
+from resbackbone.report.run import RunLog, report_page
 from resbackbone.report.run import write_report as write_page
 
 CURVES = 6  # classes whose precision and recall are drawn
@@ -82,7 +82,7 @@ def save_pictures(
 def draw_boxes(
     image: Tensor, entries: Sequence[dict], categories: Mapping[int, str], *, title: str | None = None
 ) -> Image.Image:
-    """uint8 [3, H, W] with the boxes of `entries` (COCO annotations or detections), one color per class.
+    """uint8 [3, H, W] with the boxes of `entries` (COCO annotations or detections), one colour per class.
 
     Boxes are [x, y, width, height] in the image's pixels. A small image is enlarged; a title goes above it.
     """
@@ -131,15 +131,11 @@ def report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | No
     config, words = log.config, macros("detection.html")
     variant = config.get("variant", "?")
     network = "VGG-16" if variant == "vgg16" else f"R{config.get('depth', '?')}-{variant}"
-    subtitle = [f"recipe {config['recipe']}"] if "recipe" in config else []
-    subtitle += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
-    subtitle += [f"{number(results['images'])} images evaluated"] if results else ["no evaluation yet"]
     ap = {name: log.curve(name, evaluations=True, scale=100) for name in METRICS[:3]}
-    training = training_section(log, words.ap_over_time(ap, len(log.evaluations)))
+    summary = words.no_evaluation()
     if dataset is None or evaluation is None or results is None:
         titles = ("The 12 numbers", "Classes", "Precision and recall", "Errors", "Worst and best images")
-        sections = [Section("Summary", words.no_evaluation()), training]
-        sections += [Section(title, words.no_evaluation()) for title in titles]
+        sections = [Section(title, words.no_evaluation()) for title in titles]
     else:
         numbers = [(name, fraction(results["bbox"][name]), *MEANING[name]) for name in METRICS]
         classes = [
@@ -147,17 +143,16 @@ def report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | No
             for name, entry in results["per_class"].items()
         ]
         curves, errors = _curves_and_errors(dataset, evaluation)
+        summary = words.summary(results, METRICS[:6])
         sections = [
-            Section("Summary", words.summary(results, METRICS[:6])),
-            training,
             Section("The 12 numbers", words.numbers(numbers)),
             Section("Classes", words.classes(classes)),
             Section("Precision and recall", curves),
             Section("Errors", errors),
             gallery(dataset, evaluation.detections),
         ]
-    title = f"Faster R-CNN {network} on {log.data_name()}"
-    return page(title, ", ".join(subtitle), [*sections, timing_section(log), configuration_section(log)])
+    over_time = words.ap_over_time(ap, len(log.evaluations))
+    return report_page(log, f"Faster R-CNN {network}", results, summary=summary, over_time=over_time, sections=sections)
 
 
 def _curves_and_errors(dataset: CocoImages, evaluation: Evaluation) -> tuple[Markup, Markup]:

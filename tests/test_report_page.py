@@ -281,13 +281,13 @@ def test_the_parts_of_an_update_and_the_rest_are_shown(tmp_path):
 
 def test_a_new_run_says_what_is_missing(tmp_path):
     log = RunLog(tmp_path)
-    assert "Nothing to draw" in html_of(training_section(log)) and "No time" in html_of(timing_section(log))
+    assert "Nothing to draw" in html_of(training_section(log, Markup())) and "No time" in html_of(timing_section(log))
     assert "no config.yaml" in html_of(configuration_section(log))
 
 
 def test_undefined_losses_leave_the_rest_of_the_curve(tmp_path):
     lines = [trained(1, loss=math.nan), trained(2, loss=None), trained(3, loss=2.0), trained(4, loss=1.5)]
-    html = html_of(training_section(run_of(tmp_path, *lines)))
+    html = html_of(training_section(run_of(tmp_path, *lines), Markup()))
     assert len(curves_of(html)[0]) == 2 and "nan" not in html.lower()
 
 

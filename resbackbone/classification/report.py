@@ -10,8 +10,8 @@ from PIL import Image
 
 from resbackbone.image_io import BadImage
 from resbackbone.report.numbers import number
-from resbackbone.report.page import Section, absent, fraction, jpeg, macros, page, short
-from resbackbone.report.run import RunLog, configuration_section, timing_section, training_section
+from resbackbone.report.page import Section, absent, fraction, jpeg, macros, short
+from resbackbone.report.run import RunLog, report_page
 from resbackbone.report.run import write_report as write_page
 
 WHOLE_MATRIX = 20  # classes; with more, only the most confused pairs are shown
@@ -57,24 +57,20 @@ def write_report(
 def report(folder: Path, network: str, results: Mapping | None, predictions: Predictions | None, why_not: str) -> str:
     """The page that `write_report` writes."""
     log, words = RunLog(folder), macros("classification.html")
-    subtitle = [f"recipe {log.config['recipe']}"] if "recipe" in log.config else []
-    subtitle += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
-    subtitle += [f"{number(results['images'])} images evaluated"] if results else []
     names = {"top1": "top-1", "top5": "top-5", "error": "test"}
     curves = {title: log.curve(name, evaluations=True, scale=100) for name, title in names.items()}
     curves["training batches"] = log.curve("train_error", scale=100)
-    over_time = words.over_time({name: curve for name, curve in curves.items() if curve}, bool(log.evaluations))
     parts = [absent(why_not)] * 3
     if predictions is not None:
         parts = [_classes(predictions), _confusions(predictions), _worst(predictions)]
-    sections = [
-        Section("Summary", absent(why_not) if results is None else words.summary(results)),
-        training_section(log, over_time),
-        *map(Section, ("Classes", "Confusions", "Worst images"), parts),
-        timing_section(log),
-        configuration_section(log),
-    ]
-    return page(f"{network} on {log.data_name()}", ", ".join(subtitle), sections)
+    return report_page(
+        log,
+        network,
+        results,
+        summary=absent(why_not) if results is None else words.summary(results),
+        over_time=words.over_time({name: curve for name, curve in curves.items() if curve}, bool(log.evaluations)),
+        sections=list(map(Section, ("Classes", "Confusions", "Worst images"), parts)),
+    )
 
 
 def _classes(predictions: Predictions) -> Markup:

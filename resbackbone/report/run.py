@@ -14,8 +14,8 @@ from resbackbone.checks import UserError
 from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import read_yaml
 from resbackbone.report.charts import bar
-from resbackbone.report.numbers import finite
-from resbackbone.report.page import Cell, Section, fraction, macros, short
+from resbackbone.report.numbers import finite, number
+from resbackbone.report.page import Cell, Section, fraction, macros, page, short
 
 FILE = "report.html"
 PACKAGES = ("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
@@ -59,25 +59,37 @@ class RunLog:
         return short((path.parent if ".tar" in path.name else path).name or path)
 
 
-def write_report(folder: Path, page: Callable[[], str], say: Callable[[str], object] = print) -> Path | None:
-    """Write what `page` returns to `report.html` in the run's folder; returns the file.
+def report_page(
+    log: RunLog, network: str, results: Mapping | None, *, summary: Markup, over_time: Markup, sections: list[Section]
+) -> str:
+    """The page of a run: `sections` between those that every run has; `over_time` is a chart of its evaluations."""
+    subtitle = [f"recipe {log.config['recipe']}"] if "recipe" in log.config else []
+    subtitle += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
+    subtitle += [f"{number(results['images'])} images evaluated" if results else "no evaluation"]
+    first = [Section("Summary", summary), training_section(log, over_time)]
+    last = [timing_section(log), configuration_section(log)]
+    return page(f"{network} on {log.data_name()}", ", ".join(subtitle), [*first, *sections, *last])
+
+
+def write_report(folder: Path, make_page: Callable[[], str], say: Callable[[str], object] = print) -> Path | None:
+    """Write what `make_page` returns to `report.html` in the run's folder; returns the file.
 
     A failure never stops the run: `say` gets one line about it, and the result is None.
     """
     try:
-        write_atomically(folder / FILE, page())
+        write_atomically(folder / FILE, make_page())
         return folder / FILE
     except Exception as error:
         say(f"{folder / FILE} could not be written ({type(error).__name__}: {' '.join(str(error).split())})")
         return None
 
 
-def training_section(log: RunLog, *extra: Markup) -> Section:
-    """Losses, learning rate and gradient norm over updates, and further charts."""
+def training_section(log: RunLog, over_time: Markup) -> Section:
+    """Losses, learning rate and gradient norm over updates, and the chart of the evaluations."""
     names = dict.fromkeys(name for line in log.train for name in line if name.startswith("loss_"))
     parts = {name.removeprefix("loss_"): log.curve(name) for name in names}
     last_loss = finite(log.train[-1].get("loss")) if log.train else None
-    return Section("Training", macros("run.html").training(log, last_loss, parts, extra))
+    return Section("Training", macros("run.html").training(log, last_loss, parts, over_time))
 
 
 def timing_section(log: RunLog) -> Section:
