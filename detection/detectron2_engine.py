@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from detection.coco import CocoImages
-from detection.evaluate import Evaluation, evaluate, print_results, write_results
+from detection.evaluate import Evaluation, evaluate, results_summary, results_table, write_results
 from detection.recipes import RECIPES, Recipe
 from detection.report import save_pictures, write_report
 from resbackbone import build_resnet_backbone
@@ -34,7 +34,7 @@ from resbackbone.adapters.detectron2 import INPUT, NORMS
 from resbackbone.atomic import write_atomically
 from resbackbone.backbone import FREEZABLE
 from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import Progress, progress_console, to_config, track
+from resbackbone.cli.command import Progress, console, progress_console, to_config, track
 from resbackbone.engine.checkpoints import KEPT
 from resbackbone.engine.distributed import Rank, share_buffers
 from resbackbone.engine.loop import memory
@@ -174,7 +174,8 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
         ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
         files = {"detector": "model_final.pth", "results": "results.json", "report": "report.html"}
         progress_console.print(summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"}))
-        print_results(results)
+        progress_console.print(results_table(results))
+        console.print(results_summary(results))
     run.close()
 
 

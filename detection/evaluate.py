@@ -1,4 +1,4 @@
-"""A detector to its COCO AP: every image once on any number of ranks, scored on rank 0; and what is written of it."""
+"""A detector to its COCO AP: every image once on any number of ranks, scored on rank 0, and the result files."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from rich.table import Table
 from torch.utils.data import DataLoader
 
 from detection.coco import CocoImages
@@ -15,22 +14,21 @@ from detection.faster_rcnn import FasterRCNN
 from detection.scoring import DETECTION, METRICS, entries, score_and_scorer
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
-from resbackbone.cli.command import console, progress_console
 from resbackbone.engine.distributed import Rank, RankShare, broadcast, gather
 from resbackbone.engine.termination import worker_processes
 from resbackbone.image_io import BadImage
 from resbackbone.report.numbers import percent
 
-AT_ONCE = 10_000  # detections turned into text together
-CLASSES_SHOWN = 30  # on the terminal
+AT_ONCE = 10_000  # detections turned into text at a time
+CLASSES_SHOWN = 30  # in the table
 
 
 class Evaluation(NamedTuple):
-    """What came of an evaluation; all but the results are on rank 0 alone."""
+    """The outcome of an evaluation; only the results are on every rank, the rest is on rank 0."""
 
     results: dict  # what results.json holds
-    detections: np.ndarray  # DETECTION [n], in the order of the image ids; on the other ranks none
-    scorer: Any  # see `score_and_scorer`; on the other ranks None
+    detections: np.ndarray  # DETECTION [n], in the order of the image ids; empty on other ranks
+    scorer: Any  # see `score_and_scorer`; None on other ranks
 
 
 def evaluate(
@@ -45,10 +43,10 @@ def evaluate(
 ) -> Evaluation:
     """Detect on every image of `dataset` and score by `backend`.
 
-    Detections take 56 bytes each while they are collected. `progress` wraps the loop over this rank's images; it is
-    given their number. An image that cannot be read raises BadImage, or with the dataset's `skip_bad_images` counts as
-    one without detections and is named in the results. A detection of a class that the data set has not is none
-    (torchvision's detectors know the ids that COCO skips).
+    Detections take 56 bytes each while they are collected. `progress` wraps the loop over this rank's images and gets
+    their number. Detections of classes absent from the data set are discarded (torchvision's detectors have the ids
+    that COCO skips). Raises BadImage for an image that cannot be read; with the dataset's `skip_bad_images` it counts
+    as an image without detections, and `results["skipped_images"]` holds the message.
     """
     share = RankShare(len(dataset), rank=rank.rank, ranks=rank.ranks)
     loader = DataLoader(dataset, batch_size=None, sampler=share, **worker_processes(workers))
@@ -78,7 +76,7 @@ def evaluate(
 
 
 def merged(parts: list[np.ndarray]) -> np.ndarray:
-    """The ranks' detections in the order of the image ids; an image that several ranks have counts once."""
+    """The ranks' detections in the order of the image ids; of an image that several ranks have, one rank's."""
     rows, rank = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     order = np.lexsort((rank, rows["image_id"]))
     rows, rank = rows[order], rank[order]
@@ -95,9 +93,9 @@ def detect(
     *,
     bf16: bool = False,
 ) -> np.ndarray:
-    """One image, uint8 [3, H, W], to its detections, DETECTION [n], the surest first.
+    """One image, uint8 [3, H, W], to its detections, DETECTION [n], by falling score.
 
-    Images go one at a time: in a batch, padding changes the boxes slightly, and so would the number of ranks.
+    One image at a time: in a batch, padding changes the boxes slightly, and so would the number of ranks.
     """
     return detect_batch(detector, [image], [image_id], category_ids, device, bf16=bf16)[0]
 
@@ -114,8 +112,8 @@ def detect_batch(
 ) -> list[np.ndarray]:
     """Images, uint8 [3, H, W] each, to the detections of each, as `detect` gives them.
 
-    Images of one size go through the network together: nothing is padded for another's sake, so the boxes are those
-    that each image has alone, up to rounding.
+    Images of one size go through the network together. None is padded, so up to rounding the boxes are those that each
+    image gets alone.
     """
     found: list[np.ndarray] = [np.empty(0, DETECTION)] * len(images)
     for shape in {image.shape: None for image in images}:
@@ -123,7 +121,7 @@ def detect_batch(
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             outputs = detector([to_model_input(images[i], device) for i in which])
         columns = [torch.cat((o["boxes"], o["scores"][:, None], o["labels"][:, None]), 1) for o in outputs]
-        rows = torch.cat(columns).cpu().double().numpy()  # a GPU is waited for once
+        rows = torch.cat(columns).cpu().double().numpy()  # one wait for the GPU
         ends = np.cumsum([len(of_image) for of_image in columns])[:-1]
         for i, of_image in zip(which, np.split(rows, ends), strict=True):
             boxes, scores, labels = of_image[:, :4], of_image[:, 4], of_image[:, 5].astype(np.int64)
@@ -148,28 +146,29 @@ def _as_json(detections: np.ndarray) -> Iterator[str]:
     yield "]"
 
 
-def print_results(results: dict) -> None:
-    """The 12 numbers and AP by class as a table, what was left out and why, and last one line with AP and AP50.
-
-    Classes come by falling AP, those without boxes to find last; of more than CLASSES_SHOWN the others are counted.
-    """
-    table = Table("", *METRICS[:6], title="COCO box AP, percent")
-    table.add_row("all classes", *(percent(results["bbox"][name]) for name in METRICS[:6]))
-    table.add_section()
-    table.add_row("", *METRICS[6:], style="bold")
-    table.add_row("recall", *(percent(results["bbox"][name]) for name in METRICS[6:]))
-    table.add_section()
-    table.add_row("by class", "AP", "AP50", "boxes", style="bold")
+def results_table(results: dict) -> str:
+    """The 12 numbers and AP by class, classes by falling AP and those without boxes last; at most CLASSES_SHOWN."""
     per_class = results["per_class"]
     classes = sorted(per_class.items(), key=lambda item: 1 if item[1]["AP"] is None else -item[1]["AP"])
-    for name, entry in classes[:CLASSES_SHOWN]:
-        table.add_row(name, percent(entry["AP"]), percent(entry["AP50"]), str(entry["boxes"]))
-    progress_console.print(table)
+    shown = [(name, percent(e["AP"]), percent(e["AP50"]), str(e["boxes"])) for name, e in classes[:CLASSES_SHOWN]]
+    rows = [
+        ("COCO box AP, %", *METRICS[:6]),
+        ("all classes", *(percent(results["bbox"][name]) for name in METRICS[:6])),
+        ("", *METRICS[6:]),
+        ("recall", *(percent(results["bbox"][name]) for name in METRICS[6:])),
+        ("by class", "AP", "AP50", "boxes"),
+        *shown,
+    ]
+    width = max(len(row[0]) for row in rows)
+    lines = [row[0].ljust(width) + "".join(value.rjust(7) for value in row[1:]) for row in rows]
     if len(classes) > CLASSES_SHOWN:
-        progress_console.print(f"{len(classes) - CLASSES_SHOWN} more classes in results.json")
-    if results["note"]:
-        console.print(results["note"])
-    for message in results["skipped_images"]:
-        console.print(f"skipped {message}")
+        lines.append(f"{len(classes) - CLASSES_SHOWN} more classes in results.json")
+    return "\n".join(lines)
+
+
+def results_summary(results: dict) -> str:
+    """Why numbers are undefined or 0, the images that were skipped and why, and last a line with AP and AP50."""
     ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
-    console.print(f"AP {ap}, AP50 {ap50} on {results['images']} images")
+    notes = [results["note"]] if results["note"] else []
+    skipped = [f"skipped {message}" for message in results["skipped_images"]]
+    return "\n".join([*notes, *skipped, f"AP {ap}, AP50 {ap50} on {results['images']} images"])

@@ -8,14 +8,14 @@ python tools/evaluate_coco.py runs/mine --box-refinement --scales 200 400 600 80
 from dataclasses import dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import be_quiet, main_of, parse, progress_console, track
+from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
 
 import torch
 import tyro
 
 from detection.data import open_split
-from detection.evaluate import evaluate, print_results, write_results
+from detection.evaluate import evaluate, results_summary, results_table, write_results
 from detection.faster_rcnn import detector_file, load_detector, prepare_for_detection
 from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
@@ -108,7 +108,8 @@ def score(rank: Rank, options: Options) -> None:
     target = options.output or (folder / f"eval-{'-'.join(names)}" if names else folder)
     target.mkdir(parents=True, exist_ok=True)
     write_results(target, evaluation.results, evaluation.detections)
-    print_results(evaluation.results)
+    progress_console.print(results_table(evaluation.results))
+    console.print(results_summary(evaluation.results))
     progress_console.print(f"results: {target / 'results.json'}")
 
 

@@ -20,7 +20,7 @@ import torch
 
 from detection.annotations import count_images
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
-from detection.evaluate import Evaluation, evaluate, print_results, write_results
+from detection.evaluate import Evaluation, evaluate, results_summary, results_table, write_results
 from detection.faster_rcnn import (
     BACKBONE_OF,
     VARIANTS,
@@ -294,7 +294,8 @@ def train(rank: Rank, options: Options) -> None:
         ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
         files = {"detector": "model.safetensors", "results": "results.json", "report": "report.html"}
         progress_console.print(summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"}))
-        print_results(results)
+        progress_console.print(results_table(results))
+        console.print(results_summary(results))
     run.close()
 
 

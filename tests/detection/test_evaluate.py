@@ -8,7 +8,7 @@ from PIL import Image
 from detection import evaluate as evaluate_module
 from detection.annotations import read_annotations
 from detection.coco import BadImage, CocoImages
-from detection.evaluate import detect, evaluate, print_results, write_results
+from detection.evaluate import detect, evaluate, results_summary, results_table, write_results
 from detection.scoring import DETECTION, METRICS, entries, score
 from resbackbone.engine.distributed import Rank
 
@@ -152,25 +152,24 @@ def test_the_detections_are_written_in_pieces_as_one_list_of_json(tmp_path, monk
     assert json.loads((tmp_path / "results.json").read_text()) == {"bbox": {"AP": None}}
 
 
-def test_the_table_shows_percent_and_every_class_whatever_its_name(capsys, tmp_path):
+def test_the_table_shows_percent_and_every_class_whatever_its_name(tmp_path):
     content = annotations([(1, 1, 20, 30)], categories=("[red]cat[/red]", "dog"))
     (tmp_path / "instances.json").write_text(json.dumps(content))
     rows = np.array([(1, 3, (1, 1, 20, 30), 0.9)], DETECTION)
     results = score(read_annotations(tmp_path / "instances.json"), rows)
-    print_results({**results, "skipped_images": ["image [b].jpg: empty file"]})
-    text = capsys.readouterr().out
-    assert "skipped image [b].jpg: empty file" in text
+    text = results_table(results)
     assert "[red]cat[/red]" in text and "100.0" in text and "n/a" in text and "AR100" in text
+    summary = results_summary({**results, "skipped_images": ["image [b].jpg: empty file"]})
+    assert summary == "skipped image [b].jpg: empty file\nAP 100.0, AP50 100.0 on 2 images"
 
 
-def test_classes_come_by_falling_ap_and_what_is_too_much_for_a_screen_is_counted(capsys):
+def test_classes_come_by_falling_ap_and_what_is_too_much_for_a_screen_is_counted():
     aps = [0.25, None, 0.75, *(0.5 for _ in range(40))]
     per_class = {f"class{i}": {"AP": ap, "AP50": ap, "boxes": i} for i, ap in enumerate(aps)}
     results = {"bbox": dict.fromkeys(METRICS, 0.5), "per_class": per_class, "images": 3, "note": None}
     for left_out in (13, 0):
         shown = dict(list(per_class.items())[: 30 + left_out])
-        print_results({**results, "per_class": shown, "skipped_images": []})
-        text = capsys.readouterr().out
+        text = results_table({**results, "per_class": shown})
         names = [word for word in text.split() if word.startswith("class") and word[5:].isdigit()]
         assert len(names) == 30 and names[:2] == ["class2", "class3"]
         assert (names[-1] == "class1") == (not left_out)
