@@ -1,4 +1,4 @@
-"""COCO-format images and targets: the only place that makes category ids labels."""
+"""COCO-format images and targets: the only module that turns category ids into labels."""
 
 import contextlib
 import os
@@ -19,28 +19,31 @@ from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
 
 SMALL_SET = 64_000_000  # bytes
-MIN_BOX_SIDE = 1.0  # pixels; a smaller box teaches a detector nothing and turns into nothing when it is resized
+MIN_BOX_SIDE = 1.0  # pixels; smaller boxes teach a detector nothing and vanish when the image is resized
 
 
 class ImageRequest(NamedTuple):
     """One training sample to load: which image, and the seed of its augmentation."""
 
-    index: int  # type: ignore[assignment]  # in place of a tuple's method of that name
+    index: int  # type: ignore[assignment]  # shadows a tuple's method
     seed: int
 
 
 class CocoImages(Dataset):
-    """The images of one split with their boxes, category ids made contiguous labels 1..N (0 is background).
+    """The images of one split with their boxes; category ids become contiguous labels 1..N (0 is background).
 
-    Boxes are checked once, here: clipped to their image, and left out where a coordinate is not finite or less than
-    a pixel a side remains; crowds are left out too. `report` counts what was done; `annotations` has them all as
-    they are. Everything an image needs lies in flat tensors, so workers share one copy, forked or spawned. `part`
-    "train" or "val" takes these images alone of a file that holds both (`layouts.held_out`).
+    Boxes are checked once, here: clipped to their image, and left out if a coordinate is not finite or less than a
+    pixel a side remains; crowds are left out too. `report` counts these; `annotations` keeps every box as it is in the
+    file. All data lie in flat tensors, so workers share one copy, forked or spawned. With `part` "train" or "val" only
+    this part of a file that holds both is taken (`layouts.held_out`).
 
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
     int64 [n], "image_id": int}. An index gives the image as it is; an `ImageRequest` gives it through `transform`
-    under its seed. A broken image gives a BadImage in place of the pair (a worker's exception would lose its message);
-    with `skip_bad_images` an ImageRequest gives the next readable image instead, failures in target["skipped"].
+    with its seed. For a broken image the item is its BadImage (an exception raised in a worker would lose its message);
+    with `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the messages.
+
+    Raises UserError if `categories` are given and differ, if no image is left, or if none of the files is there, and
+    BadImage if some are missing and `skip_bad_images` is off.
     """
 
     def __init__(
@@ -58,7 +61,7 @@ class CocoImages(Dataset):
         if part is not None:
             try:
                 for_validation = held_out(self.annotations.file_names())
-            except ValueError as error:
+            except UserError as error:
                 raise UserError(f"{annotations}: {error}") from None
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
         self.folder, self.annotation_file = Path(images), Path(annotations)
@@ -76,7 +79,7 @@ class CocoImages(Dataset):
         kept = np.flatnonzero(counts) if not keep_empty else np.arange(total)
         self.report["images without a usable box"] = total - len(kept)
         if not len(kept):
-            raise UserError(f"{annotations}: no image {'' if keep_empty else 'with a usable box '}in it")
+            raise UserError(f"{annotations}: no image{'' if keep_empty else ' with a usable box'} in it")
         names = self.annotations.file_names()
         self._check_files_exist([names[i] for i in kept.tolist()])
 
@@ -89,12 +92,12 @@ class CocoImages(Dataset):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the annotation file, in hex: tells a run that is resumed whether its data are the same."""
+        """SHA-256 of the annotation file, in hex; a resumed run compares it."""
         return file_digest(self.annotation_file)
 
     @property
     def origin(self) -> str:
-        """Where its images come from, in words: its own annotation file, or what `held_out` makes of one."""
+        """Where the images come from, in words: an annotation file, or a part of one (`held_out`)."""
         taken = {"train": "those not held out of ", "val": "held out of "}.get(self.part or "", "")
         return f"{taken}{self.annotation_file}"
 
@@ -138,14 +141,14 @@ class CocoImages(Dataset):
         }
 
     def check_files(self) -> None:
-        """Find broken images before training does: empty files, and in a small set whatever cannot be decoded.
+        """Find broken images before training does: empty files, and in a set of up to 64 MB what cannot be decoded.
 
-        Raises BadImage that names the first of them and their number; with `skip_bad_images` they are only counted
-        in `report`. A set over 64 MB is not decoded: that would take minutes, and training names what it meets.
+        Raises BadImage with the first message and the number of the others; with `skip_bad_images` they are counted
+        in `report`. Decoding a larger set would take minutes; training names what it meets.
         """
         sizes = {}
         for i in range(len(self)):
-            with contextlib.suppress(OSError):  # a missing one is counted already
+            with contextlib.suppress(OSError):  # missing files are counted already
                 sizes[i] = self.path(i).stat().st_size
         empty = [i for i, size in sizes.items() if size == 0]
         suspects = sizes if sum(sizes.values()) <= SMALL_SET else empty
@@ -157,7 +160,7 @@ class CocoImages(Dataset):
             self.report["images that cannot be read"] = len(bad)
 
     def summary(self) -> str:
-        """One line: what there is, and what was clipped or left out."""
+        """One line: images, boxes and classes, and what was clipped or left out."""
         done = ", ".join(f"{count} {what}" for what, count in self.report.items() if count)
         line = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.categories)} classes in {self.folder}"
         return f"{line}; left out or mended: {done}" if done else line
@@ -171,7 +174,7 @@ class CocoImages(Dataset):
 
     def _check_files_exist(self, names: list[str]) -> None:
         there = set()
-        for below in {os.path.dirname(name) for name in names}:  # listings: 118,000 look-ups are slow on a network
+        for below in {os.path.dirname(name) for name in names}:  # 118,000 look-ups are slow on a network
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder / below) as entries:
                 there |= {f"{below}/{entry.name}" if below else entry.name for entry in entries}
         missing = [name for name in names if name not in there]
@@ -192,16 +195,15 @@ class CocoImages(Dataset):
 def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray, np.ndarray]:
     """The boxes to train on, clipped to their images: (float32 [n, 4] x1 y1 x2 y2, int64 [n] rows of `annotations`).
 
-    They are in the order of the images, and within one in that of the file. `report` counts what was left out or
-    clipped; see `CocoImages`.
+    Sorted by image, within an image in the file's order. `report` counts what was left out or clipped.
     """
     xywh = annotations.boxes_xywh.numpy()
     sizes = annotations.widths_heights.numpy()[annotations.image_indices.numpy()]
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities, which are left out, and 1e308 + 1e308
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities and 1e308 + 1e308; both are left out
         corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         clipped = np.concatenate([np.maximum(corners[:, :2], 0), np.minimum(corners[:, 2:], sizes)], axis=1)
         large = (clipped[:, 2:] - clipped[:, :2] >= MIN_BOX_SIDE).all(1)
-        moved = (np.abs(clipped - corners) > 0.5).any(1)  # half a pixel beyond is rounding
+        moved = (np.abs(clipped - corners) > 0.5).any(1)  # up to half a pixel is rounding
     left = np.ones(len(xywh), bool)
     for what, wrong in {
         "crowds": annotations.crowds.numpy(),

@@ -1,13 +1,10 @@
 """The embedded objects as a classification set: each drawn object cut out, in folders by class."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 
-from detection.shapes import CATEGORY_IDS, CLASSES, FORMAT, JPEG_QUALITY, draw_image
-from resbackbone.atomic import folder_atomically
-from resbackbone.checks import UserError
+from detection.shapes import CATEGORY_IDS, CLASSES, FORMAT, JPEG_QUALITY, draw_image, draw_once
 
 ROOM = 1.3  # side of a crop over the longer side of its object
 MIN_CROP = 24  # pixels
@@ -16,24 +13,20 @@ MIN_CROP = 24  # pixels
 def make_shape_crops(folder: str | Path, *, train_scenes: int = 1000, val_scenes: int = 200, size: int = 96) -> Path:
     """Draw scenes as `shapes.make_shapes` does, and cut their objects out into {train,val}/<class>/NNNNNN_N.jpg.
 
-    A crop is a square around one object, which others may reach into; about four come from a scene of `size` x `size`
-    pixels. Made whole or not at all, and not again if it is there; ValueError if `folder` holds anything else.
+    A crop is a square around one object, which others may reach into; a scene of `size` x `size` pixels gives about
+    four. Drawn once, and then reused: see `shapes.draw_once`. Raises UserError if `folder` holds anything else.
     """
-    folder = Path(folder)
-    made_of = {"format": FORMAT, "train_scenes": train_scenes, "val_scenes": val_scenes, "size": size}
-    note = folder / "shapes.json"
-    if folder.exists():
-        if note.is_file() and json.loads(note.read_text()) == made_of:
-            return folder
-        raise UserError(f"{folder} holds something else than the embedded set; move it away, and that is drawn anew")
-    with folder_atomically(folder) as partial:
-        for name, split, scenes in (("train", 0, train_scenes), ("val", 1, val_scenes)):
+    splits = {"train": train_scenes, "val": val_scenes}
+
+    def draw(unfinished: Path) -> None:
+        for split, (name, scenes) in enumerate(splits.items()):
             for label in CLASSES:
-                (partial / name / label).mkdir(parents=True)
+                (unfinished / name / label).mkdir(parents=True)
             for number in range(scenes):
-                _write_crops(partial / name, np.random.default_rng([0, split, number]), number, size)
-        (partial / note.name).write_text(json.dumps(made_of) + "\n")
-    return folder
+                _write_crops(unfinished / name, np.random.default_rng([0, split, number]), number, size)
+
+    made_of = {"format": FORMAT, "train_scenes": train_scenes, "val_scenes": val_scenes, "size": size}
+    return draw_once(Path(folder), made_of, draw)
 
 
 def _write_crops(folder: Path, rng: np.random.Generator, number: int, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Which data a run uses: a folder in a known layout, one found in the usual places, or the embedded set."""
+"""Which detection data a run uses (a folder, COCO in its usual places, or the embedded set), and batches of them."""
 
 import math
 import os
@@ -16,7 +16,6 @@ from detection.layouts import find_split
 from detection.sampler import TrainBatches
 from detection.shapes import make_shapes
 from detection.transforms import to_model_input
-from resbackbone.checks import UserError
 from resbackbone.engine.termination import worker_processes
 from resbackbone.engine.transfer import moved
 from resbackbone.image_io import BadImage
@@ -26,7 +25,7 @@ EMBEDDED_SET = {"train_images": 3000, "val_images": 200, "size": 128}
 
 
 def find_coco() -> Path | None:
-    """COCO where its users keep it: $DETECTRON2_DATASETS/coco, $COCO_DIR, ./datasets/coco; None if in none of them."""
+    """The first of $DETECTRON2_DATASETS/coco, $COCO_DIR and ./datasets/coco that exists, or None."""
     places = [Path("datasets/coco")]
     if os.environ.get("COCO_DIR"):
         places.insert(0, Path(os.environ["COCO_DIR"]))
@@ -36,29 +35,26 @@ def find_coco() -> Path | None:
 
 
 def embedded_data() -> Path:
-    """The folder of the embedded data set, drawn now if it is not there."""
+    """The folder of the embedded data set, drawn now if it is missing. Raises UserError if it holds something else."""
     EMBEDDED.parent.mkdir(exist_ok=True)
-    try:
-        return make_shapes(EMBEDDED, **EMBEDDED_SET)
-    except ValueError as error:  # drawn by another version, or not ours
-        raise UserError(f"{error}; or remove {EMBEDDED}, and it is drawn anew") from None
+    return make_shapes(EMBEDDED, **EMBEDDED_SET)
 
 
 def open_split(data: Path, split: str, **options) -> CocoImages:
-    """The images of `split`, "train" or "val", of a folder in a known layout; options as CocoImages takes them."""
+    """The images of `split`, "train" or "val", of a folder in a known layout; `options` are those of CocoImages."""
     found = find_split(data, split)
     return CocoImages(found.images, found.annotations, part=found.part, **options)
 
 
 def open_checked(data: Path, split: str, **options) -> CocoImages:
-    """The same, and its image files looked at (`CocoImages.check_files`)."""
+    """`open_split`, and a check of the image files (`CocoImages.check_files`)."""
     opened = open_split(data, split, **options)
     opened.check_files()
     return opened
 
 
 class Packed(NamedTuple):
-    """The samples of a batch, their pixels in one tensor and their boxes in another: a copy each to a GPU."""
+    """The samples of a batch, all pixels in one tensor and all boxes in another: two copies to a GPU."""
 
     pixels: Tensor  # uint8, image after image
     shapes: list[tuple[int, int, int]]
@@ -68,7 +64,7 @@ class Packed(NamedTuple):
 
 
 def pack(samples: list) -> Packed | BadImage:
-    """(uint8 [3, H, W], target) each, as `CocoImages` gives them; the first BadImage if there is one among them."""
+    """Samples of `CocoImages`, (uint8 [3, H, W], target) each, as one batch; or the first BadImage among them."""
     bad = next((sample for sample in samples if isinstance(sample, BadImage)), None)
     if bad is not None:
         return bad
@@ -84,7 +80,7 @@ def pack(samples: list) -> Packed | BadImage:
 
 
 def unpack(batch: Packed | BadImage, device: torch.device) -> tuple[list[Tensor], list[dict]]:
-    """Images and targets on `device`, as the detector takes them. Raises BadImage if that is what the batch is."""
+    """Images and targets on `device`, as the detector takes them. Raises the batch if it is a BadImage."""
     if isinstance(batch, BadImage):
         raise batch
     pixels = to_model_input(batch.pixels, device)

@@ -1,4 +1,4 @@
-"""Where a folder of COCO-format data keeps its splits: the layouts that are known, and the one place that looks."""
+"""The known folder layouts of COCO-format data, and where each keeps its splits."""
 
 import hashlib
 import os
@@ -16,23 +16,23 @@ LAYOUT = (
     "or annotations/instances_train.json, annotations/instances_val.json, train/ and val/"
 )
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid")}
-HELD_OUT = 10  # one image in so many is for validation where the data have no split for it
+HELD_OUT = 10  # one image in this many is held out where the data have no validation split
 
 
 class Layout(NamedTuple):
-    """Paths below the data's folder, {} for a split's name; where there are several, the first that is there counts."""
+    """Paths below the data's folder, {} for a split's name; of several, the first that exists counts."""
 
     title: str
     annotations: tuple[str, ...]
     images: tuple[str, ...]
 
     def paths(self, folder: Path, split: str) -> tuple[Path | None, Path | None]:
-        """(image folder, annotation file) of "train" or "val", None for what is not there."""
+        """(image folder, annotation file) of "train" or "val"; None for what is missing."""
         half: tuple[Path | None, Path | None] = (None, None)
         for name in SPLIT_NAMES[split]:
             files = [folder / path.format(name) for path in self.annotations]
             file = next((path for path in files if path.is_file()), None)
-            # A folder for the images of all splits tells nothing of a split that has no annotations.
+            # Where all splits share a folder of images, only the annotation file shows that a split exists.
             folders = [folder / path.format(name) for path in self.images if file or "{}" in path]
             images = next((path for path in folders if path.is_dir()), None)
             if images and file:
@@ -53,7 +53,7 @@ LAYOUTS = (
 
 
 class Split(NamedTuple):
-    """Where one split is. `part` is None, or "train" or "val" of a file that holds both (`held_out`)."""
+    """Where one split is. `part` is None, or "train" or "val" if the file holds both (`held_out`)."""
 
     layout: str
     images: Path
@@ -62,17 +62,17 @@ class Split(NamedTuple):
 
 
 def find_split(data: str | os.PathLike, split: str) -> Split:
-    """Where the folder `data` keeps "train" or "val", in the first of LAYOUTS that it has.
+    """Where the folder `data` keeps "train" or "val", by the first of LAYOUTS that fits.
 
-    A folder with nothing of a validation split has a tenth of its training images for it: both splits are then parts
-    of one file. ValueError for a folder that is not there, has no known layout, or half a split.
+    Without any trace of a validation split, a tenth of the training images serves as one: both splits are then parts
+    of one file. Raises UserError if the folder is missing, has no known layout, or holds half a split.
     """
     folder = Path(data)
     if not folder.is_dir():
         raise UserError(f"{data}: no such folder; it should hold {LAYOUT}")
     layout = _layout_of(folder)
     if layout is None:
-        raise UserError(f"{data}: holds no data in a layout that is known; it should hold {LAYOUT}")
+        raise UserError(f"{data}: holds no data in a known layout; it should hold {LAYOUT}")
     train, found = layout.paths(folder, "train"), layout.paths(folder, split)
     part = split if all(train) and not any(layout.paths(folder, "val")) else None
     images, annotations = train if part else found
@@ -80,39 +80,36 @@ def find_split(data: str | os.PathLike, split: str) -> Split:
         name = SPLIT_NAMES[split][0]
         wanted = {layout.annotations[0].format(name): annotations, layout.images[0].format(name): images}
         missing = " and no ".join(path for path, at in wanted.items() if at is None)
-        raise UserError(f"{data}: not {layout.title}, no {missing}; it should hold {LAYOUT}")
+        raise UserError(f"{data}: {layout.title}, but no {missing}; it should hold {LAYOUT}")
     return Split(layout.title, images, annotations, part)
 
 
 def _layout_of(folder: Path) -> Layout | None:
-    for there in (all, any):
-        for split in SPLIT_NAMES:
-            for layout in LAYOUTS:
-                if there(layout.paths(folder, split)):
-                    return layout
-    return None
+    candidates = [(layout, layout.paths(folder, split)) for split in SPLIT_NAMES for layout in LAYOUTS]
+    whole = (layout for layout, paths in candidates if all(paths))
+    half = (layout for layout, paths in candidates if any(paths))
+    return next(whole, None) or next(half, None)
 
 
 def describe_layout(data: str | os.PathLike) -> str:
-    """One line on what `find_split` finds in `data`."""
+    """One line: the layout of `data`, its annotation files, and whether a part is held out. Raises as `find_split`."""
     train, val = (find_split(data, split) for split in SPLIT_NAMES)
     files = [str(split.annotations.relative_to(data)) for split in ((train,) if val.part else (train, val))]
     line = f"{data} in {train.layout}: {' and '.join(files)}"
     if val.part:
-        line += f"; there is no validation split, so one image in {HELD_OUT} is held out of training for it"
+        line += f"; there is no validation split, so one image in {HELD_OUT} is held out for it"
     return line
 
 
 def held_out(file_names: Sequence[str]) -> np.ndarray:
-    """Which of the images are for validation where the data have no split for it: bool [n], one in ten, at least one.
+    """Which images to validate on where the data have no split for it: bool [n], one in ten, at least one.
 
-    A function of the names alone: those whose hash comes first. Names that differ only behind ".rf.", as Roboflow
-    names augmented copies of an image, stay together, since copies on both sides would flatter the AP.
-
-    Raises ValueError if there are fewer than two images.
+    A function of the names alone: those whose hash comes first. Names that differ only behind ".rf.", as in Roboflow's
+    augmented copies of an image, stay together: copies on both sides would inflate the AP. Raises UserError if there
+    are fewer than two images.
     """
     originals = np.array([name.partition(".rf.")[0] for name in file_names])
     distinct = sorted(set(originals.tolist()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(distinct) < 2:
-        raise UserError(f"there is no validation split, and of {len(distinct)} image none can be held out for it")
+        raise UserError(f"there is no validation split, and {len(distinct)} image is too few to hold one out")
     return np.isin(originals, distinct[: -(-len(distinct) // HELD_OUT)])

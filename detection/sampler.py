@@ -1,4 +1,4 @@
-"""Which images make up which batch: a function of the seed and the step alone, the same for any number of ranks."""
+"""Which images make up each batch: a function of the seed and the step, the same for any number of ranks."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ from resbackbone.checks import UserError
 
 
 class TrainBatches(Sampler):
-    """Endless batches of `ImageRequest`s, each all landscape or all portrait, so that little padding is computed.
+    """Endless batches of `ImageRequest`s, each all landscape or all portrait, which keeps the padding small.
 
-    Every image is drawn once an epoch, in an order of its own. A batch of all ranks together holds `batch_size`
-    images; rank r of n takes every n-th of it. It starts at batch `start`, so a resumed run goes on with the batch
-    that would have come next.
+    Every image is drawn once an epoch, each epoch in another order. The ranks' batches together hold `batch_size`
+    images; rank r of n takes every n-th. The first batch is number `start`, so resumed runs get the batches that would
+    have come next. Raises UserError if `batch_size` does not divide by the number of ranks.
     """
 
     def __init__(
@@ -27,10 +27,10 @@ class TrainBatches(Sampler):
         self.batch_size, self.seed, self.rank, self.ranks, self.start = batch_size, seed, rank, ranks, start
 
     def __iter__(self) -> Iterator[list[ImageRequest]]:
-        counts = np.bincount(self.portrait, minlength=2)  # how many images are landscape, how many portrait
+        counts = np.bincount(self.portrait, minlength=2)  # landscape and portrait images
         epoch = self._epoch_of(self.start, counts)
         skip = self.start - self._batches_before(epoch, counts)
-        # What an epoch leaves over goes into the next one's batches; with few images it may come from several before.
+        # An epoch's left-over images go into the next epoch's batches; with few images they wait for several epochs.
         waiting = [self._left_over(epoch, counts, of) for of in (0, 1)]
         while True:
             draws = self._draws(epoch)
@@ -43,14 +43,14 @@ class TrainBatches(Sampler):
                 waiting[of] = group[whole:]
                 batches.append(group[:whole].reshape(-1, self.batch_size, 2))
                 ends.append(places[np.arange(self.batch_size, whole + 1, self.batch_size) - before - 1])
-            order = np.argsort(np.concatenate(ends))  # a batch comes when its last image is drawn
+            order = np.argsort(np.concatenate(ends))  # a batch is complete when its last image is drawn
             of_epoch = np.concatenate(batches)
             for which in order[skip:]:
                 yield [ImageRequest(*draw) for draw in of_epoch[which, self.rank :: self.ranks].tolist()]
             epoch, skip = epoch + 1, 0
 
     def _draws(self, epoch: int) -> np.ndarray:
-        """int64 [images, 2]: the epoch's order of the images, and the seed of each one's augmentation."""
+        """int64 [images, 2]: the epoch's order of the images, and a seed for the augmentation of each."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.portrait))
         return np.stack([order, random.integers(0, 2**62, len(order))], axis=1)
@@ -66,7 +66,7 @@ class TrainBatches(Sampler):
         return epoch
 
     def _left_over(self, epoch: int, counts: np.ndarray, of: int) -> np.ndarray:
-        """The draws of one orientation in earlier epochs that no batch before this epoch has."""
+        """The draws of one orientation from earlier epochs that are in no batch yet when this epoch starts."""
         missing = epoch * int(counts[of]) % self.batch_size
         parts = [np.empty((0, 2), np.int64)]
         while missing > 0:

@@ -1,4 +1,4 @@
-"""COCO box AP of detections in flat arrays, by hotcoco, or by pycocotools: the same numbers, bit for bit."""
+"""COCO box AP of detections in flat arrays, by hotcoco or pycocotools: the same numbers, bit for bit."""
 
 import contextlib
 import io
@@ -18,42 +18,41 @@ DETECTION = np.dtype(  # COCO's results format; bbox is x, y, width, height in p
 
 
 def entries(detections: np.ndarray) -> list[dict]:
-    """DETECTION [n] as the dictionaries that COCO's results format has."""
+    """DETECTION [n] as the dictionaries of COCO's results format."""
     names = DETECTION.names or ()
     columns = (detections[name].tolist() for name in names)
     return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def score(annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco") -> dict:
-    """The results that `score_and_scorer` gives, alone."""
+    """The results of `score_and_scorer` without the scorer."""
     return score_and_scorer(annotations, detections, backend=backend)[0]
 
 
 def score_and_scorer(
     annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco"
 ) -> tuple[dict, hotcoco.COCOeval | COCOeval]:
-    """The 12 COCO numbers for boxes, and those of each class, as fractions 0..1; None for what is undefined. And the
-    library's object that they are from, which knows the curves behind them.
+    """The 12 COCO numbers for boxes and AP by class, as fractions 0..1, None where undefined; and the scorer they come
+    from, which holds the curves behind them.
 
-    `detections`, DETECTION [n], come in any order; of equal scores in an image the first counts as the surer. Those of
+    `detections`, DETECTION [n], may be in any order; of equal scores in an image the first ranks higher. Detections of
     a class that is not in the annotations match nothing. `backend`: "hotcoco" (some hundred times faster) or
-    "pycocotools", which also gets what the two do not agree on: detections that are not finite.
-    Annotations that are not finite are left out, all else is as it is. Images without detections count. Without any
-    detection every defined number is 0, and `note` says why. Raises ValueError for a detection of an image that is
-    not in the annotations.
+    "pycocotools", which also scores detections that are not finite, where the two would differ. Annotations that are
+    not finite are left out. Images without detections count. Without any detection every defined number is 0, and
+    `note` says why. Raises UserError for a detection of an image that is not in the annotations.
     """
     score_with = BACKENDS[one_of("COCO backend", backend, BACKENDS)]
     unknown = ~np.isin(detections["image_id"], annotations.image_ids.numpy())
     if unknown.any():
         raise UserError(
-            f"{unknown.sum()} of {len(detections)} detections are of images that the annotations have not; the first "
+            f"{unknown.sum()} of {len(detections)} detections are of images that are not in the annotations; the first "
             f"is of image {detections['image_id'][unknown][0]}"
         )
     truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)
     known = detections[np.isin(detections["category_id"], list(annotations.categories))]
     if not (np.isfinite(known["bbox"]).all() and np.isfinite(known["score"]).all()):
         score_with = _pycocotools
-    with contextlib.redirect_stdout(io.StringIO()):  # both print as they go
+    with contextlib.redirect_stdout(io.StringIO()):  # both print progress
         scorer = score_with(annotations, truth, known)
         scorer.evaluate()
         scorer.accumulate()
@@ -82,9 +81,9 @@ def score_and_scorer(
 
 
 def _hotcoco(annotations: Annotations, truth: np.ndarray, detections: np.ndarray) -> hotcoco.COCOeval:
-    """Ids are replaced by places in their sorted order, from 1: its arrays are of floats, exact up to 2^53 only.
+    """Ids become places in their sorted order, from 1: hotcoco's arrays are of floats, exact up to 2^53 only.
 
-    The order matters: detections of equal score count in the order of the image ids.
+    The order matters: detections of equal score rank by image id.
     """
     image_ids, category_ids = annotations.image_ids.numpy(), list(annotations.categories)
     order = np.argsort(image_ids)
@@ -119,7 +118,7 @@ def _pycocotools(annotations: Annotations, truth: np.ndarray, detections: np.nda
         "images": [{"id": i} for i in image_ids.tolist()],
         "categories": [{"id": i, "name": name} for i, name in annotations.categories.items()],
     }
-    # Numbered from 1: pycocotools takes an annotation with the id 0 for one that was not found.
+    # Numbered from 1: pycocotools treats an annotation with the id 0 as unmatched.
     names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
     wanted = _coco(content, [dict(zip(names, (i, *row), strict=True)) for i, row in enumerate(rows, 1)])
     if not len(detections):  # loadRes takes no empty list

@@ -1,7 +1,7 @@
-"""The embedded data set: ten kinds of drawn objects in COCO's layout, made on the spot from a seed.
+"""The embedded data set: ten kinds of drawn objects in COCO's layout, generated from a seed.
 
-What makes a class is its form or its pattern, never its colour: all colours are random. Objects turn, stretch, hide
-one another and leave the frame; other forms, striped and checked as well, lie about and belong to no class.
+A class is a form or a pattern, never a colour: all colours are random. Objects are rotated and stretched, hide one
+another and reach over the frame; distractors of other forms, some striped or checked, belong to no class.
 """
 
 import json
@@ -22,7 +22,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from resbackbone.checks import UserError
 
-FORMAT = 2  # raise it when the same arguments draw other files, so that folders made before are not taken for new ones
+FORMAT = 2  # raise it when the same arguments draw other files, so that older folders are not mistaken for new ones
 
 # Lengths are in pixels of a 160 x 160 image and scale with `size`. A pair is a range.
 REFERENCE_SIZE = 160
@@ -32,16 +32,16 @@ OBJECTS = (1, 7)  # an image
 DISTRACTORS = (0, 3)
 SIDE = (18, 80)  # geometric mean of an object's width and height; log-uniform
 STRETCH = (0.75, 1 / 0.75)  # width over height, before turning; log-uniform
-MARGIN = 0.3  # a centre keeps this fraction of the object's width and height from the border
-MIN_VISIBLE = 0.6  # fraction of an object in the frame and not hidden; an arrow's head alone is less
-TRIES = 12  # places tried before an object is given up
+MARGIN = 0.3  # a centre stays this fraction of the object's width and height away from the border
+MIN_VISIBLE = 0.6  # fraction of an object in the frame and not hidden; an arrow's head alone is smaller
+TRIES = 12  # places to try before an object is dropped
 MIN_CONTRAST = 60  # luma-weighted colour distance, 0..255, to four fifths of the surroundings
 CLUTTER = (0, 14)  # strokes and crumbs, each
 LIGHT = (0, 0.25)  # relative change of brightness from one side of the image to the other, up and down
 BRIGHTNESS = (-25, 25)  # 0..255
 CONTRAST = (0.75, 1.2)
 NOISE = (1, 7)  # standard deviation, 0..255
-BLUR = (0, 0.7)  # standard deviation in pixels, whatever the size
+BLUR = (0, 0.7)  # standard deviation in pixels, at every size
 JPEG_QUALITY = 92
 MANY = 200  # images
 SPLITS = ("train2017", "val2017")
@@ -107,7 +107,7 @@ CATEGORY_IDS = (1, 2, 4, 7, 8, 11, 13, 16, 17, 21)  # with gaps, as COCO's
 BAR = rectangle(-1, -0.25, 1, 0.25)
 ELL = np.array([(-1, -1), (-0.4, -1), (-0.4, 0.4), (1, 0.4), (1, 1), (-1, 1)])
 HALF_DISK = arc(0, 0.5)
-FIGURES = (  # those of the classes in their order, then distractors
+FIGURES = (  # the classes' in their order, then distractors
     *OBJECT_FIGURES.values(),
     *(Figure(BAR), Figure(ELL), Figure(HALF_DISK)),
     *(Figure(BAR, pattern=CHECKS), Figure(ELL, pattern=STRIPES), Figure(HALF_DISK, pattern=CHECKS)),
@@ -117,31 +117,42 @@ FIGURES = (  # those of the classes in their order, then distractors
 def make_shapes(
     folder: str | Path, *, seed: int = 0, train_images: int = 2000, val_images: int = 200, size: int = 160
 ) -> Path:
-    """Draw the data set into `folder`, unless it is there already, and return the folder.
+    """Draw the data set into `folder`, unless it is already there, and return the folder.
 
-    The layout is COCO's: train2017/000000000001.jpg, val2017/000001000001.jpg and on, RGB, `size` x `size` pixels, and
-    annotations/instances_{train,val}2017.json with boxes [x, y, width, height] of what is visible, in pixels to a
+    The layout is COCO's: train2017/000000000001.jpg .., val2017/000001000001.jpg .., RGB, `size` x `size` pixels, and
+    annotations/instances_{train,val}2017.json with boxes [x, y, width, height] of the visible part, in pixels to a
     third, its area in pixels, no outlines ("segmentation": []), and category ids with gaps. The same arguments give
-    the same bytes on one machine; other processors, numpys and Pillows may round otherwise. Each image depends on
-    nothing but the seed, its split, its number and `size`.
+    the same bytes on one machine; other processors and versions of numpy and Pillow may round differently. Each image
+    depends only on the seed, its split, its number and `size`.
 
-    All is written into .<name>.<random>.partial beside `folder`, then renamed: a killed run leaves no half set, and
-    of two runs at once the first to finish wins and both succeed.
-
-    Raises ValueError for a negative seed, fewer than 1 image, a size below 64, and for a folder that holds anything
-    but a set made with these same arguments; such a folder is left as it is."""
+    Raises UserError if the seed is negative, if there is less than 1 image, if the size is below 64, and if the folder
+    holds anything but a set made with these same arguments (see `draw_once`)."""
     arguments = {"seed": seed, "train_images": train_images, "val_images": val_images, "size": size}
     for (name, value), least in zip(arguments.items(), (0, 1, 1, MIN_SIZE), strict=True):
         if value < least:
             raise UserError(f"{name} is {value}; it must be {least} or more")
-    made_of = {"format": FORMAT, **arguments}
-    target = Path(folder).resolve()
-    if is_made(target, made_of):
-        return Path(folder)
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
+
+    def draw(unfinished: Path) -> None:
         write_split(unfinished, "train2017", train_images, seed=seed, size=size)
         write_split(unfinished, "val2017", val_images, seed=seed, size=size)
+
+    return draw_once(Path(folder), {"format": FORMAT, **arguments}, draw)
+
+
+def draw_once(folder: Path, made_of: dict, draw: Callable[[Path], None]) -> Path:
+    """Let `draw` fill `folder`, unless that was done with these same arguments before, and return the folder.
+
+    `draw` writes into .<name>.<random>.partial beside `folder`, which is then renamed: a killed run leaves no half set,
+    and of two runs at once the first to finish wins and both succeed. Raises UserError if the folder holds anything
+    else; it is left as it is.
+    """
+    target = folder.resolve()
+    if is_made(target, made_of):
+        return folder
+    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        unfinished.mkdir(parents=True)
+        draw(unfinished)
         (unfinished / "shapes.json").write_text(json.dumps(made_of) + "\n")
         os.rename(unfinished, target)
     except OSError:
@@ -149,24 +160,24 @@ def make_shapes(
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return Path(folder)
+    return folder
 
 
 def is_made(folder: Path, made_of: dict) -> bool:
-    """Whether the folder holds this set; False if there is nothing yet, ValueError if there is something else."""
+    """Whether the folder holds this set; False if it is missing or empty. Raises UserError if it holds another."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
         found = json.loads((folder / "shapes.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # missing, or not JSON
         found = "other files"
     if found != made_of:
-        raise UserError(f"{folder} already holds {found}; to make {made_of}, choose a new or empty folder")
+        raise UserError(f"{folder} already holds {found}; to make {made_of}, remove it or choose another folder")
     return True
 
 
 def write_split(folder: Path, split: str, count: int, *, seed: int, size: int) -> None:
-    """Write count images and their COCO annotations, whose ids start at 1 in each split."""
+    """Write `count` images and their COCO annotations, whose ids start at 1 in each split."""
     images: list[dict] = []
     annotations: list[dict] = []
     (folder / split).mkdir(parents=True)
@@ -187,7 +198,7 @@ def write_split(folder: Path, split: str, count: int, *, seed: int, size: int) -
 
 
 def save_image(folder: Path, split: str, seed: int, size: int, number: int) -> tuple[dict, list[dict]]:
-    """Draw one image into `folder`; returns what COCO says of it and of each of its objects."""
+    """Draw one image into `folder`; return its entry in COCO's format and those of its objects."""
     image, objects = draw_image(np.random.default_rng([seed, SPLITS.index(split), number]), size)
     image_id = FIRST_ID[split] + number - 1
     file_name = f"{image_id:012d}.jpg"
@@ -196,7 +207,7 @@ def save_image(folder: Path, split: str, seed: int, size: int, number: int) -> t
 
 
 def in_processes(function: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
-    """function(number) of each, in order; of many, in a process for each core where processes start at once."""
+    """function(number) of each, in order; many are shared out over all cores where processes can be forked."""
     if len(numbers) < MANY or sys.platform != "linux":
         yield from map(function, numbers)
         return
@@ -205,7 +216,7 @@ def in_processes(function: Callable[[int], T], numbers: Sequence[int]) -> Iterat
 
 
 def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[dict]]:
-    """One image [size, size] in RGB, and what COCO says of each object in it, farthest first."""
+    """One image [size, size] in RGB, and COCO's entry of each object in it, farthest first."""
     canvas = background(rng, size).resize((size * SCALE, size * SCALE), Image.Resampling.BILINEAR)
     add_clutter(rng, canvas)
     objects = add_objects(rng, canvas)
@@ -213,7 +224,7 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[d
 
 
 def background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Two colours mixed by one field, a third laid over them by another, and a tint that drifts."""
+    """Two colours mixed by one field, a third blended in by another, and a slowly varying tint."""
     colours = rng.uniform(0, 255, (3, 3)).astype(np.float32)
     pixels = mix(colours[0], colours[1], random_field(rng, size))
     pixels = mix(pixels, colours[2], rng.uniform(0, 0.7) * random_field(rng, size))
@@ -252,7 +263,7 @@ def soft_step(x: np.ndarray, width: float) -> np.ndarray:
 
 
 def add_clutter(rng: np.random.Generator, canvas: Image.Image) -> None:
-    """Lines, arcs, specks and splinters, all smaller or thinner than any object."""
+    """Draw lines, arcs, specks and splinters, all smaller or thinner than any object."""
     draw, unit = ImageDraw.Draw(canvas), canvas.width / REFERENCE_SIZE
     for _ in range(integer(rng, CLUTTER)):
         x, y = rng.uniform(0, canvas.width, 2)
@@ -277,17 +288,17 @@ def add_clutter(rng: np.random.Generator, canvas: Image.Image) -> None:
 def add_objects(rng: np.random.Generator, canvas: Image.Image) -> list[dict]:
     """Paint objects and distractors one over another; return the objects' annotations, without ids.
 
-    `owners` holds at each pixel the number of the figure that is seen there, from 1, or 0."""
+    `owners` holds at each pixel the number of the visible figure, from 1, or 0."""
     kinds = [*rng.integers(len(CLASSES), size=integer(rng, OBJECTS))]
     kinds += [*rng.integers(len(CLASSES), len(FIGURES), size=integer(rng, DISTRACTORS))]
     owners = Image.new("L", canvas.size)
     shown: list[Any] = []
-    whole: list[int] = []  # areas: whole, and what is seen of it
+    whole: list[int] = []  # areas: of the whole figure, and of its visible part
     visible: list[int] = []
     for kind in rng.permutation(kinds):
         for _ in range(TRIES):
             stamp = place(rng, FIGURES[kind], canvas.width)
-            hides = owners.crop(stamp.box).histogram(stamp.mask)  # pixels of the ground, and of each figure so far
+            hides = owners.crop(stamp.box).histogram(stamp.mask)  # pixels of the background, and of each figure so far
             whole_then = [*whole, stamp.area]
             visible_then = [*(n - lost for n, lost in zip(visible, hides[1:], strict=False)), sum(hides)]
             if all(n >= MIN_VISIBLE * area for n, area in zip(visible_then, whole_then, strict=True)):
@@ -303,16 +314,16 @@ def add_objects(rng: np.random.Generator, canvas: Image.Image) -> list[dict]:
 
 
 class Stamp(NamedTuple):
-    """A figure in its place on the canvas, cut off at the frame."""
+    """A figure in its place on the canvas, clipped to the frame."""
 
     box: tuple[int, int, int, int]  # x0, y0, x1, y1
     mask: Image.Image  # 0 or 255, as large as the box
     pattern: Image.Image  # likewise
-    area: int  # pixels of the whole figure, with what was cut off
+    area: int  # pixels of the whole, unclipped figure
 
 
 def place(rng: np.random.Generator, figure: Figure, canvas_size: int) -> Stamp:
-    """Stretch, turn, scale and move a figure at random."""
+    """Stretch, rotate, scale and move a figure at random."""
     stretch, angle = math.sqrt(log_uniform(rng, STRETCH)), rng.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
     matrix = np.array([[stretch, 0], [0, 1 / stretch]]) @ np.array([[cos, sin], [-sin, cos]])
@@ -349,18 +360,18 @@ def paint(rng: np.random.Generator, canvas: Image.Image, stamp: Stamp) -> None:
 
 
 def contrasting_colour(rng: np.random.Generator, colours: np.ndarray) -> tuple[int, ...]:
-    """A random colour that differs from four fifths of the colours [N, 3] by MIN_CONTRAST, or as much as it can."""
+    """A random colour that differs from four fifths of the colours [N, 3] by MIN_CONTRAST, or as nearly as possible."""
     candidates = rng.integers(0, 256, (24, 3))
     distances = np.sqrt((candidates[:, None] - colours) ** 2 @ LUMA)  # [24, N]
     distance = np.sort(distances, axis=1)[:, len(colours) // 5]
-    best = np.argmax(np.minimum(distance, MIN_CONTRAST))  # the first that is good enough
+    best = np.argmax(np.minimum(distance, MIN_CONTRAST))  # the first with enough contrast
     return tuple(candidates[best].tolist())
 
 
 def annotation(label: int, mask: Image.Image, area: int) -> dict:
-    """What COCO says of one object, ids apart, from what is seen of it on the canvas."""
+    """COCO's entry of one object, without ids, from its visible part on the canvas."""
     box = mask.getbbox()
-    assert box is not None  # some of it is seen
+    assert box is not None  # some of it is visible
     x0, y0, x1, y1 = box
     return {
         "category_id": CATEGORY_IDS[label],
@@ -372,7 +383,7 @@ def annotation(label: int, mask: Image.Image, area: int) -> dict:
 
 
 def develop(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """What a camera does: uneven light, a lens a little out of focus, contrast, brightness, noise."""
+    """A camera's effects: uneven light, slight blur, contrast, brightness, noise."""
     pixels: np.ndarray = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR))), dtype=np.float32)
     light = 1 + rng.uniform(*LIGHT) * (2 * smooth_noise(rng, image.width, 2) - 1)
     pixels = (pixels * light[..., None] - 128) * rng.uniform(*CONTRAST) + 128 + rng.uniform(*BRIGHTNESS)

@@ -55,7 +55,7 @@ def test_the_embedded_data_is_drawn_once_and_opens_as_coco(monkeypatch):
 
 def test_an_embedded_set_of_another_version_is_said_to_be_in_the_way():
     make_shapes("datasets/shapes", train_images=1, val_images=1, size=64)
-    with pytest.raises(ValueError, match="already holds .* or remove datasets/shapes, and it is drawn anew"):
+    with pytest.raises(ValueError, match="datasets/shapes already holds .* remove it"):
         embedded_data()
 
 

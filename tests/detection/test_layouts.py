@@ -59,7 +59,7 @@ def test_a_validation_split_alone_is_evaluated_on_and_not_trained_on(tmp_path):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_folder_without_a_known_layout_is_one_line_that_lists_them(tmp_path, split):
     (tmp_path / "labels").mkdir()
-    for folder, says in ((tmp_path, "holds no data in a layout that is known"), (tmp_path / "no", "no such folder")):
+    for folder, says in ((tmp_path, "holds no data in a known layout"), (tmp_path / "no", "no such folder")):
         with pytest.raises(ValueError) as error:
             find_split(folder, split)
         assert str(error.value) == f"{folder}: {says}; it should hold {LAYOUT}"
@@ -118,5 +118,5 @@ def test_augmented_copies_of_an_image_are_held_out_together():
 def test_of_one_image_none_can_be_held_out(tmp_path):
     put(tmp_path, "annotations/instances_train.json", "train", count=1)
     for split in ("train", "val"):
-        with pytest.raises(ValueError, match="instances_train.json: there is no validation split, and of 1 image none"):
+        with pytest.raises(ValueError, match="instances_train.json: .* 1 image is too few"):
             open_split(tmp_path, split)

@@ -98,7 +98,7 @@ def test_a_finished_folder_is_used_as_it_is(tmp_path):
 
 def test_a_set_made_with_other_arguments_or_by_another_format_is_refused(tmp_path, monkeypatch):
     make_shapes(tmp_path / "set", train_images=1, val_images=1, size=64)
-    with pytest.raises(ValueError, match="already holds .*'seed': 0.*new or empty folder"):
+    with pytest.raises(ValueError, match="already holds .*'seed': 0.*remove it or choose another folder"):
         make_shapes(tmp_path / "set", seed=1, train_images=1, val_images=1, size=64)
     monkeypatch.setattr(shapes, "FORMAT", FORMAT + 1)
     with pytest.raises(ValueError, match="already holds"):

@@ -242,7 +242,7 @@ def test_a_tenth_is_held_out_where_there_is_no_validation_split_and_found_again(
     argv = [*QUICK, "--data", str(without_val(own_shapes)), "--output", "run", "--pictures", "0"]
     train_coco.main([*argv, "--max-steps", "1"])
     said = capsys.readouterr().out
-    assert "there is no validation split, so one image in 10 is held out of training" in said
+    assert "there is no validation split, so one image in 10 is held out for it" in said
     assert "train: 5 images" in said and "val:   1 images" in said
     config, results = Path("run/config.yaml").read_text(), json.loads(Path("run/results.json").read_text())
     assert yaml.safe_load(config)["effective"]["validation"] == f"held out of {annotation_file(own_shapes)}"
@@ -441,7 +441,7 @@ def test_from_the_shell_it_is_exit_status_1_and_one_line_on_stderr(shapes):
     process = subprocess.run([sys.executable, TOOLS / "train_coco.py", *argv], capture_output=True, text=True)
     assert process.returncode == 1
     [line] = process.stderr.splitlines()
-    assert line.startswith("error: --data") and "holds no data in a layout that is known; it should hold" in line
+    assert line.startswith("error: --data") and "holds no data in a known layout; it should hold" in line
     assert files() == {}
 
 
