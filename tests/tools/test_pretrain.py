@@ -472,5 +472,5 @@ def test_the_embedded_crops_are_drawn_once_and_alike_and_not_over_other_files(tm
     assert all((one / path).read_bytes() == (other / path).read_bytes() for path in files)
     before = (one / files[0]).stat().st_mtime_ns
     assert crops.make_shape_crops(one, **drawn) == one and (one / files[0]).stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="already holds other files|already holds"):
+    with pytest.raises(ValueError, match="already holds"):
         crops.make_shape_crops(one, **{**drawn, "size": 96})
