@@ -3,14 +3,13 @@
 python tools/benchmark.py                                             every job, on the CPU; about a quarter of an hour
 python tools/benchmark.py --jobs training --modes fp32 --rounds 9 --output runs/benchmark
 python tools/benchmark.py --device cuda                               within 9 minutes
-python tools/benchmark.py --device cuda --jobs detector-training --detector-batch-sizes 1 2 16
+python tools/benchmark.py --device cuda --jobs detector-training --batch-sizes 1 2 16
 python tools/benchmark.py --height 64 --width 96 --depth 18 --rounds 1      to see that it works; figures of no use
-python tools/benchmark.py --render docs/benchmarks/2026-01-31-cpu.json      tables and plot of a run again, beside it
 
-All packages get the same weights, inputs and settings, and what they compute is compared before anything is timed. They
-take turns in an order that is shuffled each round; a round in which other processes took over 6% of the machine is
-repeated. A ratio is the median over the rounds of time / time of the fastest other package: below 1 is faster.
-What fails is named at the end, and everything else is measured. docs/benchmarks.md says what each job is.
+All packages get the same weights, inputs and settings, and their outputs are compared before anything is timed. They
+take turns in an order that is shuffled each round. A ratio is the median over the rounds of time / time of the fastest
+other package: below 1 is faster. Failures are named at the end; the rest is measured. docs/benchmarks.md describes the
+jobs.
 """
 
 import importlib.util
@@ -20,22 +19,35 @@ import shlex
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from resbackbone.cli.command import console, main_of, parse, progress_console
-from resbackbone.cli.options import check_counts
-
+import numpy as np
 import torch
+from resbackbone.tools.benchmarks import contest, data, detectors, networks, processes
+from resbackbone.tools.benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, WHOLE_JOB, Contest, Limits
+from resbackbone.tools.benchmarks.machine import describe
+from resbackbone.tools.benchmarks.networks import Workload
+from resbackbone.tools.benchmarks.report import draw, label_of, markdown, not_measured
 
+from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of
+from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.errors import from_option
+from resbackbone.cli.options import check_counts
 from resbackbone.engine.device import choose_device
 from resbackbone.resnet import DEPTHS
-from resbackbone.tools.benchmarks.contest import COMPILED, MODES, Contest
-from resbackbone.tools.benchmarks.jobs import GPU_MODES, JOBS, ON_CPU_ONLY, ON_GPU_ONLY, PEERS
-from resbackbone.tools.benchmarks.machine import describe
-from resbackbone.tools.benchmarks.report import label_of, markdown, remarks_on, write_json, write_tables
-from resbackbone.tools.benchmarks.rounds import EVERYTHING, Session, hold, recorded
+
+PEERS = ("torchvision", "timm", "detectron2")
+GPU_MODES = ("tf32-channels-last",)  # on a CPU there is no TF32
+BF16 = "bf16-channels-last"
+# How far outputs may differ (`relative_difference`): TF32 keeps 11 bits and bf16 8, and packages round in different
+# places.
+TOLERANCE = {"fp64": 1e-5, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
+ANNOTATION_IMAGES = 118_287  # as in COCO train2017
+SLOW_ROUNDS = 3  # at most, for jobs whose peers take long and whose times hardly spread
 
 
 @dataclass(frozen=True)
@@ -47,42 +59,30 @@ class Options:
     scoring, annotations, index, input, import, scaling. Default: those that suit the device."""
     modes: tuple[str, ...] | None = None
     """Of fp32, fp32-channels-last, tf32-channels-last (GPU), bf16-channels-last. Default: those that suit the job."""
-    peers: tuple[str, ...] = PEERS
-    """Of torchvision, timm, detectron2; one that is not installed is left out. None: only this package's own times."""
     depth: int = 50
     """Of every network: 18, 34, 50, 101 or 152."""
     height: int = 800
     """Pixels; for detectors those of the shorter side."""
     width: int = 1216
     """Pixels."""
-    batch_size: int = 1
-    """Images in a backbone's run."""
-    detector_batch_sizes: tuple[int, ...] = (1,)
-    """Images in a detector's run; each size is measured by itself."""
-    imagenet_batch_size: int = 256
-    """Images in an ImageNet training step."""
+    batch_sizes: tuple[int, ...] | None = None
+    """Images in a network's run; each size is measured by itself. Default: 1, for imagenet 256."""
     rounds: int | None = None
-    """Rounds that count. Default: 5, on a GPU 8."""
-    threads: int | None = None
-    """Of torch on the CPU. Default: as torch chooses."""
+    """Default: 5, on a GPU 8."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     output: Path | None = None
     """Folder for benchmark.json (every round), .md and .png."""
     budget: float | None = None
-    """Seconds after which nothing more is begun. Default: none, on a GPU 500."""
+    """Seconds after which nothing more is started. Default: none, on a GPU 500."""
     data: Path | None = None
-    """COCO, for the detectors' image. Default: where train_coco.py looks for it, else a drawn image."""
+    """COCO, for the detectors' image. Default: a drawn image."""
     images: Path | None = None
     """A folder of class folders with JPEGs, for the input pipelines. Default: noise, saved as JPEGs."""
     scoring_images: int = 1000
     """Images to score, with 100 detections each."""
-    annotation_images: int = 118_287
-    """Images of the annotation file to load; COCO train2017's number."""
-    render: Path | None = None
-    """Measure nothing: write the tables and the plot of this JSON file beside it."""
     quiet: bool = False
-    """Print warnings, errors and the tables alone."""
+    """Print only warnings, errors and the tables."""
 
     @property
     def on_gpu(self) -> bool:
@@ -90,44 +90,37 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Jobs -> contests -> tables; what benchmark.json holds. Raises ValueError in the end, naming what failed."""
+    """Jobs -> contests -> tables; the content of benchmark.json. Raises ValueError at the end if anything failed."""
     options = parse(Options, argv)
-    if options.render is not None:
-        return render(options.render)
     check(options)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     if options.on_gpu:
-        torch.cuda.set_device(torch.device(options.device).index or 0)  # events and graphs are the current device's
+        torch.cuda.set_device(torch.device(options.device).index or 0)  # graphs are recorded on the current device
     budget = options.budget or (500.0 if options.on_gpu else math.inf)
-    rounds = options.rounds or (8 if options.on_gpu else 5)
-    session = Session(options.device, rounds=rounds, deadline=time.monotonic() + budget)
-    missing = [name for name in options.peers if not importlib.util.find_spec(name)]
+    limits = Limits(options.device, options.rounds or (8 if options.on_gpu else 5), time.monotonic() + budget)
     content = {
         "command": shlex.join(["python", "tools/benchmark.py", *(sys.argv[1:] if argv is None else argv)]),
         **describe(options.device, torch.get_num_threads()),
         "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()},
         "finished": False,
         "failed": [],
-        "skipped": [f"{name}, which is not installed" for name in missing],
+        "skipped": [f"{name}, which is not installed" for name in PEERS if not importlib.util.find_spec(name)],
         "jobs": {},
         "contests": [],
     }
     for line in content["skipped"]:
         progress_console.print(f"without {line}")
-    options = replace(options, peers=tuple(name for name in options.peers if name not in missing))
     left_out = ON_CPU_ONLY if options.on_gpu else ON_GPU_ONLY
     try:
         with tempfile.TemporaryDirectory() as scratch:
             for job in options.jobs or [job for job in JOBS if job not in left_out]:
-                hold_job(job, options, Path(scratch), content, session)
+                measure_job(job, options, Path(scratch), content, limits)
         content["finished"] = True
-    finally:  # an interrupted run has measured what it has
-        if options.output is not None:
-            write_json(content, options.output / "benchmark.json")
+    finally:  # an interrupted run reports what it has measured
         console.print(markdown(content))
         if options.output is not None:
-            write_tables(content, options.output / "benchmark.json")
+            write_json(content, options.output)
+            write_atomically(options.output / "benchmark.md", markdown(content))
+            draw(content, options.output / "benchmark.png")
             progress_console.print(f"written to {options.output}")
     if content["failed"]:
         raise UserError(f"{len(content['failed'])} failed: {'; '.join(content['failed'])}")
@@ -135,17 +128,15 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def check(options: Options) -> None:
-    """Make the output folder. Raises ValueError for options that cannot be."""
-    choices = (("job", options.jobs, JOBS), ("mode", options.modes, MODES), ("peer", options.peers, PEERS))
-    for kind, asked, there in choices:
+    """Make the output folder. Raises ValueError for an option that is out of range."""
+    for kind, asked, known in (("job", options.jobs, JOBS), ("mode", options.modes, MODES)):
         for name in asked or ():
-            one_of(kind, name, there)
+            one_of(kind, name, known)
     one_of("depth", options.depth, DEPTHS)
-    counts = ("height", "width", "batch_size", "imagenet_batch_size", "rounds", "threads", "budget")
-    check_counts(options, least=1, names=(*counts, "scoring_images", "annotation_images"))
-    for size in options.detector_batch_sizes:
+    check_counts(options, least=1, names=("height", "width", "rounds", "budget", "scoring_images"))
+    for size in options.batch_sizes or ():
         if size < 1:
-            raise UserError(f"--detector-batch-sizes {size}: must be at least 1")
+            raise UserError(f"--batch-sizes {size}: must be at least 1")
     one_of("device", torch.device(choose_device(options.device)).type, ("cpu", "cuda"))
     for mode in set(options.modes or ()) & set(GPU_MODES):
         if not options.on_gpu:
@@ -154,50 +145,177 @@ def check(options: Options) -> None:
         options.output.mkdir(parents=True, exist_ok=True)
 
 
-def hold_job(job: str, options: Options, scratch: Path, content: dict, session: Session) -> None:
-    """Hold all contests of a job. Each is in the output folder before the next one begins."""
-    if session.is_over():
+def measure_job(job: str, options: Options, scratch: Path, content: dict, limits: Limits) -> None:
+    """Measure all contests of a job, and write benchmark.json after each."""
+    if limits.is_over():
         content["skipped"].append(f"{job}: the budget is spent")
         return
     contests, result = [], Contest(job).empty_result()
-    with recorded(result, EVERYTHING):
+    with contest.recorded(result, WHOLE_JOB):
         contests = list(JOBS[job](job, options, scratch))
-    if not contests:  # something went wrong before there was one
-        add(result, content, options)
-    for contest in contests:
-        content["jobs"][job] = contest.heading
-        began, result = time.monotonic(), contest.empty_result()
+    for one in contests or [None]:  # without contests, the job itself failed
+        began = time.monotonic()
         try:
-            hold(contest, result, session)
+            if one is not None:
+                content["jobs"][job], result = one.heading, one.empty_result()
+                contest.measure(one, result, limits)
         finally:  # an interrupted contest keeps its rounds
-            add(result, content, options)
-        thrown = f", {result['thrown_away']} rounds thrown away" if result["thrown_away"] else ""
-        progress_console.print(f"{label_of(result)} took {time.monotonic() - began:.0f} s{thrown}")
-        session.release_memory()
-        if any(name.endswith(COMPILED) for name in contest.names):
-            torch.compiler.reset()  # else torch.compile gives up on a class of which it has compiled eight networks
+            content["contests"].append(result)
+            content["failed"] += not_measured(result, ["failed"])
+            if options.output is not None:
+                write_json(content, options.output)
+        for line in [*not_measured(result), f"{label_of(result)} took {time.monotonic() - began:.0f} s"]:
+            progress_console.print(line)
+        contest.release_memory()
+        torch.compiler.reset()  # otherwise torch.compile gives up on a class of which it has compiled eight networks
 
 
-def add(result: dict, content: dict, options: Options) -> None:
-    """Add a contest to the run, and write benchmark.json."""
-    content["contests"].append(result)
-    content["failed"] += remarks_on(result, ["failed"])
-    for line in remarks_on(result):
-        progress_console.print(line)
-    if options.output is not None:
-        write_json(content, options.output / "benchmark.json")
+def write_json(content: dict, folder: Path) -> None:
+    write_atomically(folder / "benchmark.json", json.dumps(content, indent=1) + "\n")
 
 
-def render(path: Path) -> dict:
-    """Tables and plot of a JSON file, beside it under its name."""
-    try:
-        content = json.loads(path.read_text())
-        text = markdown(content)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--render {path}: not a benchmark.json ({error!r})") from None
-    write_tables(content, path)
-    console.print(text)
-    return content
+# The jobs: each makes its contests from the options and a folder for scratch files.
+
+
+def with_peers(*own: str, among: tuple[str, ...] = PEERS) -> tuple[str, ...]:
+    return (*own, *(name for name in among if importlib.util.find_spec(name)))
+
+
+def by_mode(made: Contest, options: Options, modes: tuple[str, ...], default_size: int = 1) -> Iterator[Contest]:
+    """A contest between networks for each batch size and mode, by default each of `modes`."""
+    for size in options.batch_sizes or (default_size,):
+        for mode in options.modes or modes:
+            work = Workload(mode, options.device, options.depth, options.height, options.width, size)
+            yield replace(
+                made,
+                build=partial(made.build, work),
+                mode=mode,
+                batch_size=size,
+                tolerance=made.tolerance or TOLERANCE[mode.split("-")[0]],
+                items=(size,) * len(made.names),
+            )
+
+
+def sizes_of(options: Options, default: int = 1) -> str:
+    return " or ".join(map(str, options.batch_sizes or (default,)))
+
+
+def backbones(job: str, options: Options, _: Path) -> Iterator[Contest]:
+    training = job == "training"
+    what = f"ResNet-{options.depth}, {'stem and c2 frozen' if training else 'c2 to c5'}"
+    size = f"{sizes_of(options)} x 3 x {options.height} x {options.width}"
+    heading = f"Backbone {'training step' if training else 'inference'}: {what}, {size}"
+    names = with_peers(OWN) if training else with_peers(OWN, f"{OWN}, {FUSED}")
+    modes = tuple(mode for mode in MODES if options.on_gpu or mode not in GPU_MODES)
+    return by_mode(Contest(job, heading, names, partial(networks.backbone, training), memory=True), options, modes)
+
+
+def compiled(job: str, options: Options, _: Path) -> Iterator[Contest]:
+    """Each package under torch.compile, and on a GPU first as a CUDA graph."""
+    training = job == "compiled-training"
+    ways = (GRAPH, COMPILED) if options.on_gpu else (COMPILED,)
+    names = (OWN, *(f"{name}, {way}" for way in ways for name in with_peers(OWN)))
+    size = f"{sizes_of(options)} x 3 x {options.height} x {options.width}"
+    what = f"Backbone {'training step' if training else 'inference'}, compiled: ResNet-{options.depth}, {size}"
+    return by_mode(Contest(job, what, names, partial(networks.backbone, training)), options, (BF16,))
+
+
+def imagenet(job: str, options: Options, _: Path) -> Iterator[Contest]:
+    """On a GPU under torch.compile too."""
+    names = with_peers(OWN, among=("torchvision", "timm"))
+    if options.on_gpu:
+        names += tuple(f"{name}, {COMPILED}" for name in names)
+    heading = f"ImageNet training step: ResNet-{options.depth}, batches of {sizes_of(options, 256)}, 224 x 224"
+    return by_mode(Contest(job, heading, names, networks.classifier), options, (BF16,), 256)
+
+
+def faster_rcnn(job: str, options: Options, _: Path) -> Iterator[Contest]:
+    training = job == "detector-training"
+    what = f"Faster R-CNN ResNet-{options.depth} FPN {'training step' if training else 'inference'}"
+    images = "one image" if (options.batch_sizes or (1,)) == (1,) else f"{sizes_of(options)} images"
+    with from_option("--data"):
+        scene = detectors.read_scene(options.data) if options.data else detectors.drawn_scene()
+    own = (OWN,) if training else (OWN, f"{OWN}, {FUSED}")
+    made = Contest(
+        job,
+        f"{what}, {images}, {options.height} pixels",
+        with_peers(*own, among=("torchvision", "detectron2")),
+        partial(detectors.contender, training, scene),
+        tolerance=TOLERANCE["fp64"],  # whatever the mode
+        difference=detectors.difference,
+        memory=True,
+    )
+    return by_mode(made, options, ("tf32-channels-last" if options.on_gpu else "fp32", BF16))
+
+
+def scoring(job: str, options: Options, scratch: Path) -> Iterator[Contest]:
+    annotations, detections = scratch / "scoring.json", scratch / "detections.npy"
+    truth = data.write_instances(annotations, options.scoring_images)
+    np.save(detections, data.detections_for(truth, options.scoring_images))
+    heading = f"COCO scoring: {options.scoring_images} images, {data.DETECTIONS_AN_IMAGE} detections an image"
+    build = partial(data.scoring, annotations, detections)
+    yield Contest(job, heading, (OWN, data.REFEREE), build, tolerance=1e-9, most_rounds=SLOW_ROUNDS)
+
+
+def annotations(job: str, options: Options, scratch: Path) -> Iterator[Contest]:
+    data.write_instances(scratch / "annotations.json", ANNOTATION_IMAGES)
+    heading = f"Loading an annotation file: {ANNOTATION_IMAGES} images"
+    build = partial(data.loading, scratch / "annotations.json")
+    yield Contest(job, heading, (OWN, data.REFEREE), build, memory=True, most_rounds=SLOW_ROUNDS)
+
+
+def index(job: str, options: Options, _: Path) -> Iterator[Contest]:
+    heading = f"Drawing {data.BATCHES:,} batches of {data.BATCH_SIZE} images from an index"
+    items = (data.BATCHES * data.BATCH_SIZE,) * len(data.INDEXES)
+    yield Contest(job, heading, data.INDEXES, data.drawing, reference=data.INDEXES[0], items=items, memory=True)
+
+
+def input_pipelines(job: str, options: Options, scratch: Path) -> Iterator[Contest]:
+    folder = options.images or data.noise_images(scratch / "images")
+    heading = f"ImageNet input pipeline, one core, {data.INPUT_IMAGES} images"
+    items = (data.INPUT_IMAGES,) * len(data.PIPELINES)
+    build = partial(data.reading, folder, scratch)
+    yield Contest(job, heading, data.PIPELINES, build, reference=data.PLAIN, items=items)
+
+
+def imports(job: str, options: Options, _: Path) -> Iterator[Contest]:
+    names = with_peers(OWN, processes.WITH_DETECTION)
+    yield Contest(job, "Import, beyond that of torch", names, processes.importing, most_rounds=SLOW_ROUNDS)
+
+
+def scaling(job: str, options: Options, scratch: Path) -> Iterator[Contest]:
+    work = Workload("fp32", "cpu", options.depth, options.height, options.width, (options.batch_sizes or (1,))[0])
+    size = f"{work.batch_size} x 3 x {work.height} x {work.width}"
+    yield Contest(
+        job,
+        f"Training step in one and two processes of one thread (gloo): ResNet-{options.depth}, {size} each",
+        (processes.TWO, processes.ONE),
+        measure=partial(processes.scaling, work, scratch),
+        mode="fp32",
+        reference=processes.ONE,
+        items=(2 * work.batch_size, work.batch_size),
+        most_rounds=SLOW_ROUNDS,
+    )
+
+
+JOBS: dict[str, Callable[[str, Options, Path], Iterator[Contest]]] = {
+    "inference": backbones,
+    "training": backbones,
+    "detector-inference": faster_rcnn,
+    "detector-training": faster_rcnn,
+    "imagenet": imagenet,
+    "compiled-training": compiled,
+    "compiled-inference": compiled,
+    "scoring": scoring,
+    "annotations": annotations,
+    "index": index,
+    "input": input_pipelines,
+    "import": imports,
+    "scaling": scaling,
+}
+# By default. A GPU's time is not for what the processor does alone.
+ON_GPU_ONLY = ("imagenet", "compiled-training", "compiled-inference")
+ON_CPU_ONLY = ("scoring", "annotations", "index", "input", "import", "scaling")
 
 
 if __name__ == "__main__":

@@ -11,41 +11,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from resbackbone.tools import benchmark
+from resbackbone.tools.benchmarks import contest, data, detectors, memory, networks, processes, report
 from torch import nn
 
 from detection import scoring
 from resbackbone.cli.command import main_of
-from resbackbone.tools import benchmark
 
 ROOT = Path(__file__).parents[2]
-contest, data, detectors, jobs, machine, networks, processes, report, rounds = (
-    importlib.import_module(f"resbackbone.tools.benchmarks.{name}")
-    for name in ("contest", "data", "detectors", "jobs", "machine", "networks", "processes", "report", "rounds")
-)
-
-TINY = ["--height", "48", "--width", "64", "--depth", "18", "--rounds", "1"]
-TINY += ["--scoring-images", "12", "--annotation-images", "15", "--imagenet-batch-size", "2"]
-INSTALLED = [name for name in jobs.PEERS if importlib.util.find_spec(name)]
+TINY = ["--height", "48", "--width", "64", "--depth", "18", "--rounds", "1", "--scoring-images", "12"]
+INSTALLED = [name for name in benchmark.PEERS if importlib.util.find_spec(name)]
 DETECTING = [name for name in INSTALLED if name in detectors.DETECTORS]
 
 
 @pytest.fixture(autouse=True)
-def empty_place(tmp_path, monkeypatch):
+def small(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("RESBACKBONE_DEBUG", "DETECTRON2_DATASETS", "COCO_DIR"):
-        monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture(autouse=True)
-def small_matrices(monkeypatch):
-    monkeypatch.setattr(rounds, "MATRIX_SIDE", 64)
+    monkeypatch.delenv("RESBACKBONE_DEBUG", raising=False)
+    monkeypatch.setattr(contest, "MATRIX_SIDE", 64)
+    monkeypatch.setattr(benchmark, "ANNOTATION_IMAGES", 15)
+    monkeypatch.setattr(data, "INPUT_IMAGES", 20)
 
 
 @pytest.fixture
-def without_processes(monkeypatch):
-    """Memory is not measured, as that takes a process for each contender; and whatever else the machine does counts."""
-    monkeypatch.setattr(rounds, "peak_in_fresh_process", lambda build, name, threads: (2**20, 2**20))
-    monkeypatch.setattr(rounds, "OTHERS_LIMIT", float("inf"))
+def without_memory(monkeypatch):
+    """Memory is not measured: that takes a process for each contender."""
+    monkeypatch.setattr(contest, "peak_in_fresh_process", lambda build, name, threads: (2**20, 2**20))
+
+
+@pytest.fixture
+def only_torchvision(monkeypatch):
+    monkeypatch.setattr(benchmark, "with_peers", lambda *own, among=(): (*own, "torchvision"))
 
 
 def error_of(argv):
@@ -66,17 +62,15 @@ def result_with(names=(), **fields):
 
 
 @pytest.mark.parametrize("mode, size", [("fp32", 1), ("bf16-channels-last", 2)])
-def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, without_processes, capsys):
+def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, without_memory, capsys):
     asked = ["inference", "training", "detector-inference", "detector-training"]
     if mode.startswith("bf16"):  # its only mode by default
         asked.append("imagenet")
-    content = benchmark.main(
-        [*TINY, "--jobs", *asked, "--modes", mode, "--detector-batch-sizes", str(size), "--output", "out"]
-    )
+    content = benchmark.main([*TINY, "--jobs", *asked, "--modes", mode, "--batch-sizes", str(size), "--output", "out"])
     assert json.loads(json.dumps(content)) == json.loads(Path("out/benchmark.json").read_text())
     assert content["finished"] and not content["failed"]
     assert [(r["job"], r["mode"]) for r in content["contests"]] == [(job, mode) for job in asked]
-    assert [r["batch_size"] for r in content["contests"]] == [1, 1, size, size, 2][: len(asked)]
+    assert {r["batch_size"] for r in content["contests"]} == {size}
     wanted = {
         "inference": ["resbackbone", "resbackbone, fused", *INSTALLED],
         "training": ["resbackbone", *INSTALLED],
@@ -104,8 +98,8 @@ def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, w
 
 
 def test_each_batch_size_and_mode_of_a_detector_is_a_contest_of_its_own(tmp_path):
-    options = benchmark.Options(detector_batch_sizes=(1, 16), height=64, device="cuda")
-    found = list(jobs.detectors("detector-training", options, tmp_path))
+    options = benchmark.Options(batch_sizes=(1, 16), height=64, device="cuda")
+    found = list(benchmark.faster_rcnn("detector-training", options, tmp_path))
     modes = ("tf32-channels-last", "bf16-channels-last")
     assert [(c.batch_size, c.mode) for c in found] == [(size, mode) for size in (1, 16) for mode in modes]
     assert all(set(c.items) == {c.batch_size} and ", 1 or 16 images, " in c.heading for c in found)
@@ -121,8 +115,7 @@ def test_every_second_image_of_a_batch_is_flipped_with_its_boxes():
     assert ((x1 >= 0) & (x2 <= 70) & (x1 < x2) & (y1 >= 0) & (y2 <= 48) & (y1 < y2)).all()
 
 
-def test_the_jobs_on_coco_files_and_the_input_pipelines_run_and_agree(without_processes, monkeypatch):
-    monkeypatch.setattr(jobs, "INPUT_IMAGES", 20)
+def test_the_jobs_on_coco_files_and_the_input_pipelines_run_and_agree(without_memory):
     content = benchmark.main([*TINY, "--jobs", "scoring", "annotations", "input"])
     for job in ("scoring", "annotations"):
         assert list(times(content, job=job)) == ["resbackbone", "pycocotools"]
@@ -132,8 +125,8 @@ def test_the_jobs_on_coco_files_and_the_input_pipelines_run_and_agree(without_pr
 
 def test_files_made_for_scoring_have_something_to_score(tmp_path):
     truth = data.write_instances(tmp_path / "truth.json", 30)
-    found = data.detections_for(truth, 30, 50)
-    assert found.shape == (1500, 7) and set(found[:, 0]) <= set(range(1, 31))
+    found = data.detections_for(truth, 30)
+    assert found.shape == (3000, 7) and set(found[:, 0]) <= set(range(1, 31))
     written = json.loads((tmp_path / "truth.json").read_text())
     assert len(written["images"]) == 30 and len(written["annotations"]) == len(truth) > 150
     np.save(tmp_path / "found.npy", found)
@@ -150,7 +143,7 @@ def test_files_made_for_scoring_have_something_to_score(tmp_path):
         ("detector-training", "bf16-channels-last"),
     ],
 )
-def test_outputs_that_differ_are_an_error_and_are_not_timed(job, mode, without_processes, monkeypatch):
+def test_outputs_that_differ_are_an_error_and_are_not_timed(job, mode, without_memory, only_torchvision, monkeypatch):
     table = detectors.DETECTORS if job.startswith("detector") else networks.BACKBONES
     build = table["torchvision"]
 
@@ -161,7 +154,7 @@ def test_outputs_that_differ_are_an_error_and_are_not_timed(job, mode, without_p
         return network
 
     monkeypatch.setitem(table, "torchvision", differently)
-    said = error_of([*TINY, "--jobs", job, "index", "--modes", mode, "--peers", "torchvision", "--output", "out"])
+    said = error_of([*TINY, "--jobs", job, "index", "--modes", mode, "--output", "out"])
     assert f"1 failed: {job}, {mode}, 1 image: torchvision: its outputs differ from resbackbone's by " in said
     content = json.loads(Path("out/benchmark.json").read_text())
     assert content["finished"] and not times(content, job=job) and times(content, job="index")
@@ -179,11 +172,11 @@ def test_one_number_of_twelve_that_differs_is_an_error(monkeypatch):
     assert "scoring: pycocotools: its outputs differ" in error_of([*TINY, "--jobs", "scoring"])
 
 
-def test_a_job_that_fails_is_recorded_and_the_next_one_goes_on(without_processes, monkeypatch):
+def test_a_job_that_fails_is_recorded_and_the_next_one_goes_on(without_memory, monkeypatch):
     def failing(job, options, scratch):
         raise RuntimeError("no such kernel\nand more")
 
-    monkeypatch.setitem(jobs.JOBS, "scoring", failing)
+    monkeypatch.setitem(benchmark.JOBS, "scoring", failing)
     said = error_of([*TINY, "--jobs", "scoring", "index", "--output", "out"])
     assert said == "error: 1 failed: scoring: all of it: RuntimeError: no such kernel and more"
     content = json.loads(Path("out/benchmark.json").read_text())
@@ -192,55 +185,38 @@ def test_a_job_that_fails_is_recorded_and_the_next_one_goes_on(without_processes
     assert "Not measured: scoring: all of it: RuntimeError" in Path("out/benchmark.md").read_text()
 
 
-def test_what_was_measured_is_written_before_the_next_contest_begins(without_processes, monkeypatch):
+def test_what_was_measured_is_written_before_the_next_contest_begins(without_memory, monkeypatch):
     def killed(job, options, scratch):
         content = json.loads(Path("out/benchmark.json").read_text())
         assert len(times(content, job="index")["resbackbone, 1,000 images"]) == 1 and not content["finished"]
         return []
 
-    monkeypatch.setitem(jobs.JOBS, "scoring", killed)
+    monkeypatch.setitem(benchmark.JOBS, "scoring", killed)
     assert not benchmark.main([*TINY, "--jobs", "index", "scoring", "--output", "out"])["failed"]
 
 
-def test_a_package_that_is_not_installed_is_said_and_left_out(without_processes, monkeypatch, capsys):
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "timm" else find(name))
-    content = benchmark.main([*TINY, "--jobs", "training", "--modes", "fp32", "--peers", "torchvision", "timm"])
-    assert list(times(content, job="training")) == ["resbackbone", "torchvision", "torch.mm"]
-    assert "without timm, which is not installed" in capsys.readouterr().out
-
-
-def test_without_any_peer_there_are_still_times_of_this_package(without_processes, monkeypatch):
+def test_without_any_peer_there_are_still_times_of_this_package(without_memory, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     content = benchmark.main([*TINY, "--jobs", "inference", "--modes", "fp32", "--output", "out"])
     assert list(times(content, job="inference")) == ["resbackbone", "resbackbone, fused", "torch.mm"]
     text = Path("out/benchmark.md").read_text()
     assert "| **resbackbone** |" in text and "ratio" not in text and not Path("out/benchmark.png").exists()
-    assert all(f"Not measured: {name}, which is not installed." in text for name in jobs.PEERS)
+    assert all(f"Not measured: {name}, which is not installed." in text for name in benchmark.PEERS)
+    assert "without timm, which is not installed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "missing, lost", [("hotcoco", ["scoring"]), ("detection.annotations", ["scoring", "annotations"])]
-)
-def test_jobs_that_need_a_missing_module_are_named_and_the_others_done(missing, lost, without_processes, monkeypatch):
-    monkeypatch.setitem(sys.modules, missing, None)
-    monkeypatch.delitem(sys.modules, "detection.scoring", raising=False)  # as in a process that has not imported it
-    content = benchmark.main([*TINY, "--jobs", "scoring", "annotations", "index", "--output", "out"])
-    assert [r["job"] for r in content["contests"] if not r["seconds"]] == lost
-    assert Path("out/benchmark.md").read_text().count(f": all of it: import of {missing} halted") == len(lost)
+def test_a_contender_that_needs_a_missing_module_is_named_and_the_rest_done(without_memory, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools.coco", None)
+    content = benchmark.main([*TINY, "--jobs", "annotations", "index", "--output", "out"])
+    assert list(times(content, job="annotations")) == ["resbackbone"] and times(content, job="index")
+    assert ": pycocotools: import of pycocotools.coco halted" in Path("out/benchmark.md").read_text()
 
 
 def test_a_machine_with_little_installed_can_time_networks():
     absent = ("msgspec", "simplejpeg", "hotcoco", "pycocotools", "matplotlib", "timm", "detectron2")
-    code = (
-        f"import sys; sys.modules.update(dict.fromkeys({absent})); import benchmark; from benchmarks import detectors"
-    )
-    code += "; print(len(detectors.scene_of(None).boxes))"
-    path = os.pathsep.join([str(ROOT / "tools"), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.stdout == "10\n", done.stderr
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from resbackbone.tools import benchmark"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -248,49 +224,39 @@ def test_a_machine_with_little_installed_can_time_networks():
     [
         (["--jobs", "training", "trainign"], "unknown job 'trainign'; choose from inference, training, "),
         (["--modes", "fp16"], "unknown mode 'fp16'; choose from fp32, fp32-channels-last, tf32-channels-last, bf"),
-        (["--peers", "mmdetection"], "unknown peer 'mmdetection'; choose from torchvision, timm, detectron2"),
-        (["--depth", "20"], "unknown depth 20; choose from 18, "),
+        (["--depth", "20"], "unknown depth 20; choose from 18, 34, 50, 101, 152"),
         (["--rounds", "0"], "--rounds 0: 1 or more is wanted"),
-        (["--detector-batch-sizes", "2", "0"], "--detector-batch-sizes 0: must be at least 1"),
+        (["--batch-sizes", "2", "0"], "--batch-sizes 0: must be at least 1"),
         (["--modes", "tf32-channels-last"], "--modes tf32-channels-last with --device cpu: TF32 needs --device cuda"),
         (["--device", "tpu"], "unknown device 'tpu'"),
-        (["--render", "missing.json"], "--render missing.json: not a benchmark.json"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(argv, said):
     assert said in error_of(argv)
 
 
-def test_an_interrupted_run_writes_what_it_has(without_processes, monkeypatch):
-    share, made = machine.Others.share, []
+def test_an_interrupted_run_writes_what_it_has(without_memory, monkeypatch):
+    seconds = iter([1.0, 1.0])
 
-    def interrupted(self):
-        made.append(self)
-        if len(made) == 5:
-            raise KeyboardInterrupt
-        return share(self)
+    def clock():
+        for value in seconds:
+            return value
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(machine.Others, "share", interrupted)
-    argv = [*TINY, "--jobs", "training", "imagenet", "--modes", "fp32", "--peers", "--rounds", "3", "--output", "out"]
+    monkeypatch.setattr(processes, "importing", lambda name: contest.Contender(dict, clock=clock))
+    monkeypatch.setattr(benchmark, "with_peers", lambda *own: own[:1])
+    argv = [*TINY, "--jobs", "index", "import", "--rounds", "3", "--output", "out"]
     with pytest.raises(SystemExit) as exit:
         main_of(lambda: benchmark.main(argv))
     assert exit.value.code == "interrupted"
     content = json.loads(Path("out/benchmark.json").read_text())
-    assert not content["finished"]
-    assert [len(times(content, job=job)["resbackbone"]) for job in ("training", "imagenet")] == [3, 1]
+    assert not content["finished"] and len(times(content, job="import")["resbackbone"]) == 2
     assert Path("out/benchmark.md").read_text().count("### ") == 2
 
 
-def test_render_writes_the_same_tables_again(without_processes):
-    benchmark.main([*TINY, "--jobs", "training", "--modes", "fp32", "--peers", "torchvision", "--output", "out"])
-    Path("again.json").write_bytes(Path("out/benchmark.json").read_bytes())
-    benchmark.main(["--render", "again.json"])
-    assert Path("again.md").read_text() == Path("out/benchmark.md").read_text()
-    assert Path("again.png").is_file()
-
-
-def test_what_no_longer_fits_the_budget_is_left_out_and_said(without_processes, monkeypatch):
-    argv = [*TINY, "--jobs", "compiled-training", "index", "--modes", "fp32", "--peers", "--output", "out"]
+def test_what_no_longer_fits_the_budget_is_left_out_and_said(without_memory, monkeypatch):
+    monkeypatch.setattr(benchmark, "with_peers", lambda *own: own)
+    argv = [*TINY, "--jobs", "compiled-training", "index", "--modes", "fp32", "--output", "out"]
     content = benchmark.main([*argv, "--budget", "25"])  # less than a compilation is expected to take
     assert list(times(content, job="compiled-training")) == ["resbackbone", "torch.mm"]
     assert times(content, job="index") and not content["failed"]
@@ -299,17 +265,17 @@ def test_what_no_longer_fits_the_budget_is_left_out_and_said(without_processes, 
     monkeypatch.setattr(benchmark, "check_counts", lambda *_, **__: None)
     content = benchmark.main([*argv, "--budget", "1e-9"])
     assert content["contests"] == []
-    assert content["skipped"] == [f"{job}: the budget is spent" for job in ("compiled-training", "index")]
+    assert content["skipped"][-2:] == [f"{job}: the budget is spent" for job in ("compiled-training", "index")]
 
 
-def test_a_gpu_compares_compiled_classifiers_too_and_leaves_the_processors_jobs_out(tmp_path):
-    (found,) = jobs.imagenet("imagenet", benchmark.Options(device="cuda", peers=("timm", "detectron2")), tmp_path)
+def test_a_gpu_compares_compiled_classifiers_too_and_leaves_the_processors_jobs_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "with_peers", lambda *own, among=(): (*own, "timm"))
+    (found,) = benchmark.imagenet("imagenet", benchmark.Options(device="cuda"), tmp_path)
     assert found.names == ("resbackbone", "timm", "resbackbone, compiled", "timm, compiled")
-    (found,) = jobs.compiled("compiled-training", benchmark.Options(device="cuda", peers=("timm",)), tmp_path)
+    (found,) = benchmark.compiled("compiled-training", benchmark.Options(device="cuda"), tmp_path)
     ways = [f"{name}, {way}" for way in ("CUDA graph", "compiled") for name in ("resbackbone", "timm")]
     assert found.names == ("resbackbone", *ways)
-    left_out = {"scoring", "annotations", "index", "input", "import", "scaling"}
-    assert set(jobs.ON_CPU_ONLY) == left_out and not left_out & set(jobs.ON_GPU_ONLY)
+    assert not set(benchmark.ON_CPU_ONLY) & set(benchmark.ON_GPU_ONLY)
 
 
 @pytest.mark.parametrize("on, switches", [(True, ("high", True)), (False, ("highest", False))])
@@ -318,7 +284,7 @@ def test_tf32_is_switched_in_products_and_convolutions_and_put_back(on, switches
         return torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
 
     before = now()
-    with pytest.raises(ZeroDivisionError), rounds.tf32(on):
+    with pytest.raises(ZeroDivisionError), contest.tf32(on):
         assert now() == switches
         raise ZeroDivisionError
     assert now() == before
@@ -341,24 +307,24 @@ def test_bytes_saved_for_backward_count_each_storage_once_and_no_parameter():
         module(x).backward()
         return {}
 
-    _, figures = rounds.inspect(contest.Contender(run, module, counted=True), on_gpu=False)
+    _, figures = contest.inspect(contest.Contender(run, module, counted=True), on_gpu=False)
     assert figures["saved_bytes"] == 3 * 4000
 
 
 def test_ours_keeps_no_more_for_backward_than_the_others():
-    setting = networks.Setting("fp32", "cpu", 18, 64, 96, 1)
+    setting = networks.Workload("fp32", "cpu", 18, 64, 96, 1)
     saved = {}
     for name in ("resbackbone", "torchvision"):
         contender = networks.backbone(True, setting, name)
-        saved[name] = rounds.inspect(contender, on_gpu=False)[1]["saved_bytes"]
+        saved[name] = contest.inspect(contender, on_gpu=False)[1]["saved_bytes"]
     assert 0 < saved["resbackbone"] <= saved["torchvision"]
 
 
-def held(names, build=lambda name: contest.Contender(dict), session=None, **fields):
-    """The result of a contest of three rounds; by default between contenders that do nothing."""
-    made = contest.Contest("quick", "", tuple(names), build, **fields)
+def measured(names, build=lambda name: contest.Contender(dict), limits=contest.Limits(rounds=3)):
+    """The result of a contest, by default between contenders that do nothing."""
+    made = contest.Contest("quick", "", tuple(names), build)
     result = made.empty_result()
-    rounds.hold(made, result, session or rounds.Session("cpu", rounds=3))
+    contest.measure(made, result, limits)
     return result
 
 
@@ -372,12 +338,12 @@ def that_output(outputs, **runs):
 
 
 def test_a_contender_that_differs_is_left_out_and_those_that_agree_are_timed():
-    result = held(
+    result = measured(
         ("resbackbone", "torchvision", "timm"), that_output({"resbackbone": 1.0, "torchvision": 1.5, "timm": 1.0})
     )
     assert set(result["seconds"]) == {"resbackbone", "timm"} and set(result["failed"]) == {"torchvision"}
     assert result["difference"]["torchvision"] == 0.5 and not result["tracebacks"]
-    result = held(("resbackbone", "torchvision"), that_output({"resbackbone": 1.0, "torchvision": 1.5}))
+    result = measured(("resbackbone", "torchvision"), that_output({"resbackbone": 1.0, "torchvision": 1.5}))
     assert not result["seconds"] and result["left_out"] == {"resbackbone": "no other package agrees with it"}
 
 
@@ -394,10 +360,9 @@ def test_a_contender_out_of_memory_does_not_lose_the_others(name, fails_at):
         return {"x": torch.tensor(1.0)}
 
     names = ("resbackbone", "torchvision", "timm")
-    result = held(names, that_output(dict.fromkeys(names, 1.0), **{name: full}))
+    result = measured(names, that_output(dict.fromkeys(names, 1.0), **{name: full}))
     assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {n: 3 for n in names if n != name}
     assert result["failed"][name].startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
-    assert not result["tracebacks"]
     assert report.rows_of(result)[-1].ratio
 
 
@@ -405,7 +370,7 @@ def test_a_bug_of_one_contender_is_kept_with_its_traceback():
     def broken():
         raise RuntimeError("shape mismatch")
 
-    result = held(("resbackbone", "timm"), that_output({"resbackbone": 1.0}, timm=broken))
+    result = measured(("resbackbone", "timm"), that_output({"resbackbone": 1.0}, timm=broken))
     assert list(result["seconds"]) == ["resbackbone"] and result["failed"] == {"timm": "RuntimeError: shape mismatch"}
     assert "in broken" in result["tracebacks"]["timm"]
 
@@ -414,53 +379,9 @@ def test_a_peer_that_lacks_a_module_is_left_out_and_nothing_failed():
     def lacking():
         raise ModuleNotFoundError("No module named 'fvcore'")
 
-    result = held(("resbackbone", "detectron2"), that_output({"resbackbone": 1.0}, detectron2=lacking))
+    result = measured(("resbackbone", "detectron2"), that_output({"resbackbone": 1.0}, detectron2=lacking))
     assert list(result["seconds"]) == ["resbackbone"] and not result["failed"]
-    assert report.remarks_on(result) == ["quick: detectron2: No module named 'fvcore'"]
-
-
-def test_a_compilation_is_expected_to_take_as_long_as_the_one_before_it():
-    session = rounds.Session("cpu", rounds=1, deadline=time.monotonic() + 20)
-    names = ("resbackbone", "resbackbone, compiled")
-    assert list(held(names, session=session)["seconds"]) == ["resbackbone"]
-    session.deadline += 40
-    assert list(held(names, session=session)["seconds"]) == list(names) and session.compile_seconds < 1
-    session.deadline -= 40
-    assert list(held(names, session=session)["seconds"]) == list(names)
-
-
-def test_a_round_that_others_disturbed_is_made_again_up_to_a_limit(monkeypatch):
-    shares = iter([0.5, 0.01, 0.07, 0.0, 0.059])
-    monkeypatch.setattr(machine.Others, "share", lambda self: next(shares))
-    result = held(("resbackbone", "timm"))
-    assert result["others"] == [0.01, 0.0, 0.059] and result["thrown_away"] == 2
-    assert [len(seconds) for seconds in result["seconds"].values()] == [3, 3]
-    monkeypatch.setattr(machine.Others, "share", lambda self: 0.9)
-    result = held(("resbackbone", "timm"))
-    assert result["thrown_away"] == 3 and result["others"] == [0.9, 0.9, 0.9]
-
-
-def test_the_share_of_others_is_what_is_busy_without_this_process(monkeypatch):
-    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
-    busy, own, now = iter([100.0, 107.0]), iter([10.0, 15.0]), iter([0.0, 2.0])
-    monkeypatch.setattr(machine, "busy_seconds", lambda: next(busy))
-    monkeypatch.setattr(machine, "own_seconds", lambda: next(own))
-    monkeypatch.setattr(machine.time, "monotonic", lambda: next(now))
-    assert machine.Others().share() == pytest.approx((7 - 5) / (2 * 4))
-
-
-@pytest.mark.skipif(not machine.STAT.exists(), reason="only Linux tells how busy it is")
-def test_the_systems_busy_time_contains_this_process():
-    busy, own = machine.busy_seconds(), machine.own_seconds()
-    until = time.process_time() + 0.3
-    while time.process_time() < until:
-        pass
-    assert machine.own_seconds() - own >= 0.28 and machine.busy_seconds() - busy >= 0.25
-
-
-def test_without_a_count_by_the_system_no_round_is_thrown_away(monkeypatch):
-    monkeypatch.setattr(machine, "STAT", Path("nowhere"))
-    assert machine.Others().share() == 0.0 and held(("resbackbone",))["thrown_away"] == 0
+    assert report.not_measured(result) == ["quick: detectron2: No module named 'fvcore'"]
 
 
 def test_a_ratio_is_to_the_fastest_other_package_round_by_round():
@@ -499,19 +420,10 @@ def test_two_processes_are_compared_by_the_image():
 
 
 def test_training_in_two_processes_is_timed_beside_one(tmp_path):
-    setting = networks.Setting("fp32", "cpu", 18, 33, 47, 1)
+    setting = networks.Workload("fp32", "cpu", 18, 33, 47, 1)
     seconds = processes.scaling(setting, tmp_path, 2)
     assert list(seconds) == [processes.TWO, processes.ONE]
     assert all(len(each) == 2 and min(each) > 0 for each in seconds.values())
-
-
-def test_a_training_process_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
-    def failing(*_, **__):
-        raise SystemExit(1)
-
-    monkeypatch.setattr(processes, "launch", failing)
-    with pytest.raises(RuntimeError, match="exit status 1"):
-        processes.scaling(None, tmp_path, 1)
 
 
 def test_an_import_is_timed_without_torch():
@@ -542,17 +454,17 @@ class Failing:
         os._exit(3)  # as if the system had killed it
 
 
-@pytest.mark.skipif(not processes.CLEAR.exists(), reason="only Linux tells the peak of a process")
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="only Linux tells the peak of a process")
 def test_memory_is_what_a_run_adds_at_most_and_in_the_end():
-    peak, held = processes.peak_in_fresh_process(Allocating(), "any", 1)
+    peak, held = memory.peak_in_fresh_process(Allocating(), "any", 1)
     assert 64 <= peak / 2**20 < 110 and 16 <= held / 2**20 < 45  # 64 and 16, and what allocators round and keep
-    assert processes.peak_in_fresh_process(Failing(), "any", 1) == (None, None)
+    assert memory.peak_in_fresh_process(Failing(), "any", 1) == (None, None)
 
 
-@pytest.mark.skipif(not processes.CLEAR.exists(), reason="only Linux tells the peak of a process")
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason="only Linux tells the peak of a process")
 def test_a_backbones_step_can_be_measured_in_a_fresh_process():
-    setting = networks.Setting("fp32", "cpu", 18, 64, 96, 1)
-    peak, _ = processes.peak_in_fresh_process(partial(networks.backbone, True, setting), "resbackbone", 1)
+    setting = networks.Workload("fp32", "cpu", 18, 64, 96, 1)
+    peak, _ = memory.peak_in_fresh_process(partial(networks.backbone, True, setting), "resbackbone", 1)
     assert peak > 40e6  # the gradients of 11 M weights alone
 
 
@@ -583,7 +495,7 @@ def test_detections_agree_in_any_order_of_equal_scores():
 
 def test_detectron2_is_set_up_in_code_and_moves_as_a_whole():
     pytest.importorskip("detectron2")
-    detector = detectors.detectron2s(18, detectors.detector_weights(18)).to("meta")
+    detector = detectors.build_detectron2(18, detectors.detector_weights(18)).to("meta")
     assert {tensor.device.type for tensor in (*detector.parameters(), *detector.buffers())} == {"meta"}
     assert not [name for m in detector.modules() for name, x in vars(m).items() if isinstance(x, torch.Tensor)]
     assert detector.network.device.type == "meta"

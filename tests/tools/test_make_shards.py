@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from resbackbone.classification.data import open_images
-from resbackbone.tools import benchmark_input, make_shards
+from resbackbone.tools import make_shards
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -166,13 +166,3 @@ def test_a_mistake_is_answered_in_one_line(flags, says, tmp_path, monkeypatch):
 def test_a_number_out_of_range_is_answered_in_one_line(folder):
     with pytest.raises(ValueError, match="--quality 96: 1 to 95 is wanted"):
         run(folder, "--quality", "96")
-
-
-def test_the_benchmark_compares_each_pipeline_with_the_plain_one(folder, capsys):
-    flags = ["--size", "32", "--batch-size", "4", "--images", "8", "--rounds", "2"]
-    ratios = benchmark_input.main(["--data", str(folder / "train"), *flags])
-    rows = ["PIL + torchvision", "resbackbone, files as they are"]
-    assert list(ratios) == [*rows, *(f"resbackbone, shards of {side} pixels" for side in (320, 256))]
-    assert ratios["PIL + torchvision"] == 1.0 and all(ratio > 0 for ratio in ratios.values())
-    said = capsys.readouterr().out
-    assert all(row in said for row in ratios) and "8 images a round, 2 rounds taken in turns" in said

@@ -1,23 +1,28 @@
-"""What is compared: contests between contenders, in modes of precision and memory layout."""
+"""A contest between packages: outputs are compared first, then times are taken in rounds of shuffled order."""
 
+import gc
 import math
-from collections.abc import Callable, Mapping
+import random
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from resbackbone.tools.benchmarks.memory import peak_in_fresh_process
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
+from torch.utils.flop_counter import FlopCounterMode
 
 OWN = "resbackbone"
-FUSED, GRAPH, COMPILED = "fused", "CUDA graph", "compiled"  # a contender's name: its package, a comma, how it runs
-
-
-def package_of(name: str) -> str:
-    return name.split(",")[0]
-
-
-def is_own(name: str) -> bool:
-    return package_of(name) == OWN
+FUSED, GRAPH, COMPILED = "fused", "CUDA graph", "compiled"  # the second part of names such as "timm, compiled"
+MATRIX_PRODUCT = "torch.mm"
+MATRIX_SIDE = 4096
+WHOLE_JOB = "all of it"  # stands for a contender's name if a job fails before or between its contenders
+COMPILE_SECONDS = 45  # a compilation is not started later than this before the deadline
 
 
 class Mode(NamedTuple):
@@ -25,7 +30,7 @@ class Mode(NamedTuple):
 
     dtype: torch.dtype
     layout: torch.memory_format
-    tf32: bool  # on a GPU, in products and convolutions that are computed in fp32
+    tf32: bool  # on a GPU, for products and convolutions in fp32
 
 
 MODES = {
@@ -40,10 +45,80 @@ class Contender(NamedTuple):
     """One package ready for one job."""
 
     run: Callable[[], object]  # what is timed
-    module: nn.Module | None = None  # whose parameters are not counted as saved for backward
-    check: Callable[[], object] | None = None  # returns what has to agree, where a run does not; nothing if empty
-    clock: Callable[[], float] | None = None  # makes a run and measures its seconds itself
-    counted: bool = False  # whether operations and bytes are counted, which would change what is compiled
+    module: nn.Module | None = None  # its parameters do not count as saved for backward
+    check: Callable[[], object] | None = None  # returns the outputs to compare, if `run` does not
+    clock: Callable[[], float] | None = None  # returns the seconds of a run that it makes itself
+    counted: bool = False  # whether to count operations and bytes; torch.compile would not compile under the counters
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is compared, and how to read its times.
+
+    `names` are the contenders, this package's first. Each is measured against `reference`, by default the fastest
+    of the other packages. `items` holds the number of images in a run of each contender.
+    """
+
+    job: str
+    heading: str = ""  # of the job's table
+    names: tuple[str, ...] = ()
+    build: Callable[[str], Contender] | None = None  # picklable, because a fresh process calls it too
+    measure: Callable[[int], dict[str, list[float]]] | None = None  # instead of `build`: rounds -> seconds by name
+    mode: str = ""
+    batch_size: int | None = None  # of networks
+    tolerance: float = 0.0
+    difference: Callable[..., float] | None = None  # of two outputs; default: relative_difference
+    reference: str | None = None
+    items: tuple[int, ...] = ()
+    memory: bool = False
+    most_rounds: int | None = None
+
+    @property
+    def network(self) -> bool:
+        return self.batch_size is not None
+
+    def empty_result(self) -> dict:
+        """The contest's JSON before anything is measured.
+
+        Bytes and operations are those of one run. `left_out` and `failed` give reasons by contender. A contender is
+        left out where nothing is wrong: a package is missing, or the budget is spent.
+        """
+        figures = ("difference", "first", "seconds", "flops", "saved_bytes", "peak_bytes", "held_bytes")
+        return {
+            "job": self.job,
+            "mode": self.mode,
+            "batch_size": self.batch_size,
+            "names": list(self.names),
+            "reference": self.reference,
+            "items": dict(zip(self.names, self.items, strict=bool(self.items))),
+            "tolerance": self.tolerance,
+            **{kind: {} for kind in (*figures, "left_out", "failed", "tracebacks")},
+        }
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long to measure: the number of rounds, and a deadline in time.monotonic()."""
+
+    device: str = "cpu"
+    rounds: int = 5
+    deadline: float = math.inf
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def is_over(self, seconds: float = 0.0) -> bool:
+        """Whether something that takes this long would end after the deadline."""
+        return time.monotonic() + seconds > self.deadline
+
+
+def package_of(name: str) -> str:
+    return name.split(",")[0]
+
+
+def is_own(name: str) -> bool:
+    return package_of(name) == OWN
 
 
 def relative_difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
@@ -59,50 +134,160 @@ def relative_difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
     return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
-@dataclass(frozen=True)
-class Contest:
-    """What is compared, and how to read its times.
+def measure(contest: Contest, result: dict, limits: Limits) -> None:
+    """Measure a contest into its `empty_result` step by step, so that an interrupted one keeps its rounds.
 
-    `names` are the contenders, this package's first; each is measured against the fastest of the others, or against
-    `reference`. `items` counts the images of one run of each contender; empty where a run has none.
+    A contender that fails, or whose outputs differ from the first one's, is recorded and left out. If no other
+    package agrees with ours, nothing is timed, because nobody can say which is right.
+    """
+    rounds = min(limits.rounds, contest.most_rounds or limits.rounds)
+    with recorded(result, WHOLE_JOB), tf32(limits.on_gpu and contest.network and MODES[contest.mode].tf32):
+        if contest.measure is not None:
+            result["seconds"] = contest.measure(rounds)
+            return
+        contenders = _prepare(contest, result, limits)
+        differs = max(result["difference"].values(), default=0) > contest.tolerance
+        if differs and len({*map(package_of, contenders)}) < 2:
+            result["left_out"].update(dict.fromkeys(contenders, "no other package agrees with it"))
+        elif contenders:
+            _time(contest, contenders, result, rounds, limits)
+
+
+@contextmanager
+def recorded(result: dict, name: str) -> Iterator[None]:
+    """Record an exception in the block as the reason why `name` has no times."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        if isinstance(error, ModuleNotFoundError):
+            result["left_out"][name] = reason
+        else:
+            result["failed"][name] = f"{type(error).__name__}: {reason}"
+            result["tracebacks"][name] = traceback.format_exc()
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """In the block, compute fp32 products and convolutions in TF32 or not."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # a kernel that failed before reports its error here again
+            torch.cuda.empty_cache()
+
+
+def _prepare(contest: Contest, result: dict, limits: Limits) -> dict[str, Contender]:
+    # Builds the contenders and compares their outputs with those of the first.
+    contenders: dict[str, Contender] = {}
+    first = None
+    for name in contest.names:
+        if limits.is_over(COMPILE_SECONDS if name.endswith(COMPILED) else 0.0):
+            result["left_out"][name] = "the budget is spent"
+            continue
+        with recorded(result, name):
+            if contest.memory and not (contest.network and limits.on_gpu):
+                peak = peak_in_fresh_process(contest.build, name, torch.get_num_threads())
+                result["peak_bytes"][name], result["held_bytes"][name] = peak
+            contender = contest.build(name)
+            began = time.monotonic()
+            outputs, figures = inspect(contender, on_gpu=limits.on_gpu)
+            for kind, value in {**figures, "first": time.monotonic() - began}.items():
+                result[kind][name] = value
+            outputs = contender.check() if contender.check else outputs
+            if outputs:
+                wanted, expected = first or (name, outputs)
+                difference = (contest.difference or relative_difference)(outputs, expected)
+                result["difference"][name] = difference
+                if not difference <= contest.tolerance:
+                    reason = f"its outputs differ from {wanted}'s by {difference:.2g}"
+                    result["failed"][name] = f"{reason} (at most {contest.tolerance:g} is accepted)"
+                    continue
+            contenders[name], first = contender, first or (name, outputs)
+        if name not in contenders:
+            release_memory()
+    return contenders
+
+
+def inspect(contender: Contender, *, on_gpu: bool) -> tuple[object, dict[str, int]]:
+    """Run a contender once; its outputs and, if it is `counted`, {"flops", "saved_bytes"} and on a GPU {"peak_bytes"}.
+
+    Every storage saved for backward counts once. Peak memory is that above the memory allocated before.
+    """
+    if not contender.counted:
+        return contender.run(), {}
+    kept = {t.untyped_storage().data_ptr() for t in (*contender.module.parameters(), *contender.module.buffers())}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = contender.run()
+    figures = {"saved_bytes": sum(saved.values())}
+    if on_gpu:
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    with FlopCounterMode(display=False) as counter:  # a second run: the counter changes what ours saves for backward
+        contender.run()
+    return outputs, {**figures, "flops": counter.get_total_flops()}
+
+
+def _time(contest: Contest, contenders: dict[str, Contender], result: dict, rounds: int, limits: Limits) -> None:
+    timers: dict[str, Callable[[], float]] = {}  # each makes the runs of one round and returns the seconds of one
+    for name, contender in contenders.items():
+        with recorded(result, name):
+            timers[name] = contender.clock or _timer(contender.run, limits, result["first"][name])
+    if contest.network and timers:
+        a, b = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE).to(limits.device, MODES[contest.mode].dtype)
+        timers[MATRIX_PRODUCT] = _timer(partial(torch.mm, a, b), limits)
+        result["matrix_product_flops"] = 2 * MATRIX_SIDE**3
+    result["seconds"] = {name: [] for name in timers}
+    last_round = 0.0
+    for done in range(rounds):
+        if done and limits.is_over(last_round):
+            result["left_out"][f"{rounds - done} of {rounds} rounds"] = "the budget is spent"
+            break
+        began = time.monotonic()
+        for name in random.sample(list(timers), len(timers)):
+            with recorded(result, name):
+                result["seconds"][name].append(timers[name]())
+        for name in timers.keys() & result["failed"].keys():  # its earlier rounds do not count either
+            del timers[name], contenders[name], result["seconds"][name]
+            release_memory()
+        last_round = time.monotonic() - began
+
+
+def _timer(run: Callable[[], object], limits: Limits, first: float = 0.0) -> Callable[[], float]:
+    """Times as many runs as take 0.05 seconds, or 0.2 on a GPU: 1 to 50 of them.
+
+    torch.utils.benchmark.Timer would make two more runs each time to warm up, which take minutes for detectors on a
+    CPU; here the contenders' first runs have done that.
     """
 
-    job: str
-    heading: str = ""  # of the job's table
-    names: tuple[str, ...] = ()
-    build: Callable[[str], Contender] | None = None  # picklable, as a fresh process calls it too
-    measure: Callable[[int], dict[str, list[float]]] | None = None  # in place of `build`: rounds -> seconds by name
-    mode: str = ""
-    batch_size: int | None = None  # of networks
-    tolerance: float = 0.0
-    difference: Callable[..., float] = relative_difference
-    reference: str | None = None
-    items: tuple[int, ...] = ()
-    memory: bool = False
-    most_rounds: int | None = None
+    def seconds(repeats: int) -> float:
+        began = timer()  # synchronizes a GPU
+        for _ in range(repeats):
+            run()
+        return (timer() - began) / repeats
 
-    @property
-    def network(self) -> bool:
-        """Whether contenders are networks, so that a matrix product is timed beside them."""
-        return self.batch_size is not None
-
-    def empty_result(self) -> dict:
-        """The JSON of this contest before anything is measured: settings, then figures by contender, then rounds.
-
-        `difference` is to the outputs of the first contender. Bytes and FLOP are those of one run: saved for backward,
-        at the peak above what the process held before, and held by what the run returned. `left_out` and `failed` give
-        reasons: the first where nothing is wrong, as a package is missing or the budget spent.
-        """
-        figures = ("difference", "first", "seconds", "flops", "saved_bytes", "peak_bytes", "held_bytes")
-        return {
-            "job": self.job,
-            "mode": self.mode,
-            "batch_size": self.batch_size,
-            "names": list(self.names),
-            "reference": self.reference,
-            "items": dict(zip(self.names, self.items, strict=bool(self.items))),
-            "tolerance": self.tolerance,
-            **{kind: {} for kind in (*figures, "left_out", "failed", "tracebacks")},
-            "others": [],  # share of the machine that other processes had in each round
-            "thrown_away": 0,  # rounds in which that was too much
-        }
+    if first > 1 and not limits.on_gpu:
+        return partial(seconds, 1)
+    if limits.on_gpu:
+        seconds(1)  # warm-up
+    return partial(seconds, min(50, max(1, round((0.2 if limits.on_gpu else 0.05) / max(seconds(1), 1e-6)))))

@@ -1,29 +1,40 @@
-"""Jobs on data: COCO files of any size, loaded and scored here and by pycocotools; batches drawn from an index."""
+"""Jobs on data: COCO files loaded and scored, batches drawn from an index, images read for ImageNet training.
+
+Modules that a machine which only times networks may lack are imported where they are used.
+"""
 
 import contextlib
 import gc
 import io
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
+from resbackbone.tools.benchmarks.contest import OWN, Contender
 from torch import Tensor
 
-from resbackbone.tools.benchmarks.contest import OWN, Contender
+from resbackbone.weights.inputs import MEAN, STD
 
 REFEREE = "pycocotools"
 BOXES_AN_IMAGE = 7.3  # as in COCO train2017
 CROWDS = 0.012  # of the boxes
 CATEGORIES = 80
 WIDTH, HEIGHT = 640, 480
+DETECTIONS_AN_IMAGE = 100
 INDEX_SIZES = (1_000, 10_000, 100_000, 1_000_000)  # images
 INDEXES = tuple(f"{OWN}, {size:,} images" for size in INDEX_SIZES)
 BATCHES, BATCH_SIZE = 1000, 16
 PORTRAIT = 0.27  # of the images of an index; the rest are landscape
+PLAIN, FILES = "PIL + torchvision", f"{OWN}, files as they are"
+SHARDS = {f"{OWN}, shards of {side} pixels": side for side in (320, 256)}
+PIPELINES = (FILES, *SHARDS, PLAIN)
+INPUT_IMAGES, INPUT_BATCH, CROP = 100, 20, 224  # images in a round and in a batch; the side of the crop in pixels
 
 
 def write_instances(path: Path, images: int) -> np.ndarray:
@@ -60,13 +71,13 @@ def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([corners.clip(0), sides], 1)
 
 
-def detections_for(truth: np.ndarray, images: int, an_image: int) -> np.ndarray:
-    """Detections, `an_image` on average: most boxes of the truth, moved a little, and others anywhere.
+def detections_for(truth: np.ndarray, images: int) -> np.ndarray:
+    """DETECTIONS_AN_IMAGE on average: most boxes of the truth, moved a little, and others anywhere.
 
     [n, 7], as pycocotools takes them: image_id, x, y, width, height, score, category_id.
     """
     rng = np.random.default_rng(1)
-    total = images * an_image
+    total = images * DETECTIONS_AN_IMAGE
     found = truth[rng.random(len(truth)) < 0.8][:total]
     others = total - len(found)
     moved = found[:, 1:5] + rng.normal(0, 0.08, (len(found), 4)) * np.tile(found[:, 3:5], 2)
@@ -118,22 +129,21 @@ def loading(annotations: Path, name: str) -> Contender:
         from pycocotools.coco import COCO as load  # noqa: N813
 
         images, boxes = "imgs", "anns"
-    kept: list[object] = []  # what is loaded; it is freed before the next run, which is not timed
+    loaded: list[object] = []  # freed before the next run, outside of its time
 
     def clock() -> float:
-        kept.clear()
+        loaded.clear()
         gc.collect()
         began = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()):
-            kept.append(load(annotations))
+            loaded.append(load(annotations))
         return time.perf_counter() - began
 
     def run() -> Mapping[str, Tensor]:
         clock()
-        counts = (len(getattr(kept[0], kind)) for kind in (images, boxes))
-        return dict(zip(("images", "boxes"), map(torch.tensor, counts), strict=True))
+        return {kind: torch.tensor(len(getattr(loaded[0], kind))) for kind in (images, boxes)}
 
-    return Contender(run, clock=clock)
+    return Contender(run, check=lambda: dict(zip(("images", "boxes"), run().values(), strict=True)), clock=clock)
 
 
 class Index:
@@ -145,7 +155,7 @@ class Index:
 
 
 def drawing(name: str) -> Contender:
-    """The first BATCHES batches of a training, with the work that is done once an epoch."""
+    """The first BATCHES batches of a training, including the work that is done once an epoch."""
     from detection.sampler import TrainBatches
 
     index = Index(INDEX_SIZES[INDEXES.index(name)])
@@ -154,6 +164,76 @@ def drawing(name: str) -> Contender:
         batches = iter(TrainBatches(index, batch_size=BATCH_SIZE, seed=0))
         for _ in islice(batches, BATCHES):
             pass
-        return {"batches": batches}  # whose memory counts
+        return {"batches": batches}  # its memory counts
 
-    return Contender(run, check=dict)  # nothing has to agree: the data differ
+    return Contender(run, check=dict)  # nothing to compare: the data differ
+
+
+def reading(folder: Path, scratch: Path, name: str) -> Contender:
+    """Encoded images -> normalized fp32 batches [B, 3, 224, 224], in one thread without worker processes.
+
+    Decoding, RandomResizedCrop, flip, batching and normalizing. The time is that of the processor (user and system),
+    which other processes disturb less than the clock; the files are in the system's cache after the first run.
+    """
+    from torch.utils.data import DataLoader
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    from resbackbone.classification.data import train_batches
+    from resbackbone.classification.images import FolderImages
+    from resbackbone.classification.transforms import TrainAugment, to_model_input
+
+    if name == PLAIN:  # what the examples of torchvision and PyTorch do
+        steps = [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+        dataset = ImageFolder(str(folder), transforms.Compose([*steps, transforms.Normalize(MEAN, STD)]))
+        batches, finish = DataLoader(dataset, INPUT_BATCH, shuffle=True), lambda batch: batch
+    else:
+        images = FolderImages(folder.resolve()) if name == FILES else shards(folder, scratch, SHARDS[name])
+        cpu = torch.device("cpu")
+        batches = train_batches(images, batch_size=INPUT_BATCH, transform=TrainAugment(CROP), seed=0, device=cpu)
+        finish = lambda batch: to_model_input(batch[0], cpu)  # noqa: E731
+
+    def run() -> None:
+        for batch in islice(batches, INPUT_IMAGES // INPUT_BATCH):
+            finish(batch)
+
+    return Contender(run, clock=partial(on_one_core, run))
+
+
+def on_one_core(run: Callable[[], None]) -> float:
+    """Seconds of processor time with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        began = time.process_time()
+        run()
+        return time.process_time() - began
+    finally:
+        torch.set_num_threads(threads)
+
+
+def shards(folder: Path, scratch: Path, side: int):
+    """The images in shards, as tools/make_shards.py writes them."""
+    from resbackbone.tools import make_shards
+
+    from resbackbone.classification.data import open_images
+
+    data, output = scratch / "data", scratch / f"shards-{side}"
+    if not data.exists():
+        data.mkdir()
+        (data / "train").symlink_to(folder.resolve())
+    make_shards.main(["--data", str(data), "--output", str(output), "--shorter-side", str(side), "--workers", "1"])
+    last = len(list(output.glob("train-*.tar"))) - 1
+    return open_images(f"{output}/train-{{000000..{last:06d}}}.tar", "train")
+
+
+def noise_images(folder: Path) -> Path:
+    """Write JPEGs about as large as ImageNet's (456 x 394 pixels, 100 KB) into two class folders."""
+    rng = np.random.default_rng(0)
+    for i in range(INPUT_IMAGES):
+        coarse = Image.fromarray(rng.integers(0, 256, (12, 14, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((456, 394), Image.Resampling.BICUBIC)) + rng.normal(0, 12, (394, 456, 3))
+        path = folder / f"class{i % 2}" / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
+    return folder

@@ -6,7 +6,7 @@ The settings are torchvision's, and detectron2 is set to them: anchors on whole 
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +14,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from resbackbone.tools.benchmarks.contest import FUSED, OWN, Contender, package_of, relative_difference
+from resbackbone.tools.benchmarks.networks import (
+    Workload,
+    backbone_weights,
+    detectron2_config,
+    first_trained,
+    randomize_norms,
+)
 from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d, box_iou, boxes
@@ -21,14 +29,6 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou, boxes
 from detection import build_faster_rcnn
 from detection.faster_rcnn import prepare_for_detection
 from resbackbone import build_resnet_backbone
-from resbackbone.tools.benchmarks.contest import FUSED, MODES, OWN, Contender, package_of, relative_difference
-from resbackbone.tools.benchmarks.networks import (
-    Setting,
-    backbone_weights,
-    detectron2_config,
-    first_trained,
-    make_lively,
-)
 from resbackbone.weights import MEAN, STD
 from resbackbone.weights.translate import from_ours
 
@@ -66,26 +66,24 @@ class Scene:
     labels: Tensor
 
     def resized(self, height: int, width: int) -> "Scene":
-        """The scene at another size in pixels."""
         old = self.pixels.shape[1:]
         pixels = F.interpolate(self.pixels[None], (height, width), mode="bilinear", antialias=True)[0]
         scale = torch.tensor([width / old[1], height / old[0]] * 2)
         return Scene(pixels.clamp(0, 1), self.boxes * scale, self.labels)
 
     def at(self, shorter: int) -> "Scene":
-        """The scene with this shorter side, as detectors are trained and tested: the longer is at most 1333 for 800."""
+        """The scene resized as detectors take it: at a shorter side of 800 the longer one is at most 1333."""
         height, width = self.pixels.shape[1:]
         scale = min(shorter / min(height, width), LONGEST * shorter / 800 / max(height, width))
         return self.resized(round(height * scale), round(width * scale))
 
     def flipped(self) -> "Scene":
-        """Left to right."""
         x1, y1, x2, y2 = self.boxes.unbind(1)
         width = self.pixels.shape[2]
         return Scene(self.pixels.flip(2), torch.stack([width - x2, y1, width - x1, y2], 1), self.labels)
 
     def batch(self, size: int, device: str, dtype: torch.dtype = torch.float32) -> list["Scene"]:
-        """So many images on the device, every second one flipped: the boxes of neighbours differ."""
+        """`size` images on the device, every second one flipped, so that neighbours have different boxes."""
         pair = [
             Scene(scene.pixels.to(device, dtype), scene.boxes.to(device, dtype), scene.labels.to(device))
             for scene in (self, self.flipped())
@@ -93,17 +91,10 @@ class Scene:
         return [pair[i % 2] for i in range(size)]
 
 
-def scene_of(data: Path | None) -> Scene:
-    """The first image of COCO's val2017 that has three objects or more; without that data set, a drawn image."""
-    try:
-        from detection.data import find_coco, open_split
-    except ModuleNotFoundError:
-        if data is not None:
-            raise
-        return drawn_scene()
-    data = data or find_coco()
-    if data is None:
-        return drawn_scene()
+def read_scene(data: Path) -> Scene:
+    """The first image of a COCO data set's val2017 with three objects or more."""
+    from detection.data import open_split  # needs msgspec, which a machine that only times networks may lack
+
     dataset = open_split(data, "val", keep_empty=False)
     samples = map(dataset.__getitem__, range(len(dataset)))
     image, target = next((sample for sample in samples if len(sample[1]["boxes"]) > 2), dataset[0])
@@ -131,7 +122,7 @@ class Detector(nn.Module):
 
     def forward(self, scenes: list[Scene]) -> Outputs:
         height, width = scenes[0].pixels.shape[1:]
-        self.network.transform.min_size = (min(height, width),)  # they come resized
+        self.network.transform.min_size = (min(height, width),)  # the scenes are resized already
         self.network.transform.max_size = max(height, width)
         targets = [{"boxes": scene.boxes, "labels": scene.labels} for scene in scenes] if self.training else None
         return self.network([scene.pixels for scene in scenes], targets)
@@ -149,7 +140,7 @@ class Detectron2Detector(Detector):
         for entry, scene in zip(entries, scenes, strict=True):
             size, boxes = scene.pixels.shape[1:], Boxes(scene.boxes)
             entry["instances"] = Instances(size, gt_boxes=boxes, gt_classes=scene.labels - 1)
-        with EventStorage():  # its losses want to log
+        with EventStorage():  # its losses log to it
             losses = self.network(entries)
         return {LOSSES[name]: loss for name, loss in losses.items()}
 
@@ -159,21 +150,21 @@ def detector_weights(depth: int) -> dict[str, Tensor]:
     """A detector's state dict under our names, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        detector = make_lively(build_faster_rcnn(build_resnet_backbone(depth, fpn=True), CLASSES))
+        detector = randomize_norms(build_faster_rcnn(build_resnet_backbone(depth, fpn=True), CLASSES))
         state = detector.state_dict()
         state |= {f"backbone.{name}": tensor for name, tensor in backbone_weights(depth).items()}
         state["roi_heads.box_predictor.cls_score.weight"] *= SHARPNESS
         return state
 
 
-def ours(depth: int, state: Mapping[str, Tensor]) -> Detector:
+def build_own(depth: int, state: Mapping[str, Tensor]) -> Detector:
     trunk = {name.removeprefix("backbone."): x for name, x in state.items() if name.startswith("backbone.")}
     detector = build_faster_rcnn(build_resnet_backbone(depth, weights=trunk, fpn=True), CLASSES)
     load(detector, state)
     return Detector(detector)
 
 
-def torchvisions(depth: int, state: Mapping[str, Tensor]) -> Detector:
+def build_torchvision(depth: int, state: Mapping[str, Tensor]) -> Detector:
     backbone = resnet_fpn_backbone(
         backbone_name=f"resnet{depth}", weights=None, norm_layer=FrozenBatchNorm2d, trainable_layers=3
     )
@@ -182,8 +173,8 @@ def torchvisions(depth: int, state: Mapping[str, Tensor]) -> Detector:
     return Detector(detector)
 
 
-def detectron2s(depth: int, state: Mapping[str, Tensor]) -> Detector:
-    """It is built on the CPU and moves: every tensor that it holds is a parameter or a buffer."""
+def build_detectron2(depth: int, state: Mapping[str, Tensor]) -> Detector:
+    """Built on the CPU and then moved: every tensor that it holds is a parameter or a buffer."""
     from detectron2.modeling import build_model
 
     config = detectron2_config(depth, DETECTRON2)
@@ -197,42 +188,36 @@ def detectron2s(depth: int, state: Mapping[str, Tensor]) -> Detector:
     return Detectron2Detector(detector)
 
 
-DETECTORS = {OWN: ours, "torchvision": torchvisions, "detectron2": detectron2s}
+DETECTORS = {OWN: build_own, "torchvision": build_torchvision, "detectron2": build_detectron2}
 
 
 def load(detector: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """All of the state, except counters of batches, which frozen norms do not keep."""
+    """Load all of the state, except counters of batches, which frozen norms do not keep."""
     missing, unexpected = detector.load_state_dict(state, strict=False)
     left = [key for key in (*missing, *unexpected) if not key.endswith("num_batches_tracked")]
     assert not left, f"weights that do not fit: {', '.join(left)}"
 
 
-def contender(training: bool, scene: Scene, setting: Setting, name: str) -> Contender:
-    """The detector of `name` on a batch of the scene, resized to the setting's height on its shorter side.
+def contender(training: bool, scene: Scene, work: Workload, name: str) -> Contender:
+    """The detector of `name` on a batch of the scene, resized to the work's height on its shorter side.
 
     Outputs are compared in fp64 whatever the mode (rounding changes which proposals are kept), on at most two images of
     about half that size in multiples of 64 pixels (where torchvision infers the strides that detectron2 states). In
     training all packages sample the same anchors and proposals for it: the first ones.
     """
-    detector = setting.place(DETECTORS[package_of(name)](setting.depth, detector_weights(setting.depth))).train(
-        training
-    )
+    detector = work.place(DETECTORS[package_of(name)](work.depth, detector_weights(work.depth))).train(training)
     timed = detector
-    if name.endswith(FUSED):  # as our commands detect; in bf16 its weights are rounded, so the check has a copy
-        bf16 = MODES[setting.mode].dtype == torch.bfloat16
-        timed = prepare_for_detection(copy.deepcopy(detector), bf16=bf16)
+    if name.endswith(FUSED):  # as our commands detect; in bf16 its weights are rounded, so the check has its own copy
+        timed = prepare_for_detection(copy.deepcopy(detector), bf16=work.bf16)
         prepare_for_detection(detector)
-    scene = scene.at(setting.height)
-    given = scene.batch(setting.batch_size, setting.device)
+    scene = scene.at(work.height)
+    given = scene.batch(work.batch_size, work.device)
     height, width = (max(64, side // 128 * 64) for side in scene.pixels.shape[1:])
-    checked = scene.resized(height, width).batch(min(2, setting.batch_size), setting.device, torch.float64)
+    checked = scene.resized(height, width).batch(min(2, work.batch_size), work.device, torch.float64)
     parameters, first = list(detector.parameters()), first_trained(detector)
 
-    def run() -> Outputs:
-        return run_on(timed, given, setting.autocast())
-
-    def run_on(detector: nn.Module, scenes: list[Scene], precision: AbstractContextManager) -> Outputs:
-        with torch.inference_mode(not training), precision:
+    def outputs_of(detector: nn.Module, scenes: list[Scene]) -> Outputs:
+        with torch.inference_mode(not training), work.autocast() if scenes is given else nullcontext():
             outputs = detector(scenes)
         if not training:
             return outputs
@@ -244,13 +229,13 @@ def contender(training: bool, scene: Scene, setting: Setting, name: str) -> Cont
     def check() -> Outputs:
         detector.double()
         with comparable():
-            outputs = run_on(detector, checked, nullcontext())
+            outputs = outputs_of(detector, checked)
         if training:
             outputs["gradient"] = outputs["gradient"].clone()
         detector.float()  # nothing is lost: it was in fp32 before
         return outputs
 
-    return Contender(run, timed, check, counted=True)
+    return Contender(lambda: outputs_of(timed, given), timed, check, counted=True)
 
 
 @contextmanager
@@ -268,7 +253,7 @@ def comparable() -> Iterator[None]:
 
 
 def difference(got: Outputs, wanted: Outputs) -> float:
-    """The relative difference of losses and gradient; of detections the largest of a score, and of 1 - IoU of 20 boxes.
+    """How far outputs differ: losses and gradient by their norms, detections by scores and the IoU of the best 20.
 
     Equal scores may come in another order, so a box may match any of its class.
     """

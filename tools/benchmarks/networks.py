@@ -20,8 +20,8 @@ Run = Callable[[], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a network job is run with. Height and width in pixels."""
+class Workload:
+    """The settings of a network job. Height and width in pixels."""
 
     mode: str
     device: str
@@ -34,15 +34,18 @@ class Setting:
     def layout(self) -> torch.memory_format:
         return MODES[self.mode].layout
 
+    @property
+    def bf16(self) -> bool:
+        return MODES[self.mode].dtype == torch.bfloat16
+
     def place(self, module: nn.Module) -> nn.Module:
         return module.to(device=self.device, memory_format=self.layout)
 
     def autocast(self) -> torch.autocast:
-        on = MODES[self.mode].dtype == torch.bfloat16
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=on)
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
 
-def make_lively(model: nn.Module) -> nn.Module:
+def randomize_norms(model: nn.Module) -> nn.Module:
     """Fill every norm with numbers that show if it is left out, and that keep activations finite without training."""
     with torch.no_grad():
         for module in model.modules():
@@ -59,26 +62,27 @@ def backbone_weights(depth: int) -> dict[str, Tensor]:
     """A state dict under our names, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return make_lively(build_resnet_backbone(depth)).state_dict()
+        return randomize_norms(build_resnet_backbone(depth)).state_dict()
 
 
-class Maps(nn.Module):
-    """Another package's backbone, returning its maps by our names."""
+class NamedMaps(nn.Module):
+    """Another package's backbone that returns its maps under our names."""
 
-    def __init__(self, body: nn.Module, name: Callable[[object], dict[str, Tensor]]):
+    def __init__(self, body: nn.Module):
         super().__init__()
-        self.body, self.name = body, name
+        self.body = body
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        return self.name(self.body(images))
+        maps = self.body(images)
+        return dict(zip(STAGES, maps.values() if isinstance(maps, dict) else maps, strict=True))
 
 
-def ours(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
+def build_own(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     return build_resnet_backbone(depth, weights=dict(state))  # FrozenBN, frozen through c2
 
 
-def torchvisions(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """Built as torchvision's detectors build it."""
+def build_torchvision(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """The backbone as torchvision's detectors build it."""
     import torchvision
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.ops import FrozenBatchNorm2d
@@ -89,14 +93,13 @@ def torchvisions(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     return freeze_through_c2(body)
 
 
-def timms(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
+def build_timm(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     import timm
     from timm.layers import freeze_batch_norm_2d
 
     body = timm.create_model(f"resnet{depth}", features_only=True, out_indices=(1, 2, 3, 4))
     body.load_state_dict(from_ours(state, "timm"))
-    frozen = freeze_through_c2(freeze_batch_norm_2d(body))
-    return Maps(frozen, lambda maps: dict(zip(STAGES, maps, strict=True)))
+    return NamedMaps(freeze_through_c2(freeze_batch_norm_2d(body)))
 
 
 def detectron2_config(depth: int, settings: str):
@@ -113,16 +116,16 @@ def detectron2_config(depth: int, settings: str):
     return config
 
 
-def detectron2s(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """The weights are made for our input, so the body of the network takes it as it is."""
+def build_detectron2(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
+    """Only the body of the network: the weights are made for our normalized input."""
     from detectron2.modeling import build_backbone
 
     body = build_backbone(detectron2_config(depth, "MODEL.BACKBONE.NAME build_resnet_backbone"))
     body.load_state_dict(from_ours(state, "detectron2"))
-    return Maps(body, lambda maps: dict(zip(STAGES, maps.values(), strict=True)))
+    return NamedMaps(body)
 
 
-BACKBONES = {OWN: ours, "torchvision": torchvisions, "timm": timms, "detectron2": detectron2s}
+BACKBONES = {OWN: build_own, "torchvision": build_torchvision, "timm": build_timm, "detectron2": build_detectron2}
 
 
 def freeze_through_c2(body: nn.Module) -> nn.Module:
@@ -132,49 +135,46 @@ def freeze_through_c2(body: nn.Module) -> nn.Module:
     return body
 
 
-def backbone(training: bool, setting: Setting, name: str) -> Contender:
-    """The contender called `name`, such as "timm" or "resbackbone, fused", for inference or a training step."""
-    network = setting.place(BACKBONES[package_of(name)](setting.depth, backbone_weights(setting.depth)))
-    network.train(training)
+def images(work: Workload, height: int | None = None, width: int | None = None) -> Tensor:
+    """[batch_size, 3, height, width], normalized noise, the same in every process."""
+    size = (work.batch_size, 3, height or work.height, width or work.width)
+    pixels = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    return pixels.to(work.device).contiguous(memory_format=work.layout)
+
+
+def backbone(training: bool, work: Workload, name: str) -> Contender:
+    """The contender `name`, such as "timm" or "resbackbone, fused", for inference or a training step."""
+    network = work.place(BACKBONES[package_of(name)](work.depth, backbone_weights(work.depth))).train(training)
     if name.endswith(FUSED):
         network.fuse()
     called = torch.compile(network) if name.endswith(COMPILED) else network
-    run = training_step(called, network, setting) if training else inference(called, setting)
+    pixels = images(work)
+
+    @torch.inference_mode()
+    def inference() -> dict[str, Tensor]:
+        with work.autocast():
+            return called(pixels)
+
+    run = training_step(called, network, pixels, bf16=work.bf16) if training else inference
     if name.endswith(GRAPH):
         run = as_graph(run, network)
     return Contender(run, network, counted=not name.endswith((COMPILED, GRAPH)))
 
 
-def images(setting: Setting, height: int, width: int) -> Tensor:
-    """[batch_size, 3, height, width], normalized noise, the same in every process."""
-    generator = torch.Generator().manual_seed(1)
-    pixels = torch.randn(setting.batch_size, 3, height, width, generator=generator)
-    return pixels.to(setting.device).contiguous(memory_format=setting.layout)
-
-
-def inference(network: Callable[[Tensor], dict[str, Tensor]], setting: Setting) -> Run:
-    pixels = images(setting, setting.height, setting.width)
-
-    @torch.inference_mode()
-    def run() -> dict[str, Tensor]:
-        with setting.autocast():
-            return network(pixels)
-
-    return run
-
-
-def training_step(network: Callable[[Tensor], dict[str, Tensor]], module: nn.Module, setting: Setting) -> Run:
+def training_step(network: Callable, module: nn.Module, pixels: Tensor, *, bf16: bool = False) -> Run:
     """Forward, and backward from given gradients of c3..c5, which stand for a detector's; no optimizer.
 
-    Maps have to agree, and the gradient of c3's first convolution, to which all that trains contributes.
+    `network` is `module`, possibly compiled or under DDP. The outputs are the maps and the gradient of c3's first
+    convolution, to which everything that trains contributes.
     """
-    pixels, gradients = images(setting, setting.height, setting.width), {}
+    gradients: dict[str, Tensor] = {}
     parameters, first = list(module.parameters()), first_trained(module)
+    layout = torch.channels_last if pixels.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
     def run() -> dict[str, Tensor]:
         for parameter in parameters:
             parameter.grad = None
-        with setting.autocast():
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
             maps = network(pixels)
         trained = {level: x for level, x in maps.items() if x.requires_grad}
         if not gradients:
@@ -182,7 +182,7 @@ def training_step(network: Callable[[Tensor], dict[str, Tensor]], module: nn.Mod
             for level, x in trained.items():
                 # Positive, so that they add up: in a sum of noise, one ReLU that rounding turns off would stand out.
                 given = torch.rand(x.shape, generator=generator).to(x.device, x.dtype)
-                gradients[level] = given.contiguous(memory_format=setting.layout)
+                gradients[level] = given.contiguous(memory_format=layout)
         torch.autograd.backward(list(trained.values()), [gradients[level] for level in trained])
         return {**{level: x.detach() for level, x in maps.items()}, "gradient": first.grad}
 
@@ -196,11 +196,11 @@ def first_trained(module: nn.Module) -> Tensor:
 
 
 def as_graph(run: Run, module: nn.Module) -> Run:
-    """The run as one CUDA graph, recorded once and then replayed: it returns the same tensors each time.
+    """The run as one CUDA graph, recorded once and then replayed. It returns the same tensors each time.
 
     As PyTorch's notes on CUDA graphs require, the first runs are on another stream, and gradients are cleared before
-    the recording, so that backward allocates them in the graph's memory. Autocast begins and ends within the run, and
-    at its end drops the weights that it has cast, so the graph reads none that were cast outside of it.
+    the recording, so that backward allocates them in the graph's memory. Autocast drops its cached weights at the end
+    of the run, so the graph reads none that were cast outside of it.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -210,39 +210,38 @@ def as_graph(run: Run, module: nn.Module) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     module.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # the stream after a failure too
-        returned = run()
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # restores the stream on failure
+        outputs = run()
 
     def replay() -> dict[str, Tensor]:
         graph.replay()
-        return returned
+        return outputs
 
     return replay
 
 
-def classifier(setting: Setting, name: str) -> Contender:
+def classifier(work: Workload, name: str) -> Contender:
     """A whole step of ImageNet training on random images: forward, cross-entropy, backward, SGD. Norms train too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = own = build_resnet_classifier(setting.depth)
+        network = own = build_resnet_classifier(work.depth)
     package = package_of(name)
     if package != OWN:
         if package == "timm":
             from timm import models
         else:
             from torchvision import models
-        network = getattr(models, f"resnet{setting.depth}")()
+        network = getattr(models, f"resnet{work.depth}")()
         network.load_state_dict(from_ours(own.state_dict(), package))
-    network = setting.place(network).train()
+    network = work.place(network).train()
     called = torch.compile(network) if name.endswith(COMPILED) else network
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    pixels = images(setting, 224, 224)
-    labels = torch.randint(0, 1000, (setting.batch_size,), generator=torch.Generator().manual_seed(3))
-    labels = labels.to(setting.device)
+    pixels = images(work, 224, 224)
+    labels = torch.randint(0, 1000, (work.batch_size,), generator=torch.Generator().manual_seed(3)).to(work.device)
 
     def run() -> dict[str, Tensor]:
         optimizer.zero_grad(set_to_none=True)
-        with setting.autocast():
+        with work.autocast():
             loss = F.cross_entropy(called(pixels), labels)
         loss.backward()
         optimizer.step()

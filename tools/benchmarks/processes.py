@@ -1,72 +1,29 @@
-"""What needs fresh processes: the memory of a run, the time of an import, training in two processes beside one."""
+"""Jobs that start processes of their own: the time of an import, and training in two processes beside one."""
 
-import gc
-import importlib.util
 import json
-import multiprocessing
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-from resbackbone.engine.distributed import Rank, distributed, launch
+import torch.multiprocessing as mp
 from resbackbone.tools.benchmarks.contest import OWN, Contender
-from resbackbone.tools.benchmarks.networks import Setting, backbone_weights, ours, training_step
+from resbackbone.tools.benchmarks.networks import Workload, backbone_weights, build_own, images, training_step
+from torch.utils.benchmark import timer
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-PRELOADED = ("torch", "torchvision", "timm", "detection", "pycocotools")  # once, in the process that fresh ones fork
+from resbackbone.engine.distributed import Rank, distributed
+
 ROOT = Path(__file__).parents[2]
 WITH_DETECTION = f"{OWN}, with detection"
-IMPORTED = {  # detectron2's top level is empty
+IMPORTED = {
     OWN: "resbackbone",
     WITH_DETECTION: "detection",
     "torchvision": "torchvision",
     "timm": "timm",
-    "detectron2": "detectron2.modeling",
+    "detectron2": "detectron2.modeling",  # its top level is empty
 }
 ONE, TWO = f"{OWN}, 1 process", f"{OWN}, 2 processes"
-
-
-def peak_in_fresh_process(build: Callable, name: str, threads: int) -> tuple[int | None, int | None]:
-    """(peak, held): bytes of resident memory that a run of build(name) adds at its peak, and that its results hold.
-
-    In a fresh process nothing was freed or cached before. None where the system does not count (anywhere but Linux),
-    or killed the process.
-    """
-    if not CLEAR.exists():
-        return None, None
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([name for name in PRELOADED if importlib.util.find_spec(name)])
-    with ProcessPoolExecutor(1, context) as pool:
-        try:
-            return pool.submit(_peak, build, name, threads).result()
-        except BrokenProcessPool:
-            return None, None
-
-
-def _peak(build: Callable, name: str, threads: int) -> tuple[int, int]:
-    torch.set_num_threads(threads)
-    contender = build(name)
-    gc.collect()
-    before = _resident("VmRSS")
-    CLEAR.write_text("5")  # the peak starts again
-    returned = contender.run()
-    peak = _resident("VmHWM") - before
-    gc.collect()
-    held = _resident("VmRSS") - before
-    del returned
-    return peak, held
-
-
-def _resident(field: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 def importing(name: str) -> Contender:
@@ -82,42 +39,34 @@ def importing(name: str) -> Contender:
             raise (ModuleNotFoundError if kind == "ModuleNotFoundError" else RuntimeError)(reason or kind)
         return float(done.stdout.split()[-1])
 
-    def run() -> dict:
-        clock()  # reads the files from disk
-        return {}
-
-    return Contender(run, clock=clock)
+    return Contender(lambda: clock() and {}, clock=clock)  # the first run reads the files from disk
 
 
-def scaling(setting: Setting, scratch: Path, rounds: int) -> dict[str, list[float]]:
+def scaling(work: Workload, scratch: Path, rounds: int) -> dict[str, list[float]]:
     """Seconds of a training step in one process of one thread, and in two that average their gradients (gloo).
 
-    The same two processes take all rounds; one of them waits while the other trains alone.
+    The same two processes take part in all rounds. One waits while the other trains alone.
     """
-    path = scratch / "scaling.json"
-    try:
-        launch(_steps, (setting, rounds, str(path)), device="cpu", processes=2)
-    except SystemExit as exit:  # here it is no wish to stop
-        raise RuntimeError(f"a process that trains ended with exit status {exit.code}") from None
-    return json.loads(path.read_text())
+    mp.spawn(_steps, (work, rounds, scratch), nprocs=2)
+    return json.loads((scratch / "scaling.json").read_text())
 
 
-def _steps(rank: Rank, setting: Setting, rounds: int, path: str) -> None:
+def _steps(index: int, work: Workload, rounds: int, scratch: Path) -> None:
     torch.set_num_threads(1)
-    networks = [setting.place(ours(setting.depth, backbone_weights(setting.depth))).train() for _ in range(2)]
-    alone = training_step(networks[0], networks[0], setting)
-    together = training_step(distributed(networks[1], rank), networks[1], setting)
-    seconds = {TWO: [], ONE: []}
+    dist.init_process_group("gloo", init_method=f"file://{scratch / 'store'}", rank=index, world_size=2)
+    rank = Rank(index, 2, torch.device("cpu"))
+    one, two = (work.place(build_own(work.depth, backbone_weights(work.depth))).train() for _ in range(2))
+    pixels = images(work)
+    alone, together = training_step(one, one, pixels), training_step(distributed(two, rank), two, pixels)
+    seconds: dict[str, list[float]] = {TWO: [], ONE: []}
     for _ in range(rounds + 1):
-        dist.barrier()
-        began = time.perf_counter()
-        if rank.is_main:
-            alone()
-        seconds[ONE].append(time.perf_counter() - began)
-        dist.barrier()
-        began = time.perf_counter()
-        together()
-        dist.barrier()
-        seconds[TWO].append(time.perf_counter() - began)
+        for name, step in ((ONE, alone if rank.is_main else lambda: None), (TWO, together)):
+            dist.barrier()
+            began = timer()
+            step()
+            if name == TWO:
+                dist.barrier()
+            seconds[name].append(timer() - began)
     if rank.is_main:
-        Path(path).write_text(json.dumps({name: times[1:] for name, times in seconds.items()}))
+        (scratch / "scaling.json").write_text(json.dumps({name: times[1:] for name, times in seconds.items()}))
+    dist.destroy_process_group()

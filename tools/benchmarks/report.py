@@ -1,15 +1,12 @@
-"""The figures of a run, from its rounds: Markdown tables, a plot, and what was not measured and why."""
+"""The figures of a run: Markdown tables, a plot, and what was not measured and why."""
 
 import importlib.util
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from resbackbone.atomic import write_atomically
-from resbackbone.tools.benchmarks.contest import OWN, is_own, package_of
-from resbackbone.tools.benchmarks.rounds import MATRIX_PRODUCT
+from resbackbone.tools.benchmarks.contest import MATRIX_PRODUCT, OWN, is_own, package_of
 
 
 class Spread(NamedTuple):
@@ -29,7 +26,7 @@ class Spread(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The times of one contender in one contest. None stands for what cannot be computed."""
+    """The times of one contender in one contest; None if it cannot be computed."""
 
     name: str
     seconds: float  # of a run
@@ -39,7 +36,7 @@ class Row(NamedTuple):
 
 
 def reference_of(result: dict) -> str | None:
-    """Whose times the ratios divide by: the contest's own choice, or the fastest of the other packages, if any."""
+    """The contender whose times the ratios divide by: the contest's own, or the fastest of the other packages."""
     times = result["seconds"]
     if result["reference"] in times:
         return result["reference"]
@@ -70,12 +67,8 @@ def number(value: float) -> str:
     return f"{float(f'{value:.3g}'):f}".rstrip("0").rstrip(".")
 
 
-def time_of(seconds: float) -> str:
-    return f"{number(seconds)} s" if seconds >= 1 else f"{number(1000 * seconds)} ms"
-
-
 def settings_of(result: dict) -> str:
-    """Mode and batch size as far as the contest has them, such as "fp32, 2 images"."""
+    """Mode and batch size, such as "fp32, 2 images"."""
     size = result.get("batch_size")
     return ", ".join(filter(None, [result["mode"], size and f"{size} image{'s' * (size > 1)}"]))
 
@@ -84,8 +77,8 @@ def label_of(result: dict) -> str:
     return ", ".join(filter(None, [result["job"], settings_of(result)]))
 
 
-def remarks_on(result: dict, kinds: Sequence[str] = ("left_out", "failed")) -> list[str]:
-    """What was not measured of a contest and why, a line for each reason."""
+def not_measured(result: dict, kinds: Sequence[str] = ("left_out", "failed")) -> list[str]:
+    """The contenders without times, a line for each reason."""
     names_by_reason: dict[str, list[str]] = {}
     for name, reason in ((name, reason) for kind in kinds for name, reason in result.get(kind, {}).items()):
         names_by_reason.setdefault(reason, []).append(name)
@@ -107,15 +100,15 @@ def markdown(content: dict) -> str:
         results = [result for result in content["contests"] if result["job"] == job and rows_of(result)]
         if results:
             lines += [f"### {title}", "", *job_table(results), "", *map(rounds_of, results), ""]
-    remarks = [*content["skipped"], *(line for result in content["contests"] for line in remarks_on(result))]
+    remarks = [*content["skipped"], *(line for result in content["contests"] for line in not_measured(result))]
     return "\n".join([*lines, *(f"Not measured: {line}." for line in remarks)]).rstrip() + "\n"
 
 
 def rounds_of(result: dict) -> str:
-    """How often a contest was measured, and how far its outputs differ."""
+    """How many rounds there were, and how far outputs differ."""
     count = len(next(filter(None, result["seconds"].values())))
     line = f"{count} round{'s' * (count != 1)}"
-    if result["thrown_away"]:
+    if result.get("thrown_away"):  # an earlier version repeated rounds in which other processes took over 6%
         line += f", {result['thrown_away']} more thrown away"
     if result["difference"]:
         most = max(result["difference"].values())
@@ -124,20 +117,20 @@ def rounds_of(result: dict) -> str:
 
 
 def job_table(results: list[dict]) -> list[str]:
-    """The lines of one job's table, without columns that have no figure."""
+    """One job's table, without empty columns."""
     cells = []
     several_sizes = len({result.get("batch_size") for result in results}) > 1
     for result in results:
         for row in rows_of(result):
-            reference = row.name == reference_of(result)
+            unit, factor = ("s", 1) if row.seconds >= 1 else ("ms", 1000)
             cells.append(
                 {
                     "images": str(result["batch_size"]) if several_sizes else "",
                     "mode": result["mode"],
                     "package": f"**{row.name}**" if is_own(row.name) else row.name,
-                    "a run": time_of(row.seconds),
+                    "a run": f"{number(factor * row.seconds)} {unit}",
                     "images/s": number(row.images_per_second) if row.images_per_second else "",
-                    "ratio of times (quartiles)": "1" if reference else str(row.ratio or ""),
+                    "ratio of times (quartiles)": "1" if row.name == reference_of(result) else str(row.ratio or ""),
                     "saved for backward, MiB": mib(result["saved_bytes"].get(row.name)),
                     "peak memory, MiB": mib(result["peak_bytes"].get(row.name)),
                     "held, MiB": mib(result["held_bytes"].get(row.name)) if result["job"] == "annotations" else "",
@@ -154,43 +147,29 @@ def mib(count: int | None) -> str:
 
 
 def draw(content: dict, path: Path) -> None:
-    """Plot the ratios of times with their quartiles as `path`; nothing without ratios, or without matplotlib."""
-    drawn = [(result, rows) for result in content["contests"] if (rows := [r for r in rows_of(result) if r.ratio])]
+    """Plot the ratios of times with their quartiles; without ratios or without matplotlib, do nothing."""
+    drawn = [(label_of(result), rows) for result in content["contests"] if (rows := rows_of(result))[:1]]
+    drawn = [(label, rows) for label, rows in drawn if rows[0].ratio]
     if not drawn or importlib.util.find_spec("matplotlib") is None:
         return
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = dict.fromkeys(package_of(row.name) for _, rows in drawn for row in rows if not is_own(row.name))
-    colours = {OWN: "black"} | {name: f"C{i}" for i, name in enumerate(names)}
-    figure, axis = pyplot.subplots(figsize=(8, 1.5 + 0.4 * len(drawn)), layout="constrained")
-    handles = {}
-    for height, (_, rows) in enumerate(drawn):
-        for row in rows:
-            name = package_of(row.name)
-            low, median, high = row.ratio
-            shift, fill = (0, "full") if row.name == name else (0.15, "none")
-            bar, shape = [[median - low], [high - median]], "D" if is_own(name) else "o"
-            handle = axis.errorbar(median, height + shift, xerr=bar, color=colours[name], fmt=shape, fillstyle=fill)
-            handles.setdefault(name, handle)
+    figure = Figure(figsize=(8, 1.5 + 0.4 * len(drawn)), layout="constrained")
+    axis = figure.subplots()
+    packages = [OWN, *dict.fromkeys(package_of(row.name) for _, rows in drawn for row in rows if not is_own(row.name))]
+    for package in packages:
+        points = [
+            (row.ratio, y) for y, (_, rows) in enumerate(drawn) for row in rows if package_of(row.name) == package
+        ]
+        middles = [ratio.median for ratio, _ in points]
+        bars = [[r.median - r.low for r, _ in points], [r.high - r.median for r, _ in points]]
+        style = {"fmt": "D", "color": "black"} if package == OWN else {"fmt": "o"}
+        axis.errorbar(middles, [y for _, y in points], xerr=bars, label=package, **style)
     axis.axvline(1, color="grey", linewidth=0.8)
     axis.set_xscale("log")
-    axis.set_yticks(range(len(drawn)), [label_of(result) for result, _ in drawn])
+    axis.set_yticks(range(len(drawn)), [label for label, _ in drawn])
     axis.invert_yaxis()
     axis.grid(alpha=0.3, axis="x")
-    axis.set_xlabel("time / time of the fastest other package: left is faster\n(hollow: run in another way)")
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=4)
+    axis.set_xlabel("time / time of the fastest other package: left is faster")
+    figure.legend(loc="outside upper center", ncols=4)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def write_json(content: dict, path: Path) -> None:
-    write_atomically(path, json.dumps(content, indent=1) + "\n")
-
-
-def write_tables(content: dict, path: Path) -> None:
-    """Write the tables and the plot beside `path`, as .md and .png."""
-    write_atomically(path.with_suffix(".md"), markdown(content))
-    draw(content, path.with_suffix(".png"))
