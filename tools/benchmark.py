@@ -24,21 +24,22 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.errors import from_option
+from resbackbone.cli.options import check_counts
+
 import numpy as np
 import torch
+
+from resbackbone.atomic import write_atomically
+from resbackbone.checks import UserError, one_of
+from resbackbone.engine.device import choose_device
+from resbackbone.resnet import DEPTHS
 from resbackbone.tools.benchmarks import contest, data, detectors, networks, processes
 from resbackbone.tools.benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, WHOLE_JOB, Contest, Limits
 from resbackbone.tools.benchmarks.machine import describe
 from resbackbone.tools.benchmarks.networks import Workload
 from resbackbone.tools.benchmarks.report import draw, label_of, markdown, not_measured
-
-from resbackbone.atomic import write_atomically
-from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import console, main_of, parse, progress_console
-from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_counts
-from resbackbone.engine.device import choose_device
-from resbackbone.resnet import DEPTHS
 
 PEERS = ("torchvision", "timm", "detectron2")
 GPU_MODES = ("tf32-channels-last",)  # on a CPU there is no TF32

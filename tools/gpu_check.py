@@ -34,7 +34,9 @@ import resbackbone  # noqa: E402
 resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
 
 from resbackbone.atomic import write_atomically  # noqa: E402
+from resbackbone.checks import MissingPackage, UserError  # noqa: E402
 from resbackbone.engine.device import choose_device  # noqa: E402
+from resbackbone.tools.benchmarks.machine import describe, usable_cores  # noqa: E402
 from resbackbone.tools.gpu_checks.record import Record, Setting  # noqa: E402
 
 ROOMY = {"cores": 8, "bytes": 70e9}  # of a machine that runs parts side by side
@@ -74,7 +76,7 @@ CIFAR = {"cifar": Part("cifar.experiment", 0)}  # its limit is --minutes
 
 @dataclass
 class Running:
-    """A part that runs."""
+    """A part whose process has been started."""
 
     name: str
     process: subprocess.Popen
@@ -88,7 +90,7 @@ class Running:
         return self.process.poll() is not None or time.monotonic() - self.began > self.limit
 
     def stop(self) -> None:
-        """End its process and all that it has started."""
+        """Kill its process and everything that it has started."""
         kill_descendants(self.process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
@@ -96,7 +98,7 @@ class Running:
             self.process.wait(10)
 
     def result(self, *, interrupted: bool = False) -> dict:
-        """Stop it; returns its results, partial if it had not ended by itself."""
+        """Stop it; returns its results, which are partial if it had not ended."""
         seconds, status = time.monotonic() - self.began, self.process.poll()
         self.stop()
         try:
@@ -118,7 +120,7 @@ class Running:
 
 
 def kill_descendants(pid: int) -> None:
-    """Kill a process's living descendants, those in other sessions (torchrun's workers) too; only with /proc."""
+    """Kill a process's descendants, including those in other sessions (torchrun's workers). Needs /proc."""
     parents = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -132,54 +134,55 @@ def kill_descendants(pid: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parts -> gpu_check.json, gpu_check.md and a table; 1 if a part found something wrong, 0 if none did."""
+    """Parts -> gpu_check.json, gpu_check.md and a table. Returns 1 if a part found something wrong, otherwise 0."""
     options = parse(argv)
     if options.part:
         return run_part(options.part, options.setting)
-    if sys.platform == "win32":
-        return refuse("gpu_check.py needs Linux or macOS")
     try:
-        choose_device(options.device)
-    except ValueError as error:
-        return refuse(f"{error}; --device cpu --quick runs the parts that need no GPU")
-    if options.what == "cifar" and options.data is None:
-        return refuse(
-            "cifar needs --data DIR, which should hold cifar-10-batches-py/, or train/<class>/ and test/<class>/"
-        )
+        if sys.platform == "win32":
+            raise UserError("gpu_check.py needs Linux or macOS")
+        try:
+            choose_device(options.device)
+        except UserError as error:
+            raise UserError(f"{error}; --device cpu --quick runs the parts that need no GPU") from None
+        if options.what == "cifar" and options.data is None:
+            layout = "cifar-10-batches-py/, or train/<class>/ and test/<class>/"
+            raise UserError(f"cifar needs --data DIR, which should hold {layout}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     output = Path(options.output).absolute()
     output.mkdir(parents=True, exist_ok=True)
     parts = CIFAR if options.what == "cifar" else {name: PARTS[name] for name in options.parts or PARTS}
-    content = {
-        "command": shlex.join(["python", "tools/gpu_check.py", *(sys.argv[1:] if argv is None else argv)]),
-        "machine": {},
-        "seconds": 0.0,
-        "parts": {},
-    }
+    command = shlex.join(["python", "tools/gpu_check.py", *(sys.argv[1:] if argv is None else argv)])
+    content: dict = {"command": command, "machine": {}, "seconds": 0.0, "parts": {}}
     began = time.monotonic()
+
+    def save() -> None:
+        content["parts"] = {name: content["parts"][name] for name in parts if name in content["parts"]}
+        content["seconds"] = round(time.monotonic() - began, 1)
+        write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
 
     def done(name: str, found: dict) -> None:
         machine = found.pop("machine", {})
         content["machine"] = content["machine"] or machine
         content["parts"][name] = found
-        content["seconds"] = round(time.monotonic() - began, 1)
-        write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
+        save()
         print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
 
-    asked: list[int] = []  # signals to stop, which is done between two steps so that no part is lost
+    signals: list[int] = []  # received so far; parts are stopped between two polls so that none is lost
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-            signal.signal(number, lambda received, _: asked.append(received))
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda received, _: signals.append(received))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         data = options.data and str(Path(options.data).absolute() if Path(options.data).exists() else options.data)
         device = "cuda:0" if options.device == "cuda" else options.device  # commands would use all GPUs
         setting = Setting(device, options.quick, output, Path(scratch), data=data, minutes=options.minutes)
-        grace = 60 if options.what == "cifar" else 0  # for its start, and for the net that is under way
-        run(parts, setting, began + 60 * options.minutes + grace, done, asked)
-    content["parts"] = {name: content["parts"][name] for name in parts}
-    write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
+        grace = 60 if options.what == "cifar" else 0  # for its start, and for the net being trained
+        run(parts, setting, began + 60 * options.minutes + grace, done, signals)
     write_atomically(output / "gpu_check.md", markdown(content))
     print(table(content))
-    print(f"{output / 'gpu_check.md'} has every row, gpu_check.json beside it all that was measured")
+    print(f"all rows: {output / 'gpu_check.md'}; all measurements: {output / 'gpu_check.json'}")
     return int(any(found["status"] in BAD for found in content["parts"].values()))
 
 
@@ -192,14 +195,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="\n".join(lines[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="?", default="all", choices=("all", "cifar"), help="what to do (default: all)")
+    parser.add_argument("what", nargs="?", default="all", choices=("all", "cifar"), help="default: all")
     parser.add_argument("--quick", action="store_true", help="2 minutes instead of 7.5")
     parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", default="cuda", metavar="NAME", help="cuda, cuda:N or cpu (default: cuda)")
-    parser.add_argument("--minutes", type=float, metavar="N", help="the time there is; with cifar, for the nets")
+    parser.add_argument("--minutes", type=float, metavar="N", help="time limit; with cifar, that of the nets")
     parser.add_argument("--data", metavar="DIR", help="CIFAR-10, for cifar; or synthetic")
     parser.add_argument("--output", default="runs/gpu-check", metavar="DIR", help="folder (default: runs/gpu-check)")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # what a part's own process is started with
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # these two start a part's own process
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.minutes is None:
@@ -210,28 +213,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def refuse(reason: str) -> int:
-    print(f"error: {reason}", file=sys.stderr)
-    return 1
-
-
 def run(
     parts: dict[str, Part],
     setting: Setting,
     deadline: float,
     done: Callable[[str, dict], None],
-    asked: Sequence[int] = (),
+    signals: Sequence[int] = (),
 ) -> None:
-    """Run every part, and call done(name, result) as each ends. Parts that are not timed run together where they fit.
+    """Run every part, and call done(name, result) as each ends. Parts that are not timed run together if they fit.
 
-    deadline: when to stop, in time.monotonic(). asked: signals received so far; once there is one, all is stopped.
+    deadline: when to stop, in time.monotonic(). signals: those received so far; the first one stops everything.
     """
     for group in grouped(parts, side_by_side=setting.on_gpu and is_roomy(setting.device)):
         running: list[Running] = []
         try:
             for name in group:
                 left = deadline - time.monotonic()
-                if asked:
+                if signals:
                     done(name, not_run("interrupted", "by a signal"))
                 elif parts[name].gpu_only and not setting.on_gpu:
                     done(name, not_run("skipped", "needs a GPU"))
@@ -243,8 +241,8 @@ def run(
                     running.append(start(name, parts[name], replace(setting, together=len(group) > 1), left))
             while running:
                 time.sleep(0.1)
-                for one in [one for one in running if asked or one.is_over()]:
-                    found = one.result(interrupted=bool(asked))
+                for one in [one for one in running if signals or one.is_over()]:
+                    found = one.result(interrupted=bool(signals))
                     if found["status"] == "out of memory":
                         setting = replace(setting, share=setting.share / 2)
                     done(one.name, found)
@@ -264,8 +262,7 @@ def grouped(parts: dict[str, Part], *, side_by_side: bool) -> list[list[str]]:
 
 def is_roomy(device: str) -> bool:
     memory = torch.cuda.get_device_properties(device).total_memory
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores >= ROOMY["cores"] and memory >= ROOMY["bytes"]
+    return usable_cores() >= ROOMY["cores"] and memory >= ROOMY["bytes"]
 
 
 def start(name: str, part: Part, setting: Setting, left: float) -> Running:
@@ -287,27 +284,25 @@ def not_run(status: str, reason: str) -> dict:
 
 
 def run_part(name: str, words: str) -> int:
-    """In a part's own process: run it, and record how that went."""
+    """Run a part in its own process, and record the outcome."""
     values = json.loads(words)
     setting = Setting(**{**values, "output": Path(values["output"]), "scratch": Path(values["scratch"])})
     record = Record(setting.output / f".{name}.json")
     try:
-        from resbackbone.tools.benchmarks.machine import describe
-
         if setting.on_gpu:
             torch.cuda.set_device(torch.device(setting.device).index or 0)
         record.content["machine"] = describe(setting.device, torch.get_num_threads())
         record.write()
         function_of(name)(setting, record)
         status, reason = "differs" if record.differs else "ok", ""
+    except MissingPackage as error:
+        status, reason = "skipped", str(error)
     except ModuleNotFoundError as error:
         status, reason = "skipped", f"needs {error.name}, which is not installed"
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and the next part starts
+    except Exception as error:  # noqa: BLE001 - any failure is recorded, and the next part starts
         full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-        status, reason = (
-            "out of memory" if full else "failed",
-            f"{type(error).__name__}: {' '.join(str(error).split())}",
-        )
+        status = "out of memory" if full else "failed"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         record.content["traceback"] = traceback.format_exc()
     record.content |= {"status": status, "reason": reason[:300]}
     record.write()
@@ -317,24 +312,23 @@ def run_part(name: str, words: str) -> int:
 
 
 def function_of(part: str) -> Callable[[Setting, Record], None]:
-    """What a part runs. Only its own module is imported: the machine may lack what another one needs.
+    """The function of a part. Only its own module is imported: the machine may lack what another one needs.
 
-    (Not through importlib: tests/test_security.py lets no source import a module by a computed name.)
+    tests/test_security.py lets no source import a module by a computed name.
     """
     module, function = {**PARTS, **CIFAR}[part].function.split(".")
-    match module:
-        case "cifar":
-            from resbackbone.tools.gpu_checks import cifar as found
-        case "equality":
-            from resbackbone.tools.gpu_checks import equality as found
-        case "machine":
-            from resbackbone.tools.gpu_checks import machine as found
-        case "peers":
-            from resbackbone.tools.gpu_checks import peers as found
-        case "runs":
-            from resbackbone.tools.gpu_checks import runs as found
-        case "steps":
-            from resbackbone.tools.gpu_checks import steps as found
+    if module == "cifar":
+        from resbackbone.tools.gpu_checks import cifar as found
+    elif module == "equality":
+        from resbackbone.tools.gpu_checks import equality as found
+    elif module == "machine":
+        from resbackbone.tools.gpu_checks import machine as found
+    elif module == "peers":
+        from resbackbone.tools.gpu_checks import peers as found
+    elif module == "runs":
+        from resbackbone.tools.gpu_checks import runs as found
+    else:
+        from resbackbone.tools.gpu_checks import steps as found
     return getattr(found, function)
 
 
@@ -348,14 +342,15 @@ def table(content: dict) -> str:
         right = sum(row["ok"] is True for row in found["rows"])
         note = found.get("reason") or "; ".join(wrong) or (f"{right} checks passed" if right else "")
         lines.append(f"{name:18} {found['status']:14} {found['seconds']:7.0f}  {note[:150]}")
-    bad = [name for name, found in content["parts"].items() if found["status"] in BAD]
-    late = [name for name, found in content["parts"].items() if found["status"] == "out of time"]
-    skipped = [name for name, found in content["parts"].items() if found["status"] == "skipped"]
-    lines.append(f"look at: {', '.join(bad)}" if bad else "nothing wrong was found")
-    if skipped:
-        lines[-1] += f"; skipped: {', '.join(skipped)}"
-    if late:
-        lines[-1] += f"; there was no time for {', '.join(late)} (--minutes, --parts)"
+    names = {"bad": [], "skipped": [], "out of time": []}
+    for name, found in content["parts"].items():
+        kind = "bad" if found["status"] in BAD else found["status"]
+        names.get(kind, []).append(name)
+    lines.append(f"look at: {', '.join(names['bad'])}" if names["bad"] else "nothing wrong was found")
+    if names["skipped"]:
+        lines[-1] += f"; skipped: {', '.join(names['skipped'])}"
+    if names["out of time"]:
+        lines[-1] += f"; there was no time for {', '.join(names['out of time'])} (--minutes, --parts)"
     return "\n".join(lines)
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from resbackbone.tools import benchmark
-from resbackbone.tools.benchmarks import contest, data, detectors, memory, networks, processes, report
 from torch import nn
 
 from detection import scoring
 from resbackbone.cli.command import main_of
+from resbackbone.tools import benchmark
+from resbackbone.tools.benchmarks import contest, data, detectors, memory, networks, processes, report
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--height", "48", "--width", "64", "--depth", "18", "--rounds", "1", "--scoring-images", "12"]
@@ -320,11 +320,11 @@ def test_ours_keeps_no_more_for_backward_than_the_others():
     assert 0 < saved["resbackbone"] <= saved["torchvision"]
 
 
-def measured(names, build=lambda name: contest.Contender(dict), limits=contest.Limits(rounds=3)):
+def measured(names, build=lambda name: contest.Contender(dict), rounds=3):
     """The result of a contest, by default between contenders that do nothing."""
     made = contest.Contest("quick", "", tuple(names), build)
     result = made.empty_result()
-    contest.measure(made, result, limits)
+    contest.measure(made, result, contest.Limits(rounds=rounds))
     return result
 
 

@@ -238,7 +238,7 @@ def test_a_part_that_hangs_is_stopped_with_all_that_it_started_and_keeps_its_row
 def test_after_a_part_that_ran_out_of_memory_batches_are_half_as_large(setting, scripted):
     found = results(setting, "share-1", "full-1", "share-2", "full-2", "share-3")
     assert [found[f"share-{i}"]["rows"][0]["value"] for i in (1, 2, 3)] == ["1.0", "0.5", "0.25"]
-    assert Setting("cpu", True, Path(), Path(), share=0.25).batches(1, 2, 16, 256) == [1, 4, 64]
+    assert Setting("cuda", True, Path(), Path(), share=0.25).batches(1, 2, 16, 256) == [1, 4, 64]
 
 
 def test_what_the_time_does_not_suffice_for_is_no_fault(setting, scripted):

@@ -12,10 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from resbackbone.tools.benchmarks.memory import peak_in_fresh_process
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
+
+from resbackbone.tools.benchmarks.memory import peak_in_fresh_process
 
 OWN = "resbackbone"
 FUSED, GRAPH, COMPILED = "fused", "CUDA graph", "compiled"  # the second part of names such as "timm, compiled"

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from resbackbone.tools.benchmarks.contest import OWN, Contender
 from torch import Tensor
 
+from resbackbone.tools.benchmarks.contest import OWN, Contender
 from resbackbone.weights.inputs import MEAN, STD
 
 REFEREE = "pycocotools"
@@ -214,9 +214,8 @@ def on_one_core(run: Callable[[], None]) -> float:
 
 def shards(folder: Path, scratch: Path, side: int):
     """The images in shards, as tools/make_shards.py writes them."""
-    from resbackbone.tools import make_shards
-
     from resbackbone.classification.data import open_images
+    from resbackbone.tools import make_shards
 
     data, output = scratch / "data", scratch / f"shards-{side}"
     if not data.exists():

@@ -14,6 +14,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from torch import Tensor, nn
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d, box_iou, boxes
+
+from detection import build_faster_rcnn
+from detection.faster_rcnn import prepare_for_detection
+from resbackbone import build_resnet_backbone
 from resbackbone.tools.benchmarks.contest import FUSED, OWN, Contender, package_of, relative_difference
 from resbackbone.tools.benchmarks.networks import (
     Workload,
@@ -22,13 +29,6 @@ from resbackbone.tools.benchmarks.networks import (
     first_trained,
     randomize_norms,
 )
-from torch import Tensor, nn
-from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
-from torchvision.ops import FrozenBatchNorm2d, box_iou, boxes
-
-from detection import build_faster_rcnn
-from detection.faster_rcnn import prepare_for_detection
-from resbackbone import build_resnet_backbone
 from resbackbone.weights import MEAN, STD
 from resbackbone.weights.translate import from_ours
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from resbackbone.tools.benchmarks.contest import OWN, Contender
-from resbackbone.tools.benchmarks.networks import Workload, backbone_weights, build_own, images, training_step
 from torch.utils.benchmark import timer
 
 from resbackbone.engine.distributed import Rank, distributed
+from resbackbone.tools.benchmarks.contest import OWN, Contender
+from resbackbone.tools.benchmarks.networks import Workload, backbone_weights, build_own, images, training_step
 
 ROOT = Path(__file__).parents[2]
 WITH_DETECTION = f"{OWN}, with detection"

@@ -1,4 +1,4 @@
-"""The same computations on a CPU in fp64 and on the device in fp64, fp32 and bf16: how far apart they are."""
+"""Compares computations on the device, in fp64, fp32 and bf16, with the same ones on the CPU in fp64."""
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
@@ -16,11 +16,18 @@ from resbackbone.engine.distributed import Rank
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import TrainState
 from resbackbone.layers import FrozenBatchNorm2d, conv_norm_relu
-from resbackbone.tools.benchmarks.contest import OWN, relative_difference
+from resbackbone.tools.benchmarks.contest import OWN, relative_difference, tf32
 from resbackbone.tools.benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn_scene, load
 from resbackbone.tools.benchmarks.detectors import difference as detections_apart
-from resbackbone.tools.benchmarks.networks import BACKBONES, as_graph, backbone_weights, first_trained
-from resbackbone.tools.benchmarks.rounds import tf32
+from resbackbone.tools.benchmarks.networks import (
+    BACKBONES,
+    Workload,
+    as_graph,
+    backbone_weights,
+    first_trained,
+    images,
+    training_step,
+)
 from resbackbone.tools.gpu_checks.record import Record, Setting
 
 Outputs = Mapping[str, Tensor]
@@ -36,7 +43,7 @@ CONVOLUTIONS = {
 
 
 class Maker:
-    """Makes inputs: the same ones for every device and dtype."""
+    """Makes the same inputs for every device and dtype."""
 
     def __init__(self, device: str, dtype: torch.dtype):
         self.device, self.dtype, self.random = device, dtype, torch.Generator().manual_seed(0)
@@ -58,7 +65,7 @@ class Maker:
         return module.to(self.device, self.dtype, memory_format=torch.channels_last)
 
     def detector(self, *, smooth: bool = False) -> FasterRCNN:
-        """With few proposals, whose scores lie so far apart that rounding in fp32 chooses the same ones.
+        """A detector of few proposals, with scores so far apart that rounding in fp32 chooses the same ones.
 
         `smooth` is for gradients: see `lift`.
         """
@@ -68,11 +75,8 @@ class Maker:
         load(detector, detector_weights(DEPTH))
         if smooth:
             lift(detector.backbone)
-            for layer in (
-                detector.rpn.head.conv[0][0],
-                detector.roi_heads.box_head.fc6,
-                detector.roi_heads.box_head.fc7,
-            ):
+            box_head = detector.roi_heads.box_head
+            for layer in (detector.rpn.head.conv[0][0], box_head.fc6, box_head.fc7):
                 nn.init.constant_(layer.bias, 30)
             detector.roi_heads.box_predictor.cls_score.weight.data /= SHARPNESS
         return self.place(detector)
@@ -142,7 +146,7 @@ def roi_align(make: Maker, *, aligned: bool = False) -> Outputs:
 
 
 def roi_align_aligned(make: Maker) -> Outputs:
-    """The same as detectron2 does it."""
+    """As detectron2 computes it."""
     return roi_align(make, aligned=True)
 
 
@@ -202,7 +206,7 @@ SUBJECTS: dict[str, Callable[[Maker], Outputs | list[Outputs]]] = {
 
 
 def apart(subject: str, device: str, dtype: torch.dtype) -> float:
-    """How far a subject on the device is from the same in fp64 on the CPU; infinite if they cannot be compared."""
+    """The difference of a subject on the device from fp64 on the CPU; infinite if they cannot be compared."""
     with tf32(False):
         got = SUBJECTS[subject](Maker(device, dtype))
     wanted = _reference(subject)
@@ -219,77 +223,56 @@ def _reference(subject: str) -> Outputs | list[Outputs]:
 
 
 def step_of(
-    network: nn.Module, module: nn.Module, device: str, *, dtype: torch.dtype = torch.float32, bf16: bool = False
-) -> Callable[[], dict[str, Tensor]]:
-    """A training step of a backbone: its maps, and the gradient of the first weight that trains."""
-    make = Maker(device, dtype)
-    pixels = make.normal(2, 3, 97, 130).contiguous(memory_format=torch.channels_last)
-    parameters, first = list(module.parameters()), first_trained(module)
-    given: dict[str, Tensor] = {}
-
-    def run() -> dict[str, Tensor]:
-        for parameter in parameters:
-            parameter.grad = None
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-            maps = network(pixels)
-        trained = {level: x for level, x in maps.items() if x.requires_grad}
-        for level, x in trained.items():
-            if level not in given:
-                given[level] = make.normal(*x.shape).abs().to(x.dtype).contiguous(memory_format=torch.channels_last)
-        torch.autograd.backward(list(trained.values()), [given[level] for level in trained])
-        return {**{level: x.detach() for level, x in maps.items()}, "gradient": first.grad}
-
-    return run
+    device: str,
+    *,
+    package: str = OWN,
+    depth: int = DEPTH,
+    dtype: torch.dtype = torch.float32,
+    bf16: bool = False,
+    backend: str | None = None,
+) -> tuple[Callable[[], dict[str, Tensor]], nn.Module]:
+    """(run, backbone): a training step of a package's backbone on two images of odd size."""
+    network = BACKBONES[package](depth, backbone_weights(depth)).train()
+    network = network.to(device, dtype, memory_format=torch.channels_last)
+    pixels = images(Workload("fp32-channels-last", device, depth, 97, 130, 2)).to(dtype)
+    called = torch.compile(network, backend=backend) if backend else network
+    return training_step(called, network, pixels, bf16=bf16), network
 
 
 def bf16_errors(device: str, depth: int) -> dict[str, dict[str, float]]:
-    """{who: {map or "gradient": how far it is from fp64 on the CPU}} of a backbone, c2..c5, that computes in bf16.
+    """{who: {map or "gradient": its difference from fp64 on the CPU}} of a backbone, c2..c5, in bf16.
 
     Ours under autocast keeps activations in bf16, as detectron2 does. torchvision's frozen norms make them fp32 under
     autocast, which takes twice the memory; what compares with ours is torchvision's network in bf16 throughout.
     """
-
-    def run(package: str, device: str, dtype: torch.dtype, *, autocast: bool = False) -> dict[str, Tensor]:
-        network = BACKBONES[package](depth, backbone_weights(depth)).train()
-        network = network.to(device, dtype, memory_format=torch.channels_last)
-        return step_of(network, network, device, dtype=dtype, bf16=autocast)()
-
-    wanted = run(OWN, "cpu", torch.float64)
+    wanted = step_of("cpu", depth=depth, dtype=torch.float64)[0]()
     runs = {
-        OWN: run(OWN, device, torch.float32, autocast=True),
-        "torchvision": run("torchvision", device, torch.bfloat16),
-        "torchvision, autocast": run("torchvision", device, torch.float32, autocast=True),
+        OWN: step_of(device, depth=depth, bf16=True),
+        "torchvision": step_of(device, package="torchvision", depth=depth, dtype=torch.bfloat16),
+        "torchvision, autocast": step_of(device, package="torchvision", depth=depth, bf16=True),
     }
     return {
-        who: {name: relative_difference({name: got[name]}, {name: wanted[name]}) for name in wanted}
-        for who, got in runs.items()
+        who: {name: relative_difference({name: x}, {name: wanted[name]}) for name, x in run().items()}
+        for who, (run, _) in runs.items()
     }
-
-
-def _backbone(device: str) -> nn.Module:
-    network = BACKBONES[OWN](DEPTH, backbone_weights(DEPTH)).train()
-    return network.to(device, memory_format=torch.channels_last)
 
 
 def compiled_apart(device: str, *, backend: str = "inductor") -> float:
-    """How far a compiled backbone's step is from the eager one, in fp32 without TF32."""
+    """The difference of a compiled backbone's step from the eager one, in fp32 without TF32."""
     with tf32(False):
-        network = _backbone(device)
-        eager = {name: x.clone() for name, x in step_of(network, network, device)().items()}
-        return relative_difference(step_of(torch.compile(network, backend=backend), network, device)(), eager)
+        eager = {name: x.clone() for name, x in step_of(device)[0]().items()}
+        return relative_difference(step_of(device, backend=backend)[0](), eager)
 
 
 def graph_apart(device: str) -> dict[str, float]:
-    """How far a CUDA graph's replays are from eager steps: at once, after other work, and once weights have changed."""
+    """The difference of a CUDA graph's replays from eager steps: at once, after other work, with other weights."""
     with tf32(False):
-        network = _backbone(device)
-        run = step_of(network, network, device)
+        run, network = step_of(device)
         eager = {name: x.clone() for name, x in run().items()}
         replay, found = as_graph(run, network), {}
         found["at once"] = relative_difference(replay(), eager)
-        network.eval().train()  # which drops what frozen layers have kept: the graph must not read that memory
-        other = _backbone(device)
-        step_of(other, other, device)()
+        network.eval().train()  # drops what frozen layers have cached: the graph must not read that memory
+        step_of(device)[0]()
         found["after other work"] = relative_difference(replay(), eager)
         with torch.no_grad():
             for parameter in network.parameters():

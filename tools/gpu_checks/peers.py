@@ -1,64 +1,61 @@
-"""Speed beside torchvision, timm and detectron2: contests of tools/benchmark.py, and what compiling takes."""
+"""Speed beside torchvision, timm and detectron2 by tools/benchmark.py, and the time that compiling takes."""
 
 import contextlib
 import json
 import shlex
 import statistics
 import time
-from collections.abc import Sequence
 
 import torch
 
-from resbackbone.tools import benchmark
-from resbackbone.tools.benchmarks.contest import COMPILED, OWN, package_of, relative_difference
-from resbackbone.tools.benchmarks.networks import Setting as Network
-from resbackbone.tools.benchmarks.networks import classifier
-from resbackbone.tools.benchmarks.rounds import MATRIX_PRODUCT, tf32
+from resbackbone.tools.benchmarks.contest import COMPILED, MATRIX_PRODUCT, OWN, package_of, relative_difference, tf32
+from resbackbone.tools.benchmarks.networks import Workload, classifier
 from resbackbone.tools.gpu_checks.record import Record, Setting, require
 
 SPARE = 15  # seconds between the end of a contest's budget and that of the part
 BF16, TF32 = "bf16-channels-last", "tf32-channels-last"
 
 
-def contests(setting: Setting, record: Record, *words: str, modes: Sequence[str]) -> None:
-    """Run benchmark.py with these words in each mode; a row for each contest, all its rounds in the details.
+def contests(setting: Setting, record: Record, job: str, size: int, *modes: str) -> None:
+    """Run a job of benchmark.py in each mode: a row for each of our contenders, all rounds in the details.
 
-    Raises torch.OutOfMemoryError if a contender ran out of memory, once the rows are written.
+    Modes run one by one, so that rows are kept if the time runs out. Raises torch.OutOfMemoryError if a contender ran
+    out of memory, once the rows are written.
     """
-    for mode in modes if setting.on_gpu else modes[:1]:  # one by one: what is done is recorded if the time runs out
-        contest(setting, record, *words, "--modes", mode)
-
-
-def contest(setting: Setting, record: Record, *words: str) -> None:
     require("tyro", "rich", "timm")
+    from resbackbone.tools import benchmark
+
     output = setting.scratch / "benchmark"
-    argv = [*words, "--device", setting.device, "--output", str(output), "--quiet"]
-    argv += ["--rounds", "4" if setting.on_gpu else "1", "--budget", str(max(1, setting.left() - SPARE))]
-    if not setting.on_gpu:
-        argv += ["--height", "64", "--width", "96", "--depth", "18", "--threads", str(torch.get_num_threads())]
-    with contextlib.suppress(ValueError):  # which names what failed: that is in the file too
-        benchmark.main(argv)
-    content = json.loads((output / "benchmark.json").read_text())
-    record.detail(shlex.join(words), content)
-    known = {row["what"] for row in record.content["rows"]}
-    for line in content["skipped"]:
-        if line not in known:
+    for mode in modes if setting.on_gpu else modes[:1]:
+        words = ["--jobs", job, "--batch-sizes", str(size), "--modes", mode]
+        argv = [*words, "--device", setting.device, "--output", str(output), "--quiet"]
+        argv += ["--rounds", "4" if setting.on_gpu else "1", "--budget", str(max(1, setting.left() - SPARE))]
+        if not setting.on_gpu:
+            argv += ["--height", "64", "--width", "96", "--depth", "18"]
+        with contextlib.suppress(ValueError):  # it names the failures, which benchmark.json has too
+            benchmark.main(argv)
+        content = json.loads((output / "benchmark.json").read_text())
+        record.detail(shlex.join(words), content)
+        for line in {*content["skipped"]} - {row["what"] for row in record.content["rows"]}:
             record.row(line, "left out")
-    for result in content["contests"]:
-        what = f"{result['job']}, {result['batch_size']} images, {result['mode']}"
-        own = [name for name, times in result["seconds"].items() if package_of(name) == OWN and times]
-        for name in own:
-            record.row(what + name.removeprefix(OWN), beside(name, result["seconds"]))
-        if not own:
-            record.row(what, "not measured")
-        for name, reason in result["failed"].items():
-            record.row(f"{what}: {name}", reason, "no failure", ok=False)
-        for name, reason in result["left_out"].items():
-            record.row(f"{what}: {name}", f"left out: {reason}")
-    failures = [reason for result in content["contests"] for reason in result["failed"].values()]
-    full = [reason for reason in failures if reason.startswith("OutOfMemoryError")]
-    if full:
-        raise torch.OutOfMemoryError(full[0])
+        for result in content["contests"]:
+            add_rows(result, record)
+
+
+def add_rows(result: dict, record: Record) -> None:
+    what = f"{result['job']}, {result['batch_size']} images, {result['mode']}"
+    own = [name for name, times in result["seconds"].items() if package_of(name) == OWN and times]
+    for name in own:
+        record.row(what + name.removeprefix(OWN), beside(name, result["seconds"]))
+    if not own:
+        record.row(what, "not measured")
+    for name, reason in result["failed"].items():
+        record.row(f"{what}: {name}", reason, "no failure", ok=False)
+    for name, reason in result["left_out"].items():
+        record.row(f"{what}: {name}", f"left out: {reason}")
+    for reason in result["failed"].values():
+        if reason.startswith("OutOfMemoryError"):
+            raise torch.OutOfMemoryError(reason)
 
 
 def beside(name: str, seconds: dict[str, list[float]]) -> str:
@@ -76,44 +73,38 @@ def beside(name: str, seconds: dict[str, list[float]]) -> str:
 
 def detector_training(setting: Setting, record: Record) -> None:
     """A training step of 1, 2 and 16 images, in bf16 and TF32."""
-    detectors("detector-training", setting, record)
+    for size in setting.batches(1, 2, 16):
+        contests(setting, record, "detector-training", size, BF16, TF32)
 
 
 def detector_inference(setting: Setting, record: Record) -> None:
     """Detection on 1, 2 and 16 images, in bf16 and TF32."""
-    detectors("detector-inference", setting, record)
-
-
-def detectors(job: str, setting: Setting, record: Record) -> None:
-    for size in setting.batches(1, 2, 16) if setting.on_gpu else [1]:  # one by one: each leaves its rows
-        contests(setting, record, "--jobs", job, "--detector-batch-sizes", str(size), modes=(BF16, TF32))
+    for size in setting.batches(1, 2, 16):
+        contests(setting, record, "detector-inference", size, BF16, TF32)
 
 
 def backbones(setting: Setting, record: Record) -> None:
     """c2..c5 of 8 images, in training and inference."""
-    size = setting.batches(8)[0] if setting.on_gpu else 1
     for job in ("training", "inference"):
-        contests(setting, record, "--jobs", job, "--batch-size", str(size), modes=(BF16, TF32))
+        contests(setting, record, job, setting.batches(8)[0], BF16, TF32)
 
 
 def imagenet(setting: Setting, record: Record) -> None:
     """ResNet-50's training step at 256 images, eager and compiled."""
-    size = setting.batches(256)[0] if setting.on_gpu else 2
-    contests(setting, record, "--jobs", "imagenet", "--imagenet-batch-size", str(size), modes=(BF16,))
+    contests(setting, record, "imagenet", setting.batches(256)[0], BF16)
 
 
 def compiled(setting: Setting, record: Record) -> None:
     """How long a classifier's step takes to compile, and whether its loss is eager's; `imagenet` finds it cached."""
     require("timm")
-    size = setting.batches(256)[0] if setting.on_gpu else 2
-    network = Network(BF16, setting.device, 50 if setting.on_gpu else 18, 800, 1216, size)
+    work = Workload(BF16, setting.device, 50 if setting.on_gpu else 18, 800, 1216, setting.batches(256)[0])
     for package in (OWN, "torchvision", "timm"):
-        with tf32(True):  # as `imagenet` sets it: a compiled kernel is cached by that too
-            eager = classifier(network, package).run()
-            step = classifier(network, f"{package}, {COMPILED}")
+        with tf32(True):  # as `imagenet` sets it: the cache distinguishes the two
+            eager = classifier(work, package).run()
+            step = classifier(work, f"{package}, {COMPILED}")
             began = time.monotonic()
             difference = relative_difference(step.run(), eager)
         took = f"{time.monotonic() - began:.0f} s, less if cached{setting.beside}"
-        record.row(f"{package}: compiling ResNet-{network.depth} and a step", took)
+        record.row(f"{package}: compiling ResNet-{work.depth} and a step", took)
         record.at_most(f"{package}: loss of the first step, beside eager", difference, 0.03)
         del step, eager

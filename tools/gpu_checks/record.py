@@ -18,13 +18,13 @@ class Setting:
 
     device: str  # "cuda", "cuda:1" or "cpu"
     quick: bool
-    output: Path  # a folder for what is to stay
-    scratch: Path  # a folder that is removed in the end
+    output: Path  # a folder for results
+    scratch: Path  # a folder that is removed at the end
     share: float = 1.0  # of the usual batch sizes: halved after a part that ran out of memory
     together: bool = False  # with other parts, which makes its times longer
     until: float = float("inf")  # the time (time.time()) at which it is stopped
     data: str | None = None  # CIFAR-10
-    minutes: float = 0.0  # for what fits into them
+    minutes: float = 0.0  # for training the nets of the part cifar
 
     @property
     def on_gpu(self) -> bool:
@@ -40,28 +40,30 @@ class Setting:
         return min(3600.0, self.until - time.time())
 
     def batches(self, *sizes: int) -> list[int]:
-        """The share of these batch sizes that memory holds, each once."""
+        """These batch sizes on a GPU, scaled by `share`, without duplicates; on a CPU only the smallest, at most 2."""
+        if not self.on_gpu:
+            return [min(2, *sizes)]
         return sorted({max(1, int(size * self.share)) for size in sizes})
 
 
 class Record:
-    """The results of one part. Its file is written anew with every row, so a part that is stopped keeps its rows."""
+    """The results of one part. Its file is rewritten with every row, so a part that is stopped keeps its rows."""
 
     def __init__(self, path: Path):
         self.path = path
         self.content: dict[str, Any] = {"status": "unfinished", "rows": [], "details": {}}
 
     def row(self, what: str, value: Any, wanted: str = "", ok: bool | None = None) -> None:
-        """One line of the part's table. `ok` says whether the value is as it should be, if that can be said."""
+        """Add a line to the part's table. `ok` says whether the value is as it should be, if that can be said."""
         self.content["rows"].append({"what": what, "value": value, "wanted": wanted, "ok": ok})
         self.write()
 
     def at_most(self, what: str, value: float, limit: float) -> None:
-        """A row whose value must neither exceed `limit` nor be NaN."""
+        """Add a row whose value must neither exceed `limit` nor be NaN."""
         self.row(what, value, f"at most {limit:.3g}", bool(value <= limit))
 
     def detail(self, name: str, value: Any) -> None:
-        """What is too long for the table."""
+        """Add what is too long for the table."""
         self.content["details"][name] = value
         self.write()
 

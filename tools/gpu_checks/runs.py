@@ -1,4 +1,4 @@
-"""The commands as their users run them: killed and resumed, under torchrun, to an AP, for speed."""
+"""Runs the commands as users do: killed and resumed, under torchrun, to an AP, for speed."""
 
 import json
 import os
@@ -36,34 +36,34 @@ class Command:
         self.argv = [*(launcher or [sys.executable]), *map(str, argv)]
         self.log = setting.scratch / f"{time.time_ns()}.log"
         paths = os.pathsep.join(filter(None, (str(TOOLS.parent), os.environ.get("PYTHONPATH"))))
-        alone = {} if setting.on_gpu else {"OMP_NUM_THREADS": "1"}  # two at once would wait for each other's threads
+        environment = {**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}
+        if not setting.on_gpu:
+            environment["OMP_NUM_THREADS"] = "1"  # two at once would wait for each other's threads
         self.began = time.monotonic()
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                self.argv,
-                cwd=setting.scratch,
-                env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **alone},
-                stdout=log,
-                stderr=subprocess.STDOUT,
+                self.argv, cwd=setting.scratch, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def finish(self, *accepted: int) -> float:
+    def finish(self, accepted: int = 0) -> float:
         """Wait for its end; returns the seconds since its start. Raises RuntimeError for another exit status."""
-        status = self.process.wait()
-        if status not in (accepted or (0,)):
-            raise RuntimeError(f"{' '.join(self.argv[1:4])} .. ended with {status}: {self.said()[-2000:]}")
+        if (status := self.process.wait()) != accepted:
+            raise self.error(f"ended with {status}")
         return time.monotonic() - self.began
-
-    def said(self) -> str:
-        return self.log.read_text(errors="replace")
 
     def wait_for(self, text: str) -> float:
-        """The seconds from its start until it says this."""
-        while text not in self.said():
+        """Wait until it prints `text`; returns the seconds since its start."""
+        while text not in self.output():
             if self.process.poll() is not None or time.monotonic() - self.began > PATIENCE:
-                raise RuntimeError(f"{' '.join(self.argv[1:4])} .. never said {text!r}: {self.said()[-2000:]}")
+                raise self.error(f"did not print {text!r}")
             time.sleep(0.05)
         return time.monotonic() - self.began
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def error(self, what: str) -> RuntimeError:
+        return RuntimeError(f"{' '.join(self.argv[1:4])} .. {what}: {self.output()[-2000:]}")
 
 
 def small_data(setting: Setting) -> Path:
@@ -85,18 +85,17 @@ def resume(setting: Setting, record: Record) -> None:
     for kind in ("deterministic",) if setting.quick else ("deterministic", "as usual"):
         extra = ["--deterministic"] if kind == "deterministic" else []
         extra += ["--max-steps", str(UPDATES), "--checkpoint-period", str(SAVED)]
-        runs = {name: setting.scratch / f"{kind.replace(' ', '-')}-{name}" for name in ("whole", "broken")}
+        whole, broken = (setting.scratch / f"{kind.replace(' ', '-')}-{name}" for name in ("whole", "broken"))
 
-        def start(name: str, kill: int, *options: str, runs=runs, extra=extra) -> Command:
-            notes = runs[name].with_suffix(".ids")
-            argv = training(setting, str(runs[name]), *extra, *options)
-            return Command([TOOLS / "gpu_checks" / "watched.py", notes, str(kill), *argv], setting)
+        def start(run: Path, kill: int, *options: str, extra=extra) -> Command:
+            argv = training(setting, str(run), *extra, *options)
+            return Command([TOOLS / "gpu_checks" / "watched.py", run.with_suffix(".ids"), str(kill), *argv], setting)
 
-        commands = [start("whole", 0), start("broken", KILLED)]
-        commands[1].finish(-signal.SIGKILL)
-        start("broken", 0, "--resume").finish()
-        commands[0].finish()
-        compare(kind, runs["whole"], runs["broken"], record)
+        uninterrupted = start(whole, 0)
+        start(broken, KILLED).finish(-signal.SIGKILL)
+        start(broken, 0, "--resume").finish()
+        uninterrupted.finish()
+        compare(kind, whole, broken, record)
 
 
 def compare(kind: str, whole: Path, broken: Path, record: Record) -> None:
@@ -104,7 +103,7 @@ def compare(kind: str, whole: Path, broken: Path, record: Record) -> None:
     ids = [[json.loads(line) for line in run.with_suffix(".ids").read_text().splitlines()] for run in (whole, broken)]
     expected = ids[0][:KILLED] + ids[0][SAVED:]
     same = len(ids[0]) == UPDATES and ids[1] == expected
-    record.row(f"{kind}: images of every update", "the same" if same else "others", "the same", same)
+    record.row(f"{kind}: images of every update", "the same" if same else "different", "the same", same)
     one, other = (load_file(run / "model.safetensors") for run in (whole, broken))
     difference = sum((one[name].double() - other[name].double()).square().sum().item() for name in one) ** 0.5
     distance = difference / sum(one[name].double().square().sum().item() for name in one) ** 0.5
@@ -130,15 +129,15 @@ def ranks(setting: Setting, record: Record) -> None:
     started = command.wait_for("train 3/")
     record.row("torchrun: from its start to the third update", f"{started:.1f} s{setting.beside}")
     command.process.send_signal(signal.SIGTERM)
-    told = time.monotonic()
+    signalled = time.monotonic()
     status = command.process.wait(PATIENCE)
-    record.row("torchrun: from SIGTERM to its end", f"{time.monotonic() - told:.1f} s{setting.beside}")
+    record.row("torchrun: from SIGTERM to its end", f"{time.monotonic() - signalled:.1f} s{setting.beside}")
     record.row("torchrun: its exit status", status, "1, whenever it is signalled")
     saved = [path.name for path in (output / "checkpoints").glob("step_*")]
-    stopped = "terminated at step" in command.said() and len(saved) == 1
+    stopped = "terminated at step" in command.output() and len(saved) == 1
     record.row("torchrun: the rank saved and stopped", ", ".join(saved) or "no", "yes", stopped)
     if not stopped:
-        record.detail("torchrun said", command.said()[-4000:])
+        record.detail("torchrun said", command.output()[-4000:])
 
 
 def ddp(setting: Setting, record: Record) -> None:
@@ -149,12 +148,12 @@ def ddp(setting: Setting, record: Record) -> None:
     dist.all_reduce(torch.ones(1, device=setting.device))
     record.row(f"{backend}: time to the first exchange", f"{time.monotonic() - began:.2f} s{setting.beside}")
     alone, together = Training(setting, 2), Training(setting, 2, ranks=2)  # over 1, DDP would be left out
-    with warnings.catch_warnings(record=True) as said:
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         for one in (alone, together):
             torch.manual_seed(0)
             one.step()
-    strides = sorted({str(line.message)[:200] for line in said if "stride" in str(line.message)})
+    strides = sorted({str(line.message)[:200] for line in raised if "stride" in str(line.message)})
     record.row("DDP: warnings about strides", "; ".join(strides) or "none", "none", not strides)
     states = alone.detector.state_dict(), together.detector.state_dict()
     moved = [(states[1][name] - x).norm().item() / max(x.norm().item(), 1e-12) for name, x in states[0].items()]
@@ -171,13 +170,12 @@ def demo(setting: Setting, record: Record) -> None:
     short = ["--max-steps", "200" if setting.on_gpu else "2"] if setting.quick else []
     data = EMBEDDED if setting.on_gpu or not setting.quick else small_data(setting)
     argv = ["--data", data, "--recipe", "short", "--device", setting.device, "--pictures", "2", "--output", "demo"]
-    argv += short
-    seconds = Command([TOOLS / "train_coco.py", *argv], setting).finish()
+    seconds = Command([TOOLS / "train_coco.py", *argv, *short], setting).finish()
     results = json.loads((setting.scratch / "demo" / "results.json").read_text())
     lines = read_metrics(setting.scratch / "demo", "train")
     record.row("updates", lines[-1]["step"])
     update = statistics.median(line["seconds"] for line in lines)
-    record.row("in all, with drawing the images", f"{seconds:.0f} s{setting.beside}")
+    record.row("in total, including drawing the images", f"{seconds:.0f} s{setting.beside}")
     record.row("an update, median", f"{1000 * update:.1f} ms{setting.beside}")
     ap50 = results["bbox"]["AP50"]
     record.row("AP, AP50", f"{100 * (results['bbox']['AP'] or 0):.1f}, {100 * (ap50 or 0):.1f}")
@@ -197,4 +195,4 @@ def pretrain(setting: Setting, record: Record) -> None:
         seconds = Command([TOOLS / "pretrain.py", *argv], setting).finish()
         rates = [line["images_per_second"] for line in read_metrics(setting.scratch / name, "train")[1:]]
         record.row(f"{name}: images a second, batches of {size}", round(statistics.median(rates)))
-        record.row(f"{name}: seconds in all", round(seconds))
+        record.row(f"{name}: seconds in total", round(seconds))

@@ -1,4 +1,4 @@
-"""A detector's training steps, looked at closely: where the host waits for the GPU, and what the GPU does."""
+"""Where the host waits for the GPU in a detector's training step, and what the GPU does meanwhile."""
 
 import re
 import time
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.benchmark import timer
 
 from detection import build_faster_rcnn
 from detection.data import open_split, train_batches
@@ -24,7 +25,6 @@ from resbackbone.engine.distributed import Rank, distributed
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import TrainState
 from resbackbone.tools.benchmarks.networks import backbone_weights
-from resbackbone.tools.gpu_checks.machine import synchronize
 from resbackbone.tools.gpu_checks.record import Record, Setting
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ class Training:
         self.batches = train_batches(images, order, workers=4 if setting.on_gpu else 0, device=device)
 
     def step(self) -> float:
-        """One update; returns the seconds that were spent waiting for its batch."""
+        """Make one update; returns the seconds spent waiting for its batch."""
         began = time.perf_counter()
         batch = next(self.batches)
         waited = time.perf_counter() - began
@@ -114,21 +114,18 @@ def waits(setting: Setting, record: Record) -> None:
 
 def profiled(setting: Setting, record: Record) -> None:
     """Launches, idle share and what the time goes to, in steps of 2 and of 16 images."""
-    for size in setting.batches(2, 16) if setting.on_gpu else [2]:
+    for size in setting.batches(2, 16):
         training = Training(setting, size)
         for _ in range(WARM_UP):
             training.step()
-        synchronize(setting)
-        began, waited = time.perf_counter(), 0.0
-        for _ in range(STEPS):
-            waited += training.step()
-        synchronize(setting)
-        seconds = time.perf_counter() - began  # the profiler makes a step longer
+        began = timer()  # synchronizes a GPU
+        waited = sum(training.step() for _ in range(STEPS))
+        seconds = timer() - began  # measured first: the profiler makes a step longer
         kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
         with profile(activities=kinds, acc_events=True) as profiler:
             for _ in range(STEPS):
                 training.step()
-            synchronize(setting)
+            timer()
         spans = device_spans(profiler, setting)
         if not spans:
             raise RuntimeError("the profiler recorded no kernel; a container may not let it read the GPU's counters")
@@ -152,10 +149,8 @@ def device_spans(profiler: profile, setting: Setting) -> list[tuple[str, float, 
     """(name, start, end) in seconds of every kernel and copy on the device; of a CPU, of every operator at the top."""
     kind = DeviceType.CUDA if setting.on_gpu else DeviceType.CPU
     events = [event for event in profiler.events() or () if event.device_type == kind]
-    if setting.on_gpu:
-        events = [event for event in events if not event.is_user_annotation]  # which span kernels
-    else:
-        events = [event for event in events if event.cpu_parent is None]
+    # On a GPU, annotations span kernels; on a CPU, operators contain others.
+    events = [e for e in events if not (e.is_user_annotation if setting.on_gpu else e.cpu_parent)]
     return [(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in events]
 
 

@@ -1,6 +1,6 @@
-"""tools/train_coco.py that notes which images each update had, and may kill itself behind one.
+"""tools/train_coco.py that records the images of each update, and can kill itself after one.
 
-python watched.py NOTES KILL_AFTER [OPTIONS of train_coco.py]     KILL_AFTER 0: not at all
+python watched.py FILE KILL_AFTER [OPTIONS of train_coco.py]     KILL_AFTER 0: never
 """
 
 import json
@@ -9,32 +9,29 @@ import signal
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
-import resbackbone  # noqa: E402
+import resbackbone
 
-resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
+resbackbone.__path__.append(str(Path(__file__).parents[2]))  # resbackbone.tools, where this package is not installed
 
 from resbackbone.cli.command import main_of  # noqa: E402
 
-from resbackbone.engine import loop  # noqa: E402
+from resbackbone.engine.state import TrainState  # noqa: E402
 from resbackbone.tools import train_coco  # noqa: E402
 
 
-def watch(notes: Path, kill_after: int) -> None:
-    train = loop.train
+def watch(file: Path, kill_after: int) -> None:
+    update = TrainState.update
 
-    def watched(state, *arguments, after_update, **options) -> None:
-        def noted(batch: tuple[list, list[dict]]) -> None:
-            with open(notes, "a") as file:
-                file.write(json.dumps([state.step, [target["image_id"] for target in batch[1]]]) + "\n")
-            if state.step == kill_after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            after_update(batch)
+    def watched(state, losses_of, parts, **options):
+        values = update(state, losses_of, parts, **options)
+        ids = [target["image_id"] for part in parts for target in part[1]]
+        with open(file, "a") as lines:
+            lines.write(json.dumps([state.step, ids]) + "\n")
+        if state.step == kill_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return values
 
-        train(state, *arguments, after_update=noted, **options)
-
-    loop.train = watched
+    TrainState.update = watched
 
 
 if __name__ == "__main__":
