@@ -25,7 +25,7 @@ MOST_BOXES = 100  # in a picture
 class Outcome(NamedTuple):
     """How the detections of one image matched its objects, without detections in a crowd of their class."""
 
-    index: int  # type: ignore[assignment]  # in place of a tuple's method of that name
+    image_index: int
     found: np.ndarray  # DETECTION [d], by falling score, down to SCORE
     right: np.ndarray  # bool [d]
     seen: np.ndarray  # bool [objects]
@@ -88,7 +88,7 @@ def gallery(dataset: CocoImages, detections: np.ndarray) -> Section:
     """The worst and the best images of the data set, ground truth beside detections, DETECTION [n]."""
     every = outcomes(dataset, detections)
     worst = _figures(dataset, sorted((o for o in every if o.wrong), key=lambda o: (o.f1, -o.wrong)))
-    some_right = [o for o in every if o.right.any() and o.index not in worst]
+    some_right = [o for o in every if o.right.any() and o.image_index not in worst]
     best = _figures(dataset, sorted(some_right, key=lambda o: (-o.f1, -int(o.right.sum()))))
     content = macros("detection.html").gallery(list(worst.values()), list(best.values()), SCORE, IOU)
     return Section("Worst and best images", content)
@@ -100,10 +100,10 @@ def _figures(dataset: CocoImages, ranked: Sequence[Outcome]) -> dict[int, Markup
     for outcome in ranked:
         if len(figures) == SHOWN:
             break
-        sample = dataset[outcome.index]
+        sample = dataset[outcome.image_index]
         if not isinstance(sample, BadImage):
             image, target = sample
-            figures[outcome.index] = _figure(dataset, image, target, outcome)
+            figures[outcome.image_index] = _figure(dataset, image, target, outcome)
     return figures
 
 
@@ -128,9 +128,11 @@ def _figure(dataset: CocoImages, image: Tensor, target: dict, outcome: Outcome) 
     caption = (
         f"F1 {outcome.f1:.2f}: {outcome.right.sum()} right, {(~outcome.right).sum()} wrong, "
         f"{(~outcome.seen).sum()} missed{f', {MOST_BOXES} boxes drawn of {most}' if most > MOST_BOXES else ''}. "
-        f"{short(dataset.path(outcome.index).name)}"
+        f"{short(dataset.path(outcome.image_index).name)}"
     )
-    return macros("detection.html").figure(outcome.index, uri, {"width": width, "height": height}, *drawn, caption)
+    return macros("detection.html").figure(
+        outcome.image_index, uri, {"width": width, "height": height}, *drawn, caption
+    )
 
 
 def _box(xyxy: np.ndarray, width: float, label: int, name: str, right: bool, score: str) -> dict:
