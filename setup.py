@@ -14,6 +14,7 @@ TRAIN = [
     *BOTH,
     *("huggingface_hub>=0.30", "matplotlib>=3.8", "rich>=14.1", "tensorboard>=2.15", "timm>=1.0.15", "tyro>=1.0"),
 ]
+ALL = [*DETECTION, *TRAIN]
 SCALE = ["webdataset>=0.2.100"]
 DEMO = ["gradio>=6"]
 VIDEO = ["opencv-python-headless>=4.10"]
@@ -51,7 +52,7 @@ setup(
     extras_require={
         "detection": DETECTION,
         "train": TRAIN,
-        "all": [*DETECTION, *TRAIN],
+        "all": ALL,
         "demo": DEMO,
         "video": VIDEO,
         "export": EXPORT,

@@ -31,6 +31,17 @@ def test_the_citation_names_this_version_and_the_paper():
     assert paper["url"].endswith("1512.03385") and paper["authors"][0]["family-names"] == "He"
 
 
+def test_ci_runs_make_check_and_trains_with_the_oldest_versions_that_setup_admits():
+    jobs = yaml.safe_load((ROOT / ".github/workflows/check.yml").read_text())["jobs"]
+    assert {"run": "make check"} in jobs["check"]["steps"]
+    matrix, setup = jobs["train"]["strategy"]["matrix"], (ROOT / "setup.py").read_text()
+    assert {"macos-latest", "windows-latest"} <= set(matrix["os"])
+    oldest = matrix["versions"][0]
+    floors = dict(re.findall(r'"(torch|torchvision)>=([\d.]+)"', setup))
+    assert oldest["torch"].split() == [f"{name}=={version}.*" for name, version in floors.items()]
+    assert f'python_requires=">={oldest["python"]}"' in setup
+
+
 def test_templates_of_issues_say_what_they_are_for():
     templates = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"))
     assert len(templates) == 2

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 from importlib.metadata import Distribution
@@ -31,14 +30,14 @@ def run(*words, folder: Path, status: int = 0, path: str = "") -> subprocess.Com
 
 def environment(folder: Path, wheel: Path, *site_packages: str) -> tuple[Path, Path]:
     """Make a virtual environment with the wheel and the packages in these folders; returns its Python and scripts."""
-    venv.create(folder, with_pip=False)
-    paths = sysconfig.get_paths("venv", {"base": str(folder), "platbase": str(folder)})
-    (Path(paths["purelib"]) / "others.pth").write_text("\n".join(site_packages), encoding="utf-8")
-    scripts = Path(paths["scripts"])
-    python = scripts / Path(sys.executable).name
+    venv.create(folder, symlinks=os.name != "nt")
+    python = shutil.which("python", path=os.pathsep.join(str(folder / name) for name in ("bin", "Scripts")))
+    where = "import sysconfig; print(*map(sysconfig.get_path, ('purelib', 'scripts')), sep='\\n')"
+    purelib, scripts = run(python, "-c", where, folder=folder).stdout.splitlines()
+    (Path(purelib) / "others.pth").write_text("\n".join(site_packages), encoding="utf-8")
     options = ("--no-deps", "--no-index", "--ignore-installed", "--quiet", "--disable-pip-version-check")
     run(sys.executable, "-m", "pip", "--python", python, "install", *options, wheel, folder=folder)
-    return python, scripts
+    return Path(python), Path(scripts)
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +61,8 @@ def full(tmp_path_factory, wheel):
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, wheel):
     """An environment with the wheel and, of the packages here, only the core's and what these need themselves."""
+    if os.name == "nt":
+        pytest.skip("symbolic links need rights on Windows")
     folder = tmp_path_factory.mktemp("packages")
     queue, seen = list(BROUGHT), set()
     while queue:
@@ -89,6 +90,14 @@ def test_the_wheel_has_this_version_and_the_files_that_are_not_python(wheel):
     templates = [f"resbackbone/report/templates/{path.name}" for path in ROOT.glob("resbackbone/report/templates/*")]
     assert {"resbackbone/py.typed", "detection/py.typed", "resbackbone/tools/train_coco.py", *templates} <= set(names)
     assert not [name for name in names if name.startswith(("tools/", "tests/"))]
+
+
+def test_every_console_script_has_its_function(wheel, full, tmp_path):
+    [entries] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("entry_points.txt")]
+    scripts = re.findall(r"resbackbone-[\w-]+ = ([\w.]+):run", zipfile.ZipFile(wheel).read(entries).decode())
+    assert len(scripts) == 6
+    code = "import importlib, sys; [importlib.import_module(name).run for name in sys.argv[1:]]"
+    run(full[0], "-c", code, *scripts, folder=tmp_path)
 
 
 def test_the_installed_commands_train_and_check(full, tmp_path):
