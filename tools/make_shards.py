@@ -158,7 +158,7 @@ def make_shard(images: Images, part: np.ndarray, entry: Path, *, side: int, qual
     shard = entry.with_suffix(".tar")
     content = write_shard(files)
     write_atomically(shard, content)
-    described = describe_shard(shard.name, io.BytesIO(content))
+    described = describe_shard(shard, io.BytesIO(content))
     write_atomically(entry, json.dumps({"made_of": made_of, "shard": described}))
     return messages
 

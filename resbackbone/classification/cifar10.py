@@ -1,8 +1,10 @@
-"""CIFAR-10 in memory, and the paper's training batches of it: per-pixel mean, padded crops, flips (Sec. 4.2)."""
+"""CIFAR-10 in memory, and the paper's training batches: per-pixel mean, padded crops, flips (Sec. 4.2)."""
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +21,7 @@ from resbackbone.image_io import BadImage, decode
 SYNTHETIC = "synthetic"
 SYNTHETIC_IMAGES = {"train": 2000, "test": 500}
 LAYOUT = "cifar-10-batches-py/, or train/<class>/ and test/<class>/ (or val/<class>/) with 32 x 32 images"
-HELD_OUT = 0.1  # the share of the training images that --validation keeps: 5,000 of 50,000, as the paper
+HELD_OUT = 0.1  # of the training images are held out for validation: 5,000 of 50,000, as in the paper
 PADDING = 4  # pixels on each side
 
 
@@ -31,25 +33,25 @@ class Split(NamedTuple):
 
 
 class Cifar10(NamedTuple):
-    """What there is to train and to test on; `classes` names the labels."""
+    """Training and test images; `classes` names the labels."""
 
     train: Split
     test: Split
     classes: list[str]
 
     def summary(self) -> str:
-        """One line: what there is."""
+        """One line with the numbers of images and classes."""
         return f"{len(self.train.labels)} training and {len(self.test.labels)} test images, {len(self.classes)} classes"
 
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of classes, training images and labels: tells a run that is resumed from others."""
+        """SHA-256, in hex, of classes, training images and labels; a resumed run compares it."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for tensor in self.train:
             digest.update(tensor.numpy())
         return digest.hexdigest()
 
     def held_out(self) -> "Cifar10":
-        """The training images in two: a tenth of them, drawn once and for all, to test on (the paper's 45k/5k)."""
+        """The training images split in two: a fixed random tenth of them to test on (the paper's 45k/5k)."""
         order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(0))
         kept = order[round(HELD_OUT * len(order)) :].sort().values
         held = order[: len(order) - len(kept)].sort().values
@@ -61,10 +63,10 @@ def open_cifar10(data: str | os.PathLike) -> Cifar10:
     """CIFAR-10, or another set of 32 x 32 images, as tensors.
 
     data: a folder with CIFAR-10's own batches (cifar-10-batches-py/) or with class folders, train/<class>/ and
-    test/<class>/ or val/<class>/; or "synthetic": random patterns of ten classes, drawn here, that can be learnt.
-    60,000 small JPEGs decode in some ten seconds, so nothing is kept on disk. Raises ValueError, in a sentence, for a
-    folder that is not there or holds neither, batches that are damaged, classes that differ between the splits or are
-    empty, and images that cannot be read or have another size, which are named.
+    test/<class>/ or val/<class>/; or "synthetic": random patterns of ten classes that can be learnt. 60,000 small JPEGs
+    decode in some ten seconds, so nothing is cached on disk. Raises UserError if the folder is missing or holds
+    neither, if batches are damaged, if classes are empty or differ between the splits, and, naming the files, if images
+    cannot be read or have another size.
     """
     if str(data) == SYNTHETIC:
         return make_synthetic()
@@ -82,7 +84,7 @@ def open_cifar10(data: str | os.PathLike) -> Cifar10:
 
 
 def make_synthetic() -> Cifar10:
-    """Images of ten classes, each a coarse random pattern under noise; always the same."""
+    """Images of ten classes, each a coarse random pattern under noise; the same every time."""
     random = torch.Generator().manual_seed(0)
     patterns = F.interpolate(torch.randn(10, 3, 4, 4, generator=random), size=32, mode="bilinear")
     splits = []
@@ -94,12 +96,12 @@ def make_synthetic() -> Cifar10:
 
 
 def mean_image_of(split: Split) -> Tensor:
-    """[3, 32, 32]: the mean of each pixel over the images, in 0..1; exact, so the same on any machine."""
+    """The mean of each pixel over the images, [3, 32, 32] in 0..1; exact, so the same on any machine."""
     return (split.images.sum(0, dtype=torch.int64).double() / (255 * len(split.images))).float()
 
 
 def to_model_input(images: Tensor, mean_image: Tensor) -> Tensor:
-    """uint8 [B, 3, 32, 32] to what the network takes: values in 0..1 less the per-pixel mean, with no std."""
+    """uint8 [B, 3, 32, 32] to the network's input: values in 0..1 less the per-pixel mean, with no std."""
     return images.float() / 255 - mean_image
 
 
@@ -116,46 +118,51 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless augmented batches, ([b, 3, 32, 32] channels last, labels [b]) on `device`, from the `start`-th on.
 
-    A batch of all ranks together holds `batch_size` images, of which this rank makes every `ranks`-th. Every image is
-    drawn once an epoch, in an order that follows from the seed and the epoch; the next epoch begins within a batch.
-    What is random in a batch follows from the seed, its number and the rank. ValueError for an uneven `batch_size`.
+    The ranks' batches together hold `batch_size` images, of which this rank makes every `ranks`-th. Every image is
+    drawn once an epoch, in an order that depends on the seed and the epoch; the next epoch may begin within a batch.
+    A batch's augmentation depends on the seed, its number and the rank. Raises UserError if `batch_size` does not
+    divide by `ranks`.
     """
     images, labels, mean_image = (tensor.to(device) for tensor in (*split, mean_image))
     for indices, random in draws(len(labels), batch_size=batch_size, seed=seed, rank=rank, ranks=ranks, start=start):
         drawn = torch.tensor(indices)[:, None], *draw_crops(len(indices), random)
-        chosen, top, left, flipped = torch.stack(drawn).to(device)  # in one copy
+        chosen, top, left, flipped = torch.stack(drawn).to(device)  # one copy
         yield crop(to_model_input(images[chosen[:, 0]], mean_image), top, left, flipped), labels[chosen[:, 0]]
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 def draws(
     count: int, *, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, start: int = 0
 ) -> Iterator[tuple[list[int], torch.Generator]]:
-    """Which of `count` images make up each of `train_batches`' batches, and what its augmentation is drawn from."""
+    """The images, of `count`, in each of `train_batches`' batches, and the generator of its augmentation."""
     if batch_size < ranks or batch_size % ranks:
         raise UserError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
-    epochs: dict[int, np.ndarray] = {}
-    for number in _from(start):
+    for number in itertools.count(start):
         positions = np.arange(number * batch_size + rank, (number + 1) * batch_size, ranks)
         epoch_of, place = np.divmod(positions, count)
-        epochs = {e: epochs[e] if e in epochs else _order(seed, e, count) for e in np.unique(epoch_of).tolist()}
-        indices = [epochs[e][i] for e, i in zip(epoch_of.tolist(), place.tolist(), strict=True)]
-        # Sequences of three are no others' seeds: epochs have two numbers.
+        orders = {e: _order(seed, e, count) for e in np.unique(epoch_of).tolist()}
+        indices = [orders[e][i] for e, i in zip(epoch_of.tolist(), place.tolist(), strict=True)]
+        # Three numbers: no epoch, seeded by two, has the same seed.
         yield indices, torch.Generator().manual_seed(int(np.random.default_rng((seed, number, rank)).integers(2**62)))
 
 
 def draw_crops(count: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """The first row and column of `count` crops of padded images, and 1 for those to flip: int64 [count, 1] each.
 
-    `random` is a CPU's generator, so every device gets the same crops.
+    `random` is a CPU generator, so every device gets the same crops.
     """
     top, left = torch.randint(0, 2 * PADDING + 1, (2, count, 1), generator=random)
     return top, left, torch.randint(0, 2, (count, 1), generator=random)
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
-    """Each of [B, 3, H, W] padded by 4 zeros a side (the mean's value), cropped to H x W, flipped or not.
+    """Pad each of [B, 3, H, W] by 4 zeros a side (the mean's value), crop it to H x W, and flip it or not.
 
-    The crops are `draw_crops`'s; the result is channels last.
+    The crops come from `draw_crops`; the result is channels last.
     """
     count, _, height, width = images.shape
     rows = top + torch.arange(height, device=images.device)  # [B, H]
@@ -167,22 +174,12 @@ def crop(images: Tensor, top: Tensor, left: Tensor, flipped: Tensor) -> Tensor:
     return cropped.permute(0, 3, 1, 2)
 
 
-def _from(number: int) -> Iterator[int]:
-    while True:
-        yield number
-        number += 1
-
-
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
 def _open_batches(root: Path) -> Cifar10:
     try:
-        train, test = (CIFAR10(str(root), train=part) for part in (True, False))  # checks them before it reads them
+        train, test = (CIFAR10(str(root), train=part) for part in (True, False))  # checks hashes first
     except (RuntimeError, OSError):
         raise UserError(
-            f"{root}: {CIFAR10.base_folder} is not whole or not the original; {CIFAR10.url} has it, MD5 "
+            f"{root}: {CIFAR10.base_folder} is incomplete or not the original; {CIFAR10.url} has it, MD5 "
             f"{CIFAR10.tgz_md5}"
         ) from None
     return Cifar10(

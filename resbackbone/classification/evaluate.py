@@ -1,4 +1,4 @@
-"""Top-1 and top-5 under the protocols of He et al. 2015 (Sec. 3.4), every image once on any number of ranks."""
+"""Top-1 and top-5 by the protocols of He et al. 2015 (Sec. 3.4), every image once on any number of ranks."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -16,7 +16,7 @@ from resbackbone.engine.termination import worker_processes
 from resbackbone.image_io import BadImage
 
 PROTOCOLS = ("1crop", "10crop", "multiscale")
-SCALES = (224, 256, 384, 480, 640)  # shorter sides, of a network for crops of 224
+SCALES = (224, 256, 384, 480, 640)  # shorter sides, for a network trained on crops of 224
 
 
 def evaluate(
@@ -30,10 +30,9 @@ def evaluate(
 ) -> dict:
     """Classify every image and count: {"top1", "top5", "images", "unreadable", "protocol"}, the same on every rank.
 
-    `top1` and `top5` are the fractions, 0..1, of the images whose class is the first, or among the first five, of
-    those that `predict` gives; arguments, `options` among them, and errors are its own. An unreadable image, where
-    going on without is asked for, counts as one of the images and as wrong. `seen` is called on rank 0 with what
-    `predict` gives.
+    `top1` and `top5` are the fractions, 0..1, of images whose class is the first, or among the first five, that
+    `predict` returns; arguments (also `options`) and errors are those of `predict`. With `images.skip_bad_images` an
+    unreadable image counts as wrong. `seen` is called on rank 0 with the result of `predict`.
     """
     predicted = predict(models, images, rank, protocol=protocol, **options)
     results = None
@@ -64,28 +63,28 @@ def predict(
     """The five best classes of every image, best first, int64 [images, 5] on the CPU of rank 0; None elsewhere.
 
     `models` take [B, 3, H, W] (RGB, normalized by MEAN and STD) to logits [B, classes]. The score of a class is its
-    softmax averaged over what `protocol` looks at, and over the models of an ensemble:
-    - "1crop": the central `crop` of the image resized to a shorter side of `resize`. Decoded, resized and normalized
-      by torchvision's functions on a PIL image, so that the input is that of its ImageClassification bit for bit.
+    softmax averaged over the views of `protocol`, and over the models of an ensemble:
+    - "1crop": the central `crop` of the image resized to a shorter side of `resize`. The input equals that of
+      torchvision's ImageClassification bit for bit: the same functions decode, resize and normalize a PIL image.
     - "10crop": the four corners and the centre of the same image, and their mirror images (Krizhevsky et al. 2012).
     - "multiscale": the whole image, fully convolutional, at shorter sides of SCALES (in proportion where `crop` is
       not 224), and its mirror image, as in Simonyan and Zisserman 2014 (Sec. 3.2), whom the paper follows. There the
       last layer is a 1x1 convolution whose score map is averaged over its positions; pool and fc of a ResNet are
-      linear, so fc of the mean over the whole map, which the classifier computes on any size, is that average.
-      Images keep their aspect ratio, and go through one by one.
+      linear, so fc of the mean over the whole map, which the classifier computes at any size, equals that average.
+      Images keep their aspect ratio and are evaluated one by one.
 
-    `batch_size` is how many crops go through at once on this rank. `progress` wraps the loop over this rank's batches;
-    it is given their number. With fewer than five classes there are as many columns as classes. An image that cannot be
-    read raises BadImage; with `images.skip_bad_images` its classes are -1, and rank 0's `images.skipped` says why.
-    Raises ValueError for an unknown protocol, no images, a crop that does not fit in, models of other classes than
-    `images`, and scores that are not finite.
+    `batch_size` is the number of crops in a forward pass on this rank. `progress` wraps the loop over this rank's
+    batches and gets their number. With fewer than five classes there are as many columns as classes. Raises BadImage
+    for an image that cannot be read; with `images.skip_bad_images` its classes are -1, and rank 0's `images.skipped`
+    holds the message. Raises UserError if the protocol is unknown, if there are no images, if the crop exceeds the
+    resized image, if a model has another number of classes than `images`, and if scores are not finite.
     """
     models = [models] if isinstance(models, nn.Module) else list(models)
     if not models or not len(images.labels):
         raise UserError(f"nothing to evaluate: {len(models)} models, {len(images.labels)} images")
     if one_of("protocol", protocol, PROTOCOLS) != "multiscale" and crop > resize:
         raise UserError(f"a crop of {crop} does not fit into a shorter side of {resize}")
-    views = {"1crop": 1, "10crop": 10, "multiscale": batch_size}[protocol]  # of one size, of an image
+    views = {"1crop": 1, "10crop": 10, "multiscale": batch_size}[protocol]  # of one size, per image
     share = RankShare(len(images.labels), rank=rank.rank, ranks=rank.ranks)
     loader = DataLoader(
         _Views(images, protocol, crop, resize),
@@ -130,17 +129,17 @@ def _scores(model: nn.Module, group: Tensor, device: torch.device, *, mirrored: 
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         logits = model(x)
     if logits.shape[1] != classes:
-        raise UserError(f"the network scores {logits.shape[1]} classes, and the images are of {classes}")
+        raise UserError(f"the network has {logits.shape[1]} classes, the images have {classes}")
     if not logits.isfinite().all():
         raise UserError("the network's scores are not finite")
-    probabilities = logits.cpu().double().softmax(1)  # in fp32 logits that differ can come out equal
+    probabilities = logits.cpu().double().softmax(1)  # in fp32 different logits may come out equal
     return probabilities.view(-1, *group.shape[:2], classes).mean((0, 2))
 
 
 class _Views(Dataset):
-    """What a protocol looks at: for each image a list of uint8 [views, 3, H, W], before mirroring, and "".
+    """The views of each image: a list of uint8 [views, 3, H, W], before mirroring, and "".
 
-    Of one that cannot be read it is blank, and what is wrong with it follows: a worker's exception would lose it.
+    An image that cannot be read is blank, and its message follows: an exception raised in a worker would lose it.
     """
 
     def __init__(self, images: Images, protocol: str, crop: int, resize: int):

@@ -1,11 +1,11 @@
 """Labelled images in webdataset's shards: tar files of `key.jpg` and `key.cls` (the label) beside each other.
 
-Shards that can be reached as files are read image by image, at random, by their place in the tar. Shards behind a URL
-are streamed, one after the other, with webdataset's openers (http, gs, hf, `pipe:aws s3 cp ... -`): each rank takes
-every n-th shard of the epoch's order, and mixes what comes within a window.
+Shards that are files are read at random, image by image, by their offset in the tar. Shards behind a URL are streamed,
+one after the other, with webdataset's openers (http, gs, hf, `pipe:aws s3 cp ... -`): each rank takes every n-th shard
+of the epoch's order, and shuffles the images within a window.
 
-An index beside the shards, train.json for train-000000.tar and so on, says what is in them: `tools/make_shards.py`
-writes it. Files without one are read through before training starts; for URLs it is needed.
+An index beside the shards, train.json for train-000000.tar and so on, lists their contents; `tools/make_shards.py`
+writes it. Files without one are read through before training starts; URLs need one.
 """
 
 import io
@@ -20,15 +20,15 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, require
 from resbackbone.classification.images import CropRequest, Images
 from resbackbone.image_io import SUFFIXES, BadImage
 
-WINDOW = 5000  # images of which a stream gives any next; 0.2 to 0.5 GB of files for a rank
+WINDOW = 5000  # images among which a stream is shuffled; 0.2 to 0.5 GB of files a rank
 SHARD = re.compile(r"[^/\s]*\.tar(?!.*\.tar)")  # a shard's file name, in a path, a URL or a command
 NUMBERS = re.compile(r"\{(\d+)\.\.(\d+)\}")
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4")
-ENTRY = ("name", "bytes", "labels", "offsets", "sizes")  # of a shard, in an index
+ENTRY = ("name", "bytes", "labels", "offsets", "sizes")  # a shard's fields in an index
 
 
 class ShardImages(Images):
@@ -42,9 +42,9 @@ class ShardImages(Images):
             skip_bad_images=skip_bad_images,
         )
         if not len(self) or self.labels.max() >= len(self.classes):
-            raise UserError(f"{pattern}: labels up to {self.labels.max(initial=-1)}, and {len(self.classes)} classes")
+            raise UserError(f"{pattern}: labels up to {self.labels.max(initial=-1)} of {len(self.classes)} classes")
         self.pattern, self.shards = pattern, [shard["name"] for shard in shards]
-        self.firsts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])  # of each shard, and the end
+        self.firsts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])  # each shard's, and the end
         self.offsets = np.concatenate([np.array(shard["offsets"], dtype=np.int64) for shard in shards])
         self.sizes = np.concatenate([np.array(shard["sizes"], dtype=np.int64) for shard in shards])
 
@@ -68,7 +68,7 @@ class ShardImages(Images):
 
 
 class StreamedImages(ShardImages):
-    """Images in tar files behind URLs. Training streams them; `file` does too, best in the order of the index."""
+    """Images in tar files behind URLs, streamed; `file` is quick in the order of the index."""
 
     _reading: "_Reading | None" = None
 
@@ -76,13 +76,13 @@ class StreamedImages(ShardImages):
         if len(self.shards) < ranks:
             raise UserError(f"{self.pattern}: {len(self.shards)} shards are too few for {ranks} processes")
         if repeats > 1:
-            raise UserError(f"{self.pattern}: streamed images cannot be repeated; copy the shards here for that")
+            raise UserError(f"{self.pattern}: streamed images cannot be repeated; download the shards first")
         counts = np.diff(self.firsts)
         for epoch in range(2**62):
             random = np.random.default_rng((seed, epoch))
             shards = random.permutation(len(self.shards))[rank::ranks]
             comes = np.concatenate([np.arange(self.firsts[s], self.firsts[s + 1]) for s in shards])
-            # An image leaves up to a window later than it comes, so no more than a window waits at any time.
+            # An image leaves at most a window later than it comes, so no more than a window waits at any time.
             leaves = np.argsort(np.arange(len(comes)) + random.uniform(0, WINDOW, len(comes)), kind="stable")
             seeds = random.integers(0, 2**62, len(comes))
             if start >= len(comes):
@@ -101,7 +101,7 @@ class StreamedImages(ShardImages):
             start = 0
 
     def _files_of(self, shards: np.ndarray, ends: np.ndarray, wanted: np.ndarray) -> Iterator[tuple[int, bytes]]:
-        """(place, file) of what is wanted of these shards one after the other; a shard without any is not opened."""
+        """(place, file) of the wanted images of these shards in turn; shards without any are not opened."""
         place = 0
         for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
             if wanted[place:end].any():
@@ -111,7 +111,7 @@ class StreamedImages(ShardImages):
             place = end
 
     def _stream(self, shard: int) -> Iterator[bytes]:
-        """The files of a shard; ValueError if they are not those of the index."""
+        """The files of a shard. Raises UserError if they are not those of the index."""
         url, first = beside(self.pattern, self.shards[shard]), int(self.firsts[shard])
         expected, count = self.labels[first : self.firsts[shard + 1]].tolist(), 0
         with open_url(url) as stream:
@@ -121,7 +121,7 @@ class StreamedImages(ShardImages):
                 count += 1
                 yield image.file
         if count < len(expected):
-            raise UserError(f"{url}: image {count} is not the one of the index; was the shard written anew?")
+            raise UserError(f"{url}: image {count} is not the one in the index; was the shard replaced?")
 
     def file(self, index: int) -> bytes:
         shard = self.shard_of(index)
@@ -136,7 +136,7 @@ class StreamedImages(ShardImages):
 
 @dataclass
 class _Reading:
-    """A shard that is being streamed, and the image that comes next."""
+    """A shard that is being streamed, and its next image."""
 
     shard: int
     next: int
@@ -146,68 +146,76 @@ class _Reading:
 def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> ShardImages:
     """The images of the shards that `data` names: 'path/train-{000000..000146}.tar', a path, URL or `pipe:` command.
 
-    For the split "val", the shards beside them that have "val" in place of "train" in their names. Raises ValueError
-    in one sentence for shards that are not there, are not those of their index, or hold an image without a label.
+    For the split "val", the shards beside them with "val" in place of "train" in their names. Raises UserError if
+    shards are missing, do not match their index, or hold an image without a label.
     """
     found = SHARD.search(data)
     if data[found.end() :].startswith(COMPRESSED):
-        raise UserError(f"{data}: shards are tar files, not compressed (...tar)")
+        raise UserError(f"{data}: shards must be plain tar files, not compressed")
     pattern = found[0]
     if split == "val" and "val" not in pattern:
         if "train" not in pattern:
-            raise UserError(f"{data}: names of shards should hold 'train', so that those for val can be found")
+            raise UserError(f"{data}: names of shards should contain 'train', so that those for val can be found")
         pattern = pattern.replace("train", "val")
     data = beside(data, pattern)
-    remote = is_url(data)
-    try:
-        with open_url(beside(data, index_name(pattern))) as file:
-            index = json.loads(file.read())
-        if not isinstance(index, dict) or not {"classes", "shards"} <= index.keys():
-            raise UserError("it has no classes and shards")
-        for i, shard in enumerate(index["shards"]):
-            if not isinstance(shard, dict) or not set(ENTRY) <= shard.keys():
-                raise UserError(f"entry {i} of its shards has no {', '.join(ENTRY[:-1])} and {ENTRY[-1]}")
-    except (OSError, ValueError, TypeError) as error:
-        if remote or not isinstance(error, FileNotFoundError):
-            raise UserError(
-                f"{data}: cannot read the index {index_name(pattern)} beside the shards, which "
-                f"tools/make_shards.py writes ({' '.join(str(error).split())})"
-            ) from None
-        index = index_shards(_shards_there(data, pattern, split))
+    index = _read_index(data, pattern) or index_shards(_find_shards(data, pattern, split))
     if split == "train":
-        index["shards"] = _those_named(data, expand(pattern), index["shards"])
-    if remote:
+        known = {shard["name"]: shard for shard in index["shards"]}
+        names = expand(pattern)
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"{data}: {unknown[0]} is not in the index, which has {len(known)} shards")
+        index["shards"] = [known[name] for name in names]
+    if is_url(data):
         return StreamedImages(data, index, skip_bad_images=skip_bad_images)
     for shard in index["shards"]:
         path = Path(beside(data, shard["name"]))
         size = path.stat().st_size if path.is_file() else None
         if size != shard["bytes"]:
-            found = "there is no such file" if size is None else f"it has {size:,} bytes"
-            raise UserError(f"{path}: the index says {shard['bytes']:,} bytes, and {found}; copy or write it anew")
+            actual = "there is no such file" if size is None else f"it has {size:,} bytes"
+            raise UserError(f"{path}: the index says {shard['bytes']:,} bytes, but {actual}; copy or write it again")
     return ShardImages(data, index, skip_bad_images=skip_bad_images)
 
 
+def _read_index(data: str, pattern: str) -> dict | None:
+    """The index beside the shards, or None if there is none and the shards are files."""
+    name = index_name(pattern)
+    try:
+        with open_url(beside(data, name)) as file:
+            index = json.loads(file.read())
+    except FileNotFoundError:
+        return None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{data}: cannot read the index {name}, which tools/make_shards.py writes ({reason})") from None
+    if not isinstance(index, dict) or not {"classes", "shards"} <= index.keys():
+        raise UserError(f"{data}: the index {name} lacks classes or shards; tools/make_shards.py --index writes one")
+    for i, shard in enumerate(index["shards"]):
+        if not isinstance(shard, dict) or not set(ENTRY) <= shard.keys():
+            raise UserError(f"{data}: shard {i} in the index {name} should have {', '.join(ENTRY)}")
+    return index
+
+
 def index_shards(paths: list[Path]) -> dict:
-    """What an index holds, read from the shards themselves; classes are then named by their numbers."""
+    """An index, read from the shards themselves; classes are named by their numbers."""
     shards = []
     for path in paths:
         with open(path, "rb") as file:
-            shards.append(describe_shard(path.name, file))
+            shards.append(describe_shard(path, file))
     highest = max((label for shard in shards for label in shard["labels"]), default=-1)
     if highest < 0:
-        raise UserError(f"no image in {len(paths)} shards, of which the first is {paths[0]}")
+        raise UserError(f"{paths[0]}: no image in it and {len(paths) - 1} more shards")
     return {"classes": [str(i) for i in range(highest + 1)], "shards": shards}
 
 
-def describe_shard(name: str, file: BinaryIO) -> dict:
+def describe_shard(path: Path, file: BinaryIO) -> dict:
     """A shard's entry in an index: {"name", "bytes", and for each image "labels", "offsets", "sizes"}."""
-    images = [(image.label, image.offset, image.size) for image in tar_images(file, name, whole=False)]
+    images = [(image.label, image.offset, image.size) for image in tar_images(file, str(path), whole=False)]
     labels, offsets, sizes = (list(column) for column in zip(*images, strict=True)) if images else ([], [], [])
-    return {"name": name, "bytes": file.seek(0, os.SEEK_END), "labels": labels, "offsets": offsets, "sizes": sizes}
+    return {"name": path.name, "bytes": file.seek(0, os.SEEK_END), "labels": labels, "offsets": offsets, "sizes": sizes}
 
 
 class TarImage(NamedTuple):
-    """An image in a shard: its class, where it is in bytes, and the file itself unless that was passed over."""
+    """An image in a shard: its class, its offset and size in bytes, and the file itself if it was read."""
 
     label: int
     offset: int
@@ -216,9 +224,9 @@ class TarImage(NamedTuple):
 
 
 def tar_images(stream: BinaryIO, name: str, *, whole: bool = True) -> Iterator[TarImage]:
-    """Every image of a tar file; one that is not read `whole` must be a file on disk, and images are passed over.
+    """Every image of a tar file. Unless `whole`, image files are skipped over, and `stream` must be seekable.
 
-    Raises ValueError for an image without a label, a label without an image, and a tar file that is cut off.
+    Raises UserError for an image without a label, a label without an image, and a truncated tar file.
     """
     key, parts = None, {}
     try:
@@ -237,25 +245,25 @@ def tar_images(stream: BinaryIO, name: str, *, whole: bool = True) -> Iterator[T
                     parts["image"] = (member.offset_data, member.size, file)
                 elif suffix == "cls":
                     parts["cls"] = tar.extractfile(member).read()
-                tar.members = []  # they would all be kept
+                tar.members = []  # or tarfile keeps them all
             if parts:
                 yield _labelled(name, key, parts)
     except tarfile.TarError as error:
-        raise UserError(f"shard {name}: not a whole tar file ({error})") from None
+        raise UserError(f"{name}: not a whole tar file ({error})") from None
 
 
 def _labelled(name: str, key: tuple[str, str], parts: dict) -> TarImage:
-    said = "/".join(filter(None, key))
+    entry = "/".join(filter(None, key))
     if "image" not in parts:
-        raise UserError(f"shard {name}: {said} has no image; an image and its label, .jpg and .cls, are wanted")
+        raise UserError(f"{name}: {entry} has no image; there should be an image and its label, .jpg and .cls")
     label = parts.get("cls", b"").decode(errors="replace").strip()
     if not label.isdecimal():
-        raise UserError(f"shard {name}: {said} has no label; {said}.cls with the number of its class is wanted")
+        raise UserError(f"{name}: {entry} has no label; {entry}.cls should hold the number of its class")
     return TarImage(int(label), *parts["image"])
 
 
 def write_shard(images: list[tuple[bytes, int]]) -> bytes:
-    """A tar file of (file, label) pairs in webdataset's form, the same for the same images."""
+    """A tar file of (file, label) pairs in webdataset's format, the same for the same images."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for i, (file, label) in enumerate(images):
@@ -267,13 +275,13 @@ def write_shard(images: list[tuple[bytes, int]]) -> bytes:
 
 
 def expand(pattern: str) -> list[str]:
-    """The file names that a pattern with {000000..000146} stands for."""
+    """The file names of a pattern with {000000..000146}."""
     numbers = NUMBERS.search(pattern)
     if numbers is None:
         return [pattern]
     first, last = numbers.groups()
     if int(first) > int(last):
-        raise UserError(f"{pattern} names no shard; its numbers go down")
+        raise UserError(f"{pattern}: names no shard, because its numbers go down")
     names = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
     return [pattern[: numbers.start()] + name + pattern[numbers.end() :] for name in names]
 
@@ -284,7 +292,7 @@ def index_name(pattern: str) -> str:
 
 
 def beside(data: str, name: str) -> str:
-    """`data`, a path, URL or command, with another file name in place of the shards'."""
+    """`data`, a path, URL or command, with the name of another file beside the shards."""
     return SHARD.sub(lambda _: name, data, count=1)
 
 
@@ -293,35 +301,24 @@ def is_url(data: str) -> bool:
 
 
 def open_url(data: str) -> BinaryIO:
-    """A file or URL to read from; URLs need webdataset, and ValueError says so."""
+    """A file or URL to read from. Raises UserError if a URL is given and webdataset is not installed."""
     if not is_url(data):
         return open(data, "rb")
-    try:
-        from webdataset import gopen
-    except ModuleNotFoundError:
-        raise UserError(f"{data}: shards behind a URL need webdataset; pip install 'resbackbone[scale]'") from None
+    require("scale", "webdataset", user="reading shards behind a URL")
+    from webdataset import gopen
+
     return gopen(data)
 
 
-def _shards_there(data: str, pattern: str, split: str) -> list[Path]:
-    """The files of a pattern without an index; for val, whose number is not known, those that look like it."""
+def _find_shards(data: str, pattern: str, split: str) -> list[Path]:
+    """The files of a pattern without an index; for val, whose number is unknown, those with fitting names."""
     folder = Path(beside(data, pattern)).parent
     if split == "val":
         paths = sorted(folder.glob(NUMBERS.sub("*", pattern)))
     else:
         paths = [folder / name for name in expand(pattern)]
-    missing = [path.name for path in paths if not path.is_file()]
-    if missing or not paths:
-        said = (
-            f"{len(missing)} of {len(paths)} shards are missing, {missing[0]} the first" if paths else "no such shard"
-        )
-        raise UserError(f"{data}: {said}")
+    if not paths:
+        raise UserError(f"{data}: no such shard")
+    if missing := [path.name for path in paths if not path.is_file()]:
+        raise UserError(f"{data}: {len(missing)} of {len(paths)} shards are missing, {missing[0]} the first")
     return paths
-
-
-def _those_named(data: str, names: list[str], shards: list[dict]) -> list[dict]:
-    known = {shard["name"]: shard for shard in shards}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"{data}: {unknown[0]} is not in the index, which has {len(known)} shards")
-    return [known[name] for name in names]

@@ -1,4 +1,4 @@
-"""Training augmentation: a decoded image to a uint8 crop; and whole batches of these to what a network takes."""
+"""Training augmentation, from a decoded image to a uint8 crop, and normalization of whole batches."""
 
 import math
 import random
@@ -18,13 +18,13 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.weights.inputs import MEAN, STD
 
 COLOURS = ("none", "pca")
-# Principal components of the RGB values (0..1) of ImageNet's training images: variance along each (the eigenvalue, with
-# which the source scales its noise), and the three directions as columns. Computed for fb.resnet.torch (Facebook's
-# ResNets) after Krizhevsky et al. 2012.
+# Principal components of the RGB values (0..1) of ImageNet's training images: the variance along each (the eigenvalue,
+# by which the source scales its noise), and the three directions as columns. From fb.resnet.torch (Facebook's ResNets),
+# after Krizhevsky et al. 2012.
 PCA_VARIANCES = np.array([0.2175, 0.0188, 0.0045])
 PCA_DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 PCA_NOISE = 0.1
-MEAN_COLOUR = [round(255 * mean) for mean in MEAN]  # what is erased becomes about zero when it is normalized
+MEAN_COLOUR = [round(255 * mean) for mean in MEAN]  # erased pixels become about zero when normalized
 
 
 class TrainAugment:
@@ -33,16 +33,16 @@ class TrainAugment:
     size: side of the square crop in pixels.
     scale, ratio: area of the crop as a fraction of the image's, and width over height (Szegedy et al. 2015, as
         torchvision's RandomResizedCrop draws them).
-    shorter_side: in their place, the image is resized so that its shorter side is in this range, in pixels, and a
-        square cut out anywhere (Simonyan and Zisserman 2014, Sec. 3.1; 256..480 in the ResNet paper). The square is
-        cut first and then resized: the same picture, to a pixel.
-    flip: mirror every other image.
+    shorter_side: instead, the image is resized so that its shorter side is in this range, in pixels, and a square is
+        cut out anywhere (Simonyan and Zisserman 2014, Sec. 3.1; 256..480 in the ResNet paper). The square is cut first
+        and then resized, which gives the same picture to a pixel.
+    flip: mirror an image with probability 1/2.
     colour: "none", or "pca": noise along the principal components of RGB (Krizhevsky et al. 2012, Sec. 4.1).
-    auto_augment: a RandAugment of timm, "rand-m7-mstd0.5-inc1", or "trivial": torchvision's TrivialAugmentWide.
+    auto_augment: timm's RandAugment, as "rand-m7-mstd0.5-inc1", or "trivial": torchvision's TrivialAugmentWide.
     erase: probability of torchvision's RandomErasing, which fills with the mean colour.
 
-    Everything is uint8 here, so what colour noise carries beyond 0..255 saturates. Resizing is bilinear, antialiased.
-    Raises ValueError for a value that is out of range.
+    All values are uint8, so colour noise saturates at 0 and 255. Resizing is bilinear and antialiased. Raises UserError
+    if `shorter_side` starts below `size`, or if `colour` or `auto_augment` is unknown.
     """
 
     def __init__(
@@ -67,17 +67,15 @@ class TrainAugment:
         self.erase = v2.RandomErasing(erase, value=MEAN_COLOUR) if erase else None
 
     def __call__(self, image: np.ndarray, seed: int) -> Tensor:
-        """uint8 [H, W, 3] to uint8 [3, size, size]; what is random is a function of `seed`."""
+        """uint8 [H, W, 3] to uint8 [3, size, size]; all randomness is a function of `seed`."""
         draw = random.Random(seed)
         height, width = image.shape[:2]
         if self.shorter_side is None:
             top, left, h, w = self._resized_crop(height, width, draw)
         else:
             top, left, h, w = self._scaled_crop(height, width, draw)
-        crop = np.ascontiguousarray(image[top : top + h, left : left + w])[
-            None
-        ]  # as channels_last it is resized faster
-        pixels = torch.from_numpy(crop).permute(0, 3, 1, 2)
+        crop = np.ascontiguousarray(image[top : top + h, left : left + w])
+        pixels = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # channels_last is resized faster
         x = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)[0]
         if self.flip and draw.random() < 0.5:
             x = x.flip(-1)
@@ -100,7 +98,7 @@ class TrainAugment:
             h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < h <= height and 0 < w <= width:
                 return draw.randint(0, height - h), draw.randint(0, width - w), h, w
-        # an image too long or too high: the largest middle part of it whose ratio is in range
+        # the image is too wide or too high: its largest central part whose ratio is in range
         w = max(1, min(width, round(height * self.ratio[1])))
         h = max(1, min(height, round(width / self.ratio[0])))
         return (height - h) // 2, (width - w) // 2, h, w
@@ -112,12 +110,12 @@ class TrainAugment:
 
 
 def to_model_input(images: Tensor, device: torch.device) -> Tensor:
-    """uint8 [B, 3, H, W] RGB to what networks take: fp32 on `device` in channels_last, normalized by MEAN and STD.
+    """uint8 [B, 3, H, W] RGB to the networks' input: fp32 on `device` in channels_last, normalized by MEAN and STD.
 
-    The same numbers, bit for bit, as torchvision's to_tensor and normalize compute.
+    Equal, bit for bit, to torchvision's to_tensor and normalize.
     """
     width = images.shape[-1]
-    # Rows of pixels, [B, H, W*3], and a number for each value: CPUs take many times as long for [.., 3] / [3].
+    # Rows of pixels, [B, H, W*3], and a constant for each value: [.., 3] / [3] takes CPUs many times as long.
     rows = images.to(device, non_blocking=True).permute(0, 2, 3, 1).flatten(2).float()
     mean, std = _row_of_constants(width, device)
     return rows.div_(255).sub_(mean).div_(std).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
@@ -133,19 +131,19 @@ def _auto_augment(name: str | None, size: int):
     if name is None:
         return None
     if name == "trivial":
-        return v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)  # as torchvision's own recipes do
-    try:  # timm asserts what it checks
-        assert name.startswith("rand-")
+        return v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)  # as in torchvision's recipes
+    error = UserError(f"unknown auto_augment {name!r}; use 'trivial' or timm's, such as 'rand-m7-mstd0.5-inc1'")
+    if not name.startswith("rand-"):
+        raise error
+    try:
         return rand_augment_transform(name, {"translate_const": int(0.45 * size), "img_mean": tuple(MEAN_COLOUR)})
-    except (AssertionError, ValueError, KeyError):
-        raise UserError(
-            f"unknown auto_augment {name!r}; 'trivial' or timm's 'rand-m7-mstd0.5-inc1' is wanted"
-        ) from None
+    except (AssertionError, ValueError, KeyError):  # timm's checks of the name
+        raise error from None
 
 
 @contextmanager
 def _seeded(seed: int, *, needed: bool) -> Iterator[None]:
-    """Seed the generators of Python, numpy and torch, which timm and torchvision draw from, and put them back after."""
+    """Seed the generators of Python, numpy and torch, from which timm and torchvision draw, and restore them after."""
     if not needed:
         yield
         return

@@ -85,7 +85,7 @@ def test_cifars_own_batches_become_tensors(batches, given):
 def test_damaged_batches_are_refused(batches):
     file = batches / CIFAR10.base_folder / "data_batch_2"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="cifar-10-batches-py is not whole or not the original"):
+    with pytest.raises(ValueError, match="cifar-10-batches-py is incomplete or not the original"):
         open_cifar10(batches)
 
 

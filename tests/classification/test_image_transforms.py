@@ -112,7 +112,7 @@ def test_erasing_fills_a_rectangle_with_what_is_normalized_to_about_zero():
     "options, says",
     [
         ({"colour": "hue"}, "unknown colour augmentation 'hue'; choose from none, pca"),
-        ({"auto_augment": "random"}, "unknown auto_augment 'random'; 'trivial' or timm's 'rand-m7"),
+        ({"auto_augment": "random"}, "unknown auto_augment 'random'; use 'trivial' or timm's, such as 'rand-m7"),
         ({"auto_augment": "rand-x3"}, "unknown auto_augment 'rand-x3'"),
         ({"shorter_side": (200, 480)}, "a crop of 224 does not fit into shorter sides of 200 to 480"),
     ],
