@@ -32,9 +32,9 @@ from detection.report import save_pictures, write_report
 from resbackbone import build_resnet_backbone
 from resbackbone.adapters.detectron2 import INPUT, NORMS
 from resbackbone.atomic import write_atomically
-from resbackbone.backbone import FREEZABLE
 from resbackbone.checks import UserError, one_of
 from resbackbone.cli.command import Progress, console, progress_console, to_config, track
+from resbackbone.config import FREEZABLE
 from resbackbone.engine.checkpoints import KEPT
 from resbackbone.engine.distributed import Rank, share_buffers
 from resbackbone.engine.loop import memory
@@ -190,7 +190,10 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
 
     basic = DEPTHS[options.depth][0].expansion == 1
     norm = options.norm or recipe.norm or ("FrozenBN" if options.weights else "BN")
-    frozen_through = options.frozen_through or ("c2" if options.weights else "none")
+    frozen_through = options.frozen_through or "auto"
+    if frozen_through == "auto":
+        frozen_through = "c2" if options.weights else None
+    frozen_through = None if frozen_through == "none" else frozen_through
     model = cfg.MODEL
     model.DEVICE = str(device)
     model.BACKBONE.NAME = "build_resbackbone_fpn" if options.variant == "fpn" else "build_resbackbone"
@@ -200,7 +203,7 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
     model.RESNETS.RES2_OUT_CHANNELS = 64 if basic else 256
     # Its config can only say yes or no; the weights know.
     stem = build_resnet_backbone(options.depth, levels=["c2"], weights=options.weights)
-    model.RESNETS.STRIDE_IN_1X1 = stem.config["stride_in_1x1"]
+    model.RESNETS.STRIDE_IN_1X1 = stem.config.stride_in_1x1
     if options.variant == "fpn" and recipe.pyramid:
         model.RPN.IN_FEATURES = list(recipe.pyramid["levels"])
         model.FPN.OUT_CHANNELS = recipe.pyramid["fpn_channels"]

@@ -1,82 +1,110 @@
 """Faster R-CNN over a Backbone: the FPN, C4, DC5 and VGG-16 variants, on torchvision's detector classes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.roi_heads import RoIHeads
 
 from detection.boxes import BoxCoder
 from detection.cells import at_least_fp32
+from detection.config import SHAPE, DetectorConfig
 from detection.foreign import NOT_A_CLASS, describe_detector
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
 from detection.rpn import Anchors, FP32RPNHead, SampledRPN
 from detection.transforms import InputTransform
-from resbackbone import Backbone
-from resbackbone.backbone import backbone_from_config
-from resbackbone.checks import UserError, one_of, require
+from resbackbone import Backbone, BackboneConfig, ResNetBackbone
+from resbackbone.checks import UserError, require
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse
-from resbackbone.resnet import ResNet
 from resbackbone.weights import MEAN, STD, Weights, read_weights, write_weights
 from resbackbone.weights.fit import fit
 from resbackbone.weights.sources import is_named
 
-BACKBONE_OF = {  # what each variant asks of `build_resnet_backbone`
-    "fpn": {"fpn": True},
-    "c4": {"levels": ("c4", "c5")},
-    "dc5": {"levels": ("c5",), "dilate_c5": True},
-}
-VARIANTS = (*BACKBONE_OF, "vgg16")
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the one map of a variant
-SHAPE = ("variant", "anchor_scale", "anchor_sides", "representation_size", "geometry", "global_context")
 PREDICTOR = "roi_heads.box_predictor."  # the layers that follow the number of classes
-GEOMETRIES = ("torchvision", "detectron2")
-AnyDetector = TypeVar("AnyDetector", bound=nn.Module)
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
+AnyDetector = TypeVar("AnyDetector", bound=nn.Module)
 
 
-class FasterRCNN(TorchvisionFasterRCNN):
-    """torchvision's FasterRCNN that checks its targets and also gives losses in eval mode.
+class FasterRCNN(GeneralizedRCNN):
+    """Faster R-CNN of torchvision's parts, which checks its targets and also gives losses in eval mode.
 
-    `num_classes` counts real categories (background is the detector's own), `categories` maps the data set's
-    category ids to names in the order of labels 1.., and `config` holds the arguments that build it again. Made by
-    `build_faster_rcnn`.
+    `config` and `backbone.config` build it again. `build_faster_rcnn` makes it.
     """
 
-    categories: dict[int, str]
-    config: dict
+    def __init__(self, backbone: Backbone, config: DetectorConfig):
+        fpn, c4, as_torchvision = config.variant == "fpn", config.variant == "c4", config.geometry == "torchvision"
+        box_head: Any = _stage5_head(backbone) if c4 else None
+        backbone = _with_levels_of(config.variant, backbone)
 
-    def __init__(self, backbone: Backbone, **options):
-        super().__init__(backbone, **options)
-        rpn = self.rpn  # type: ignore[has-type]  # torchvision's
-        self.rpn = SampledRPN(
-            rpn.anchor_generator,
-            rpn.head,
-            rpn.proposal_matcher.high_threshold,
-            rpn.proposal_matcher.low_threshold,
-            rpn.fg_bg_sampler.batch_size_per_image,
-            rpn.fg_bg_sampler.positive_fraction,
-            rpn._pre_nms_top_n,
-            rpn._post_nms_top_n,
-            rpn.nms_thresh,
-            rpn.score_thresh,
+        strides = [feature.stride for feature in backbone.features.values()]
+        sides = [side * config.anchor_scale / 8 for side in config.anchor_sides or SINGLE_MAP_ANCHORS]
+        sizes: list[tuple[float, ...]] = [tuple(sides)]
+        if fpn:
+            sizes = [(config.anchor_scale * stride,) for stride in strides]
+        anchors = Anchors(sizes, strides, as_torchvision=as_torchvision)
+        pooled = {level: feature for level, feature in backbone.features.items() if level not in ("p6", "p7")}
+        pool = (ContextRoIAlign if config.global_context else PyramidRoIAlign)(
+            pooled or backbone.features,  # p6 and p7 are the RPN's alone
+            output_size=14 if c4 else 7,
+            sampling_ratio=2,
+            canonical_scale=round(224 * config.anchor_scale / 8),
+            aligned=not as_torchvision,
         )
-        self.roi_heads.box_coder = BoxCoder(self.roi_heads.box_coder.weights)
-        own = self.transform  # type: ignore[has-type]
-        self.transform = InputTransform(
-            own.min_size,
-            own.max_size,
-            own.image_mean,
-            own.image_std,
-            size_divisible=own.size_divisible,
-            _skip_resize=own._skip_resize,
+        if box_head is None:
+            fully_connected = VGGHead if config.variant == "vgg16" else TwoMLPHead
+            box_head = fully_connected(backbone.out_channels * 7 * 7, config.representation_size)
+        channels = box_head.channels if c4 else cast(int, config.representation_size)
+        if config.global_context:
+            box_head, channels = ContextHead(box_head), 2 * channels
+        rpn = SampledRPN(
+            anchors,
+            FP32RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
+            config.rpn_fg_iou_thresh,
+            config.rpn_bg_iou_thresh,
+            config.rpn_batch_size_per_image,
+            config.rpn_positive_fraction,
+            {"training": config.rpn_pre_nms_top_n_train, "testing": config.rpn_pre_nms_top_n_test},
+            {"training": config.rpn_post_nms_top_n_train, "testing": config.rpn_post_nms_top_n_test},
+            config.rpn_nms_thresh,
+            config.rpn_score_thresh,
         )
+        roi_heads = RoIHeads(
+            pool,
+            box_head,
+            FP32Predictor(channels, config.num_classes + 1),
+            config.box_fg_iou_thresh,
+            config.box_bg_iou_thresh,
+            config.box_batch_size_per_image,
+            config.box_positive_fraction,
+            config.bbox_reg_weights,
+            config.box_score_thresh,
+            config.box_nms_thresh,
+            config.box_detections_per_img,
+        )
+        roi_heads.box_coder = BoxCoder(roi_heads.box_coder.weights)
+        transform = InputTransform(
+            config.min_size,
+            config.max_size,
+            list(MEAN),
+            list(STD),
+            size_divisible=backbone.size_divisibility if fpn or as_torchvision else 1,
+            resize_in_training=config.resize_in_training,
+        )
+        super().__init__(backbone, rpn, roi_heads, transform)
+        self.config = config
+
+    @property
+    def categories(self) -> dict[int, str]:
+        """The data set's category ids and names, in the order of the labels 1.."""
+        return dict(self.config.categories)
 
     @property
     def num_classes(self) -> int:
@@ -156,153 +184,63 @@ class Stage5Head(nn.Module):
 
 
 def build_faster_rcnn(
-    backbone: Backbone,
-    num_classes: int,
-    *,
-    variant: str = "fpn",
-    categories: Mapping[int, str] | None = None,
-    min_size: int = 800,
-    max_size: int = 1333,
-    resize_in_training: bool = True,
-    anchor_scale: float = 8.0,
-    anchor_sides: Sequence[float] | None = None,
-    representation_size: int | None = None,
-    geometry: str = "torchvision",
-    global_context: bool = False,
-    **options,
+    backbone: Backbone, num_classes: int, *, categories: Mapping[int, str] | None = None, **settings
 ) -> FasterRCNN:
     """Build Faster R-CNN (Ren et al. 2015) over `backbone`; anchors and RoI pooling follow `backbone.features`.
 
     num_classes: real categories, without background; a target's labels are 1..num_classes.
     categories: the data set's {category id: name}, in the order of the labels; default {1: "class 1", ..}.
-    variant: "fpn" (Lin et al. 2017, Sec. 4), over p2..; "c4", the paper's own detector (appendix A): RPN on c4, RoI
-        features through stage 5, which moves from the backbone into the box head; "dc5", on a c5 of stride 16;
-        "vgg16", the paper's baseline, over `detection.paper.build_vgg16_backbone()` or `from_timm("vgg16",
-        levels=["c4"])`: RPN on c4, RoI features through fc6 and fc7, which `detection.paper.load_vgg16` fills.
-    min_size, max_size: pixels of the shorter and at most of the longer side, for images that come as they are.
-    resize_in_training: False where training images come resized already.
-    anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
-        to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
-    anchor_sides: the sides of a single map's anchors where they are others, at an anchor_scale of 8.
-    representation_size: width of the two fully connected layers of the fpn and dc5 (1024) and vgg16 heads (4096).
-    geometry: "torchvision": anchors on whole pixels at inferred strides, RoIAlign with 2 x 2 samples a bin;
-        "detectron2": anchors as they are, aligned RoIAlign with as many samples as cells, and single maps not padded
-        to their stride. Weights trained with one give about as good, but not the same, detections with the other.
-    global_context: every region's feature has its whole image's behind it (He et al. 2015, appendix B).
-    options: torchvision's own (rpn_..., box_...: thresholds, numbers of proposals), passed through.
+    settings: the other fields of `DetectorConfig`: variant, min_size, anchor_scale, box_score_thresh, ..
 
-    Raises ValueError for a backbone that does not fit the variant, and for a class count that is not 1 or more.
+    The detector runs on the layers of `backbone`, which are not copied: training one trains both. Nothing else of
+    `backbone` changes; variant "c4" takes its stage 5 as box head, and the backbone keeps it.
+
+    Raises ValueError for a backbone that does not fit the variant, and for a setting that is not accepted.
     """
-    one_of("variant", variant, VARIANTS)
-    one_of("geometry", geometry, GEOMETRIES)
-    if not isinstance(num_classes, int) or num_classes < 1:
-        raise UserError(f"num_classes is the number of real categories, at least 1, not {num_classes!r}")
-    categories = dict(categories or {label: f"class {label}" for label in range(1, num_classes + 1)})
-    if len(categories) != num_classes:
-        raise UserError(f"num_classes is {num_classes}, but there are {len(categories)} categories")
-    if anchor_sides is not None and variant == "fpn":
-        raise UserError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")
-    if representation_size is None:
-        representation_size = 4096 if variant == "vgg16" else 1024
-    backbone_config = dict(backbone.config)
-    box_head: Any = _take_stage5(backbone) if variant == "c4" else None
-    _use_levels_of(variant, backbone)
-
-    sizes: list[tuple[float, ...]]
-    if variant == "fpn":
-        sizes = [(anchor_scale * feature.stride,) for feature in backbone.features.values()]
-    else:
-        sizes = [tuple(side * anchor_scale / 8 for side in anchor_sides or SINGLE_MAP_ANCHORS)]
-    strides = [feature.stride for feature in backbone.features.values()]
-    anchors = Anchors(sizes, strides, as_torchvision=geometry == "torchvision")
-    pooled = {level: feature for level, feature in backbone.features.items() if level not in ("p6", "p7")}
-    pool = (ContextRoIAlign if global_context else PyramidRoIAlign)(
-        pooled or backbone.features,  # p6 and p7 are the RPN's alone
-        output_size=14 if variant == "c4" else 7,
-        sampling_ratio=2,
-        canonical_scale=round(224 * anchor_scale / 8),
-        aligned=geometry == "detectron2",
-    )
-    if box_head is None:
-        box_head = (VGGHead if variant == "vgg16" else TwoMLPHead)(backbone.out_channels * 7 * 7, representation_size)
-    head_channels = box_head.channels if variant == "c4" else representation_size
-    if global_context:
-        box_head, head_channels = ContextHead(box_head), 2 * head_channels
-    detector = FasterRCNN(
-        backbone,
-        rpn_anchor_generator=anchors,
-        rpn_head=FP32RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
-        box_roi_pool=pool,
-        box_head=box_head,
-        box_predictor=FP32Predictor(head_channels, num_classes + 1),
-        min_size=min_size,
-        max_size=max_size,
-        image_mean=list(MEAN),
-        image_std=list(STD),
-        size_divisible=1 if geometry == "detectron2" and variant != "fpn" else backbone.size_divisibility,
-        _skip_resize=not resize_in_training,
-        **options,
-    )
-    detector.categories = categories
-    detector.config = {
-        "backbone": backbone_config,
-        "detector": {
-            "num_classes": num_classes,
-            "variant": variant,
-            "categories": list(categories.items()),  # pairs: JSON would turn the ids into strings
-            "min_size": min_size,
-            "max_size": max_size,
-            "resize_in_training": resize_in_training,
-            "anchor_scale": anchor_scale,
-            "anchor_sides": None if anchor_sides is None else list(anchor_sides),
-            "representation_size": representation_size,
-            "geometry": geometry,
-            "global_context": global_context,
-            **options,
-        },
-    }
-    return detector
+    pairs = tuple((categories or {}).items())
+    return FasterRCNN(backbone, DetectorConfig(num_classes=num_classes, categories=pairs, **settings))
 
 
-def _take_stage5(backbone: Backbone) -> Stage5Head:
-    """Move stage 5 out of the trunk; one that was not built is built, if no weights were meant for it."""
-    if not isinstance(backbone, ResNet) or backbone.fpn is not None:
+def _stage5_head(backbone: Backbone) -> Stage5Head:
+    """A box head of the trunk's stage 5; one that was not built is built, if no weights were meant for it."""
+    if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None:
         raise UserError("variant 'c4' runs stage 5 of a ResNet on regions: build the backbone with fpn=False")
-    if "c5" in backbone.stage_features:
-        channels = backbone.stage_features["c5"].channels
-        return Stage5Head(backbone.detach_stage("c5"), channels)
-    if backbone.weights_source is not None:
-        raise UserError("variant 'c4' needs stage 5 and its weights: build the backbone with levels=('c4', 'c5')")
-    whole = backbone_from_config({**backbone.config, "levels": ["c5"]})
-    return Stage5Head(cast(nn.Sequential, whole.layer4), whole.stage_features["c5"].channels)
+    if "c5" not in backbone.stage_features:
+        if backbone.weights_source is not None:
+            raise UserError("variant 'c4' needs stage 5 and its weights: build the backbone with levels=('c4', 'c5')")
+        backbone = ResNetBackbone(replace(backbone.config, levels=("c5",)))
+    return Stage5Head(cast(nn.Sequential, backbone.layer4), backbone.stage_features["c5"].channels)
 
 
-def _use_levels_of(variant: str, backbone: Backbone) -> None:
+def _with_levels_of(variant: str, backbone: Backbone) -> Backbone:
+    """The backbone with the maps that the variant looks at alone."""
     levels = list(backbone.features)
     if variant == "fpn":
         if not all(level.startswith("p") for level in levels):
             raise UserError(f"variant 'fpn' needs pyramid levels, the backbone gives {', '.join(levels)}: use fpn=True")
-        return
+        return backbone
     level = LEVEL_OF[variant]
     if level not in levels:
         raise UserError(f"variant {variant!r} needs level {level}, the backbone gives {', '.join(levels)}")
     if backbone.features[level].stride != 16:
         raise UserError(f"variant {variant!r} needs {level} at stride 16: build the backbone with dilate_c5=True")
-    if isinstance(backbone, ResNet):
-        backbone.levels = [level]
-    elif levels != [level]:
+    if isinstance(backbone, ResNetBackbone):
+        return backbone.with_levels([level])
+    if levels != [level]:
         raise UserError(f"variant {variant!r} needs level {level} alone: build the backbone with levels=[{level!r}]")
+    return backbone
 
 
 def save_detector(detector: FasterRCNN, path: str | Path) -> None:
     """Write a safetensors file that holds the weights and all that `load_detector` needs to build them a detector."""
-    write_weights(path, detector.state_dict(), detector.config)
+    configs = {"backbone": detector.backbone.config.to_json(), "detector": detector.config.to_json()}
+    write_weights(path, detector.state_dict(), configs)
 
 
 def load_detector(path: str | Path) -> FasterRCNN:
     """The detector that `save_detector` wrote to `path`, or one of a foreign format (`read_weights`), in eval mode.
 
-    ValueError if the weights are not of a Faster R-CNN that this package builds.
+    Raises ValueError if the weights are not those of a Faster R-CNN that this package builds.
     """
     weights = read_weights(path)
     if "detector" not in weights.metadata:
@@ -310,9 +248,14 @@ def load_detector(path: str | Path) -> FasterRCNN:
             raise UserError(f"{path} does not hold a detector of this package: its metadata describe none")
         weights.announce_assumptions()
         weights.metadata.update(describe_detector(weights))
-    detector = _described(weights, weights.metadata["backbone"], weights.metadata["detector"])
+    detector = detector_for(weights)
     fit(detector, weights)
     return detector.eval()
+
+
+def detector_for(weights: Weights) -> FasterRCNN:
+    """The detector that the metadata of `weights` describe, with random weights."""
+    return _build(weights, weights.metadata["backbone"], weights.metadata["detector"])
 
 
 def read_described_weights(source: str | Path) -> Weights:
@@ -334,30 +277,26 @@ def retarget_detector(
     `build_faster_rcnn` takes, and `backbone` what is to change of the backbone's configuration (norm, frozen_through).
     """
     described = weights.metadata["detector"]
-    same = dict(categories) == dict(map(tuple, described["categories"]))
+    pairs = tuple(categories.items())
+    same = pairs == DetectorConfig.from_json(described).categories
     shape = {name: described[name] for name in SHAPE if name in described}
-    asked = {"num_classes": len(categories), "categories": list(categories.items()), **options, **shape}
+    detector_config = {"num_classes": len(categories), "categories": pairs, **options, **shape}
     weights.announce_assumptions()
-    detector = _described(weights, {**weights.metadata["backbone"], **backbone}, asked)
+    detector = _build(weights, {**weights.metadata["backbone"], **backbone}, detector_config)
     kept = {key: tensor for key, tensor in weights.state.items() if same or not key.startswith(PREDICTOR)}
     fit(detector, replace(weights, state=kept), fresh=() if same else (PREDICTOR,))
     return detector, [key for key in detector.state_dict() if key.startswith(PREDICTOR) and not same]
 
 
-def _described(weights: Weights, backbone: Mapping, detector: Mapping) -> FasterRCNN:
-    try:
-        return build_faster_rcnn(_backbone(backbone), **detector)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{weights.source} describes a detector this version cannot build ({error!r})") from None
-
-
-def _backbone(config: Mapping) -> Backbone:
-    if "timm" not in config:
-        return backbone_from_config(config)
+def _build(weights: Weights, backbone: Mapping[str, Any], detector: Mapping[str, Any]) -> FasterRCNN:
+    """The detector of two configs as JSON."""
+    config = DetectorConfig.from_json(detector, weights.source)
+    if "timm" not in backbone:
+        return FasterRCNN(ResNetBackbone(BackboneConfig.from_json(backbone, weights.source)), config)
     require("train", "timm", user="a detector on a timm network")
-    from resbackbone.adapters.from_timm import timm_backbone_from_config  # only here: other detectors do without timm
+    from resbackbone.adapters.from_timm import TimmBackbone, TimmConfig  # only here: other detectors need no timm
 
-    return timm_backbone_from_config(config)
+    return FasterRCNN(TimmBackbone(TimmConfig.from_json(backbone, weights.source)), config)
 
 
 def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDetector:

@@ -2,9 +2,11 @@
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from detection.config import BACKBONE_OF
 from resbackbone.checks import UserError
+from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights
-from resbackbone.weights.fit import backbone_part, pyramid_of, resolve_architecture
+from resbackbone.weights.fit import resolve_architecture, resolve_pyramid
 from resbackbone.weights.formats import STAGE5
 
 NOT_A_CLASS = "N/A"  # torchvision's name for the ids that COCO skips: its detectors have outputs for them
@@ -50,21 +52,15 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         detector["representation_size"] = len(state["roi_heads.box_head.fc6.weight"])
     if variant != "fpn":
         detector |= SINGLE_MAP_PROPOSALS
-    return {"backbone": _backbone_config(weights, variant), "detector": detector}
+    return {"backbone": _backbone_config(weights, variant).to_json(), "detector": detector}
 
 
-def _backbone_config(weights: Weights, variant: str) -> dict[str, object]:
-    trunk = {**resolve_architecture(weights), "zero_init_residual": False, "checkpoint_activations": False}
+def _backbone_config(weights: Weights, variant: str) -> BackboneConfig:
+    trunk = resolve_architecture(weights)
     if trunk["norm"] != "GN":
         trunk["norm"] = "FrozenBN"
-    single = {"levels": ["c4", "c5"] if variant == "c4" else ["c5"], "fpn_channels": 256, "fpn_norm": None}
-    return {
-        **trunk,
-        **(pyramid_of(backbone_part(weights.state)) or {**single, "p6_from": "c5"}),
-        "fpn": variant == "fpn",
-        "frozen_through": "c2",
-        "dilate_c5": variant == "dc5",
-    }
+    levels = resolve_pyramid(weights) if variant == "fpn" else {}
+    return BackboneConfig(**{**trunk, **BACKBONE_OF[variant], **levels, "frozen_through": "c2"})
 
 
 def _categories(count: int, names: object) -> dict[int, str]:

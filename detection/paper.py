@@ -7,16 +7,15 @@ from typing import NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
 
 from detection.boxes import nms_in_groups
 from detection.roi_align import PyramidRoIAlign
 from detection.transforms import InputTransform
 from resbackbone import Backbone
-from resbackbone.backbone import FREEZABLE
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError
 from resbackbone.weights import read_weights
 from resbackbone.weights.fit import fit
 from resbackbone.weights.inputs import INPUT, describe_input
@@ -28,16 +27,6 @@ SMALLEST_BOX = 0.01  # pixels; smaller ones are dropped, as torchvision does
 # VGG-16, the baseline (Ren et al. 2015)
 
 VGG16_DEPTH = 16
-VGG16 = {  # as `from_timm` notes it
-    "timm": "vgg16",
-    "levels": ["c4"],
-    "fpn": False,
-    "norm": "BN",  # it has none
-    "fpn_channels": 256,
-    "fpn_norm": None,
-    "p6_from": "c5",
-    "options": {"mlp_ratio": 0.01},  # timm makes fully connected layers and drops them: let them be small
-}
 FULLY_CONNECTED = {  # timm's and torchvision's names, and those of Fast R-CNN; the classes' own layer is left out
     "pre_logits.fc1": "fc6",
     "pre_logits.fc2": "fc7",
@@ -54,19 +43,19 @@ class VGGHead(TwoMLPHead):
         return F.dropout(F.relu(self.fc7(x)), 0.5, self.training)
 
 
-def build_vgg16_backbone(*, frozen_through: str = "none") -> Backbone:
+def build_vgg16_backbone(*, frozen_through: str | None = None) -> Backbone:
     """The 13 convolutions of VGG-16 up to conv5_3, before its last pooling, as level c4 [B, 512, H/16, W/16].
 
-    frozen_through: "none", "stem" (conv1 and conv2, which Ren et al. 2015 froze), "c2" (conv3 too) .. "c4". The weights
+    frozen_through: None, "stem" (conv1 and conv2, which Ren et al. 2015 froze), "c2" (conv3 too) .. "c4". The weights
         are random until `load_vgg16` reads some.
     """
-    one_of("part to freeze through", frozen_through, FREEZABLE[:-1])
-    from resbackbone.adapters.from_timm import timm_backbone_from_config  # only here: ResNets need no timm
+    from resbackbone.adapters.from_timm import TimmBackbone, TimmConfig  # only here: ResNets need no timm
 
-    return timm_backbone_from_config({**VGG16, "frozen_through": frozen_through})
+    small = {"mlp_ratio": 0.01}  # timm makes fully connected layers and drops them
+    return TimmBackbone(TimmConfig(timm="vgg16", levels=("c4",), frozen_through=frozen_through, options=small))
 
 
-def load_vgg16(detector: FasterRCNN, source: str) -> None:
+def load_vgg16(detector: GeneralizedRCNN, source: str) -> None:
     """Start a detector of the variant "vgg16" from an ImageNet classifier: its convolutions, and its fc6 and fc7.
 
     source: a file with timm's or torchvision's names, timm:vgg16.tv_in1k, torchvision:VGG16_Weights.IMAGENET1K_V1, ..
@@ -164,7 +153,7 @@ class ImprovedTesting(nn.Module):
     trained with it has it. Raises ValueError for a scale that is given twice or is not positive.
     """
 
-    def __init__(self, detector: FasterRCNN, *, box_refinement: bool = False, scales: Sequence[int] = ()):
+    def __init__(self, detector: GeneralizedRCNN, *, box_refinement: bool = False, scales: Sequence[int] = ()):
         super().__init__()
         if any(scale < 1 for scale in scales) or len(set(scales)) < len(scales):
             raise UserError(f"scales {', '.join(map(str, scales))}: shorter sides in pixels are wanted, each once")

@@ -16,8 +16,8 @@ class Recipe:
     is stretched to that (its warm-up is not). Sizes are in pixels: training images get one of
     `short_sides` as their shorter side, test images `min_size`, and neither is longer than `max_size`. `norm` None
     is FrozenBN where weights are given, BN from scratch. `variant` and `frozen_through` hold where none is asked for,
-    the latter where weights are given (None: "c2"). `pyramid` goes to `build_resnet_backbone` (variant fpn), `detector`
-    to `build_faster_rcnn`.
+    the latter where weights are given ("auto": "c2", in VGG-16 "stem"). `pyramid` goes to `build_resnet_backbone`
+    (variant fpn), `detector` to `build_faster_rcnn`.
     """
 
     schedule: Schedule
@@ -25,7 +25,7 @@ class Recipe:
     variant: str = "fpn"
     depth: int = 50
     norm: str | None = None
-    frozen_through: str | None = None
+    frozen_through: str | None = "auto"
     short_sides: tuple[int, ...] = DETECTRON_SIDES
     min_size: int = 800
     max_size: int = 1333
@@ -76,7 +76,7 @@ PAPER_R101_C4 = Recipe(
     Schedule(rate=0.001, steps=320_000, milestones=(240_000,)),
     variant="c4",
     depth=101,
-    frozen_through="none",
+    frozen_through=None,
     short_sides=(600,),
     min_size=600,
     max_size=1000,

@@ -37,8 +37,9 @@ class TrainTransform:
 class InputTransform(GeneralizedRCNNTransform):
     """torchvision's normalisation, resizing and padding, with constants that are on the device already."""
 
-    def __init__(self, min_size, max_size, image_mean, image_std, **options):
-        super().__init__(min_size, max_size, image_mean, image_std, **options)
+    def __init__(self, min_size, max_size, image_mean, image_std, *, size_divisible=32, resize_in_training=True):
+        super().__init__(min_size, max_size, image_mean, image_std, size_divisible)
+        self.resize_in_training = resize_in_training
         self.sent: dict[tuple, tuple[Tensor, ...]] = {}  # mean and std on the device
 
     def normalize(self, image: Tensor) -> Tensor:
@@ -61,6 +62,8 @@ class InputTransform(GeneralizedRCNNTransform):
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
         """[3, H, W] at the size that the detector asks for, in eval mode the test size; boxes follow."""
+        if self.training and not self.resize_in_training:
+            return image, target
         resized, _ = super().resize(image)
         if target is not None:
             target = {**target, "boxes": _resized(target["boxes"], image.shape[-2:], resized.shape[-2:])}

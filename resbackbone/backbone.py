@@ -1,23 +1,22 @@
 """Backbone = trunk (+ FPN), and build_resnet_backbone(), the one way to make it."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.export import export_backbone
-from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
+from resbackbone.config import BackboneConfig, CommonConfig, ordered_levels
+from resbackbone.export import export_maps
+from resbackbone.fpn import FPN
 from resbackbone.layers import fuse
-from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, count_norms, sorted_levels
-from resbackbone.weights import read_weights
-from resbackbone.weights.fit import backbone_part, fit, pyramid_of, resolve_architecture
-
-FREEZABLE = ("none", "stem", *TRUNK_LEVELS)
-DEFAULT_PYRAMID = ("p2", "p3", "p4", "p5", "p6")
+from resbackbone.resnet import DEPTHS, Feature, ResNet, count_norms, sorted_levels
+from resbackbone.weights.fit import backbone_part, fit, resolve_architecture, resolve_pyramid
+from resbackbone.weights.inputs import INPUT
+from resbackbone.weights.read import WeightSource, read_weights
 
 
 class Backbone(nn.Module):
@@ -27,13 +26,14 @@ class Backbone(nn.Module):
     the maps are p2.. instead. `features[level]` is (channels, stride) of what forward returns, in the same order;
     `out_channels` the channels of the coarsest of them (with a pyramid all are equal); `size_divisibility` the
     trunk's total stride: on images padded to it the trunk's maps are exactly H/stride x W/stride (any size is taken).
+    `config` is all that builds it again except the weights.
     """
 
     fpn: FPN | None
     features: dict[str, Feature]
     size_divisibility: int
     weights_source: str | None = None
-    config: dict  # the arguments of `build_resnet_backbone` that make it again, but for the weights
+    config: CommonConfig
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, channels, H, W]
         maps = super().forward(images)
@@ -49,8 +49,29 @@ class Backbone(nn.Module):
         return self
 
     def export(self, path: str | os.PathLike, format: str | None = None) -> None:
-        """Write a fused fp32 copy, free in batch, height and width, as "onnx" or "pt2": see `export_backbone`."""
-        export_backbone(self, path, format)
+        """Write images -> feature maps to `path` as "onnx" or "pt2"; without `format`, as the suffix says.
+
+        The file holds a fused fp32 copy; this backbone stays as it is. The input is `images` [B, channels, H, W]; the
+        outputs have the levels' names, finest first. Batch, height and width are free: with a ResNet any batch from 1
+        and any size from 1 x 1 pixel; another trunk may need larger images (VGG-16: 32 x 32), and a .pt2 refuses
+        smaller ones.
+
+        The file describes itself: `input` (channel order, range, mean and std that images are normalized by), `levels`
+        ({name: {channels, stride}}), `backbone` (its config) and `weights_source`. In ONNX these are metadata_props,
+        each a JSON value; in a .pt2 one JSON object, `torch.export.load(path, extra_files={"metadata.json": ""})`.
+
+        Raises ValueError if the format or suffix is unknown, the folder does not exist, or, for ONNX, onnx or
+        onnxscript is not installed.
+        """
+        copied = deepcopy(self).cpu().float().to(memory_format=torch.contiguous_format).fuse()
+        metadata = {
+            "format": "resbackbone",
+            "input": INPUT,
+            "levels": {level: feature._asdict() for level, feature in self.features.items()},
+            "backbone": self.config.to_json(),
+            "weights_source": self.weights_source,
+        }
+        export_maps(copied, path, format, outputs=list(self.features), metadata=metadata)
 
     def summary(self) -> str:
         """One line on what trains: `frozen BN 53, trainable BN 0, parameters 23.2 M trainable, 0.2 M frozen`."""
@@ -65,11 +86,16 @@ class Backbone(nn.Module):
 
 
 class ResNetBackbone(Backbone, ResNet):
-    """A ResNet's stages as a Backbone; `build_resnet_backbone` makes it."""
+    """The backbone that `config` describes, with random weights: load saved ones next, or `build_resnet_backbone`."""
 
-    def __init__(self, depth: int, *, pyramid: Mapping | None, **trunk):
-        ResNet.__init__(self, depth, **trunk)
-        self.fpn = None if pyramid is None else FPN(self.stage_features, **pyramid)
+    config: BackboneConfig
+
+    def __init__(self, config: BackboneConfig):
+        ResNet.__init__(self, **config.trunk())
+        self.config = config
+        self.fpn = FPN(self.stage_features, **config.pyramid()) if config.fpn else None
+        if config.frozen_through is not None:
+            self.freeze(config.frozen_through)
 
     @property
     def features(self) -> dict[str, Feature]:  # type: ignore[override]  # a network's own is only read
@@ -78,6 +104,20 @@ class ResNetBackbone(Backbone, ResNet):
     @property
     def size_divisibility(self) -> int:  # type: ignore[override]
         return list(self.stage_features.values())[-1].stride
+
+    def with_levels(self, levels: Iterable[str]) -> "ResNetBackbone":
+        """A trunk that gives `levels`, c2..c5, on this backbone's own layers; this backbone keeps its levels.
+
+        The layers are shared, not copied: training one trains both. Raises ValueError for a stage that is not built.
+        """
+        levels = tuple(sorted_levels(levels, tuple(self.stage_features)))
+        with torch.device("meta"):  # an outline: every layer of it is replaced
+            trunk = ResNetBackbone(replace(self.config, levels=levels, fpn=False, frozen_through=None))
+        for name, _ in trunk.named_children():
+            setattr(trunk, name, getattr(self, name))
+        trunk.config = replace(self.config, levels=levels, fpn=False)
+        trunk.weights_source, trunk.training = self.weights_source, self.training
+        return trunk
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
         """Also take torchvision's detector names, where the trunk is `body`, and leave out an unwanted pyramid."""
@@ -95,8 +135,8 @@ def build_resnet_backbone(
     levels: Iterable[str] | None = None,
     fpn: bool = False,
     norm: str | None = None,
-    frozen_through: str | None = None,
-    weights: str | Path | Mapping[str, Tensor] | None = None,
+    frozen_through: str | None = "auto",
+    weights: WeightSource | None = None,
     stride_in_1x1: bool | None = None,
     eps: float | None = None,
     shortcut: str | None = None,
@@ -118,16 +158,16 @@ def build_resnet_backbone(
     Output {level: [B, channels, ceil(H/stride), ceil(W/stride)]}, finest first; `features[level]` of the result
     holds that level's channels and stride.
 
-    depth: 18, 34, 50, 101 or 152; with weights that tell it, None will do. The same goes for the arguments below
-        that are None: what the weights say holds, and asking for something else is an error.
+    depth: 18, 34, 50, 101 or 152; None takes it from the weights. The same holds for the arguments below that are
+        None: they are what the weights say, and asking for something else is an error.
     levels: which of c2..c5, or with `fpn` which of p2..p7, to return; the number is log2 of the stride. What they do
         not need is not built. p7 turns p6 and p7 into convolutions that start from `p6_from`, "c5" (default) or "p5".
         Default: all of the trunk; the pyramid that the weights hold, else p2..p6.
     norm: "BN", "FrozenBN", "SyncBN" or "GN". Default: FrozenBN with weights, BN without.
-    frozen_through: None, "stem", "c2" .. "c5": these parts get no gradient and keep their statistics. Default: "c2"
-        with weights, None without; "none" freezes nothing, with weights too.
+    frozen_through: "stem", "c2" .. "c5": these parts get no gradient and keep their statistics. None freezes nothing.
+        "auto" (default) is "c2" with weights and None without.
     weights: a file of any known format, a named source (`torchvision:ResNet50_Weights.IMAGENET1K_V2`, `timm:..`,
-        `hf:..`, `detectron2:..`, a URL), or a state dict; see `weights.read_weights`.
+        `hf:..`, `detectron2:..`, a URL), a state dict, or what `weights.read_weights` returned.
     stride_in_1x1: where a bottleneck strides. False (default) is torchvision's 3x3, True the paper's first 1x1.
     eps: of the norms (1e-5).
     shortcut: "A", "B" (default), "C" (Sec. 4.1), or "none" for the plain networks of Sec. 3.3.
@@ -144,10 +184,8 @@ def build_resnet_backbone(
     """
     if depth is not None or weights is None:
         one_of("depth", depth, DEPTHS)
-    if frozen_through is not None:
-        one_of("part to freeze through", frozen_through, FREEZABLE)
-    if weights is None:
-        _refuse_frozen_random_layers(norm=norm, frozen_through=frozen_through, fpn_norm=fpn_norm)
+    if frozen_through == "auto":
+        frozen_through = None if weights is None else "c2"
     loaded = None if weights is None else read_weights(weights)
     trunk = resolve_architecture(
         loaded,
@@ -160,67 +198,40 @@ def build_resnet_backbone(
         eps=eps,
         norm=norm,
     )
-    if loaded is not None:
-        loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
-        if norm is None and trunk["norm"] != "GN":
-            trunk["norm"] = "FrozenBN"
-
-    pyramid: dict[str, Any] = {
-        "levels": DEFAULT_PYRAMID,
-        "fpn_channels": 256,
-        "fpn_norm": None,
-        "p6_from": "c5",
-        "relu_before_p7": True,
-    }
-    if loaded is not None:
-        held, stated = pyramid_of(backbone_part(loaded.state)), loaded.metadata.get("backbone", {})
-        held |= {"relu_before_p7": loaded.assumed.get("relu_before_p7", True)}
-        pyramid |= {name: stated.get(name, value) for name, value in held.items()}
-    asked = {"levels": levels, "fpn_channels": fpn_channels, "fpn_norm": fpn_norm, "p6_from": p6_from}
-    asked["relu_before_p7"] = relu_before_p7
-    pyramid |= {name: value for name, value in asked.items() if value is not None}
-    if fpn:
-        note = " (a pyramid's levels, with fpn=True)"
-        levels = sorted_levels(pyramid["levels"], PYRAMID_LEVELS, note)
-    else:
-        levels = sorted_levels(TRUNK_LEVELS if levels is None else levels, TRUNK_LEVELS)
-    backbone = backbone_from_config(
-        {
-            **trunk,
-            **pyramid,
-            "levels": levels,
-            "fpn": fpn,
-            "frozen_through": frozen_through or ("none" if loaded is None else "c2"),
-            "dilate_c5": dilate_c5,
-            "zero_init_residual": zero_init_residual,
-            "checkpoint_activations": checkpoint_activations,
-        }
+    if loaded is not None and norm is None and trunk["norm"] != "GN":
+        trunk["norm"] = "FrozenBN"
+    pyramid = resolve_pyramid(
+        loaded if fpn else None,
+        levels=None if levels is None else ordered_levels(levels, fpn=fpn),
+        fpn_channels=fpn_channels,
+        fpn_norm=fpn_norm,
+        p6_from=p6_from,
+        relu_before_p7=relu_before_p7,
     )
-    if loaded is not None:
-        if fpn_norm == "FrozenBN" and not any(key.startswith("fpn.") for key in backbone_part(loaded.state)):
-            raise UserError(f"fpn_norm='FrozenBN', but weights from {loaded.source} hold no pyramid to freeze")
-        fit(backbone, replace(loaded, state=backbone_part(loaded.state)), fresh=("fpn.",))
-        backbone.weights_source = loaded.source
+    config = BackboneConfig(
+        **trunk,
+        **pyramid,
+        fpn=fpn,
+        frozen_through=frozen_through,
+        dilate_c5=dilate_c5,
+        zero_init_residual=zero_init_residual,
+        checkpoint_activations=checkpoint_activations,
+    )
+    if loaded is None:
+        _refuse_frozen_random_layers(config)
+        return ResNetBackbone(config)
+    loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
+    loaded = replace(loaded, state=backbone_part(loaded.state))
+    if fpn_norm == "FrozenBN" and not any(key.startswith("fpn.") for key in loaded.state):
+        raise UserError(f"fpn_norm='FrozenBN', but weights from {loaded.source} hold no pyramid to freeze")
+    backbone = ResNetBackbone(config)
+    fit(backbone, loaded, fresh=("fpn.",))
+    backbone.weights_source = loaded.source
     return backbone
 
 
-def backbone_from_config(config: Mapping) -> ResNetBackbone:
-    """The backbone that `config`, a Backbone's own, describes, with random weights: saved ones are loaded next."""
-    trunk = dict(config)
-    fpn, levels, frozen_through = trunk.pop("fpn"), trunk.pop("levels"), trunk.pop("frozen_through")
-    pyramid = {"channels": trunk.pop("fpn_channels"), "norm": trunk.pop("fpn_norm"), "p6_from": trunk.pop("p6_from")}
-    pyramid["relu_before_p7"] = trunk.pop("relu_before_p7", True)  # older files do not have it
-    if fpn:
-        backbone = ResNetBackbone(**trunk, levels=trunk_levels_for(levels), pyramid={**pyramid, "levels": levels})
-    else:
-        backbone = ResNetBackbone(**trunk, levels=levels, pyramid=None)
-    if frozen_through != "none":
-        backbone.freeze(frozen_through)
-    backbone.config = dict(config)
-    return backbone
-
-
-def _refuse_frozen_random_layers(**arguments: str | None) -> None:
-    for name, value in arguments.items():
-        if value == "FrozenBN" or (name == "frozen_through" and value not in (None, "none")):
+def _refuse_frozen_random_layers(config: BackboneConfig) -> None:
+    for name in ("norm", "frozen_through", "fpn_norm"):
+        value = getattr(config, name)
+        if value == "FrozenBN" or (name == "frozen_through" and value is not None):
             raise UserError(f"{name}={value!r} without weights would freeze random layers; give weights, or drop it")

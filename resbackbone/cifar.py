@@ -3,7 +3,6 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from resbackbone.checks import UserError, one_of
 from resbackbone.layers import SHORTCUTS, conv, conv_norm, norm_layer
 from resbackbone.resnet import BasicBlock, Layout
-from resbackbone.weights import read_weights, write_weights
+from resbackbone.weights import WeightSource, read_weights, write_weights
 from resbackbone.weights.fit import architecture_of, fit
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)  # Table 6
@@ -63,7 +62,7 @@ def build_cifar_resnet(
     depth: int | None = None,
     *,
     shortcut: str | None = None,
-    weights: str | Path | Mapping[str, Tensor] | None = None,
+    weights: WeightSource | None = None,
     num_classes: int | None = None,
 ) -> CifarResNet:
     """Build one of the paper's CIFAR-10 networks. With weights, what is None is what they say.

@@ -1,21 +1,23 @@
 """The paper's image classifier: trunk, global average pool, one fully connected layer (He et al. 2015, Table 1)."""
 
-from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
+from resbackbone.config import BackboneConfig
 from resbackbone.resnet import DEPTHS, ResNet
-from resbackbone.weights import Weights, read_weights
+from resbackbone.weights import WeightSource, read_weights
 from resbackbone.weights.fit import fit, resolve_architecture
 
 
 class ResNetClassifier(ResNet):
     """[B, in_channels, H, W] -> logits [B, num_classes]. Parameters have torchvision's names."""
 
-    def __init__(self, depth: int, num_classes: int = 1000, **trunk):
-        super().__init__(depth, levels=("c5",), **trunk)
+    def __init__(self, config: BackboneConfig, num_classes: int = 1000):
+        config = replace(config, levels=("c5",))
+        super().__init__(**config.trunk())
+        self.config = config
         self.fc = nn.Linear(self.features["c5"].channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # logits, where a trunk gives maps
@@ -27,7 +29,7 @@ def build_resnet_classifier(
     depth: int | None = None,
     num_classes: int | None = None,
     *,
-    weights: str | Path | Mapping[str, Tensor] | Weights | None = None,
+    weights: WeightSource | None = None,
     norm: str | None = None,
     stride_in_1x1: bool | None = None,
     eps: float | None = None,
@@ -38,24 +40,23 @@ def build_resnet_classifier(
     zero_init_residual: bool = False,
     checkpoint_activations: bool = False,
 ) -> ResNetClassifier:
-    """Build the paper's classifier of a depth in 18, 34, 50, 101, 152; arguments as in `build_resnet_backbone`.
+    """Build the paper's classifier; arguments as in `build_resnet_backbone`.
 
-    What is None comes from the weights, which may have been read already, or is the default: 1000 classes, norm "BN",
-    and so on. Raises ValueError for an unknown name, and for weights that are of another network than is asked or do
-    not fit, their `fc` included.
+    What is None comes from the weights, or is the default: 1000 classes, norm "BN", and so on. Raises ValueError for
+    an unknown name, and for weights that are of another network than is asked or do not fit, their `fc` included.
     """
     if depth is not None or weights is None:
         one_of("depth", depth, DEPTHS)
-    loaded = weights if weights is None or isinstance(weights, Weights) else read_weights(weights)
+    loaded = None if weights is None else read_weights(weights)
     if loaded is not None:
         if "fc.weight" not in loaded.state:
             raise UserError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")
-        held = len(loaded.state["fc.weight"])
-        if num_classes not in (None, held):
+        classes = len(loaded.state["fc.weight"])
+        if num_classes not in (None, classes):
             raise UserError(
-                f"weights from {loaded.source} are for num_classes={held}, asked was num_classes={num_classes}"
+                f"weights from {loaded.source} are for num_classes={classes}, asked was num_classes={num_classes}"
             )
-        num_classes = held
+        num_classes = classes
     trunk = resolve_architecture(
         loaded,
         depth=depth,
@@ -69,12 +70,10 @@ def build_resnet_classifier(
     )
     if loaded is not None:
         loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
-    model = ResNetClassifier(
-        num_classes=1000 if num_classes is None else num_classes,
-        zero_init_residual=zero_init_residual,
-        checkpoint_activations=checkpoint_activations,
-        **trunk,
+    config = BackboneConfig(
+        **trunk, zero_init_residual=zero_init_residual, checkpoint_activations=checkpoint_activations
     )
+    model = ResNetClassifier(config, 1000 if num_classes is None else num_classes)
     if loaded is not None:
         fit(model, loaded)
     return model

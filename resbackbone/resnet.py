@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.layers import (
-    SHORTCUTS,
     Norm,
     checkpointed,
     conv,
@@ -45,8 +44,6 @@ class BasicBlock(nn.Module):
         self, in_channels: int, width: int, layout: Layout, *, stride: int = 1, dilation: tuple[int, int] = (1, 1)
     ):
         super().__init__()
-        if layout.groups != 1 or layout.width_per_group != 64:
-            raise UserError("groups and width_per_group are for depths 50, 101 and 152: a basic block has neither")
         norm = layout.norm
         self.conv1 = conv(in_channels, width, kernel=3, stride=stride, dilation=dilation[0])
         self.bn1 = norm(width)
@@ -100,35 +97,32 @@ STAGES = dict(zip(TRUNK_LEVELS, ("layer1", "layer2", "layer3", "layer4"), strict
 class ResNet(nn.Module):
     """Image -> {level: map} for the asked levels among c2..c5; stages above the last of them are not built.
 
-    Input [B, in_channels, H, W] of any size. Output [B, channels, ceil(H/stride), ceil(W/stride)] a level, finest
-    first; `features[level]` holds the channels and stride. Parameters have torchvision's names. Weights start as
-    in the paper (Sec. 3.4: He et al. 2015b); `zero_init_residual` starts every block as its shortcut alone.
+    Input [B, in_channels, H, W] of any size. Output [B, channels, ceil(H/stride), ceil(W/stride)] for each level,
+    finest first; `features[level]` holds the channels and stride. Parameters have torchvision's names. Weights start
+    as in the paper (Sec. 3.4: He et al. 2015b); `zero_init_residual` starts every block as its shortcut alone.
+    `BackboneConfig.trunk()` gives the arguments, with defaults and checked.
     """
 
     def __init__(
         self,
         depth: int,
         *,
-        levels: Iterable[str] = TRUNK_LEVELS,
-        norm: str = "BN",
-        eps: float = 1e-5,
-        shortcut: str = "B",
-        stride_in_1x1: bool = False,
-        dilate_c5: bool = False,
-        groups: int = 1,
-        width_per_group: int = 64,
-        in_channels: int = 3,
-        zero_init_residual: bool = False,
-        checkpoint_activations: bool = False,
+        levels: Iterable[str],
+        norm: str,
+        eps: float,
+        shortcut: str,
+        stride_in_1x1: bool,
+        dilate_c5: bool,
+        groups: int,
+        width_per_group: int,
+        in_channels: int,
+        zero_init_residual: bool,
+        checkpoint_activations: bool,
     ):
         super().__init__()
-        block, counts = DEPTHS[one_of("depth", depth, DEPTHS)]
-        self.levels = sorted_levels(levels, TRUNK_LEVELS)
-        if zero_init_residual and shortcut == "none":
-            raise UserError("zero_init_residual starts a block as its shortcut alone, and a plain net has none")
-        layout = Layout(
-            norm_layer(norm, eps), one_of("shortcut", shortcut, SHORTCUTS), stride_in_1x1, groups, width_per_group
-        )
+        block, counts = DEPTHS[depth]
+        self.levels = sorted(levels)
+        layout = Layout(norm_layer(norm, eps), shortcut, stride_in_1x1, groups, width_per_group)
         self.checkpoint_activations = checkpoint_activations
         self.stage_features: dict[str, Feature] = {}  # of every stage that is built
 
@@ -192,17 +186,6 @@ class ResNet(nn.Module):
         for level, stage in self.stages():
             if through != "stem" and level <= through:
                 freeze(stage)
-
-    def detach_stage(self, level: str) -> nn.Sequential:
-        """Take the last stage out of the trunk and return it, for a head that runs it on regions (C4 detectors)."""
-        built = list(self.stage_features)
-        if level != built[-1] or len(built) == 1:
-            raise UserError(f"{level} is not the last of several stages; this trunk has {', '.join(built)}")
-        stage = getattr(self, STAGES[level])
-        delattr(self, STAGES[level])
-        del self.stage_features[level]
-        self.levels = [kept for kept in self.levels if kept != level] or built[-2:-1]
-        return stage
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor], prefix: str = "") -> None:
         """Leave out, in place, what a published file holds beyond this trunk: other stages, the classifier."""

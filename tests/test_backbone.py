@@ -7,8 +7,7 @@ import torchvision
 from torch import nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
-from resbackbone import Feature, build_resnet_backbone
-from resbackbone.backbone import backbone_from_config
+from resbackbone import Feature, ResNetBackbone, build_resnet_backbone
 from resbackbone.layers import FrozenBatchNorm2d
 from resbackbone.weights import write_weights
 
@@ -139,7 +138,7 @@ def test_an_unknown_name_is_answered_with_the_choices(options, message):
 
 
 def test_an_unknown_part_to_freeze_is_answered_with_the_choices(resnet18):
-    with pytest.raises(ValueError, match="'c6'; choose from none, stem, c2, c3, c4, c5"):
+    with pytest.raises(ValueError, match="'c6'; choose from None, stem, c2, c3, c4, c5"):
         build_resnet_backbone(18, weights=resnet18, frozen_through="c6")
 
 
@@ -219,7 +218,7 @@ def own_file(tmp_path, randomised):
     """A backbone that strides the paper's way, and the file it was saved to."""
     backbone = randomised(build_resnet_backbone(50, fpn=True, stride_in_1x1=True, fpn_channels=8, levels=["p3", "p5"]))
     path = tmp_path / "r50.safetensors"
-    write_weights(path, backbone.state_dict(), {"backbone": backbone.config})
+    write_weights(path, backbone.state_dict(), {"backbone": backbone.config.to_json()})
     return backbone, path
 
 
@@ -230,7 +229,7 @@ def test_a_saved_backbone_comes_back_with_its_stride_style_and_pyramid(own_file)
         loaded = build_resnet_backbone(
             50, fpn=True, levels=["p3", "p5"], fpn_channels=8, weights=path, stride_in_1x1=stride_in_1x1
         )
-        assert loaded.config["stride_in_1x1"] is True
+        assert loaded.config.stride_in_1x1 is True
         assert loaded.weights_source == str(path)
         assert_same_maps(loaded(images), backbone(images), 1e-5)
 
@@ -262,7 +261,7 @@ def test_what_a_file_says_of_itself_cannot_be_asked_otherwise(own_file, depth, o
 )
 def test_a_backbone_is_made_again_from_its_config(depth, options):
     backbone = build_resnet_backbone(depth, **options).eval()
-    again = backbone_from_config(backbone.config).eval()
+    again = ResNetBackbone(backbone.config).eval()
     again.load_state_dict(backbone.state_dict())
     images = torch.randn(1, options.get("in_channels", 3), 33, 65)
     assert_same_maps(again(images), backbone(images))
@@ -272,7 +271,7 @@ def test_a_backbone_is_made_again_from_its_config(depth, options):
 
 def test_a_frozen_backbone_is_made_again_as_frozen(resnet18):
     backbone = build_resnet_backbone(18, weights=resnet18, frozen_through="c3")
-    again = backbone_from_config(backbone.config)
+    again = ResNetBackbone(backbone.config)
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in backbone.parameters()]
     assert again.summary() == backbone.summary()
 
@@ -352,7 +351,7 @@ def test_a_compiled_backbone_is_one_graph_for_every_size(resnet18):
 def test_eps_is_the_weights_own_or_the_asked_one_and_never_another(tmp_path):
     backbone = build_resnet_backbone(18, levels=["c2"], eps=1e-3)
     assert backbone.bn1.eps == backbone.layer1[0].bn2.eps == 1e-3
-    write_weights(tmp_path / "own.safetensors", backbone.state_dict(), {"backbone": backbone.config})
+    write_weights(tmp_path / "own.safetensors", backbone.state_dict(), {"backbone": backbone.config.to_json()})
     assert build_resnet_backbone(18, levels=["c2"], weights=tmp_path / "own.safetensors").bn1.eps == 1e-3
     with pytest.raises(ValueError, match=r"are for eps=0.001, asked was eps=1e-05"):
         build_resnet_backbone(18, levels=["c2"], weights=tmp_path / "own.safetensors", eps=1e-5)
@@ -400,7 +399,7 @@ def test_what_is_not_asked_comes_from_the_weights(own_file):
 def test_names_and_shapes_tell_what_a_plain_state_dict_does_not_say(options):
     state = build_resnet_backbone(50, levels=["c2", "c4"], **options).state_dict()
     loaded = build_resnet_backbone(weights=state, levels=["c4"])
-    assert {**loaded.config, **options} == {**loaded.config} and loaded.config["depth"] == 50
+    assert all(getattr(loaded.config, name) == value for name, value in {"depth": 50, **options}.items())
 
 
 def test_norms_that_hold_other_tensors_are_a_conflict(resnet18):
@@ -415,3 +414,20 @@ def test_a_network_of_no_published_depth_has_to_be_named():
         build_resnet_backbone(weights=state)
     with pytest.raises(ValueError, match=r"missing: layer2\.1\.conv1\.weight"):
         build_resnet_backbone(18, weights=state)
+
+
+@pytest.mark.parametrize("levels", [["c4"], ["c2", "c5"]])
+def test_other_levels_of_the_same_layers_leave_the_backbone_as_it_was(resnet18, levels):
+    backbone = build_resnet_backbone(18, weights=resnet18, levels=["c3", "c5"]).eval()
+    images = torch.randn(1, 3, 65, 97)
+    keys, features, expected = list(backbone.state_dict()), backbone.features, backbone(images)
+    view = backbone.with_levels(levels)
+    assert list(view.features) == levels == list(view(images)) and not view.training
+    assert view.config.levels == tuple(levels) and view.weights_source == backbone.weights_source
+    assert view.conv1.weight is backbone.conv1.weight and hasattr(view, "layer4") == ("c5" in levels)
+    assert torch.equal(view(images)[levels[-1]], build_resnet_backbone(18, weights=resnet18).eval()(images)[levels[-1]])
+    assert list(backbone.state_dict()) == keys and backbone.features == features
+    assert_same_maps(backbone(images), expected)
+    view.load_state_dict(backbone.state_dict())  # the stages that it does not have are left out
+    with pytest.raises(ValueError, match="unknown level 'c3'; choose from c2"):
+        build_resnet_backbone(18, levels=["c2"]).with_levels(["c3"])

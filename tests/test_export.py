@@ -124,7 +124,7 @@ def test_an_exported_file_says_what_it_is_and_what_it_takes(tmp_path, suffix):
         "format": "resbackbone",
         "input": INPUT,
         "levels": {"c2": {"channels": 64, "stride": 4}, "c3": {"channels": 128, "stride": 8}},
-        "backbone": backbone.config,
+        "backbone": backbone.config.to_json(),
         "weights_source": "the given state dict",
     }
 

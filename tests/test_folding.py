@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from resbackbone import build_resnet_backbone, folding
+from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone, folding
 from resbackbone.layers import FrozenBatchNorm2d, Projection, checkpointed, conv_norm, conv_norm_relu, fuse
-from resbackbone.resnet import BasicBlock, Bottleneck, Layout, ResNet
+from resbackbone.resnet import BasicBlock, Bottleneck, Layout
 
 
 class Unfolded(nn.Module):
@@ -27,6 +27,10 @@ class Unfolded(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale, shift = (t.view(1, -1, 1, 1) for t in self.norm.scale_and_shift())
         return x * scale.to(x.dtype) + shift.to(x.dtype) if self.cast else x * scale + shift
+
+
+def resnet(depth: int, **settings) -> ResNetBackbone:
+    return ResNetBackbone(BackboneConfig(depth=depth, **settings))
 
 
 def unfolded(network: nn.Module, cast: bool = True) -> nn.Module:
@@ -85,7 +89,7 @@ def saved_bytes(network: nn.Module, images: Tensor, autocast: bool = False) -> i
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "last"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
 def test_the_gradients_are_those_of_norms_that_are_layers(depth, options, memory_format, dtype, tolerance, randomised):
-    folded = randomised(ResNet(depth, norm="FrozenBN", **options)).train().to(dtype, memory_format=memory_format)
+    folded = randomised(resnet(depth, norm="FrozenBN", **options)).train().to(dtype, memory_format=memory_format)
     if dtype == torch.float32:
         # A value within rounding of 0 would fall on either side of its ReLU, and gradients differ by what it passes.
         for norm in folded.modules():
@@ -115,7 +119,7 @@ def assert_equal_gradients(found: dict[str, Tensor], expected: dict[str, Tensor]
 
 
 def test_in_bfloat16_outputs_and_gradients_are_no_further_from_the_truth_than_the_peers(randomised):
-    network = randomised(ResNet(50, norm="FrozenBN", levels=["c3"]))
+    network = randomised(resnet(50, norm="FrozenBN", levels=["c3"]))
     images = torch.randn(2, 3, 97, 65)
     truth_of = copy.deepcopy(network).double()
     with torch.no_grad():

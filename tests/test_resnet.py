@@ -7,10 +7,14 @@ import torch
 import torchvision
 from torch import nn
 
-from resbackbone import build_resnet_backbone
+from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone
 from resbackbone.analysis import count_multiply_adds
 from resbackbone.layers import FrozenBatchNorm2d, Projection
-from resbackbone.resnet import DEPTHS, STAGES, ResNet
+from resbackbone.resnet import DEPTHS, STAGES
+
+
+def resnet(depth: int, **settings) -> ResNetBackbone:
+    return ResNetBackbone(BackboneConfig(depth=depth, **settings))
 
 
 def assert_same_maps(maps, expected, tolerance=1e-5):
@@ -89,8 +93,8 @@ def test_a_dilated_c5_equals_torchvision(randomised):
 @pytest.mark.parametrize("depth, stride_in_1x1", [(18, False), (50, False), (50, True)])
 @pytest.mark.parametrize("size", [(64, 128), (65, 97)])
 def test_a_dilated_c5_agrees_with_the_strided_one_where_both_have_a_value(depth, stride_in_1x1, size, randomised):
-    strided = randomised(ResNet(depth, levels=["c5"], stride_in_1x1=stride_in_1x1))
-    dilated = ResNet(depth, levels=["c5"], stride_in_1x1=stride_in_1x1, dilate_c5=True).eval()
+    strided = randomised(resnet(depth, levels=["c5"], stride_in_1x1=stride_in_1x1))
+    dilated = resnet(depth, levels=["c5"], stride_in_1x1=stride_in_1x1, dilate_c5=True).eval()
     dilated.load_state_dict(strided.state_dict())
     images = torch.randn(1, 3, *size, dtype=torch.float64)  # in fp32 the difference depends on the processor
     with torch.no_grad():
@@ -101,8 +105,8 @@ def test_a_dilated_c5_agrees_with_the_strided_one_where_both_have_a_value(depth,
 
 
 def test_the_stride_style_moves_the_stride_and_nothing_else(randomised):
-    late = randomised(ResNet(50))
-    early = ResNet(50, stride_in_1x1=True).eval()
+    late = randomised(resnet(50))
+    early = resnet(50, stride_in_1x1=True).eval()
     early.load_state_dict(late.state_dict())
     images = torch.randn(1, 3, 65, 97)
     with torch.no_grad():
@@ -115,8 +119,8 @@ def test_the_stride_style_moves_the_stride_and_nothing_else(randomised):
 
 @pytest.mark.parametrize("levels, stages", [(["c2"], 1), (["c3"], 2), (["c4", "c2"], 3), (["c5"], 4)])
 def test_only_what_is_asked_for_is_built_and_returned_finest_first(levels, stages, randomised):
-    full = randomised(ResNet(18))
-    asked = ResNet(18, levels=levels).eval()
+    full = randomised(resnet(18))
+    asked = resnet(18, levels=levels).eval()
     assert [hasattr(asked, f"layer{k}") for k in (1, 2, 3, 4)] == [k <= stages for k in (1, 2, 3, 4)]
     asked.load_state_dict(full.state_dict())  # strict: the stages that are not built are dropped
     images = torch.randn(1, 3, 33, 65)
@@ -128,7 +132,7 @@ def test_only_what_is_asked_for_is_built_and_returned_finest_first(levels, stage
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN", "GN"])
 def test_a_network_with_any_norm_trains_a_step(norm):
-    network = ResNet(18, norm=norm).train()
+    network = resnet(18, norm=norm).train()
     before = copy.deepcopy(dict(network.named_parameters()))
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     sum(x.square().mean() for x in network(torch.randn(2, 3, 33, 65)).values()).backward()
@@ -146,22 +150,22 @@ def test_a_network_with_any_norm_trains_a_step(norm):
         ({"levels": "c5"}, r"levels is a list of names .*, not the string 'c5'"),
         ({"norm": "LN"}, "unknown norm 'LN'; choose from BN, FrozenBN, SyncBN, GN"),
         ({"shortcut": "D"}, "unknown shortcut 'D'; choose from A, B, C, none"),
-        ({"groups": 32}, "groups and width_per_group are for depths 50, 101 and 152"),
+        ({"groups": 32}, "groups and width_per_group are for depths 50, 101, 152"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_choices(arguments, message):
     with pytest.raises(ValueError, match=message):
-        ResNet(**{"depth": 18, **arguments})
+        build_resnet_backbone(**{"depth": 18, **arguments})
 
 
 def test_a_part_to_freeze_through_that_is_not_there_is_answered_with_the_choices():
     with pytest.raises(ValueError, match="unknown part to freeze through 'c6'; choose from stem, c2, c3, c4, c5"):
-        ResNet(18).freeze("c6")
+        resnet(18).freeze("c6")
 
 
 @pytest.mark.parametrize("through, frozen", [("stem", 0), ("c2", 1), ("c5", 4)])
 def test_freezing_stops_the_stem_and_the_stages_up_to_the_one_named(through, frozen):
-    network = ResNet(18)
+    network = resnet(18)
     network.freeze(through)
     trains = {name.split(".")[0] for name, p in network.named_parameters() if p.requires_grad}
     assert trains == {f"layer{k}" for k in (1, 2, 3, 4) if k > frozen}
@@ -172,7 +176,7 @@ def test_freezing_stops_the_stem_and_the_stages_up_to_the_one_named(through, fro
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_a_plain_network_computes_what_a_residual_one_does_but_for_the_projections(depth):
-    plain, residual = (ResNet(depth, shortcut=shortcut) for shortcut in ("none", "B"))
+    plain, residual = (resnet(depth, shortcut=shortcut) for shortcut in ("none", "B"))
     assert not any(isinstance(m, Projection) for m in plain.modules())
     # One 1x1 a stage, on the stage's output positions: an image of 64 x 64 has 16 x 16 in c2, 2 x 2 in c5.
     expansion = DEPTHS[depth][0].expansion
@@ -181,24 +185,24 @@ def test_a_plain_network_computes_what_a_residual_one_does_but_for_the_projectio
         channels[i] * channels[i + 1] * (16 // 2**i) ** 2 for i in range(4) if i or channels[0] != channels[1]
     )
     assert count_multiply_adds(residual, 64, 64) - count_multiply_adds(plain, 64, 64) == projections
-    padded = ResNet(depth, shortcut="A")
+    padded = resnet(depth, shortcut="A")
     assert count_multiply_adds(padded, 64, 64) == count_multiply_adds(plain, 64, 64)
 
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_zero_init_residual_starts_every_block_as_its_shortcut(depth):
-    network = ResNet(depth, zero_init_residual=True)
+    network = resnet(depth, zero_init_residual=True)
     for _, stage in network.stages():
         x = torch.rand(2, stage[1].conv1.in_channels, 5, 7)
         assert all(torch.equal(block(x), x) for block in stage[1:])
-    block = ResNet(depth).layer1[1]  # without it, a block does compute something
+    block = resnet(depth).layer1[1]  # without it, a block does compute something
     x = torch.rand(2, block.conv1.in_channels, 5, 7)
     assert not torch.allclose(block(x), x)
 
 
 @pytest.mark.parametrize("depth", [18, 50])
 def test_convolutions_start_with_the_deviation_of_he_et_al(depth):
-    for name, module in ResNet(depth).named_modules():
+    for name, module in resnet(depth).named_modules():
         if isinstance(module, nn.Conv2d):
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
             deviation = module.weight.std().item() / math.sqrt(2 / fan_out)
@@ -209,8 +213,8 @@ def test_convolutions_start_with_the_deviation_of_he_et_al(depth):
 
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN"])
 def test_recomputing_activations_changes_no_gradient_and_no_statistic(norm):
-    kept = ResNet(18, norm=norm).train()
-    recomputed = ResNet(18, norm=norm, checkpoint_activations=True).train()
+    kept = resnet(18, norm=norm).train()
+    recomputed = resnet(18, norm=norm, checkpoint_activations=True).train()
     recomputed.load_state_dict(kept.state_dict())
     images = torch.randn(2, 3, 33, 65)
     for network in (kept, recomputed):
@@ -224,7 +228,7 @@ def test_recomputing_activations_changes_no_gradient_and_no_statistic(norm):
 def test_recomputing_keeps_fewer_activations():
     kept = []
     for checkpoint_activations in (False, True):
-        network = ResNet(18, levels=["c5"], checkpoint_activations=checkpoint_activations).train()
+        network = resnet(18, levels=["c5"], checkpoint_activations=checkpoint_activations).train()
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, s=sizes: s.append(x.numel()) or x, lambda x: x):
             network(torch.randn(2, 3, 65, 97))
@@ -235,7 +239,7 @@ def test_recomputing_keeps_fewer_activations():
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (33, 65)])
 @pytest.mark.parametrize("depth, dilate_c5", [(18, False), (50, True)])
 def test_an_image_of_any_size_gives_maps_rounded_up(size, depth, dilate_c5):
-    network = ResNet(depth, dilate_c5=dilate_c5).eval()
+    network = resnet(depth, dilate_c5=dilate_c5).eval()
     maps = network(torch.randn(1, 3, *size))
     for level, (channels, stride) in network.features.items():
         assert maps[level].shape == (1, channels, *(math.ceil(n / stride) for n in size))
@@ -243,31 +247,9 @@ def test_an_image_of_any_size_gives_maps_rounded_up(size, depth, dilate_c5):
 
 
 def test_a_batch_without_images_gives_maps_without_images():
-    maps = ResNet(18, norm="FrozenBN")(torch.zeros(0, 3, 33, 65))
+    maps = resnet(18, norm="FrozenBN")(torch.zeros(0, 3, 33, 65))
     assert [x.shape[:2] for x in maps.values()] == [(0, 64), (0, 128), (0, 256), (0, 512)]
 
 
 def test_images_may_have_other_than_three_channels():
-    assert ResNet(18, in_channels=5, levels=["c2"]).eval()(torch.randn(1, 5, 33, 65))["c2"].shape == (1, 64, 9, 17)
-
-
-def test_a_detached_stage_finishes_what_the_trunk_begins(randomised):
-    network = randomised(ResNet(18, levels=["c4", "c5"]))
-    images = torch.randn(1, 3, 33, 65)
-    expected = network(images)
-    with pytest.raises(ValueError, match="c4 is not the last of several stages; this trunk has c2, c3, c4, c5"):
-        network.detach_stage("c4")
-    head = network.detach_stage("c5")
-    maps = network(images)
-    assert list(maps) == ["c4"] == list(network.features)
-    assert not any(name.startswith("layer4") for name in network.state_dict())
-    assert torch.equal(maps["c4"], expected["c4"])
-    assert torch.equal(head(maps["c4"]), expected["c5"])
-
-
-def test_a_trunk_keeps_a_level_when_its_only_asked_stage_is_detached():
-    network = ResNet(18, levels=["c3"])
-    network.detach_stage("c3")
-    assert list(network(torch.randn(2, 3, 33, 65))) == ["c2"] == list(network.features)
-    with pytest.raises(ValueError, match="c2 is not the last of several stages"):
-        network.detach_stage("c2")
+    assert resnet(18, in_channels=5, levels=["c2"]).eval()(torch.randn(1, 5, 33, 65))["c2"].shape == (1, 64, 9, 17)

@@ -6,7 +6,6 @@ python tools/convert_weights.py fasterrcnn_resnet50_fpn_coco.pth detector.safete
 python tools/convert_weights.py runs/mine/model.safetensors mine.pkl --to detectron2
 """
 
-import inspect
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,10 @@ from resbackbone.cli.command import console, main_of, parse
 import torch
 import tyro
 
-from detection.faster_rcnn import build_faster_rcnn
+from detection.config import DetectorConfig
+from detection.faster_rcnn import detector_for
 from detection.foreign import describe_detector
-from resbackbone.backbone import backbone_from_config
+from resbackbone import BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, one_of
 from resbackbone.classifier import ResNetClassifier
 from resbackbone.resnet import STAGES
@@ -30,23 +30,6 @@ from resbackbone.weights.read import has_bottlenecks
 from resbackbone.weights.write import OURS, TARGETS, architecture_name, largest_difference, only_part, write_as
 
 GEOMETRY_OF = {"torchvision": "torchvision", "detectron2": "detectron2", "mmdetection": "detectron2"}
-# A backbone's config beside its trunk's, of a network that is built to be compared and not to be run.
-BARE = {
-    "fpn": False,
-    "frozen_through": "none",
-    "dilate_c5": False,
-    "zero_init_residual": False,
-    "checkpoint_activations": False,
-    "fpn_channels": None,
-    "fpn_norm": None,
-    "p6_from": "c5",
-}
-TRUNK_TYPES = {
-    **dict.fromkeys(("depth", "groups", "width_per_group", "in_channels"), int),
-    **dict.fromkeys(("shortcut", "norm"), str),
-    "stride_in_1x1": bool,
-    "eps": (int, float),
-}
 INPUTS = {"rgb": INPUT, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}
 TRANSFORMERS_FILES = {"config.json", "preprocessor_config.json", "model.safetensors"}
 
@@ -138,7 +121,8 @@ def described(weights: Weights, options: Options) -> Weights:
     for name in ("licence", "recipe"):
         if getattr(options, name) is not None:
             metadata[name] = getattr(options, name)
-    check_description(weights)
+    if "detector" in metadata:
+        DetectorConfig.from_json(metadata["detector"], weights.source)
     trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
     assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name, None) is None}
     metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}
@@ -149,18 +133,6 @@ def described(weights: Weights, options: Options) -> Weights:
         except ValueError as error:
             raise UserError(f"{error}; --part backbone converts these") from None
     return weights
-
-
-def check_description(weights: Weights) -> None:
-    """Raise ValueError if the file's own description of its network is not one that this version can build."""
-    trunk, detector = weights.metadata.get("backbone", {}), weights.metadata.get("detector")
-    wrong = [name for name, kind in TRUNK_TYPES.items() if name in trunk and not isinstance(trunk[name], kind)]
-    if detector is not None:
-        known = inspect.signature(build_faster_rcnn).parameters.keys()
-        wrong += [name for name in ("num_classes", "variant") if name not in detector]
-        wrong += [name for name in detector if name not in known]
-    if wrong:
-        raise UserError(f"{weights.source} describes a network this version cannot build: {', '.join(wrong)}")
 
 
 def is_detector(weights: Weights) -> bool:
@@ -201,13 +173,13 @@ def check_whole(weights: Weights) -> None:
     trunk = {name: config[name] for name in resolve_architecture(weights)}
     with torch.device("meta"):
         if is_detector(weights):
-            network = build_faster_rcnn(backbone_from_config(config), **weights.metadata["detector"])
+            network: torch.nn.Module = detector_for(weights)
         elif "fc.weight" in state:
-            network = ResNetClassifier(num_classes=len(state["fc.weight"]), **trunk)
+            network = ResNetClassifier(BackboneConfig(**trunk), len(state["fc.weight"]))
         elif pyramid := pyramid_of(state):
-            network = backbone_from_config({**BARE, **trunk, "fpn": True, **pyramid})
+            network = ResNetBackbone(BackboneConfig(**trunk, **pyramid, fpn=True))
         else:
-            network = backbone_from_config({**BARE, **trunk, "levels": [last_level(weights)]})
+            network = ResNetBackbone(BackboneConfig(**trunk, levels=(last_level(weights),)))
     fitting(network, weights)
 
 

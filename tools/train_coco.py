@@ -19,11 +19,10 @@ from resbackbone.cli.options import check_counts, claim_folder, resume_point, re
 import torch
 
 from detection.annotations import count_images
+from detection.config import BACKBONE_OF, VARIANTS
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
 from detection.evaluate import Evaluation, evaluate, results_summary, results_table, write_results
 from detection.faster_rcnn import (
-    BACKBONE_OF,
-    VARIANTS,
     FasterRCNN,
     build_faster_rcnn,
     load_detector,
@@ -96,7 +95,7 @@ class Options:
     norm: str | None = None
     """BN, FrozenBN, SyncBN or GN. Default: FrozenBN with weights, else the recipe's (BN)."""
     frozen_through: str | None = None
-    """stem, c2 .. c5, or none. Default: none without weights; with them the recipe's (c2; vgg16: stem)."""
+    """auto, none, stem or c2 .. c5. auto (default) is the recipe's with weights (c2; vgg16: stem), none without."""
     output: Path | None = None
     """The run's folder. Default: a new one under runs/."""
     max_steps: int | None = None
@@ -382,18 +381,22 @@ def default_folder(options: Options) -> Path:
 
 def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Callable[[str], None]) -> FasterRCNN:
     """The detector a new run starts from; `say` is told which of its tensors a detector's weights do not fill."""
-    frozen_through = options.frozen_through or (recipe.frozen_through if options.weights else None)
+    frozen_through = options.frozen_through or "auto"
+    if frozen_through == "auto" and options.weights:
+        frozen_through = recipe.frozen_through
     sizes = {"min_size": recipe.min_size, "max_size": recipe.max_size, "resize_in_training": False}
     weights = read_described_weights(options.weights) if options.weights and options.variant in BACKBONE_OF else None
     if weights is not None and "detector" in weights.metadata:
-        frozen = {"frozen_through": frozen_through or "c2"}
+        frozen = {"frozen_through": "c2" if frozen_through == "auto" else frozen_through}
         return build_from_detector(options, weights, categories, say, backbone=frozen, **sizes, **recipe.detector)
     if options.variant == "vgg16":
         if options.norm is not None:
             raise UserError(f"--norm {options.norm}: VGG-16 has no norms; leave the option out")
-        if not options.weights and frozen_through not in (None, "none"):
+        if not options.weights and frozen_through not in ("auto", "none"):
             raise UserError(f"--frozen-through {frozen_through} without --weights would freeze random layers")
-        backbone = build_vgg16_backbone(frozen_through=frozen_through or ("stem" if options.weights else "none"))
+        if frozen_through == "auto":
+            frozen_through = "stem" if options.weights else None
+        backbone = build_vgg16_backbone(frozen_through=frozen_through)
     else:
         backbone = build_resnet_backbone(
             options.depth,

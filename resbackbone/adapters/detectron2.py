@@ -19,8 +19,9 @@ from detectron2.modeling import BACKBONE_REGISTRY, ROI_HEADS_REGISTRY, Backbone
 from detectron2.modeling.roi_heads import Res5ROIHeads
 from torch import Tensor
 
-from resbackbone.backbone import FREEZABLE, ResNetBackbone, backbone_from_config, build_resnet_backbone
+from resbackbone.backbone import ResNetBackbone, build_resnet_backbone
 from resbackbone.checks import UserError, one_of
+from resbackbone.config import FREEZABLE, BackboneConfig
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import MEAN, STD
 
@@ -99,9 +100,8 @@ class ResBackboneRes5ROIHeads(Res5ROIHeads):
 
     @classmethod
     def _build_res5_block(cls, cfg: CfgNode):
-        trunk = _build(cfg, len(cfg.MODEL.PIXEL_MEAN), levels=["c4", "c5"], frozen_through="none", dilate_c5=False)
-        channels = trunk.features["c5"].channels
-        return trunk.detach_stage("c5"), channels
+        trunk = _build(cfg, len(cfg.MODEL.PIXEL_MEAN), levels=["c5"], frozen_through=None, dilate_c5=False)
+        return trunk.layer4, trunk.out_channels
 
 
 def _pyramid(cfg: CfgNode) -> list[str]:
@@ -123,7 +123,6 @@ def _build(cfg: CfgNode, in_channels: int, **arguments) -> ResNetBackbone:
         if resnets[name] != value:
             raise UserError(f"MODEL.RESNETS.{name} {resnets[name]}: at depth {resnets.DEPTH} only {value} is supported")
     arguments = {
-        "fpn": False,
         "norm": NORMS[one_of("MODEL.RESNETS.NORM", resnets.NORM, NORMS)],
         "frozen_through": FREEZABLE[one_of("MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.FREEZE_AT, range(6))],
         "stride_in_1x1": resnets.STRIDE_IN_1X1 and block.expansion > 1,  # a basic block has no 1x1
@@ -139,7 +138,7 @@ def _build(cfg: CfgNode, in_channels: int, **arguments) -> ResNetBackbone:
     if weights:
         _check_input(cfg)
     elif cfg.MODEL.WEIGHTS:  # a checkpoint of this model, which detectron2 loads next: nothing random stays
-        return backbone_from_config({"depth": resnets.DEPTH, **arguments})
+        return ResNetBackbone(BackboneConfig(depth=resnets.DEPTH, **arguments))
     return build_resnet_backbone(resnets.DEPTH, weights=weights or None, **arguments)
 
 

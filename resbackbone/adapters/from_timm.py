@@ -1,6 +1,7 @@
 """Networks of timm as a Backbone: VGG (the paper's baseline), ConvNeXt, Swin, a plain ViT, and whatever gives maps."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import timm
 import torch
@@ -12,10 +13,11 @@ from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from resbackbone.backbone import DEFAULT_PYRAMID, FREEZABLE, Backbone
+from resbackbone.backbone import Backbone
 from resbackbone.checks import UserError, one_of
-from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
-from resbackbone.resnet import TRUNK_LEVELS, Feature, sorted_levels
+from resbackbone.config import DEFAULT_PYRAMID, CommonConfig, ordered_levels
+from resbackbone.fpn import FPN
+from resbackbone.resnet import TRUNK_LEVELS, Feature
 from resbackbone.weights import MEAN, STD
 
 SOURCE_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # say where weights are, not what is built
@@ -60,12 +62,49 @@ class TimmTrunk(nn.Module):
         return maps
 
 
-class TimmBackbone(Backbone, TimmTrunk):
-    """A timm network as a Backbone; `from_timm` makes it."""
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig(CommonConfig):
+    """A timm network's: its name, timm.create_model's options, and the mean and std it normalizes images by."""
 
-    def __init__(self, network: nn.Module, taps: dict, features: dict, mean, std, *, pyramid: Mapping | None):
-        TimmTrunk.__init__(self, network, taps, features, mean, std)
-        self.fpn = None if pyramid is None else FPN(features, **pyramid)
+    timm: str
+    options: dict = field(default_factory=dict)
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+
+class TimmBackbone(Backbone, TimmTrunk):
+    """A timm network as a Backbone, with random weights unless `pretrained`; `from_timm` makes it.
+
+    Levels that `config` leaves out are all that the network has maps for. `source` goes to timm.create_model only.
+    """
+
+    config: TimmConfig
+
+    def __init__(self, config: TimmConfig, *, pretrained: bool = False, **source):
+        name = config.timm
+        if "checkpoint_path" in config.options:
+            raise UserError("give a file as pretrained_cfg_overlay={'file': ..} with pretrained=True")
+        probe, options = _features_of(name, config.options)  # to see which maps there are
+        taps, features = _levels_of(name, probe.feature_info.info)
+        default = [p for p in DEFAULT_PYRAMID if p[1] >= min(features)[1]] if config.fpn else list(features)
+        config = replace(config, levels=config.levels or default, options=options)
+        for level in config.trunk_levels:
+            one_of("level", level, features, f" ({name} gives these; a pyramid needs all from its finest to c5)")
+        taps, features = ({level: of[level] for level in config.trunk_levels} for of in (taps, features))
+
+        outputs = {"out_indices": tuple(sorted(set(taps.values())))}
+        network, _ = _features_of(name, {**options, **outputs, **source}, pretrained=pretrained)
+        if config.norm == "FrozenBN":
+            network = freeze_batch_norm_2d(network)
+        if config.frozen_through is not None:
+            _freeze(name, network, config.frozen_through)
+        if pretrained:
+            given = network.pretrained_cfg
+            config = replace(config, mean=given.get("mean", MEAN), std=given.get("std", STD))
+        TimmTrunk.__init__(self, network, taps, features, config.mean, config.std)
+        self.config = config
+        self.fpn = FPN(features, **config.pyramid()) if config.fpn else None
+        self.weights_source = f"timm:{name}" if pretrained else None
 
     @property
     def features(self) -> dict[str, Feature]:
@@ -100,62 +139,30 @@ def from_timm(
         there are maps for them.
     pretrained: with the weights that timm has for `name`, tag included ("vgg16.tv_in1k").
     norm: "BN" or "FrozenBN", for the batch norms there are. Default: FrozenBN with weights, BN without.
-    frozen_through: None and "none" freeze no part; "stem", "c2" .. "c5" all up to that map (for VGG, "stem" is what
-        Ren et al. 2015 froze: conv1 and conv2). For networks that timm runs part after part.
+    frozen_through: None freezes no part; "stem", "c2" .. "c5" all up to that map (for VGG, "stem" is what Ren et al.
+        2015 froze: conv1 and conv2). For networks that timm runs part after part.
     fpn_channels, fpn_norm, p6_from: of the pyramid, as in `build_resnet_backbone`.
     options: timm.create_model's (output_stride, img_size, patch_size, pretrained_cfg_overlay, ..).
 
-    Raises ValueError for a name, level or option that there is not, and for weights that cannot be had. A network of
-    fixed input size that timm cannot lift (Hiera, MaxViT, MLP-Mixer) takes only that size (`img_size`, if it has it).
+    Raises ValueError for an unknown name, level or option, and for weights that cannot be loaded. A network of fixed
+    input size that timm cannot lift (Hiera, MaxViT, MLP-Mixer) takes only that size (`img_size`, if it has it).
     """
     one_of("norm", norm, (None, "BN", "FrozenBN"))
-    one_of("part to freeze through", frozen_through, (None, *FREEZABLE))
-    if not pretrained and (norm == "FrozenBN" or fpn_norm == "FrozenBN" or frozen_through not in (None, "none")):
-        raise UserError(f"from_timm({name!r}) without pretrained=True has random weights, and is not to be frozen")
     source = {key: options.pop(key) for key in SOURCE_OPTIONS if key in options}
-    config = {
-        "timm": name,
-        "levels": None if levels is None else sorted_levels(levels, PYRAMID_LEVELS if fpn else TRUNK_LEVELS),
-        "fpn": fpn,
-        "norm": norm or ("FrozenBN" if pretrained else "BN"),
-        "frozen_through": frozen_through or "none",
-        "fpn_channels": fpn_channels,
-        "fpn_norm": fpn_norm,
-        "p6_from": p6_from,
-        "options": options,
-    }
-    return timm_backbone_from_config(config, pretrained=pretrained, **source)
-
-
-def timm_backbone_from_config(config: Mapping, *, pretrained: bool = False, **source) -> TimmBackbone:
-    """The backbone that `config`, a TimmBackbone's own, describes; with random weights, unless `pretrained`."""
-    name, fpn, levels, options = config["timm"], config["fpn"], config["levels"], config["options"]
-    if "checkpoint_path" in options:
-        raise UserError("give a file as pretrained=True, pretrained_cfg_overlay={'file': ..}, not as checkpoint_path")
-    probe, options = _features_of(name, options)  # to see which maps there are
-    taps, features = _levels_of(name, probe.feature_info.info)
-    if levels is None:
-        levels = [p for p in DEFAULT_PYRAMID if p[1] >= min(features)[1]] if fpn else list(features)
-    trunk_levels = trunk_levels_for(levels) if fpn else levels
-    for level in trunk_levels:
-        one_of("level", level, features, f" ({name} gives these; a pyramid needs all from its finest to c5)")
-    taps, features = ({level: of[level] for level in trunk_levels} for of in (taps, features))
-
-    outputs = {"out_indices": tuple(sorted(set(taps.values())))}
-    network, _ = _features_of(name, {**options, **outputs, **source}, pretrained=pretrained)
-    if config["norm"] == "FrozenBN":
-        network = freeze_batch_norm_2d(network)
-    if config["frozen_through"] != "none":
-        _freeze(name, network, config["frozen_through"])
-    given = network.pretrained_cfg if pretrained else {}
-    mean, std = (list(config.get(key) or given.get(key, ours)) for key, ours in (("mean", MEAN), ("std", STD)))
-
-    pyramid = {"channels": config["fpn_channels"], "norm": config["fpn_norm"], "p6_from": config["p6_from"]}
-    pyramid = {**pyramid, "levels": levels} if fpn else None
-    backbone = TimmBackbone(network, taps, features, mean, std, pyramid=pyramid)
-    backbone.config = {**config, "levels": levels, "options": options, "mean": mean, "std": std}
-    backbone.weights_source = f"timm:{name}" if pretrained else None
-    return backbone
+    config = TimmConfig(
+        timm=name,
+        levels=() if levels is None else ordered_levels(levels, fpn=fpn),
+        fpn=fpn,
+        norm=norm or ("FrozenBN" if pretrained else "BN"),
+        frozen_through=frozen_through,
+        fpn_channels=fpn_channels,
+        fpn_norm=fpn_norm,
+        p6_from=p6_from,
+        options=options,
+    )
+    if not pretrained and ("FrozenBN" in (config.norm, fpn_norm) or config.frozen_through is not None):
+        raise UserError(f"from_timm({name!r}) without pretrained=True would freeze random weights")
+    return TimmBackbone(config, pretrained=pretrained, **source)
 
 
 def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tuple[nn.Module, dict]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from resbackbone.adapters.from_timm import TimmBackbone, from_timm
 from resbackbone.checks import UserError, one_of
 from resbackbone.classifier import ResNetClassifier
+from resbackbone.config import BackboneConfig
 from resbackbone.resnet import DEPTHS, STAGES, TRUNK_LEVELS, ResNet
 
 TRUNK_ARGUMENTS = ("norm", "eps", "shortcut", "stride_in_1x1", "groups", "width_per_group")
@@ -32,7 +33,7 @@ class TimmFeatures(ResNet):
         indices = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices
         self.out_indices = sorted({one_of("out index", i, range(-5, 5)) % 5 for i in indices})
         levels = [level for i, level in enumerate(TRUNK_LEVELS, 1) if i in self.out_indices]
-        super().__init__(depth, levels=levels or ("c2",), **_trunk_arguments(depth, arguments))
+        super().__init__(**_config(depth, arguments, levels=levels or ["c2"]).trunk())
         info = [{"num_chs": 64, "reduction": 2, "module": "bn1"}]
         for level, (channels, stride) in self.stage_features.items():
             info.append({"num_chs": channels, "reduction": stride, "module": STAGES[level]})
@@ -53,7 +54,7 @@ class TimmClassifier(ResNetClassifier):
     set_grad_checkpointing = TimmFeatures.set_grad_checkpointing
 
     def __init__(self, depth: int, num_classes: int = 1000, global_pool: str = "avg", **arguments):
-        super().__init__(depth, **_trunk_arguments(depth, arguments))
+        super().__init__(_config(depth, arguments))
         self.num_features = self.head_hidden_size = self.features["c5"].channels
         self.reset_classifier(num_classes, global_pool)
 
@@ -80,8 +81,8 @@ class TimmClassifier(ResNetClassifier):
         return self.forward_head(self.forward_features(images))
 
 
-def _trunk_arguments(depth: int, given: Mapping) -> dict:
-    """timm's arguments by our names. What asks for nothing (drop_rate=0.0) passes, what we do not do is refused."""
+def _config(depth: int, given: Mapping, **more) -> BackboneConfig:
+    """timm's arguments as ours. What asks for nothing (drop_rate=0.0) passes, what we do not do is refused."""
     trunk = dict(given)
     trunk["in_channels"] = trunk.pop("in_chans", 3)
     trunk["dilate_c5"] = DILATE_C5[one_of("output_stride", trunk.pop("output_stride", 32), DILATE_C5)]
@@ -91,7 +92,7 @@ def _trunk_arguments(depth: int, given: Mapping) -> dict:
                 f"resbackbone_{depth} does not take {name}={given[name]!r}; it takes num_classes, in_chans, "
                 f"global_pool, output_stride, features_only, out_indices, {', '.join(TRUNK_ARGUMENTS)}"
             )
-    return trunk
+    return BackboneConfig(depth=depth, **trunk, **more)
 
 
 def _create(depth: int, pretrained: bool = False, features_only: bool = False, **arguments) -> nn.Module:

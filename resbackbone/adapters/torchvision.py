@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from resbackbone.backbone import Backbone
 from resbackbone.checks import one_of
 
-FROZEN_THROUGH = {5: "none", 4: "stem", 3: "c2", 2: "c3", 1: "c4", 0: "c5"}  # by torchvision's trainable_layers
+FROZEN_THROUGH = {5: None, 4: "stem", 3: "c2", 2: "c3", 1: "c4", 0: "c5"}  # by torchvision's trainable_layers
 
 
-def frozen_through(trainable_layers: int) -> str:
+def frozen_through(trainable_layers: int) -> str | None:
     """torchvision's `trainable_layers`, 0..5 counted from the top, as the `frozen_through` of the same choice."""
     return FROZEN_THROUGH[one_of("trainable_layers", trainable_layers, FROZEN_THROUGH)]
 

@@ -5,8 +5,9 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedM
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
-from resbackbone.backbone import ResNetBackbone, backbone_from_config, build_resnet_backbone
+from resbackbone.backbone import ResNetBackbone
 from resbackbone.checks import UserError
+from resbackbone.config import BackboneConfig
 from resbackbone.resnet import TRUNK_LEVELS
 
 STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]  # c1 .. c5
@@ -43,8 +44,7 @@ class ResBackboneModel(BackboneMixin, PreTrainedModel):
 
     def __init__(self, config: ResBackboneConfig):
         super().__init__(config)
-        defaults = build_resnet_backbone(config.depth).config
-        self.backbone = backbone_from_config({**defaults, **(config.trunk or {})})
+        self.backbone = ResNetBackbone(BackboneConfig.from_json({"depth": config.depth, **(config.trunk or {})}))
         self.num_features = [64, *(feature.channels for feature in self.backbone.features.values())]
         self.post_init()
 
@@ -53,8 +53,8 @@ class ResBackboneModel(BackboneMixin, PreTrainedModel):
         """As transformers has it; what was frozen is frozen again, for a parameter that it loads is a trainable one."""
         loaded = super().from_pretrained(*arguments, **options)
         backbone = (loaded[0] if isinstance(loaded, tuple) else loaded).backbone
-        if backbone.config["frozen_through"] != "none":
-            backbone.freeze(backbone.config["frozen_through"])
+        if backbone.config.frozen_through is not None:
+            backbone.freeze(backbone.config.frozen_through)
         return loaded
 
     def _init_weights(self, module: nn.Module) -> None:  # for what a file does not hold, as ResNet does it
@@ -87,8 +87,8 @@ def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = N
     """
     if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None or tuple(backbone.levels) != TRUNK_LEVELS:
         raise UserError("transformers takes the four stages of a ResNet: build the backbone with fpn=False, c2 to c5")
-    trunk = {name: value for name, value in backbone.config.items() if name != "depth"}
-    config = ResBackboneConfig(depth=backbone.config["depth"], trunk=trunk, out_features=out_features)
+    trunk = backbone.config.to_json()
+    config = ResBackboneConfig(depth=trunk.pop("depth"), trunk=trunk, out_features=out_features)
     model = ResBackboneModel(config)
     model.backbone.load_state_dict(backbone.state_dict())
     return model

@@ -2,7 +2,7 @@
 
 from resbackbone.weights.file import write_weights
 from resbackbone.weights.inputs import INPUT, MEAN, STD
-from resbackbone.weights.read import Weights, read_weights
+from resbackbone.weights.read import Weights, WeightSource, read_weights
 from resbackbone.weights.write import write_as
 from resbackbone.weights.zoo import NamedWeights, list_sources
 
@@ -11,6 +11,7 @@ __all__ = [
     "MEAN",
     "STD",
     "NamedWeights",
+    "WeightSource",
     "Weights",
     "list_sources",
     "read_weights",

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
+from resbackbone.config import ARCHITECTURE, BackboneConfig
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.read import Weights
 
@@ -75,16 +77,7 @@ def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-DEFAULTS = {  # of what makes a trunk; the depth has none
-    "shortcut": "B",
-    "stride_in_1x1": False,
-    "groups": 1,
-    "width_per_group": 64,
-    "in_channels": 3,
-    "eps": 1e-5,
-    "norm": "BN",
-}
-ARCHITECTURE = ("depth", *DEFAULTS)
+DEFAULTS = {field.name: field.default for field in fields(BackboneConfig) if field.name in ARCHITECTURE[1:]}
 
 
 def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any]:
@@ -97,8 +90,10 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     if weights is None:
         one_of("depth", asked.get("depth"), DEPTHS)
         return {name: {**DEFAULTS, **asked}[name] for name in ARCHITECTURE}
-    told = {**weights.metadata.get("backbone", {}), **architecture_of(backbone_part(weights.state))}
-    told = {name: told[name] for name in ARCHITECTURE if name in told}
+    stated = weights.metadata.get("backbone", {})
+    stated = {name: stated[name] for name in ARCHITECTURE if name in stated}
+    BackboneConfig.from_json({"depth": 50, **stated}, weights.source)
+    told = {**stated, **architecture_of(backbone_part(weights.state))}
     for name, value in asked.items():
         if name in told and (_family(told[name]) != _family(value) if name == "norm" else told[name] != value):
             raise UserError(f"weights from {weights.source} are for {name}={told[name]}, asked was {name}={value}")
@@ -112,6 +107,20 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
             "of one of these"
         )
     return {name: settled[name] for name in ARCHITECTURE}
+
+
+def resolve_pyramid(weights: Weights | None, **asked: Any) -> dict[str, Any]:
+    """The pyramid's fields of a BackboneConfig: what is asked, else what the weights say; nothing about the others.
+
+    An argument of None is not asked.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if weights is None:
+        return asked
+    stated = weights.metadata.get("backbone", {})
+    told = {name: stated.get(name, value) for name, value in pyramid_of(backbone_part(weights.state)).items()}
+    relu = stated.get("relu_before_p7", weights.assumed.get("relu_before_p7", True))
+    return {"relu_before_p7": relu, **told, **asked}
 
 
 def _family(norm: str) -> str:

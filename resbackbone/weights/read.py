@@ -64,8 +64,11 @@ class Weights:
             _log.warning("weights from %s have %s and say no more: taken for %s", self.source, title, ", ".join(said))
 
 
+WeightSource = str | os.PathLike | Mapping[str, Tensor] | Weights  # what `read_weights` takes
+
+
 def read_weights(
-    source: str | os.PathLike | Mapping[str, Tensor],
+    source: WeightSource,
     *,
     entry: str | None = None,
     given_input: Mapping | None = None,
@@ -73,13 +76,15 @@ def read_weights(
     """Read weights of any known format (`formats.FORMATS`) and turn them into ours: RGB 0..1, ImageNet mean and std.
 
     source: a file (safetensors, or of PyTorch's or Caffe2's kind: told by its content), a folder of transformers with
-        config.json, a named source or URL (`sources.locate`), or a state dict.
+        config.json, a named source or URL (`sources.locate`), a state dict, or what this function returned before.
     entry: which part of a checkpoint to take, where it holds several ("model", "model_ema").
     given_input: the input the weights were made for, in the layout of `inputs.INPUT`, where the file does not say.
 
     No file can run code (`pickles`). Raises ValueError, with a sentence, for what is not there, not readable, not of
     floating point numbers, or made for an input that cannot be converted exactly.
     """
+    if isinstance(source, Weights):
+        return source
     if isinstance(source, Mapping):
         weights = Weights(dict(source), {}, "the given state dict", is_file=False)
     else:

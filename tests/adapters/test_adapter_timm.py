@@ -12,7 +12,7 @@ from torch import nn
 import resbackbone.adapters.timm as adapter
 from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
 from resbackbone import Feature, build_resnet_backbone
-from resbackbone.adapters.from_timm import from_timm, timm_backbone_from_config
+from resbackbone.adapters.from_timm import TimmBackbone, from_timm
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import MEAN, STD
 
@@ -255,7 +255,7 @@ def test_pretrained_norms_are_frozen_by_default_and_stay_so(pretrained):
     x = images(64, 96)
     with torch.no_grad():
         assert_equal([backbone(x)["c5"]], [network.forward_features(x)])
-    assert "pretrained_cfg_overlay" not in backbone.config["options"]
+    assert "pretrained_cfg_overlay" not in backbone.config.options
     assert from_timm("resnet10t", norm="BN", **source).summary().startswith("frozen BN 0, trainable BN 14")
 
 
@@ -296,7 +296,7 @@ def test_another_input_than_ours_is_met_exactly(pretrained):
     with torch.no_grad():
         expected = network.forward_features(theirs)
         assert_equal([backbone(ours)["c5"]], [expected])
-        again = timm_backbone_from_config(backbone.config).eval()  # as a file's metadata describe it
+        again = TimmBackbone(backbone.config).eval()  # as a file's metadata describe it
         again.load_state_dict(backbone.state_dict())
         assert_equal([again(ours)["c5"]], [expected])
 

@@ -5,14 +5,9 @@ from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
 from torchvision.models.detection.image_list import ImageList
 
+from detection.config import BACKBONE_OF
 from detection.data import open_split
-from detection.faster_rcnn import (
-    BACKBONE_OF,
-    build_faster_rcnn,
-    detector_file,
-    load_detector,
-    save_detector,
-)
+from detection.faster_rcnn import build_faster_rcnn, detector_file, load_detector, save_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.engine.checkpoints import save_checkpoint
 

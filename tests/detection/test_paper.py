@@ -9,15 +9,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from detection import paper
+from detection.config import BACKBONE_OF
 from detection.data import open_split
 from detection.evaluate import evaluate
-from detection.faster_rcnn import (
-    BACKBONE_OF,
-    build_faster_rcnn,
-    load_detector,
-    prepare_for_detection,
-    save_detector,
-)
+from detection.faster_rcnn import build_faster_rcnn, load_detector, prepare_for_detection, save_detector
 from detection.paper import ImprovedTesting, VGGHead, build_vgg16_backbone, load_vgg16, select_and_vote, vote
 from detection.recipes import RECIPES
 from detection.scoring import entries
@@ -473,8 +468,8 @@ def test_the_papers_resnet_trains_from_weights_with_its_norms_alone_frozen(name,
     detector = trained(shapes, tmp_path / "run", "--recipe", name, "--weights", tmp_path / "r18.safetensors")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["variant"], config["recipe"]) == ("c4", name)
-    assert detector.config["detector"]["global_context"] == ("context" in name)
-    assert (detector.config["backbone"]["norm"], detector.config["backbone"]["frozen_through"]) == ("FrozenBN", "none")
+    assert detector.config.global_context == ("context" in name)
+    assert (detector.backbone.config.norm, detector.backbone.config.frozen_through) == ("FrozenBN", None)
     assert not torch.equal(detector.backbone.conv1.weight, weights["conv1.weight"])
     assert torch.equal(detector.backbone.bn1.weight, weights["bn1.weight"])
 
@@ -501,7 +496,7 @@ def test_the_papers_vgg16_trains_from_weights_and_resumes_to_the_same_bits(small
 def test_vgg16_trains_from_scratch_and_refuses_what_it_has_not_got(small_recipes, shapes, tmp_path):
     argv = ["--recipe", "paper-vgg16-c5"]
     detector = trained(shapes, tmp_path / "run", *argv, steps=1)
-    assert detector.config["backbone"]["frozen_through"] == "none"
+    assert detector.backbone.config.frozen_through is None
 
     def refusal(*more):
         return error_of(lambda: trained(shapes, tmp_path / "other", *argv, *more))

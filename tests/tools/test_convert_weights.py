@@ -234,7 +234,7 @@ def test_a_part_of_a_detector_is_a_backbone_or_a_trunk(detector, capsys):
     assert "resnet18, trunk, " in said_by(capsys, "model.safetensors", "trunk.safetensors", "--part", "trunk")
     trunk = {key: value for key, value in whole.items() if not key.startswith("fpn.")}
     assert_same_tensors(read_weights("trunk.safetensors").state, trunk)
-    assert build_resnet_backbone(weights="trunk.safetensors").config["depth"] == 18
+    assert build_resnet_backbone(weights="trunk.safetensors").config.depth == 18
     error_of("model.safetensors", "trunk", "--to", "transformers")
 
 
@@ -391,14 +391,16 @@ def test_a_damaged_or_malicious_file_is_refused_and_runs_nothing(classifier):
 
 @pytest.mark.parametrize("metadata", [{"detector": {}}, {"detector": {"variant": "fpn"}}])
 def test_a_detector_whose_description_is_broken_is_one_line(detector, metadata):
-    write_weights("bad.safetensors", detector.state_dict(), {**detector.config, **metadata})
+    write_weights(
+        "bad.safetensors", detector.state_dict(), {"backbone": detector.backbone.config.to_json(), **metadata}
+    )
     said = error_of("bad.safetensors", "x.safetensors")
-    assert "bad.safetensors describes a network this version cannot build" in said
+    assert "bad.safetensors describes a detector this version cannot build" in said
 
 
 def test_metadata_of_a_strange_kind_is_one_line(classifier):
     write_weights("bad.safetensors", classifier, {"backbone": {"eps": "small"}})
-    assert "bad.safetensors describes a network this version" in error_of("bad.safetensors", "x.safetensors")
+    assert "bad.safetensors describes a backbone this version" in error_of("bad.safetensors", "x.safetensors")
 
 
 def test_wrong_arguments_are_one_line_that_names_them(classifier):

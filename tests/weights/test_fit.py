@@ -5,8 +5,8 @@ import torch
 import torchvision
 from torch import nn
 
-from resbackbone import build_resnet_backbone
-from resbackbone.resnet import DEPTHS, ResNet
+from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone
+from resbackbone.resnet import DEPTHS
 from resbackbone.weights import Weights
 from resbackbone.weights.fit import architecture_of, backbone_part, fit, pyramid_of, resolve_architecture
 
@@ -15,7 +15,7 @@ IN_TORCHVISION = [depth for depth in DEPTHS if hasattr(torchvision.models, f"res
 
 def state_of(depth, **options):
     with torch.device("meta"):
-        return ResNet(depth, **options).state_dict()
+        return ResNetBackbone(BackboneConfig(depth=depth, **options)).state_dict()
 
 
 @pytest.mark.parametrize("depth", IN_TORCHVISION)
@@ -149,7 +149,11 @@ def test_a_fresh_part_may_be_absent_as_a_whole_and_keeps_its_values_but_not_in_p
 @pytest.mark.parametrize("given, taken", [(True, False), (False, True), (True, True)])
 def test_a_batch_counter_may_be_missing_on_either_side(given, taken):
     module = nn.ModuleDict(
-        {"bn": nn.BatchNorm1d(2, track_running_stats=True) if taken else ResNet(18, norm="FrozenBN")}
+        {
+            "bn": nn.BatchNorm1d(2, track_running_stats=True)
+            if taken
+            else ResNetBackbone(BackboneConfig(depth=18, norm="FrozenBN"))
+        }
     )
     state = {name: value + 1 for name, value in module.state_dict().items() if "num_batches" not in name}
     if given:

@@ -148,8 +148,8 @@ def test_msras_pickles_are_read_as_bgr_with_the_stride_in_the_1x1(tmp_path, resn
     assert set(weights.left_out) == {"conv1_w_momentum", "lr", "weight_order"} and not weights.unknown
     assert torch.equal(weights.state["conv1.weight"], for_canonical_input(resnet50["conv1.weight"], BGR_255))
     assert weights.metadata["input"] == INPUT
-    assert build_resnet_backbone(weights=path).config["stride_in_1x1"] is True
-    assert build_resnet_backbone(weights=path, stride_in_1x1=False).config["stride_in_1x1"] is False
+    assert build_resnet_backbone(weights=path).config.stride_in_1x1 is True
+    assert build_resnet_backbone(weights=path, stride_in_1x1=False).config.stride_in_1x1 is False
 
 
 def test_what_is_assumed_is_said_in_one_line(tmp_path, resnet50, caplog):
@@ -290,7 +290,7 @@ def retinanet_of_mmdetection(config=""):
 def test_mmdetections_p7_has_no_relu_before_it_unless_its_config_says_so(tmp_path, config, relu):
     torch.save(retinanet_of_mmdetection(config), tmp_path / "retinanet.pth")
     backbone = build_resnet_backbone(weights=tmp_path / "retinanet.pth", fpn=True).eval()
-    assert backbone.config["relu_before_p7"] is relu
+    assert backbone.config.relu_before_p7 is relu
     maps = backbone(torch.rand(1, 3, 65, 97))
     p6 = maps["p6"].relu() if relu else maps["p6"]
     assert torch.equal(maps["p7"], backbone.fpn.extra_blocks["p7"](p6)) and (maps["p6"] < 0).any()
@@ -299,4 +299,4 @@ def test_mmdetections_p7_has_no_relu_before_it_unless_its_config_says_so(tmp_pat
 @pytest.mark.parametrize("name, eps", [("fasterrcnn_resnet50_fpn_coco-258fb6c6.pth", 0.0), ("mine.pth", 1e-5)])
 def test_a_file_with_the_name_of_one_of_torchvisions_without_eps_has_none(tmp_path, resnet50, name, eps):
     torch.save({f"backbone.body.{key}": value for key, value in resnet50.items() if key[:3] != "fc."}, tmp_path / name)
-    assert build_resnet_backbone(weights=tmp_path / name, levels=["c2"]).config["eps"] == eps
+    assert build_resnet_backbone(weights=tmp_path / name, levels=["c2"]).config.eps == eps

@@ -105,17 +105,17 @@ def test_a_network_that_a_format_has_not_got_is_refused(format, options, message
 def test_a_pyramid_without_relu_before_p7_goes_only_where_there_is_one(format, tmp_path):
     options = {"fpn": True, "fpn_channels": 8, "levels": ["p3", "p7"], "relu_before_p7": False}
     backbone = build_resnet_backbone(18, **options)
-    weights = weights_of(backbone, backbone=backbone.config)
+    weights = weights_of(backbone, backbone=backbone.config.to_json())
     with pytest.raises(ValueError, match=f"relu_before_p7=False: {format}'s pyramids have a ReLU"):
         write_as(tmp_path / "out.pth", weights, format)
     write_as(tmp_path / "out.pth", weights, "mmdetection")
-    assert build_resnet_backbone(weights=tmp_path / "out.pth", fpn=True).config["relu_before_p7"] is False
+    assert build_resnet_backbone(weights=tmp_path / "out.pth", fpn=True).config.relu_before_p7 is False
 
 
 def test_a_pyramid_with_relu_before_p7_says_so_in_mmdetections_file(tmp_path):
     backbone = build_resnet_backbone(18, fpn=True, fpn_channels=8, levels=["p3", "p7"])
     write_as(tmp_path / "out.pth", Weights(backbone.state_dict(), {}, "a model", format="torchvision"), "mmdetection")
-    assert build_resnet_backbone(weights=tmp_path / "out.pth", fpn=True).config["relu_before_p7"] is True
+    assert build_resnet_backbone(weights=tmp_path / "out.pth", fpn=True).config.relu_before_p7 is True
 
 
 @pytest.mark.parametrize(

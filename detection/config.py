@@ -1,0 +1,88 @@
+"""DetectorConfig: what makes a Faster R-CNN beside its backbone and its weights."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from resbackbone.checks import UserError, one_of
+from resbackbone.config import Config
+
+BACKBONE_OF: dict[str, dict] = {  # what each variant asks of `build_resnet_backbone`
+    "fpn": {"fpn": True},
+    "c4": {"levels": ("c4", "c5")},
+    "dc5": {"levels": ("c5",), "dilate_c5": True},
+}
+VARIANTS = (*BACKBONE_OF, "vgg16")
+GEOMETRIES = ("torchvision", "detectron2")
+# What the weights of a detector's trunk, RPN and box head were trained for.
+SHAPE = ("variant", "anchor_scale", "anchor_sides", "representation_size", "geometry", "global_context")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(Config):
+    """The settings of a Faster R-CNN (Ren et al. 2015).
+
+    num_classes: real categories, without background; a target's labels are 1..num_classes.
+    categories: the data set's (category id, name) in the order of the labels; default (1, "class 1"), ..
+    variant: "fpn" (Lin et al. 2017, Sec. 4), over p2..; "c4", the ResNet paper's own detector (appendix A): RPN on c4,
+        RoI features through stage 5; "dc5", on a c5 of stride 16; "vgg16", the paper's baseline, over
+        `detection.paper.build_vgg16_backbone()` or `from_timm("vgg16", levels=["c4"])`: RPN on c4, RoI features
+        through fc6 and fc7, which `detection.paper.load_vgg16` fills.
+    min_size, max_size: pixels of the shorter and at most of the longer side, for images that come as they are.
+    resize_in_training: False where training images come resized already.
+    anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
+        to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
+    anchor_sides: the sides of a single map's anchors where they are others, at an anchor_scale of 8.
+    representation_size: width of the two fully connected layers of the fpn and dc5 (1024) and vgg16 heads (4096).
+    geometry: "torchvision": anchors on whole pixels at inferred strides, RoIAlign with 2 x 2 samples a bin;
+        "detectron2": anchors as they are, aligned RoIAlign with as many samples as cells, and single maps not padded
+        to their stride. Weights trained with one give about as good, but not the same, detections with the other.
+    global_context: every region's feature has its whole image's behind it (He et al. 2015, appendix B).
+    rpn_.., box_..: torchvision's thresholds and numbers of proposals, under its names and with its defaults.
+    """
+
+    kind: ClassVar[str] = "detector"
+    num_classes: int
+    categories: tuple[tuple[int, str], ...] = ()
+    variant: str = "fpn"
+    min_size: int = 800
+    max_size: int = 1333
+    resize_in_training: bool = True
+    anchor_scale: float = 8.0
+    anchor_sides: tuple[float, ...] | None = None
+    representation_size: int | None = None
+    geometry: str = "torchvision"
+    global_context: bool = False
+    rpn_pre_nms_top_n_train: int = 2000
+    rpn_pre_nms_top_n_test: int = 1000
+    rpn_post_nms_top_n_train: int = 2000
+    rpn_post_nms_top_n_test: int = 1000
+    rpn_nms_thresh: float = 0.7
+    rpn_fg_iou_thresh: float = 0.7
+    rpn_bg_iou_thresh: float = 0.3
+    rpn_batch_size_per_image: int = 256
+    rpn_positive_fraction: float = 0.5
+    rpn_score_thresh: float = 0.0
+    box_score_thresh: float = 0.05
+    box_nms_thresh: float = 0.5
+    box_detections_per_img: int = 100
+    box_fg_iou_thresh: float = 0.5
+    box_bg_iou_thresh: float = 0.5
+    box_batch_size_per_image: int = 512
+    box_positive_fraction: float = 0.25
+    bbox_reg_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self):
+        if type(self.num_classes) is not int or self.num_classes < 1:
+            raise UserError(f"num_classes is the number of real categories, at least 1, not {self.num_classes!r}")
+        if not self.categories:
+            names = tuple((label, f"class {label}") for label in range(1, self.num_classes + 1))
+            object.__setattr__(self, "categories", names)
+        if self.representation_size is None:
+            object.__setattr__(self, "representation_size", 4096 if self.variant == "vgg16" else 1024)
+        super().__post_init__()
+        one_of("variant", self.variant, VARIANTS)
+        one_of("geometry", self.geometry, GEOMETRIES)
+        if len(dict(self.categories)) != self.num_classes:
+            raise UserError(f"num_classes is {self.num_classes}, but there are {len(self.categories)} categories")
+        if self.anchor_sides is not None and self.variant == "fpn":
+            raise UserError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+
+from detection.config import DetectorConfig
+from resbackbone import BackboneConfig, build_resnet_backbone, build_resnet_classifier
+from resbackbone.cifar import build_cifar_resnet
+from resbackbone.weights import read_weights
+
+# What files said before configs had a version, the oldest of them without relu_before_p7.
+OLD_BACKBONE = {
+    "depth": 50,
+    "shortcut": "B",
+    "stride_in_1x1": True,
+    "groups": 1,
+    "width_per_group": 64,
+    "in_channels": 3,
+    "eps": 1e-05,
+    "norm": "FrozenBN",
+    "levels": ["p2", "p3", "p4", "p5", "p6"],
+    "fpn_channels": 256,
+    "fpn_norm": None,
+    "p6_from": "c5",
+    "fpn": True,
+    "frozen_through": "none",
+    "dilate_c5": False,
+    "zero_init_residual": False,
+    "checkpoint_activations": False,
+}
+OLD_DETECTOR = {
+    "num_classes": 2,
+    "variant": "c4",
+    "categories": [[3, "cat"], [7, "dog"]],
+    "min_size": 600,
+    "max_size": 1000,
+    "resize_in_training": False,
+    "anchor_scale": 8.0,
+    "anchor_sides": [64, 128, 256, 512],
+    "representation_size": 1024,
+    "rpn_post_nms_top_n_test": 300,
+}
+
+
+def test_settings_of_older_files_are_read():
+    expected = BackboneConfig(depth=50, fpn=True, norm="FrozenBN", stride_in_1x1=True)
+    for written in (OLD_BACKBONE, {**OLD_BACKBONE, "relu_before_p7": True}):
+        assert BackboneConfig.from_json(written) == expected and expected.frozen_through is None
+    detector = DetectorConfig.from_json(OLD_DETECTOR)
+    assert detector.categories == ((3, "cat"), (7, "dog")) and detector.anchor_sides == (64, 128, 256, 512)
+    assert detector.rpn_post_nms_top_n_test == 300 and detector.geometry == "torchvision"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BackboneConfig(depth=18),
+        BackboneConfig(depth=50, fpn=True, levels=["p7", "p3"], groups=32, width_per_group=4, eps=0),
+        DetectorConfig(num_classes=2, variant="vgg16", anchor_sides=[32, 64]),
+    ],
+)
+def test_what_goes_to_json_comes_back_equal(config):
+    assert type(config).from_json(json.loads(json.dumps(config.to_json()))) == config
+    assert hash(config) == hash(type(config).from_json(config.to_json()))
+
+
+@pytest.mark.parametrize(
+    "kind, written, message",
+    [
+        (DetectorConfig, {"foo": 1}, r"unknown detector setting 'foo' \(written by a newer version\?\)"),
+        (BackboneConfig, {"foo": 1}, r"unknown backbone setting 'foo' \(written by a newer version\?\)"),
+        (BackboneConfig, {"version": 2}, "backbone settings of version 2: this release reads version 1 and older"),
+        (BackboneConfig, {"depth": "50"}, "backbone setting depth must be int, not '50'"),
+        (BackboneConfig, {"fpn": 1}, "backbone setting fpn must be bool, not 1"),
+        (BackboneConfig, {"levels": "c5"}, "backbone setting levels must be tuple.*, not 'c5'"),
+        (BackboneConfig, {"frozen_through": "c6"}, "unknown part to freeze through 'c6'"),
+        (DetectorConfig, {"variant": "yolo"}, "unknown variant 'yolo'"),
+        (DetectorConfig, {"categories": [["3", "cat"], [7, "dog"]]}, "detector setting categories must be"),
+        (DetectorConfig, {"box_score_thresh": None}, "detector setting box_score_thresh must be float, not None"),
+    ],
+)
+def test_a_setting_that_cannot_be_read_is_named(kind, written, message):
+    old = OLD_DETECTOR if kind is DetectorConfig else OLD_BACKBONE
+    with pytest.raises(ValueError, match=message):
+        kind.from_json({**old, **written})
+    with pytest.raises(ValueError, match="setting 'depth' is missing"):
+        BackboneConfig.from_json({"fpn": True})
+
+
+def test_every_network_takes_weights_that_were_read_before():
+    for build in (build_resnet_backbone, build_resnet_classifier):
+        state = build_resnet_classifier(18, num_classes=3).state_dict()
+        assert build(18, weights=read_weights(state)).config.depth == 18
+    state = build_cifar_resnet(20).state_dict()
+    assert build_cifar_resnet(weights=read_weights(state)).config["depth"] == 20
