@@ -111,31 +111,23 @@ def _figure(dataset: CocoImages, image: Tensor, target: dict, outcome: Outcome) 
     uri, _ = jpeg(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), side=SIDE, limit=PICTURE_LIMIT)
     scale = DRAWN / max(image.shape[1:])
     height, width = (round(side * scale, 1) for side in image.shape[1:])
-    categories, found = list(dataset.categories), outcome.found
-    labels = [categories.index(category) + 1 for category in found["category_id"].tolist()]
-    scores = [f" {score:.2f}" for score in found["score"].tolist()]
-    drawn = [
-        [
-            _box(xyxy * scale, width, label, dataset.class_names[label - 1], right, score)
-            for xyxy, label, right, score in list(zip(*rows, strict=True))[:MOST_BOXES]
-        ][::-1]  # the highest scores on top
-        for rows in (
-            (target["boxes"].numpy(), target["labels"].tolist(), outcome.seen, [""] * len(outcome.seen)),
-            (_corners(found["bbox"]), labels, outcome.right, scores),
+    found, names, ids = outcome.found, dataset.class_names, list(dataset.categories)
+    labels = [ids.index(category) + 1 for category in found["category_id"].tolist()]
+    truth_boxes = [
+        _box(xyxy * scale, width, label, names[label - 1], seen)
+        for xyxy, label, seen in zip(target["boxes"].numpy(), target["labels"].tolist(), outcome.seen, strict=True)
+    ]
+    found_boxes = [
+        _box(xyxy * scale, width, label, names[label - 1], right, f" {score:.2f}")
+        for xyxy, label, right, score in zip(
+            _corners(found["bbox"]), labels, outcome.right, found["score"].tolist(), strict=True
         )
     ]
-    most = max(len(found), len(outcome.seen))
-    caption = (
-        f"F1 {outcome.f1:.2f}: {outcome.right.sum()} right, {(~outcome.right).sum()} wrong, "
-        f"{(~outcome.seen).sum()} missed{f', {MOST_BOXES} boxes drawn of {most}' if most > MOST_BOXES else ''}. "
-        f"{short(dataset.path(outcome.image_index).name)}"
-    )
-    return macros("detection.html").figure(
-        outcome.image_index, uri, {"width": width, "height": height}, *drawn, caption
-    )
+    file, size = short(dataset.path(outcome.image_index).name), {"width": width, "height": height}
+    return macros("detection.html").figure(outcome, uri, size, truth_boxes, found_boxes, MOST_BOXES, file)
 
 
-def _box(xyxy: np.ndarray, width: float, label: int, name: str, right: bool, score: str) -> dict:
+def _box(xyxy: np.ndarray, width: float, label: int, name: str, right: bool, score: str = "") -> dict:
     """A box and its label, in the picture's units, as the template draws them."""
     x1, y1, x2, y2 = (round(float(value), 1) for value in xyxy)
     text = (name if len(name) <= 20 else name[:19] + "…") + score

@@ -74,6 +74,11 @@ def test_hostile_names_are_escaped_everywhere(name):
     assert escape(name) in html
 
 
+def test_no_template_turns_escaping_off():
+    templates = [path.read_text(encoding="utf-8") for path in page_module.TEMPLATES.glob("*.html")]
+    assert len(templates) > 3 and not [text for text in templates if re.search(r"\bsafe\b|autoescape", text)]
+
+
 @pytest.mark.parametrize("name", ["\x00\x1b[31m", "\udcff", "\ufffe", "a\x85b"])
 def test_control_characters_and_surrogates_are_replaced(name):
     html = everything(name)
