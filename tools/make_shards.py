@@ -1,4 +1,4 @@
-"""Write ImageNet's class folders as webdataset shards, training images re-encoded at a smaller size to be read faster.
+"""Write ImageNet's class folders as webdataset shards, with training images re-encoded smaller to be read faster.
 
 python tools/make_shards.py --data imagenet --output shards                         shorter side 320, JPEG quality 90
 python tools/make_shards.py --data imagenet --output shards --shorter-side 256
@@ -7,13 +7,12 @@ python tools/make_shards.py --index 'shards/train-{000000..000146}.tar'         
 
 then  python tools/pretrain.py --data 'shards/train-{000000..000320}.tar'
 
-What re-encoding costs in accuracy: nobody has published it for these settings, as far as is known here. FFCV, whose
-users do the same, states only that larger images give more accuracy; its ResNet-50 reaches 78.4% in 88 epochs from
-images of at most 500 pixels, half of them re-encoded at quality 90 (github.com/libffcv/ffcv-imagenet, README). Users
-report that a network loses accuracy when it is tested on re-encoded images, and when it is trained on these and tested
-on the original files (github.com/libffcv/ffcv, issues 364 and 352, without a cause found). So validation images are
-copied as they are here, and training images that are no larger than asked for too. Recipes that look closely, such as
-`paper` with its shorter sides of up to 480, see a 320 magnified.
+The cost of re-encoding in accuracy: we know of no published figure for these settings. FFCV, whose users do the same,
+states only that larger images give more accuracy; its ResNet-50 reaches 78.4% in 88 epochs on images of at most 500
+pixels, half of them re-encoded at quality 90 (github.com/libffcv/ffcv-imagenet, README). Users report losses when they
+test on re-encoded images, and when they train on these and test on the original files (github.com/libffcv/ffcv, issues
+364 and 352; no cause was found). So validation images are copied unchanged, and so are training images that are small
+enough. Recipes with larger images, such as `paper` with shorter sides of up to 480, enlarge an image of 320.
 """
 
 import hashlib
@@ -42,32 +41,32 @@ from resbackbone.image_io import BadImage
 
 @dataclass(frozen=True)
 class Options:
-    """Write class folders as webdataset shards, training images re-encoded at a smaller size."""
+    """Write class folders as webdataset shards, with training images re-encoded smaller."""
 
     data: Path | None = None
     """Folder with train/<class>/ and val/<class>/ (or test/<class>/), or one of the two."""
     output: Path | None = None
     """Folder for the shards, train-000000.tar and so on, and their indices, train.json and val.json."""
     shorter_side: int = 320
-    """Training images are resized to this many pixels if they are larger; 0 leaves files as they are."""
+    """Larger training images are resized to this many pixels; 0 copies all files unchanged."""
     quality: int = 90
-    """Of the JPEGs that are re-encoded, 1 to 95."""
+    """JPEG quality of re-encoded images, 1 to 95."""
     images_per_shard: int = 4000
-    """All of a shard is in memory while it is written."""
+    """A shard is built in memory before it is written."""
     seed: int = 0
-    """The order of the images is a function of it: classes are mixed, as a stream mixes only what is near."""
+    """Determines the order of the images: classes are shuffled here, since a stream shuffles only within a window."""
     workers: int = os.cpu_count() or 1
-    """Processes, a shard each."""
+    """Processes; each writes one shard at a time."""
     skip_bad_images: bool = False
-    """Go on without images that cannot be read; they are named and counted."""
+    """Leave out images that cannot be read; each is named with the reason."""
     index: str | None = None
-    """Write an index for shards that are there, 'path/train-{000000..000146}.tar', and nothing else."""
+    """Only write an index for existing shards, 'path/train-{000000..000146}.tar'."""
     quiet: bool = False
-    """Print warnings, errors and the result alone."""
+    """Print only warnings, errors and the result."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Folders -> shards and indices. Run the same command again to go on where it was stopped."""
+    """Folders -> shards and indices. Run the same command again to resume."""
     options = parse(Options, argv)
     if options.index is not None:
         write_index_of(options.index)
@@ -83,19 +82,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check(options: Options) -> None:
-    """ValueError for an option that is missing or out of range."""
+    """Raise UserError if an option is missing or out of range."""
     if options.data is None or options.output is None:
-        raise UserError("--data and --output are wanted, or --index")
+        raise UserError("give --data and --output, or --index")
     if not (split_folder(options.data, "train") or split_folder(options.data, "val")):
         raise UserError(f"--data {options.data}: no images; it should hold {LAYOUT}")
     ranges = {"shorter_side": (0, 65500), "quality": (1, 95), "images_per_shard": (1, 10**6), "workers": (1, 10**3)}
     for name, (low, high) in ranges.items():
         if not low <= (value := getattr(options, name)) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: {low} to {high} is wanted")
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be {low} to {high}")
 
 
 def write_split(images: Images, split: str, options: Options) -> None:
-    """The shards of a split that are not there yet, then its index; a shard is there whole or not at all."""
+    """Write the missing shards of a split, each whole or not at all, then the index."""
     side = options.shorter_side if split == "train" else 0
     settings = f"{images.fingerprint} {side} {options.quality} {options.images_per_shard} {options.seed}"
     made_of = hashlib.sha256(settings.encode()).hexdigest()
@@ -105,9 +104,9 @@ def write_split(images: Images, split: str, options: Options) -> None:
     entries = [options.output / f"{split}-{i:06d}.json" for i in range(len(parts))]
     for path in filter(Path.is_file, [index, *entries]):
         if json.loads(path.read_bytes()).get("made_of") != made_of:
-            raise UserError(f"{path} is of other images or settings; give another --output, or remove what is there")
+            raise UserError(f"{path} belongs to other images or settings; give another --output, or remove it")
     if index.is_file():
-        progress_console.print(f"{split}: {index} is there already")
+        progress_console.print(f"{split}: {index} already exists")
         return
     missing = [(part, entry) for part, entry in zip(parts, entries, strict=True) if not entry.is_file()]
     make = partial(make_shard, images, side=side, quality=options.quality, made_of=made_of)
@@ -130,7 +129,7 @@ def write_split(images: Images, split: str, options: Options) -> None:
 
 
 class Shards(Dataset):
-    """Shards to make: an item is made when it is asked for, so that a DataLoader's processes share the work."""
+    """Shards to make: getting an item makes it, so that a DataLoader's processes share the work."""
 
     def __init__(self, make: Callable[..., list[str]], shards: list[tuple[np.ndarray, Path]]):
         self.make, self.shards = make, shards
@@ -141,12 +140,12 @@ class Shards(Dataset):
     def __getitem__(self, i: int) -> list[str] | BadImage | OSError:
         try:
             return self.make(*self.shards[i])
-        except (BadImage, OSError) as error:  # given back, as a process's exception would lose its message
+        except (BadImage, OSError) as error:  # returned: an exception raised in a worker would lose its message
             return error
 
 
 def make_shard(images: Images, part: np.ndarray, entry: Path, *, side: int, quality: int, made_of: str) -> list[str]:
-    """Write one shard, then its entry of the index beside it; what is said of images that were skipped."""
+    """Write one shard, then its index entry beside it; return the messages of skipped images."""
     files, messages = [], []
     for i in part.tolist():
         try:
@@ -164,7 +163,7 @@ def make_shard(images: Images, part: np.ndarray, entry: Path, *, side: int, qual
 
 
 def encoded(images: Images, index: int, side: int, quality: int) -> bytes:
-    """The file of an image: a JPEG whose shorter side is `side`, or the one there is if it is no larger."""
+    """An image as a JPEG with a shorter side of `side`, or its original file if it is no larger."""
     image = images.read(index)
     shorter = min(image.size)
     if not side or shorter <= side:
@@ -180,7 +179,7 @@ def encoded(images: Images, index: int, side: int, quality: int) -> bytes:
 
 
 def write_index_of(pattern: str) -> None:
-    """The index of shards that are there already; its classes are named by their numbers."""
+    """Write the index of existing shards; classes are named by their numbers."""
     folder, name = Path(pattern).parent, Path(pattern).name
     paths = [folder / shard for shard in expand(name)]
     missing = [path for path in paths if not path.is_file()]

@@ -1,14 +1,14 @@
-"""Pascal VOC's XML annotations to COCO's JSON, which tools/train_coco.py trains on.
+"""Convert Pascal VOC's XML annotations to COCO's JSON, for tools/train_coco.py.
 
 python tools/voc_to_coco.py VOCdevkit/VOC2007 voc2007
-python tools/voc_to_coco.py VOCdevkit voc0712 --train trainval --val test         every year in it that has these lists
+python tools/voc_to_coco.py VOCdevkit voc0712 --train trainval --val test         all years that have these lists
 python tools/train_coco.py --data voc2007
 
-A box of VOC names the first and the last pixel in it, counted from 1; one of COCO is x, y, width and height from 0:
-xmin ymin xmax ymax become xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1. An object marked `difficult` becomes a
-crowd (iscrowd 1), the one thing that COCO's scorers pass over as VOC's does: it is not trained on, and a detection of
-it counts neither for nor against. Unlike VOC's scorer, COCO's lets several detections match a crowd. Images are
-hard links where the file system has them, else copies.
+VOC boxes name their first and last pixel, counted from 1; COCO boxes are x, y, width and height from 0: xmin ymin xmax
+ymax become xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1. Objects marked `difficult` become crowds (iscrowd 1),
+which COCO's scorer ignores as VOC's ignores difficult ones: they are not trained on, and detections of them count
+neither as right nor as wrong. Unlike VOC's scorer, COCO's lets several detections match a crowd. Images are hard links
+where the file system supports them, else copies.
 """
 
 import json
@@ -24,31 +24,30 @@ from xml.etree import ElementTree
 from resbackbone.cli.command import console, main_of, parse, progress_console, track
 
 import tyro
-from PIL import Image
 
 from resbackbone.atomic import folder_atomically
 from resbackbone.checks import UserError
-from resbackbone.image_io import SUFFIXES
+from resbackbone.image_io import SUFFIXES, image_size
 
 LAYOUT = "Annotations/, JPEGImages/ and ImageSets/Main/*.txt"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Turn Pascal VOC's XML annotations into COCO's JSON."""
+    """Convert Pascal VOC's XML annotations to COCO's JSON."""
 
     root: tyro.conf.Positional[Path]
     """Folder with Annotations/, JPEGImages/ and ImageSets/Main/*.txt (VOC2007), or with several such (VOCdevkit)."""
     output: tyro.conf.Positional[Path]
-    """Folder to make: annotations/instances_{train,val}.json, train/ and val/."""
+    """New folder to write: annotations/instances_{train,val}.json, train/ and val/."""
     train: str = "train"
-    """The list in ImageSets/Main to train on. Where there are no lists at all, every annotated image is."""
+    """The list in ImageSets/Main to train on. Without any lists, all annotated images are used."""
     val: str = "val"
-    """The list to validate on. Where it is not there, train_coco.py holds out a tenth of the training images."""
+    """The list to validate on. Without it, train_coco.py holds out a tenth of the training images."""
     skip_bad_files: bool = False
-    """Go on without annotations and images that cannot be used; they are named."""
+    """Leave out annotations and images that cannot be used; each is named with the reason."""
     quiet: bool = False
-    """Print warnings, errors and where the result is alone."""
+    """Print only warnings, errors and the path of the result."""
 
 
 class Box(NamedTuple):
@@ -69,10 +68,10 @@ class Annotated(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Every list of images -> its instances file and a folder of its images, all at once or not at all."""
+    """Lists of images -> an instances file and a folder of images for each; all is written, or nothing."""
     options = parse(Options, argv)
     if options.output.exists():
-        raise UserError(f"{options.output} is there already; give a folder that is not")
+        raise UserError(f"{options.output} already exists; give a new folder")
     below = sorted(options.root.glob("*")) if options.root.is_dir() else []
     years = [folder for folder in (options.root, *below) if (folder / "Annotations").is_dir()]
     if not years:
@@ -105,19 +104,19 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def listed(years: list[Path], name: str) -> list[tuple[Path, str]]:
-    """(year's folder, image's name) of every image in the list of this name; none where it is not there."""
+    """(year's folder, image's name) of every image in the lists of this name; empty if there are none."""
     lists = [(year, year / "ImageSets" / "Main" / f"{name}.txt") for year in years]
     lines = [(year, line.split()) for year, path in lists if path.is_file() for line in path.read_text().splitlines()]
     return [(year, words[0]) for year, words in lines if words]
 
 
 def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterator[Annotated]:
-    """The images that can be used; those that cannot are named, a line each, and unless skipped end it."""
+    """The usable images. Prints a line for each other one; raises UserError after the last unless `skip`."""
     bad = 0
     for year, name in track(names, len(names), split):
         try:
             yield read(year, name)
-        except ValueError as error:
+        except UserError as error:
             console.print(f"bad: {error}")
             bad += 1
     if bad and not skip:
@@ -125,7 +124,7 @@ def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterat
 
 
 def read(year: Path, name: str) -> Annotated:
-    """One image of VOC's layout and what its XML says; ValueError, in a line, for what cannot be used."""
+    """One image and its annotations. Raises UserError if its files are missing or damaged."""
     if Path(name).name != name:
         raise UserError(f"{name!r} in a list of {year}: not the name of an image")
     path = year / "Annotations" / f"{name}.xml"
@@ -133,29 +132,24 @@ def read(year: Path, name: str) -> Annotated:
         root = ElementTree.fromstring(path.read_bytes(), ElementTree.XMLParser(target=WithoutDoctype()))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an encoding that is unknown
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # LookupError: an unknown encoding
         raise UserError(f"{path}: not an annotation ({error})") from None
     files = (year / "JPEGImages" / f"{name}{suffix}" for suffix in (*SUFFIXES, *map(str.upper, SUFFIXES)))
     image = next((file for file in files if file.is_file()), None)
     if image is None:
         raise UserError(f"{path}: no image {name} in {year / 'JPEGImages'}")
-    try:
-        with Image.open(image) as opened:
-            width, height = opened.size
-    except Exception as error:  # whatever its decoders raise
-        raise UserError(f"{image}: not an image ({error})") from None
     boxes = [read_box(path, number, element) for number, element in enumerate(root.findall("object"), 1)]
-    return Annotated(image, width, height, boxes)
+    return Annotated(image, *image_size(image), boxes)
 
 
 def read_box(path: Path, number: int, element: ElementTree.Element) -> Box:
-    """One <object>, its corners made x, y, width, height."""
+    """One <object>, its corners converted to x, y, width, height. Raises UserError if it is not a box of a class."""
     name = (element.findtext("name") or "").strip()
     corners = [element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
     try:
         left, top, right, bottom = (float(corner) for corner in corners)
     except (TypeError, ValueError):
-        raise UserError(f"{path}: object {number} has the corners {corners}, four numbers are wanted") from None
+        raise UserError(f"{path}: object {number} has the corners {corners}; they must be four numbers") from None
     if not name or not all(map(math.isfinite, (left, top, right, bottom))) or right < left or bottom < top:
         raise UserError(f"{path}: object {number}, {name!r}, has the corners {corners}: no box of a class")
     xywh = [left - 1, top - 1, right - left + 1, bottom - top + 1]
@@ -163,23 +157,23 @@ def read_box(path: Path, number: int, element: ElementTree.Element) -> Box:
 
 
 class WithoutDoctype(ElementTree.TreeBuilder):
-    """Refuses a document type, and with it every entity that a file could define to swell or to read other files."""
+    """Refuses a DOCTYPE, and with it entities, by which a file could expand without bound or read other files."""
 
     def doctype(self, name: str, public: str | None, system: str | None) -> None:
-        raise UserError("it has a DOCTYPE, which VOC's have not")
+        raise UserError("it has a DOCTYPE, which VOC files never have")
 
 
 def write_split(folder: Path, split: str, images: list[Annotated], classes: list[str], *, first_id: int) -> None:
-    """Write one split's instances file, and link its images into a folder of its name."""
+    """Write a split's instances file, and link its images into a folder named after it."""
     (folder / split).mkdir()
     listed_images, annotations = [], []
     for image_id, (file, width, height, boxes) in enumerate(images, first_id):
         target = folder / split / file.name
         if target.exists():
-            raise UserError(f"{file}: {split} has an image of this name already")
+            raise UserError(f"{file}: {split} already has an image of this name")
         try:
             os.link(file, target)
-        except OSError:  # another file system, or one without links
+        except OSError:  # another file system, or no links there
             shutil.copyfile(file, target)
         listed_images.append({"id": image_id, "file_name": file.name, "width": width, "height": height})
         for box in boxes:

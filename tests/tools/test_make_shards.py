@@ -99,12 +99,12 @@ def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(folder, monk
     assert contents(output) == whole
     assert all((output / name).stat().st_ino == inode for name, inode in before.items())
     run(folder)
-    assert "train.json is there already" in capsys.readouterr().out and contents(output) == whole
+    assert "train.json already exists" in capsys.readouterr().out and contents(output) == whole
 
 
 def test_shards_of_other_settings_are_not_mixed(folder):
     run(folder)
-    with pytest.raises(ValueError, match="train.json is of other images or settings; give another --output"):
+    with pytest.raises(ValueError, match="train.json belongs to other images or settings; give another --output"):
         run(folder, "--quality", "80")
 
 
@@ -151,9 +151,9 @@ def test_an_index_can_be_written_for_shards_that_are_there(folder):
 @pytest.mark.parametrize(
     "flags, says",
     [
-        ([], "--data and --output are wanted"),
+        ([], "give --data and --output, or --index"),
         (["--data", "nowhere", "--output", "x"], "--data nowhere: no images; it should hold train/<class>/"),
-        (["--data", ".", "--output", "x", "--quality", "0"], "--data .: no images|--quality 0: 1 to 95 is wanted"),
+        (["--data", ".", "--output", "x", "--quality", "0"], "--data .: no images|--quality 0: must be 1 to 95"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(flags, says, tmp_path, monkeypatch):
@@ -164,5 +164,5 @@ def test_a_mistake_is_answered_in_one_line(flags, says, tmp_path, monkeypatch):
 
 
 def test_a_number_out_of_range_is_answered_in_one_line(folder):
-    with pytest.raises(ValueError, match="--quality 96: 1 to 95 is wanted"):
+    with pytest.raises(ValueError, match="--quality 96: must be 1 to 95"):
         run(folder, "--quality", "96")

@@ -133,7 +133,7 @@ def test_missing_files_and_names_that_leave_the_folder_are_bad_too(voc, capsys):
     "argv, says",
     [
         (["nowhere", "coco"], "nowhere: no folder Annotations in it"),
-        (["VOCdevkit", "VOCdevkit"], "VOCdevkit is there already"),
+        (["VOCdevkit", "VOCdevkit"], "VOCdevkit already exists"),
         (["VOCdevkit", "coco", "--train", "no"], "no image in ImageSets/Main/no.txt; --train names another list"),
     ],
 )
