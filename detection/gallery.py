@@ -148,6 +148,6 @@ def _box(xyxy: np.ndarray, width: float, label: int, name: str, right: bool, sco
 
 
 def class_colour(index: int) -> tuple[int, int, int]:
-    """A light colour for the class at `index`; neighbours differ by the golden angle, so any few are told apart."""
+    """A light colour for the class at `index`; neighbours differ by the golden angle, so any few look different."""
     red, green, blue = colorsys.hls_to_rgb(index * 0.61803 % 1.0, 0.62, 0.95)
     return round(red * 255), round(green * 255), round(blue * 255)

@@ -1,4 +1,4 @@
-"""What a person looks at after a run: report.html, and pictures of predictions beside the ground truth."""
+"""report.html of a detector's run, and pictures of detections beside the ground truth."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

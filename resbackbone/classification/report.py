@@ -114,7 +114,7 @@ def _worst(predictions: Predictions) -> Markup:
         ranked = wrong[np.argsort(-predictions.losses[wrong])]
     else:
         hits = predictions.best == predictions.labels[:, None]
-        ranked = _most_evenly(wrong, np.where(hits.any(1), hits.argmax(1), k))  # by how many classes were preferred
+        ranked = _most_evenly(wrong, np.where(hits.any(1), hits.argmax(1), k))  # by the rank of the true class
     figures: list[dict] = []
     for index in ranked.tolist():
         if len(figures) == WORST:
@@ -134,7 +134,7 @@ def _worst(predictions: Predictions) -> Markup:
 
 
 def _most_evenly(wrong: np.ndarray, badness: np.ndarray) -> np.ndarray:
-    """The worst first; among equally bad ones, some that lie evenly over the data set come before the others."""
+    """The worst first; of equally bad images, WORST spread evenly over the data set come first."""
     chosen = [wrong[:0]]
     for level in sorted(set(badness[wrong].tolist()), reverse=True):
         of_level = wrong[badness[wrong] == level]

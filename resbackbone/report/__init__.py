@@ -1,1 +1,1 @@
-"""What a run shows afterwards: report.html, one page that loads nothing."""
+"""report.html: one self-contained page about a run."""

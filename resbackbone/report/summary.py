@@ -1,4 +1,4 @@
-"""What a person reads on the terminal when a training is over."""
+"""The summary that a command prints at the end of a training."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-// A click on a header sorts its table by that column: numbers from the largest, text from A; again, the other way.
+// A click on a header sorts its table by that column: numbers from the largest, text from A. A second click reverses it.
 for (const table of document.querySelectorAll("table.sortable")) {
   const body = table.tBodies[0];
   [...table.tHead.rows[0].cells].forEach((header, column) => {
@@ -20,7 +20,7 @@ for (const table of document.querySelectorAll("table.sortable")) {
       const sign = order === "ascending" ? 1 : -1;
       body.append(...[...body.rows].sort((a, b) => {
         const [x, y] = [key(a), key(b)];
-        if (x === null || y === null) return (x === null) - (y === null);  // what is undefined comes last
+        if (x === null || y === null) return (x === null) - (y === null);  // undefined values come last
         return sign * (numeric ? x - y : x.localeCompare(y));
       }));
     });
