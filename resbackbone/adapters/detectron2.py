@@ -11,6 +11,7 @@ RES5_DILATION is 2 and STRIDE_IN_1X1 False, the first block of res5 is not dilat
 
 import logging
 import math
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.config.defaults import _C as DEFAULTS
@@ -143,6 +144,7 @@ def _build(cfg: CfgNode, in_channels: int, **arguments) -> ResNetBackbone:
 
 
 def _check_input(cfg: CfgNode) -> None:
+    wanted: Any
     for key, wanted in INPUT.items():
         section, name = key.rsplit(".", 1)
         found = cfg[section][name]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import timm
 import torch
@@ -31,10 +32,14 @@ class TimmTrunk(nn.Module):
     images padded already, as detectors feed them, they are what timm's network gives.
     """
 
+    scale: Tensor | None
+    shift: Tensor | None
+
     def __init__(self, network: nn.Module, taps: dict[str, int], features: dict[str, Feature], mean, std):
         super().__init__()
+        info: Any = network.feature_info
         self.network, self.trunk_features = network, features
-        self.map_strides = network.feature_info.reduction()
+        self.map_strides = info.reduction()
         outputs = sorted(set(taps.values()))
         self.outputs = {level: outputs.index(taps[level]) for level in features}
         self.size_divisibility = max(*self.map_strides, *(feature.stride for feature in features.values()))
@@ -48,7 +53,7 @@ class TimmTrunk(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, channels, H, W]
         height, width = images.shape[-2:]
         x = F.pad(images, (0, -width % self.size_divisibility, 0, -height % self.size_divisibility))
-        outputs = self.network(x if self.scale is None else x * self.scale + self.shift)
+        outputs = self.network(x if self.scale is None or self.shift is None else x * self.scale + self.shift)
         if self.channels_last:
             outputs = [y.permute(0, 3, 1, 2).contiguous() for y in outputs]
         if not torch.compiler.is_compiling():
@@ -87,10 +92,11 @@ class TimmBackbone(Backbone, TimmTrunk):
         probe, options = _features_of(name, config.options)  # to see which maps there are
         taps, features = _levels_of(name, probe.feature_info.info)
         default = [p for p in DEFAULT_PYRAMID if p[1] >= min(features)[1]] if config.fpn else list(features)
-        config = replace(config, levels=config.levels or default, options=options)
+        config = replace(config, levels=tuple(config.levels or default), options=options)
         for level in config.trunk_levels:
             one_of("level", level, features, f" ({name} gives these; a pyramid needs all from its finest to c5)")
-        taps, features = ({level: of[level] for level in config.trunk_levels} for of in (taps, features))
+        taps = {level: taps[level] for level in config.trunk_levels}
+        features = {level: features[level] for level in config.trunk_levels}
 
         outputs = {"out_indices": tuple(sorted(set(taps.values())))}
         network, _ = _features_of(name, {**options, **outputs, **source}, pretrained=pretrained)
@@ -107,7 +113,7 @@ class TimmBackbone(Backbone, TimmTrunk):
         self.weights_source = f"timm:{name}" if pretrained else None
 
     @property
-    def features(self) -> dict[str, Feature]:
+    def features(self) -> dict[str, Feature]:  # type: ignore[override]
         return self.trunk_features if self.fpn is None else self.fpn.features
 
     def fuse(self) -> "TimmBackbone":
@@ -165,12 +171,13 @@ def from_timm(
     return TimmBackbone(config, pretrained=pretrained, **source)
 
 
-def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tuple[nn.Module, dict]:
+def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tuple[Any, dict]:
     """timm's network of maps, and `options` with what lets it take images of any size, where it needs that."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise UserError(f"timm has no network {name!r}; timm.list_models() names those it has")
-    fixed = timm.get_pretrained_cfg(architecture).fixed_input_size and "img_size" not in options
+    published = timm.get_pretrained_cfg(architecture)
+    fixed = published is not None and published.fixed_input_size and "img_size" not in options
     refusal = None
     for lifted in ({"dynamic_img_size": True}, {}) if fixed else ({},):
         try:

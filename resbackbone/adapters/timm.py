@@ -5,6 +5,7 @@ The other way, a timm network as a Backbone, is `from_timm`, found here too.
 
 from collections.abc import Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import timm
 from timm.models import (
@@ -39,7 +40,7 @@ class TimmFeatures(ResNet):
             info.append({"num_chs": channels, "reduction": stride, "module": STAGES[level]})
         self.feature_info = FeatureInfo(info, tuple(self.out_indices))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> list[Tensor]:  # type: ignore[override]
         stem = self.stem(images)
         maps = {"c1": stem, **self.from_stem(stem)}
         return [maps[f"c{i + 1}"] for i in self.out_indices]
@@ -52,6 +53,9 @@ class TimmClassifier(ResNetClassifier):
     """The classifier with the methods that timm's own have: [B, in_chans, H, W] -> logits [B, num_classes]."""
 
     set_grad_checkpointing = TimmFeatures.set_grad_checkpointing
+
+    fc: nn.Module  # type: ignore[assignment]
+    global_pool: str
 
     def __init__(self, depth: int, num_classes: int = 1000, global_pool: str = "avg", **arguments):
         super().__init__(_config(depth, arguments))
@@ -77,7 +81,7 @@ class TimmClassifier(ResNetClassifier):
         x = x.mean((2, 3)) if self.global_pool else x
         return x if pre_logits else self.fc(x)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
         return self.forward_head(self.forward_features(images))
 
 
@@ -96,6 +100,7 @@ def _config(depth: int, given: Mapping, **more) -> BackboneConfig:
 
 
 def _create(depth: int, pretrained: bool = False, features_only: bool = False, **arguments) -> nn.Module:
+    unused: Any
     kind, unused = (TimmFeatures, ("num_classes", "global_pool")) if features_only else (TimmClassifier, None)
     name = f"resbackbone_{depth}"
     return build_model_with_cfg(partial(kind, depth), name, pretrained, kwargs_filter=unused, **arguments)

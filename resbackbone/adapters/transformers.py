@@ -63,7 +63,7 @@ class ResBackboneModel(BackboneMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         pixel_values: Tensor,
         output_hidden_states: bool | None = None,
@@ -74,7 +74,7 @@ class ResBackboneModel(BackboneMixin, PreTrainedModel):
         maps = (stem, *self.backbone.from_stem(stem).values())
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output = BackboneOutput(
-            feature_maps=tuple(maps[STAGES.index(name)] for name in self.out_features),
+            feature_maps=tuple(maps[STAGES.index(name)] for name in self.out_features),  # type: ignore[arg-type]
             hidden_states=maps if wanted else None,
         )
         return output if return_dict in (None, True) else output.to_tuple()
@@ -88,7 +88,7 @@ def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = N
     if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None or tuple(backbone.levels) != TRUNK_LEVELS:
         raise UserError("transformers takes the four stages of a ResNet: build the backbone with fpn=False, c2 to c5")
     trunk = backbone.config.to_json()
-    config = ResBackboneConfig(depth=trunk.pop("depth"), trunk=trunk, out_features=out_features)
+    config = ResBackboneConfig(depth=trunk.pop("depth"), trunk=trunk, out_features=out_features)  # type: ignore[call-arg]
     model = ResBackboneModel(config)
     model.backbone.load_state_dict(backbone.state_dict())
     return model

@@ -47,7 +47,7 @@ class Cifar10(NamedTuple):
         """SHA-256, in hex, of classes, training images and labels; a resumed run compares it."""
         digest = hashlib.sha256("\n".join(self.classes).encode())
         for tensor in self.train:
-            digest.update(tensor.numpy())
+            digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
     def held_out(self) -> "Cifar10":
@@ -92,7 +92,7 @@ def make_synthetic() -> Cifar10:
         labels = torch.arange(count) % 10
         noise = torch.randn(count, 3, 32, 32, generator=random)
         splits.append(Split((128 + 32 * (patterns[labels] + noise)).clamp(0, 255).to(torch.uint8), labels))
-    return Cifar10(*splits, [f"pattern-{i}" for i in range(10)])
+    return Cifar10(splits[0], splits[1], [f"pattern-{i}" for i in range(10)])
 
 
 def mean_image_of(split: Split) -> Tensor:
@@ -182,9 +182,8 @@ def _open_batches(root: Path) -> Cifar10:
             f"{root}: {CIFAR10.base_folder} is incomplete or not the original; {CIFAR10.url} has it, MD5 "
             f"{CIFAR10.tgz_md5}"
         ) from None
-    return Cifar10(
-        *(Split(_channels_first(part.data), torch.tensor(part.targets)) for part in (train, test)), list(train.classes)
-    )
+    splits = [Split(_channels_first(part.data), torch.tensor(part.targets)) for part in (train, test)]
+    return Cifar10(splits[0], splits[1], list(train.classes))
 
 
 def _decoded(files: FolderImages) -> Split:

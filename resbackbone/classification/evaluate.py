@@ -96,7 +96,8 @@ def predict(
     was_training = [model.training for model in models]
     for model in models:
         model.eval()
-    found, skipped = [], []
+    found: list = []
+    skipped: list[str] = []
     try:
         for groups, problems in progress(iter(loader), len(loader)):
             bad = torch.tensor([bool(problem) for problem in problems])

@@ -22,7 +22,7 @@ LOOKED_AT = 100_000  # images; in sets up to this size the first and last bytes 
 class CropRequest(NamedTuple):
     """One training sample to make: which image, the seed of its augmentation, and its file if it was streamed."""
 
-    index: int
+    index: int  # type: ignore[assignment]  # not the method of a tuple
     seed: int
     file: bytes | None = None
 

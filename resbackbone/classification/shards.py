@@ -16,7 +16,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -119,6 +119,7 @@ class StreamedImages(ShardImages):
                 if image.label != label:
                     break
                 count += 1
+                assert image.file is not None  # images are read whole by default
                 yield image.file
         if count < len(expected):
             raise UserError(f"{url}: image {count} is not the one in the index; was the shard replaced?")
@@ -150,6 +151,7 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
     shards are missing, do not match their index, or hold an image without a label.
     """
     found = SHARD.search(data)
+    assert found is not None  # is_shards() has matched it
     if data[found.end() :].startswith(COMPRESSED):
         raise UserError(f"{data}: shards must be plain tar files, not compressed")
     pattern = found[0]
@@ -228,7 +230,8 @@ def tar_images(stream: BinaryIO, name: str, *, whole: bool = True) -> Iterator[T
 
     Raises UserError for an image without a label, a label without an image, and a truncated tar file.
     """
-    key, parts = None, {}
+    key: tuple[str, str] = ("", "")  # folder and name without suffix of the files in `parts`
+    parts: dict[str, Any] = {}
     try:
         with tarfile.open(fileobj=stream, mode="r|" if whole else "r:") as tar:
             for member in tar:
@@ -241,15 +244,21 @@ def tar_images(stream: BinaryIO, name: str, *, whole: bool = True) -> Iterator[T
                         yield _labelled(name, key, parts)
                     key, parts = (folder, stem), {}
                 if f".{suffix.lower()}".endswith(SUFFIXES):
-                    file = tar.extractfile(member).read() if whole else None
+                    file = _content(tar, member) if whole else None
                     parts["image"] = (member.offset_data, member.size, file)
                 elif suffix == "cls":
-                    parts["cls"] = tar.extractfile(member).read()
-                tar.members = []  # or tarfile keeps them all
+                    parts["cls"] = _content(tar, member)
+                tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps them all
             if parts:
                 yield _labelled(name, key, parts)
     except tarfile.TarError as error:
         raise UserError(f"{name}: not a whole tar file ({error})") from None
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # it is a file, not a folder
+    return file.read()
 
 
 def _labelled(name: str, key: tuple[str, str], parts: dict) -> TarImage:

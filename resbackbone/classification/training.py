@@ -23,6 +23,7 @@ def build_loss(model: nn.Module, recipe: Recipe, num_classes: int) -> Callable[[
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
     mix = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=num_classes)
     smoothing = 0.0 if mixes else recipe.smoothing  # mixed labels are smooth already
+    criterion: nn.Module
     if recipe.bce:
         criterion = BinaryCrossEntropy(smoothing=smoothing, target_threshold=recipe.bce_threshold)
     else:

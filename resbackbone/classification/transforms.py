@@ -104,6 +104,7 @@ class TrainAugment:
         return (height - h) // 2, (width - w) // 2, h, w
 
     def _scaled_crop(self, height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:
+        assert self.shorter_side is not None
         shorter = min(height, width)
         side = max(1, round(self.size * shorter / draw.randint(*self.shorter_side)))
         return draw.randint(0, height - side), draw.randint(0, width - side), side, side

@@ -19,8 +19,9 @@ def percent(fraction: float | None) -> str:
 
 def finite(value: object) -> float | None:
     """`value` if it is a finite number, otherwise None."""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return value if math.isfinite(value) else None
 
 
 def duration(seconds: float) -> str:

@@ -18,8 +18,10 @@ from resbackbone.report.numbers import finite, number
 from resbackbone.report.page import Cell, Section, fraction, macros, page, short
 
 FILE = "report.html"
-PACKAGES = ("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors")
-PACKAGES += ("pycocotools", "hotcoco", "detectron2")  # those that are installed
+PACKAGES = (  # those that are installed
+    *("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors"),
+    *("pycocotools", "hotcoco", "detectron2"),
+)
 PARTS = {  # of an update, as metrics.jsonl and the page call them
     "data_seconds": "waiting for data",
     "forward_seconds": "forward",
