@@ -1,4 +1,4 @@
-"""Weights of any known format in, of any known format out: says what was found, and checks what was written.
+"""Convert weights from any known format to any other, and check that what was written is the same network.
 
 python tools/convert_weights.py --list                                             every named source
 python tools/convert_weights.py detectron2:ImageNetPretrained/MSRA/R-50.pkl r50.safetensors
@@ -47,39 +47,39 @@ class Options:
     part: str | None = None
     """backbone: without a detector's heads; trunk: without pyramid and classifier too. Default: everything."""
     entry: str | None = None
-    """Which part of a checkpoint to read where it holds several: model, model_ema, .. Default: the average."""
+    """Part of a checkpoint to read if it holds several: model, model_ema, .. Default: the average."""
     input: str | None = None
-    """What the weights take: rgb (0..1, ImageNet mean and std), bgr-255 (std 1, as MSRA's) or bgr-255-std. Default:
-    what the file says, or is usual for its names."""
+    """Input of the weights: rgb (0..1, ImageNet mean and std), bgr-255 (std 1, as MSRA's) or bgr-255-std. Default:
+    what the file says, or what is usual for its names."""
     stride_in_1x1: bool | None = None
-    """Where its bottlenecks stride. Default: what the file says, or is usual for its names."""
+    """Whether its bottlenecks stride in the 1x1. Default: what the file says, or what is usual for its names."""
     depth: int | None = None
-    """Depth of the network, where its tensors do not tell one: a trunk that ends early may be of several."""
+    """Depth of the network if its tensors do not tell: a trunk that ends early may be of several depths."""
     licence: str | None = None
-    """Licence of the weights, kept in the file."""
+    """Licence of the weights, stored in the file."""
     recipe: str | None = None
-    """How they were trained, kept in the file."""
+    """How they were trained, stored in the file."""
     overwrite: bool = False
-    """Replace a file that is there, or a folder of transformers."""
+    """Replace an existing file or folder of transformers."""
     list: bool = False
     """List all named weights with depth, published accuracy and licence, and stop."""
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Weights from anywhere -> a file of the asked format that was read back and found to be the same network."""
+    """Read weights, write them in another format, read that back and compare."""
     options = parse(Options, argv)
     if options.list:
         print_sources()
         return
     if not options.source or options.destination is None:
-        raise UserError("SRC and DST are wanted: python tools/convert_weights.py SRC DST [--to FORMAT], or --list")
+        raise UserError("give SRC and DST: python tools/convert_weights.py SRC DST [--to FORMAT], or --list")
     one_of("format", options.to, TARGETS)
     given = None if options.input is None else INPUTS[one_of("input", options.input, INPUTS)]
     check_destination(options)
 
     weights = read_weights(options.source, entry=options.entry, given_input=given)
     if weights.format == OURS and given not in (None, INPUT):
-        raise UserError(f"{options.source} is a file of this package, for {describe_input(INPUT)}: --input is not")
+        raise UserError(f"{options.source} is a file of this package, for {describe_input(INPUT)}; leave out --input")
     weights = described(weights, options)
     print_found(weights)
     check_whole(weights)
@@ -92,22 +92,22 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_destination(options: Options) -> None:
-    """ValueError unless the destination may be written, before anything is downloaded or read."""
+    """Raise ValueError unless the destination can be written, before anything is downloaded or read."""
     path = options.destination
     if not path.name:
-        raise UserError(f"{path}: a name to write to is wanted")
+        raise UserError(f"{path}: give a name to write to")
     if not path.parent.is_dir():
         raise UserError(f"{path.parent}: no such folder to write into")
     if path.is_dir() and options.to != "transformers":
-        raise UserError(f"{path} is a folder; for {options.to} the name of a file is wanted")
+        raise UserError(f"{path} is a folder; {options.to} needs the name of a file")
     if path.exists() and not options.overwrite:
-        raise UserError(f"{path} is there already; --overwrite replaces it")
+        raise UserError(f"{path} exists already; --overwrite replaces it")
     if path.is_dir() and (others := sorted({file.name for file in path.iterdir()} - TRANSFORMERS_FILES)):
         raise UserError(f"{path} holds more than transformers' files and is not replaced: {', '.join(others[:3])}")
 
 
 def described(weights: Weights, options: Options) -> Weights:
-    """The asked part of the weights, its metadata complete: whatever had to be assumed or was given stands in them."""
+    """The requested part of the weights, with everything that was given or assumed in its metadata."""
     if weights.format is None:
         names = ", ".join(list(weights.state)[:3])
         known = ", ".join(dict.fromkeys(known.title for known in FORMATS.values()))
@@ -130,7 +130,7 @@ def described(weights: Weights, options: Options) -> Weights:
     if is_detector(weights) and "detector" not in metadata:
         try:
             weights.metadata.update(describe_detector(weights))
-        except ValueError as error:
+        except UserError as error:
             raise UserError(f"{error}; --part backbone converts these") from None
     return weights
 
@@ -141,7 +141,7 @@ def is_detector(weights: Weights) -> bool:
 
 
 def print_found(weights: Weights) -> None:
-    """What the source holds, what was known of it and what assumed."""
+    """Print what the source holds, what it says and what is assumed."""
     trunk, state = weights.metadata["backbone"], weights.state
     kind = "trunk"
     if is_detector(weights):
@@ -168,7 +168,7 @@ def print_found(weights: Weights) -> None:
 
 
 def check_whole(weights: Weights) -> None:
-    """ValueError unless the weights are all of a network of this package and nothing else."""
+    """Raise ValueError unless the weights are exactly those of a network of this package."""
     state, config = weights.state, weights.metadata["backbone"]
     trunk = {name: config[name] for name in resolve_architecture(weights)}
     with torch.device("meta"):
@@ -184,13 +184,13 @@ def check_whole(weights: Weights) -> None:
 
 
 def last_level(weights: Weights) -> str:
-    """The level at which the trunk ends: c5, but for one that was built without its last stages."""
+    """The level at which the trunk ends: c5, unless it was built without its last stages."""
     state = backbone_part(weights.state)
     return [level for level, stage in STAGES.items() if any(key.startswith(f"{stage}.") for key in state)][-1]
 
 
 def write_checked(path: Path, weights: Weights, format: str) -> float:
-    """Write the file, after one beside it was read back and found to be the same network; their largest difference."""
+    """Write the file, after a trial file read back as the same network. Returns their largest difference."""
     network = {
         name: value for name, value in resolve_architecture(weights).items() if name != "eps"
     }  # that is in the scales then
@@ -198,7 +198,7 @@ def write_checked(path: Path, weights: Weights, format: str) -> float:
         trial = Path(scratch) / path.name
         try:
             write_as(trial, weights, format)
-        except ValueError as error:
+        except UserError as error:
             raise UserError(str(error).replace(str(trial), str(path))) from None
         try:
             back = read_weights(trial)
@@ -206,7 +206,7 @@ def write_checked(path: Path, weights: Weights, format: str) -> float:
             difference, tensor = largest_difference(weights, back)
             if difference > 1e-5:
                 raise UserError(f"{tensor} is off by {difference:.1g}")
-        except ValueError as error:
+        except UserError as error:
             said = str(error).replace(str(trial), str(path))
             raise UserError(f"{path} is not written, as {format} does not hold all of this network: {said}") from None
     write_as(path, weights, format)
@@ -214,7 +214,7 @@ def write_checked(path: Path, weights: Weights, format: str) -> float:
 
 
 def print_advice(weights: Weights, options: Options) -> None:
-    """How to use what was written."""
+    """Print how to use what was written."""
     trunk = weights.metadata["backbone"]
     if options.to == OURS:
         call = "load_detector(" if is_detector(weights) else "build_resnet_backbone(weights="

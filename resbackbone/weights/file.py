@@ -1,4 +1,4 @@
-"""Our own weight files: safetensors that say in their metadata what network, input and source they are of."""
+"""Our own weight files: safetensors whose metadata describe the network, its input and where they come from."""
 
 import json
 import os
@@ -14,19 +14,19 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.weights.inputs import INPUT, describe_input
 
-HEADER_LIMIT = 32 * 2**20  # bytes; the largest networks have some 100 KB
+HEADER_LIMIT = 32 * 2**20  # bytes; the largest networks have about 100 KB
 NAME_LIMIT = 1024  # characters
-NOTES = "resbackbone"  # the entry of a foreign format's file under which our metadata stand, as JSON
+NOTES = "resbackbone"  # the entry of foreign files that holds our metadata, as JSON
 
 
 def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file, whole or not at all. Metadata values are kept as JSON; the input is added to them.
+    """Write a safetensors file atomically. Metadata values are stored as JSON; the input is added to them.
 
-    What files of this package say, each where it is known: "backbone" (the arguments of `build_resnet_backbone`:
+    Files of this package hold, as far as they are known: "backbone" (the arguments of `build_resnet_backbone`:
     depth, shortcut, stride_in_1x1, groups, width_per_group, eps, norm, in_channels, ..), "detector" (those of
-    `detection.build_faster_rcnn`), "cifar" (those of `cifar.build_cifar_resnet`), "input" (always, and `inputs.INPUT`
-    but for "cifar"), "num_classes" and "classes" (their names), "source", "url", "licence", "recipe", and
-    "accuracy": [{"data", "metric", "value", "published"}].
+    `detection.build_faster_rcnn`), "cifar" (those of `cifar.build_cifar_resnet`), "num_classes", "classes" (their
+    names), "source", "url", "licence", "recipe" and "accuracy": [{"data", "metric", "value", "published"}]; and always
+    "input" (`inputs.INPUT`, except for "cifar").
     """
     metadata = {"format": "resbackbone", "input": INPUT, **metadata}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -34,9 +34,9 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a safetensors file, and the metadata that this package wrote, if it did.
+    """The tensors of a safetensors file, and its metadata if this package wrote them.
 
-    ValueError for a file that is not whole, repeats a name, or was made for another input than ours.
+    Raises ValueError if the file is damaged, repeats a name, or was made for another input than ours.
     """
     header = _read_header(path)
     try:
@@ -53,9 +53,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         metadata = {key: json.loads(value) for key, value in text.items()}
     except (json.JSONDecodeError, TypeError, RecursionError) as error:
         raise UserError(f"weights {str(path)!r}: metadata is not JSON ({error})") from None
-    if metadata["input"] != INPUT and "cifar" not in metadata:  # those take the mean image of what they were trained on
+    if metadata["input"] != INPUT and "cifar" not in metadata:  # those take their data's mean image
         raise UserError(
-            f"weights {str(path)!r}: made for input {metadata['input']}, this library feeds {describe_input(INPUT)}"
+            f"weights {str(path)!r}: made for input {metadata['input']}; this library feeds {describe_input(INPUT)}"
         )
     for key in ("backbone", "detector", "cifar"):
         if not isinstance(metadata.get(key, {}), dict):
@@ -64,7 +64,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_notes(text: str) -> dict[str, Any]:
-    """Our metadata as they stand in a file of a foreign format; ValueError if they are not what we write."""
+    """Our metadata in a file of a foreign format. Raises ValueError if this package did not write them so."""
     try:
         notes = json.loads(text)
     except (json.JSONDecodeError, TypeError, RecursionError) as error:
@@ -75,7 +75,7 @@ def read_notes(text: str) -> dict[str, Any]:
 
 
 def _read_header(path: Path) -> dict:
-    """The JSON at the start of a safetensors file, looked at before its library does: it takes repeated names."""
+    """The JSON at the start of a safetensors file, read here too because its library accepts repeated names."""
     reason = None
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")

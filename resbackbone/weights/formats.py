@@ -1,4 +1,8 @@
-"""Every foreign format as one table of names; `translate.py` reads them forwards and backwards."""
+"""One table of tensor names for each foreign format; `translate.py` reads them in both directions.
+
+To add a format, add a `Format` and its entry in `FORMATS`; the round trips in `tests/weights/test_translate.py` and the
+command `convert_weights.py` include it.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -7,7 +11,7 @@ from typing import Any, NamedTuple
 from resbackbone.weights.inputs import BGR_255, INPUT
 from resbackbone.weights.names import by_leaf
 
-# Our names, which are torchvision's and timm's. Each table below gives its format's names in the same order.
+# Our names, which are torchvision's and timm's. Each table below lists its format's names in the same order.
 TRUNK = (
     "conv1.weight",
     "bn1.{leaf}",
@@ -47,19 +51,18 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """One format. What is left empty, the format has no names for.
+    """One format. A field stays empty if the format has no such names.
 
-    `bare`, `pyramidal`, `detecting` (with a pyramid), `single` (a detector on one map): where the trunk stands in the
-    files it writes, by what they hold; `elsewhere`: where else it may stand in files it reads. `aliases` are (ours,
-    theirs) that are read, and written only by a format that has no other table.
-    `constants` are tensors that files hold and that follow from the network. `assumed` is what its names tell of the
-    network's input and stride.
+    `bare`, `pyramidal`, `detecting` (with a pyramid) and `single` (a detector on one map) are the prefixes of the trunk
+    and the pyramid in files that hold these; `elsewhere` lists further prefixes of files that are read. `aliases` are
+    pairs (ours, theirs) that are read, and written only if `trunk` is empty. `constants` are tensors in files that
+    follow from the network. `assumed` is the input and stride of networks with these names.
     """
 
     title: str
     trunk: tuple[str, ...]
     classifier: str
-    pyramid: tuple[str, ...] = ()  # "{level+first}" where levels are counted from the image, "{level+count}" past them
+    pyramid: tuple[str, ...] = ()  # "{level+first}": levels counted from the image; "{count}": behind the last
     heads: tuple[str, ...] = ()
     stage5: str = ""
     bare: Place = Place("")
@@ -69,7 +72,7 @@ class Format:
     elsewhere: tuple[Place, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()
     constants: tuple[str, ...] = ()
-    background_last: bool = False  # of the classes; ours is first
+    background_last: bool = False  # among the classes; ours is first
     sizes_first: bool = False  # anchors of several sizes: all ratios of the first size, then of the next
     counts_batches: bool = True  # its batch norms have num_batches_tracked
     assumed: Mapping[str, Any] = field(default_factory=lambda: {"input": INPUT, "stride_in_1x1": False})
@@ -141,7 +144,7 @@ def _caffe2_norm(ours: str, theirs: str) -> list[tuple[str, str]]:
     return [(name, f"{theirs}_{word}") for name, word in by_leaf(ours, _CAFFE2_LEAVES)]
 
 
-# In MSRA's files the statistics of a norm are merged into its scale and shift.
+# MSRA's files merge the statistics of a norm into its scale and shift.
 _MSRA = (
     ("conv1.weight", "conv1_w"),
     *_caffe2_norm("bn1.{leaf}", "res_conv1_bn"),
@@ -154,7 +157,7 @@ _MSRA = (
 )
 MSRA = Format(
     title="Caffe2 names, as MSRA's",
-    trunk=(),  # its names of leaves differ: the whole table is made of pairs
+    trunk=(),  # its words for weight, bias, .. differ, so the whole table consists of pairs
     classifier="",
     aliases=(
         *_MSRA,

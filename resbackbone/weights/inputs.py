@@ -1,4 +1,4 @@
-"""The one input every backbone takes, and the exact conversion of weights that were made for another."""
+"""The one input that every backbone takes, and the exact conversion of weights trained with another."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from resbackbone.checks import UserError
 
-MEAN = (0.485, 0.456, 0.406)  # ImageNet's, RGB, of values 0..1: the one input every backbone here takes
+MEAN = (0.485, 0.456, 0.406)  # ImageNet's, in RGB and for values in 0..1
 STD = (0.229, 0.224, 0.225)
 INPUT = {"channel_order": "RGB", "range": [0.0, 1.0], "mean": list(MEAN), "std": list(STD)}
 BGR_255 = {  # MSRA's, Caffe's and Detectron's
@@ -20,23 +20,23 @@ BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}  # of FAIR's ResN
 
 
 def describe_input(given: Mapping) -> str:
-    """One phrase on an input: `BGR 0..255, mean 103.53 116.28 123.675, std 1 1 1`."""
+    """An input in a phrase: `BGR 0..255, mean 103.53 116.28 123.675, std 1 1 1`."""
     mean, std = (" ".join(f"{value:g}" for value in given[key]) for key in ("mean", "std"))
     return f"{given['channel_order']} 0..{given['range'][1]:g}, mean {mean}, std {std}"
 
 
 def for_canonical_input(conv1: Tensor, given: Mapping) -> Tensor:
-    """The first convolution, [channels, 3, k, k], made for `given`, changed to take INPUT instead.
+    """Convert the first convolution, [channels, 3, k, k], from the input `given` to INPUT.
 
-    Both inputs are (value - mean) / std, channel by channel, so a factor on the weights is all there is to change, at
-    the zero-padded borders too, if both means are the same colour: else padding stands for another colour there, and
-    ValueError says so. Computed in fp64 and rounded once.
+    Both inputs are (value - mean) / std for each channel. If both means are the same colour, a factor on the weights
+    converts one into the other, at zero-padded borders too. Else padding would stand for another colour, and ValueError
+    is raised. Computed in fp64 and rounded once.
     """
     return (conv1.double().flip(1) if _is_bgr(given) else conv1.double()).mul(_factor(given)).float()
 
 
 def for_given_input(conv1: Tensor, given: Mapping) -> Tensor:
-    """The opposite of `for_canonical_input`: takes INPUT, and becomes one that takes `given`."""
+    """The inverse of `for_canonical_input`: from INPUT to `given`."""
     weight = conv1.double().div(_factor(given))
     return (weight.flip(1) if _is_bgr(given) else weight).float()
 
@@ -46,7 +46,7 @@ def _is_bgr(given: Mapping) -> bool:
 
 
 def _factor(given: Mapping) -> Tensor:
-    """[1, 3, 1, 1], RGB: how many of `given`'s units one unit of INPUT is."""
+    """[1, 3, 1, 1], RGB: the units of `given` in one unit of INPUT."""
     check_input(given)
     top = given["range"][1]
     mean, std = (torch.tensor(given[key], dtype=torch.float64) for key in ("mean", "std"))
@@ -61,7 +61,7 @@ def _factor(given: Mapping) -> Tensor:
 
 
 def check_input(given: Mapping) -> None:
-    """ValueError unless `given` is an input as INPUT is one: its four keys, three channels, a deviation above 0."""
+    """Raise ValueError unless `given` has the layout of INPUT: four keys, three channels, deviations above 0."""
     try:
         numbers = [float(value) for key in ("range", "mean", "std") for value in given[key]]
         known = given["channel_order"] in ("RGB", "BGR") and given["range"][0] == 0 and given["range"][1] in (1, 255)

@@ -1,4 +1,4 @@
-"""Names of tensors as templates, so that one line of a table renames in both directions."""
+"""Templates for tensor names: one line of a table renames in both directions."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -10,10 +10,10 @@ _LEAF = "(weight|bias|running_mean|running_var|num_batches_tracked)"
 
 
 class Template:
-    """A name with places in it: `layer{i}.{j}.bn{k}.{leaf}`.
+    """A name with placeholders: `layer{i}.{j}.bn{k}.{leaf}`.
 
-    `{i}` is a number; `{i+1}` one greater than i; `{k:abc}` the k-th letter of abc; `{leaf}` what a layer calls its
-    tensor (weight, bias, running_mean, ..). Templates that have the same places translate into each other.
+    `{i}` is a number, `{i+1}` the number i + 1, `{k:abc}` the k-th letter of abc, and `{leaf}` weight, bias,
+    running_mean, running_var or num_batches_tracked. Templates with the same placeholders translate into each other.
     """
 
     def __init__(self, text: str):
@@ -30,7 +30,7 @@ class Template:
         return re.compile(pattern + re.escape(self.text[end:]))
 
     def read(self, name: str) -> dict[str, int | str] | None:
-        """What stands at the places of `name`, or None if it is not of this form."""
+        """The values of the placeholders in `name`, or None if it does not match."""
         match = self._pattern.fullmatch(name)
         if match is None:
             return None
@@ -43,7 +43,7 @@ class Template:
         return values
 
     def write(self, values: Mapping[str, Any]) -> str:
-        """The name with `values` at its places."""
+        """The name with these values for its placeholders."""
 
         def fill(place: re.Match) -> str:
             name, shift, letters = place.groups()
@@ -55,7 +55,7 @@ class Template:
 
 
 def with_value(template: str, place: str, value: int) -> str:
-    """The template with a number at one of its places: `res{i+1}` with i = 4 is `res5`."""
+    """The template with a number for one placeholder: `res{i+1}` with i = 4 is `res5`."""
 
     def fill(match: re.Match) -> str:
         name, shift, _ = match.groups()
@@ -65,5 +65,5 @@ def with_value(template: str, place: str, value: int) -> str:
 
 
 def by_leaf(template: str, leaves: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """A template that ends in `{leaf}` once for each leaf, with another format's word for it: [(template, word)]."""
+    """A template that ends in `{leaf}`, once for each leaf, with another format's word: [(template, word)]."""
     return [(template.replace("{leaf}", leaf), word) for leaf, word in leaves]

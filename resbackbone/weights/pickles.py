@@ -35,7 +35,7 @@ def read_pickle(path: str | os.PathLike) -> object:
         with open(name, "rb") as file:
             return _read(file)
     except OSError as error:
-        raise UserError(f"weights {name!r}: cannot be read ({error.strerror})") from None
+        raise UserError(f"weights {name!r}: cannot be read ({error.strerror or error})") from None
     except UserError as error:
         raise UserError(f"weights {name!r}: {error}") from None
 
@@ -45,7 +45,7 @@ def _read(file: BinaryIO) -> object:
     file.seek(0)
     if not start:
         raise UserError("an empty file")
-    if start.lstrip()[:9].lower() in (b"<!doctype", b"<html>") or start.startswith(b"version https://git-lfs"):
+    if start.lstrip().startswith((b"<", b"version https://git-lfs")):
         raise UserError("a web page or a Git LFS pointer, not the file itself; download it again")
     if start[257:] == b"ustar":
         raise UserError("a tar archive, as the first PyTorch wrote; load it there and save it with torch 1.6 or newer")

@@ -1,4 +1,4 @@
-"""Weights from anywhere, under our names and for our input: the door that every reader goes through."""
+"""Read weights from anywhere; rename their tensors to our names, and convert them to our input."""
 
 import logging
 import os
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from resbackbone.checks import UserError
@@ -20,7 +21,7 @@ from resbackbone.weights.translate import to_ours
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
 
-# Where checkpoints keep a state dict, the averaged one first: published figures are those of the average.
+# Where checkpoints keep a state dict, the averaged one first: published figures belong to the average.
 AVERAGES = ("model_ema", "state_dict_ema", "ema")
 ENTRIES = (*AVERAGES, "state_dict", "model_state_dict", "model", "net", "blobs")
 WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
@@ -30,13 +31,13 @@ BOOKKEEPING = re.compile(r"(.*_momentum|n_averaged|lr|model_iter|weight_order)")
 
 @dataclass(frozen=True)
 class Weights:
-    """Tensors under our names (a detector's trunk and pyramid behind `backbone.`), and what is known of them.
+    """Tensors under our names (a detector's trunk and pyramid start with `backbone.`), and what is known about them.
 
-    `metadata` is what the file or its publisher says, in the layout of `file.write_weights`; `assumed` what was taken
-    for granted because nobody says it. `source` is a name for messages; `is_file` False for a state dict given as
-    such: its owner knows what it is. `format` is the one whose names the tensors had ("resbackbone": ours), None if
-    none knows them; `unknown` the keys it does not know, which kept their names, `left_out` what the network implies
-    or only training needs, `entry` the part of the file that holds the tensors.
+    `metadata` is what the file or its publisher says, in the layout of `file.write_weights`. `assumed` is what neither
+    says. `source` names the weights in messages; `is_file` is False for a state dict that the caller passed.
+    `format` is the one whose names the tensors had ("resbackbone" for ours), or None if no format knows them.
+    `unknown` are the keys that the format does not know; they keep their names. `left_out` are tensors that the network
+    implies or only training needs. `entry` is the part of the file that held the tensors.
     """
 
     state: dict[str, Tensor]
@@ -50,7 +51,7 @@ class Weights:
     entry: str = ""
 
     def announce_assumptions(self, **asked: object) -> None:
-        """Log one line on what was taken for granted and was not asked for either; nothing if there is nothing."""
+        """Log, in one line, what is assumed and was not asked for."""
         assumed = {key: value for key, value in self.assumed.items() if asked.get(key) is None}
         said = []
         if "input" in assumed and (self.is_file or assumed["input"] != INPUT):
@@ -73,15 +74,16 @@ def read_weights(
     entry: str | None = None,
     given_input: Mapping | None = None,
 ) -> Weights:
-    """Read weights of any known format (`formats.FORMATS`) and turn them into ours: RGB 0..1, ImageNet mean and std.
+    """Read weights of any known format (`formats.FORMATS`) and convert them to our names and our input.
 
-    source: a file (safetensors, or of PyTorch's or Caffe2's kind: told by its content), a folder of transformers with
-        config.json, a named source or URL (`sources.locate`), a state dict, or what this function returned before.
-    entry: which part of a checkpoint to take, where it holds several ("model", "model_ema").
-    given_input: the input the weights were made for, in the layout of `inputs.INPUT`, where the file does not say.
+    source: a file (safetensors, PyTorch, or a pickle of arrays), a folder that transformers wrote, a named source or a
+        URL (`sources.locate`), a state dict, or what this function returned before.
+    entry: the part of a checkpoint to take if it holds several ("model", "model_ema").
+    given_input: the input that the weights were trained with, in the layout of `inputs.INPUT`, if the file does not
+        say. Ours is RGB in 0..1 with ImageNet's mean and std.
 
-    No file can run code (`pickles`). Raises ValueError, with a sentence, for what is not there, not readable, not of
-    floating point numbers, or made for an input that cannot be converted exactly.
+    No file can run code (`pickles`). Raises ValueError, with a sentence, if the source does not exist or is unreadable,
+    if a tensor does not hold floating point numbers, and if the input cannot be converted exactly.
     """
     if isinstance(source, Weights):
         return source
@@ -94,7 +96,7 @@ def read_weights(
         return weights
     try:
         translated = to_ours(weights.state)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"weights from {weights.source}: {error}") from None
     if translated.format is None:
         return weights
@@ -109,7 +111,7 @@ def read_weights(
 
 
 def has_bottlenecks(state: Mapping[str, Tensor]) -> bool:
-    """Whether the blocks in `state` are bottlenecks: only these can stride in two places."""
+    """Whether the blocks in `state` are bottlenecks; only these have two places for the stride."""
     return any(key.endswith("layer1.0.conv3.weight") for key in state)
 
 
@@ -165,7 +167,7 @@ def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, 
 
 
 def _notes_in(content: object) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors: this package's notes, detectron2's author, mmdetection's config."""
+    """What a checkpoint says about its tensors: this package's notes, detectron2's author, mmdetection's config."""
     if not isinstance(content, dict):
         return {}
     if isinstance(content.get(NOTES), str):
@@ -179,9 +181,9 @@ def _notes_in(content: object) -> dict[str, Any]:
     mean, std = (re.search(rf"\b{name}=\[([\d., ]+)\]", config) for name in ("mean", "std"))
     notes: dict[str, Any] = {}
     relu = re.search(r"relu_before_extra_convs=(True|False)", config)
-    told = {"stride_in_1x1": style and style[1] == "caffe", "relu_before_p7": relu and relu[1] == "True"}
-    if told := {name: value for name, value in told.items() if value is not None}:
-        notes["backbone"] = told
+    backbone = {"stride_in_1x1": style and style[1] == "caffe", "relu_before_p7": relu and relu[1] == "True"}
+    if backbone := {name: value for name, value in backbone.items() if value is not None}:
+        notes["backbone"] = backbone
     if to_rgb and mean and std:
         numbers = [[float(number) for number in found[1].split(",") if number.strip()] for found in (mean, std)]
         order = "RGB" if to_rgb[1] == "True" else "BGR"
@@ -195,7 +197,7 @@ def _notes_in(content: object) -> dict[str, Any]:
 
 
 def _unwrapped(weights: Weights) -> Weights:
-    """Without the prefix that a wrapper put before every name, and without what only training needs."""
+    """The weights without the prefix of a wrapper (DataParallel), and without what only training needs."""
     left_out = tuple(key for key in weights.state if BOOKKEEPING.fullmatch(key))
     state = {key: value for key, value in weights.state.items() if key not in left_out}
     while prefix := next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None):
@@ -207,16 +209,16 @@ def _in_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     converted = {}
     for key, tensor in state.items():
         if not key.endswith("num_batches_tracked"):
-            if not tensor.is_floating_point():
-                kind = str(tensor.dtype).removeprefix("torch.")
-                raise UserError(f"weights from {source}: {key} holds {kind}, floating point numbers are wanted")
+            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
+                kind = str(tensor.dtype).removeprefix("torch.") if tensor.layout == torch.strided else "a sparse tensor"
+                raise UserError(f"weights from {source}: {key} holds {kind}, not floating point numbers")
             tensor = tensor.float()
         converted[key] = tensor
     return converted
 
 
 def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Mapping[str, Tensor]) -> Weights:
-    """Change the first convolution to take `inputs.INPUT`, and note what was known and what was assumed."""
+    """Convert the first convolution to `inputs.INPUT`, and record what was known and what is assumed."""
     metadata, assumed = dict(weights.metadata), {}
     assert weights.format is not None  # its names have been translated
     usual = _usual(weights.format, weights.state)
@@ -226,17 +228,18 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
         given = assumed["input"] = usual["input"]
     elif weights.format == "detectron2":  # MSRA's networks; its other ones take torchvision's
         stride_in_1x1 = stride_in_1x1 and list(given["std"]) == [1.0] * 3
-    told = metadata.get("backbone", {})
-    if "stride_in_1x1" not in told:
+    stated = metadata.get("backbone", {})
+    if "stride_in_1x1" not in stated:
         assumed["stride_in_1x1"] = stride_in_1x1
-    if weights.format == "mmdetection" and "relu_before_p7" not in told and any(".p7." in key for key in weights.state):
-        assumed["relu_before_p7"] = False  # what its pyramids do unless told otherwise
+    has_p7 = any(".p7." in key for key in weights.state)
+    if weights.format == "mmdetection" and has_p7 and "relu_before_p7" not in stated:
+        assumed["relu_before_p7"] = False  # mmdetection's default
     state = dict(weights.state)
     key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
     if given != INPUT:
         check_input(given)
         if state[key].dim() != 4 or state[key].shape[1] != 3:
-            raise UserError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, takes no colours")
+            raise UserError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, not for three colours")
         state[key] = for_canonical_input(state[key], given)
     metadata |= {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
     return replace(weights, state=state, metadata=metadata, assumed=assumed)
@@ -245,8 +248,8 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
 def _usual(format: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The input and the stride of published networks with these names.
 
-    Of Detectron's, those with groups or group norm stride in the 3x3 (FAIR's X-101-32x8d.pkl and R-50-GN.pkl, and what
-    detectron2's zoo trained from them), and X-101-32x8d alone divides by a deviation.
+    Detectron's networks with groups or group norm stride in the 3x3 (FAIR's X-101-32x8d.pkl and R-50-GN.pkl, and what
+    detectron2's zoo trained from them). Only X-101-32x8d divides by a standard deviation.
     """
     usual = dict(FORMATS[format].assumed)
     if not usual["stride_in_1x1"]:
@@ -262,13 +265,13 @@ def _usual(format: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _input_of_detectron2(constants: Mapping[str, Tensor]) -> dict | None:
-    """The input that a detectron2 checkpoint with its pixel statistics was made for."""
+    """The input of a detectron2 checkpoint, from its pixel statistics."""
     if not {"pixel_mean", "pixel_std"} <= constants.keys():
         return None
     mean, std = (constants[key].double().flatten().tolist() for key in ("pixel_mean", "pixel_std"))
     mean, std = ([float(f"{value:.7g}") for value in values] for values in (mean, std))  # 103.53, not its fp32
     if len(mean) != 3 or len(std) != 3:
-        raise UserError(f"pixel_mean {mean} and pixel_std {std} are not of three channels")
+        raise UserError(f"pixel_mean {mean} and pixel_std {std} do not have three channels")
     return {
         "channel_order": "BGR" if mean[0] < mean[2] else "RGB",  # ImageNet is redder than blue
         "range": [0.0, 255.0] if max(mean) > 1 else [0.0, 1.0],

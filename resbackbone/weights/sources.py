@@ -1,4 +1,4 @@
-"""Named sources: weights found at whoever publishes them, fetched once, with what their publisher says of them."""
+"""Named sources: find or download published weights, with what their publisher says about them."""
 
 import difflib
 import hashlib
@@ -28,17 +28,17 @@ from resbackbone.weights.zoo import (
     torchvision_names,
 )
 
-# Trained with the eps of maskrcnn-benchmark; torchvision sets it in the model when it loads these.
+# Trained without eps, as in maskrcnn-benchmark; torchvision sets eps to 0 when it loads these.
 TORCHVISION_WITHOUT_EPS = {
     f"{kind}_ResNet50_FPN_Weights.COCO_V1" for kind in ("FasterRCNN", "MaskRCNN", "KeypointRCNN", "RetinaNet")
 }
-# timm's networks with the tensors of a ResNet that blur before they subsample: no name or shape tells them apart.
+# timm's networks that blur before they subsample. Their tensors have the names and shapes of a ResNet's.
 TIMM_ANTI_ALIASED = ("resnetaa", "resnetblur")
 STRIDE_IN_3X3 = {"stride_in_1x1": False, "eps": 1e-5}
 STRIDE_IN_1X1 = {"stride_in_1x1": True, "eps": 1e-5}
 
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
-# Folders of its zoo whose configs keep the defaults for R-50 and R-101: MSRA's input, stride in the 1x1.
+# Folders of its zoo whose configs keep the defaults: MSRA's input, and for R-50 and R-101 the stride in the 1x1.
 DETECTRON2_DEFAULT = ("ImageNetPretrained/MSRA/", "COCO-", "LVISv0.5-", "PascalVOC-", "Cityscapes/", "Detectron1-")
 RGB_255 = {
     "channel_order": "RGB",
@@ -51,10 +51,10 @@ MAX_JSON_BYTES = 16 << 20  # a config that names 22,000 classes has two
 
 
 class Located(NamedTuple):
-    """A file on this machine, and what its publisher says of it, in the layout of our own files' metadata.
+    """A file on this machine, and what its publisher says about it, in the layout of our own files' metadata.
 
-    `stated` always has source, licence ("unknown" where none is given) and accuracy (a list, perhaps empty); url,
-    backbone (stride_in_1x1, eps), input (channel_order, range, mean, std), classes and recipe where they are known.
+    `stated` always has source, licence ("unknown" if none is given) and accuracy (a list, perhaps empty); it has url,
+    backbone (stride_in_1x1, eps), input (channel_order, range, mean, std), classes and recipe if they are known.
     """
 
     path: Path
@@ -62,12 +62,12 @@ class Located(NamedTuple):
 
 
 def is_named(source: str) -> bool:
-    """Whether `source` is a name to look up: torchvision:, timm:, hf:, detectron2:, http: or https:; else a path."""
+    """Whether `source` is a name to look up (torchvision:, timm:, hf:, detectron2:, http: or https:) and not a path."""
     return source.partition(":")[0].lower() in _SOURCES and ":" in source
 
 
 def locate(source: str) -> Located:
-    """Find the file of a named source, downloading it where this machine does not have it.
+    """Return the file of a named source; download it if this machine does not have it.
 
     torchvision:ENUM.MEMBER                 torchvision.models.get_weight, in torch.hub's folder
     timm:ARCHITECTURE[.TAG]                 timm's registry of pretrained models, in the Hugging Face cache
@@ -75,26 +75,29 @@ def locate(source: str) -> Located:
     detectron2:PATH.pkl or CONFIG.yaml      detectron2's model zoo, in the folder detectron2 itself uses
     http(s)://HOST/PATH[#sha256=HEX]        anything else, in torch.hub's folder
 
-    Raises ValueError with one sentence that names the source if there is no such thing or it cannot be had; for one
-    that cannot be reached, the sentence says what to fetch and where to put it.
+    Raises ValueError, with one sentence that names the source, if it does not exist or cannot be downloaded. In the
+    latter case the sentence says what to download and where to put it.
     """
     if not is_named(source):
         raise UserError(f"weights {source!r}: not a named source; one begins with {':, '.join(_SOURCES)}:")
     scheme, _, name = source.partition(":")
     try:
         return _SOURCES[scheme.lower()](name if scheme.lower() not in ("http", "https") else source)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"weights {source!r}: {error}") from None
 
 
 def locate_in_folder(folder: Path) -> Located:
-    """The weights in a folder as transformers writes it, and what its config.json says; ValueError if none is there."""
+    """The weights in a folder that transformers wrote, and what its config.json says.
+
+    Raises ValueError if it holds none.
+    """
     file = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
     if file is None:
         raise UserError(f"weights {str(folder)!r}: the folder holds no {' and no '.join(HUB_FILES)}")
     try:
         config, preprocessor = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"weights {str(folder)!r}: {error}") from None
     resnet = config.get("model_type") == "resnet"
     return Located(file, _stated_by_transformers(config, preprocessor) if resnet else {})
@@ -144,7 +147,7 @@ def _timm(name: str) -> Located:
             f"timm knows no such weights; {_close(name, names, 'an example is timm:resnet50.a1_in1k')}"
         ) from None
     if not is_model_in_modules(name, ("resnet",)):
-        raise UserError("not one of timm's ResNets (timm/models/resnet.py), which are all that can be read here")
+        raise UserError("not one of timm's ResNets (timm/models/resnet.py); this package reads no others")
     _refuse_anti_aliased(name)
     assert config is not None  # allow_unregistered=False raises instead
     if not config.hf_hub_id:
@@ -159,11 +162,11 @@ def _timm(name: str) -> Located:
 
 def _refuse_anti_aliased(architecture: object) -> None:
     if str(architecture).startswith(TIMM_ANTI_ALIASED):
-        raise UserError(f"timm's {architecture} blurs its maps before it subsamples them, which no network here does")
+        raise UserError(f"timm's {architecture} blurs its maps before it subsamples them; no network here does")
 
 
 def _stated_by_timm(config: Mapping) -> dict[str, Any]:
-    """What a pretrained_cfg says: timm's own registry's, or the one in a config.json."""
+    """What a pretrained_cfg says, from timm's registry or from a config.json."""
     stated = {"backbone": dict(STRIDE_IN_3X3), **_input(config.get("mean"), config.get("std"))}
     if isinstance(config.get("license"), str):
         stated["licence"] = config["license"]
@@ -180,7 +183,7 @@ def _hugging_face(name: str) -> Located:
     if not match:
         raise UserError("Hugging Face sources are hf:OWNER/REPO[@REVISION][:FILE], such as hf:microsoft/resnet-50")
     repository, revision, file = match.groups()
-    # The small files first: were the network to go between, nothing would be read without what it says of itself.
+    # The small files first: if the network fails in between, no weights are read without their description.
     config = _hub_json(repository, revision, "config.json")
     card = _hub_file_beside(repository, revision, "README.md")
     stated = {
@@ -216,8 +219,8 @@ def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str,
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-class _NotHere(ValueError):
-    """Not in the cache, and the network does not give it."""
+class _NotHere(UserError):
+    """Neither in the cache nor on the network."""
 
 
 def _hub_weights(repository: str, revision: str | None, files: Iterable[str]) -> Path:
@@ -228,11 +231,11 @@ def _hub_weights(repository: str, revision: str | None, files: Iterable[str]) ->
                 return path
         except _NotHere as error:  # the next may be in the cache
             unreachable = unreachable or error
-    raise unreachable or ValueError(f"https://huggingface.co/{repository} holds no {' and no '.join(files)}")
+    raise unreachable or UserError(f"https://huggingface.co/{repository} holds no {' and no '.join(files)}")
 
 
 def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
-    """The file in huggingface_hub's cache (which locks, resumes and checks), or None if the repository has none."""
+    """The file in huggingface_hub's cache (it locks, resumes and checks), or None if the repository lacks it."""
     require("train", "huggingface_hub", user="the Hub")
     import huggingface_hub
     from huggingface_hub import errors
@@ -243,8 +246,8 @@ def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
     except errors.LocalEntryNotFoundError:
         url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
         raise _NotHere(
-            f"{url} could not be downloaded (offline, and not in the cache); fetch it elsewhere and give the path of "
-            f"the downloaded {Path(file).name} instead"
+            f"{url} could not be downloaded (offline, and not in the cache); download it elsewhere and give the path "
+            f"of the downloaded {Path(file).name} instead"
         ) from None
     except errors.EntryNotFoundError:
         return None
@@ -254,16 +257,16 @@ def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
         reason = "there is no such repository, or it is private"
     except errors.RevisionNotFoundError:
         reason = f"it has no revision {revision!r}"
-    except Exception as error:  # by its version, huggingface_hub lets those of requests or of httpx through
+    except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     raise UserError(f"https://huggingface.co/{repository} could not be read: {reason}")
 
 
 def _hub_has_an_address() -> bool:
-    """False on a machine without a network, where huggingface_hub would try for half a minute a file."""
+    """False on a machine without a network, where huggingface_hub would retry each file for half a minute."""
     from huggingface_hub import constants
 
-    if constants.HF_HUB_OFFLINE or getproxies():  # it knows, or a proxy looks names up
+    if constants.HF_HUB_OFFLINE or getproxies():  # a proxy looks names up itself
         return True
     try:
         return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None))
@@ -274,7 +277,7 @@ def _hub_has_an_address() -> bool:
 def _hub_file_beside(repository: str, revision: str | None, file: str) -> Path | None:
     try:
         return _hub_file(repository, revision, file)
-    except _NotHere:  # weights that are in the cache do not need it
+    except _NotHere:  # weights in the cache do not need it
         return None
 
 
@@ -284,7 +287,7 @@ def _hub_json(repository: str, revision: str | None, file: str) -> dict[str, Any
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object of a sane size; empty if the file is not there."""
+    """The JSON object in a file; empty if there is no such file."""
     file = path.name
     if not path.is_file():
         return {}
@@ -295,7 +298,7 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise UserError(f"its {file} is not readable JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
-        raise UserError(f"its {file} holds a {type(content).__name__}, where an object is expected")
+        raise UserError(f"its {file} holds a {type(content).__name__}, not an object")
     return content
 
 
@@ -351,7 +354,10 @@ def _stated_by_detectron2(path: str) -> dict[str, Any]:
 
 def _url(source: str) -> Located:
     url, fragment = urldefrag(source)
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:  # as for https://[host/
+        raise UserError(f"not a URL ({error})") from None
     file = re.sub(r"[^\w.+-]", "_", unquote(parts.path).rsplit("/", 1)[-1])[-100:]
     if not parts.hostname or not file.strip("."):
         raise UserError("a URL has a host and ends in a file's name: https://HOST/PATH/FILE")
@@ -365,16 +371,16 @@ def _url(source: str) -> Located:
         if not match:
             raise UserError(f"unknown ending #{fragment}; a URL may end in #sha256= and 8 to 64 hexadecimal digits")
         sha256 = match[1]
-    # A folder a URL, as one file name (model_final.pth) may come from several.
+    # One folder for each URL, as several may end in the same name (model_final.pth).
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]
     path = Path(torch.hub.get_dir()) / "resbackbone" / folder / file
     download(url, path, sha256=sha256)
-    public = parts._replace(query="").geturl()  # a query may be a key to a private file, and this is kept in files
+    public = parts._replace(query="").geturl()  # without the query: it may be a key, and this is written into files
     return Located(path, {"source": public, "url": public, "licence": "unknown", "accuracy": []})
 
 
 def published_eps(file: str) -> dict[str, float]:
-    """{"eps": 0.0} for a file that has the name of one of torchvision's whose norms have none, else nothing."""
+    """{"eps": 0.0} for a file with the name of one of TORCHVISION_WITHOUT_EPS, else nothing."""
     if "_resnet50_fpn_coco-" not in file:  # do not import torchvision for any other
         return {}
     import torchvision
@@ -386,8 +392,8 @@ def published_eps(file: str) -> dict[str, float]:
 def published_sha256(file: str) -> str:
     """The first 8 digits of a file's sha256, or all 64, where its name ends in them (resnet50-0676ba61.pth), else "".
 
-    torch.hub's convention, which timm and mmdetection keep: behind a hyphen, before .pth or .pt. Eight digits that
-    read as a day (-20200130.pth) are taken for one, and so are no hash; #sha256= behind a URL goes before either.
+    This is torch.hub's convention, which timm and mmdetection follow: a hyphen, the digits, then .pth or .pt. Eight
+    digits that read as a date (-20200130.pth) are no hash.
     """
     match = re.search(r"-([0-9a-f]{64}|[0-9a-f]{8})\.pth?$", file)
     if not match or re.fullmatch(r"(19|20)\d\d(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])", match[1]):
@@ -396,7 +402,7 @@ def published_sha256(file: str) -> str:
 
 
 def _input(mean: Any, std: Any) -> dict[str, Any]:
-    """{"input": RGB of 0..1 with these}, or nothing if they are not three numbers each."""
+    """{"input": RGB in 0..1 with this mean and deviation}, or nothing if they are not three numbers each."""
     for values in (mean, std):
         if not isinstance(values, list | tuple) or len(values) != 3:
             return {}

@@ -1,4 +1,4 @@
-"""Tensors of a foreign format under our names, and ours under a foreign format's: one table, both ways."""
+"""Rename tensors of a foreign format to our names, and ours to a foreign format's, with one table."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from resbackbone.weights.names import Template, with_value
 
 
 class Rule(NamedTuple):
-    """One line of a table: our name, theirs, and how a value changes on the way in and on the way out."""
+    """One line of a table: our name, theirs, and how to convert a tensor on reading and on writing."""
 
     ours: Template
     theirs: Template
@@ -32,10 +32,10 @@ class Rule(NamedTuple):
 
 
 class Translated(NamedTuple):
-    """Tensors under our names, with `backbone.` before the trunk and pyramid of a detector.
+    """Tensors under our names; the trunk and pyramid of a detector start with `backbone.`.
 
-    `format` is the name of the one that knows most of the keys, None if it is no network of ours; `unknown` are the
-    keys it does not know (a mask head, say), which stay as they are; `constants` those that the network implies.
+    `format` is the format that knows most of the keys, or None if none has a trunk's. `unknown` are the keys that it
+    does not know (a mask head's, say); they keep their names. `constants` are tensors that the network implies.
     """
 
     state: dict[str, Tensor]
@@ -45,7 +45,7 @@ class Translated(NamedTuple):
 
 
 def to_ours(state: Mapping[str, Tensor]) -> Translated:
-    """Tell the format of `state` by its names, and rename. ValueError if two names stand for one tensor."""
+    """Find the format of `state` by its names, and rename. Raises ValueError if two names mean one tensor."""
     best: tuple[dict, str, Place, list[str], list[str]] | None = None
     for name, known in FORMATS.items():
         for place in dict.fromkeys((known.bare, known.pyramidal, known.detecting, known.single, *known.elsewhere)):
@@ -66,7 +66,7 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
     for theirs, (ours, rule) in found.items():
         ours = f"backbone.{ours}" if detector and _of_network(ours) else ours
         if ours in renamed:
-            raise UserError(f"{giver[ours]} and {theirs} both stand for {ours}")
+            raise UserError(f"{giver[ours]} and {theirs} both mean {ours}")
         renamed[ours] = state[theirs] if rule.take is None else rule.take(state[theirs])
         giver[ours] = theirs
     if name == "msra":
@@ -76,11 +76,11 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
 
 
 def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> dict[str, Tensor]:
-    """The tensors of `state`, which are under our names and whose norms have `eps`, under those of `format`.
+    """Rename `state`, with our names and norms of `eps`, to the names of `format`.
 
-    Other packages' norms have an eps of 1e-5: scales are changed where ours is another, so that outputs stay. Counters
-    of batches are left out where the format's norms have none. Raises ValueError that names every tensor the format
-    has no name for.
+    Other packages' norms have an eps of 1e-5. If ours differs, their scales change so that the outputs stay. The
+    batch counters are dropped if the format has none. Raises ValueError that names every tensor for which the format
+    has no name.
     """
     known = FORMATS[one_of("format", format, FORMATS)]
     state = _with_usual_eps(state, eps)
@@ -132,7 +132,7 @@ def _match(state: Mapping[str, Tensor], known: Format, place: Place):
 
 
 def _rules(known: Format, place: Place, laterals: int, *, reading: bool) -> Iterator[Rule]:
-    """The lines of a format's table. `laterals` is how many trunk levels its pyramid merges: 4 from c2, 3 from c3."""
+    """The lines of a format's table. Its pyramid merges `laterals` trunk levels: 4 from c2, 3 from c3."""
 
     def rule(ours: str, theirs: str, *changes) -> Rule:
         for name, value in (("first", 6 - laterals), ("count", laterals)):
@@ -159,11 +159,11 @@ def _rules(known: Format, place: Place, laterals: int, *, reading: bool) -> Iter
 
 
 def _changes(ours: str, known: Format) -> tuple:
-    """How the values of one tensor of the heads change on the way in and out of a format."""
+    """How to convert a tensor of the heads on reading and on writing."""
     if known.background_last and ".cls_score." in ours:
         return (lambda x: x.roll(1, 0)), (lambda x: x.roll(-1, 0))
     if known.background_last and ".box_predictor.bbox_pred." in ours:
-        # Theirs has no box for the background; ours has one that nothing reads.
+        # Ours has a box for the background, which nothing reads; theirs has none.
         return (lambda x: torch.cat((torch.zeros_like(x[:4]), x))), (lambda x: x[4:])
     if known.sizes_first and ".cls_logits." in ours:
         return (lambda x: _swap_anchors(x, 1, sizes_first=True)), (lambda x: _swap_anchors(x, 1, sizes_first=False))
@@ -173,16 +173,16 @@ def _changes(ours: str, known: Format) -> tuple:
 
 
 def _swap_anchors(x: Tensor, numbers: int, *, sizes_first: bool) -> Tensor:
-    """[anchors * numbers, ...] from one order of a location's anchors to the other: by size, or by ratio."""
+    """[anchors * numbers, ...]: reorder a location's anchors from by size to by ratio, or back."""
     sizes = len(x) // numbers // ANCHOR_RATIOS
     if sizes * ANCHOR_RATIOS * numbers != len(x):
-        raise UserError(f"a box head for {len(x) // numbers} anchors a location: three ratios a size are wanted")
+        raise UserError(f"a box head for {len(x) // numbers} anchors a location; each size must have three ratios")
     order = (sizes, ANCHOR_RATIOS) if sizes_first else (ANCHOR_RATIOS, sizes)
     return x.unflatten(0, (*order, numbers)).transpose(0, 1).flatten(0, 2)
 
 
 def _norms(state: Mapping[str, Tensor]) -> Iterator[str]:
-    """Names of the batch norms in `state`, by their scales."""
+    """Names of the batch norms in `state`."""
     return (key.removesuffix(".running_var") for key in state if key.endswith(".running_var"))
 
 
@@ -196,9 +196,9 @@ def _with_usual_eps(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor
 
 
 def _add_merged_statistics(state: dict[str, Tensor], giver: Mapping[str, str]) -> None:
-    """Give norms that are scale and shift alone the statistics 0 and 1.
+    """Give norms that have only scale and shift the statistics 0 and 1, as detectron2 does when it reads them.
 
-    So detectron2 reads these files, and adds its eps to that 1: Caffe2's own scales are larger by 5e-6.
+    Its eps is added to that 1, so its scales are smaller by 5e-6 than Caffe2's.
     """
     for key, theirs in giver.items():
         norm = key.removesuffix(".weight")
@@ -208,7 +208,7 @@ def _add_merged_statistics(state: dict[str, Tensor], giver: Mapping[str, str]) -
 
 
 def _with_msras_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scales and shifts alone, such that they are right again with the statistics 0 and 1 (and eps)."""
+    """Norms as scale and shift that are right for readers with the statistics 0 and 1 (and eps)."""
     merged = merged_norms(state)
     for norm in _norms(state):
         merged[f"{norm}.weight"] = (merged[f"{norm}.weight"].double() * (1 + EPS) ** 0.5).float()
@@ -216,7 +216,7 @@ def _with_msras_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, Tensor]:
-    """The tensors of `state`, its batch norms as a scale (weight) and a shift (bias) alone; computed in fp64."""
+    """The tensors of `state` with batch norms merged into scale (weight) and shift (bias), computed in fp64."""
     state = dict(state)
     for norm in list(_norms(state)):
         weight, bias, mean, variance = (
@@ -228,12 +228,12 @@ def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, 
 
 
 def _of_network(key: str) -> bool:
-    """Whether one of our names is of a trunk, its classifier or its pyramid, and not of a detector's heads."""
+    """Whether one of our names belongs to a trunk, its classifier or its pyramid, and not to a detector's heads."""
     return not key.startswith(("rpn.", "roi_heads."))
 
 
 def _laterals(state: Mapping[str, Tensor]) -> int:
-    """How many trunk levels a pyramid merges, by the names of its 1x1 convolutions in any format; 4 if it has none."""
+    """How many trunk levels a pyramid of any format merges, counted by its 1x1 convolutions; 4 if it has none."""
     marks = ("inner_blocks.", "fpn_lateral", "lateral_convs.")
     levels = {key.split(mark)[1].split(".")[0] for key in state for mark in marks if mark in key}
     return len(levels) or 4

@@ -1,4 +1,4 @@
-"""Weights out: files of every known format, and the proof that what was written is the same network."""
+"""Write weights in any known format, and compare what was written with the original."""
 
 import io
 import json
@@ -30,13 +30,13 @@ STRIDING_IN_3X3 = ("torchvision", "timm")  # their networks have it nowhere else
 
 
 def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> None:
-    """Write `weights`, as `read_weights` gave them, as a file of `format`, with its names and for its input.
+    """Write `weights`, as `read_weights` returns them, with the names and for the input of `format`.
 
-    Ours is a safetensors file. Of foreign formats the suffix of `path` tells the kind: .safetensors, .pth, .pt or
-    .bin (PyTorch), .pkl (detectron2 and msra: arrays in a pickle); transformers gets a folder with config.json, from
-    which `from_pretrained` loads. Foreign files carry our metadata too, where their own readers do not mind.
+    Ours is a safetensors file. For foreign formats the suffix of `path` selects the kind: .safetensors, .pth, .pt or
+    .bin (PyTorch), or .pkl (detectron2 and msra: arrays in a pickle). transformers gets a folder with config.json that
+    `from_pretrained` loads. Foreign files hold our metadata too, where their own readers allow it.
 
-    Raises ValueError for a network the format has not got, naming what it lacks, and for an unknown suffix.
+    Raises ValueError if the format has no such network, and if the suffix is unknown.
     """
     one_of("format", format, TARGETS)
     path = Path(path)
@@ -57,7 +57,7 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         return
     _check_network(trunk, format)
     if metadata["backbone"].get("relu_before_p7") is False and format in RELU_BEFORE_P7:
-        raise UserError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7, and would differ")
+        raise UserError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7")
     state, given = dict(weights.state), FORMATS[format].assumed["input"]
     if given != INPUT:
         key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
@@ -81,10 +81,10 @@ def architecture_name(trunk: Mapping[str, Any]) -> str:
 
 
 def largest_difference(a: Weights, b: Weights) -> tuple[float, str]:
-    """How far two sets of weights are from being one network: the largest relative difference, and its tensor.
+    """The largest relative difference between two networks, and the tensor that has it.
 
-    Each tensor's difference is relative to its largest value. Norms are compared as the scale and shift they stand
-    for, with each side's eps; the background's box, which nothing reads, is not. ValueError if names differ.
+    Each difference is relative to the tensor's largest value. Norms are compared as scale and shift, with each side's
+    eps. The background's box, which nothing reads, is not compared. Raises ValueError if names or shapes differ.
     """
     first, second = (_comparable(weights) for weights in (a, b))
     if first.keys() != second.keys():
@@ -108,15 +108,15 @@ def _comparable(weights: Weights) -> dict[str, Tensor]:
 
 def _check_network(trunk: Mapping[str, Any], format: str) -> None:
     if trunk["shortcut"] != "B":
-        raise UserError(f"shortcut={trunk['shortcut']!r}: {format} has no such network, only the one of shortcut B")
+        raise UserError(f"shortcut={trunk['shortcut']!r}: {format} only has networks with shortcut B")
     if trunk["stride_in_1x1"] and trunk["depth"] >= 50 and format in STRIDING_IN_3X3:
-        raise UserError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3, and would compute wrong")
+        raise UserError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3")
     if format == "transformers" and (trunk["groups"], trunk["width_per_group"]) != (1, 64):
-        raise UserError("transformers has neither groups nor other widths in its ResNet")
+        raise UserError("transformers' ResNet has neither groups nor other widths")
     if format in ("transformers", "msra") and trunk["norm"] == "GN":
-        raise UserError(f"norm='GN': {format} has no such network, only the one of batch norms")
+        raise UserError(f"norm='GN': {format} only has networks with batch norms")
     if FORMATS[format].assumed["input"] != INPUT and trunk["in_channels"] != 3:
-        raise UserError(f"in_channels={trunk['in_channels']}: {format}'s networks take three colours, as BGR")
+        raise UserError(f"in_channels={trunk['in_channels']}: {format}'s networks take three colours")
 
 
 def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:
@@ -126,7 +126,7 @@ def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> by
         arrays = {name: tensor.numpy() for name, tensor in state.items()}
         if format == "msra":
             return pickle.dumps({"blobs": arrays, NOTES: notes})
-        # What detectron2's checkpointer wants to see; it then matches names by their ends, as trunks need it.
+        # With these entries detectron2's checkpointer matches names by their ends, which trunks need.
         return pickle.dumps({"model": arrays, "__author__": OURS, "matching_heuristics": True, NOTES: notes})
     if path.suffix not in (".pth", ".pt", ".bin"):
         kinds = ".safetensors, .pth, .pt, .bin" + (", .pkl" if format in ("detectron2", "msra") else "")
@@ -180,7 +180,7 @@ def _write_transformers_folder(
 
 
 def only_part(weights: Weights, part: str) -> Weights:
-    """The weights without what is beside the part: a detector's heads ("backbone"), or all but the stages ("trunk")."""
+    """The weights without a detector's heads ("backbone"), or without pyramid and classifier as well ("trunk")."""
     one_of("part", part, ("backbone", "trunk"))
     state = backbone_part(weights.state)
     if part == "trunk":

@@ -268,7 +268,7 @@ def test_the_command_ends_with_status_1_and_one_line():
 def test_a_file_that_is_there_is_replaced_only_when_asked(classifier):
     torch.save(classifier, "r18.pth")
     Path("out.safetensors").write_text("precious")
-    assert "out.safetensors is there already; --overwrite replaces it" in error_of("r18.pth", "out.safetensors")
+    assert "out.safetensors exists already; --overwrite replaces it" in error_of("r18.pth", "out.safetensors")
     convert("r18.pth", "out.safetensors", "--overwrite")
     assert_same_tensors(read_weights("out.safetensors").state, classifier)
     convert("out.safetensors", "out.safetensors", "--overwrite", "--licence", "MIT")  # onto itself
@@ -278,14 +278,14 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(classifier):
 def test_only_a_folder_of_transformers_is_replaced(classifier):
     torch.save(classifier, "r18.pth")
     convert("r18.pth", "net", "--to", "transformers")
-    assert "net is there already" in error_of("r18.pth", "net", "--to", "transformers")
+    assert "net exists already" in error_of("r18.pth", "net", "--to", "transformers")
     convert("r18.pth", "net", "--to", "transformers", "--overwrite")
     Path("net/thesis.tex").write_text("precious")
     said = error_of("r18.pth", "net", "--to", "transformers", "--overwrite")
     assert "net holds more than transformers' files and is not replaced: thesis.tex" in said
-    assert "net is a folder; for resbackbone the name of a file is wanted" in error_of("r18.pth", "net", "--overwrite")
+    assert "net is a folder; resbackbone needs the name of a file" in error_of("r18.pth", "net", "--overwrite")
     for nameless in (".", "/", ""):
-        assert "a name to write to is wanted" in error_of("r18.pth", nameless, "--to", "transformers", "--overwrite")
+        assert "give a name to write to" in error_of("r18.pth", nameless, "--to", "transformers", "--overwrite")
 
 
 @pytest.mark.parametrize("at", ["write_as", "read_weights"])
@@ -345,7 +345,7 @@ def test_a_network_that_a_format_cannot_hold_is_not_written(options, told):
         ({"fc.weight": torch.tensor(1.0)}, "bad.pth: fc.weight is [], which no layer has"),
         ({"fc.weight": torch.zeros(0, 512)}, "bad.pth: fc.weight is [0, 512], which no layer has"),
         ({"conv1.weight": torch.zeros(64, 0, 7, 7)}, "bad.pth: conv1.weight is [64, 0, 7, 7], which no layer has"),
-        ({"bn1.bias": torch.zeros(64, dtype=torch.int8)}, "bn1.bias holds int8, floating point numbers are wanted"),
+        ({"bn1.bias": torch.zeros(64, dtype=torch.int8)}, "bn1.bias holds int8, not floating point numbers"),
         ({"conv1.weight": None}, "bad.pth: names of no known format"),
     ],
 )
@@ -406,8 +406,8 @@ def test_metadata_of_a_strange_kind_is_one_line(classifier):
 def test_wrong_arguments_are_one_line_that_names_them(classifier):
     torch.save(classifier, "r18.pth")
     Path("empty").mkdir()
-    assert "SRC and DST are wanted" in error_of("r18.pth")
-    assert "SRC and DST are wanted" in error_of()
+    assert "give SRC and DST" in error_of("r18.pth")
+    assert "give SRC and DST" in error_of()
     assert "weights 'empty': the folder holds no model.safetensors" in error_of("empty", "x.safetensors")
     assert f"unknown format 'caffe'; choose from {', '.join(TARGETS)}" in error_of("none.pth", "x.pkl", "--to", "caffe")
     assert "nowhere: no such folder to write into" in error_of("r18.pth", "nowhere/x.safetensors")

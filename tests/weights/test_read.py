@@ -105,7 +105,7 @@ def test_what_is_no_tensor_among_tensors_is_named_and_refused(tmp_path, name, va
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
 def test_a_tensor_of_another_kind_of_numbers_is_refused(dtype):
-    with pytest.raises(ValueError, match=f"bn1.bias holds {str(dtype)[6:]}, floating point numbers are wanted"):
+    with pytest.raises(ValueError, match=f"bn1.bias holds {str(dtype)[6:]}, not floating point numbers"):
         read_weights({**STATE, "bn1.bias": torch.zeros(2, dtype=dtype)})
 
 

@@ -146,7 +146,7 @@ def test_a_classifier_inside_another_module_is_read_whole():
 
 
 def test_two_names_for_one_tensor_are_refused():
-    with pytest.raises(ValueError, match=r"fc\.weight and linear\.weight both stand for fc\.weight"):
+    with pytest.raises(ValueError, match=r"fc\.weight and linear\.weight both mean fc\.weight"):
         to_ours({"conv1.weight": torch.zeros(1), "fc.weight": torch.zeros(1), "linear.weight": torch.ones(1)})
 
 

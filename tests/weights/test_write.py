@@ -85,12 +85,12 @@ def test_the_largest_difference_is_found_and_named(classifier):
 @pytest.mark.parametrize(
     "format, options, message",
     [
-        ("torchvision", {"shortcut": "C"}, "shortcut='C': torchvision has no such network"),
+        ("torchvision", {"shortcut": "C"}, "shortcut='C': torchvision only has networks with shortcut B"),
         ("timm", {"stride_in_1x1": True}, "timm's networks have the stride in the 3x3"),
         ("transformers", {"groups": 32, "width_per_group": 4}, "neither groups nor other widths"),
-        ("transformers", {"norm": "GN"}, "norm='GN': transformers has no such network"),
-        ("msra", {"norm": "GN"}, "norm='GN': msra has no such network"),
-        ("detectron2", {"in_channels": 4}, "in_channels=4: detectron2's networks take three colours, as BGR"),
+        ("transformers", {"norm": "GN"}, "norm='GN': transformers only has networks with batch norms"),
+        ("msra", {"norm": "GN"}, "norm='GN': msra only has networks with batch norms"),
+        ("detectron2", {"in_channels": 4}, "in_channels=4: detectron2's networks take three colours"),
         ("caffe", {}, "unknown format 'caffe'; choose from resbackbone, torchvision"),
     ],
 )
