@@ -1,4 +1,4 @@
-"""Break trainings in every way that is known to happen, go on with them, and compare with runs that were left alone.
+"""Break trainings in every way that is known to happen, resume them, and compare them with undisturbed runs.
 
 python tools/soak.py                                  all faults, 50 kills; about a quarter of an hour on two cores
 python tools/soak.py --faults kill full-disk --kills 10 --output runs/soak
@@ -9,7 +9,6 @@ import json
 import random
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,25 +20,24 @@ import torch
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
 from resbackbone.tools.benchmarks.machine import describe
-from resbackbone.tools.soaking.faults import FAULTS, Row
+from resbackbone.tools.soaking.faults import FAULTS
 from resbackbone.tools.soaking.subject import COMMANDS, Subject
 
 
 @dataclass(frozen=True)
 class Options:
-    """Break trainings, go on with them, and compare them with runs that were left alone."""
+    """Break trainings, resume them, and compare them with undisturbed runs."""
 
     faults: tuple[str, ...] = ()
-    """Of kill, terminate, damage, full-disk, restart, bad-rank, two-nodes and evaluation.
-    Default: all."""
+    """Of kill, terminate, damage, full-disk, restart, bad-rank, two-nodes and evaluation. Default: all."""
     kills: int = 50
-    """How many kills, half of a detector's training and half of a classifier's; the other faults scale with it."""
+    """Number of kills, half of them in a detector's training and half in a classifier's; other faults scale with it."""
     output: Path = Path("runs/soak")
-    """Folder for the runs, reliability.json and reliability.md; what is there is replaced."""
+    """Folder for the runs, reliability.json and reliability.md. Its content is replaced."""
     seed: int = 0
-    """Of the moments."""
+    """Of the moments at which faults happen."""
     quiet: bool = False
-    """Print warnings, errors and the table alone."""
+    """Print only warnings, errors and the table."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,33 +49,33 @@ def main(argv: list[str] | None = None) -> None:
     options.output.mkdir(parents=True)
     moments = random.Random(options.seed)
     detector, classifier = (Subject(name, options.output) for name in COMMANDS)
-    few = max(1, options.kills // 10)
-    rows = []
+    rows: list[dict] = []
     for name in options.faults or FAULTS:
-        began = time.monotonic()
+        title, inject = FAULTS[name]
+        times = max(1, options.kills // (2 if name == "kill" else 10))
         for subject in (detector, classifier) if name in ("kill", "terminate", "damage") else (detector,):
-            times = max(1, options.kills // 2) if name == "kill" else few
             try:
-                rows.append(FAULTS[name](subject, times, moments))
-            except RuntimeError as error:  # it hung, or could not be gone on with
-                rows.append(Row(name, subject.name, times, "not done", [str(error)]))
-            progress_console.print(f"{name}, {subject.name}: {rows[-1].outcome}; lost: {rows[-1].lost or 'nothing'}")
+                outcome, lost = inject(subject, times, moments)
+            except RuntimeError as error:
+                outcome, lost = "not finished", [str(error)]
+            rows.append({"fault": title, "subject": subject.name, "times": times, "outcome": outcome, "lost": lost})
+            progress_console.print(f"{name}, {subject.name}: {outcome}; lost: {lost or 'nothing'}")
             content = {**describe("cpu", torch.get_num_threads()), "kills": options.kills, "seed": options.seed}
-            content["rows"] = [vars(row) for row in rows]
-            write_atomically(options.output / "reliability.json", json.dumps(content, indent=2) + "\n")
+            write_atomically(
+                options.output / "reliability.json", json.dumps({**content, "rows": rows}, indent=2) + "\n"
+            )
             write_atomically(options.output / "reliability.md", table(rows))
-        progress_console.print(f"  {time.monotonic() - began:.0f} s")
     console.print(table(rows))
-    if any(row.lost for row in rows):
+    if any(row["lost"] for row in rows):
         sys.exit(1)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[dict]) -> str:
     """A Markdown table, a row for each fault and subject."""
     lines = ["| injected | into | times | what happened | lost |", "| --- | --- | --- | --- | --- |"]
     for row in rows:
-        lost = "; ".join(row.lost) or "nothing"
-        lines.append(f"| {row.fault} | {row.subject} | {row.times} | {row.outcome} | {lost} |")
+        cells = [str(row[name]) for name in ("fault", "subject", "times", "outcome")]
+        lines.append(f"| {' | '.join(cells)} | {'; '.join(row['lost']) or 'nothing'} |")
     return "\n".join(lines) + "\n"
 
 

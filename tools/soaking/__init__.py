@@ -1,1 +1,1 @@
-"""What tools/soak.py is made of: trainings, and the faults they are given."""
+"""The parts of tools/soak.py: trainings, and the faults injected into them."""

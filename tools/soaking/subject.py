@@ -1,4 +1,4 @@
-"""A training that is broken and gone on with: how it is started, watched, and compared with one left alone."""
+"""A training that faults are injected into: how it is started, watched and compared with an undisturbed run."""
 
 import json
 import os
@@ -28,7 +28,7 @@ PATIENCE = 300  # seconds for anything that must end
 
 
 class Subject:
-    """A training: its command, its data, and the run of it that was left alone."""
+    """A training: its command, its data, and its undisturbed runs."""
 
     def __init__(self, name: str, folder: Path):
         self.name, self.folder = name, folder
@@ -38,14 +38,14 @@ class Subject:
             self.data = make_shape_crops(folder / "crops", train_scenes=24, val_scenes=12, size=64)
         script, *argv = COMMANDS[name].split()
         self.argv = [script, *argv, "--data", str(self.data)]
-        self.alone: dict[int, Path] = {}  # by the number of ranks
+        self.undisturbed_runs: dict[int, Path] = {}  # by the number of ranks
 
     def start(self, run: Path, *flags: str, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
-        """The training, in `run`, in a process of its own."""
+        """The training in a process of its own, with the run folder `run`."""
         return self.run([*self.argv, "--output", str(run), *flags], log=run, launcher=launcher)
 
     def run(self, argv: Sequence[str], *, log: Path, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
-        """One of the tools, in a process of its own; what it says is the log of `log`."""
+        """One of the tools in a process of its own, whose output is the log of `log`."""
         command = [*launcher, str(TOOLS / argv[0]), *argv[1:]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with open(self.folder / f"{log.name}.log", "ab") as file:
@@ -57,19 +57,19 @@ class Subject:
             raise RuntimeError(f"{run} could not be resumed: {self.log(run)[-500:]}")
 
     def log(self, run: Path) -> str:
-        """What the run's processes have said so far."""
+        """The output of the run's processes so far."""
         path = self.folder / f"{run.name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def left_alone(self, ranks: int = 1) -> Path:
-        if ranks not in self.alone:
-            self.alone[ranks] = self.folder / f"{self.name}-{ranks}-alone"
-            launcher = (sys.executable,) if ranks == 1 else (*TORCHRUN, str(ranks), "--standalone")
-            self.finish(self.alone[ranks], launcher=launcher)
-        return self.alone[ranks]
+    def undisturbed(self, ranks: int = 1) -> Path:
+        """The run that no fault was injected into."""
+        if ranks not in self.undisturbed_runs:
+            run = self.undisturbed_runs[ranks] = self.folder / f"{self.name}-{ranks}-undisturbed"
+            self.finish(run, launcher=(sys.executable,) if ranks == 1 else (*TORCHRUN, str(ranks), "--standalone"))
+        return self.undisturbed_runs[ranks]
 
     def trains(self, run: Path) -> Callable[[], bool]:
-        """Whether a process that is started next has made an update."""
+        """Returns a function that says whether the next process in `run` has made an update."""
         before = len(self.log(run))
         return lambda: "\ntrain " in self.log(run)[before:]
 
@@ -77,27 +77,26 @@ class Subject:
         return self.folder / f"{self.name}-{fault}-{len(list(self.folder.glob(f'{self.name}-{fault}-*.log')))}"
 
 
-def differences(run: Path, alone: Path) -> list[str]:
-    """What a run left otherwise than the one left alone: weights and optimizer bit for bit, results, metrics."""
+def differences(run: Path, undisturbed: Path) -> list[str]:
+    """The files in which two runs differ: weights and optimizer bit for bit, results, metrics without times."""
     found = []
     last = f"checkpoints/step_{STEPS:07d}"
-    for file in ["model.safetensors", *(f"{last}/{path.name}" for path in (alone / last).glob("*.safetensors"))]:
-        one, other = (load_file(folder / file) for folder in (run, alone))
+    for file in ["model.safetensors", *(f"{last}/{path.name}" for path in (undisturbed / last).glob("*.safetensors"))]:
+        one, other = (load_file(folder / file) for folder in (run, undisturbed))
         if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
             found.append(f"{run.name}/{file}")
     for file in ("results.json", "detections.json"):
-        if (alone / file).exists() and (run / file).read_bytes() != (alone / file).read_bytes():
+        if (undisturbed / file).exists() and (run / file).read_bytes() != (undisturbed / file).read_bytes():
             found.append(f"{run.name}/{file}")
-    one, other = (sorted(json.dumps(comparable(line)) for line in metrics(folder, None)) for folder in (run, alone))
+    one, other = (
+        sorted(json.dumps({k: v for k, v in line.items() if k not in CLOCK}) for line in metrics(folder, None))
+        for folder in (run, undisturbed)
+    )
     return [*found, *([f"{run.name}/metrics.jsonl"] * (one != other))]
 
 
-def comparable(line: dict) -> dict:
-    return {name: value for name, value in line.items() if name not in CLOCK}
-
-
 def metrics(run: Path, kind: str | None = "train") -> list[dict]:
-    """What a run has recorded so far, of one kind or all; nothing before it makes the file."""
+    """The run's metrics so far, of one kind or all."""
     return read_metrics(run, kind) if (run / "metrics.jsonl").exists() else []
 
 
@@ -115,7 +114,7 @@ def evaluating(run: Path) -> bool:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
-    """Until the condition holds or the process has ended."""
+    """Wait until the condition holds or the process has ended."""
     deadline = time.monotonic() + PATIENCE
     while not condition() and process.poll() is None:
         if time.monotonic() > deadline:
@@ -124,5 +123,5 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen) -> None:
 
 
 def workers(parent: int) -> list[int]:
-    """The processes that torchrun has started, now."""
+    """The processes that torchrun has started."""
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
