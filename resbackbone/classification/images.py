@@ -16,7 +16,6 @@ from resbackbone.image_io import SUFFIXES, BadImage, open_rgb, read_file
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
 SMALL_SET = 64_000_000  # bytes; smaller sets are decoded before training starts
-LOOKED_AT = 100_000  # images; in sets up to this size the first and last bytes are read before training starts
 
 
 class CropRequest(NamedTuple):
@@ -77,8 +76,8 @@ class FolderImages(Images):
     """Images in folders named after their class, in the order of torchvision's ImageFolder.
 
     Raises UserError for missing or empty class folders and, unless `skip_bad_images`, BadImage for the first broken
-    image. With `check` images are read ahead: all those of a small set, and of a set of up to LOOKED_AT images those
-    that do not begin and end as a JPEG does. For more, that would take minutes; training names what it meets.
+    image. With `check` the images of a small set are decoded now. For a large one that would take minutes; training
+    names what it meets.
     """
 
     def __init__(self, folder: Path, *, skip_bad_images: bool = False, check: bool = True):
@@ -96,7 +95,7 @@ class FolderImages(Images):
         pairs = [(file, label) for file, label in pairs if file.lower().endswith(SUFFIXES)]
         self._files = np.array([os.fsencode(file) for file, _ in pairs])  # flat: workers share it
         super().__init__(names, np.array([label for _, label in pairs]), skip_bad_images=skip_bad_images)
-        if check and len(self) <= LOOKED_AT:
+        if check and self._bytes() <= SMALL_SET:
             self._leave_out_broken()
 
     def file(self, index: int) -> bytes:
@@ -110,23 +109,25 @@ class FolderImages(Images):
         return f"{super().summary()} in {self.folder}{without}"
 
     def _leave_out_broken(self) -> None:
-        size = 0
-        for i in range(len(self)):
-            with contextlib.suppress(OSError):  # a link may be broken
-                size += os.path.getsize(self.name(i))
         broken = {}
         for i in range(len(self)):
-            if size <= SMALL_SET or not _looks_whole(self.name(i)):
-                try:
-                    self.read(i)
-                except BadImage as error:
-                    broken[i] = str(error)
+            try:
+                self.read(i)
+            except BadImage as error:
+                broken[i] = str(error)
         if broken and (not self.skip_bad_images or len(broken) == len(self)):
             others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
             raise BadImage(f"{next(iter(broken.values()))}{others}")
         self.skipped.update(broken.values())
         kept = np.setdiff1d(np.arange(len(self)), list(broken))
         self._files, self.labels = self._files[kept], self.labels[kept]
+
+    def _bytes(self) -> int:
+        total = 0
+        for i in range(len(self)):
+            with contextlib.suppress(OSError):  # a link may be broken
+                total += os.path.getsize(self.name(i))
+        return total
 
 
 class SyntheticImages(Images):
@@ -184,15 +185,3 @@ def _files_below(folder: Path) -> list[str]:
         inside = os.path.relpath(where, folder.parent)
         found += [os.path.join(inside, name) for name in sorted(files) if name[0] != "."]
     return found
-
-
-def _looks_whole(path: str) -> bool:
-    """Whether a file begins and ends as a JPEG does."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(2) != b"\xff\xd8" or file.seek(0, os.SEEK_END) < 4:
-                return False
-            file.seek(-2, os.SEEK_END)
-            return file.read() == b"\xff\xd9"
-    except OSError:
-        return False

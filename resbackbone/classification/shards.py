@@ -9,12 +9,12 @@ writes it. Files without one are read through before training starts; URLs need 
 """
 
 import io
+import itertools
 import json
 import os
 import re
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -36,17 +36,12 @@ class ShardImages(Images):
 
     def __init__(self, pattern: str, index: dict, *, skip_bad_images: bool = False):
         shards = index["shards"]
-        super().__init__(
-            index["classes"],
-            np.concatenate([np.array(shard["labels"], dtype=np.int64) for shard in shards]),
-            skip_bad_images=skip_bad_images,
-        )
+        super().__init__(index["classes"], _column(shards, "labels"), skip_bad_images=skip_bad_images)
         if not len(self) or self.labels.max() >= len(self.classes):
             raise UserError(f"{pattern}: labels up to {self.labels.max(initial=-1)} of {len(self.classes)} classes")
         self.pattern, self.shards = pattern, [shard["name"] for shard in shards]
         self.firsts = np.cumsum([0, *(len(shard["labels"]) for shard in shards)])  # each shard's, and the end
-        self.offsets = np.concatenate([np.array(shard["offsets"], dtype=np.int64) for shard in shards])
-        self.sizes = np.concatenate([np.array(shard["sizes"], dtype=np.int64) for shard in shards])
+        self.offsets, self.sizes = (_column(shards, name) for name in ("offsets", "sizes"))
 
     def shard_of(self, index: int) -> int:
         return int(np.searchsorted(self.firsts, index, side="right")) - 1
@@ -70,7 +65,7 @@ class ShardImages(Images):
 class StreamedImages(ShardImages):
     """Images in tar files behind URLs, streamed; `file` is quick in the order of the index."""
 
-    _reading: "_Reading | None" = None
+    _shard, _next, _files = -1, 0, iter(())  # the shard that `file` streams, its next image and those to come
 
     def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[CropRequest]:
         if len(self.shards) < ranks:
@@ -126,22 +121,14 @@ class StreamedImages(ShardImages):
 
     def file(self, index: int) -> bytes:
         shard = self.shard_of(index)
-        if self._reading is None or self._reading.shard != shard or self._reading.next > index:
-            self._reading = _Reading(shard, int(self.firsts[shard]), self._stream(shard))
-        while True:
-            file = next(self._reading.files)
-            self._reading.next += 1
-            if self._reading.next > index:
-                return file
+        if self._shard != shard or self._next > index:
+            self._shard, self._next, self._files = shard, int(self.firsts[shard]), self._stream(shard)
+        skipped, self._next = index - self._next, index + 1
+        return next(itertools.islice(self._files, skipped, None))
 
 
-@dataclass
-class _Reading:
-    """A shard that is being streamed, and its next image."""
-
-    shard: int
-    next: int
-    files: Iterator[bytes]
+def _column(shards: list[dict], name: str) -> np.ndarray:
+    return np.concatenate([np.array(shard[name], dtype=np.int64) for shard in shards])
 
 
 def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> ShardImages:

@@ -138,12 +138,17 @@ def dangle(link):
     link.symlink_to("moved away")
 
 
-@pytest.mark.parametrize("small", [0, 10**9])
-def test_links_to_files_that_are_gone_are_left_out_where_that_is_asked_for(folder, monkeypatch, small):
-    monkeypatch.setattr("resbackbone.classification.images.SMALL_SET", small)
+def test_links_to_files_that_are_gone_are_left_out_where_that_is_asked_for(folder):
     dangle(folder / "train" / "c2" / "99.JPEG")
     images = open_images(folder, "train", skip_bad_images=True)
     assert len(images) == 23 and "without 1 files that cannot be read" in images.summary()
+
+
+def test_a_large_set_is_not_decoded_before_training(folder, monkeypatch):
+    monkeypatch.setattr("resbackbone.classification.images.SMALL_SET", 0)
+    (folder / "train" / "c2" / "02.JPEG").write_bytes(b"")
+    dangle(folder / "train" / "c2" / "99.JPEG")
+    assert len(open_images(folder, "train")) == 24
 
 
 def test_a_folder_may_have_the_name_of_a_shard(folder):
@@ -164,14 +169,6 @@ def test_hidden_files_are_no_images_and_do_not_matter(folder):
     (folder / "train" / ".cache").mkdir()
     (folder / "train" / "c1" / ".DS_Store").write_bytes(b"x")
     assert len(open_images(folder, "train")) == 23
-
-
-def test_a_truncated_file_is_found_in_a_set_too_large_to_be_decoded_first(folder, monkeypatch):
-    monkeypatch.setattr("resbackbone.classification.images.SMALL_SET", 0)
-    (folder / "train" / "c2" / "02.JPEG").write_bytes(encoded(90, 90)[:500])
-    (folder / "train" / "c2" / "07.JPEG").write_bytes(encoded(20, 20) + b"after the end")  # PIL reads it
-    with pytest.raises(BadImage, match="02.JPEG: cannot be decoded"):
-        open_images(folder, "train")
 
 
 def test_broken_images_are_left_out_and_named_if_that_is_asked_for(folder):

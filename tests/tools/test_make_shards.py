@@ -110,7 +110,7 @@ def test_shards_of_other_settings_are_not_mixed(folder):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_a_broken_image_is_named_or_left_out_and_counted(folder, capsys, monkeypatch, workers):
-    monkeypatch.setattr("resbackbone.classification.images.LOOKED_AT", 0)  # so that it is met on the way
+    monkeypatch.setattr("resbackbone.classification.images.SMALL_SET", 0)  # so that it is met on the way
     broken = folder / "train" / "c1" / "04.jpg"
     broken.write_bytes(b"")
     with pytest.raises(ValueError, match="04.jpg: empty file"):

@@ -424,8 +424,8 @@ def test_images_that_cannot_be_read_are_named_and_counted_wherever_they_are_met(
     argv = [*QUICK, "--recipe", "demo", "--data", str(other), "--batch-size", "18", "--max-steps", "1"]
     assert "0.jpg: empty file; --skip-bad-images goes on without" in error_of([*argv, "--output", "run"], capsys)
     said, results = [], []
-    for run, looked_at in (("found-first", 100), ("met-on-the-way", 0)):
-        monkeypatch.setattr("resbackbone.classification.images.LOOKED_AT", looked_at)
+    for run, small in (("found-first", 10**6), ("met-on-the-way", 0)):
+        monkeypatch.setattr("resbackbone.classification.images.SMALL_SET", small)
         pretrain.main([*argv, "--output", run, "--skip-bad-images"])
         said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped ")])
         results.append(json.loads(Path(run, "results.json").read_text()))
