@@ -1,7 +1,7 @@
 """The worst and the best images of an evaluation, ground truth beside detections, for a report."""
 
 import colorsys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
-from torchvision.ops import box_iou
 
-from detection.coco import CocoImages
+from detection.coco import CocoImages, usable_boxes
+from detection.scoring import BACKENDS
 from resbackbone.image_io import BadImage
 from resbackbone.report.page import Section, jpeg, macros, short
 
@@ -43,41 +43,30 @@ class Outcome(NamedTuple):
 
 
 def outcomes(dataset: CocoImages, detections: np.ndarray) -> list[Outcome]:
-    """Match the detections of every image with its objects.
+    """Match the detections of every image with its objects, as COCO's evaluation does.
 
     By falling score, each detection takes the free object of its class with the largest IoU of at least IOU.
     """
+    annotations, crowds = dataset.annotations, dataset.annotations.crowds.numpy()
     known = np.isin(detections["category_id"], list(dataset.categories)) & np.isfinite(detections["bbox"]).all(1)
-    found = detections[known & (detections["score"] >= SCORE)]
+    known &= np.isin(detections["image_id"], dataset.image_ids.numpy()) & (detections["score"] >= SCORE)
+    found = detections[known]
     found = found[np.lexsort((-found["score"], found["image_id"]))]
-    annotations, crowds = dataset.annotations, defaultdict(list)
-    for row in np.flatnonzero(annotations.crowds.numpy()).tolist():
-        crowds[int(annotations.image_indices[row])].append(row)
+    rows = usable_boxes(annotations, Counter())[1]  # of the annotations, in the order of the data set's boxes
+    truth = crowds & np.isfinite(annotations.boxes_xywh.numpy()).all(1)
+    truth[rows] = True
+    scorer = BACKENDS["hotcoco"](annotations, truth, found)
+    scorer.evaluate()
+    status = scorer.image_diagnostics(IOU)  # by number from 1, without crowds and what is detected in them
+    of_objects = np.array([status["gt_status"].get(number, "") for number in truth.cumsum()[rows].tolist()], str)
+    of_found = np.array([status["dt_status"].get(number, "") for number in range(1, len(found) + 1)], str)
+    found, of_found = found[of_found != ""], of_found[of_found != ""]
     result = []
-    for index in range(len(dataset)):
-        target = dataset.target(index)
-        begin, end = np.searchsorted(found["image_id"], [target["image_id"], target["image_id"] + 1])
-        rows = crowds[int(dataset.kept[index])]
-        crowd = _corners(annotations.boxes_xywh.numpy()[rows]), annotations.labels.numpy()[rows]
-        result.append(_matched(index, found[begin:end], target, crowd, list(dataset.categories)))
+    for index, image_id in enumerate(dataset.image_ids.tolist()):
+        objects = slice(*dataset.offsets[index : index + 2].tolist())
+        detected = slice(*np.searchsorted(found["image_id"], [image_id, image_id + 1]))
+        result.append(Outcome(index, found[detected], of_found[detected] == "tp", of_objects[objects] == "matched"))
     return result
-
-
-def _matched(index: int, found: np.ndarray, target: dict, crowd: tuple, categories: list[int]) -> Outcome:
-    labels = np.array([categories.index(category) + 1 for category in found["category_id"].tolist()], int)
-    boxes, (crowd_boxes, crowd_labels) = _corners(found["bbox"]), crowd
-    overlap = box_iou(Tensor(boxes), target["boxes"]).numpy()  # [d, objects]
-    overlap[labels[:, None] != target["labels"].numpy()] = 0
-    right, seen = np.zeros(len(found), bool), np.zeros(len(target["labels"]), bool)
-    for d, row in enumerate(overlap):
-        free = np.where(seen, 0, row)
-        if len(free) and free.max() >= IOU:
-            right[d] = seen[free.argmax()] = True
-    low = np.maximum(boxes[:, None, :2], crowd_boxes[:, :2])  # [d, crowds, 2]
-    high = np.minimum(boxes[:, None, 2:], crowd_boxes[:, 2:])
-    inside = (high - low).clip(0).prod(2) >= IOU * (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
-    ignored = ~right & (inside & (labels[:, None] == crowd_labels)).any(1)
-    return Outcome(index, found[~ignored], right[~ignored], seen)
 
 
 def _corners(boxes_xywh: np.ndarray) -> np.ndarray:
