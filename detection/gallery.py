@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
+from torchvision.ops import box_convert
 
 from detection.coco import CocoImages, usable_boxes
 from detection.scoring import BACKENDS
@@ -69,10 +71,6 @@ def outcomes(dataset: CocoImages, detections: np.ndarray) -> list[Outcome]:
     return result
 
 
-def _corners(boxes_xywh: np.ndarray) -> np.ndarray:
-    return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
-
-
 def gallery(dataset: CocoImages, detections: np.ndarray) -> Section:
     """The worst and the best images of the data set, ground truth beside detections, DETECTION [n]."""
     every = outcomes(dataset, detections)
@@ -101,6 +99,7 @@ def _figure(dataset: CocoImages, image: Tensor, target: dict, outcome: Outcome) 
     scale = DRAWN / max(image.shape[1:])
     height, width = (round(side * scale, 1) for side in image.shape[1:])
     found, names, ids = outcome.found, dataset.class_names, list(dataset.categories)
+    found_xyxy = box_convert(torch.tensor(found["bbox"]), "xywh", "xyxy").numpy()
     labels = [ids.index(category) + 1 for category in found["category_id"].tolist()]
     truth_boxes = [
         _box(xyxy * scale, width, label, names[label - 1], seen)
@@ -108,9 +107,7 @@ def _figure(dataset: CocoImages, image: Tensor, target: dict, outcome: Outcome) 
     ]
     found_boxes = [
         _box(xyxy * scale, width, label, names[label - 1], right, f" {score:.2f}")
-        for xyxy, label, right, score in zip(
-            _corners(found["bbox"]), labels, outcome.right, found["score"].tolist(), strict=True
-        )
+        for xyxy, label, right, score in zip(found_xyxy, labels, outcome.right, found["score"].tolist(), strict=True)
     ]
     file, size = short(dataset.path(outcome.image_index).name), {"width": width, "height": height}
     return macros("detection.html").figure(outcome, uri, size, truth_boxes, found_boxes, MOST_BOXES, file)
