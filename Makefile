@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 .PHONY: help install demo test test-slow soak gpu lint format check docs audit clean $(VENV)
 
 help:
-	@echo "make demo       install, train Faster R-CNN on the embedded data set, print its AP and where the pictures are"
+	@echo "make demo       install, train Faster R-CNN on the built-in data set, print its AP and where the pictures are"
 	@echo "make test       install, run the tests"
 	@echo "make test-slow  install, run all tests, the long ones too"
 	@echo "make soak       install, kill and break trainings and compare what comes of them with runs left alone"

@@ -1,4 +1,4 @@
-"""Which detection data a run uses (a folder, COCO in its usual places, or the embedded set), and batches of them."""
+"""Which detection data a run uses (a folder, COCO in its usual places, or the built-in set), and their batches."""
 
 import math
 import os
@@ -35,7 +35,7 @@ def find_coco() -> Path | None:
 
 
 def embedded_data() -> Path:
-    """The folder of the embedded data set, drawn now if it is missing. Raises UserError if it holds something else."""
+    """The folder of the built-in data set, drawn now if it is missing. Raises UserError if it holds something else."""
     EMBEDDED.parent.mkdir(exist_ok=True)
     return make_shapes(EMBEDDED, **EMBEDDED_SET)
 

@@ -122,7 +122,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
     if rank.is_main:
         write_atomically(folder / "detectron2.yaml", cfg.dump())
     say(
-        f"{f'resumed at step {start}' if start else 'from step 0'} to {steps}: {options.batch_size} images an update "
+        f"{f'resumed at step {start}' if start else 'from step 0'} to {steps}: {options.batch_size} images per update "
         f"on {rank.ranks} {rank.device.type}, fp32, learning rate {schedule.rate:g}, by detectron2"
     )
 

@@ -331,5 +331,5 @@ def detector_file(run: str | Path) -> str | Path:
         raise UserError(f"{run}: no such run folder or file")
     folder = run if (run / "model.safetensors").is_file() else last_whole_checkpoint(run)[0]
     if folder is None:
-        raise UserError(f"{run} holds no detector: neither model.safetensors nor a whole checkpoint is there")
+        raise UserError(f"{run} holds no detector: it has neither model.safetensors nor a complete checkpoint")
     return folder / "model.safetensors"

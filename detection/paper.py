@@ -156,7 +156,7 @@ class ImprovedTesting(nn.Module):
     def __init__(self, detector: GeneralizedRCNN, *, box_refinement: bool = False, scales: Sequence[int] = ()):
         super().__init__()
         if any(scale < 1 for scale in scales) or len(set(scales)) < len(scales):
-            raise UserError(f"scales {', '.join(map(str, scales))}: shorter sides in pixels are wanted, each once")
+            raise UserError(f"scales {', '.join(map(str, scales))}: must be distinct sizes in pixels")
         self.detector, self.box_refinement = detector, box_refinement
         own = detector.transform
         self.resizes = nn.ModuleList(

@@ -12,7 +12,7 @@ SMALL_DATA = 40_000  # images; of fewer, 1x would see each over 36 times, as oft
 class Recipe:
     """How a detector is trained: all that is not data, hardware or weights.
 
-    The schedule is stated for `batch_size` images an update; where it would see the data less than `epochs` times, it
+    The schedule is stated for `batch_size` images per update; where it would see the data less than `epochs` times, it
     is stretched to that (its warm-up is not). Sizes are in pixels: training images get one of
     `short_sides` as their shorter side, test images `min_size`, and neither is longer than `max_size`. `norm` None
     is FrozenBN where weights are given, BN from scratch. `variant` and `frozen_through` hold where none is asked for,
@@ -38,7 +38,7 @@ class Recipe:
     detector: dict = field(default_factory=dict)
 
     def schedule_for(self, batch_size: int, *, images: int) -> Schedule:
-        """The schedule for so many images an update, and so many to train on."""
+        """The schedule for so many images per update, and so many to train on."""
         schedule = self.schedule.stretched(self.epochs * images / (self.schedule.steps * self.batch_size))
         return schedule.for_batch(batch_size, self.batch_size, scale_rate=self.optimizer == "sgd")
 
@@ -97,7 +97,7 @@ PAPER_VGG16_C5 = replace(PAPER_R101_C4, variant="vgg16", depth=16, frozen_throug
 # tools/evaluate_coco.py. Published (Table 9): AP 29.9 with refinement, 30.0 with context too, 32.5 with all scales too.
 PAPER_R101_C4_CONTEXT = replace(PAPER_R101_C4, detector={**PAPER_R101_C4.detector, "global_context": True})
 
-# For the embedded data set, from scratch on two CPU cores: small images, a thin pyramid, few regions, and AdamW, with
+# For the built-in data set, from scratch on two CPU cores: small images, a thin pyramid, few regions, and AdamW, with
 # which so few updates go further than with SGD.
 SHORT = Recipe(
     Schedule(rate=0.002, steps=1100, cosine=True, warmup_steps=100),

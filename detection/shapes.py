@@ -1,4 +1,4 @@
-"""The embedded data set: ten kinds of drawn objects in COCO's layout, generated from a seed.
+"""The built-in data set: ten kinds of drawn objects in COCO's layout, generated from a seed.
 
 A class is a form or a pattern, never a colour: all colours are random. Objects are rotated and stretched, hide one
 another and reach over the frame; distractors of other forms, some striped or checked, belong to no class.

@@ -91,7 +91,9 @@ def build_cifar_resnet(
         told["shortcut"] = loaded.metadata["cifar"]["shortcut"]
     for name, value in asked.items():
         if told.get(name, value) != value:
-            raise UserError(f"weights from {loaded.source} are for {name}={told[name]}, asked was {name}={value}")
+            raise UserError(
+                f"weights from {loaded.source} are for {name}={told[name]}, but you asked for {name}={value}"
+            )
     model = CifarResNet(**{**told, **asked})
     state = {name: tensor for name, tensor in loaded.state.items() if name != "mean_image"}
     fit(model, replace(loaded, state=state))

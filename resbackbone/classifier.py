@@ -54,7 +54,8 @@ def build_resnet_classifier(
         classes = len(loaded.state["fc.weight"])
         if num_classes not in (None, classes):
             raise UserError(
-                f"weights from {loaded.source} are for num_classes={classes}, asked was num_classes={num_classes}"
+                f"weights from {loaded.source} are for num_classes={classes}, "
+                f"but you asked for num_classes={num_classes}"
             )
         num_classes = classes
     trunk = resolve_architecture(

@@ -146,7 +146,7 @@ def test_weights_of_another_depth_are_refused_in_one_sentence():
     state = torchvision.models.resnet50().state_dict()
     with pytest.raises(ValueError) as error:
         build_resnet_backbone(34, weights=state)
-    assert str(error.value) == "weights from the given state dict are for depth=50, asked was depth=34"
+    assert str(error.value) == "weights from the given state dict are for depth=50, but you asked for depth=34"
 
 
 def test_every_missing_unexpected_and_misshapen_key_is_named_with_its_shapes(resnet18):
@@ -246,7 +246,7 @@ def test_a_saved_backbone_comes_back_with_its_stride_style_and_pyramid(own_file)
 def test_what_a_file_says_of_itself_cannot_be_asked_otherwise(own_file, depth, options, stated, asked):
     with pytest.raises(ValueError) as error:
         build_resnet_backbone(depth, weights=own_file[1], **options)
-    assert str(error.value) == f"weights from {own_file[1]} are for {stated}, asked was {asked}"
+    assert str(error.value) == f"weights from {own_file[1]} are for {stated}, but you asked for {asked}"
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_eps_is_the_weights_own_or_the_asked_one_and_never_another(tmp_path):
     assert backbone.bn1.eps == backbone.layer1[0].bn2.eps == 1e-3
     write_weights(tmp_path / "own.safetensors", backbone.state_dict(), {"backbone": backbone.config.to_json()})
     assert build_resnet_backbone(18, levels=["c2"], weights=tmp_path / "own.safetensors").bn1.eps == 1e-3
-    with pytest.raises(ValueError, match=r"are for eps=0.001, asked was eps=1e-05"):
+    with pytest.raises(ValueError, match=r"are for eps=0.001, but you asked for eps=1e-05"):
         build_resnet_backbone(18, levels=["c2"], weights=tmp_path / "own.safetensors", eps=1e-5)
 
 
@@ -403,7 +403,7 @@ def test_names_and_shapes_tell_what_a_plain_state_dict_does_not_say(options):
 
 
 def test_norms_that_hold_other_tensors_are_a_conflict(resnet18):
-    with pytest.raises(ValueError, match="are for norm=BN, asked was norm=GN"):
+    with pytest.raises(ValueError, match="are for norm=BN, but you asked for norm=GN"):
         build_resnet_backbone(18, weights=resnet18, norm="GN")
 
 

@@ -126,9 +126,9 @@ def test_a_shortcut_that_is_none_is_refused():
 @pytest.mark.parametrize(
     "asked, says",
     [
-        ({"depth": 32}, "depth=20, asked was depth=32"),
-        ({"num_classes": 100}, "num_classes=10, asked was num_classes=100"),
-        ({"shortcut": "A"}, "shortcut=B, asked was shortcut=A"),
+        ({"depth": 32}, "depth=20, but you asked for depth=32"),
+        ({"num_classes": 100}, "num_classes=10, but you asked for num_classes=100"),
+        ({"shortcut": "A"}, "shortcut=B, but you asked for shortcut=A"),
     ],
 )
 def test_weights_of_another_network_are_refused_in_one_sentence(asked, says):
@@ -142,7 +142,7 @@ def test_a_file_of_a_plain_net_is_not_loaded_as_a_residual_one(tmp_path):
     file = tmp_path / "model.safetensors"
     plain = build_cifar_resnet(20, shortcut="none")
     save_cifar_resnet(plain, file, mean_image=torch.zeros(3, 32, 32), classes=["a"] * 10, recipe="none")
-    with pytest.raises(ValueError, match="are for shortcut=none, asked was shortcut=A"):
+    with pytest.raises(ValueError, match="are for shortcut=none, but you asked for shortcut=A"):
         build_cifar_resnet(shortcut="A", weights=file)
 
 

@@ -27,8 +27,8 @@ def test_what_is_not_asked_comes_from_the_weights_and_what_is_asked_otherwise_is
     state = torchvision.models.resnet18(num_classes=10).state_dict()
     assert build_resnet_classifier(weights=state).fc.weight.shape == (10, 512)
     for depth, classes, said in (
-        (18, 7, "num_classes=10, asked was num_classes=7"),
-        (34, 10, "depth=18, asked was depth=34"),
+        (18, 7, "num_classes=10, but you asked for num_classes=7"),
+        (34, 10, "depth=18, but you asked for depth=34"),
     ):
         with pytest.raises(ValueError, match=said):
             build_resnet_classifier(depth, classes, weights=state)

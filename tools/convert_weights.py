@@ -111,7 +111,7 @@ def described(weights: Weights, options: Options) -> Weights:
     if weights.format is None:
         names = ", ".join(list(weights.state)[:3])
         known = ", ".join(dict.fromkeys(known.title for known in FORMATS.values()))
-        raise UserError(f"{weights.source}: names of no known format ({names}, ..); known are {known}")
+        raise UserError(f"{weights.source}: unknown tensor names ({names}, ..); known are {known}")
     hollow = (k for k, x in weights.state.items() if not x.numel() or not (x.dim() or k.endswith("_tracked")))
     if (key := next(hollow, None)) is not None:
         raise UserError(f"{weights.source}: {key} is {list(weights.state[key].shape)}, which no layer has")

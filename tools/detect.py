@@ -69,9 +69,9 @@ class Options:
     precision: str | None = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
     skip_bad_images: bool = False
-    """Go on without images that cannot be read; they are named."""
+    """Skip images that cannot be read, and name them."""
     quiet: bool = False
-    """Print warnings, errors and where the results are alone."""
+    """Print only warnings, errors and the results' paths."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     if not options.inputs:
         raise UserError("no image given: python tools/detect.py RUN IMAGE...")
     if not 0 <= options.threshold <= 1:
-        raise UserError(f"--threshold {options.threshold}: a score between 0 and 1 is wanted")
+        raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
     check_counts(options, least=1, names=("batch_size", "max_frames"))
     device = torch.device(choose_device(options.device))
     bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"

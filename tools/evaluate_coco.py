@@ -54,9 +54,9 @@ class Options:
     coco_backend: str = "hotcoco"
     """What scores: hotcoco, or pycocotools, whose numbers are the same and which takes some hundred times as long."""
     skip_bad_images: bool = False
-    """Go on without images that cannot be read; they count as images without detections, and are named."""
+    """Skip images that cannot be read and name them; they count as images without detections."""
     quiet: bool = False
-    """Print warnings, errors and the result alone."""
+    """Print only warnings, errors and the result."""
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -52,7 +52,7 @@ class Options:
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     quiet: bool = False
-    """Print warnings, errors and the result alone."""
+    """Print only warnings, errors and the result."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""Train a ResNet to classify images, as ImageNet's, and evaluate it. Without --data it trains on an embedded data set.
+"""Train a ResNet to classify images, as ImageNet's, and evaluate it. Without --data it trains on the built-in data set.
 
-python tools/pretrain.py                                              the embedded data set, some minutes on a CPU
+python tools/pretrain.py                                              the built-in data set, some minutes on a CPU
 python tools/pretrain.py --depth 101 --data imagenet --recipe paper --eval 10crop
 python tools/pretrain.py --depth 50 --data 'imagenet/train-{000000..000146}.tar' --recipe a3 --accumulate 2
-python tools/pretrain.py --depth 50 --output runs/mine --resume       goes on where it stopped
+python tools/pretrain.py --depth 50 --output runs/mine --resume       continues where it stopped
 python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      an ensemble of two
 """
 
@@ -60,7 +60,7 @@ from resbackbone.weights.write import architecture_name
 
 @dataclass(frozen=True)
 class Options(PretrainOptions):
-    """Train a ResNet to classify images and evaluate it; without --data, on an embedded data set."""
+    """Train a ResNet to classify images and evaluate it; without --data, on the built-in data set."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -234,12 +234,12 @@ def fingerprint_of(folder: Path) -> str:
 
 
 def draw_embedded_set(options: Options, rank: Rank, say) -> None:
-    """Say what is trained on if it is the embedded set, and draw it if it is not there."""
+    """Say what is trained on if it is the built-in data set, and draw it if it is not there."""
     if Path(options.data) != EMBEDDED:
         return
-    say(f"data: the embedded set in {EMBEDDED}; for real images give --data DIR, which should hold {LAYOUT}")
+    say(f"data: the built-in data set in {EMBEDDED}; to train on yours, give --data DIR, which should hold {LAYOUT}")
     if not EMBEDDED.exists():
-        say("drawing it first, some thousand images")
+        say("drawing it first (a few thousand images)")
     EMBEDDED.parent.mkdir(exist_ok=True)
     from_main(lambda: make_shape_crops(EMBEDDED), rank)
 

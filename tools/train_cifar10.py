@@ -2,7 +2,7 @@
 
 python tools/train_cifar10.py --depth 20 --data cifar10
 python tools/train_cifar10.py --depth 56 --plain --data cifar10 --steps 4000        a sixteenth of the paper's schedule
-python tools/train_cifar10.py --depth 20 --data cifar10 --output runs/mine --resume     goes on where it stopped
+python tools/train_cifar10.py --depth 20 --data cifar10 --output runs/mine --resume     continues where it stopped
 python tools/train_cifar10.py --data synthetic --steps 100                          no data at hand, seconds
 """
 

@@ -1,9 +1,9 @@
-"""Train Faster R-CNN on COCO-format data and evaluate it. Without --data it trains on an embedded data set.
+"""Train Faster R-CNN on COCO-format data and evaluate it. Without --data it trains on the built-in data set.
 
-python tools/train_coco.py                                            the embedded data set, minutes on a CPU
+python tools/train_coco.py                                            the built-in data set, minutes on a CPU
 python tools/train_coco.py --data my_folder --weights torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1   own classes
 python tools/train_coco.py --data coco --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V1
-python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     goes on where it stopped
+python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     continues where it stopped
 """
 
 import copy
@@ -71,13 +71,13 @@ MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and 
 
 @dataclass(frozen=True)
 class Options:
-    """Train Faster R-CNN on COCO-format data and evaluate it; without --data, on an embedded data set."""
+    """Train Faster R-CNN on COCO-format data and evaluate it; without --data, on the built-in data set."""
 
     data: Path | None = None
     """Folder with COCO's annotations/instances_{train,val}2017.json, train2017/ and val2017/, Roboflow's
     {train,valid}/_annotations.coco.json, or annotations/instances_{train,val}.json, train/ and val/; without a
     validation split, one image in ten is held out for it. Default: $DETECTRON2_DATASETS/coco, $COCO_DIR or
-    ./datasets/coco, else the embedded data set."""
+    ./datasets/coco, else the built-in data set."""
     depth: int | None = None
     """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; short: 18)."""
     variant: str | None = None
@@ -87,7 +87,7 @@ class Options:
     """Whose detector and trainer: torchvision (this package's own loop) or detectron2, where that is installed."""
     recipe: str | None = None
     """1x, 2x, 3x, small, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default:
-    1x; small (12 epochs, 16,000 images at least) for under 40,000 images; short on the embedded data set."""
+    1x; small (12 epochs, 16,000 images at least) for under 40,000 images; short on the built-in data set."""
     weights: str | None = None
     """What to start from: a backbone's or a classifier's file (.safetensors, .pth, ..) or named source
     (torchvision:ResNet50_Weights.IMAGENET1K_V1), or a Faster R-CNN's, of these or other classes: a run's
@@ -128,13 +128,13 @@ class Options:
     keep_empty: bool = False
     """Train on images without objects too."""
     skip_bad_images: bool = False
-    """Go on without images that cannot be read; they are named and counted."""
+    """Skip images that cannot be read; name and count them."""
     resume: bool = False
-    """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
+    """Continue the run in --output (default: the latest of this name) from its last checkpoint."""
     config: Path | None = None
     """YAML file with options, such as another run's config.yaml; flags override it."""
     quiet: bool = False
-    """Print warnings, errors and the result alone."""
+    """Print only warnings, errors and the result."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -151,9 +151,11 @@ def train(rank: Rank, options: Options) -> None:
     use_deterministic(options.deterministic)
     say = progress_console.print if rank.is_main else lambda *_: None
     if options.data == EMBEDDED:
-        say(f"data: the embedded set in {EMBEDDED}; for real ones give --data DIR, which should hold {LAYOUT}")
+        say(
+            f"data: the built-in data set in {EMBEDDED}; to train on yours, give --data DIR, which should hold {LAYOUT}"
+        )
         if not EMBEDDED.exists():
-            say("drawing it first, some thousand images")
+            say("drawing it first (a few thousand images)")
         from_main(embedded_data, rank)
     claimed = {"default": default_folder(options), "resume": options.resume}
     folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
@@ -351,7 +353,7 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
         told = architecture_of(backbone_part(weights.state))
         return {"depth": told["depth"]} if "depth" in told else {}
     if "timm" in weights.metadata["backbone"]:
-        raise UserError(f"--weights {options.weights}: a detector on a timm network; one on a ResNet is wanted")
+        raise UserError(f"--weights {options.weights}: a detector on a timm network; give one on a ResNet")
     return {"depth": weights.metadata["backbone"]["depth"], "variant": weights.metadata["detector"]["variant"]}
 
 

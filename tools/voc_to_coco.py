@@ -120,7 +120,7 @@ def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterat
             console.print(f"bad: {error}")
             bad += 1
     if bad and not skip:
-        raise UserError(f"{bad} of {len(names)} images of {split} cannot be used; --skip-bad-files goes on without")
+        raise UserError(f"{bad} of {len(names)} images of {split} cannot be used; --skip-bad-files skips them")
 
 
 def read(year: Path, name: str) -> Annotated:

@@ -170,7 +170,7 @@ def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) ->
             values[name] = float(value)
         elif type(value) not in kinds:
             wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise UserError(f"{path}: {name} is {value!r}; {wanted} is wanted")
+            raise UserError(f"{path}: {name} is {value!r}; must be {wanted}")
     return options(**values)
 
 

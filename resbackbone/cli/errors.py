@@ -84,7 +84,7 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         said = ". ".join(str(error).split(". ")[:2])
         return f"{said}; fewer images at a time take less: --batch-size, and for classifiers --accumulate"
-    return f"{error}; --skip-bad-images goes on without it" if isinstance(error, BadImage) else str(error)
+    return f"{error}; --skip-bad-images skips it" if isinstance(error, BadImage) else str(error)
 
 
 def _exit(line: str) -> NoReturn:

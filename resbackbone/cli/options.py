@@ -42,18 +42,18 @@ class RunOptions:
     deterministic: bool = False
     """Use only deterministic algorithms, so that a GPU repeats a run bit for bit (slower). A CPU always does."""
     resume: bool = False
-    """Go on with the run in --output (default: the latest of this name) from its last checkpoint."""
+    """Continue the run in --output (default: the latest of this name) from its last checkpoint."""
     config: Path | None = None
     """YAML file with options, such as another run's config.yaml; flags override it."""
     quiet: bool = False
-    """Print warnings, errors and the result alone."""
+    """Print only warnings, errors and the result."""
 
 
 def check_counts(options, *, least: int, names: Collection[str]) -> None:
     """ValueError for the first of these options that is below `least`; None is not."""
     for name in names:
         if getattr(options, name) is not None and getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: {least} or more is wanted")
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
 
 
 def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
@@ -64,7 +64,7 @@ def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
     folder = new_folder(default) if output is None else output
     lock_folder(folder)
     if not resume and (folder / "config.yaml").exists():
-        raise UserError(f"--output {folder} holds a run already; --resume goes on with it")
+        raise UserError(f"--output {folder} already holds a run; add --resume to continue it")
     return folder
 
 

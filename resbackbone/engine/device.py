@@ -27,7 +27,7 @@ def choose_device(asked: str | None) -> str:
     if kind == "cuda":
         there = torch.cuda.device_count()
         if there == 0:
-            raise UserError(f"--device {asked}: no GPU that this torch can use; python tools/doctor.py says why")
+            raise UserError(f"--device {asked}: torch finds no usable GPU; run python tools/doctor.py to see why")
         if place is not None and (place.index or 0) >= there:
             raise UserError(f"--device {asked}: this machine has {there} GPUs, cuda:0 to cuda:{there - 1}")
     if kind == "mps" and not torch.backends.mps.is_available():

@@ -135,7 +135,7 @@ def train(
 
 def _say_terminated(state: TrainState, rank: Rank) -> None:
     if rank.is_main:
-        console.print(f"terminated at step {state.step}, which is saved; --resume goes on from it")
+        console.print(f"terminated at step {state.step} and saved; continue with --resume")
 
 
 def keep_bad_batch(tensors: Mapping[str, Tensor], folder: Path, error: NonFinite, rank: Rank) -> Path:

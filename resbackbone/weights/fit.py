@@ -96,7 +96,9 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     told = {**stated, **architecture_of(backbone_part(weights.state))}
     for name, value in asked.items():
         if name in told and (_family(told[name]) != _family(value) if name == "norm" else told[name] != value):
-            raise UserError(f"weights from {weights.source} are for {name}={told[name]}, asked was {name}={value}")
+            raise UserError(
+                f"weights from {weights.source} are for {name}={told[name]}, but you asked for {name}={value}"
+            )
     settled = {**DEFAULTS, **weights.assumed, **told, **asked}
     if "depth" not in settled:
         if not told:

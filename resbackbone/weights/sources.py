@@ -111,7 +111,7 @@ def _torchvision(name: str) -> Located:
     except (ValueError, AttributeError, KeyError):
         example = "torchvision:ResNet50_Weights.IMAGENET1K_V2"
         raise UserError(
-            f"torchvision knows no such weights; {_close(name, torchvision_names(), f'an example is {example}')}"
+            f"torchvision has no such weights; {_close(name, torchvision_names(), f'for example {example}')}"
         ) from None
     file = Path(weights.url).name
     path = Path(torch.hub.get_dir()) / "checkpoints" / file
@@ -144,7 +144,7 @@ def _timm(name: str) -> Located:
     except RuntimeError:
         names = [*list_models(module="resnet", pretrained=True), *list_models(module="resnet")]
         raise UserError(
-            f"timm knows no such weights; {_close(name, names, 'an example is timm:resnet50.a1_in1k')}"
+            f"timm has no such weights; {_close(name, names, 'for example timm:resnet50.a1_in1k')}"
         ) from None
     if not is_model_in_modules(name, ("resnet",)):
         raise UserError("not one of timm's ResNets (timm/models/resnet.py); this package reads no others")
@@ -413,7 +413,7 @@ def _input(mean: Any, std: Any) -> dict[str, Any]:
 
 def _close(name: str, names: Iterable[str], otherwise: str) -> str:
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
-    return f"close ones are {', '.join(dict.fromkeys(close))}" if close else otherwise
+    return f"close names are {', '.join(dict.fromkeys(close))}" if close else otherwise
 
 
 _SOURCES: dict[str, Callable[[str], Located]] = {

@@ -186,7 +186,7 @@ def test_two_processes_train_one_detector_and_evaluate_every_image_once(gaps):
         [*start, str(TOOLS / "train_coco.py"), *argv], env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    assert "2 images an update on 2 cpu" in process.stdout and process.stdout.count("from step 0") == 1
+    assert "2 images per update on 2 cpu" in process.stdout and process.stdout.count("from step 0") == 1
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
     results = json.loads(Path("run/results.json").read_text())
     assert results["images"] == 3 and rescored(gaps, Path("run")) == [results["bbox"][name] for name in METRICS]

@@ -344,7 +344,7 @@ def test_boxes_follow_each_axis_of_an_image_as_it_is_rounded():
 
 @pytest.mark.parametrize("scales", [(64, 64), (0,), (-3, 5)])
 def test_scales_that_make_no_sense_are_refused_in_words(scales):
-    with pytest.raises(ValueError, match="shorter sides in pixels are wanted, each once"):
+    with pytest.raises(ValueError, match="must be distinct sizes in pixels"):
         ImprovedTesting(small_detector(), scales=scales)
 
 
@@ -546,4 +546,4 @@ def test_evaluation_with_improvements_is_that_of_the_improved_detector_in_a_fold
     assert (tmp_path / "run" / "eval-refined-48-64-80" / "results.json").is_file()
     assert not (tmp_path / "run" / "results.json").exists()  # the run's own are not written over
     line = error_of(lambda: evaluate_coco.main([str(run), "--device", "cpu", "--scales", "0"]))
-    assert "scales 0: shorter sides in pixels are wanted, each once" in line
+    assert "scales 0: must be distinct sizes in pixels" in line

@@ -26,7 +26,7 @@ def test_gpus_are_chosen_where_there_are_any(gpus):
 @pytest.mark.parametrize(
     "device, message",
     [
-        ("cuda", "--device cuda: no GPU that this torch can use; python tools/doctor.py says why"),
+        ("cuda", "--device cuda: torch finds no usable GPU; run python tools/doctor.py to see why"),
         ("mps", "--device mps: this torch finds no Apple GPU; leave the option out to compute on the CPU"),
         ("tpu", "unknown device 'tpu'; choose from cuda, cpu, mps"),
         ("xpu", "unknown device 'xpu'; choose from cuda, cpu, mps"),

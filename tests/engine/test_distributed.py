@@ -287,7 +287,7 @@ def test_under_torchrun_its_number_counts(monkeypatch):
 @pytest.mark.parametrize(
     "device, gpus, there, message",
     [
-        ("cuda", None, 0, "--device cuda: no GPU that this torch can use; python tools/doctor.py says why"),
+        ("cuda", None, 0, "--device cuda: torch finds no usable GPU; run python tools/doctor.py to see why"),
         ("cuda", 5, 4, "--gpus 5: this machine has 4"),
         ("cuda", 0, 4, "--gpus 0: this machine has 4"),
         ("cuda:4", None, 4, "--device cuda:4: this machine has 4 GPUs, cuda:0 to cuda:3"),

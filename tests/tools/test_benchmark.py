@@ -225,7 +225,7 @@ def test_a_machine_with_little_installed_can_time_networks():
         (["--jobs", "training", "trainign"], "unknown job 'trainign'; choose from inference, training, "),
         (["--modes", "fp16"], "unknown mode 'fp16'; choose from fp32, fp32-channels-last, tf32-channels-last, bf"),
         (["--depth", "20"], "unknown depth 20; choose from 18, "),
-        (["--rounds", "0"], "--rounds 0: 1 or more is wanted"),
+        (["--rounds", "0"], "--rounds 0: must be at least 1"),
         (["--batch-sizes", "2", "0"], "--batch-sizes 0: must be at least 1"),
         (["--modes", "tf32-channels-last"], "--modes tf32-channels-last with --device cpu: TF32 needs --device cuda"),
         (["--device", "tpu"], "unknown device 'tpu'"),

@@ -164,7 +164,7 @@ def test_files_that_say_their_stride_and_input_are_not_told_others(bottlenecks):
     torch.save(bottlenecks, "r50.pth")
     convert("r50.pth", "ours.safetensors", "--stride-in-1x1", "True")
     said = error_of("ours.safetensors", "other.safetensors", "--stride-in-1x1", "False")
-    assert said.endswith("ours.safetensors are for stride_in_1x1=True, asked was stride_in_1x1=False")
+    assert said.endswith("ours.safetensors are for stride_in_1x1=True, but you asked for stride_in_1x1=False")
     assert f"ours.safetensors is a file of this package, for {INPUT}" in error_of(
         "ours.safetensors", "other.safetensors", "--input", "bgr-255"
     )
@@ -346,7 +346,7 @@ def test_a_network_that_a_format_cannot_hold_is_not_written(options, told):
         ({"fc.weight": torch.zeros(0, 512)}, "bad.pth: fc.weight is [0, 512], which no layer has"),
         ({"conv1.weight": torch.zeros(64, 0, 7, 7)}, "bad.pth: conv1.weight is [64, 0, 7, 7], which no layer has"),
         ({"bn1.bias": torch.zeros(64, dtype=torch.int8)}, "bn1.bias holds int8, not floating point numbers"),
-        ({"conv1.weight": None}, "bad.pth: names of no known format"),
+        ({"conv1.weight": None}, "bad.pth: unknown tensor names"),
     ],
 )
 def test_weights_that_are_not_a_whole_network_are_refused_by_name(classifier, change, told):
@@ -418,6 +418,6 @@ def test_wrong_arguments_are_one_line_that_names_them(classifier):
     assert "unknown input 'bgr'; choose from rgb, bgr-255" in error_of("r18.pth", "x.safetensors", "--input", "bgr")
     assert "unknown part 'head'" in error_of("r18.pth", "x.safetensors", "--part", "head")
     assert "--stride-in-1x1" in error_of("r18.pth", "x.safetensors", "--stride-in-1x1", "perhaps")
-    assert "depth=18, asked was depth=34" in error_of("r18.pth", "x.safetensors", "--depth", "34")
+    assert "depth=18, but you asked for depth=34" in error_of("r18.pth", "x.safetensors", "--depth", "34")
     assert "--overwrit" in error_of("r18.pth", "x.safetensors", "--overwrit")
-    assert "torchvision knows no such weights" in error_of("torchvision:ResNet51_Weights.DEFAULT", "x.safetensors")
+    assert "torchvision has no such weights" in error_of("torchvision:ResNet51_Weights.DEFAULT", "x.safetensors")

@@ -155,7 +155,7 @@ def test_runs_of_different_recipes_are_not_compared(capsys):
     [
         (["--depths", "20", "57"], "unknown depth 57; choose from 20, 32, 44, 56, 110, 1202"),
         (["--depths"], "--depths"),
-        (["--steps", "0"], "--steps 0: 1 or more is wanted"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
         (["--plot-only", "--output", "nowhere"], "nowhere/plain-20/config.yaml: cannot be read"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
     ],

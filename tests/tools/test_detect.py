@@ -105,7 +105,7 @@ def test_wrong_input_is_one_line_that_names_it(run):
     assert "other holds no detector" in error_of("other", "a.png")
     assert "no image given: python tools/detect.py RUN IMAGE..." in error_of(run)
     assert "image nowhere.png: no such file" in error_of(run, "nowhere.png", "--output", "found")
-    assert "--threshold 1.5: a score between 0 and 1 is wanted" in error_of(run, "a.png", "--threshold", "1.5")
+    assert "--threshold 1.5: must be between 0 and 1" in error_of(run, "a.png", "--threshold", "1.5")
     assert "--threshold" in error_of(run, "a.png", "--threshold", "high")
     assert "unknown precision 'fp8'" in error_of(run, "a.png", "--precision", "fp8")
     assert not Path("found/detections.json").exists()
@@ -132,7 +132,7 @@ def test_what_names_no_image_is_one_line(run):
     Path("set").mkdir()
     assert "set: holds no image (.jpg, " in error_of(run, "set")
     assert "*.webp: no file matches this pattern" in error_of(run, "*.webp")
-    assert "--batch-size 0: 1 or more is wanted" in error_of(run, "a.png", "--batch-size", "0")
+    assert "--batch-size 0: must be at least 1" in error_of(run, "a.png", "--batch-size", "0")
     assert "video clip.mp4: no such file" in error_of(run, "clip.mp4")
 
 

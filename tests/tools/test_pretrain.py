@@ -157,7 +157,7 @@ def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_
     monkeypatch.setattr(pretrain, "open_images", lambda data, split, **_: open_anyway(Path(data), split))
     pretrain.main(["--device", "cpu", "--batch-size", "2", "--size", "32", "--max-steps", "1"])
     first, second, third, *_ = capsys.readouterr().out.splitlines()
-    assert "embedded set in datasets/shape-crops" in first and "--data DIR" in first and "train/<class>/" in first
+    assert "built-in data set in datasets/shape-crops" in first and "--data DIR" in first and "train/<class>/" in first
     assert "drawing it" in second and third.split() == ["run:", "runs/shape-crops-r18-demo"]
     assert Path("runs/shape-crops-r18-demo/results.json").is_file()
 
@@ -349,7 +349,7 @@ def test_two_processes_train_one_classifier_and_both_hold_it(photos):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS.parent)}
     process = subprocess.run([*start, str(TOOLS), *argv], env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
-    assert "8 images an update in 2 parts on 2 cpu" in process.stdout
+    assert "8 images per update in 2 parts on 2 cpu" in process.stdout
     assert {name for name in differing("trained-0.st", "trained-1.st") if "running" not in name} == set()
     assert differing("evaluated-0.st", "evaluated-1.st") == []  # statistics included
     assert differing("evaluated-0.st", "run/model.safetensors") == []
@@ -404,8 +404,8 @@ def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
         (["--recipe", "a3", "--batch-size", "6", "--accumulate", "2"], "recipe a3 mixes pairs"),
         (["--batch-size", "1"], "one image of 32 pixels at a time, of which batch norm has no statistics"),
         (["--batch-size", "2", "--accumulate", "2"], "--batch-size 2: that is one image of 32 pixels at a time"),
-        (["--accumulate", "0"], "--accumulate 0: 1 or more is wanted"),
-        (["--size", "8"], "--size 8: 32 or more is wanted"),
+        (["--accumulate", "0"], "--accumulate 0: must be at least 1"),
+        (["--size", "8"], "--size 8: must be at least 32"),
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--eval-only", "nowhere", "--data", "."], "no folder val or test in it"),
@@ -422,7 +422,7 @@ def test_images_that_cannot_be_read_are_named_and_counted_wherever_they_are_met(
     for name in ("train/green/0.jpg", "val/red/1.jpg"):
         (other / name).write_bytes(b"")
     argv = [*QUICK, "--recipe", "demo", "--data", str(other), "--batch-size", "18", "--max-steps", "1"]
-    assert "0.jpg: empty file; --skip-bad-images goes on without" in error_of([*argv, "--output", "run"], capsys)
+    assert "0.jpg: empty file; --skip-bad-images skips" in error_of([*argv, "--output", "run"], capsys)
     said, results = [], []
     for run, small in (("found-first", 10**6), ("met-on-the-way", 0)):
         monkeypatch.setattr("resbackbone.classification.images.SMALL_SET", small)
@@ -451,8 +451,8 @@ def test_weights_of_another_number_of_classes_are_refused_before_training(straig
         shutil.copytree(other / split / "blue", other / split / "yellow")
     path = straight / "a2" / "model.safetensors"
     said = error_of([*QUICK, "--data", other, "--weights", path, "--max-steps", "1"], capsys)
-    assert "num_classes=3, asked was num_classes=4" in said
-    assert "num_classes=3, asked was num_classes=4" in error_of(["--eval-only", path, "--data", other], capsys)
+    assert "num_classes=3, but you asked for num_classes=4" in said
+    assert "num_classes=3, but you asked for num_classes=4" in error_of(["--eval-only", path, "--data", other], capsys)
     assert list(Path().iterdir()) == []
 
 

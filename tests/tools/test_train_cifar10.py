@@ -239,7 +239,7 @@ def test_two_processes_train_one_network_and_test_every_image_once(tmp_path):
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    assert "8 images an update on 2 cpu" in process.stdout and process.stdout.count("from step 0") == 1
+    assert "8 images per update on 2 cpu" in process.stdout and process.stdout.count("from step 0") == 1
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
     results = json.loads(Path("run/results.json").read_text())
     assert results["images"] == 6 and results["num_classes"] == 2
@@ -254,8 +254,8 @@ def test_two_processes_train_one_network_and_test_every_image_once(tmp_path):
         (["--depth", "50"], "unknown depth 50; choose from 20, 32, 44, 56, 110, 1202"),
         (["--shortcut", "none"], "unknown shortcut 'none'; choose from A, B, C (or --plain)"),
         (["--shortcut", "B", "--plain"], "--plain has no shortcuts, --shortcut B asks for them"),
-        (["--steps", "0"], "--steps 0: 1 or more is wanted"),
-        (["--eval-period", "-1"], "--eval-period -1: 0 or more is wanted"),
+        (["--steps", "0"], "--steps 0: must be at least 1"),
+        (["--eval-period", "-1"], "--eval-period -1: must be at least 0"),
         (["--precision", "fp8"], "unknown precision 'fp8'; choose from fp32, bf16"),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu"),
         (["--data", "nowhere"], "--data nowhere: no such folder; it should hold cifar-10-batches-py/"),
@@ -274,7 +274,7 @@ def test_without_data_one_line_says_where_it_is_to_be_had(capsys):
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(straight, capsys):
-    assert "holds a run already; --resume goes on with it" in error_of([*CIFAR, "--output", straight], capsys)
+    assert "already holds a run; add --resume to continue it" in error_of([*CIFAR, "--output", straight], capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_saves_the_batch(straight, capsys, monkeypatch):

@@ -138,7 +138,9 @@ def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_
     monkeypatch.setattr(data_module, "EMBEDDED_SET", {"train_images": 4, "val_images": 2, "size": 64})
     train_coco.main(["--device", "cpu", "--batch-size", "2", "--max-steps", "1"])
     first, second, third, *_ = capsys.readouterr().out.splitlines()
-    assert "embedded set in datasets/shapes" in first and "--data DIR" in first and "instances_val2017.json" in first
+    assert (
+        "built-in data set in datasets/shapes" in first and "--data DIR" in first and "instances_val2017.json" in first
+    )
     assert "drawing it" in second and third.split() == ["run:", "runs/shapes-r18-fpn-short"]
     assert Path("runs/shapes-r18-fpn-short/results.json").is_file()
 
@@ -277,9 +279,9 @@ def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shape
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--depth", "34"], "are for depth=18, asked was depth=34"),
+        (["--depth", "34"], "are for depth=18, but you asked for depth=34"),
         (["--variant", "c4"], "--variant c4: {} hold a detector of variant fpn"),
-        (["--norm", "GN"], "are for norm=BN, asked was norm=GN"),
+        (["--norm", "GN"], "are for norm=BN, but you asked for norm=GN"),
     ],
 )
 def test_a_detectors_weights_for_another_network_are_an_error(shapes, straight, capsys, argv, says):
@@ -370,7 +372,7 @@ def test_two_processes_train_one_detector_and_evaluate_every_image_once(shapes):
         [*start, str(TOOLS / "train_coco.py"), *argv], env=environment, capture_output=True, text=True
     )
     assert process.returncode == 0, process.stderr
-    assert "2 images an update on 2 cpu" in process.stdout and process.stdout.count("from step 0") == 1
+    assert "2 images per update on 2 cpu" in process.stdout and process.stdout.count("from step 0") == 1
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
     results = json.loads(Path("run/results.json").read_text())
     assert results["images"] == 3 and rescored(shapes, Path("run")) == [results["bbox"][name] for name in METRICS]
@@ -393,7 +395,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         train_coco.main([*QUICK, "--data", str(own_shapes), *(["--output", str(straight)] * (found_by == "rank 0"))])
     assert exit.value.code == 1
     [line] = capfd.readouterr().err.splitlines()
-    says = "instances_train2017.json: not JSON" if found_by == "both ranks" else "holds a run already"
+    says = "instances_train2017.json: not JSON" if found_by == "both ranks" else "already holds a run"
     assert line.startswith("error: ") and says in line
     assert files() == {}
 
@@ -414,17 +416,17 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--frozen-through", "c3"], "frozen_through='c3' without weights would freeze random layers"),
         (["--frozen-through", "c9"], "c9"),
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
-        (["--weights", "torchvision:ResNet51"], "torchvision knows no such weights"),
+        (["--weights", "torchvision:ResNet51"], "torchvision has no such weights"),
         (["--precision", "fp8"], "unknown precision 'fp8'; choose from fp32, bf16"),
         (["--coco-backend", "fast"], "unknown COCO backend 'fast'; choose from hotcoco, pycocotools"),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu"),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu, mps"),
         (["--gpus", "2"], "--gpus 2 with --device cpu: several CPU processes are started with torchrun"),
-        (["--max-steps", "0"], "--max-steps 0: 1 or more is wanted"),
-        (["--batch-size", "0"], "--batch-size 0: 1 or more is wanted"),
-        (["--checkpoint-period", "-5"], "--checkpoint-period -5: 1 or more is wanted"),
-        (["--seed", "-1"], "--seed -1: 0 or more is wanted"),
-        (["--pictures", "-1"], "--pictures -1: 0 or more is wanted"),
+        (["--max-steps", "0"], "--max-steps 0: must be at least 1"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--checkpoint-period", "-5"], "--checkpoint-period -5: must be at least 1"),
+        (["--seed", "-1"], "--seed -1: must be at least 0"),
+        (["--pictures", "-1"], "--pictures -1: must be at least 0"),
         (["--learning-rate", "3"], "--learning-rate"),
         (["surplus"], "surplus"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
@@ -456,7 +458,7 @@ def test_help_lists_the_options(capsys):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("depth: [18]", "depth is [18]; int or NoneType is wanted"),
+        ("depth: [18]", "depth is [18]; must be int or NoneType"),
         ("dept: 18", "unknown option 'dept'; choose from data, depth"),
         ("just words", "holds no options"),
         ("a: b: c", "not YAML"),
@@ -579,7 +581,7 @@ def test_an_image_of_another_size_than_annotated_is_broken_too(own_shapes, capsy
 def test_a_folder_that_holds_a_run_is_not_written_over(shapes, straight, capsys):
     before = files(straight)
     said = error_of([*QUICK, "--data", shapes, "--max-steps", "1", "--output", straight], capsys)
-    assert "holds a run already; --resume goes on with it" in said
+    assert "already holds a run; add --resume to continue it" in said
     assert files(straight) == before
 
 

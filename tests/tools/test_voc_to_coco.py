@@ -111,7 +111,7 @@ def test_without_lists_every_annotated_image_is_for_training(voc):
 def test_a_file_that_cannot_be_used_is_named_in_a_line_and_ends_it_or_is_skipped(voc, capsys, xml, says):
     put(voc, "000007", xml=xml)
     said = error_of([voc, "coco"])
-    assert said == "error: 1 of 3 images of train cannot be used; --skip-bad-files goes on without"
+    assert said == "error: 1 of 3 images of train cannot be used; --skip-bad-files skips them"
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("bad: ")]
     assert line.startswith(f"bad: {voc}/Annotations/000007.xml: ") and says in line
     assert not Path("coco").exists()

@@ -80,7 +80,7 @@ def test_what_is_asked_stands_over_what_is_assumed_and_may_not_contradict_what_i
     assert resolve_architecture(said)["stride_in_1x1"] is True and resolve_architecture(said)["eps"] == 0.1
     assert resolve_architecture(said, stride_in_1x1=False, depth=50)["stride_in_1x1"] is False
     assert resolve_architecture(said, norm="SyncBN")["norm"] == "SyncBN"
-    with pytest.raises(ValueError, match="weights from a file are for eps=0.1, asked was eps=1e-05"):
+    with pytest.raises(ValueError, match="weights from a file are for eps=0.1, but you asked for eps=1e-05"):
         resolve_architecture(said, eps=1e-5)
 
 

@@ -156,7 +156,7 @@ def test_a_timm_network_trained_on_another_input_says_so(hub):
     "name, answer",
     [
         ("resnet50.a9_in1k", "resnet50.a3_in1k"),
-        ("resnet51", "close ones are resnet50"),
+        ("resnet51", "close names are resnet50"),
         ("tv_resnet50", "timm:resnet50.tv_in1k"),
         ("vgg16.tv_in1k", "not one of timm's ResNets"),
         ("resnetblur50.bt_in1k", "blurs its maps"),

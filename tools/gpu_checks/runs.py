@@ -165,7 +165,7 @@ def ddp(setting: Setting, record: Record) -> None:
 
 
 def demo(setting: Setting, record: Record) -> None:
-    """train_coco.py on the embedded data set."""
+    """train_coco.py on the built-in data set."""
     require(*NEEDED)
     short = ["--max-steps", "200" if setting.on_gpu else "2"] if setting.quick else []
     data = EMBEDDED if setting.on_gpu or not setting.quick else small_data(setting)

@@ -33,11 +33,11 @@ class Training:
 
     data: str | None = None
     """Folder with train/<class>/ and val/<class>/ (or test/), webdataset shards ('path/train-{000000..000146}.tar'),
-    or synthetic: no data at all, for the speed. Default: $IMAGENET_DIR, ./datasets/imagenet, else the embedded set."""
+    or synthetic: no data at all, for the speed. Default: $IMAGENET_DIR, ./datasets/imagenet, else the built-in set."""
     depth: int | None = None
     """18, 34, 50, 101 or 152. Default: the recipe's (50; demo: 18)."""
     recipe: str | None = None
-    """paper, torchvision-v1, torchvision-v2, a1, a2, a3 or demo. Default: torchvision-v1; demo on the embedded set."""
+    """paper, torchvision-v1, torchvision-v2, a1, a2, a3 or demo. Default: torchvision-v1; demo on the built-in set."""
     batch_size: int | None = None
     """Images an update, over all GPUs; steps follow, and SGD's rate. Default: the recipe's; 32 on a CPU."""
     accumulate: int = 1
@@ -73,7 +73,7 @@ class Training:
     compile: bool = False
     """Compile the network (torch.compile): minutes at the start for faster updates."""
     skip_bad_images: bool = False
-    """Go on without images that cannot be read; they are named and counted."""
+    """Skip images that cannot be read; name and count them."""
 
 
 @dataclass(frozen=True)
