@@ -78,6 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             with from_option("--data"):
                 images = open_images(options.data, split, skip_bad_images=options.skip_bad_images)
             progress_console.print(f"{split}: {images.summary()}")
+            for message in sorted(images.skipped):
+                console.print(f"skipped {message}")
             write_split(images, split, options)
 
 

@@ -35,6 +35,7 @@ from resbackbone.engine.distributed import (
     count_processes,
     distributed,
     from_main,
+    gather,
     launch,
     share_buffers,
 )
@@ -205,6 +206,7 @@ def train(rank: Rank, options: Options) -> None:
     )
 
     results = None if options.data == SYNTHETIC else score(options.eval)
+    unread = gather(train_set.skipped, rank)
     if results is None:
         say("nothing is evaluated: synthetic images show the speed alone")
         if rank.is_main:
@@ -219,6 +221,8 @@ def train(rank: Rank, options: Options) -> None:
         ]
         tested = model if average is None else average.module
         write_weights(folder / "model.safetensors", tested.state_dict(), metadata)
+        results["skipped_images"] = sorted(val_set.skipped)
+        results["skipped_training_images"] = sorted(set().union(*unread))
         write_results(folder / "results.json", results)
         say(f"row of MODEL_ZOO.md:\n{zoo_row(options, folder, metadata, results, train_set, val_set, rank)}")
         files = {"classifier": "model.safetensors", "results": "results.json", "report": "report.html"}

@@ -93,7 +93,8 @@ def test_the_results_are_what_the_written_classifier_scores(straight, photos):
     again = evaluate(
         model, open_images(photos, "val"), Rank(0, 1, torch.device("cpu")), crop=32, resize=34, batch_size=50
     )
-    assert results == again and results["images"] == 12 and 0 <= results["top1"] <= results["top5"] <= 1
+    assert results == {**again, "skipped_images": [], "skipped_training_images": []}
+    assert results["images"] == 12 and 0 <= results["top1"] <= results["top5"] <= 1
 
 
 def test_the_file_says_what_it_is_and_a_detectors_backbone_starts_from_it(straight):
@@ -319,6 +320,7 @@ def test_training_from_shards_is_resumed_exactly_and_scores_the_images_that_were
     pretrain.main(again)
     assert_ended_alike(Path("run"), Path("straight"))
     results = json.loads(Path("run/results.json").read_text())
+    assert results.pop("skipped_training_images") == []
     pretrain.main(["--eval-only", "run", "--data", str(photos), "--device", "cpu", "--precision", "fp32"])
     assert json.loads(Path("run/results-1crop.json").read_text()).items() >= results.items()
 
@@ -378,6 +380,7 @@ def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
     pretrain.main(["--eval-only", "alone/model.safetensors", "--device", "cpu", "--precision", "fp32"])
     alone = json.loads(Path("alone/results-1crop.json").read_text())
     trained = json.loads(Path("alone/results.json").read_text())
+    assert trained.pop("skipped_training_images") == []
     assert {name: alone[name] for name in trained} == trained
     assert "10crop" in capsys.readouterr().out
 
@@ -432,6 +435,8 @@ def test_images_that_cannot_be_read_are_named_and_counted_wherever_they_are_met(
     wanted = [f"skipped image {other / name}: empty file" for name in ("train/green/0.jpg", "val/red/1.jpg")]
     assert said == [wanted, wanted]
     assert [(r["images"], r["unreadable"]) for r in results] == [(11, 0), (12, 1)]
+    listed = [sorted(r["skipped_training_images"] + r["skipped_images"]) for r in results]
+    assert [[f"skipped {message}" for message in messages] for messages in listed] == said
 
 
 def test_what_is_not_given_for_an_evaluation_is_that_of_the_first_of_the_runs_and_of_no_other_file(straight, photos):

@@ -54,7 +54,10 @@ def evaluate_only(rank: Rank, options: PretrainOptions) -> None:
         target = Path(files[0]).parent
     if rank.is_main and target is not None:
         target.mkdir(parents=True, exist_ok=True)
-        write_results(target / f"results-{options.eval}.json", {**results, "models": list(options.eval_only)})
+        write_results(
+            target / f"results-{options.eval}.json",
+            {**results, "models": list(options.eval_only), "skipped_images": sorted(val_set.skipped)},
+        )
         say(f"results: {target / f'results-{options.eval}.json'}")
 
 
