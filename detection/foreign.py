@@ -7,7 +7,7 @@ from resbackbone.checks import UserError
 from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights
 from resbackbone.weights.fit import resolve_architecture, resolve_pyramid
-from resbackbone.weights.formats import STAGE5
+from resbackbone.weights.formats import FORMATS, STAGE5
 
 NOT_A_CLASS = "N/A"  # torchvision's name for the ids that COCO skips: its detectors have outputs for them
 # All of Detectron's single-map detectors; torchvision's pyramids have torchvision's numbers, which agree with theirs.
@@ -46,7 +46,7 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         "categories": list(_categories(len(scores) - 1, weights.metadata.get("classes")).items()),
         "min_size": 800,
         "max_size": 1333,
-        "geometry": "torchvision" if weights.format in ("torchvision", "resbackbone") else "detectron2",
+        "geometry": FORMATS[weights.format].geometry if weights.format in FORMATS else "torchvision",
     }
     if variant != "c4" and "roi_heads.box_head.fc6.weight" in state:
         detector["representation_size"] = len(state["roi_heads.box_head.fc6.weight"])

@@ -29,7 +29,6 @@ from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, describ
 from resbackbone.weights.read import has_bottlenecks
 from resbackbone.weights.write import OURS, TARGETS, architecture_name, largest_difference, only_part, write_as
 
-GEOMETRY_OF = {"torchvision": "torchvision", "detectron2": "detectron2", "mmdetection": "detectron2"}
 INPUTS = {"rgb": INPUT, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}
 TRANSFORMERS_FILES = {"config.json", "preprocessor_config.json", "model.safetensors"}
 
@@ -231,7 +230,7 @@ def print_advice(weights: Weights, options: Options) -> None:
         more = ", relu_before_extra_convs=True" if relu else ""
         console.print(f"use     style='{style}', to_rgb=True, mean and std of ImageNet{more}")
     geometry = weights.metadata.get("detector", {}).get("geometry")
-    if geometry is not None and options.to != OURS and geometry != GEOMETRY_OF[options.to]:
+    if geometry is not None and options.to != OURS and geometry != FORMATS[options.to].geometry:
         console.print(f"note    made with {geometry}'s RoIAlign and anchors: boxes differ a little in {options.to}")
 
 

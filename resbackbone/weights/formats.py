@@ -75,6 +75,9 @@ class Format:
     background_last: bool = False  # among the classes; ours is first
     sizes_first: bool = False  # anchors of several sizes: all ratios of the first size, then of the next
     counts_batches: bool = True  # its batch norms have num_batches_tracked
+    only_3x3_stride: bool = False  # its bottlenecks cannot stride in the 1x1
+    relu_before_p7: bool = False  # its pyramids always have one
+    geometry: str = "detectron2"  # whose RoIAlign and anchors its detectors have
     assumed: Mapping[str, Any] = field(default_factory=lambda: {"input": INPUT, "stride_in_1x1": False})
 
 
@@ -89,6 +92,9 @@ TORCHVISION = Format(
     detecting=Place("backbone.body.", "backbone."),
     single=Place("backbone."),
     elsewhere=(Place("backbone.", "backbone."),),  # ours
+    only_3x3_stride=True,
+    relu_before_p7=True,
+    geometry="torchvision",
     aliases=(
         ("fc.{leaf}", "linear.{leaf}"),  # CIFAR repositories
         ("fc.{leaf}", "backbone.fc.{leaf}"),  # a classifier that is a `backbone` of its owner, in Lightning modules
@@ -134,6 +140,7 @@ DETECTRON2 = Format(
     background_last=True,
     sizes_first=True,
     counts_batches=False,
+    relu_before_p7=True,
     assumed={"input": BGR_255, "stride_in_1x1": True},
 )
 

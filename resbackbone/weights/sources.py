@@ -353,24 +353,19 @@ def _stated_by_detectron2(path: str) -> dict[str, Any]:
 
 
 def _url(source: str) -> Located:
-    url, fragment = urldefrag(source)
     try:
+        url, fragment = urldefrag(source)
         parts = urlsplit(url)
     except ValueError as error:  # as for https://[host/
         raise UserError(f"not a URL ({error})") from None
     file = re.sub(r"[^\w.+-]", "_", unquote(parts.path).rsplit("/", 1)[-1])[-100:]
-    if not parts.hostname or not file.strip("."):
-        raise UserError("a URL has a host and ends in a file's name: https://HOST/PATH/FILE")
-    if not re.fullmatch(r"[!-~]+", url):
-        raise UserError("a URL has no spaces and no letters beyond ASCII; write them percent-encoded")
-    if parts.username or parts.password:
-        raise UserError("a URL with a user name or password is not supported")
-    sha256 = published_sha256(file)
-    if fragment:
-        match = re.fullmatch(r"sha256=([0-9a-fA-F]{8,64})", fragment)
-        if not match:
-            raise UserError(f"unknown ending #{fragment}; a URL may end in #sha256= and 8 to 64 hexadecimal digits")
-        sha256 = match[1]
+    named = parts.hostname and file.strip(".") and re.fullmatch(r"[!-~]+", url)
+    if not named or parts.username or parts.password or not re.fullmatch(r"(sha256=[0-9a-fA-F]{8,64})?", fragment):
+        raise UserError(
+            "a URL is https://HOST/PATH/FILE, in percent-encoded ASCII and without user name and password; "
+            "it may end in #sha256= and 8 to 64 hexadecimal digits"
+        )
+    sha256 = fragment.removeprefix("sha256=") or published_sha256(file)
     # One folder for each URL, as several may end in the same name (model_final.pth).
     folder = hashlib.sha256(url.encode()).hexdigest()[:16]
     path = Path(torch.hub.get_dir()) / "resbackbone" / folder / file

@@ -25,8 +25,6 @@ from resbackbone.weights.translate import from_ours, merged_norms
 
 OURS = "resbackbone"
 TARGETS = (OURS, *FORMATS)
-RELU_BEFORE_P7 = ("torchvision", "detectron2")  # their pyramids always have it
-STRIDING_IN_3X3 = ("torchvision", "timm")  # their networks have it nowhere else
 
 
 def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> None:
@@ -56,7 +54,7 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         write_weights(path, weights.state, metadata)
         return
     _check_network(trunk, format)
-    if metadata["backbone"].get("relu_before_p7") is False and format in RELU_BEFORE_P7:
+    if metadata["backbone"].get("relu_before_p7") is False and FORMATS[format].relu_before_p7:
         raise UserError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7")
     state, given = dict(weights.state), FORMATS[format].assumed["input"]
     if given != INPUT:
@@ -109,7 +107,7 @@ def _comparable(weights: Weights) -> dict[str, Tensor]:
 def _check_network(trunk: Mapping[str, Any], format: str) -> None:
     if trunk["shortcut"] != "B":
         raise UserError(f"shortcut={trunk['shortcut']!r}: {format} only has networks with shortcut B")
-    if trunk["stride_in_1x1"] and trunk["depth"] >= 50 and format in STRIDING_IN_3X3:
+    if trunk["stride_in_1x1"] and trunk["depth"] >= 50 and FORMATS[format].only_3x3_stride:
         raise UserError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3")
     if format == "transformers" and (trunk["groups"], trunk["width_per_group"]) != (1, 64):
         raise UserError("transformers' ResNet has neither groups nor other widths")
