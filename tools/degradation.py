@@ -10,9 +10,10 @@ Started again, it skips the runs that are finished and goes on with the one that
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resbackbone.cli.command import console, main_of, parse, progress_console
 from resbackbone.cli.options import check_counts, resumed
@@ -137,7 +138,7 @@ def networks(options: Options) -> list[train_cifar10.Options]:
     }
     if not options.depths:
         raise UserError("--depths: give one or more, such as --depths 20 56")
-    residual = {}  # with shortcut A, the default
+    residual: dict[str, Any] = {}  # with shortcut A, the default
     kinds = [{"plain": True}, residual] if options.plain else [residual]
     if options.shortcuts:
         kinds = [residual, {"shortcut": "B"}, {"shortcut": "C"}]
@@ -216,7 +217,7 @@ def table(rows: Sequence[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(panels: dict[str, Sequence[Curves]], path: Path) -> None:
+def draw(panels: Mapping[str, Sequence[Curves]], path: Path) -> None:
     """A panel for each group of runs, side by side and on one scale: training error dashed, test error bold."""
     matplotlib.use("Agg")
     from matplotlib import pyplot

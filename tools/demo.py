@@ -116,7 +116,7 @@ def build_page(demo: Demo, *, title: str, threshold: float):
     """The page as gradio Blocks: an image and a threshold in, boxes and levels out."""
     gr = gradio()
 
-    class AnyFile(gr.Image):  # gr.Image would open the file itself, with no helpful error
+    class AnyFile(gr.Image):  # type: ignore[name-defined]  # gr.Image would open the file itself, with no helpful error
         is_template = True
 
         def preprocess(self, payload):

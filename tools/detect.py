@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
     use(device)
     file = detector_file(options.run)
-    folder = options.output or (Path() if is_named(options.run) else file.parent) / "detected"
+    folder = options.output or (Path() if is_named(options.run) else Path(file).parent) / "detected"
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
     if videos and options.coco_results:
         raise UserError(f"--coco-results is of images, and the frames of {videos[0]} have no ids; leave one out")

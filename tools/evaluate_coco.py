@@ -70,7 +70,7 @@ def score(rank: Rank, options: Options) -> None:
     """Detector and data -> results, in every process; rank 0 writes."""
     be_quiet(options)
     file = detector_file(options.run)
-    folder = Path(options.run) if Path(options.run).is_dir() else Path() if is_named(options.run) else file.parent
+    folder = Path(options.run) if Path(options.run).is_dir() else Path() if is_named(options.run) else Path(file).parent
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     data = options.data or (Path(config["data"]) if config.get("data") else None)
     if data is None:

@@ -342,7 +342,7 @@ def table(content: dict) -> str:
         right = sum(row["ok"] is True for row in found["rows"])
         note = found.get("reason") or "; ".join(wrong) or (f"{right} checks passed" if right else "")
         lines.append(f"{name:18} {found['status']:14} {found['seconds']:7.0f}  {note[:150]}")
-    names = {"bad": [], "skipped": [], "out of time": []}
+    names: dict[str, list[str]] = {"bad": [], "skipped": [], "out of time": []}
     for name, found in content["parts"].items():
         kind = "bad" if found["status"] in BAD else found["status"]
         names.get(kind, []).append(name)

@@ -136,7 +136,7 @@ def measure(
 ) -> Measured:
     """One network's layers, on uint8 images [B, 3, 32, 32] less the mean image that it was trained with."""
     images = to_model_input(images, mean_image)
-    model, images, labels = (x.to(options.device) for x in (model, images, labels))
+    model, images, labels = model.to(options.device), images.to(options.device), labels.to(options.device)
     responses, gradients = layer_responses(model, images), gradient_norms(model, images, labels)
     layers = [response | gradient for response, gradient in zip(responses, gradients, strict=True)]
     shortcut, depth = model.config["shortcut"], model.config["depth"]
@@ -170,7 +170,7 @@ def draw(measured: Sequence[Measured], folder: Path) -> None:
 
     steps = sorted({m.step for m in measured})
     depths = sorted({named_depth(m.network) for m in measured})
-    colours = dict(zip(depths, pyplot.get_cmap("tab10").colors, strict=False))
+    colours = dict(zip(depths, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
     figure, rows = pyplot.subplots(
         len(steps), 3, figsize=(15, 0.6 + 3.6 * len(steps)), squeeze=False, layout="constrained"
     )

@@ -114,8 +114,8 @@ def write_split(images: Images, split: str, options: Options) -> None:
     make = partial(make_shard, images, side=side, quality=options.quality, made_of=made_of)
     skipped = set(images.skipped)
     workers = 0 if options.workers == 1 else min(options.workers, len(missing))
-    shards = DataLoader(Shards(make, missing), batch_size=None, num_workers=workers)
-    for messages in track(shards, len(missing), f"{split} shards"):
+    made = DataLoader(Shards(make, missing), batch_size=None, num_workers=workers)
+    for messages in track(made, len(missing), f"{split} shards"):
         if isinstance(messages, Exception):
             raise messages
         for message in messages:

@@ -166,7 +166,8 @@ class WithoutDoctype(ElementTree.TreeBuilder):
 def write_split(folder: Path, split: str, images: list[Annotated], classes: list[str], *, first_id: int) -> None:
     """Write a split's instances file, and link its images into a folder named after it."""
     (folder / split).mkdir()
-    listed_images, annotations = [], []
+    listed_images: list[dict] = []
+    annotations: list[dict] = []
     for image_id, (file, width, height, boxes) in enumerate(images, first_id):
         target = folder / split / file.name
         if target.exists():

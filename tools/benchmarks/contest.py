@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -202,6 +202,7 @@ def _prepare(contest: Contest, result: dict, limits: Limits) -> dict[str, Conten
                 result["peak_bytes"][name], result["held_bytes"][name] = peak
             contender = contest.build(name)
             began = time.monotonic()
+            outputs: Any
             outputs, figures = inspect(contender, on_gpu=limits.on_gpu)
             for kind, value in {**figures, "first": time.monotonic() - began}.items():
                 result[kind][name] = value
@@ -220,7 +221,7 @@ def _prepare(contest: Contest, result: dict, limits: Limits) -> dict[str, Conten
     return contenders
 
 
-def inspect(contender: Contender, *, on_gpu: bool) -> tuple[object, dict[str, int]]:
+def inspect(contender: Contender, *, on_gpu: bool) -> tuple[Any, dict[str, int]]:
     """Run a contender once; its outputs and, if it is `counted`, {"flops", "saved_bytes"} and on a GPU {"peak_bytes"}.
 
     Every storage saved for backward counts once. Peak memory is that above the memory allocated before.

@@ -8,7 +8,7 @@ import gc
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -126,7 +126,7 @@ def loading(annotations: Path, name: str) -> Contender:
 
         images, boxes = "image_ids", "boxes_xywh"
     else:
-        from pycocotools.coco import COCO as load  # noqa: N813
+        from pycocotools.coco import COCO as load  # type: ignore[no-redef]  # noqa: N813
 
         images, boxes = "imgs", "anns"
     loaded: list[object] = []  # freed before the next run, outside of its time
@@ -161,7 +161,7 @@ def drawing(name: str) -> Contender:
     index = Index(INDEX_SIZES[INDEXES.index(name)])
 
     def run() -> dict:
-        batches = iter(TrainBatches(index, batch_size=BATCH_SIZE, seed=0))
+        batches = iter(TrainBatches(index, batch_size=BATCH_SIZE, seed=0))  # type: ignore[arg-type]
         for _ in islice(batches, BATCHES):
             pass
         return {"batches": batches}  # its memory counts
@@ -183,6 +183,7 @@ def reading(folder: Path, scratch: Path, name: str) -> Contender:
     from resbackbone.classification.images import FolderImages
     from resbackbone.classification.transforms import TrainAugment, to_model_input
 
+    batches: Iterable
     if name == PLAIN:  # what the examples of torchvision and PyTorch do
         steps = [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
         dataset = ImageFolder(str(folder), transforms.Compose([*steps, transforms.Normalize(MEAN, STD)]))

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -118,7 +119,7 @@ class Detector(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
-        self.network = network
+        self.network: Any = network
 
     def forward(self, scenes: list[Scene]) -> Outputs:
         height, width = scenes[0].pixels.shape[1:]
@@ -229,7 +230,7 @@ def contender(training: bool, scene: Scene, work: Workload, name: str) -> Conten
     def check() -> Outputs:
         detector.double()
         with comparable():
-            outputs = outputs_of(detector, checked)
+            outputs: Any = outputs_of(detector, checked)
         if training:
             outputs["gradient"] = outputs["gradient"].clone()
         detector.float()  # nothing is lost: it was in fp32 before
@@ -260,6 +261,8 @@ def difference(got: Outputs, wanted: Outputs) -> float:
     if isinstance(wanted, Mapping):
         return relative_difference(got, wanted)
     worst = 0.0
+    found: Any
+    expected: Any
     for found, expected in zip(got, wanted, strict=True):
         if len(found["scores"]) != len(expected["scores"]):
             return float("inf")

@@ -6,6 +6,7 @@ A backbone returns c2..c5; its norms, its stem and c2 are frozen. The input is n
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +39,7 @@ class Workload:
     def bf16(self) -> bool:
         return MODES[self.mode].dtype == torch.bfloat16
 
-    def place(self, module: nn.Module) -> nn.Module:
+    def place(self, module: Any) -> Any:
         return module.to(device=self.device, memory_format=self.layout)
 
     def autocast(self) -> torch.autocast:
@@ -48,6 +49,7 @@ class Workload:
 def randomize_norms(model: nn.Module) -> nn.Module:
     """Fill every norm with numbers that show if it is left out, and that keep activations finite without training."""
     with torch.no_grad():
+        module: Any
         for module in model.modules():
             if isinstance(getattr(module, "running_var", None), Tensor):
                 module.weight.uniform_(0.2, 0.6)
@@ -224,13 +226,14 @@ def classifier(work: Workload, name: str) -> Contender:
     """A whole step of ImageNet training on random images: forward, cross-entropy, backward, SGD. Norms train too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = own = build_resnet_classifier(work.depth)
+        own = build_resnet_classifier(work.depth)
+    network: nn.Module = own
     package = package_of(name)
     if package != OWN:
         if package == "timm":
             from timm import models
         else:
-            from torchvision import models
+            from torchvision import models  # type: ignore[no-redef]
         network = getattr(models, f"resnet{work.depth}")()
         network.load_state_dict(from_ours(own.state_dict(), package))
     network = work.place(network).train()

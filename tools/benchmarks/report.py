@@ -4,7 +4,7 @@ import importlib.util
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from resbackbone.tools.benchmarks.contest import MATRIX_PRODUCT, OWN, is_own, package_of
 
@@ -163,7 +163,7 @@ def draw(content: dict, path: Path) -> None:
         ]
         middles = [ratio.median for ratio, _ in points]
         bars = [[r.median - r.low for r, _ in points], [r.high - r.median for r, _ in points]]
-        style = {"fmt": "D", "color": "black"} if package == OWN else {"fmt": "o"}
+        style: dict[str, Any] = {"fmt": "D", "color": "black"} if package == OWN else {"fmt": "o"}
         axis.errorbar(middles, [y for _, y in points], xerr=bars, label=package, **style)
     axis.axvline(1, color="grey", linewidth=0.8)
     axis.set_xscale("log")

@@ -115,7 +115,7 @@ def train(options: train_cifar10.Options, folder: Path, data: cifar10.Cifar10, *
     mean_image = cifar10.mean_image_of(data.train)
     seed_step(options.seed, 0, 0)
     network = {"depth": options.depth, "shortcut": train_cifar10.shortcut_of(options), "num_classes": len(data.classes)}
-    model = build_cifar_resnet(**network).to(device, memory_format=torch.channels_last).train()
+    model = build_cifar_resnet(**network).to(device).to(memory_format=torch.channels_last).train()
     schedule = train_cifar10.schedule_of(options)
     optimizer = build_optimizer(
         model, "sgd", rate=schedule.rate, weight_decay=train_cifar10.WEIGHT_DECAY, decay_norms=True

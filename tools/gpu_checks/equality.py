@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ LIMITS = {torch.float64: 1e-9, torch.float32: 1e-4}  # of ||got - wanted|| / ||w
 CLASSES = 80
 DEPTH = 18
 HEIGHT, WIDTH = 128, 192  # of the detector's images
-CONVOLUTIONS = {
+CONVOLUTIONS: dict[str, dict[str, Any]] = {
     "1x1": {"kernel_size": 1},
     "3x3, stride 2": {"kernel_size": 3, "stride": 2, "padding": 1},
     "3x3, dilated, grouped": {"kernel_size": 3, "padding": 2, "dilation": 2, "groups": 4},
@@ -61,7 +62,7 @@ class Maker:
         sides = 4 * 2 ** (6 * torch.rand(count, 2, generator=self.random, dtype=torch.float64))
         return torch.cat((centres - sides / 2, centres + sides / 2), 1).to(self.device, self.dtype)
 
-    def place(self, module: nn.Module) -> nn.Module:
+    def place(self, module: Any) -> Any:
         return module.to(self.device, self.dtype, memory_format=torch.channels_last)
 
     def detector(self, *, smooth: bool = False) -> FasterRCNN:
@@ -70,7 +71,11 @@ class Maker:
         `smooth` is for gradients: see `lift`.
         """
         trunk = build_resnet_backbone(DEPTH, fpn=True, weights=dict(backbone_weights(DEPTH)))
-        few = {"rpn_pre_nms_top_n_train": 60, "rpn_pre_nms_top_n_test": 60, "rpn_batch_size_per_image": 64}
+        few: dict[str, Any] = {
+            "rpn_pre_nms_top_n_train": 60,
+            "rpn_pre_nms_top_n_test": 60,
+            "rpn_batch_size_per_image": 64,
+        }
         detector = build_faster_rcnn(trunk, CLASSES, min_size=HEIGHT, resize_in_training=False, **few)
         load(detector, detector_weights(DEPTH))
         if smooth:
@@ -101,7 +106,7 @@ def lift(backbone: nn.Module) -> nn.Module:
 
 def folded_convolutions(make: Maker) -> Outputs:
     """Convolution, frozen norm, sum and ReLU as one, with the gradients of input, weight and shortcut."""
-    outputs = {}
+    outputs: dict[str, Tensor] = {}
     for name, options in CONVOLUTIONS.items():
         torch.manual_seed(0)
         conv, norm = nn.Conv2d(16, 24, bias=False, **options), FrozenBatchNorm2d(24)
@@ -122,7 +127,7 @@ def pyramid(make: Maker) -> Outputs:
     backbone = build_resnet_backbone(DEPTH, fpn=True, weights=dict(backbone_weights(DEPTH)))
     maps = make.place(lift(backbone)).train()(make.normal(2, 3, 97, 130))
     sum((x * make.normal(*x.shape)).sum() for x in maps.values()).backward()
-    weights = {"c3": first_trained(backbone), "p2": backbone.fpn.layer_blocks["0"][0].weight}
+    weights = {"c3": first_trained(backbone), "p2": backbone.fpn.layer_blocks["0"][0].weight}  # type: ignore[index]
     return {**maps, **{f"{name}: weight": weight.grad for name, weight in weights.items()}}
 
 
@@ -208,8 +213,8 @@ SUBJECTS: dict[str, Callable[[Maker], Outputs | list[Outputs]]] = {
 def apart(subject: str, device: str, dtype: torch.dtype) -> float:
     """The difference of a subject on the device from fp64 on the CPU; infinite if they cannot be compared."""
     with tf32(False):
-        got = SUBJECTS[subject](Maker(device, dtype))
-    wanted = _reference(subject)
+        got: Any = SUBJECTS[subject](Maker(device, dtype))
+    wanted: Any = _reference(subject)
     if isinstance(wanted, Mapping):
         return relative_difference(got, wanted)
     return detections_apart(

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -88,7 +89,7 @@ def waits_noted(found: Counter) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        warnings.showwarning = note
+        warnings.showwarning = note  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield
@@ -99,7 +100,8 @@ def waits_noted(found: Counter) -> Iterator[None]:
 def waits(setting: Setting, record: Record) -> None:
     """The host's waits in a step of 2 and of 16 images, by line."""
     for size in setting.batches(2, 16):
-        training, found = Training(setting, size), Counter()
+        training = Training(setting, size)
+        found: Counter[str] = Counter()
         for _ in range(WARM_UP):
             training.step()
         with waits_noted(found):
@@ -137,7 +139,7 @@ def profiled(setting: Setting, record: Record) -> None:
         for group, pattern in GROUPS.items():
             took = sum(end - start for name, start, end in spans if re.search(pattern, name, re.IGNORECASE))
             record.row(f"{size} images: {group}", f"{1000 * took / STEPS:.2f} ms")
-        longest = Counter()
+        longest: Any = Counter()
         for name, start, end in spans:
             longest[name[:120]] += 1000 * (end - start) / STEPS
         record.detail(f"{size} images: ms a step by kernel", dict(longest.most_common(25)))

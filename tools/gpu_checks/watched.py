@@ -31,7 +31,7 @@ def watch(file: Path, kill_after: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return values
 
-    TrainState.update = watched
+    TrainState.update = watched  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":
