@@ -18,7 +18,7 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
     raise UserError(f"unknown {kind} {value!r}; choose from {listed}{note}")
 
 
-class MissingPackage(UserError, ImportError):
+class MissingPackage(ModuleNotFoundError, UserError):
     """A package of an extra is not installed; the message says which, and how to install it."""
 
 
@@ -28,7 +28,7 @@ def require(extra: str, *modules: str, user: str) -> None:
     `user` is what needs them, and `extra` the one of setup.py that brings them.
     """
     if missing := [module for module in modules if find_spec(module) is None]:
-        raise MissingPackage(f"{user} needs {', '.join(missing)}: pip install 'resbackbone[{extra}]'")
+        raise MissingPackage(f"{user} needs {', '.join(missing)}: pip install 'resbackbone[{extra}]'", name=missing[0])
 
 
 def detection_clash() -> str | None:

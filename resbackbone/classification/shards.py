@@ -65,7 +65,8 @@ class ShardImages(Images):
 class StreamedImages(ShardImages):
     """Images in tar files behind URLs, streamed; `file` is quick in the order of the index."""
 
-    _shard, _next, _files = -1, 0, iter(())  # the shard that `file` streams, its next image and those to come
+    _files: Iterator[bytes] = iter(())
+    _shard, _next = -1, 0  # the shard that `file` streams, its next image and those to come
 
     def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[CropRequest]:
         if len(self.shards) < ranks:

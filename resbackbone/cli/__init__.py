@@ -9,16 +9,21 @@ from types import TracebackType
 
 from resbackbone.checks import MissingPackage, detection_clash, require
 
+TRAIN = ("huggingface_hub", "jinja2", "matplotlib", "rich", "simplejpeg", "tensorboard", "timm", "tyro", "yaml")
+
 
 def import_error_in_one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """The `sys.excepthook` of commands, for what is raised before they can catch it: while they are imported."""
-    clash = detection_clash() if isinstance(error, ImportError) else None
-    if isinstance(error, MissingPackage) or clash:
-        print(f"error: {clash or error}", file=sys.stderr)
+    """The `sys.excepthook` of commands: most imports are done before a command can catch their errors."""
+    line = None
+    if isinstance(error, ImportError):
+        name = (error.name or "").partition(".")[0]
+        needed = f"a command needs {name}: pip install 'resbackbone[train]'" if name in TRAIN else None
+        line = detection_clash() or (str(error) if isinstance(error, MissingPackage) else needed)
+    if line:
+        print(f"error: {line}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, traceback)
 
 
 sys.excepthook = import_error_in_one_line
-TRAIN = ("huggingface_hub", "jinja2", "matplotlib", "rich", "simplejpeg", "tensorboard", "timm", "tyro", "yaml")
-require("train", *TRAIN, user="a command")
+require("train", "rich", "tyro", "yaml", user="a command")

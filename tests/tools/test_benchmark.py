@@ -213,7 +213,7 @@ def test_a_contender_that_needs_a_missing_module_is_named_and_the_rest_done(with
 
 
 def test_a_machine_with_little_installed_can_time_networks():
-    absent = ("msgspec", "simplejpeg", "hotcoco", "pycocotools", "matplotlib", "timm", "detectron2")
+    absent = ("huggingface_hub", "matplotlib", "tensorboard", "timm", "detectron2")
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from resbackbone.tools import benchmark"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

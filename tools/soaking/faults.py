@@ -110,7 +110,8 @@ def damage(subject: Subject, times: int, moments: random.Random) -> Found:
 
 def full_disk(subject: Subject, times: int, moments: random.Random) -> Found:
     """A disk with room for only a part of a checkpoint, then with room again."""
-    disk, lost = subject.folder / "small-disk", []
+    disk = subject.folder / "small-disk"
+    lost: list[str] = []
     disk.mkdir()
     size = sum(path.stat().st_size for path in checkpoints(subject.undisturbed())[-1].iterdir())
     for i in range(times):

@@ -88,11 +88,11 @@ def differences(run: Path, undisturbed: Path) -> list[str]:
     for file in ("results.json", "detections.json"):
         if (undisturbed / file).exists() and (run / file).read_bytes() != (undisturbed / file).read_bytes():
             found.append(f"{run.name}/{file}")
-    one, other = (
+    mine, theirs = (
         sorted(json.dumps({k: v for k, v in line.items() if k not in CLOCK}) for line in metrics(folder, None))
         for folder in (run, undisturbed)
     )
-    return [*found, *([f"{run.name}/metrics.jsonl"] * (one != other))]
+    return [*found, *([f"{run.name}/metrics.jsonl"] * (mine != theirs))]
 
 
 def metrics(run: Path, kind: str | None = "train") -> list[dict]:
