@@ -3,29 +3,30 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
-# The tests' processes, of one thread each (sooner done than one process of two threads); more cores, more of them.
+# Test processes, of one thread each: faster than one process of two threads. Raise it on a machine with more cores.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help install demo test test-slow soak gpu lint format check docs audit clean $(VENV)
 
 help:
-	@echo "make demo       install, train Faster R-CNN on the built-in data set, print its AP and where the pictures are"
+	@echo "make install    create .venv with the package and everything the tests need"
+	@echo "make demo       install, train Faster R-CNN on synthetic images, print its AP and the report's path"
 	@echo "make test       install, run the tests"
-	@echo "make test-slow  install, run all tests, the long ones too"
-	@echo "make soak       install, kill and break trainings and compare what comes of them with runs left alone"
-	@echo "make gpu        install, check the GPU: equality with the CPU, waits, resume, NCCL, speed beside the peers"
+	@echo "make test-slow  install, run all tests, including the long ones"
+	@echo "make soak       install, kill and damage trainings, compare the results with undisturbed runs"
+	@echo "make gpu        install, check the GPU: equality with the CPU, waits, resume, NCCL, speed beside its peers"
 	@echo "make check      install, lint and test: what CI runs"
-	@echo "make format     let ruff rewrite the sources"
+	@echo "make format     install, let ruff rewrite the sources"
 	@echo "make docs       install, build the documentation in site/"
-	@echo "make audit      install, ask the advisory databases about the packages in .venv (needs the network)"
-	@echo "make clean      remove the virtual environment and caches (runs/ and datasets/ stay)"
+	@echo "make audit      install, look the packages in .venv up in the advisory databases (needs the network)"
+	@echo "make clean      remove the virtual environment and caches; runs/ and datasets/ stay"
 
 install: $(READY)
 
 $(VENV): $(READY)
 
-# The stamp is written last, so an install that was interrupted starts again.
+# The stamp is written last, so that an interrupted install starts again.
 $(READY): setup.py
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "resbackbone needs Python 3.10 or newer; choose one with: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)

@@ -1,10 +1,10 @@
-"""The backbone inside detectron2's own Faster R-CNN: chosen by its config, one training step, then detections.
+"""The backbone in detectron2's own Faster R-CNN, selected by a config: one training step, then detections.
 
 python examples/detectron2_faster_rcnn.py                                            seconds on a CPU, random weights
 python examples/detectron2_faster_rcnn.py --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V1
 
 Whole configurations for detectron2's tools/train_net.py are in configs/detectron2; `tools/train_coco.py --engine
-detectron2` trains with its trainer. detectron2 has no release on the package registry: build it from its repository.
+detectron2` trains with its trainer. detectron2 has no release on the package registry; build it from its repository.
 """
 
 import argparse
@@ -32,11 +32,11 @@ def main() -> None:
     cfg.merge_from_file(str(CONFIG))
     settings = {
         "MODEL.RESBACKBONE.WEIGHTS": options.weights,
-        "MODEL.BACKBONE.FREEZE_AT": 2 if options.weights else 0,  # random layers are not to be frozen
+        "MODEL.BACKBONE.FREEZE_AT": 2 if options.weights else 0,  # do not freeze random layers
         "MODEL.RESNETS.NORM": "FrozenBN" if options.weights else "BN",
         "MODEL.RESNETS.DEPTH": options.depth,
         "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if options.depth < 50 else 256,
-        "MODEL.ROI_HEADS.NUM_CLASSES": 3,  # labels are 0, 1 and 2
+        "MODEL.ROI_HEADS.NUM_CLASSES": 3,  # labels 0, 1 and 2
         "MODEL.DEVICE": "cpu",
     }
     cfg.merge_from_list([word for setting in settings.items() for word in setting])

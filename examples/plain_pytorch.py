@@ -1,9 +1,9 @@
-"""The backbone's maps in a network of one's own, trained by a plain PyTorch loop: where in an image is the square?
+"""The backbone in your own network, trained by a plain PyTorch loop to locate a square in an image.
 
 python examples/plain_pytorch.py                                                     seconds on a CPU, random weights
 python examples/plain_pytorch.py --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V2
 
-Prints channels and stride of the maps, and what trains: with weights, all but batch norms and the first layers.
+Prints the channels and stride of each map, and what trains: with weights, all but batch norms and the first layers.
 """
 
 import argparse

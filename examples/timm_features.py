@@ -1,7 +1,7 @@
-"""timm, both ways: our ResNets made by `timm.create_model`, and a timm network as a Backbone with a pyramid.
+"""timm in both directions: our ResNets through `timm.create_model`, and a timm network as a Backbone with an FPN.
 
 python examples/timm_features.py                              seconds on a CPU, random weights
-python examples/timm_features.py --pretrained                 with the weights that timm has for its own networks
+python examples/timm_features.py --pretrained                 with timm's weights for its own networks
 python examples/timm_features.py --pretrained --network vgg16_bn
 """
 

@@ -3,8 +3,8 @@
 python examples/torchvision_retinanet.py                                             seconds on a CPU, random weights
 python examples/torchvision_retinanet.py --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V2
 
-The same `as_torchvision(backbone)` goes into FasterRCNN, MaskRCNN, KeypointRCNN and FCOS. RetinaNet and FCOS take
-p3..p7; FasterRCNN and MaskRCNN take p2..p6, which is what `fpn=True` gives where no levels are named.
+`as_torchvision(backbone)` also works in FasterRCNN, MaskRCNN, KeypointRCNN and FCOS. RetinaNet and FCOS take p3..p7;
+FasterRCNN and MaskRCNN take p2..p6, the default of `fpn=True`.
 """
 
 import argparse

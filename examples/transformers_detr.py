@@ -1,10 +1,10 @@
-"""The trunk under a detector of Hugging Face transformers: DETR, by AutoBackbone's interface.
+"""The trunk in DETR of Hugging Face transformers, through the AutoBackbone interface.
 
 python examples/transformers_detr.py                                                 seconds on a CPU, random weights
 python examples/transformers_detr.py --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V2
 
-Importing the adapter registers the configuration, so models that hold it are saved and loaded like any other. Needs
-`pip install transformers`, and scipy for DETR's own loss, which this leaves out.
+Importing the adapter registers its configuration, so models with it are saved and loaded like any other. Needs
+`pip install transformers`; DETR's own loss, not shown here, also needs scipy.
 """
 
 import argparse

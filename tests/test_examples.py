@@ -1,4 +1,4 @@
-"""Every file in examples/ runs as it stands, in seconds and without a network."""
+"""Every file in examples/ runs unchanged, in seconds and without a network."""
 
 import importlib.util
 import runpy
@@ -19,7 +19,7 @@ SAYS = {
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_runs_as_it_stands_and_prints_what_it_shows(path, monkeypatch, capsys):
+def test_an_example_runs_unchanged_and_prints_what_it_shows(path, monkeypatch, capsys):
     if (framework := FRAMEWORKS.get(path.stem)) and importlib.util.find_spec(framework) is None:
         pytest.skip(f"{framework} is not installed")
     monkeypatch.setattr(sys, "argv", [str(path)])
@@ -28,6 +28,6 @@ def test_an_example_runs_as_it_stands_and_prints_what_it_shows(path, monkeypatch
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_a_screen_long_and_says_how_it_is_run(path):
+def test_an_example_fits_on_a_screen_and_says_how_to_run_it(path):
     text = path.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 60 and f"python examples/{path.name}" in text

@@ -1,4 +1,4 @@
-"""What contributors rely on: hooks and checks are the same pinned tools, the citation is one that tools can read."""
+"""What contributors rely on: hooks, CI and `make check` run the same pinned tools; the citation is valid."""
 
 import re
 from pathlib import Path
@@ -42,7 +42,7 @@ def test_ci_runs_make_check_and_trains_with_the_oldest_versions_that_setup_admit
     assert f'python_requires=">={oldest["python"]}"' in setup
 
 
-def test_templates_of_issues_say_what_they_are_for():
+def test_issue_templates_have_a_name_and_a_description():
     templates = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.md"))
     assert len(templates) == 2
     for template in templates:

@@ -49,7 +49,7 @@ def relative(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
-def test_there_are_files_to_look_at():
+def test_the_parts_have_files():
     assert len(CORE) > 5 and len(LIBRARY) > len(CORE) and WEIGHTS and ADAPTERS
 
 
@@ -96,7 +96,7 @@ def test_importing_the_library_loads_no_other_framework():
     assert not loaded & {*heavy, "detection"}
 
 
-def test_a_framework_is_loaded_with_its_adapter_and_not_before():
+def test_a_framework_is_loaded_only_with_its_adapter():
     code = "import detection.faster_rcnn, resbackbone.adapters, sys; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"timm", "transformers", "detectron2"} & set(run.stdout.split())

@@ -1,4 +1,4 @@
-"""What the sources may not do; attacks on the readers of weights are in tests/weights, on other input in its tests."""
+"""What the sources must not do. Attacks on weight files are in tests/weights, those on other input in its own tests."""
 
 import ast
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(path for folder in ("resbackbone", "detection", "tools") for path in (ROOT / folder).rglob("*.py"))
-RUNS_CODE = {  # calls that run what a file or a string holds
+RUNS_CODE = {  # calls that run code from a file or a string
     *("eval", "exec", "compile", "__import__"),
     *("pickle.load", "pickle.loads", "pickle.Unpickler", "cPickle.load", "dill.load", "dill.loads", "joblib.load"),
     *("marshal.load", "marshal.loads", "shelve.open", "torch.load", "torch.jit.load", "torch.hub.load"),
@@ -15,11 +15,11 @@ RUNS_CODE = {  # calls that run what a file or a string holds
     *("os.system", "os.popen", "os.execv", "os.execvp", "subprocess.getoutput", "subprocess.getstatusoutput"),
     *("runpy.run_path", "imp.load_source", "importlib.import_module"),
 }
-UNPACKS = {"extractall", "extract", "unpack_archive"}  # of archives, by which a member's name becomes a path
+UNPACKS = {"extractall", "extract", "unpack_archive"}  # a member's name in an archive becomes a path
 
 
 def calls(path):
-    """(name, call) for every call in a source, the name with its modules: pickle.load, however it was imported."""
+    """(full name, call) for every call in a source; the name is pickle.load, say, however it was imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     known = {}
     for node in ast.walk(tree):
@@ -50,7 +50,7 @@ def offences(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=[str(path.relative_to(ROOT)) for path in SOURCES])
-def test_no_source_runs_what_a_file_holds_starts_a_shell_or_unpacks_an_archive(path):
+def test_no_source_runs_code_from_a_file_starts_a_shell_or_unpacks_an_archive(path):
     assert offences(path) == []
 
 
@@ -69,6 +69,6 @@ def test_no_source_runs_what_a_file_holds_starts_a_shell_or_unpacks_an_archive(p
         "eval('1')",
     ],
 )
-def test_what_is_looked_for_is_found(tmp_path, source):
+def test_each_offence_is_found(tmp_path, source):
     (tmp_path / "source.py").write_text(source)
     assert offences(tmp_path / "source.py")
