@@ -4,7 +4,6 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config as shape_options
 
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, one_of, require
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}  # by format
 METADATA_FILE = "metadata.json"  # inside a .pt2
@@ -38,9 +37,7 @@ def export_maps(
     if not path.parent.is_dir():
         raise UserError(f"cannot export to {str(path)!r}: there is no folder {str(path.parent)!r}")
     if format == "onnx":
-        missing = [package for package in ("onnx", "onnxscript") if find_spec(package) is None]
-        if missing:
-            raise UserError(f"export to ONNX needs {' and '.join(missing)}: pip install 'resbackbone[export]'")
+        require("export", "onnx", "onnxscript", user="export to ONNX")
 
     program = _capture(network.requires_grad_(False))
     data = _to_onnx(program, outputs, metadata) if format == "onnx" else _to_pt2(program, metadata)
