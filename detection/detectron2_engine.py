@@ -6,9 +6,9 @@ does; evaluation is `detection.evaluate`'s. Importing this needs detectron2.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import detectron2
@@ -26,28 +26,26 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from detection.coco import CocoImages
-from detection.evaluate import Evaluation, evaluate, results_summary, results_table, write_results
+from detection.evaluate import Evaluation, evaluate
 from detection.recipes import RECIPES, Recipe
-from detection.report import save_pictures, write_report
+from detection.report import write_report
 from resbackbone import build_resnet_backbone
 from resbackbone.adapters.detectron2 import INPUT, NORMS
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import Progress, console, progress_console, to_config, track
 from resbackbone.config import FREEZABLE
 from resbackbone.engine.checkpoints import KEPT
 from resbackbone.engine.distributed import Rank, share_buffers
 from resbackbone.engine.loop import memory
-from resbackbone.engine.run import Run, read_yaml
+from resbackbone.engine.run import Run
 from resbackbone.engine.state import mean_of, parameter_groups, seed_step
 from resbackbone.engine.stopwatch import Stopwatch
 from resbackbone.report.numbers import percent
-from resbackbone.report.summary import summary
 from resbackbone.resnet import DEPTHS
 
 CONFIGS = Path(detectron2.__file__).parent / "model_zoo" / "configs"  # its model_zoo module needs an old setuptools
 BASES = {"fpn": "Base-RCNN-FPN.yaml", "c4": "Base-RCNN-C4.yaml", "dc5": "Base-RCNN-DilatedC5.yaml"}
-KEYS = {  # what a recipe says in torchvision's words
+KEYS = {  # torchvision's names, as recipes have them, and detectron2's
     "representation_size": "MODEL.ROI_BOX_HEAD.FC_DIM",
     "rpn_batch_size_per_image": "MODEL.RPN.BATCH_SIZE_PER_IMAGE",
     "rpn_pre_nms_top_n_train": "MODEL.RPN.PRE_NMS_TOPK_TRAIN",
@@ -66,23 +64,14 @@ LOSSES = {  # detectron2's names, and those of the other engine's metrics
 }
 
 
-def check_options(options) -> None:
-    """Raise ValueError for what tools/train_coco.py's Options ask of this engine and it does not do."""
-    if options.precision not in (None, "fp32"):
-        raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
-    if options.skip_bad_images:
-        raise UserError("--skip-bad-images: --engine detectron2 stops at the first image that cannot be read")
-
-
-def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoImages, val_set: CocoImages) -> None:
-    """Data -> detector -> updates -> evaluation, in every process; `options` are those of tools/train_coco.py.
+def train_with_detectron2(session, *, train_set: CocoImages, val_set: CocoImages) -> tuple[Evaluation, Run]:
+    """Data -> detector -> updates -> evaluation, in every process; `session` is that of tools/train_coco.py.
 
     The run's folder gets detectron2.yaml (all its settings), log.txt (what it logs) and its checkpoints up to
-    model_final.pth, beside config.yaml, metrics.jsonl, detections.json, results.json, report.html and pictures as of
-    any run.
-    A run that is resumed goes on from detectron2's last checkpoint, in an order of images of its own.
+    model_final.pth, besides the files of any run. A resumed run continues from detectron2's last checkpoint, in an
+    order of images of its own.
     """
-    say = progress_console.print if rank.is_main else lambda *_: None
+    rank, options, folder = session.rank, session.options, session.folder
     recipe = RECIPES[options.recipe]
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
     steps = schedule.steps if options.max_steps is None else options.max_steps
@@ -94,7 +83,7 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
 
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     model = build_model(cfg)
-    say(model.backbone.body.summary())
+    session.info(model.backbone.body.summary())
     optimizer = build_optimizer(cfg, model) if recipe.optimizer == "sgd" else adamw(model, recipe, schedule.rate)
     rates = LambdaLR(optimizer, lambda step: schedule.learning_rate(step) / schedule.rate)
     devices = [rank.device.index] if rank.device.type == "cuda" else None
@@ -107,22 +96,18 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
     checkpointer = DetectionCheckpointer(model, str(folder), trainer=trainer)
     start = 0
     if options.resume and checkpointer.has_checkpoint():
-        if annotations_of(folder) != train_set.fingerprint:
-            raise UserError(f"--data {options.data}: the run in {folder} was trained on other annotations")
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
         cfg.SEED = options.seed + start  # else the first images would come again
         trainer.reset_data_loader(lambda: build_detection_train_loader(cfg))
 
-    kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
     effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
     effective |= {"detectron2": detectron2.__version__, "train_annotations_sha256": train_set.fingerprint}
-    effective["validation"] = val_set.origin
-    run = Run(folder, {**to_config(kept), "effective": effective}, resumed_step=start, writes=rank.is_main)
+    run = session.open_run(start, effective | {"validation": val_set.origin})
     if rank.is_main:
         write_atomically(folder / "detectron2.yaml", cfg.dump())
-    say(
-        f"{f'resumed at step {start}' if start else 'from step 0'} to {steps}: {options.batch_size} images per update "
+    session.info(
+        f"{f'resumed at step {start}' if start else 'from step 0'} to {steps}: {options.batch_size} images an update "
         f"on {rank.ranks} {rank.device.type}, fp32, learning rate {schedule.rate:g}, by detectron2"
     )
 
@@ -135,27 +120,27 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
             rank,
             workers=options.workers,
             backend=options.coco_backend,
-            progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
+            progress=session.track,
         )
         run.record(step, {**evaluation.results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
         return evaluation
 
-    def score_on_the_way(trainer: SimpleTrainer) -> None:
+    def score_if_due(trainer: SimpleTrainer) -> None:
         step = trainer.iter + 1
         if options.eval_period and step % options.eval_period == 0 and step < steps:
             evaluation = score(step)
             if rank.is_main:
                 write_report(folder, val_set, evaluation)
             bbox = evaluation.results["bbox"]
-            say(f"step {step}: AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}")
+            session.info(f"step {step}: AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}")
 
-    with logs_in(folder / "log.txt", rank), Progress("train", steps, start=start, shown=rank.is_main) as progress:
+    with logs_in(folder / "log.txt", rank), session.progress(steps, start) as progress:
         trainer.register_hooks(
             [
                 None if recipe.clip_grad is None else ClipGradients(recipe.clip_grad),
-                Metrics(run, progress, options) if rank.is_main else None,
+                Metrics(run, progress.update, options) if rank.is_main else None,
                 hooks.PeriodicCheckpointer(checkpointer, options.checkpoint_period, max_to_keep=KEPT),
-                hooks.CallbackHook(after_step=score_on_the_way),
+                hooks.CallbackHook(after_step=score_if_due),
             ]
         )
         seed_all_rng((options.seed + start + rank.rank) % 2**31)  # augmentation, and sampling of regions
@@ -165,22 +150,11 @@ def train_with_detectron2(rank: Rank, options, folder: Path, *, train_set: CocoI
             raise UserError(" ".join(str(error).split())) from None
         evaluation = score(max(start, steps))
 
-    if rank.is_main:
-        results, detections = evaluation.results, evaluation.detections
-        results["skipped_training_images"] = []
-        write_results(folder, results, detections)
-        save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
-        write_report(folder, val_set, evaluation)
-        ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
-        files = {"detector": "model_final.pth", "results": "results.json", "report": "report.html"}
-        progress_console.print(summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"}))
-        progress_console.print(results_table(results))
-        console.print(results_summary(results))
-    run.close()
+    return evaluation, run
 
 
 def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torch.device) -> CfgNode:
-    """detectron2's own Faster R-CNN of the variant, changed to what options and recipe ask."""
+    """The config of detectron2's own Faster R-CNN of the variant, with the changes of options and recipe."""
     cfg = get_cfg()
     cfg.merge_from_file(str(CONFIGS / BASES[options.variant]))
     asked = dict(recipe.detector)
@@ -201,7 +175,7 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
     model.RESBACKBONE.WEIGHTS = options.weights or ""
     model.RESNETS.DEPTH, model.RESNETS.NORM = options.depth, one_of("norm", norm, NORMS)
     model.RESNETS.RES2_OUT_CHANNELS = 64 if basic else 256
-    # Its config can only say yes or no; the weights know.
+    # None, which takes it from the weights, is no value of a config.
     stem = build_resnet_backbone(options.depth, levels=["c2"], weights=options.weights)
     model.RESNETS.STRIDE_IN_1X1 = stem.config.stride_in_1x1
     if options.variant == "fpn" and recipe.pyramid:
@@ -223,7 +197,7 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
 
 
 def register(dataset: CocoImages) -> str:
-    """Make the images known to detectron2, in place of any of the same name; returns that name."""
+    """Register the images with detectron2, replacing any of the same name; returns that name."""
     name = str(dataset.annotation_file) + (f":{dataset.part}" if dataset.part else "")
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(name, None)
@@ -267,9 +241,9 @@ class Detector(nn.Module):
 
 
 class Metrics(HookBase):
-    """Every `log_period` updates a line of metrics.jsonl, in the other engine's names, and one of progress."""
+    """Every `log_period` updates a line of metrics.jsonl, with the other engine's names, and one of progress."""
 
-    def __init__(self, run: Run, progress: Progress, options):
+    def __init__(self, run: Run, progress: Callable[[int, str | None], None], options):
         self.run, self.progress, self.options = run, progress, options
         self.recent: list[dict[str, float]] = []
 
@@ -297,19 +271,19 @@ class Metrics(HookBase):
         seconds = {"seconds": time.monotonic() - self.began, "data_seconds": latest["data_time"]}
         self.recent.append({"loss": latest["total_loss"], **values, **seconds})
         if step % self.options.log_period and step != self.trainer.max_iter:
-            self.progress.update(step)
+            self.progress(step, None)
             return
         record = {**mean_of(self.recent), **self.stopwatch.take(len(self.recent)), "lr": latest["lr"]}
         record |= memory(self.device)
         record["images_per_second"] = self.options.batch_size / record["seconds"]
         self.run.record(step, record)
         line = f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s"
-        self.progress.update(step, line)
+        self.progress(step, line)
         self.recent = []
 
 
 class ClipGradients(HookBase):
-    """The norm of all gradients together is kept at `limit` at most."""
+    """Clips the norm of all gradients together to `limit`."""
 
     def __init__(self, limit: float):
         self.limit = limit
@@ -319,18 +293,13 @@ class ClipGradients(HookBase):
 
 
 def adamw(model: nn.Module, recipe: Recipe, rate: float) -> torch.optim.Optimizer:
-    """The recipe's AdamW, which detectron2 has not: norms and biases are not decayed."""
+    """The recipe's AdamW, which detectron2 lacks: norms and biases are not decayed."""
     return torch.optim.AdamW(parameter_groups(model, recipe.weight_decay, decay_norms=False), lr=rate)
-
-
-def annotations_of(folder: Path) -> str | None:
-    """The checksum of the annotations that the run in `folder` was trained on."""
-    return read_yaml(folder / "config.yaml").get("effective", {}).get("train_annotations_sha256")
 
 
 @contextmanager
 def logs_in(path: Path, rank: Rank) -> Iterator[None]:
-    """What detectron2 logs goes to a file: on the terminal it would lie among our lines, tracebacks included."""
+    """Send detectron2's log, tracebacks included, to a file instead of the terminal."""
     handler = logging.FileHandler(path) if rank.is_main else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]

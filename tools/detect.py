@@ -49,17 +49,17 @@ class Options:
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Images, folders of images, quoted patterns such as 'photos/**/*.jpg', video files, or a camera's number."""
     output: Path | None = None
-    """Folder for what is written. Default: detected/ in the run's folder, or beside the file."""
+    """Folder for pictures and JSON. Default: detected/ in the run's folder, or beside the weight file."""
     recursive: bool = False
-    """Take the images in the folders' subfolders too."""
+    """Include images in subfolders."""
     threshold: float = 0.5
-    """Boxes with a lower score are not drawn; the JSON has them all."""
+    """Lowest score of the boxes that are drawn; the JSON has all boxes."""
     pictures: bool = True
     """Draw the boxes: a picture of each image, a video of each video."""
     coco_results: bool = False
     """Write coco_results.json too, a list that pycocotools' loadRes takes."""
     annotations: Path | None = None
-    """COCO annotation file that gives the images' ids, by file name. Default: numbers from 1, in their order."""
+    """COCO annotation file with the ids of the images, by file name. Default: numbers from 1, in order."""
     batch_size: int = 1
     """Images read at a time; those of one size go through the network together."""
     max_frames: int | None = None
@@ -69,14 +69,14 @@ class Options:
     precision: str | None = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
     skip_bad_images: bool = False
-    """Skip images that cannot be read, and name them."""
+    """Skip images that cannot be read; they are named."""
     quiet: bool = False
-    """Print only warnings, errors and the results' paths."""
+    """Print only warnings, errors and where the results are."""
 
 
 @dataclass(frozen=True)
 class Finder:
-    """A detector, where it runs, and what of its boxes is drawn."""
+    """A detector, its device and precision, and the lowest score that is drawn."""
 
     detector: FasterRCNN
     device: torch.device
@@ -109,14 +109,16 @@ def main(argv: list[str] | None = None) -> None:
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
     check_counts(options, least=1, names=("batch_size", "max_frames"))
-    device = torch.device(choose_device(options.device))
-    bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
+    with from_option("--device"):
+        device = torch.device(choose_device(options.device))
+    with from_option("--precision"):
+        bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
     use(device)
     file = detector_file(options.run)
     folder = options.output or (Path() if is_named(options.run) else Path(file).parent) / "detected"
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
     if videos and options.coco_results:
-        raise UserError(f"--coco-results is of images, and the frames of {videos[0]} have no ids; leave one out")
+        raise UserError(f"--coco-results: the frames of {videos[0]} have no image ids; leave out one or the other")
     with from_option("--output"):
         pictures = output_files(inputs, folder)
 

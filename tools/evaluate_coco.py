@@ -8,8 +8,10 @@ python tools/evaluate_coco.py runs/mine --box-refinement --scales 200 400 600 80
 from dataclasses import dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, track
+from resbackbone.cli.command import be_quiet, console, launch_command, main_of, parse
 from resbackbone.cli.errors import from_option
+from resbackbone.cli.options import choose_machine
+from resbackbone.cli.training import Session
 
 import torch
 import tyro
@@ -20,8 +22,8 @@ from detection.faster_rcnn import detector_file, load_detector, prepare_for_dete
 from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
 from resbackbone.checks import UserError, one_of
-from resbackbone.engine.device import INFERENCE, choose_device, choose_precision
-from resbackbone.engine.distributed import Rank, count_processes, from_main, launch
+from resbackbone.engine.device import INFERENCE, choose_precision
+from resbackbone.engine.distributed import Rank, from_main
 from resbackbone.engine.run import read_yaml
 from resbackbone.weights.sources import is_named
 
@@ -37,24 +39,24 @@ class Options:
     """Folder of COCO-format data, as tools/train_coco.py takes it. Default: the one the run was trained on."""
     output: Path | None = None
     """Where detections.json and results.json go. Default: the run's folder, or eval-NAME/ in it for other --data or
-    with what changes the detections."""
+    options that change the detections."""
     box_refinement: bool = False
     """Score and regress once more from the regressed boxes, and vote (He et al. 2015, appendix B)."""
     scales: tuple[int, ...] = ()
     """Shorter sides in pixels of an image pyramid: a region's features are the larger of those on its two best scales
-    (the same appendix, which has 200 400 600 800 1000). Default: the detector's own size."""
+    (appendix B, with 200 400 600 800 1000). Default: the detector's own size."""
+    coco_backend: str = "hotcoco"
+    """What scores: hotcoco, or pycocotools, which gives the same numbers some hundred times slower."""
+    skip_bad_images: bool = False
+    """Skip images that cannot be read; they are named and count as images without detections."""
     device: str | None = None
     """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
     gpus: int | None = None
-    """How many of this machine's GPUs. Default: all."""
+    """How many of this machine's GPUs to use. Default: all."""
     workers: int | None = None
     """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
     precision: str | None = None
-    """fp32 or bf16 (autocast). Default: the run's; bf16 where the device computes in it."""
-    coco_backend: str = "hotcoco"
-    """What scores: hotcoco, or pycocotools, whose numbers are the same and which takes some hundred times as long."""
-    skip_bad_images: bool = False
-    """Skip images that cannot be read and name them; they count as images without detections."""
+    """fp32 or bf16 (autocast). Default: the run's, else bf16 where the device computes in it."""
     quiet: bool = False
     """Print only warnings, errors and the result."""
 
@@ -62,31 +64,30 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """A run -> its 12 numbers, in one process or in one for each GPU."""
     options = parse(Options, argv)
-    device = choose_device(options.device)
-    launch(score, (options,), device=device, processes=count_processes(device, options.gpus))
+    one_of("COCO backend", options.coco_backend, BACKENDS)
+    device, processes, _ = choose_machine(options, INFERENCE)
+    launch_command(score, options, device=device, processes=processes)
 
 
 def score(rank: Rank, options: Options) -> None:
     """Detector and data -> results, in every process; rank 0 writes."""
     be_quiet(options)
+    session = Session(options, rank)
     file = detector_file(options.run)
     folder = Path(options.run) if Path(options.run).is_dir() else Path() if is_named(options.run) else Path(file).parent
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     data = options.data or (Path(config["data"]) if config.get("data") else None)
     if data is None:
         raise UserError(f"{options.run} does not say what it was trained on (no config.yaml); give --data DIR")
-    on_gpu = rank.device.type == "cuda"
-    trained_in = config.get("precision") if rank.device.type != "mps" else None
-    precision = options.precision or (trained_in if trained_in in INFERENCE else None)
+    recorded = config.get("precision") if rank.device.type != "mps" else None
+    precision = options.precision or (recorded if recorded in INFERENCE else None)
     precision = choose_precision(precision, rank.device.type, INFERENCE)
-    one_of("COCO backend", options.coco_backend, BACKENDS)
 
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
-    asked = {"categories": detector.real_categories, "skip_bad_images": options.skip_bad_images}
+    given = {"categories": detector.real_categories, "skip_bad_images": options.skip_bad_images}
     with from_option("--data"):
-        dataset = from_main(lambda: open_split(data, "val", **asked), rank)
-    if rank.is_main:
-        progress_console.print(f"{file} on {dataset.summary()}, {precision}")
+        dataset = from_main(lambda: open_split(data, "val", **given), rank)
+    session.info(f"{file} on {dataset.summary()}, {precision}")
     bf16 = precision == "bf16"
     prepare_for_detection(detector, bf16=bf16)
     if options.box_refinement or options.scales:
@@ -95,10 +96,10 @@ def score(rank: Rank, options: Options) -> None:
         detector,
         dataset,
         rank,
-        workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
+        workers=(6 if rank.device.type == "cuda" else 0) if options.workers is None else options.workers,
         bf16=bf16,
         backend=options.coco_backend,
-        progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
+        progress=session.track,
     )
     if not rank.is_main:
         return
@@ -108,9 +109,9 @@ def score(rank: Rank, options: Options) -> None:
     target = options.output or (folder / f"eval-{'-'.join(names)}" if names else folder)
     target.mkdir(parents=True, exist_ok=True)
     write_results(target, evaluation.results, evaluation.detections)
-    progress_console.print(results_table(evaluation.results))
+    session.info(results_table(evaluation.results))
     console.print(results_summary(evaluation.results))
-    progress_console.print(f"results: {target / 'results.json'}")
+    session.info(f"results: {target / 'results.json'}")
 
 
 def run() -> None:

@@ -1,53 +1,45 @@
-"""Train a ResNet to classify images, as ImageNet's, and evaluate it. Without --data it trains on the built-in data set.
+"""Train a ResNet to classify images such as ImageNet's, and evaluate it; without --data, on the built-in data set.
 
 python tools/pretrain.py                                              the built-in data set, some minutes on a CPU
 python tools/pretrain.py --depth 101 --data imagenet --recipe paper --eval 10crop
 python tools/pretrain.py --depth 50 --data 'imagenet/train-{000000..000146}.tar' --recipe a3 --accumulate 2
-python tools/pretrain.py --depth 50 --output runs/mine --resume       continues where it stopped
+python tools/pretrain.py --depth 50 --output runs/mine --resume       resumes where it stopped
 python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      an ensemble of two
 """
 
-import time
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config
+from resbackbone.cli.command import console, launch_command, main_of, parse
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import claim_folder, resume_point, resumed, wants_resume
+from resbackbone.cli.options import choose_machine, resumed, wants_resume
+from resbackbone.cli.training import Session, prepare_run
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.crops import make_shape_crops
 from resbackbone.checks import UserError
 from resbackbone.classification.data import LAYOUT, SYNTHETIC, open_images, train_batches
+from resbackbone.classification.images import Images
 from resbackbone.classification.recipes import Recipe
 from resbackbone.classification.report import Predictions, write_report
 from resbackbone.classification.training import build_average, build_loss
 from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
 from resbackbone.engine import loop
-from resbackbone.engine.device import arithmetic, use_deterministic
-from resbackbone.engine.distributed import (
-    Rank,
-    count_processes,
-    distributed,
-    from_main,
-    gather,
-    launch,
-    share_buffers,
-)
+from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
 from resbackbone.engine.optimizers import build_optimizer
-from resbackbone.engine.run import Run, read_yaml
-from resbackbone.engine.state import NonFinite, TrainState, seed_step
-from resbackbone.report.summary import summary
+from resbackbone.engine.state import TrainState, seed_step
+from resbackbone.engine.task import Task
 from resbackbone.tools.pretraining.evaluation import described, evaluate_only, score_of, write_results, zoo_row
 from resbackbone.tools.pretraining.options import (
     EMBEDDED,
     MAY_DIFFER,
-    PretrainOptions,
+    Options,
     complete,
     complete_for_evaluation,
     data_name,
@@ -58,194 +50,190 @@ from resbackbone.weights import read_weights, write_weights
 from resbackbone.weights.fit import resolve_architecture
 from resbackbone.weights.write import architecture_name
 
-
-@dataclass(frozen=True)
-class Options(PretrainOptions):
-    """Train a ResNet to classify images and evaluate it; without --data, on the built-in data set."""
+NOT_EVALUATED = "nothing is evaluated: synthetic images show only the speed"
+Batch = tuple[Tensor, Tensor]  # uint8 images [B, 3, H, W], labels [B]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained classifier and its accuracy, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
     if options.eval_only:
-        options = complete_for_evaluation(options)
-        launch(
-            evaluate_only, (options,), device=options.device, processes=count_processes(options.device, options.gpus)
-        )
-        return
-    options = complete(options)
-    if wants_resume(options):
-        options = complete(resumed(options, argv, default=default_folder(options), may_differ=MAY_DIFFER))
-    launch(train, (options,), device=options.device, processes=count_processes(options.device, options.gpus))
+        options, function = complete_for_evaluation(options), evaluate_only
+    else:
+        options, function = complete(options), train
+        if wants_resume(options):
+            options = complete(resumed(options, argv, default=default_folder(options), may_differ=MAY_DIFFER))
+    device, processes, _ = choose_machine(options)
+    launch_command(function, options, device=device, processes=processes)
 
 
 def train(rank: Rank, options: Options) -> None:
     """Images -> classifier -> updates -> evaluation, in every process; rank 0 writes."""
-    be_quiet(options)
-    use_deterministic(options.deterministic)
-    say = progress_console.print if rank.is_main else lambda *_: None
-    draw_embedded_set(options, rank, say)
-    claimed = {"default": default_folder(options), "resume": options.resume}
-    folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
+    session = prepare_run(rank, options, default=default_folder(options), first_line=about_embedded_set(options))
+    if Path(options.data) == EMBEDDED:
+        from_main(partial(make_shape_crops, EMBEDDED), rank)
+    train_set, val_set = open_data(session)
     recipe = recipe_of(options)
-    say(f"run:   {folder}")
+
+    seed_step(options.seed, 0, 0)  # every rank starts from the same weights
+    checkpoint = session.checkpoint
+    model, metadata = build(options, recipe, train_set.classes, checkpoint and checkpoint / "model.safetensors")
+    model.to(rank.device, memory_format=torch.channels_last).train()
+    session.info(f"{metadata['architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+
+    schedule = recipe.schedule(len(train_set), options.batch_size, options.epochs)
+    average = build_average(model, schedule.steps, schedule.warmup_steps) if recipe.ema else None
+    if average is not None and checkpoint is not None:
+        average.module.load_state_dict(load_file(checkpoint / "average.safetensors"))
+    if options.compile:
+        model.compile()
+    decay = {"weight_decay": recipe.weight_decay, "decay_norms": recipe.decay_norms}
+    optimizer = build_optimizer(model, recipe.optimizer, rate=schedule.rate, **decay)
+    state = TrainState(distributed(model, rank), optimizer, rank, scaled=options.precision == "fp16")
+    task = Classification(session, recipe, model, average, metadata, train_set, val_set)
+    run = session.train(task, state, schedule, parts=options.accumulate, train_set_sha256=train_set.fingerprint)
+
+    if options.data == SYNTHETIC:
+        session.info(NOT_EVALUATED)
+        if rank.is_main:
+            task.write_report(session.folder)
+            session.finish({}, {"report": "report.html"})
+    else:
+        results = loop.evaluate(task, state, run, final=True)
+        skipped = gather(train_set.skipped, rank)
+        if rank.is_main:
+            results["skipped_images"] = sorted(val_set.skipped)
+            results["skipped_training_images"] = sorted(set().union(*skipped))
+            finish(session, task, results)
+    run.close()
+
+
+def about_embedded_set(options: Options) -> str | None:
+    """What to print first if the built-in set is trained on."""
+    if Path(options.data) != EMBEDDED:
+        return None
+    drawing = "" if EMBEDDED.exists() else "\ndrawing it first (a few thousand images)"
+    where = f"data: the built-in data set in {EMBEDDED}; to train on yours, give --data DIR"
+    return f"{where}, which should hold {LAYOUT}{drawing}"
+
+
+def open_data(session: Session) -> tuple[Images, Images]:
+    """The images to train on and to validate on."""
+    options, rank = session.options, session.rank
     opened = partial(open_images, options.data, skip_bad_images=options.skip_bad_images)
     with from_option("--data"):
         train_set, val_set = (from_main(partial(opened, split), rank) for split in ("train", "val"))
     if train_set.classes != val_set.classes:
         raise UserError(f"--data {options.data}: the classes of its training and validation images differ")
-    say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
+    session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
     for message in sorted(train_set.skipped | val_set.skipped) if rank.is_main else ():
-        console.print(f"skipped {message}")
+        session.warn(f"skipped {message}")
+    return train_set, val_set
 
-    last = from_main(lambda: resume_point(folder), rank) if options.resume else None
-    seed_step(options.seed, 0, 0)  # every rank starts from the same weights
-    model, metadata = build(options, recipe, train_set.classes, last and last / "model.safetensors")
-    metadata |= {"recipe": {"name": options.recipe, **asdict(recipe)}, "accuracy": []}
-    model.to(rank.device, memory_format=torch.channels_last).train()
-    say(f"{metadata['architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
-    schedule = recipe.schedule(len(train_set), options.batch_size, options.epochs)
-    average = build_average(model, schedule.steps, schedule.warmup_steps) if recipe.ema else None
-    if average is not None and last is not None:
-        average.module.load_state_dict(load_file(last / "average.safetensors"))
-    if options.compile:
-        model.compile()
-    optimizer = build_optimizer(
-        model,
-        recipe.optimizer,
-        rate=schedule.rate,
-        weight_decay=recipe.weight_decay,
-        decay_norms=recipe.decay_norms,
-    )
-    state = TrainState(distributed(model, rank), optimizer, rank, scaled=options.precision == "fp16")
-    if last is not None:
-        state.load(last)
-    steps = schedule.steps if options.max_steps is None else options.max_steps
-    say(
-        f"{'resumed at step ' + str(state.step) if last else 'from step 0'} to {steps}: {options.batch_size} images an "
-        f"update{f' in {options.accumulate} parts' if options.accumulate > 1 else ''} on {rank.ranks} "
-        f"{rank.device.type}, {options.precision}, learning rate {schedule.rate:g}"
-    )
-    effective = {**asdict(schedule), "milestones": list(schedule.milestones), **arithmetic(rank.device)}
-    effective["train_set_sha256"] = train_set.fingerprint
-    if last is not None and rank.is_main and fingerprint_of(folder) != train_set.fingerprint:
-        raise UserError(f"--data {options.data}: the run in {folder} was trained on other images")
-    kept = to_config(replace(options, output=None, resume=False, config=None))  # who starts from it starts a new run
-    kept.pop("eval_only")
-    run = Run(folder, {**kept, "effective": effective}, resumed_step=state.step, writes=rank.is_main)
+class Classification(Task):
+    """A classifier, perhaps with a moving average of its weights, on labelled images."""
 
-    losses_of_mixed = build_loss(state.model, recipe, len(train_set.classes))
-    skipped = set(train_set.skipped)
+    def __init__(
+        self,
+        session: Session,
+        recipe: Recipe,
+        model: ResNetClassifier,
+        average,
+        metadata: dict,
+        train_set: Images,
+        val_set: Images,
+    ):
+        self.session, self.options, self.rank, self.recipe = session, session.options, session.rank, recipe
+        self.model, self.average, self.metadata = model, average, metadata
+        self.train_set, self.val_set = train_set, val_set
+        self.losses_of = build_loss(recipe, len(train_set.classes))
+        self.skipped = set(train_set.skipped)
+        self.evaluated: tuple[dict, Predictions] | None = None
 
-    def losses(part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    @property
+    def tested(self) -> nn.Module:
+        """What is evaluated and kept: the average of the weights if there is one."""
+        return self.model if self.average is None else self.average.module
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        return train_batches(
+            self.train_set,
+            batch_size=self.options.batch_size // self.rank.ranks,
+            transform=augmentation(self.recipe),
+            seed=self.options.seed,
+            rank=self.rank.rank,
+            ranks=self.rank.ranks,
+            start=start,
+            workers=self.options.workers,
+            repeats=self.recipe.repeats,
+            device=self.rank.device,
+        )
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        return list(zip(*(tensor.chunk(self.options.accumulate) for tensor in batch), strict=True))
+
+    def losses(self, model: nn.Module, part: Batch) -> Mapping[str, Tensor]:
         pixels, labels = part
-        return losses_of_mixed(to_model_input(pixels, rank.device), labels)
+        return self.losses_of(model, to_model_input(pixels, self.rank.device), labels)
 
-    def parts_of(batch: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(*(tensor.chunk(options.accumulate) for tensor in batch), strict=True))
+    def after_update(self, batch: Batch, step: int) -> Mapping[str, float]:
+        if self.average is not None:
+            self.average.update(self.model, step=step)
+        for message in sorted(self.train_set.skipped - self.skipped):
+            self.session.warn(f"skipped {message}")
+            self.skipped.add(message)
+        return {}
 
-    def after_update(batch: tuple[Tensor, Tensor]) -> None:
-        if average is not None:
-            average.update(model, step=state.step)
-        for message in sorted(train_set.skipped - skipped):
-            console.print(f"skipped {message}")
-            skipped.add(message)
+    def bad_batch(self, batch: Batch) -> tuple[dict[str, Tensor], str]:
+        return dict(zip(("images", "labels"), batch, strict=True)), "its images"
 
-    def save_model(to: Path) -> None:
-        write_weights(to / "model.safetensors", model.state_dict(), metadata)
-        if average is not None:
-            save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, to / "average.safetensors")
+    def save(self, folder: Path) -> None:
+        write_weights(folder / "model.safetensors", self.model.state_dict(), self.metadata)
+        if self.average is not None:
+            tensors = {name: tensor.contiguous() for name, tensor in self.average.module.state_dict().items()}
+            save_file(tensors, folder / "average.safetensors")
 
-    def checkpoint() -> None:
-        run.save(state, save_model)
-        if rank.is_main and not options.eval_period:  # else evaluations write it
-            write_report(folder, network=metadata["architecture"])
-
-    def score(protocol: str) -> dict:
-        began = time.monotonic()
-        tested = model if average is None else average.module
-        share_buffers(tested, rank)
+    def evaluate(self, *, final: bool) -> dict:
+        share_buffers(self.tested, self.rank)
         predicted: list[Tensor] = []
-        results = score_of([tested], val_set, rank, options, recipe, protocol=protocol, seen=predicted.append)
-        run.record(state.step, {**results, "seconds": time.monotonic() - began}, kind="eval")
-        if rank.is_main:
-            best = predicted[0].numpy()
+        results = score_of(
+            [self.tested],
+            self.val_set,
+            self.session,
+            self.recipe,
+            protocol=self.options.eval if final else "1crop",
+            seen=predicted.append,
+        )
+        if self.rank.is_main:
+            val_set, best = self.val_set, predicted[0].numpy()
             shown = Predictions(val_set.classes, val_set.labels, best, None, val_set.read, val_set.name)
-            write_report(folder, network=metadata["architecture"], results=results, predictions=shown)
+            self.evaluated = results, shown
         return results
 
-    loop.train(
-        state,
-        train_batches(
-            train_set,
-            batch_size=options.batch_size // rank.ranks,
-            transform=augmentation(recipe),
-            seed=options.seed,
-            rank=rank.rank,
-            ranks=rank.ranks,
-            start=state.step,
-            workers=options.workers,
-            repeats=recipe.repeats,
-            device=rank.device,
-        ),
-        losses,
-        schedule=schedule,
-        steps=steps,
-        images_per_update=options.batch_size,
-        seed=options.seed,
-        precision=options.precision,
-        rank=rank,
-        run=run,
-        periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
-        checkpoint=checkpoint,
-        evaluate=lambda: described(score("1crop")),
-        bad_batch=lambda batch, error: save_batch(*batch, folder, error, rank),
-        parts_of=parts_of,
-        after_update=after_update,
-    )
+    def summary(self, result: Mapping) -> str:
+        return described(result)
 
-    results = None if options.data == SYNTHETIC else score(options.eval)
-    unread = gather(train_set.skipped, rank)
-    if results is None:
-        say("nothing is evaluated: synthetic images show the speed alone")
-        if rank.is_main:
-            why_not = "Nothing is evaluated: synthetic images show the speed alone."
-            write_report(folder, network=metadata["architecture"], why_not=why_not)
-            progress_console.print(summary(folder, {}, {"report": "report.html"}))
-    elif rank.is_main:
-        where = f"{data_name(options)}, {len(val_set)} validation images, {options.eval}"
-        metadata["accuracy"] = [
-            {"data": where, "metric": metric, "value": round(100 * results[key], 3), "published": "this run"}
-            for key, metric in (("top1", "top-1"), ("top5", "top-5"))
-        ]
-        tested = model if average is None else average.module
-        write_weights(folder / "model.safetensors", tested.state_dict(), metadata)
-        results["skipped_images"] = sorted(val_set.skipped)
-        results["skipped_training_images"] = sorted(set().union(*unread))
-        write_results(folder / "results.json", results)
-        say(f"row of MODEL_ZOO.md:\n{zoo_row(options, folder, metadata, results, train_set, val_set, rank)}")
-        files = {"classifier": "model.safetensors", "results": "results.json", "report": "report.html"}
-        accuracy = f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"
-        progress_console.print(summary(folder, {"top-1, top-5": accuracy}, files))
-        console.print(described(results))
-    run.close()
+    def write_report(self, folder: Path) -> None:
+        results, predictions = self.evaluated or (None, None)
+        why = {"why_not": NOT_EVALUATED} if self.options.data == SYNTHETIC else {}
+        write_report(folder, network=self.metadata["architecture"], results=results, predictions=predictions, **why)
 
 
-def fingerprint_of(folder: Path) -> str:
-    """The checksum of the classes and labels that the run in `folder` was trained on."""
-    return str(read_yaml(folder / "config.yaml").get("effective", {}).get("train_set_sha256"))
-
-
-def draw_embedded_set(options: Options, rank: Rank, say) -> None:
-    """Say what is trained on if it is the built-in data set, and draw it if it is not there."""
-    if Path(options.data) != EMBEDDED:
-        return
-    say(f"data: the built-in data set in {EMBEDDED}; to train on yours, give --data DIR, which should hold {LAYOUT}")
-    if not EMBEDDED.exists():
-        say("drawing it first (a few thousand images)")
-    EMBEDDED.parent.mkdir(exist_ok=True)
-    from_main(lambda: make_shape_crops(EMBEDDED), rank)
+def finish(session: Session, task: Classification, results: dict) -> None:
+    """Write the classifier with its accuracy and results.json, and print what came of the run."""
+    options, folder, metadata = session.options, session.folder, task.metadata
+    where = f"{data_name(options)}, {len(task.val_set)} validation images, {options.eval}"
+    metadata["accuracy"] = [
+        {"data": where, "metric": metric, "value": round(100 * results[key], 3), "published": "this run"}
+        for key, metric in (("top1", "top-1"), ("top5", "top-5"))
+    ]
+    write_weights(folder / "model.safetensors", task.tested.state_dict(), metadata)
+    write_results(folder / "results.json", results)
+    session.info(f"row of MODEL_ZOO.md:\n{zoo_row(session, metadata, results, task.train_set, task.val_set)}")
+    files = {"classifier": "model.safetensors", "results": "results.json", "report": "report.html"}
+    session.finish({"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"}, files)
+    console.print(described(results))
 
 
 def augmentation(recipe: Recipe) -> TrainAugment:
@@ -261,7 +249,7 @@ def augmentation(recipe: Recipe) -> TrainAugment:
 def build(
     options: Options, recipe: Recipe, classes: list[str], checkpoint: Path | None
 ) -> tuple[ResNetClassifier, dict]:
-    """The classifier a run starts or goes on from, and what its files say about it."""
+    """The classifier that a run starts or resumes from, and the metadata of its files."""
     asked = {
         "depth": options.depth,
         "norm": options.norm,
@@ -281,13 +269,9 @@ def build(
         "num_classes": len(classes),
         "classes": classes,
         "source": f"tools/pretrain.py on {data_name(options)}",
+        "recipe": {"name": options.recipe, **asdict(recipe)},
+        "accuracy": [],
     }
-
-
-def save_batch(pixels: Tensor, labels: Tensor, folder: Path, error: NonFinite, rank: Rank) -> str:
-    """Keep the images and labels of a batch that went wrong; returns a clause that names the file."""
-    path = loop.keep_bad_batch({"images": pixels, "labels": labels}, folder, error, rank)
-    return f"{error.terms} on rank {rank.rank}, its images are saved in {path}"
 
 
 def run() -> None:

@@ -1,24 +1,35 @@
-"""Train Faster R-CNN on COCO-format data and evaluate it. Without --data it trains on the built-in data set.
+"""Train Faster R-CNN on COCO-format data and evaluate it; without --data, on the built-in data set.
 
 python tools/train_coco.py                                            the built-in data set, minutes on a CPU
 python tools/train_coco.py --data my_folder --weights torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1   own classes
 python tools/train_coco.py --data coco --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V1
-python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     continues where it stopped
+python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     resumes where it stopped
 """
 
 import copy
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from resbackbone.cli.command import be_quiet, console, main_of, parse, progress_console, to_config, track
+from resbackbone.cli.command import console, launch_command, main_of, parse
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_counts, claim_folder, resume_point, resumed, wants_resume
+from resbackbone.cli.options import (
+    MAY_DIFFER,
+    MachineOptions,
+    RunOptions,
+    check_counts,
+    choose_machine,
+    resumed,
+    wants_resume,
+)
+from resbackbone.cli.training import Session, prepare_run
 
 import torch
+from torch import Tensor, nn
 
 from detection.annotations import count_images
+from detection.coco import CocoImages
 from detection.config import BACKBONE_OF, VARIANTS
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
 from detection.evaluate import Evaluation, evaluate, results_summary, results_table, write_results
@@ -42,52 +53,42 @@ from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine import loop
-from resbackbone.engine.device import arithmetic, choose_device, choose_precision, use_deterministic
-from resbackbone.engine.distributed import (
-    Rank,
-    count_processes,
-    distributed,
-    from_main,
-    gather,
-    launch,
-    share_buffers,
-)
+from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
 from resbackbone.engine.optimizers import build_optimizer
-from resbackbone.engine.run import Run, read_yaml
-from resbackbone.engine.state import NonFinite, TrainState, seed_step
+from resbackbone.engine.state import TrainState, seed_step
+from resbackbone.engine.task import Task
 from resbackbone.report.numbers import percent
-from resbackbone.report.summary import summary
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import Weights
 from resbackbone.weights.fit import architecture_of, backbone_part, resolve_architecture
 
 ENGINES = ("torchvision", "detectron2")
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1"
-MAY_DIFFER = {  # from the run that is resumed: where it runs and how long, and getting past a broken image
-    *("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config"),
-    *("checkpoint_period", "eval_period", "log_period", "pictures", "coco_backend"),
-}
+Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
 
 @dataclass(frozen=True)
-class Options:
-    """Train Faster R-CNN on COCO-format data and evaluate it; without --data, on the built-in data set."""
-
+class DataOptions:
     data: Path | None = None
     """Folder with COCO's annotations/instances_{train,val}2017.json, train2017/ and val2017/, Roboflow's
     {train,valid}/_annotations.coco.json, or annotations/instances_{train,val}.json, train/ and val/; without a
     validation split, one image in ten is held out for it. Default: $DETECTRON2_DATASETS/coco, $COCO_DIR or
     ./datasets/coco, else the built-in data set."""
+    keep_empty: bool = False
+    """Train on images without objects too."""
+    skip_bad_images: bool = False
+    """Skip images that cannot be read; they are named and counted."""
+    workers: int | None = None
+    """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
+
+
+@dataclass(frozen=True)
+class NetworkOptions:
     depth: int | None = None
     """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; short: 18)."""
     variant: str | None = None
-    """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: that of --weights where they
+    """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: that of --weights if they
     are a detector's, else the recipe's (fpn)."""
-    engine: str = "torchvision"
-    """Whose detector and trainer: torchvision (this package's own loop) or detectron2, where that is installed."""
-    recipe: str | None = None
-    """1x, 2x, 3x, small, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default:
-    1x; small (12 epochs, 16,000 images at least) for under 40,000 images; short on the built-in data set."""
     weights: str | None = None
     """What to start from: a backbone's or a classifier's file (.safetensors, .pth, ..) or named source
     (torchvision:ResNet50_Weights.IMAGENET1K_V1), or a Faster R-CNN's, of these or other classes: a run's
@@ -95,270 +96,280 @@ class Options:
     norm: str | None = None
     """BN, FrozenBN, SyncBN or GN. Default: FrozenBN with weights, else the recipe's (BN)."""
     frozen_through: str | None = None
-    """auto, none, stem or c2 .. c5. auto (default) is the recipe's with weights (c2; vgg16: stem), none without."""
-    output: Path | None = None
-    """The run's folder. Default: a new one under runs/."""
-    max_steps: int | None = None
-    """Stop after this many updates, wherever the schedule is then."""
+    """stem, c2 .. c5, or none. Default: none without weights; with them the recipe's (c2; vgg16: stem)."""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    recipe: str | None = None
+    """1x, 2x, 3x, small, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default:
+    1x; small (12 epochs, at least 16,000 images) for fewer than 40,000 images; short on the built-in data set."""
     batch_size: int | None = None
-    """Images an update, over all GPUs; rate and steps follow. Default: the recipe's (16); 2 on a CPU but for short."""
+    """Images an update, over all GPUs; rate and number of updates follow. Default: the recipe's (16); 2 on a CPU,
+    except for short."""
+    engine: str = "torchvision"
+    """Detector and trainer: torchvision (this package's own loop) or detectron2, if it is installed."""
     checkpoint_period: int | None = None
     """Updates between checkpoints. Default: the recipe's (5000; short: 200)."""
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
     eval_period: int = 0
     """Updates between evaluations; 0 evaluates at the end only."""
-    log_period: int = 20
-    """Updates between lines of metrics."""
-    pictures: int = 12
-    """Pictures of predictions beside ground truth to draw at the end."""
     coco_backend: str = "hotcoco"
-    """What scores: hotcoco, or pycocotools, whose numbers are the same and which takes some hundred times as long."""
-    seed: int = 0
-    """Weights, order, augmentation and sampling are functions of it."""
-    device: str | None = None
-    """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
-    gpus: int | None = None
-    """How many of this machine's GPUs. Default: all."""
-    workers: int | None = None
-    """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
-    precision: str | None = None
-    """fp32, bf16, or fp16 for GPUs without bf16 such as V100 and T4 (both autocast). Default: bf16 where the device
-    computes in it."""
-    deterministic: bool = False
-    """Use only deterministic algorithms, so that a GPU repeats a run bit for bit (slower). A CPU always does."""
-    keep_empty: bool = False
-    """Train on images without objects too."""
-    skip_bad_images: bool = False
-    """Skip images that cannot be read; name and count them."""
-    resume: bool = False
-    """Continue the run in --output (default: the latest of this name) from its last checkpoint."""
-    config: Path | None = None
-    """YAML file with options, such as another run's config.yaml; flags override it."""
-    quiet: bool = False
-    """Print only warnings, errors and the result."""
+    """What scores: hotcoco, or pycocotools, which gives the same numbers some hundred times slower."""
+    pictures: int = 12
+    """How many pictures of predictions beside ground truth to draw at the end."""
+
+
+@dataclass(frozen=True)
+class Options(DataOptions, NetworkOptions, TrainingOptions, EvaluationOptions, RunOptions, MachineOptions):
+    """Train Faster R-CNN on COCO-format data and evaluate it."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
     options = complete(parse(Options, argv))
     if wants_resume(options):
-        options = complete(resumed(options, argv, default=default_folder(options), may_differ=MAY_DIFFER))
-    launch(train, (options,), device=options.device, processes=count_processes(options.device, options.gpus))
+        may_differ = MAY_DIFFER | {"pictures", "coco_backend"}
+        options = complete(resumed(options, argv, default=default_folder(options), may_differ=may_differ))
+    device, processes, _ = choose_machine(options)
+    launch_command(train, options, device=device, processes=processes)
 
 
 def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
-    be_quiet(options)
-    use_deterministic(options.deterministic)
-    say = progress_console.print if rank.is_main else lambda *_: None
-    if options.data == EMBEDDED:
-        say(
-            f"data: the built-in data set in {EMBEDDED}; to train on yours, give --data DIR, which should hold {LAYOUT}"
-        )
-        if not EMBEDDED.exists():
-            say("drawing it first (a few thousand images)")
-        from_main(embedded_data, rank)
-    claimed = {"default": default_folder(options), "resume": options.resume}
-    folder = from_main(lambda: claim_folder(options.output, **claimed), rank)
+    session = prepare_run(rank, options, default=default_folder(options), first_line=about_embedded_set(options))
     recipe = RECIPES[options.recipe]
-    say(f"run:   {folder}")
-    if options.data != EMBEDDED:
-        with from_option("--data"):
-            say(f"data:  {describe_layout(options.data)}")
-
-    transform = TrainTransform(recipe.short_sides, recipe.max_size)
-    images = {"keep_empty": options.keep_empty, "skip_bad_images": options.skip_bad_images}
-    train_set = from_main(lambda: open_checked(options.data, "train", transform=transform, **images), rank)
-    images |= {"keep_empty": True, "categories": train_set.categories}
-    val_set = from_main(lambda: open_checked(options.data, "val", **images), rank)
-    say(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
+    train_set, val_set = open_data(session, recipe)
     if options.engine == "detectron2":
-        detectron2_engine().train_with_detectron2(rank, options, folder, train_set=train_set, val_set=val_set)
+        evaluation, run = detectron2_engine().train_with_detectron2(session, train_set=train_set, val_set=val_set)
+        if rank.is_main:
+            finish(session, evaluation, val_set, skipped=set(), detector_file="model_final.pth")
+        run.close()
         return
 
-    last = from_main(lambda: resume_point(folder), rank) if options.resume else None
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
-    if last is None:
-        detector = build(options, recipe, train_set.categories, say)
+    if session.checkpoint is None:
+        detector = build(options, recipe, train_set.categories, session.info)
     else:
-        detector = load_detector(last / "model.safetensors")
-    if dict(detector.categories) != train_set.categories:
-        raise UserError(f"{last}: was trained on other categories than those of {options.data}")
+        detector = load_detector(session.checkpoint / "model.safetensors")
+        if dict(detector.categories) != train_set.categories:
+            raise UserError(f"{session.checkpoint}: was trained on other categories than those of {options.data}")
     detector.to(rank.device, memory_format=torch.channels_last).train()
-    say(detector.backbone.summary())
+    session.info(detector.backbone.summary())
 
-    optimizer = build_optimizer(
-        detector,
-        recipe.optimizer,
-        rate=recipe.schedule.rate,
-        weight_decay=recipe.weight_decay,
-        decay_norms=recipe.optimizer == "sgd",  # as in Detectron
-    )
-    fp16 = options.precision == "fp16"
-    state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad, scaled=fp16)
-    if last is not None:
-        state.load(last)
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
-    steps = schedule.steps if options.max_steps is None else options.max_steps
-    effective = {**asdict(schedule), "milestones": list(schedule.milestones), **arithmetic(rank.device)}
-    if options.recipe == "small":
-        epochs = schedule.steps * options.batch_size / len(train_set)
-        say(
-            f"recipe: small, the one for data under {SMALL_DATA:,} images: {schedule.steps} updates, {epochs:.0f} "
-            f"epochs of these {len(train_set)}; --recipe and --max-steps choose others"
-        )
-        if not options.weights:
-            say(f"weights: random; so few images are better started from a detector: --weights {A_DETECTOR}")
-    say(
-        f"{'resumed at step ' + str(state.step) if last else 'from step 0'} to {steps}: {options.batch_size} images an "
-        f"update on {rank.ranks} {rank.device.type}, {options.precision}, learning rate {schedule.rate:g}"
-    )
-    batches = TrainBatches(
-        train_set,
-        batch_size=options.batch_size,
-        seed=options.seed,
-        rank=rank.rank,
-        ranks=rank.ranks,
-        start=state.step,
-    )
-    effective["train_annotations_sha256"] = train_set.fingerprint
-    effective["validation"] = val_set.origin
-    if last is not None and fingerprint_of(folder) != train_set.fingerprint and rank.is_main:
-        raise UserError(f"--data {options.data}: the run in {folder} was trained on other annotations")
-    kept = replace(options, output=None, resume=False, config=None)  # a run that starts from this file is a new one
-    config = {**to_config(kept), "effective": effective}
-    run = Run(folder, config, resumed_step=state.step, writes=rank.is_main)
+    advise(session, schedule.steps, len(train_set))
+    decay = {
+        "weight_decay": recipe.weight_decay,
+        "decay_norms": recipe.optimizer == "sgd",
+    }  # norms too, as in Detectron
+    optimizer = build_optimizer(detector, recipe.optimizer, rate=schedule.rate, **decay)
+    scaled = options.precision == "fp16"
+    state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad, scaled=scaled)
+    task = Detection(session, detector, train_set, val_set)
+    recorded = {"train_annotations_sha256": train_set.fingerprint, "validation": val_set.origin}
+    run = session.train(task, state, schedule, **recorded)
 
-    def checkpoint() -> None:
-        run.save(state, lambda to: save_detector(detector, to / "model.safetensors"))
-        if rank.is_main and not options.eval_period:  # else evaluations write it
-            write_report(folder)
-
-    def score() -> Evaluation:
-        began = time.monotonic()
-        share_buffers(detector, rank)
-        bf16 = options.precision == "bf16"
-        evaluation = evaluate(
-            prepare_for_detection(copy.deepcopy(detector), bf16=bf16),
-            val_set,
-            rank,
-            workers=options.workers,
-            bf16=bf16,
-            backend=options.coco_backend,
-            progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
-        )
-        run.record(state.step, {**evaluation.results["bbox"], "seconds": time.monotonic() - began}, kind="eval")
-        return evaluation
-
-    def score_on_the_way() -> str:
-        evaluation = score()
-        if rank.is_main:
-            write_report(folder, val_set, evaluation)
-        bbox = evaluation.results["bbox"]
-        return f"AP {percent(bbox['AP'])}, AP50 {percent(bbox['AP50'])}"
-
-    skipped: set[str] = set()
-
-    def say_what_is_skipped(batch: tuple[list, list[dict]]) -> None:
-        for message in sorted({m for target in batch[1] for m in target["skipped"]} - skipped):
-            console.print(f"skipped {message}")
-            skipped.add(message)
-
-    loop.train(
-        state,
-        train_batches(train_set, batches, workers=options.workers, device=rank.device),
-        lambda batch: state.model(*batch),
-        schedule=schedule,
-        steps=steps,
-        images_per_update=options.batch_size,
-        seed=options.seed,
-        precision=options.precision,
-        rank=rank,
-        run=run,
-        periods=loop.Periods(options.log_period, options.checkpoint_period, options.eval_period),
-        checkpoint=checkpoint,
-        evaluate=score_on_the_way,
-        bad_batch=lambda batch, error: save_batch(*batch, folder, error, rank),
-        after_update=say_what_is_skipped,
-    )
-
-    evaluation = score()
-    unread = gather(skipped, rank)
+    loop.evaluate(task, state, run, final=True)
+    skipped = gather(task.skipped, rank)
     if rank.is_main:
-        results, detections = evaluation.results, evaluation.detections
-        results["skipped_training_images"] = sorted(set().union(*unread))
-        save_detector(detector, folder / "model.safetensors")
-        write_results(folder, results, detections)
-        save_pictures(folder / "pictures", val_set, detections, count=options.pictures)
-        write_report(folder, val_set, evaluation)
-        if results["skipped_training_images"]:
-            say(f"{len(results['skipped_training_images'])} training images could not be read and were skipped")
-        ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
-        files = {"detector": "model.safetensors", "results": "results.json", "report": "report.html"}
-        progress_console.print(summary(folder, {"AP, AP50": f"{ap}, {ap50}"}, {**files, "pictures": "pictures"}))
-        progress_console.print(results_table(results))
-        console.print(results_summary(results))
+        save_detector(detector, session.folder / "model.safetensors")
+        finish(session, task.evaluation, val_set, skipped=set().union(*skipped), detector_file="model.safetensors")
     run.close()
 
 
-def complete(options: Options) -> Options:
-    """Every option that was left out gets its value, but for the folder; ValueError for one that is not there."""
-    data = options.data or find_coco() or EMBEDDED
-    if options.recipe is not None:
-        recipe_name = one_of("recipe", options.recipe, RECIPES)
-    elif data == EMBEDDED:
-        recipe_name = "short"
+def about_embedded_set(options: Options) -> str | None:
+    """What to print first if the built-in set is trained on."""
+    if options.data != EMBEDDED:
+        return None
+    drawing = "" if EMBEDDED.exists() else "\ndrawing it first (a few thousand images)"
+    where = f"data: the built-in data set in {EMBEDDED}; to train on yours, give --data DIR"
+    return f"{where}, which should hold {LAYOUT}{drawing}"
+
+
+def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]:
+    """The images to train on and to evaluate on, checked."""
+    options, rank = session.options, session.rank
+    if options.data == EMBEDDED:
+        from_main(embedded_data, rank)
     else:
         with from_option("--data"):
-            recipe_name = default_recipe(count_images(find_split(data, "train").annotations))
+            session.info(f"data:  {describe_layout(options.data)}")
+    opened = partial(open_checked, options.data, skip_bad_images=options.skip_bad_images)
+    transform = TrainTransform(recipe.short_sides, recipe.max_size)
+    with from_option("--data"):
+        train_set = from_main(partial(opened, "train", transform=transform, keep_empty=options.keep_empty), rank)
+        val_set = from_main(partial(opened, "val", keep_empty=True, categories=train_set.categories), rank)
+    session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
+    return train_set, val_set
+
+
+def advise(session: Session, steps: int, images: int) -> None:
+    """Say what the recipe for small data means here, and what to start from."""
+    options = session.options
+    if options.recipe != "small":
+        return
+    session.info(
+        f"recipe: small, for data under {SMALL_DATA:,} images: {steps} updates, "
+        f"{steps * options.batch_size / images:.0f} epochs of these {images}; --recipe and --max-steps choose others"
+    )
+    if not options.weights:
+        session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
+
+
+class Detection(Task):
+    """A detector on COCO-format images."""
+
+    def __init__(self, session: Session, detector: FasterRCNN, train_set: CocoImages, val_set: CocoImages):
+        self.session, self.options, self.rank = session, session.options, session.rank
+        self.detector, self.train_set, self.val_set = detector, train_set, val_set
+        self.skipped: set[str] = set()
+        self.evaluation: Evaluation | None = None
+
+    def batches(self, start: int) -> Iterator[Batch]:
+        order = TrainBatches(
+            self.train_set,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            rank=self.rank.rank,
+            ranks=self.rank.ranks,
+            start=start,
+        )
+        return train_batches(self.train_set, order, workers=self.options.workers, device=self.rank.device)
+
+    def losses(self, model: nn.Module, part: Batch) -> Mapping[str, Tensor]:
+        return model(*part)
+
+    def after_update(self, batch: Batch, step: int) -> Mapping[str, float]:
+        for message in sorted({message for target in batch[1] for message in target["skipped"]} - self.skipped):
+            self.session.warn(f"skipped {message}")
+            self.skipped.add(message)
+        return {}
+
+    def bad_batch(self, batch: Batch) -> tuple[dict[str, Tensor], str]:
+        images, targets = batch
+        tensors = {f"image_{i}": image for i, image in enumerate(images)}
+        for name in ("boxes", "labels"):
+            tensors |= {f"{name}_{i}": target[name] for i, target in enumerate(targets)}
+        return tensors, f"images {', '.join(str(target['image_id']) for target in targets)}"
+
+    def save(self, folder: Path) -> None:
+        save_detector(self.detector, folder / "model.safetensors")
+
+    def evaluate(self, *, final: bool) -> dict:
+        share_buffers(self.detector, self.rank)
+        bf16 = self.options.precision == "bf16"
+        self.evaluation = evaluate(
+            prepare_for_detection(copy.deepcopy(self.detector), bf16=bf16),
+            self.val_set,
+            self.rank,
+            workers=self.options.workers,
+            bf16=bf16,
+            backend=self.options.coco_backend,
+            progress=self.session.track,
+        )
+        return self.evaluation.results["bbox"]
+
+    def summary(self, result: Mapping) -> str:
+        return f"AP {percent(result['AP'])}, AP50 {percent(result['AP50'])}"
+
+    def write_report(self, folder: Path) -> None:
+        if self.evaluation is None:
+            write_report(folder)
+        else:
+            write_report(folder, self.val_set, self.evaluation)
+
+
+def finish(
+    session: Session, evaluation: Evaluation, val_set: CocoImages, *, skipped: set[str], detector_file: str
+) -> None:
+    """Write the results and pictures of a training and its report, and print what came of it."""
+    folder, results = session.folder, evaluation.results
+    results["skipped_training_images"] = sorted(skipped)
+    write_results(folder, results, evaluation.detections)
+    save_pictures(folder / "pictures", val_set, evaluation.detections, count=session.options.pictures)
+    write_report(folder, val_set, evaluation)
+    if skipped:
+        session.info(f"{len(skipped)} training images could not be read and were skipped")
+    ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
+    files = {"detector": detector_file, "results": "results.json", "report": "report.html", "pictures": "pictures"}
+    session.finish({"AP, AP50": f"{ap}, {ap50}"}, files)
+    session.info(results_table(results))
+    console.print(results_summary(results))
+
+
+def complete(options: Options) -> Options:
+    """The options with every value filled in, except the folder. Raises ValueError for one that is not accepted."""
+    data = options.data or find_coco() or EMBEDDED
+    recipe_name = one_of("recipe", options.recipe or recipe_for(data), RECIPES)
     recipe = RECIPES[recipe_name]
-    held = architecture_of_weights(options, recipe)
-    variant = one_of("variant", options.variant or held.get("variant", recipe.variant), VARIANTS)
+    given = architecture_of_weights(options, recipe)
+    variant = one_of("variant", options.variant or given.get("variant", recipe.variant), VARIANTS)
     one_of("COCO backend", options.coco_backend, BACKENDS)
+    precision = options.precision
     if one_of("engine", options.engine, ENGINES) == "detectron2":
-        if variant not in BACKBONE_OF or "anchor_sides" in recipe.detector:
-            raise UserError(f"--engine detectron2 trains no {variant} of --recipe {recipe_name}; leave the engine out")
-        detectron2_engine().check_options(options)
-    depth = held.get("depth", recipe.depth)
-    depth, depths = (VGG16_DEPTH, [VGG16_DEPTH]) if variant == "vgg16" else (depth, DEPTHS)
-    device = choose_device(options.device)
-    processes = count_processes(device, options.gpus)
+        check_detectron2(options, variant, recipe_name)
+        precision = "fp32"
+    depths = [VGG16_DEPTH] if variant == "vgg16" else list(DEPTHS)
+    default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.depth)
+    device, processes, precision = choose_machine(replace(options, precision=precision))
     on_gpu = torch.device(device).type == "cuda"
-    batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
-    batch_size = options.batch_size or max(1, batch_size // processes) * processes  # every process gets as many
-    precision = options.precision or ("fp32" if options.engine == "detectron2" else None)
     check_counts(options, least=1, names=("max_steps", "batch_size", "checkpoint_period", "log_period"))
     check_counts(options, least=0, names=("eval_period", "pictures", "seed", "workers"))
+    batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
     return replace(
         options,
         data=data,
         recipe=recipe_name,
         variant=variant,
-        depth=one_of("depth", depth if options.depth is None else options.depth, depths),
-        batch_size=batch_size,
+        depth=one_of("depth", default_depth if options.depth is None else options.depth, depths),
+        batch_size=options.batch_size or max(1, batch_size // processes) * processes,  # every process gets as many
         checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
         device=device,
         workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
-        precision=choose_precision(precision, device),
+        precision=precision,
     )
 
 
+def recipe_for(data: Path) -> str:
+    """The name of the recipe for the images in a folder."""
+    if data == EMBEDDED:
+        return "short"
+    with from_option("--data"):
+        return default_recipe(count_images(find_split(data, "train").annotations))
+
+
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
-    """What --weights tell of "depth" and "variant", if one of these options was left out."""
+    """The "depth" and "variant" of --weights, if one of these options was left out."""
     if not options.weights or None not in (options.depth, options.variant):
         return {}
     if "vgg16" in (options.variant, recipe.variant):
         return {}
     weights = read_described_weights(options.weights)
     if "detector" not in weights.metadata or options.engine == "detectron2":
-        told = architecture_of(backbone_part(weights.state))
-        return {"depth": told["depth"]} if "depth" in told else {}
+        depth = architecture_of(backbone_part(weights.state)).get("depth")
+        return {} if depth is None else {"depth": depth}
     if "timm" in weights.metadata["backbone"]:
         raise UserError(f"--weights {options.weights}: a detector on a timm network; give one on a ResNet")
     return {"depth": weights.metadata["backbone"]["depth"], "variant": weights.metadata["detector"]["variant"]}
 
 
+def check_detectron2(options: Options, variant: str, recipe: str) -> None:
+    """Raise ValueError if detectron2 is not installed or does not do what the options ask."""
+    if variant not in BACKBONE_OF or "anchor_sides" in RECIPES[recipe].detector:
+        raise UserError(f"--engine detectron2 trains no {variant} of --recipe {recipe}; leave the engine out")
+    if options.precision not in (None, "fp32"):
+        raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
+    if options.skip_bad_images:
+        raise UserError("--skip-bad-images: --engine detectron2 stops at the first image that cannot be read")
+    detectron2_engine()
+
+
 def detectron2_engine():
-    """The module that trains with detectron2, which is optional; ValueError if it is not there."""
+    """The module that trains with detectron2, which is optional. Raises ValueError if it is not installed."""
     try:
         from detection import detectron2_engine
     except ModuleNotFoundError as error:
@@ -371,18 +382,13 @@ def detectron2_engine():
     return detectron2_engine
 
 
-def fingerprint_of(folder: Path) -> str:
-    """The checksum of the annotations that the run in `folder` was trained on."""
-    return str(read_yaml(folder / "config.yaml").get("effective", {}).get("train_annotations_sha256"))
-
-
 def default_folder(options: Options) -> Path:
     name = f"{options.data.resolve().name}-r{options.depth}-{options.variant}-{options.recipe}"
     return Path("runs") / (name if options.engine == "torchvision" else f"{name}-{options.engine}")
 
 
 def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Callable[[str], None]) -> FasterRCNN:
-    """The detector a new run starts from; `say` is told which of its tensors a detector's weights do not fill."""
+    """The detector that a new run starts from; `say` gets a line on what of a detector's weights is used."""
     frozen_through = options.frozen_through or "auto"
     if frozen_through == "auto" and options.weights:
         frozen_through = recipe.frozen_through
@@ -430,26 +436,17 @@ def build_from_detector(
     backbone: dict,
     **detector,
 ) -> FasterRCNN:
-    """The detector that --weights hold, with a new box predictor if it is of other classes."""
-    trunk, held = resolve_architecture(weights, depth=options.depth, norm=options.norm), weights.metadata["detector"]
-    if options.variant != held["variant"]:
-        raise UserError(f"--variant {options.variant}: {options.weights} hold a detector of variant {held['variant']}")
+    """The detector in --weights, with a new box predictor if its classes are others."""
+    trunk = resolve_architecture(weights, depth=options.depth, norm=options.norm)
+    source = weights.metadata["detector"]
+    if options.variant != source["variant"]:
+        raise UserError(f"--variant {options.variant}: the detector in {options.weights} is a {source['variant']}")
     norm = options.norm or ("GN" if trunk["norm"] == "GN" else "FrozenBN")
     built, new = retarget_detector(weights, categories, backbone={**backbone, "norm": norm}, **detector)
-    count = sum(name != NOT_A_CLASS for _, name in held["categories"])
-    of = f"{count} classes; new, for {len(categories)} others: {', '.join(new)}"
-    say(f"weights: {options.weights} hold a detector of {of if new else 'these classes: all of it is started from'}")
+    count = sum(name != NOT_A_CLASS for _, name in source["categories"])
+    changed = f"; new, for {len(categories)} others: {', '.join(new)}" if new else ", these"
+    say(f"weights: a detector of {count} classes, from {options.weights}{changed}")
     return built
-
-
-def save_batch(images: list, targets: list[dict], folder: Path, error: NonFinite, rank: Rank) -> str:
-    """Keep the images and boxes of a batch that went wrong; returns a clause that names them."""
-    tensors = {f"image_{i}": image for i, image in enumerate(images)}
-    for name in ("boxes", "labels"):
-        tensors |= {f"{name}_{i}": target[name] for i, target in enumerate(targets)}
-    path = loop.keep_bad_batch(tensors, folder, error, rank)
-    ids = ", ".join(str(target["image_id"]) for target in targets)
-    return f"{error.terms} on rank {rank.rank} for images {ids}, saved in {path}"
 
 
 def run() -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import re
 import sys
 import time
 import typing
@@ -17,45 +18,72 @@ from rich.live import Live
 from rich.text import Text
 
 from resbackbone.checks import UserError
-from resbackbone.cli.errors import one_line_errors, quick_exit
-from resbackbone.cli.help import print_help
+from resbackbone.cli.errors import one_line_errors
+from resbackbone.engine.distributed import launch
 from resbackbone.engine.run import read_yaml
+from resbackbone.engine.termination import quick_exit
 from resbackbone.report.numbers import duration
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
 # Markup is off, for paths and class names may hold [brackets].
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 console = Console(**PLAIN)  # for warnings and results
-progress_console = Console(**PLAIN)  # for what --quiet leaves out: how it goes, where things are
+progress_console = Console(**PLAIN)  # for what --quiet leaves out: progress messages and paths
+# Flags without their group's name; no "None" among the values; RUN, not STR, for a positional argument `run`.
+MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 SECONDS_BETWEEN_LINES = 20  # of a loop that is not on a terminal
 
 
-def parse(options: type[T], argv: list[str] | None, *, default: T | None = None, description: str | None = None) -> T:
+def parse(options: type[T], argv: list[str] | None, *, default: T | None = None) -> T:
     """Options from the command line: the dataclass's defaults, over them `default` or --config FILE, then the flags.
 
-    Raises ValueError in one line for a flag that is not there or a value of another type; --help prints and exits,
-    and so does --tyro-print-completion SHELL. With --quiet, if the command has it, `progress_console` is silent from
-    here on.
+    --help shows the docstring of the command's module, and each dataclass that `options` inherits from as a group.
+    With --quiet, `progress_console` is silent from here on. Raises ValueError in one line for an unknown flag or an
+    unfit value.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    description = description or options.__doc__ or ""
-    if {"-h", "--help"} & set(argv):
-        print_help(console, options, description)
-        raise SystemExit(0)
-    names = {field.name for field in dataclasses.fields(options)}
-    if "config" in names and (path := _value_of("--config", argv)) is not None:
+    if "config" in option_names(options) and (path := _value_of("--config", argv)) is not None:
         default = from_config(options, path, argv)
-    wrong = io.StringIO()
+    groups = {group.__name__.removesuffix("Options"): group for group in _groups(options)}
+    nested: Any = dataclasses.make_dataclass("Options", groups.items()) if groups else options
+    if groups and default is not None:
+        default = nested(*(group(**_values(default, option_names(group))) for group in groups.values()))
+    description = re.sub(
+        "^python ", "  python ", sys.modules[options.__module__].__doc__ or "", flags=re.M
+    )  # unwrapped
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(wrong):
-            parsed: Any = tyro.cli(options, prog=program(), args=argv, default=default, description=description)
+        with contextlib.redirect_stderr(stderr):
+            parsed = tyro.cli(
+                nested, prog=program(), args=argv, default=default, description=description, config=MARKERS
+            )
     except SystemExit as exit:
-        if exit.code in (0, None):
+        if exit.code in (0, None):  # of --help and --tyro-print-completion
             raise
-        said = " ".join(_first_part_of_box(wrong.getvalue()).split())
-        raise UserError(f"{said} (--help lists the options)") from None
+        raise UserError(f"{_message_in(stderr.getvalue())} (--help lists the options)") from None
+    if groups:
+        parsed = options(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     be_quiet(parsed)
     return parsed
+
+
+def _groups(options: type) -> list[type]:
+    return [base for base in options.__bases__ if dataclasses.is_dataclass(base)]
+
+
+def option_names(options: type) -> list[str]:
+    """The names of a dataclass's options, in the order of --help."""
+    return [field.name for group in _groups(options) or [options] for field in dataclasses.fields(group)]
+
+
+def _values(options, names: Iterable[str]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
+
+
+def _message_in(box: str) -> str:
+    """The message in the box that tyro draws around an error, which is all that it gives: between title and rule."""
+    title, *sections = re.split("[─-]{3,}", box)
+    return " ".join(word for word in (sections or [title])[0].split() if word not in "╮│|+")
 
 
 def program() -> str:
@@ -84,18 +112,13 @@ def main_of(command: Callable[[], object]) -> None:
         command()
 
 
-def _first_part_of_box(text: str) -> str:
-    lines = [line.strip("│ ") for line in text.splitlines() if not line.startswith(("╭", "╰"))]
-    part = []
-    for line in lines:
-        if not line or line.startswith("──"):
-            break
-        part.append(line)
-    return " ".join(part)
+def launch_command(function: Callable, options, *, device: str, processes: int) -> None:
+    """Call function(rank, options) in each of `processes`; one that fails ends in one line."""
+    launch(function, (options,), device=device, processes=processes, guard=one_line_errors)
 
 
 def track(items: Iterable, total: int | None, label: str, *, shown: bool = True) -> Iterator:
-    """The items, with a progress bar on a terminal, or a line now and then in a log."""
+    """Yield the items under a progress bar, or with a line now and then in a log."""
     with Progress(label, total, shown=shown) as progress:
         for done, item in enumerate(items, 1):
             yield item
@@ -103,10 +126,7 @@ def track(items: Iterable, total: int | None, label: str, *, shown: bool = True)
 
 
 class Progress:
-    """A bar on a terminal; in a log a line every 20 seconds, or whenever it is given a `line`.
-
-    `total` is None where nobody knows it.
-    """
+    """A bar on a terminal; in a log, a line every 20 seconds and for every `note`. `total` is None if unknown."""
 
     def __init__(self, label: str, total: int | None, *, start: int = 0, shown: bool = True):
         self.label, self.total, self.start, self.shown = label, total, start, shown and not progress_console.quiet
@@ -135,7 +155,7 @@ class Progress:
             self.live.stop()
 
     def update(self, done: int, note: str | None = None) -> None:
-        """`done` of the total are; `note` says how it goes, and makes a line of a log."""
+        """Show that `done` of the total are done; `note` describes the latest of them."""
         if self.on_terminal:
             self.bar.update(self.task, completed=done)
             if note is not None:
@@ -150,17 +170,17 @@ class Progress:
 
 
 def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) -> T:
-    """The options that a YAML file gives, such as a run's config.yaml; ValueError for an unknown or unfit one.
+    """The options in a YAML file, such as a run's config.yaml; what a run adds under `effective` is ignored.
 
-    What a run adds for its reader under `effective` is passed over. A file may not give a `pipe:` command, which would
-    be run, where `argv` does not give that option too.
+    Raises ValueError if an option is unknown or of another type, and if the file gives a `pipe:` command, which
+    would be run, unless `argv` gives that option too.
     """
     fields = {field.name: field for field in dataclasses.fields(options)}
     values = read_yaml(path)
     values.pop("effective", None)
     for name, value in values.items():
         if name not in fields:
-            raise UserError(f"{path}: unknown option {name!r}; choose from {', '.join(fields)}")
+            raise UserError(f"{path}: unknown option {name!r}; choose from {', '.join(option_names(options))}")
         if _value_of(f"--{name.replace('_', '-')}", list(argv)) is None:
             refuse_command(name, value, path)
         kinds = typing.get_args(fields[name].type) or (fields[name].type,)
@@ -169,19 +189,19 @@ def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) ->
         elif float in kinds and type(value) is int:
             values[name] = float(value)
         elif type(value) not in kinds:
-            wanted = " or ".join(kind.__name__ for kind in kinds)
-            raise UserError(f"{path}: {name} is {value!r}; must be {wanted}")
+            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+            raise UserError(f"{path}: {name} is {value!r}; it must be {wanted}")
     return options(**values)
 
 
 def refuse_command(name: str, value, path: str | Path) -> None:
-    """ValueError if an option that `path` gives is a command: the file may be a stranger's."""
+    """Raise ValueError if the option that `path` gives is a command: the file may be a stranger's."""
     if isinstance(value, str) and value.startswith("pipe:"):
         raise UserError(f"{path}: {name} is a command, {value!r}; if you mean to run it, give it as --{name}")
 
 
 def to_config(options) -> dict:
-    """The options as YAML holds them."""
-    values = dataclasses.asdict(options)
-    values.pop("quiet", None)  # of this call, not of the run
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+    """The options as YAML holds them, without empty lists and --quiet, which is not the run's."""
+    values = _values(options, option_names(type(options)))
+    values.pop("quiet", None)
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items() if v != ()}

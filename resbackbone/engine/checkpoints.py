@@ -1,4 +1,4 @@
-"""A run's checkpoints: each written whole or not at all, with checksums that tell later whether it still is."""
+"""A run's checkpoints: each written whole or not at all, with checksums that show damage later."""
 
 import errno
 import json
@@ -25,9 +25,9 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbytes: int) -> None:
-    """Let `write` fill the checkpoint of `step`, about `nbytes` long; afterwards the oldest ones go.
+    """Let `write` fill the checkpoint of `step`, of about `nbytes`, then delete all but the last three.
 
-    ValueError that says how much is needed if the disk is full; the checkpoints before stay.
+    If the disk is full, raises ValueError with the space that is needed and keeps the checkpoints before.
     """
     try:
         with folder_atomically(run / "checkpoints" / f"step_{step:07d}") as folder:
@@ -38,33 +38,50 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbyt
         if not _no_space(error):
             raise
         before = checkpoints(run)
-        stays = f"{before[-1].name} stays, and --resume goes on from it" if before else "there is none before it"
+        kept = f"{before[-1].name} is kept, and the run can be resumed from it" if before else "there is none before it"
         raise UserError(
             f"checkpoint of step {step}: no space left in {run}: {nbytes / 1e6:.0f} MB are needed, "
-            f"{shutil.disk_usage(run).free / 1e6:.0f} MB are free; {stays}"
+            f"{shutil.disk_usage(run).free / 1e6:.0f} MB are free; {kept}"
         ) from None
     for old in checkpoints(run)[:-KEPT]:
         shutil.rmtree(old)
 
 
 def last_whole_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose files are as they were written, if any; and what is wrong with those after it."""
+    """The newest checkpoint whose files are as they were written, if any, and the damage of those after it."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(run)):
-        wrong = _damage(path)
-        if wrong is None:
+        damage = _damage(path)
+        if damage is None:
             return path, damaged
-        damaged[path] = wrong
+        damaged[path] = damage
     return None, damaged
+
+
+def resume_point(run: Path, warn: Callable[[str], None] = print) -> Path | None:
+    """The checkpoint to resume a run from, the newest that is whole; None if the run has none yet.
+
+    Newer ones are renamed to step_N.damaged with a warning. Raises ValueError if all are damaged.
+    """
+    last, damaged = last_whole_checkpoint(run)
+    for path, damage in damaged.items():
+        warn(f"damaged: {path}: {damage}; set aside as {path.name}.damaged")
+    if last is None and damaged:
+        raise UserError(f"{run}: all of its {len(damaged)} checkpoints are damaged; choose another folder")
+    for path in damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+    return last
 
 
 def _damage(path: Path) -> str | None:
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
-        wrong = [name for name, expected in sums.items() if file_digest(path / name) != expected]
-    except (OSError, ValueError, AttributeError) as error:
+        changed = [name for name, expected in sums.items() if file_digest(path / name) != expected]
+    except (OSError, ValueError, AttributeError) as error:  # the last: JSON, but not of names and checksums
         return f"cannot be read ({error})"
-    return f"{', '.join(wrong)} changed since it was written" if wrong else None
+    return f"{', '.join(changed)} changed since it was written" if changed else None
 
 
 def _no_space(error: Exception) -> bool:

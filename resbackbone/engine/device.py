@@ -1,4 +1,4 @@
-"""Where a command computes and in what precision: its device, autocast, TF32."""
+"""Device and precision: choosing them, autocast, TF32, deterministic algorithms."""
 
 import os
 from collections.abc import Collection
@@ -13,7 +13,7 @@ INFERENCE = ("fp32", "bf16")  # precisions to detect and classify in
 
 
 def choose_device(asked: str | None) -> str:
-    """`asked`, or else the GPUs if there are any, or the CPU: "cuda" (all of them), "cuda:1", "cpu" or "mps".
+    """`asked`, or else "cuda" (all GPUs) where there are any, else "cpu". Also accepted: "cuda:1" and "mps".
 
     Raises ValueError for a device that this torch or this machine does not have.
     """
@@ -25,21 +25,21 @@ def choose_device(asked: str | None) -> str:
         place = None
     kind = one_of("device", place.type if place else asked, ("cuda", "cpu", "mps"), " (cuda:1 is the second GPU)")
     if kind == "cuda":
-        there = torch.cuda.device_count()
-        if there == 0:
-            raise UserError(f"--device {asked}: torch finds no usable GPU; run python tools/doctor.py to see why")
-        if place is not None and (place.index or 0) >= there:
-            raise UserError(f"--device {asked}: this machine has {there} GPUs, cuda:0 to cuda:{there - 1}")
+        count = torch.cuda.device_count()
+        if count == 0:
+            raise UserError(f"{asked}: this torch finds no GPU; python tools/doctor.py says why")
+        if place is not None and (place.index or 0) >= count:
+            raise UserError(f"{asked}: this machine has {count} GPUs, cuda:0 to cuda:{count - 1}")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: this torch finds no Apple GPU; leave the option out to compute on the CPU")
+        raise UserError("mps: this torch finds no Apple GPU; leave the device out to compute on the CPU")
     return asked
 
 
 def choose_precision(asked: str | None, device: str, among: Collection[str] = tuple(PRECISIONS)) -> str:
-    """`asked`, or else bf16 where the device computes in it, or fp32. Raises ValueError if it is not `among` them."""
+    """`asked`, or else bf16 where the device computes in it, else fp32. Raises ValueError if it is not `among` them."""
     precision = one_of("precision", asked or native_precision(device), among)
     if torch.device(device).type == "mps" and precision != "fp32":
-        raise UserError(f"--precision {precision}: on mps only fp32 is offered; leave the option out")
+        raise UserError(f"{precision}: mps computes in fp32 only; leave the precision out")
     return precision
 
 
@@ -75,19 +75,19 @@ def use(device: torch.device) -> None:
 
 
 def use_deterministic(on: bool) -> None:
-    """Make a run repeat bit for bit on a GPU. Call this before anything has run there.
+    """Make runs on a GPU repeat bit for bit. Call this before anything runs there.
 
     Afterwards torch raises RuntimeError for an operator that has no deterministic version.
     """
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
         torch.use_deterministic_algorithms(True)
-        # Filling memory that nothing reads would only take time.
+        # It would fill memory that nothing reads.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def arithmetic(device: torch.device) -> dict[str, str]:
-    """The version of torch and what is computed in TF32, which a run's results depend on."""
+    """The version of torch and which operations use TF32: a run's results depend on both."""
     used = []
     if device.type == "cuda" and _is_ampere_or_later(device) and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         used += ["convolutions"] if torch.backends.cudnn.allow_tf32 else []

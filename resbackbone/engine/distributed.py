@@ -7,9 +7,9 @@ import socket
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -20,13 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Sampler
 
 from resbackbone.checks import UserError
-from resbackbone.cli.errors import SAID, one_line_errors, quick_exit
 from resbackbone.engine.device import choose_device, use
 from resbackbone.engine.lock import release_all_folders
 from resbackbone.engine.rendezvous import store_of_this_start
-from resbackbone.engine.termination import EXIT_STATUS, Terminated, termination
+from resbackbone.engine.termination import EXIT_STATUS, Terminated, quick_exit, termination
 
 T = TypeVar("T")
+REPORTED = "RESBACKBONE_ERROR_REPORTED"  # names a file that exists once rank 0 has reported an error
+Guard = Callable[[], AbstractContextManager]  # wraps what a process does, to turn errors into messages
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
 
 
@@ -43,37 +44,39 @@ class Rank(NamedTuple):
 
 
 def count_processes(device: str, gpus: int | None) -> int:
-    """How many processes will train: torchrun's number, or one a GPU (`gpus` None: all), or 1.
+    """How many processes will train: torchrun's number, or one for each GPU (`gpus` None: all), or 1.
 
-    Raises ValueError for a device that is not there, and for more GPUs than there are.
+    Raises ValueError for a device that this machine does not have, and for more GPUs than it has.
     """
     place = torch.device(choose_device(device))
     if place.type == "cuda":
-        there = torch.cuda.device_count()
-        if gpus is not None and not 1 <= gpus <= there:
-            raise UserError(f"--gpus {gpus}: this machine has {there}")
+        available = torch.cuda.device_count()
+        if gpus is not None and not 1 <= gpus <= available:
+            raise UserError(f"{gpus}: this machine has {available} GPUs")
     elif gpus not in (None, 0, 1):
-        raise UserError(f"--gpus {gpus} with --device {device}: several CPU processes are started with torchrun")
+        raise UserError(f"{gpus} with device {device}: start several CPU processes with torchrun")
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError("RANK is set and WORLD_SIZE is not: set both, as docs/scaling.md shows, or neither")
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     if place.type != "cuda" or place.index is not None:
         return 1
-    return gpus or there
+    return gpus or available
 
 
-def launch(function: Callable[..., None], arguments: tuple, *, device: str, processes: int) -> None:
+def launch(
+    function: Callable[..., None], arguments: tuple, *, device: str, processes: int, guard: Guard = nullcontext
+) -> None:
     """Call function(rank: Rank, *arguments) in each of `processes` (see `count_processes`), and wait for all of them.
 
-    Under torchrun this process is one of them already. Otherwise further ones are spawned: `function` must be
-    importable then, and if one fails the others are stopped and this one exits with status 1.
+    Under torchrun this process is one of them already. Otherwise they are spawned, so `function` must be importable;
+    `guard` wraps each of them, and if one fails the others are stopped and this one exits with status 1.
     """
     if "RANK" in os.environ:
         rank = int(os.environ["RANK"])
         _run(_place(rank, processes, device), rank, processes, function, arguments)
     elif processes > 1:
-        _spawn(function, arguments, device=device, processes=processes)
+        _spawn(function, arguments, device=device, processes=processes, guard=guard)
     else:
         use(torch.device(device))
         _call(function, Rank(0, 1, torch.device(device)), arguments)
@@ -85,29 +88,30 @@ def _place(rank: int, ranks: int, device: str) -> torch.device:
     if place.type != "cuda" or (place.index is not None and ranks == 1):
         return place
     if place.index is not None:
-        raise UserError(f"--device {device}: each of the {ranks} processes takes a GPU of its own; use --device cuda")
+        raise UserError(f"{device}: each of the {ranks} processes takes a GPU of its own; use cuda")
     visible = torch.cuda.device_count()
     name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), None)
     if visible == 1 and (name != "LOCAL_RANK" or "CUDA_VISIBLE_DEVICES" in os.environ):
         return torch.device("cuda", 0)  # srun may show each process its own GPU alone, and so may a torchrun's caller
     index = rank % visible if name is None else int(os.environ[name])
     if index >= visible:
-        there, most = ("is 1 GPU", "1 process") if visible == 1 else (f"are {visible} GPUs", f"{visible} processes")
-        raise UserError(f"{name}={index}, but there {there} here: start no more than {most}")
+        gpus, most = ("1 GPU", "1 process") if visible == 1 else (f"{visible} GPUs", f"{visible} processes")
+        raise UserError(f"{name}={index}, but this machine has {gpus}: start no more than {most}")
     return torch.device("cuda", index)
 
 
-def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, processes: int) -> None:
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it tells whom it stops
+def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, processes: int, guard: Guard) -> None:
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it lists the processes that it stops
     with tempfile.TemporaryDirectory() as folder:
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), SAID: str(Path(folder) / "said")}
-        started = mp.spawn(_spawned, (shared, processes, device, function, arguments), nprocs=processes, join=False)
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), REPORTED: f"{folder}/reported"}
+        call = (shared, processes, device, function, arguments, guard)
+        started = mp.spawn(_spawned, call, nprocs=processes, join=False)
         before = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started.processes])
         try:
             while not started.join():
                 pass
         except mp.ProcessExitedException as error:
-            sys.exit(EXIT_STATUS if error.exit_code == EXIT_STATUS else 1)  # it has said why
+            sys.exit(EXIT_STATUS if error.exit_code == EXIT_STATUS else 1)  # the guard has reported it
         finally:
             signal.signal(signal.SIGTERM, before)
 
@@ -120,9 +124,11 @@ def _call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
             release_all_folders()
 
 
-def _spawned(rank: int, shared: dict, processes: int, device: str, function: Callable, arguments: tuple) -> None:
+def _spawned(
+    rank: int, shared: dict, processes: int, device: str, function: Callable, arguments: tuple, guard: Guard
+) -> None:
     os.environ.update(shared, RANK=str(rank))
-    with quick_exit(), one_line_errors():
+    with quick_exit(), guard():
         place = torch.device("cuda", rank) if device == "cuda" else torch.device(device)
         _run(place, rank, processes, function, arguments)
 
@@ -139,8 +145,8 @@ def _run(place: torch.device, rank: int, processes: int, function: Callable, arg
         if not stop.together:
             raise
         together = stop
-    # Not after an error: these would wait for ranks that do not know of it yet. A rank that leaves while another
-    # still talks to it makes gloo abort that one now and then, so they leave together.
+    # After an error these would wait for ranks that have not seen it yet. Without an error ranks leave together,
+    # because gloo sometimes aborts a rank whose peer leaves while they exchange something.
     dist.barrier()
     dist.destroy_process_group()
     if together is not None:
@@ -172,7 +178,7 @@ def broadcast(value, rank: Rank):
 
 
 def from_main(make: Callable[[], T], rank: Rank) -> T:
-    """What make() gives at rank 0, at every rank, for what should be done once: claim a folder, look at many files."""
+    """Rank 0's make() at every rank, for what should happen once: claim a folder, check many files."""
     return broadcast(make() if rank.is_main else None, rank)
 
 

@@ -1,4 +1,4 @@
-"""One writer for a folder: a lock that the operating system lets go when its holder dies, however it does."""
+"""One writer for a folder: a lock that the operating system releases when its holder dies."""
 
 import contextlib
 import json
@@ -12,16 +12,16 @@ from filelock import FileLock, Timeout
 from resbackbone.checks import UserError
 
 LOCK, HOLDER = ".lock", ".lock.json"
-_held: dict[Path, tuple[FileLock, list[Path]]] = {}  # and the folders that were made for it, the innermost first
+_locks: dict[Path, tuple[FileLock, list[Path]]] = {}  # and the folders that were made for it, the innermost first
 
 
 def lock_folder(folder: Path) -> None:
     """Make this process the only writer of `folder`, created if missing, until `release_folder` or the process ends.
 
-    ValueError that names the holder if another process is.
+    Raises ValueError that names the holder if another process writes there.
     """
     key = folder.resolve()
-    if key in _held:
+    if key in _locks:
         return
     made = [path for path in (key, *key.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,19 +29,19 @@ def lock_folder(folder: Path) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder} is being written by {_holder(folder)}; give another --output") from None
-    _held[key] = lock, made
+        raise UserError(f"{folder} is being written by {_holder(folder)}; choose another folder") from None
+    _locks[key] = lock, made
     content = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     (folder / HOLDER).write_text(json.dumps(content))
 
 
 def release_folder(folder: Path) -> None:
-    """Let others write to `folder`. If it was made by `lock_folder` and nothing was written to it, it goes."""
-    lock, made = _held.pop(folder.resolve(), (None, []))
+    """Let others write to `folder`, and remove it if `lock_folder` made it and it is empty."""
+    lock, made = _locks.pop(folder.resolve(), (None, []))
     if lock is None:
         return
     for name in (LOCK, HOLDER):
-        with contextlib.suppress(PermissionError):  # Windows keeps a file that is open
+        with contextlib.suppress(PermissionError):  # Windows does not delete an open file
             (folder / name).unlink(missing_ok=True)
     for path in made:
         if path.is_dir() and not any(path.iterdir()):
@@ -50,8 +50,8 @@ def release_folder(folder: Path) -> None:
 
 
 def release_all_folders() -> None:
-    """Let others write to every folder that this process holds."""
-    for folder in list(_held):
+    """Let others write to every folder that this process has locked."""
+    for folder in list(_locks):
         release_folder(folder)
 
 

@@ -1,8 +1,8 @@
-"""The loop that every training here goes through: batches to updates, with metrics, checkpoints and evaluations."""
+"""The loop that every training goes through: batches to updates, with metrics, checkpoints and evaluations."""
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,136 +13,141 @@ from torch import Tensor
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
-from resbackbone.cli.command import Progress, console, progress_console
 from resbackbone.engine.device import autocast
-from resbackbone.engine.distributed import Rank, broadcast, gather
+from resbackbone.engine.distributed import broadcast, gather
 from resbackbone.engine.run import Run
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import NonFinite, TrainState, mean_of, seed_step
+from resbackbone.engine.task import Task
 from resbackbone.engine.termination import Terminated, termination
 
 
 @dataclass(frozen=True)
-class Periods:
-    """How often, in updates: a line of metrics, a checkpoint, an evaluation (0: only at the end)."""
+class Plan:
+    """How long to train, on how many images an update (over all ranks), and how often to log, save and evaluate.
 
-    log: int
-    checkpoint: int
-    evaluation: int = 0
-
-
-def train(
-    state: TrainState,
-    batches: Iterator[Any],
-    losses_of: Callable[[Any], Mapping[str, Tensor]],
-    *,
-    schedule: Schedule,
-    steps: int,
-    images_per_update: int,
-    seed: int,
-    precision: str,
-    rank: Rank,
-    run: Run,
-    periods: Periods,
-    checkpoint: Callable[[], None],
-    evaluate: Callable[[], str],
-    bad_batch: Callable[[Any, NonFinite], str],
-    parts_of: Callable[[Any], Sequence[Any]] = lambda batch: [batch],
-    after_update: Callable[[Any], Mapping[str, float] | None] = lambda batch: None,
-) -> None:
-    """Update `state` from its step to `steps`, one batch an update.
-
-    losses_of: a batch, or a part of one, to its loss terms, under autocast to `precision`.
-    parts_of: the parts of a batch whose gradients are accumulated, all of the same size (default: the whole).
-    images_per_update: over all ranks, for the images a second that are recorded.
-    checkpoint, evaluate: called at their periods; a checkpoint also at the end. An evaluation gives its result in a few
-        words, which the lines about the updates that follow have too.
-    after_update: called with every batch; numbers that it returns, the same ones each time, are metrics too.
-    bad_batch: for a batch with a loss that is not finite, on the rank that has it: keeps what is wanted of it and
-        returns a clause that names it.
-
-    Everything random in a step follows from `seed`, the step and the rank, so that a resumed run draws alike. Metrics
-    are the mean loss terms, seconds an update and of these the seconds spent waiting for data, in forward, backward
-    and optimizer, memory and images a second. Raises ValueError, on every rank and before any weight has changed, for
-    a loss or gradient that is not finite. After SIGTERM on any rank all stop behind the same update, with a
-    checkpoint, by raising Terminated.
+    Periods are in updates; an `eval_period` of 0 evaluates at the end only.
     """
 
-    result = None
+    schedule: Schedule
+    steps: int
+    batch_size: int
+    seed: int
+    precision: str
+    log_period: int
+    checkpoint_period: int
+    eval_period: int = 0
+
+
+def _ignore(*_) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Observer:
+    """Receives what there is to show of a training: the step with a line about it or None, messages, warnings."""
+
+    progress: Callable[[int, str | None], None] = _ignore
+    info: Callable[[str], None] = _ignore
+    warn: Callable[[str], None] = _ignore
+
+
+def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observer = Observer()) -> None:  # noqa: B008
+    """Update `state` from its step to the plan's last, one batch of the task an update.
+
+    Everything random in a step follows from the seed, the step and the rank, so that a resumed run repeats it. Metrics
+    are the mean loss terms, seconds an update and of these the seconds spent waiting for data, in forward, backward
+    and optimizer, memory and images a second. Raises ValueError, on every rank and before any weight has changed, for
+    a loss or gradient that is not finite. After SIGTERM on any rank all stop after the same update: they save a
+    checkpoint and raise Terminated.
+    """
+    rank, result = state.rank, None
+
+    def checkpoint() -> None:
+        run.save(state, task.save)
+        if rank.is_main and not plan.eval_period:  # else evaluations write it
+            task.write_report(run.folder)
+        termination.saved = True
+
+    def stop(*, together: bool = False) -> None:
+        if rank.is_main:
+            observer.warn(f"terminated at step {state.step}, which is saved; --resume continues from it")
+        termination.stop(together=together)
 
     def evaluate_if_due() -> None:
         nonlocal result
-        if not periods.evaluation or state.step % periods.evaluation or state.step in (0, steps):
+        if not plan.eval_period or state.step % plan.eval_period or state.step in (0, plan.steps):
             return
         try:
             with termination.deferred(False):
-                result = evaluate()
+                result = task.summary(evaluate(task, state, run))
         except Terminated:
             checkpoint()
-            termination.saved = True
-            _say_terminated(state, rank)
-            termination.stop()
-        if rank.is_main:
-            progress_console.print(f"step {state.step}: {result}")
+            stop()
+        observer.info(f"step {state.step}: {result}")
 
-    with Progress("train", steps, start=state.step, shown=rank.is_main) as progress, termination.deferred():
-        if not broadcast(run.evaluated, rank):  # killed in the middle of it
+    batches = task.batches(state.step)
+    with termination.deferred():
+        if not broadcast(run.evaluated, rank):  # killed during the evaluation
             evaluate_if_due()
         recent, began = [], time.monotonic()
-        while state.step < steps:
-            asked = time.monotonic()  # later than `began` by what a checkpoint took
+        while state.step < plan.steps:
+            asked = time.monotonic()  # later than `began` by the time that a checkpoint took
             batch = next(batches)
             loaded = time.monotonic()
-            seed_step(seed, state.step, rank.rank)
-            rate = schedule.learning_rate(state.step)
+            seed_step(plan.seed, state.step, rank.rank)
+            rate = plan.schedule.learning_rate(state.step)
 
             def losses(part: Any) -> Mapping[str, Tensor]:
-                with autocast(rank.device, precision):
-                    return losses_of(part)
+                with autocast(rank.device, plan.precision):
+                    return task.losses(state.model, part)
 
             try:
-                values = state.update(losses, parts_of(batch), learning_rate=rate, stop=termination.requested)
+                values = state.update(losses, task.parts(batch), learning_rate=rate, stop=termination.requested)
             except NonFinite as error:
-                clause = bad_batch(batch, error) if error.terms else None
-                said = "; ".join(filter(None, gather(clause, rank) or [clause or "on another rank"]))
-                raise UserError(f"step {error.step} is not finite: {said}") from None
+                clause = _keep_bad_batch(task, batch, run.folder, error, state) if error.terms else None
+                clauses = gather(clause, rank) or [clause or "on another rank"]
+                raise UserError(f"step {error.step} is not finite: {'; '.join(filter(None, clauses))}") from None
             values = {"loss": sum(values.values()), **values, "gradient_norm": state.gradient_norm}
-            values |= after_update(batch) or {}
+            values |= task.after_update(batch, state.step)
             now = time.monotonic()
-            seconds = {"seconds": now - began, "data_seconds": loaded - asked}
-            recent.append({**values, **seconds})
+            recent.append({**values, "seconds": now - began, "data_seconds": loaded - asked})
             began = now
-            if state.step % periods.log == 0 or state.step == steps:
+            if state.step % plan.log_period == 0 or state.step == plan.steps:
                 parts = state.stopwatch.take(len(recent))
                 record = {**mean_of(recent), **parts, "lr": rate, **memory(rank.device)}
-                record["images_per_second"] = images_per_update / record["seconds"]
+                record["images_per_second"] = plan.batch_size / record["seconds"]
                 run.record(state.step, record)
-                progress.update(state.step, describe(record, result))
+                observer.progress(state.step, describe(record, result))
                 recent = []
             else:
-                progress.update(state.step)
+                observer.progress(state.step, None)
             stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks: after the next
-            if state.step % periods.checkpoint == 0 or state.step == steps or stopping:
+            if state.step % plan.checkpoint_period == 0 or state.step == plan.steps or stopping:
                 checkpoint()
-                termination.saved = True
             if stopping:
-                _say_terminated(state, rank)
-                termination.stop(together=True)
+                stop(together=True)
             evaluated = time.monotonic()
             evaluate_if_due()
             began += time.monotonic() - evaluated
 
 
-def _say_terminated(state: TrainState, rank: Rank) -> None:
-    if rank.is_main:
-        console.print(f"terminated at step {state.step} and saved; continue with --resume")
+def evaluate(task: Task, state: TrainState, run: Run, *, final: bool = False) -> Mapping[str, Any]:
+    """Evaluate the task, record the result in the metrics and rewrite the report."""
+    began = time.monotonic()
+    result = task.evaluate(final=final)
+    run.record(state.step, {**result, "seconds": time.monotonic() - began}, kind="eval")
+    if state.rank.is_main:
+        task.write_report(run.folder)
+    return result
 
 
-def keep_bad_batch(tensors: Mapping[str, Tensor], folder: Path, error: NonFinite, rank: Rank) -> Path:
-    """Write what a batch held that went wrong into the run's folder; returns the file, for the clause that names it."""
-    path = folder / f"bad_batch_step_{error.step}_rank_{rank.rank}.safetensors"
+def _keep_bad_batch(task: Task, batch: Any, folder: Path, error: NonFinite, state: TrainState) -> str:
+    """Write the batch into the run's folder; returns a clause with the loss terms, the images and the file."""
+    tensors, images = task.bad_batch(batch)
+    path = folder / f"bad_batch_step_{error.step}_rank_{state.rank.rank}.safetensors"
     write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-    return path
+    return f"{error.terms} on rank {state.rank.rank}, {images} are saved in {path}"
 
 
 def memory(device: torch.device) -> dict[str, float]:

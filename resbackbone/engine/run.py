@@ -1,4 +1,4 @@
-"""A run's folder: its configuration, metrics, TensorBoard events and checkpoints, so that a killed run goes on."""
+"""A run's folder: configuration, metrics, TensorBoard events, and checkpoints to resume from."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from resbackbone.engine.lock import lock_folder, release_folder
 from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.state import TrainState
 
-CLOCK = frozenset(  # metrics that depend on the clock and the machine: no two runs share them
+CLOCK = frozenset(  # metrics that depend on the clock and the machine, so that they differ between equal runs
     ("seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
     + ("images_per_second", "memory_mib")
 )
@@ -24,9 +24,9 @@ CLOCK = frozenset(  # metrics that depend on the clock and the machine: no two r
 class Run:
     """The folder of one training run; only rank 0 writes to it, and no other process (`lock.lock_folder`).
 
-    `config.yaml` everything the run was started with; `metrics.jsonl` one JSON object a line; `events.out.tfevents.*`
-    the same for TensorBoard; `checkpoints/step_NNNNNNN/`, each written whole or not at all, the last three kept.
-    `evaluated` says whether the step that it is resumed at has been evaluated already.
+    It holds `config.yaml`, everything the run was started with; `metrics.jsonl`, one JSON object a line; the same for
+    TensorBoard in `events.out.tfevents.*`; and `checkpoints/step_NNNNNNN/`, the last three. `evaluated` is whether the
+    step at which the run resumes has been evaluated already.
     """
 
     def __init__(self, folder: str | os.PathLike, config: Mapping, *, resumed_step: int = 0, writes: bool = True):
@@ -51,7 +51,7 @@ class Run:
         if not self.writes:
             return
         try:
-            if kind == "eval" and self.evaluated and step == self._resumed_step:  # it was killed behind its last one
+            if kind == "eval" and self.evaluated and step == self._resumed_step:  # killed after its last one
                 self._metrics.close()
                 self._forget_metrics(lambda line: line["step"] == step and line.get("kind") == "eval")
                 self._open_metrics()
@@ -64,7 +64,7 @@ class Run:
             raise UserError(f"metrics of step {step}: cannot be written to {self.folder} ({error.strerror})") from None
 
     def save(self, state: TrainState, write_model: Callable[[Path], None]) -> None:
-        """The checkpoint of the step that `state` is at: what `write_model` puts into its folder, and the state."""
+        """Write a checkpoint: what `write_model` puts into its folder, and the state."""
         if not self.writes:
             return
 
@@ -95,7 +95,7 @@ class Run:
 
 
 def read_yaml(path: str | os.PathLike) -> dict:
-    """A YAML file of `name: value` lines, such as a run's config.yaml; ValueError if it is not there or is not that."""
+    """A YAML file of `name: value` lines, as in a run's config.yaml. Raises ValueError if it is no such file."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -103,22 +103,28 @@ def read_yaml(path: str | os.PathLike) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no options (name: value, a line each)")
+        raise UserError(f"{path}: must hold options, a line `name: value` each")
     return content
 
 
-def new_folder(wanted: Path) -> Path:
-    """`wanted`, or `wanted-2`, `-3`, .. where a run is there already: nothing is overwritten."""
-    folder, number = wanted, 1
-    while folder.exists():
+def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
+    """Lock the folder that a run is written to: `output`, or `default`, `default-2`, .. whichever is new.
+
+    Raises ValueError if another process writes there, or if it holds a run and `resume` is not set.
+    """
+    folder, number = output or default, 1
+    while output is None and folder.exists():
         number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
+        folder = default.with_name(f"{default.name}-{number}")
+    lock_folder(folder)
+    if not resume and (folder / "config.yaml").exists():
+        raise UserError(f"{folder}: holds a run already; resume it or choose another folder")
     return folder
 
 
-def latest_folder(wanted: Path) -> Path:
-    """The last of `wanted`, `wanted-2`, .. that is there, or `wanted`."""
-    folder, number = wanted, 2
-    while (following := wanted.with_name(f"{wanted.name}-{number}")).exists():
+def latest_folder(default: Path) -> Path:
+    """The last of `default`, `default-2`, .. that exists, or `default`."""
+    folder, number = default, 2
+    while (following := default.with_name(f"{default.name}-{number}")).exists():
         folder, number = following, number + 1
     return folder

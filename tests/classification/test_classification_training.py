@@ -32,7 +32,7 @@ def batch():
 def test_without_mixing_it_is_the_cross_entropy_with_smoothed_labels(batch, smoothing):
     images, labels = batch
     model = Fixed(torch.randn(4, 3))
-    loss = build_loss(model, replace(HARD, smoothing=smoothing), 3)(images, labels)["loss_class"]
+    loss = build_loss(replace(HARD, smoothing=smoothing), 3)(model, images, labels)["loss_class"]
     target = (1 - smoothing) * F.one_hot(labels, 3) + smoothing / 3
     torch.testing.assert_close(loss, -(target * model.logits.log_softmax(1)).sum(1).mean())
     assert torch.equal(model.saw, images)
@@ -40,7 +40,7 @@ def test_without_mixing_it_is_the_cross_entropy_with_smoothed_labels(batch, smoo
 
 def test_the_binary_cross_entropy_counts_each_class_for_itself(batch):
     model = Fixed(torch.randn(4, 3))
-    loss = build_loss(model, replace(HARD, bce=True), 3)(*batch)["loss_class"]
+    loss = build_loss(replace(HARD, bce=True), 3)(model, *batch)["loss_class"]
     right, wrong = F.logsigmoid(model.logits), F.logsigmoid(-model.logits)
     torch.testing.assert_close(loss, -torch.where(F.one_hot(batch[1], 3) > 0, right, wrong).mean())
 
@@ -48,7 +48,7 @@ def test_the_binary_cross_entropy_counts_each_class_for_itself(batch):
 def test_mixup_blends_images_and_labels_in_one_proportion(batch):
     images, labels = batch
     model = Fixed(torch.randn(4, 3))
-    loss = build_loss(model, replace(HARD, mixup=1.0), 3)(images.clone(), labels)["loss_class"]
+    loss = build_loss(replace(HARD, mixup=1.0), 3)(model, images.clone(), labels)["loss_class"]
     share = ((model.saw - images.flip(0)) / (images - images.flip(0))).median()  # the same at every pixel
     torch.testing.assert_close(model.saw, share * images + (1 - share) * images.flip(0), atol=1e-4, rtol=1e-3)
     assert 0.01 < share < 0.99
@@ -62,7 +62,7 @@ def test_over_the_threshold_both_classes_of_a_mixed_image_count_fully(batch):
     recipe = replace(HARD, cutmix=1.0, bce=True, bce_threshold=0.2)
     for seed in range(20):
         torch.manual_seed(seed)
-        loss = build_loss(model, recipe, 3)(images.clone(), labels)["loss_class"]
+        loss = build_loss(recipe, 3)(model, images.clone(), labels)["loss_class"]
         share = (model.saw == images).float().mean()
         if 0.25 < share < 0.75:
             break
@@ -75,11 +75,11 @@ def test_over_the_threshold_both_classes_of_a_mixed_image_count_fully(batch):
 def test_what_is_mixed_follows_from_the_random_state_of_torch(batch):
     images, labels = batch
     model = Fixed(torch.zeros(4, 3))
-    losses = build_loss(model, replace(HARD, mixup=0.5, cutmix=1.0), 3)
+    losses = build_loss(replace(HARD, mixup=0.5, cutmix=1.0), 3)
     seen = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
-        losses(images.clone(), labels)
+        losses(model, images.clone(), labels)
         seen.append(model.saw)
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 

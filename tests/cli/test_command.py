@@ -1,3 +1,5 @@
+"""Tests of options, one-line errors and progress."""
+
 import io
 import os
 import re
@@ -11,6 +13,8 @@ import torch
 import yaml
 from rich.console import Console
 
+from resbackbone.checks import UserError
+from resbackbone.cli import command, errors
 from resbackbone.cli.command import (
     Progress,
     be_quiet,
@@ -18,13 +22,12 @@ from resbackbone.cli.command import (
     duration,
     from_config,
     main_of,
-    notes,
     parse,
+    progress_console,
     to_config,
     track,
 )
-from resbackbone.cli.options import RunOptions, resumed
-from resbackbone.engine import command, errors
+from resbackbone.cli.options import MachineOptions, RunOptions, resumed
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,21 @@ class Sources:
     config: Path | None = None
 
 
+@dataclass(frozen=True)
+class Grouped(RunOptions, MachineOptions):
+    """Options in groups."""
+
+
+def test_the_dataclasses_that_options_inherit_from_are_groups_of_the_help_and_flags_have_no_prefix(capsys):
+    with pytest.raises(SystemExit):
+        parse(Grouped, ["--help"])
+    text = capsys.readouterr().out
+    assert text.index("Run options") < text.index("--max-steps INT") < text.index("Machine options")
+    options = parse(Grouped, ["--seed", "3", "--output", "run"], default=Grouped(gpus=2, log_period=7))
+    assert options == Grouped(seed=3, output=Path("run"), gpus=2, log_period=7)
+    assert list(to_config(options))[:2] == ["output", "resume"]  # in the order of the help
+
+
 def test_options_are_the_defaults_and_over_them_the_flags():
     assert parse(Options, []) == Options()
     assert parse(Options, ["--data", "a/b", "--max-steps", "3", "--rate=0.5", "--resume"]) == Options(
@@ -85,7 +103,7 @@ def test_help_describes_the_options_and_exits_without_an_error(capsys):
         parse(Options, ["--help"])
     assert exit.value.code in (0, None)
     text = capsys.readouterr().out
-    assert "Train something." in text and "--max-steps" in text and "Folder of images." in text
+    assert "Tests of options" in text and "--max-steps INT" in text and "Folder of images." in text
 
 
 @pytest.mark.parametrize("spelling", [["--config", "{}"], ["--config={}"]])
@@ -110,14 +128,14 @@ def test_what_a_run_wrote_comes_back(tmp_path):
     "text, message",
     [
         ("depht: 18", "unknown option 'depht'; choose from data, depth, rate, max_steps, norm, resume, config"),
-        ("depth: fifty", "depth is 'fifty'; must be int"),
-        ("depth: 18.5", "depth is 18.5; must be int"),
-        ("depth: true", "depth is True; must be int"),
-        ("depth: null", "depth is None; must be int"),
-        ("resume: 1", "resume is 1; must be bool"),
-        ("max_steps: many", "max_steps is 'many'; must be int or NoneType"),
-        ("rate: [1]", r"rate is \[1\]; must be float"),
-        ("norm: 3", "norm is 3; must be str"),
+        ("depth: fifty", "depth is 'fifty'; it must be int"),
+        ("depth: 18.5", "depth is 18.5; it must be int"),
+        ("depth: true", "depth is True; it must be int"),
+        ("depth: null", "depth is None; it must be int"),
+        ("resume: 1", "resume is 1; it must be bool"),
+        ("max_steps: many", "max_steps is 'many'; it must be int or null"),
+        ("rate: [1]", r"rate is \[1\]; it must be float"),
+        ("norm: 3", "norm is 3; it must be str"),
         ("data: 3", "data is 3; "),
     ],
 )
@@ -133,7 +151,7 @@ def test_a_config_that_is_not_there_is_refused_by_name(tmp_path):
     assert str(tmp_path / "no.yaml") in one_line(["--config", str(tmp_path / "no.yaml")])
 
 
-@pytest.mark.parametrize("error", [ValueError("two\n  lines"), FileNotFoundError(2, "No such file", "x.json")])
+@pytest.mark.parametrize("error", [UserError("two\n  lines"), FileNotFoundError(2, "No such file", "x.json")])
 def test_a_users_mistake_ends_the_command_with_one_line(error, monkeypatch):
     def command():
         raise error
@@ -152,17 +170,18 @@ def test_a_rank_that_is_not_the_first_says_which_it_is(monkeypatch):
     monkeypatch.setattr(errors, "HEAD_START", 0.0)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(SystemExit) as exit, errors.one_line_errors():
-        int("x")
-    assert exit.value.code.startswith("error on rank 3: invalid literal")
+        raise UserError("no such image")
+    assert exit.value.code == "error on rank 3: no such image"
 
 
 @pytest.mark.parametrize(
     "last_line, status, said",
-    [("", 0, ""), ("int('x')", 1, "error: invalid literal"), ("sys.exit(143)", 143, ""), ("sys.exit()", 0, "")],
+    [("", 0, ""), ("raise UserError('x')", 1, "error: x"), ("sys.exit(143)", 143, ""), ("sys.exit()", 0, "")],
 )
 def test_a_rank_exits_with_its_status_at_once_and_takes_its_workers_along(last_line, status, said):
     code = f"""
 import atexit, multiprocessing, sys, time
+from resbackbone.checks import UserError
 from resbackbone.cli.command import main_of
 def command():
     multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,)).start()  # would be waited for
@@ -184,8 +203,8 @@ def test_a_gpu_whose_memory_is_full_is_said_with_what_takes_less():
     with pytest.raises(SystemExit) as exit:
         main_of(full)
     assert exit.value.code == (
-        "error: CUDA out of memory. Tried to allocate 2.00 GiB; fewer images at a time take less: --batch-size, and "
-        "for classifiers --accumulate"
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch-size, or for classifiers "
+        "raise --accumulate"
     )
 
 
@@ -198,16 +217,17 @@ def test_an_interrupted_command_shows_no_traceback():
 
 
 def test_our_own_mistake_keeps_its_traceback_and_success_says_nothing():
-    with pytest.raises(AssertionError):
-        main_of(lambda: (_ for _ in ()).throw(AssertionError))
+    for mistake in (AssertionError, ValueError, KeyError):
+        with pytest.raises(mistake):
+            main_of(lambda mistake=mistake: (_ for _ in ()).throw(mistake))
     assert main_of(lambda: "result") is None
 
 
 def test_a_command_ends_with_status_1_on_a_users_mistake():
-    code = "from resbackbone.cli.command import main_of\nmain_of(lambda: int('x'))"
+    code = "from resbackbone.cli.command import main_of, read_yaml\nmain_of(lambda: read_yaml('no.yaml'))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr == "error: invalid literal for int() with base 10: 'x'\n"
+    assert run.stderr == "error: no.yaml: cannot be read (No such file or directory)\n"
 
 
 def test_tracking_yields_the_items_and_is_quiet_in_a_log(capsys):
@@ -242,7 +262,7 @@ def terminal(monkeypatch):
     """What a terminal of 80 columns is sent."""
     out = io.StringIO()
     options = {"force_terminal": True, "width": 80, "legacy_windows": False, **command.PLAIN}
-    monkeypatch.setattr(command, "notes", Console(file=out, **options))
+    monkeypatch.setattr(command, "progress_console", Console(file=out, **options))
     return out
 
 
@@ -281,10 +301,8 @@ def test_a_duration_is_short(seconds, said):
 
 
 @dataclass(frozen=True)
-class Quiet(RunOptions):
+class Quiet(RunOptions, MachineOptions):
     """Train quietly."""
-
-    quiet: bool = False
 
 
 @pytest.fixture
@@ -297,7 +315,7 @@ def restored():
 def test_quiet_silences_notes_and_progress_and_neither_results_nor_the_next_command(
     is_terminal, restored, terminal, capsys
 ):
-    shown = command.progress_console if is_terminal else notes
+    shown = command.progress_console if is_terminal else progress_console
     for argv, said in ((["--quiet"], ["result"]), ([], ["note", "train 6/10, 0 s left, loss 0.5", "result"])):
         command.progress_console = shown  # as `terminal` does, which puts the real one back
         parse(Quiet, argv)

@@ -5,8 +5,14 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from resbackbone.cli.options import resume_point
-from resbackbone.engine.checkpoints import CHECKSUMS, KEPT, checkpoints, last_whole_checkpoint, save_checkpoint
+from resbackbone.engine.checkpoints import (
+    CHECKSUMS,
+    KEPT,
+    checkpoints,
+    last_whole_checkpoint,
+    resume_point,
+    save_checkpoint,
+)
 
 
 def save(run, step, content="weights"):
@@ -94,7 +100,7 @@ def test_a_run_with_no_whole_checkpoint_is_not_started_over(tmp_path):
     for step in (10, 20):
         save(tmp_path, step)
         flip_a_bit(tmp_path / "checkpoints" / f"step_00000{step}" / "model.safetensors")
-    with pytest.raises(ValueError, match="none of its 2 checkpoints is whole; give another --output"):
+    with pytest.raises(ValueError, match="all of its 2 checkpoints are damaged; choose another folder"):
         resume_point(tmp_path)
     assert names(checkpoints(tmp_path)) == ["step_0000010", "step_0000020"]
 
@@ -119,7 +125,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_says_how_much_is_needed(tmp_
     save(tmp_path, 10)
     with pytest.raises(ValueError) as raised:
         save_checkpoint(tmp_path, 20, full, nbytes=2_400_000)
-    assert "2 MB are needed" in str(raised.value) and "step_0000010 stays, and --resume goes on" in str(raised.value)
+    assert "2 MB are needed" in str(raised.value) and "step_0000010 is kept, and the run can be resumed" in str(
+        raised.value
+    )
     assert names((tmp_path / "checkpoints").iterdir()) == ["step_0000010"]
     assert resume_point(tmp_path).name == "step_0000010"
 

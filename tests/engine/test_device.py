@@ -26,8 +26,8 @@ def test_gpus_are_chosen_where_there_are_any(gpus):
 @pytest.mark.parametrize(
     "device, message",
     [
-        ("cuda", "--device cuda: torch finds no usable GPU; run python tools/doctor.py to see why"),
-        ("mps", "--device mps: this torch finds no Apple GPU; leave the option out to compute on the CPU"),
+        ("cuda", "cuda: this torch finds no GPU; python tools/doctor.py says why"),
+        ("mps", "mps: this torch finds no Apple GPU; leave the device out to compute on the CPU"),
         ("tpu", "unknown device 'tpu'; choose from cuda, cpu, mps"),
         ("xpu", "unknown device 'xpu'; choose from cuda, cpu, mps"),
     ],
@@ -41,7 +41,7 @@ def test_a_device_that_is_not_here_is_refused(device, message, gpus):
 def test_an_apple_gpu_is_used_where_torch_finds_one_and_computes_in_fp32(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert choose_device("mps") == "mps" and choose_precision(None, "mps") == "fp32"
-    with pytest.raises(ValueError, match="--precision bf16: on mps only fp32 is offered"):
+    with pytest.raises(ValueError, match="bf16: mps computes in fp32 only"):
         choose_precision("bf16", "mps")
 
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAM = """
 import json, math, sys, torch
 from resbackbone.engine.distributed import any_rank, broadcast, gather, launch
-from resbackbone.cli.errors import quick_exit
+from resbackbone.engine.termination import quick_exit
 from resbackbone.engine.state import NonFinite, TrainState
 
 def work(rank, folder):
@@ -108,6 +108,8 @@ def test_processes_are_spawned_without_torchrun_and_one_that_fails_ends_the_comm
     program = """
 import sys
 from pathlib import Path
+from resbackbone.checks import UserError
+from resbackbone.cli.errors import one_line_errors
 from resbackbone.engine.distributed import gather, launch
 
 def work(rank, folder):
@@ -115,10 +117,10 @@ def work(rank, folder):
     if rank.is_main:
         Path(folder, "seen").write_text(str(everyone))
     else:
-        raise ValueError("no such image")
+        raise UserError("no such image")
 
 if __name__ == "__main__":
-    launch(work, (sys.argv[1],), device="cpu", processes=2)
+    launch(work, (sys.argv[1],), device="cpu", processes=2, guard=one_line_errors)
 """
     (tmp_path / "program.py").write_text(program)
     env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "RESBACKBONE_DEBUG")}
@@ -149,7 +151,7 @@ import json, sys, warnings, torch
 from detection import build_faster_rcnn
 from resbackbone import build_resnet_backbone
 from resbackbone.engine.distributed import distributed, launch
-from resbackbone.cli.errors import quick_exit
+from resbackbone.engine.termination import quick_exit
 
 def work(rank, folder):
     torch.manual_seed(0)
@@ -247,10 +249,10 @@ def test_a_process_takes_the_gpu_of_its_place_on_its_machine(environment, visibl
 @pytest.mark.parametrize(
     "device, visible, environment, message",
     [
-        ("cuda", 1, {"LOCAL_RANK": "1"}, "LOCAL_RANK=1, but there is 1 GPU here: start no more than 1 process$"),
-        ("cuda", 2, {"LOCAL_RANK": "2"}, "LOCAL_RANK=2, but there are 2 GPUs here: start no more than 2 processes"),
-        ("cuda", 2, {"SLURM_LOCALID": "7"}, "SLURM_LOCALID=7, but there are 2 GPUs here"),
-        ("cuda:1", 2, {"LOCAL_RANK": "1"}, "--device cuda:1: each of the 3 processes takes a GPU of its own; use"),
+        ("cuda", 1, {"LOCAL_RANK": "1"}, "LOCAL_RANK=1, but this machine has 1 GPU: start no more than 1 process$"),
+        ("cuda", 2, {"LOCAL_RANK": "2"}, "LOCAL_RANK=2, but this machine has 2 GPUs: start no more than 2 processes"),
+        ("cuda", 2, {"SLURM_LOCALID": "7"}, "SLURM_LOCALID=7, but this machine has 2 GPUs"),
+        ("cuda:1", 2, {"LOCAL_RANK": "1"}, "cuda:1: each of the 3 processes takes a GPU of its own; use"),
     ],
 )
 def test_processes_that_have_no_gpu_of_their_own_are_refused(
@@ -287,11 +289,11 @@ def test_under_torchrun_its_number_counts(monkeypatch):
 @pytest.mark.parametrize(
     "device, gpus, there, message",
     [
-        ("cuda", None, 0, "--device cuda: torch finds no usable GPU; run python tools/doctor.py to see why"),
-        ("cuda", 5, 4, "--gpus 5: this machine has 4"),
-        ("cuda", 0, 4, "--gpus 0: this machine has 4"),
-        ("cuda:4", None, 4, "--device cuda:4: this machine has 4 GPUs, cuda:0 to cuda:3"),
-        ("cpu", 2, 4, "--gpus 2 with --device cpu: several CPU processes are started with torchrun"),
+        ("cuda", None, 0, "cuda: this torch finds no GPU; python tools/doctor.py says why"),
+        ("cuda", 5, 4, "5: this machine has 4 GPUs"),
+        ("cuda", 0, 4, "0: this machine has 4 GPUs"),
+        ("cuda:4", None, 4, "cuda:4: this machine has 4 GPUs, cuda:0 to cuda:3"),
+        ("cpu", 2, 4, "2 with device cpu: start several CPU processes with torchrun"),
         ("gpu", None, 4, "unknown device 'gpu'; choose from cuda, cpu, mps"),
     ],
 )

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from resbackbone.cli.options import claim_folder
 from resbackbone.engine.lock import lock_folder, release_all_folders, release_folder
+from resbackbone.engine.run import claim_folder
 
 ROOT = Path(__file__).parents[2]
 HOLDER = """
@@ -34,7 +34,9 @@ def another(tmp_path):
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_second_process_is_refused_and_told_who_writes(another, tmp_path, resume):
-    with pytest.raises(ValueError, match=rf"run is being written by process {another.pid} on .+ since 20.+ --output"):
+    with pytest.raises(
+        ValueError, match=rf"run is being written by process {another.pid} on .+ since 20.+; choose another"
+    ):
         claim_folder(tmp_path / "run", default=tmp_path, resume=resume)
 
 

@@ -8,7 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.engine.distributed import Rank
-from resbackbone.engine.run import Run, latest_folder, new_folder, read_yaml
+from resbackbone.engine.lock import release_folder
+from resbackbone.engine.run import Run, claim_folder, latest_folder, read_yaml
 from resbackbone.engine.state import TrainState
 
 
@@ -108,14 +109,14 @@ def test_a_checkpoint_holds_the_model_and_the_state_of_its_step(tmp_path):
     assert other.step == 7
 
 
-def test_a_new_folder_is_none_that_is_there_and_the_latest_is_the_last_that_is(tmp_path):
+def test_without_an_output_the_folder_is_a_new_one_and_the_latest_is_the_last_that_exists(tmp_path):
     wanted = tmp_path / "run"
     assert latest_folder(wanted) == wanted
     for name in ("run", "run-2", "run-3"):
-        folder = new_folder(wanted)
-        assert folder == tmp_path / name
-        folder.mkdir()
-        assert latest_folder(wanted) == folder
+        folder = claim_folder(None, default=wanted, resume=False)
+        assert folder == latest_folder(wanted) == tmp_path / name
+        (folder / "config.yaml").touch()  # a folder that stays empty is removed
+        release_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -124,8 +125,8 @@ def test_a_new_folder_is_none_that_is_there_and_the_latest_is_the_last_that_is(t
         (None, "cannot be read"),
         (b"a: [1", "not YAML"),
         (b"\xff\xfe\x00", "not YAML"),
-        (b"- 1", "holds no options"),
-        (b"", "holds no"),
+        (b"- 1", "must hold options"),
+        (b"", "must hold options"),
     ],
 )
 def test_a_file_that_holds_no_options_is_refused_by_name(tmp_path, content, reason):

@@ -253,7 +253,7 @@ def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monke
 def test_a_video_is_not_written_over_nor_given_image_ids(run, clip):
     before = clip.read_bytes()
     assert "a video would replace the video clip.mp4" in error_of(run, clip, "--output", ".")
-    assert "--coco-results is of images, and the frames of clip.mp4" in error_of(run, clip, "--coco-results")
+    assert "--coco-results: the frames of clip.mp4 have no image ids" in error_of(run, clip, "--coco-results")
     assert clip.read_bytes() == before
 
 

@@ -188,13 +188,14 @@ def test_a_worker_killed_under_torchrun_is_started_again_and_the_job_ends_as_if_
 def test_a_rank_that_fails_ends_the_job_in_seconds_and_is_named(tmp_path):
     program = """
 import sys, time
+from resbackbone.checks import UserError
 from resbackbone.engine.distributed import gather, launch
 
 def work(rank):
     gather(0, rank)
     print("began", flush=True)
     if rank.rank == 1:
-        raise ValueError("no such image")
+        raise UserError("no such image")
     gather(0, rank)
 
 if __name__ == "__main__":

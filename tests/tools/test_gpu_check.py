@@ -56,7 +56,7 @@ def test_a_machine_without_a_gpu_is_said_in_one_line():
     run = ran()
     assert run.returncode == 1 and run.stdout == ""
     (line,) = run.stderr.splitlines()
-    assert line.startswith("error: --device cuda: no GPU that this torch can use") and "--device cpu --quick" in line
+    assert line.startswith("error: cuda: this torch finds no GPU") and "--device cpu --quick" in line
     assert not Path("runs").exists()
 
 

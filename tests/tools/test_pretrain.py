@@ -290,7 +290,7 @@ def test_a_run_is_not_resumed_on_other_images_or_with_another_recipe(straight, p
     other = shutil.copytree(photos, tmp_path / "other")
     (other / "train" / "blue" / "0.jpg").unlink()
     said = error_of(["--resume", "--output", run, "--data", other, "--max-steps", "7"], capsys)
-    assert "was trained on other images" in said
+    assert "was trained on other data" in said
     assert "--recipe a3: the run in run was made with a2" in error_of(
         ["--resume", "--output", run, "--recipe", "a3"], capsys
     )
@@ -335,8 +335,8 @@ def test_two_processes_train_one_classifier_and_both_hold_it(photos):
         "def save(model, name):\n"
         "    tensors = {k: v.contiguous() for k, v in model.state_dict().items()}\n"
         "    save_file(tensors, f'{name}-{os.environ[\"RANK\"]}.st')\n"
-        "def train(state, *rest, train=pretrain.loop.train, **named):\n"
-        "    train(state, *rest, **named)\n"
+        "def train(task, state, *rest, train=pretrain.loop.train):\n"
+        "    train(task, state, *rest)\n"
         "    save(state.model.module, 'trained')\n"
         "def evaluate(models, *rest, evaluate=evaluation.evaluate, **named):\n"
         "    save(models[0], 'evaluated')\n"
@@ -405,14 +405,14 @@ def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
             "--batch-size 5 does not divide evenly over 1 processes and 2 parts",
         ),
         (["--recipe", "a3", "--batch-size", "6", "--accumulate", "2"], "recipe a3 mixes pairs"),
-        (["--batch-size", "1"], "one image of 32 pixels at a time, of which batch norm has no statistics"),
-        (["--batch-size", "2", "--accumulate", "2"], "--batch-size 2: that is one image of 32 pixels at a time"),
+        (["--batch-size", "1"], "batch norm has no statistics of one image of 32 pixels"),
+        (["--batch-size", "2", "--accumulate", "2"], "--batch-size 2: batch norm has no statistics of one image"),
         (["--accumulate", "0"], "--accumulate 0: must be at least 1"),
         (["--size", "8"], "--size 8: must be at least 32"),
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--eval-only", "nowhere", "--data", "."], "no folder val or test in it"),
-        (["--eval-only", "nowhere", "--data", "synthetic"], "synthetic images show the speed alone"),
+        (["--eval-only", "nowhere", "--data", "synthetic"], "synthetic images show only the speed"),
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(photos, capsys, argv, says):

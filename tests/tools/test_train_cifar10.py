@@ -220,7 +220,7 @@ def test_a_run_is_not_resumed_with_another_configuration(straight, capsys, argv,
 def test_a_run_is_not_resumed_on_other_images(straight, capsys, monkeypatch):
     shutil.copytree(straight, "run")
     monkeypatch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 30, "test": 10})
-    assert "was trained on other images" in error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
+    assert "was trained on other data" in error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
 
 
 def test_two_processes_train_one_network_and_test_every_image_once(tmp_path):
@@ -274,7 +274,7 @@ def test_without_data_one_line_says_where_it_is_to_be_had(capsys):
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(straight, capsys):
-    assert "already holds a run; add --resume to continue it" in error_of([*CIFAR, "--output", straight], capsys)
+    assert "holds a run already; resume it or choose another folder" in error_of([*CIFAR, "--output", straight], capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_saves_the_batch(straight, capsys, monkeypatch):

@@ -26,6 +26,8 @@ from detection.evaluate import METRICS
 from detection.faster_rcnn import FasterRCNN
 from detection.recipes import RECIPES
 from detection.shapes import make_shapes
+from resbackbone.cli import options as options_module
+from resbackbone.cli import training
 from resbackbone.engine.lock import release_all_folders
 from resbackbone.engine.state import TrainState
 from resbackbone.tools import train_coco
@@ -223,8 +225,8 @@ def test_small_data_get_the_small_recipe_which_is_said_and_recorded_and_resumed(
     argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--output", "run", "--pictures", "0"]
     train_coco.main([*argv, "--max-steps", "1"])
     said = capsys.readouterr().out
-    assert "recipe: small, the one for data under 40,000 images: 8000 updates, 2667 epochs of these 6" in said
-    assert "weights: random; so few images are better started from a detector" in said
+    assert "recipe: small, for data under 40,000 images: 8000 updates, 2667 epochs of these 6" in said
+    assert "weights: random; with so few images, start from a detector" in said
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["recipe"] == "small" and config["effective"]["steps"] == 8000
     train_coco.main([*argv, "--max-steps", "2", "--resume"])
@@ -265,7 +267,7 @@ def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shape
     train_coco.main([*argv, "--output", "run"])
     said = capsys.readouterr().out
     parts = [f"roi_heads.box_predictor.{name}" for name in ("cls_score.weight", "cls_score.bias", "bbox_pred.weight")]
-    assert f"weights: {weights} hold a detector of 10 classes; new, for 1 others: {', '.join(parts)}" in said
+    assert f"weights: a detector of 10 classes, from {weights}; new, for 1 others: {', '.join(parts)}" in said
     before, after = load_file(weights), load_file("run/model.safetensors")
     frozen = [key for key in after if key.startswith(("backbone.conv1", "backbone.layer1"))]
     assert frozen and all(torch.equal(before[key], after[key]) for key in frozen)
@@ -279,9 +281,9 @@ def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shape
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--depth", "34"], "are for depth=18, but you asked for depth=34"),
-        (["--variant", "c4"], "--variant c4: {} hold a detector of variant fpn"),
-        (["--norm", "GN"], "are for norm=BN, but you asked for norm=GN"),
+        (["--depth", "34"], "are for depth=18, asked was depth=34"),
+        (["--variant", "c4"], "--variant c4: the detector in {} is a fpn"),
+        (["--norm", "GN"], "are for norm=BN, asked was norm=GN"),
     ],
 )
 def test_a_detectors_weights_for_another_network_are_an_error(shapes, straight, capsys, argv, says):
@@ -388,7 +390,7 @@ def test_two_processes_train_one_detector_and_evaluate_every_image_once(shapes):
 def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
     own_shapes, straight, capfd, monkeypatch, found_by
 ):
-    monkeypatch.setattr(train_coco, "count_processes", lambda device, gpus: 2)  # as with two GPUs
+    monkeypatch.setattr(options_module, "count_processes", lambda device, gpus: 2)  # as with two GPUs
     if found_by == "both ranks":
         half(annotation_file(own_shapes))
     with pytest.raises(SystemExit) as exit:
@@ -421,7 +423,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--coco-backend", "fast"], "unknown COCO backend 'fast'; choose from hotcoco, pycocotools"),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu"),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu, mps"),
-        (["--gpus", "2"], "--gpus 2 with --device cpu: several CPU processes are started with torchrun"),
+        (["--gpus", "2"], "--gpus 2 with device cpu: start several CPU processes with torchrun"),
         (["--max-steps", "0"], "--max-steps 0: must be at least 1"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--checkpoint-period", "-5"], "--checkpoint-period -5: must be at least 1"),
@@ -458,9 +460,9 @@ def test_help_lists_the_options(capsys):
 @pytest.mark.parametrize(
     "text, says",
     [
-        ("depth: [18]", "depth is [18]; must be int or NoneType"),
-        ("dept: 18", "unknown option 'dept'; choose from data, depth"),
-        ("just words", "holds no options"),
+        ("depth: [18]", "depth is [18]; it must be int or null"),
+        ("dept: 18", "unknown option 'dept'; choose from data, keep_empty"),
+        ("just words", "must hold options"),
         ("a: b: c", "not YAML"),
     ],
 )
@@ -581,7 +583,7 @@ def test_an_image_of_another_size_than_annotated_is_broken_too(own_shapes, capsy
 def test_a_folder_that_holds_a_run_is_not_written_over(shapes, straight, capsys):
     before = files(straight)
     said = error_of([*QUICK, "--data", shapes, "--max-steps", "1", "--output", straight], capsys)
-    assert "already holds a run; add --resume to continue it" in said
+    assert "holds a run already; resume it or choose another folder" in said
     assert files(straight) == before
 
 
@@ -617,7 +619,7 @@ def test_a_run_is_not_resumed_on_other_annotations(straight, own_shapes, capsys)
     annotation_file(own_shapes).write_text(json.dumps(content))
     before = files(straight)
     argv = ["--resume", "--output", straight, "--data", own_shapes, "--max-steps", "7"]
-    assert "was trained on other annotations" in error_of(argv, capsys)
+    assert "was trained on other data" in error_of(argv, capsys)
     assert files(straight) == before
 
 
@@ -628,14 +630,15 @@ def test_a_run_all_of_whose_checkpoints_were_harmed_is_one_line_and_stays_as_it_
         half(Path(f"run/checkpoints/step_000000{step}") / name)
     before = files(Path("run"))
     said = error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
-    assert "run: none of its 3 checkpoints is whole" in said and files(Path("run")) == before
+    assert "run: all of its 3 checkpoints are damaged" in said and files(Path("run")) == before
 
 
 def test_a_batch_that_does_not_divide_over_the_processes_leaves_no_run_behind(shapes, capsys, monkeypatch):
     monkeypatch.setattr(train_coco, "distributed", lambda detector, rank: detector)
-    monkeypatch.setattr(train_coco, "from_main", lambda make, rank: make())
+    for module in (train_coco, training):
+        monkeypatch.setattr(module, "from_main", lambda make, rank: make())
     options = train_coco.complete(train_coco.parse(train_coco.Options, [*QUICK, "--data", str(shapes)]))
-    with pytest.raises(ValueError, match="batch size 2 does not divide evenly over 3 processes"):
+    with pytest.raises(ValueError, match="--batch-size 2 does not divide evenly over 3 processes"):
         train_coco.train(train_coco.Rank(0, 3, torch.device("cpu")), options)
     release_all_folders()  # as `launch` does
     assert files() == {}
@@ -659,7 +662,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_names_the_images_and_
         said = error_of([*SIX_STEPS, "--data", shapes, "--output", "run"], capsys)
     images, targets = calls[-1]
     ids = ", ".join(str(target["image_id"]) for target in targets)
-    assert f"step 2 is not finite: loss_box_reg is nan on rank 0 for images {ids}, saved in run/bad_batch" in said
+    assert f"step 2 is not finite: loss_box_reg is nan on rank 0, images {ids} are saved in run/bad_batch" in said
     saved = load_file("run/bad_batch_step_2_rank_0.safetensors")
     assert len(calls) == 3 and len(images) == 2
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):

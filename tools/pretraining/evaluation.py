@@ -1,13 +1,15 @@
-"""Accuracy of classifiers, of a run's own or of given ones, and what is written of it."""
+"""The accuracy of classifiers, a run's own or given ones, and the files and row that it goes into."""
 
 import json
 import platform
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from resbackbone.cli.command import be_quiet, console, progress_console, track
+from resbackbone.cli.command import be_quiet, console
 from resbackbone.cli.errors import from_option
+from resbackbone.cli.training import Session
 
 import torch
 from torch import nn
@@ -22,15 +24,15 @@ from resbackbone.classifier import build_resnet_classifier
 from resbackbone.engine.distributed import Rank, from_main
 from resbackbone.engine.provenance import commit
 from resbackbone.report.run import RunLog
-from resbackbone.tools.pretraining.options import PretrainOptions, data_name, recipe_of
+from resbackbone.tools.pretraining.options import Options, data_name, recipe_of
 from resbackbone.weights import read_weights
 from resbackbone.weights.sources import is_named
 
 
-def evaluate_only(rank: Rank, options: PretrainOptions) -> None:
+def evaluate_only(rank: Rank, options: Options) -> None:
     """Classifiers and images -> accuracy, in every process; rank 0 writes."""
     be_quiet(options)
-    recipe = recipe_of(options)
+    session = Session(options, rank)
     files = [str(Path(run) / "model.safetensors") if Path(run).is_dir() else run for run in options.eval_only]
     with from_option("--data"):
         val_set = from_main(lambda: open_images(options.data, "val", skip_bad_images=options.skip_bad_images), rank)
@@ -38,60 +40,50 @@ def evaluate_only(rank: Rank, options: PretrainOptions) -> None:
     for file in files:
         weights = read_weights(file)
         model = build_resnet_classifier(num_classes=len(val_set.classes), weights=weights)
-        of_folders = "recipe" in weights.metadata  # in our files; elsewhere they are named otherwise
-        if of_folders and weights.metadata["classes"] != val_set.classes:
+        ours = "recipe" in weights.metadata  # only our files name classes as our folders do
+        if ours and weights.metadata["classes"] != val_set.classes:
             raise UserError(f"{file}: was trained on other classes than those of {options.data}")
         models.append(model.to(rank.device, memory_format=torch.channels_last))
-    say = progress_console.print if rank.is_main else lambda *_: None
-    say(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
+    session.info(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
     for message in sorted(val_set.skipped) if rank.is_main else ():
-        console.print(f"skipped {message}")
-    results = score_of(models, val_set, rank, options, recipe, protocol=options.eval)
-    if rank.is_main:
-        console.print(described(results))
+        session.warn(f"skipped {message}")
+    results = score_of(models, val_set, session, recipe_of(options), protocol=options.eval)
+    if not rank.is_main:
+        return
+    console.print(described(results))
     target = options.output
     if target is None and len(files) == 1 and not is_named(options.eval_only[0]):
         target = Path(files[0]).parent
-    if rank.is_main and target is not None:
+    if target is not None:
         target.mkdir(parents=True, exist_ok=True)
         write_results(
             target / f"results-{options.eval}.json",
             {**results, "models": list(options.eval_only), "skipped_images": sorted(val_set.skipped)},
         )
-        say(f"results: {target / f'results-{options.eval}.json'}")
+        session.info(f"results: {target / f'results-{options.eval}.json'}")
 
 
-def score_of(
-    models: list[nn.Module],
-    val_set: Images,
-    rank: Rank,
-    options: PretrainOptions,
-    recipe: Recipe,
-    *,
-    protocol: str,
-    **seen,
-):
-    """The accuracy of one network, or of the averaged scores of several; names the images that it went on without."""
+def score_of(models: list[nn.Module], val_set: Images, session: Session, recipe: Recipe, **protocol) -> dict:
+    """The accuracy of one network, or of the averaged scores of several; warns of the images that it skips."""
     skipped = set(val_set.skipped)
     results = evaluate(
         models,
         val_set,
-        rank,
-        protocol=protocol,
-        **seen,
+        session.rank,
         crop=recipe.crop,
         resize=recipe.resize,
-        batch_size=250 if rank.device.type == "cuda" else 50,
-        workers=options.workers,
-        bf16=options.precision == "bf16",
-        progress=lambda items, total: track(items, total, "evaluate", shown=rank.is_main),
+        batch_size=250 if session.rank.device.type == "cuda" else 50,
+        workers=session.options.workers,
+        bf16=session.options.precision == "bf16",
+        progress=session.track,
+        **protocol,
     )
     for message in sorted(val_set.skipped - skipped):
-        console.print(f"skipped {message}")
+        session.warn(f"skipped {message}")
     return results
 
 
-def described(results: dict) -> str:
+def described(results: Mapping) -> str:
     return (
         f"top-1 {100 * results['top1']:.2f}%, top-5 {100 * results['top5']:.2f}% on {results['images']} images, "
         f"{results['protocol']}"
@@ -102,18 +94,11 @@ def write_results(path: Path, results: dict) -> None:
     write_atomically(path, json.dumps(results, indent=2) + "\n")
 
 
-def zoo_row(
-    options: PretrainOptions,
-    folder: Path,
-    metadata: dict,
-    results: dict,
-    train_set: Images,
-    val_set: Images,
-    rank: Rank,
-) -> str:
+def zoo_row(session: Session, metadata: dict, results: dict, train_set: Images, val_set: Images) -> str:
     """This run as a row of MODEL_ZOO.md: data, network, command, top-1, top-5, time, commit, hardware, metrics."""
+    options, folder, rank = session.options, session.folder, session.rank
     device = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else platform.machine()
-    words = ["--config", str(folder / "config.yaml")] if options.resume else sys.argv[1:]  # what makes it anew
+    words = ["--config", str(folder / "config.yaml")] if options.resume else sys.argv[1:]  # to repeat the run
     cells = [
         f"{data_name(options)}, {len(train_set)} + {len(val_set)} images",
         f"{metadata['architecture']}, {options.recipe}, {options.eval}",
