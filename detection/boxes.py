@@ -1,11 +1,16 @@
 """torchvision's box arithmetic with the same results, without constants that a GPU has to be sent."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torchvision.models.detection._utils import BoxCoder as TorchvisionBoxCoder
-from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
-from torchvision.models.detection._utils import encode_boxes
 from torchvision.ops import batched_nms, nms
+
+from resbackbone.compat import torchvision_detection_utils
+
+utils = torchvision_detection_utils()
+TorchvisionBoxCoder: Any = utils.BoxCoder
+TorchvisionMatcher: Any = utils.Matcher
 
 MOST_AT_ONCE = 25_000  # boxes; of more, torchvision suppresses the groups one after the other
 
@@ -15,7 +20,7 @@ class BoxCoder(TorchvisionBoxCoder):
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """Ground truth [n, 4] and the boxes [n, 4] that it is seen from, x1 y1 x2 y2 -> offsets [n, 4]."""
-        return encode_boxes(reference_boxes, proposals, self.weights)
+        return utils.encode_boxes(reference_boxes, proposals, self.weights)
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Offsets [n, 4 k] from boxes [n, 4] -> boxes [n, 4 k]."""

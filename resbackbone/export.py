@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental import _config as shape_options
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of, require
+from resbackbone.compat import any_size_in_exports
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}  # by format
 METADATA_FILE = "metadata.json"  # inside a .pt2
@@ -48,8 +48,8 @@ def _capture(network: nn.Module) -> ExportedProgram:
     channels = next(module for module in network.modules() if isinstance(module, nn.Conv2d)).in_channels
     example = torch.zeros(2, channels, 64, 96)  # three different sizes, so that none is taken for another
     # By default a size of 1 counts as a case of its own: a map of 1 pixel, so images below the coarsest stride + 1
-    # (33 with c5, 129 with p7), would be refused. torch.onnx sets the same switch for its own captures.
-    with shape_options.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]  # torch adds it at run time
+    # (33 with c5, 129 with p7), would be refused.
+    with any_size_in_exports():
         free = dict.fromkeys(FREE_DIMENSIONS, Dim.DYNAMIC)  # in the network's own range; an error if it is one size
         program = torch.export.export(network, (example,), dynamic_shapes=(free,))
     for node in program.graph.nodes:

@@ -1,17 +1,67 @@
-"""Convolution, frozen batch norm, sum and ReLU as one step, the norm folded into the convolution's weights."""
+"""Frozen batch norm; convolution, frozen norm, sum and ReLU as one step, the norm folded into the weights."""
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-if TYPE_CHECKING:
-    from resbackbone.layers import FrozenBatchNorm2d
+from resbackbone.compat import is_transformed, onednn_convolution
 
 Affine = tuple[Tensor, Tensor]  # scale and shift of a norm, [channels] each
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch norm whose statistics and affine parameters are constants: y = x * scale + shift, channel by channel.
+
+    It holds buffers only, under nn.BatchNorm2d's names, and has no training mode, so neither `.train()` nor an
+    optimizer can thaw it. Behind a convolution it costs nothing: `conv_norm` folds it into the weights.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.fold_cache = FoldCache()
+        self.register_load_state_dict_pre_hook(_before_loading)
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """The affine map it stands for, [channels] each, in fp32 or fp64: in half precision a small variance is 0."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias, mean, var = (t.to(dtype) for t in (self.weight, self.bias, self.running_mean, self.running_var))
+        scale = weight * (var + self.eps).rsqrt()
+        return scale, bias - mean * scale
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W]
+        scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in self.scale_and_shift())
+        return x * scale + shift
+
+    def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
+        self.fold_cache.clear()
+        return super().train(mode)
+
+    def _apply(self, fn, recurse=True):  # .to(), .cuda(), .half(), ..
+        self.fold_cache.clear()
+        return super()._apply(fn, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
+
+def _before_loading(module, state_dict, prefix, *_):
+    module.fold_cache.clear()
+    # A trainable batch norm also counts its batches; a constant has nothing to count.
+    state_dict.pop(prefix + "num_batches_tracked", None)
 
 
 class _Convolution(NamedTuple):
@@ -24,7 +74,7 @@ class _Convolution(NamedTuple):
 
 
 def folded_conv(
-    conv: nn.Conv2d, norm: "FrozenBatchNorm2d", x: Tensor, shortcut: Tensor | None = None, relu: bool = False
+    conv: nn.Conv2d, norm: FrozenBatchNorm2d, x: Tensor, shortcut: Tensor | None = None, relu: bool = False
 ) -> Tensor:
     """[relu](norm(conv(x)) [+ shortcut]) as one convolution of weights weight * scale with the bias shift.
 
@@ -42,7 +92,7 @@ def folded_conv(
     if not _computed_now(x, weight):
         scale, shift = norm.scale_and_shift()
         weight = (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-        return _add_relu(F.conv2d(x, weight, shift.to(weight.dtype), *how), shortcut, relu)
+        return add_relu(F.conv2d(x, weight, shift.to(weight.dtype), *how), shortcut, relu)
     x, dtype = _autocast(x, weight.dtype)
     shortcut = None if shortcut is None else shortcut.to(dtype)
     records = torch.is_grad_enabled()
@@ -58,7 +108,7 @@ def folded_conv(
 def fused_conv(conv: nn.Conv2d, x: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
     """The same for a convolution that `fuse` has given its norm."""
     if torch.is_grad_enabled() or not _computed_now(x, conv.weight):
-        return _add_relu(conv(x), shortcut, relu)
+        return add_relu(conv(x), shortcut, relu)
     assert conv.bias is not None  # the norm's shift
     x, dtype = _autocast(x, conv.weight.dtype)
     how = _Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -95,7 +145,7 @@ class FoldCache:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def folded(self, weight: Tensor, norm: "FrozenBatchNorm2d", dtype: torch.dtype, *, training: bool) -> Affine:
+    def folded(self, weight: Tensor, norm: FrozenBatchNorm2d, dtype: torch.dtype, *, training: bool) -> Affine:
         """The folded weight and the bias, in `dtype`. `training`: whether this pass records a gradient."""
 
         def fold() -> Affine:
@@ -109,7 +159,7 @@ class FoldCache:
         return kept.made
 
     @torch.no_grad()
-    def scale_and_shift(self, norm: "FrozenBatchNorm2d", dtype: torch.dtype) -> Affine:
+    def scale_and_shift(self, norm: FrozenBatchNorm2d, dtype: torch.dtype) -> Affine:
         """The scale in fp32 or better and the shift in `dtype`, for a pass that records a gradient."""
 
         def make() -> Affine:
@@ -130,7 +180,7 @@ class _Kept(NamedTuple):
     alive: list  # what `state` knows by id and address, so that nothing else comes to have these
 
 
-def _constants(norm: "FrozenBatchNorm2d") -> tuple[Tensor, ...]:
+def _constants(norm: FrozenBatchNorm2d) -> tuple[Tensor, ...]:
     return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
@@ -212,29 +262,18 @@ def _convolve(
     x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, relu: bool, how: _Convolution
 ) -> Tensor:
     """[relu](conv2d(x) [+ shortcut]), no gradient recorded."""
-    if relu and _onednn_fuses(x):
-        # One pass over the map, not three: on AMX a third of a bfloat16 forward pass. These operators are not public
-        # (torch.compile calls them): where they are missing or switched off, what follows computes the same.
-        stride, padding, dilation, groups = how
-        convolution = torch.ops.mkldnn._convolution_pointwise
-        if shortcut is None:
-            return convolution(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
-        return convolution.binary(
-            x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], ""
-        )
-    return _add_relu(F.conv2d(x, weight, bias, *how), shortcut, relu)
+    convolution = onednn_convolution(x.dtype) if relu and x.device.type == "cpu" else None
+    if convolution is None:
+        return add_relu(F.conv2d(x, weight, bias, *how), shortcut, relu)
+    # One pass over the map, not three: on AMX a third of a bfloat16 forward pass.
+    stride, padding, dilation, groups = how
+    if shortcut is None:
+        return convolution(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
+    return convolution.binary(x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], "")
 
 
-_HAS_FUSED = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
-
-
-def _onednn_fuses(x: Tensor) -> bool:
-    if x.device.type != "cpu" or not torch.backends.mkldnn.enabled or not _HAS_FUSED:
-        return False
-    return x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def _add_relu(y: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:
+def add_relu(y: Tensor, shortcut: Tensor | None, relu: bool = True) -> Tensor:
+    """[relu](y [+ shortcut]), in y's memory: nothing upstream keeps y for its gradient."""
     if shortcut is not None:
         y += shortcut
     return F.relu_(y) if relu else y
@@ -256,8 +295,7 @@ def _computed_now(x: Tensor, weight: Tensor) -> bool:
     plain = all(type(t) in (Tensor, nn.Parameter) and not t.is_meta for t in (x, weight))
     return (
         plain
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._len_torch_dispatch_stack()
+        and not is_transformed()
         and forward_ad.unpack_dual(x).tangent is None
         and forward_ad.unpack_dual(weight).tangent is None
     )

@@ -8,64 +8,13 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import one_of
-from resbackbone.folding import FoldCache, folded_conv, fused_conv
+from resbackbone.folding import FrozenBatchNorm2d, add_relu, folded_conv, fused_conv
 
 Norm = Callable[[int], nn.Module]
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch norm whose statistics and affine parameters are constants: y = x * scale + shift, channel by channel.
-
-    It holds buffers only, under nn.BatchNorm2d's names, and has no training mode, so neither `.train()` nor an
-    optimizer can thaw it. Behind a convolution it costs nothing: `conv_norm` folds it into the weights.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, channels: int, eps: float = 1e-5):
-        super().__init__()
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(channels))
-        self.register_buffer("bias", torch.zeros(channels))
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.fold_cache = FoldCache()
-        self.register_load_state_dict_pre_hook(_before_loading)
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """The affine map it stands for, [channels] each, in fp32 or fp64: in half precision a small variance is 0."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        weight, bias, mean, var = (t.to(dtype) for t in (self.weight, self.bias, self.running_mean, self.running_var))
-        scale = weight * (var + self.eps).rsqrt()
-        return scale, bias - mean * scale
-
-    def forward(self, x: Tensor) -> Tensor:  # [B, channels, H, W]
-        scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in self.scale_and_shift())
-        return x * scale + shift
-
-    def train(self, mode: bool = True) -> "FrozenBatchNorm2d":
-        self.fold_cache.clear()
-        return super().train(mode)
-
-    def _apply(self, fn, recurse=True):  # .to(), .cuda(), .half(), ..
-        self.fold_cache.clear()
-        return super()._apply(fn, recurse)
-
-    def extra_repr(self) -> str:
-        return f"{len(self.weight)}, eps={self.eps}"
-
-
-def _before_loading(module, state_dict, prefix, *_):
-    module.fold_cache.clear()
-    # A trainable batch norm also counts its batches; a constant has nothing to count.
-    state_dict.pop(prefix + "num_batches_tracked", None)
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
@@ -151,20 +100,13 @@ def shortcut(option: str, in_channels: int, out_channels: int, stride: int, norm
     return PaddedIdentity(in_channels, out_channels, stride) if changes else None
 
 
-def add_relu(y: Tensor, shortcut: Tensor | None) -> Tensor:
-    """relu(y + shortcut), in y's memory: nothing upstream keeps y for its gradient."""
-    if shortcut is not None:
-        y += shortcut
-    return F.relu_(y)
-
-
 def freeze(module: nn.Module) -> nn.Module:
     """Stop `module` from changing: no parameter trains, and every batch norm in it becomes a FrozenBatchNorm2d.
 
     Outputs are those of eval mode: statistics, affine parameters and eps carry over. Works in place, save where
     `module` itself is a batch norm; use what it returns.
     """
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, BATCH_NORMS):
         frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.weight.device)
         frozen.load_state_dict(module.state_dict())
         return frozen
@@ -189,7 +131,7 @@ def fuse(module: nn.Module) -> nn.Module:
         pairs = [(name, name.replace("conv", "bn")) for name in children if name.startswith("conv")]
     for conv_name, norm_name in pairs:
         convolution, norm = children[conv_name], children.get(norm_name)
-        if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, _BatchNorm | FrozenBatchNorm2d):
+        if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, (*BATCH_NORMS, FrozenBatchNorm2d)):
             continue
         frozen = cast(FrozenBatchNorm2d, freeze(norm))
         scale, shift = frozen.scale_and_shift()
@@ -214,7 +156,7 @@ def _checkpoint_contexts(module: nn.Module):
 @contextmanager
 def _statistics_untouched(module: nn.Module):
     # It computes on copies. Taking the statistics away would save fewer tensors than forward did: checkpoint objects.
-    norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+    norms = [m for m in module.modules() if isinstance(m, BATCH_NORMS)]
     kept = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers(recurse=False)]
     for norm, name, buffer in kept:
         setattr(norm, name, buffer.clone())

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.layers import (
+    BATCH_NORMS,
     Norm,
     checkpointed,
     conv,
@@ -209,7 +210,7 @@ def count_norms(module: nn.Module) -> tuple[int, int]:
     """(frozen, trainable) batch norms in `module`; frozen ones of other libraries are known by their class's name."""
     modules = list(module.modules())
     frozen = sum(type(m).__name__.startswith("FrozenBatchNorm") for m in modules)
-    return frozen, sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules)
+    return frozen, sum(isinstance(m, BATCH_NORMS) for m in modules)
 
 
 def _is_frozen(module: nn.Module) -> bool:

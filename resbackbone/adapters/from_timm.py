@@ -12,12 +12,12 @@ from timm.models import FeatureDictNet
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from resbackbone.backbone import Backbone
 from resbackbone.checks import UserError, one_of
 from resbackbone.config import DEFAULT_PYRAMID, CommonConfig, ordered_levels
 from resbackbone.fpn import FPN
+from resbackbone.layers import BATCH_NORMS
 from resbackbone.resnet import TRUNK_LEVELS, Feature
 from resbackbone.weights import MEAN, STD
 
@@ -226,5 +226,5 @@ def _freeze(name: str, network: nn.Module, through: str) -> None:
     for key, module in modules[:end]:
         for parameter in module.parameters(recurse=False):
             parameter.requires_grad_(False)
-        if isinstance(module, _BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             network.set_submodule(key, freeze_batch_norm_2d(module))
