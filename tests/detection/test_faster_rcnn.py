@@ -393,3 +393,14 @@ def test_a_box_without_width_is_refused_in_words():
     target = {"boxes": torch.tensor([[5.0, 5, 5, 9]]), "labels": torch.tensor([1]), "image_id": 7}
     with pytest.raises(ValueError, match="image 7: a box x1 y1 x2 y2 without width"):
         detector([torch.rand(3, 33, 47)], [target])
+
+
+@pytest.mark.parametrize("variant, options", [("c4", {"levels": ["c4", "c5"]}), ("dc5", {"dilate_c5": True})])
+def test_a_detector_leaves_its_backbone_as_it_was(variant, options):
+    backbone = build_resnet_backbone(18, **options).eval()
+    images = torch.rand(1, 3, 64, 80)
+    keys, features, expected = list(backbone.state_dict()), backbone.features, backbone(images)
+    detector = build_faster_rcnn(backbone, 3, variant=variant, min_size=64)
+    assert detector.backbone.conv1 is backbone.conv1  # the layers are shared
+    assert list(backbone.state_dict()) == keys and backbone.features == features
+    assert all(torch.equal(x, expected[level]) for level, x in backbone(images).items())
