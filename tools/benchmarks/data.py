@@ -124,11 +124,11 @@ def loading(annotations: Path, name: str) -> Contender:
     if name == OWN:
         from detection.annotations import read_annotations as load
 
-        images, boxes = "image_ids", "boxes_xywh"
+        fields = {"images": "image_ids", "boxes": "boxes_xywh"}
     else:
         from pycocotools.coco import COCO as load  # type: ignore[no-redef]  # noqa: N813
 
-        images, boxes = "imgs", "anns"
+        fields = {"images": "imgs", "boxes": "anns"}
     loaded: list[object] = []  # freed before the next run, outside of its time
 
     def clock() -> float:
@@ -141,9 +141,9 @@ def loading(annotations: Path, name: str) -> Contender:
 
     def run() -> Mapping[str, Tensor]:
         clock()
-        return {kind: torch.tensor(len(getattr(loaded[0], kind))) for kind in (images, boxes)}
+        return {name: torch.tensor(len(getattr(loaded[0], field))) for name, field in fields.items()}
 
-    return Contender(run, check=lambda: dict(zip(("images", "boxes"), run().values(), strict=True)), clock=clock)
+    return Contender(run, clock=clock)
 
 
 class Index:
