@@ -281,9 +281,9 @@ def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shape
 @pytest.mark.parametrize(
     "argv, says",
     [
-        (["--depth", "34"], "are for depth=18, asked was depth=34"),
+        (["--depth", "34"], "are for depth=18, but you asked for depth=34"),
         (["--variant", "c4"], "--variant c4: the detector in {} is a fpn"),
-        (["--norm", "GN"], "are for norm=BN, asked was norm=GN"),
+        (["--norm", "GN"], "are for norm=BN, but you asked for norm=GN"),
     ],
 )
 def test_a_detectors_weights_for_another_network_are_an_error(shapes, straight, capsys, argv, says):
