@@ -14,7 +14,7 @@ from detection.faster_rcnn import FasterRCNN
 from detection.scoring import DETECTION, METRICS, entries, score_and_scorer
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
-from resbackbone.engine.distributed import Rank, RankShare, broadcast, gather
+from resbackbone.engine.distributed import Rank, broadcast, gather
 from resbackbone.engine.termination import worker_processes
 from resbackbone.image_io import BadImage
 from resbackbone.report.numbers import percent
@@ -48,7 +48,7 @@ def evaluate(
     that COCO skips). Raises BadImage for an image that cannot be read; with the dataset's `skip_bad_images` it counts
     as an image without detections, and `results["skipped_images"]` holds the message.
     """
-    share = RankShare(len(dataset), rank=rank.rank, ranks=rank.ranks)
+    share = rank.share(len(dataset))
     loader = DataLoader(dataset, batch_size=None, sampler=share, **worker_processes(workers))
     category_ids, was_training = list(detector.categories), detector.training
     detector.eval()

@@ -11,7 +11,7 @@ from torchvision.transforms import functional as F
 from resbackbone.checks import UserError, one_of
 from resbackbone.classification.images import Images
 from resbackbone.classification.transforms import to_model_input
-from resbackbone.engine.distributed import Rank, RankShare, broadcast, gather
+from resbackbone.engine.distributed import Rank, broadcast, gather
 from resbackbone.engine.termination import worker_processes
 from resbackbone.image_io import BadImage
 
@@ -85,7 +85,7 @@ def predict(
     if one_of("protocol", protocol, PROTOCOLS) != "multiscale" and crop > resize:
         raise UserError(f"a crop of {crop} does not fit into a shorter side of {resize}")
     views = {"1crop": 1, "10crop": 10, "multiscale": batch_size}[protocol]  # of one size, per image
-    share = RankShare(len(images.labels), rank=rank.rank, ranks=rank.ranks)
+    share = rank.share(len(images.labels))
     loader = DataLoader(
         _Views(images, protocol, crop, resize),
         batch_size=max(1, batch_size // views),

@@ -1,4 +1,4 @@
-"""A run's checkpoints: each written whole or not at all, with checksums that show damage later."""
+"""A run's checkpoints: written atomically, with checksums that show damage."""
 
 import errno
 import json
@@ -21,13 +21,13 @@ def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     found = Path(run).glob("checkpoints/step_*")
     finished = [path for path in found if re.fullmatch(r"step_\d{7,}", path.name) and path.is_dir()]
-    return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))  # as text 10000000 is before 9999999
+    return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))  # by number: 9999999 before 10000000
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbytes: int) -> None:
-    """Let `write` fill the checkpoint of `step`, of about `nbytes`, then delete all but the last three.
+    """Let `write` fill the folder of a checkpoint of about `nbytes`, then delete all but the last three checkpoints.
 
-    If the disk is full, raises ValueError with the space that is needed and keeps the checkpoints before.
+    If the disk is full, raises ValueError with the space needed and keeps the earlier checkpoints.
     """
     try:
         with folder_atomically(run / "checkpoints" / f"step_{step:07d}") as folder:
@@ -38,7 +38,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbyt
         if not _no_space(error):
             raise
         before = checkpoints(run)
-        kept = f"{before[-1].name} is kept, and the run can be resumed from it" if before else "there is none before it"
+        kept = f"the run can be resumed from {before[-1].name}" if before else "there is no earlier one"
         raise UserError(
             f"checkpoint of step {step}: no space left in {run}: {nbytes / 1e6:.0f} MB are needed, "
             f"{shutil.disk_usage(run).free / 1e6:.0f} MB are free; {kept}"
@@ -48,7 +48,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbyt
 
 
 def last_whole_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
-    """The newest checkpoint whose files are as they were written, if any, and the damage of those after it."""
+    """The newest checkpoint that matches its checksums, if any, and what is wrong with each newer one."""
     damaged: dict[Path, str] = {}
     for path in reversed(checkpoints(run)):
         damage = _damage(path)
@@ -59,9 +59,9 @@ def last_whole_checkpoint(run: Path) -> tuple[Path | None, dict[Path, str]]:
 
 
 def resume_point(run: Path, warn: Callable[[str], None] = print) -> Path | None:
-    """The checkpoint to resume a run from, the newest that is whole; None if the run has none yet.
+    """The newest undamaged checkpoint, or None if the run has no checkpoint.
 
-    Newer ones are renamed to step_N.damaged with a warning. Raises ValueError if all are damaged.
+    Newer, damaged ones are renamed to step_N.damaged with a warning. Raises ValueError if all are damaged.
     """
     last, damaged = last_whole_checkpoint(run)
     for path, damage in damaged.items():

@@ -1,4 +1,4 @@
-"""Device and precision: choosing them, autocast, TF32, deterministic algorithms."""
+"""Device and precision: choice, autocast, TF32, deterministic algorithms."""
 
 import os
 from collections.abc import Collection
@@ -9,13 +9,13 @@ import torch.utils.deterministic
 from resbackbone.checks import UserError, one_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-INFERENCE = ("fp32", "bf16")  # precisions to detect and classify in
+INFERENCE = ("fp32", "bf16")  # precisions for detecting and classifying
 
 
 def choose_device(asked: str | None) -> str:
-    """`asked`, or else "cuda" (all GPUs) where there are any, else "cpu". Also accepted: "cuda:1" and "mps".
+    """`asked` ("cuda", "cuda:1", "cpu" or "mps"); by default "cuda" (all GPUs) if there is one, else "cpu".
 
-    Raises ValueError for a device that this torch or this machine does not have.
+    Raises ValueError if torch or this machine lacks the device.
     """
     if asked is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,7 +36,7 @@ def choose_device(asked: str | None) -> str:
 
 
 def choose_precision(asked: str | None, device: str, among: Collection[str] = tuple(PRECISIONS)) -> str:
-    """`asked`, or else bf16 where the device computes in it, else fp32. Raises ValueError if it is not `among` them."""
+    """`asked`, by default the device's `native_precision`. Raises ValueError if it is not `among` the accepted ones."""
     precision = one_of("precision", asked or native_precision(device), among)
     if torch.device(device).type == "mps" and precision != "fp32":
         raise UserError(f"{precision}: mps computes in fp32 only; leave the precision out")
@@ -44,7 +44,7 @@ def choose_precision(asked: str | None, device: str, among: Collection[str] = tu
 
 
 def native_precision(device: str) -> str:
-    """ "bf16" where the device computes in it faster than in fp32, else "fp32"."""
+    """ "bf16" if the device computes faster in it than in fp32, else "fp32"."""
     kind = torch.device(device).type
     if kind == "cuda":
         return "bf16" if _is_ampere_or_later(device) else "fp32"
@@ -53,21 +53,21 @@ def native_precision(device: str) -> str:
 
 
 def _is_ampere_or_later(device: str | torch.device) -> bool:
-    """Whether an NVIDIA GPU multiplies in bf16 and TF32."""
+    """Whether an NVIDIA GPU has bf16 and TF32."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which a network computes in `precision`; its weights stay in fp32."""
+    """A context in which a network with fp32 weights computes in `precision`."""
     dtype = PRECISIONS[precision]
     enabled = dtype != torch.float32
     return torch.autocast(device.type, dtype if enabled else torch.bfloat16, enabled=enabled)
 
 
 def use(device: torch.device) -> None:
-    """Make `device` the current one, and let fp32 convolutions and matrix products on a GPU use TF32.
+    """Make `device` current, and let fp32 convolutions and matrix products on a GPU use TF32 (inputs of 11 bits).
 
-    TF32 rounds their inputs to 11 bits. NVIDIA_TF32_OVERRIDE=0 in the environment forbids it.
+    NVIDIA_TF32_OVERRIDE=0 in the environment forbids TF32.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # pinned memory and events belong to the current device
@@ -77,17 +77,16 @@ def use(device: torch.device) -> None:
 def use_deterministic(on: bool) -> None:
     """Make runs on a GPU repeat bit for bit. Call this before anything runs there.
 
-    Afterwards torch raises RuntimeError for an operator that has no deterministic version.
+    torch then raises RuntimeError for operators without a deterministic version.
     """
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by torch
         torch.use_deterministic_algorithms(True)
-        # It would fill memory that nothing reads.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # saves time
 
 
 def arithmetic(device: torch.device) -> dict[str, str]:
-    """The version of torch and which operations use TF32: a run's results depend on both."""
+    """The version of torch and the operations that use TF32, on which a run's results depend."""
     used = []
     if device.type == "cuda" and _is_ampere_or_later(device) and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         used += ["convolutions"] if torch.backends.cudnn.allow_tf32 else []

@@ -1,12 +1,11 @@
-"""Processes that train together: torchrun's, or one for each GPU of this machine, or just this one."""
+"""The processes of one training: started by torchrun or srun, spawned here for each GPU, or this one alone."""
 
 import logging
 import os
 import signal
-import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -16,8 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Sampler
 
 from resbackbone.checks import UserError
 from resbackbone.engine.device import choose_device, use
@@ -27,12 +26,12 @@ from resbackbone.engine.termination import EXIT_STATUS, Terminated, quick_exit, 
 
 T = TypeVar("T")
 REPORTED = "RESBACKBONE_ERROR_REPORTED"  # names a file that exists once rank 0 has reported an error
-Guard = Callable[[], AbstractContextManager]  # wraps what a process does, to turn errors into messages
+Guard = Callable[[], AbstractContextManager]  # wraps the work of a process and turns errors into messages
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
 
 
 class Rank(NamedTuple):
-    """This process among those that train together, and its device."""
+    """The place of this process among those that train together, and its device."""
 
     rank: int
     ranks: int
@@ -42,11 +41,15 @@ class Rank(NamedTuple):
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def share(self, count: int) -> range:
+        """The indices of this rank's images; together the ranks have each image once, so scores are exact."""
+        return range(self.rank, count, self.ranks)
+
 
 def count_processes(device: str, gpus: int | None) -> int:
-    """How many processes will train: torchrun's number, or one for each GPU (`gpus` None: all), or 1.
+    """The number of processes: torchrun's, or one for each of `gpus` GPUs (None: all of them), or 1.
 
-    Raises ValueError for a device that this machine does not have, and for more GPUs than it has.
+    Raises ValueError if this machine lacks the device or has fewer GPUs.
     """
     place = torch.device(choose_device(device))
     if place.type == "cuda":
@@ -67,14 +70,14 @@ def count_processes(device: str, gpus: int | None) -> int:
 def launch(
     function: Callable[..., None], arguments: tuple, *, device: str, processes: int, guard: Guard = nullcontext
 ) -> None:
-    """Call function(rank: Rank, *arguments) in each of `processes` (see `count_processes`), and wait for all of them.
+    """Call function(rank: Rank, *arguments) in each of `processes` (see `count_processes`) and wait for all of them.
 
-    Under torchrun this process is one of them already. Otherwise they are spawned, so `function` must be importable;
-    `guard` wraps each of them, and if one fails the others are stopped and this one exits with status 1.
+    Under torchrun this process is one of them. Otherwise several are spawned, so `function` must be importable; `guard`
+    wraps each of them. If one fails, the others are stopped and this process exits with status 1.
     """
     if "RANK" in os.environ:
         rank = int(os.environ["RANK"])
-        _run(_place(rank, processes, device), rank, processes, function, arguments)
+        _join_and_call(function, Rank(rank, processes, _place(rank, processes, device)), arguments)
     elif processes > 1:
         _spawn(function, arguments, device=device, processes=processes, guard=guard)
     else:
@@ -83,7 +86,7 @@ def launch(
 
 
 def _place(rank: int, ranks: int, device: str) -> torch.device:
-    """The device of a process that a launcher has started. Plain srun does not set LOCAL_RANK."""
+    """The device of a process that torchrun or srun started (srun sets no LOCAL_RANK)."""
     place = torch.device(device)
     if place.type != "cuda" or (place.index is not None and ranks == 1):
         return place
@@ -92,7 +95,7 @@ def _place(rank: int, ranks: int, device: str) -> torch.device:
     visible = torch.cuda.device_count()
     name = next((name for name in ("LOCAL_RANK", "SLURM_LOCALID") if name in os.environ), None)
     if visible == 1 and (name != "LOCAL_RANK" or "CUDA_VISIBLE_DEVICES" in os.environ):
-        return torch.device("cuda", 0)  # srun may show each process its own GPU alone, and so may a torchrun's caller
+        return torch.device("cuda", 0)  # the launcher shows each process its own GPU only
     index = rank % visible if name is None else int(os.environ[name])
     if index >= visible:
         gpus, most = ("1 GPU", "1 process") if visible == 1 else (f"{visible} GPUs", f"{visible} processes")
@@ -101,9 +104,9 @@ def _place(rank: int, ranks: int, device: str) -> torch.device:
 
 
 def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, processes: int, guard: Guard) -> None:
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # it lists the processes that it stops
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs every process it stops
     with tempfile.TemporaryDirectory() as folder:
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), REPORTED: f"{folder}/reported"}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port()), REPORTED: f"{folder}/reported"}
         call = (shared, processes, device, function, arguments, guard)
         started = mp.spawn(_spawned, call, nprocs=processes, join=False)
         before = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started.processes])
@@ -130,33 +133,27 @@ def _spawned(
     os.environ.update(shared, RANK=str(rank))
     with quick_exit(), guard():
         place = torch.device("cuda", rank) if device == "cuda" else torch.device(device)
-        _run(place, rank, processes, function, arguments)
+        _join_and_call(function, Rank(rank, processes, place), arguments)
 
 
-def _run(place: torch.device, rank: int, processes: int, function: Callable, arguments: tuple) -> None:
-    use(place)
-    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
-    store = store_of_this_start(rank, processes, TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=processes, timeout=TIMEOUT)
+def _join_and_call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
+    use(rank.device)
+    backend = "cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo"
+    store = store_of_this_start(rank.rank, rank.ranks, TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.ranks, timeout=TIMEOUT)
     together = None
     try:
-        _call(function, Rank(rank, processes, place), arguments)
+        _call(function, rank, arguments)
     except Terminated as stop:
         if not stop.together:
             raise
         together = stop
-    # After an error these would wait for ranks that have not seen it yet. Without an error ranks leave together,
-    # because gloo sometimes aborts a rank whose peer leaves while they exchange something.
+    # Ranks leave together, because gloo sometimes aborts a rank whose peer leaves during an exchange. After an error
+    # there is no barrier: the other ranks may never reach it.
     dist.barrier()
     dist.destroy_process_group()
     if together is not None:
         raise together
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def gather(value, rank: Rank) -> list | None:
@@ -178,12 +175,12 @@ def broadcast(value, rank: Rank):
 
 
 def from_main(make: Callable[[], T], rank: Rank) -> T:
-    """Rank 0's make() at every rank, for what should happen once: claim a folder, check many files."""
+    """Call `make` on rank 0 only, as for claiming a folder, and return its result on every rank."""
     return broadcast(make() if rank.is_main else None, rank)
 
 
 def any_rank(flags: Tensor, rank: Rank) -> Tensor:
-    """[n] booleans on `rank.device`, true where they are on any rank; does not wait for a GPU."""
+    """[n] booleans on `rank.device`, true where any rank's are; does not wait for a GPU."""
     if rank.ranks > 1:
         votes = flags.int()
         dist.all_reduce(votes, dist.ReduceOp.MAX)
@@ -191,31 +188,15 @@ def any_rank(flags: Tensor, rank: Rank) -> Tensor:
     return flags
 
 
-class RankShare(Sampler):
-    """Indices of rank r of n, every image once over all ranks and none twice: no padding, so no score is skewed."""
-
-    def __init__(self, count: int, *, rank: int = 0, ranks: int = 1):
-        self.indices = range(rank, count, ranks)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-
 def share_buffers(module: nn.Module, rank: Rank) -> None:
-    """Give every rank rank 0's buffers, in place: in training each rank's batch norm keeps statistics of its own."""
+    """Copy rank 0's buffers to every rank, in place: each rank's batch norms keep their own statistics in training."""
     if rank.ranks > 1:
         for buffer in module.buffers():
             dist.broadcast(buffer, 0)
 
 
 def distributed(model: nn.Module, rank: Rank) -> nn.Module:
-    """The model, with gradients averaged over the ranks if there are several.
-
-    Statistics of batch norms are each rank's own while it trains: `share_buffers` makes them rank 0's.
-    """
+    """The model, wrapped in DDP if there are several ranks. DDP leaves buffers alone; see `share_buffers`."""
     if rank.ranks == 1:
         return model
     for parameter in model.parameters():
@@ -226,9 +207,9 @@ def distributed(model: nn.Module, rank: Rank) -> nn.Module:
 
 
 def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with the parameter's own strides, so that DDP need not copy it.
+    """The gradient with the parameter's strides, so that DDP need not copy it.
 
-    Where a side is 1, as those of a 1x1 kernel, a tensor of the same memory order may have others.
+    They can differ in dimensions of size 1, such as those of a 1x1 kernel, although the memory order is the same.
     """
     both = zip(parameter.shape, parameter.stride(), gradient.stride(), strict=True)
     if gradient.stride() == parameter.stride() or any(side != 1 and own != got for side, own, got in both):

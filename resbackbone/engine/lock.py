@@ -1,4 +1,4 @@
-"""One writer for a folder: a lock that the operating system releases when its holder dies."""
+"""One writer for each folder: a lock that the operating system releases when the process ends."""
 
 import contextlib
 import json
@@ -12,13 +12,13 @@ from filelock import FileLock, Timeout
 from resbackbone.checks import UserError
 
 LOCK, HOLDER = ".lock", ".lock.json"
-_locks: dict[Path, tuple[FileLock, list[Path]]] = {}  # and the folders that were made for it, the innermost first
+_locks: dict[Path, tuple[FileLock, list[Path]]] = {}  # with the folders created for it, innermost first
 
 
 def lock_folder(folder: Path) -> None:
-    """Make this process the only writer of `folder`, created if missing, until `release_folder` or the process ends.
+    """Make this process the only writer of `folder`, which is created if missing.
 
-    Raises ValueError that names the holder if another process writes there.
+    Raises ValueError if another process writes there, and names that process.
     """
     key = folder.resolve()
     if key in _locks:
@@ -36,7 +36,7 @@ def lock_folder(folder: Path) -> None:
 
 
 def release_folder(folder: Path) -> None:
-    """Let others write to `folder`, and remove it if `lock_folder` made it and it is empty."""
+    """Unlock `folder`, and remove it if `lock_folder` created it and it is empty."""
     lock, made = _locks.pop(folder.resolve(), (None, []))
     if lock is None:
         return
@@ -50,7 +50,7 @@ def release_folder(folder: Path) -> None:
 
 
 def release_all_folders() -> None:
-    """Let others write to every folder that this process has locked."""
+    """Unlock every folder that this process has locked."""
     for folder in list(_locks):
         release_folder(folder)
 

@@ -1,4 +1,4 @@
-"""The loop that every training goes through: batches to updates, with metrics, checkpoints and evaluations."""
+"""The training loop: updates from batches, with metrics, checkpoints and evaluations."""
 
 import sys
 import time
@@ -24,9 +24,9 @@ from resbackbone.engine.termination import Terminated, termination
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train, on how many images an update (over all ranks), and how often to log, save and evaluate.
+    """How long to train, and how often to log, save and evaluate.
 
-    Periods are in updates; an `eval_period` of 0 evaluates at the end only.
+    Periods are in updates; with an `eval_period` of 0 the loop does not evaluate. `batch_size` is over all ranks.
     """
 
     schedule: Schedule
@@ -45,7 +45,7 @@ def _ignore(*_) -> None:
 
 @dataclass(frozen=True)
 class Observer:
-    """Receives what there is to show of a training: the step with a line about it or None, messages, warnings."""
+    """Shows the progress of a training: the step with a line of metrics or None, messages, warnings."""
 
     progress: Callable[[int, str | None], None] = _ignore
     info: Callable[[str], None] = _ignore
@@ -53,25 +53,23 @@ class Observer:
 
 
 def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observer = Observer()) -> None:  # noqa: B008
-    """Update `state` from its step to the plan's last, one batch of the task an update.
+    """Update `state` from its step to the plan's last, with one batch of the task for each update.
 
-    Everything random in a step follows from the seed, the step and the rank, so that a resumed run repeats it. Metrics
-    are the mean loss terms, seconds an update and of these the seconds spent waiting for data, in forward, backward
-    and optimizer, memory and images a second. Raises ValueError, on every rank and before any weight has changed, for
-    a loss or gradient that is not finite. After SIGTERM on any rank all stop after the same update: they save a
-    checkpoint and raise Terminated.
+    Randomness depends on the seed, the step and the rank alone, so resumed runs repeat it. If a loss or gradient is not
+    finite, raises UserError on every rank before any weight changes. After SIGTERM on any rank, all save a checkpoint
+    after the same update and raise Terminated.
     """
     rank, result = state.rank, None
 
     def checkpoint() -> None:
         run.save(state, task.save)
-        if rank.is_main and not plan.eval_period:  # else evaluations write it
+        if rank.is_main and not plan.eval_period:  # otherwise evaluations write it
             task.write_report(run.folder)
         termination.saved = True
 
     def stop(*, together: bool = False) -> None:
         if rank.is_main:
-            observer.warn(f"terminated at step {state.step}, which is saved; --resume continues from it")
+            observer.warn(f"terminated at step {state.step} and saved; --resume continues")
         termination.stop(together=together)
 
     def evaluate_if_due() -> None:
@@ -88,11 +86,11 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
 
     batches = task.batches(state.step)
     with termination.deferred():
-        if not broadcast(run.evaluated, rank):  # killed during the evaluation
+        if not broadcast(run.evaluated, rank):  # the run was killed during an evaluation
             evaluate_if_due()
         recent, began = [], time.monotonic()
         while state.step < plan.steps:
-            asked = time.monotonic()  # later than `began` by the time that a checkpoint took
+            asked = time.monotonic()  # `began` is earlier: a checkpoint may lie between
             batch = next(batches)
             loaded = time.monotonic()
             seed_step(plan.seed, state.step, rank.rank)
@@ -122,7 +120,7 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
                 recent = []
             else:
                 observer.progress(state.step, None)
-            stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks: after the next
+            stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks agree in an update
             if state.step % plan.checkpoint_period == 0 or state.step == plan.steps or stopping:
                 checkpoint()
             if stopping:
@@ -133,7 +131,7 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
 
 
 def evaluate(task: Task, state: TrainState, run: Run, *, final: bool = False) -> Mapping[str, Any]:
-    """Evaluate the task, record the result in the metrics and rewrite the report."""
+    """Evaluate the task, add the result to the metrics and rewrite the report."""
     began = time.monotonic()
     result = task.evaluate(final=final)
     run.record(state.step, {**result, "seconds": time.monotonic() - began}, kind="eval")
@@ -143,7 +141,7 @@ def evaluate(task: Task, state: TrainState, run: Run, *, final: bool = False) ->
 
 
 def _keep_bad_batch(task: Task, batch: Any, folder: Path, error: NonFinite, state: TrainState) -> str:
-    """Write the batch into the run's folder; returns a clause with the loss terms, the images and the file."""
+    """Save the batch in the run's folder; returns a clause that names the loss terms, the images and the file."""
     tensors, images = task.bad_batch(batch)
     path = folder / f"bad_batch_step_{error.step}_rank_{state.rank.rank}.safetensors"
     write_atomically(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
@@ -151,10 +149,7 @@ def _keep_bad_batch(task: Task, batch: Any, folder: Path, error: NonFinite, stat
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """{"memory_mib": peak memory so far of the GPU, or of this process}; on an Apple GPU what is held now.
-
-    Empty where the system does not tell (Windows).
-    """
+    """{"memory_mib": peak so far of the GPU or of this process}; an Apple GPU's current memory; {} on Windows."""
     if device.type == "cuda":
         return {"memory_mib": torch.cuda.max_memory_allocated(device) / 2**20}
     if device.type == "mps":
@@ -168,7 +163,7 @@ def memory(device: torch.device) -> dict[str, float]:
 
 
 def describe(record: Mapping[str, float], result: str | None = None) -> str:
-    """One line on a stretch of updates, and what the last evaluation gave, if there has been one."""
+    """One line about the last updates, followed by the last evaluation's result, if any."""
     used = f", {record['memory_mib']:,.0f} MiB" if "memory_mib" in record else ""
     parts = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in record.items() if "loss_" in name)
     return (

@@ -12,9 +12,9 @@ OPTIMIZERS = ("sgd", "adamw", "lamb")
 def build_optimizer(
     model: nn.Module, name: str, *, rate: float, weight_decay: float, decay_norms: bool
 ) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, AdamW, or LAMB as timm has it, of what trains in `model`, which is on its device already.
+    """SGD with momentum 0.9, AdamW or timm's LAMB for the trainable parameters of `model`, already on its device.
 
-    Without `decay_norms`, norms and biases are not decayed. LAMB clips the gradient to a norm of 1, as published.
+    Without `decay_norms`, norms and biases have no weight decay. LAMB clips the gradient to a norm of 1, as published.
     """
     groups = parameter_groups(model, weight_decay, decay_norms=decay_norms)
     on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])

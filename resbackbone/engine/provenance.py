@@ -1,4 +1,4 @@
-"""The commit a figure was made at."""
+"""The commit that measurements record."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ def commit() -> str | None:
     """
 
     def git(*words: str) -> str:
-        # The directory is named so that the commit is never that of a repository around an installed package.
+        # Naming the directory excludes a repository around an installed package.
         command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -1,4 +1,4 @@
-"""How the ranks of one start find each other under torchrun."""
+"""How the ranks that torchrun starts find each other, after a restart too."""
 
 import hashlib
 import os
@@ -8,16 +8,15 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun: the store is its own, and outlives the ranks
-PAUSE = 0.1  # seconds between two looks at the store
+AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, whose store outlives the ranks
+PAUSE = 0.1  # seconds between reads of the store
 
 
 def store_of_this_start(rank: int, ranks: int, timeout: timedelta) -> dist.Store | None:
-    """torchrun's store, under a prefix that these ranks alone have; None where it was not torchrun that started them.
+    """torchrun's store under a prefix that only these ranks use; None if torchrun did not start them.
 
-    After a restart (--max-restarts) torchrun's store still holds the addresses of the ranks before, and a rank that is
-    quicker than its peer would connect to where that one's predecessor was. A count of the restarts is no help: the
-    nodes count their own.
+    After a restart (--max-restarts) torchrun's store still holds the addresses of the previous ranks, and a fast rank
+    would connect to those. The restart count cannot serve as a prefix, because every node counts its own.
     """
     if os.environ.get(AGENT) != "True":
         return None
@@ -26,12 +25,10 @@ def store_of_this_start(rank: int, ranks: int, timeout: timedelta) -> dist.Store
 
 
 def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
-    """A word that the ranks which run now agree on, whatever ranks before them left in the store.
+    """A prefix that the running ranks agree on, whatever previous ranks left in the store.
 
-    Every rank writes a name that nobody had; rank 0 proposes the names it finds, and takes them when each one has
-    answered under its name. If one was a predecessor's, its successor's comes into a later proposal.
-
-    Raises TimeoutError if that does not come about in time.
+    Every rank writes a new name. Rank 0 proposes the names it finds, again and again, until each rank has confirmed
+    that its own is among them; the prefix is their hash. Raises TimeoutError if they do not agree in time.
     """
     own, deadline = uuid.uuid4().hex, time.monotonic() + timeout.total_seconds()
     store.set(f"name/{rank}", own)
@@ -39,20 +36,20 @@ def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
         if rank == 0:
             names = [store.get(f"name/{r}").decode() for r in range(ranks)]
             store.set("names", " ".join(names))
-            word = _word(names)
-            if all(store.check([f"{word}/{r}"]) for r in range(1, ranks)):
-                store.set("agreed", word)
-                return word
+            prefix = _hash(names)
+            if all(store.check([f"{prefix}/{r}"]) for r in range(1, ranks)):
+                store.set("agreed", prefix)
+                return prefix
         else:
             names = store.get("names").decode().split()
-            word = _word(names)
+            prefix = _hash(names)
             if names[rank : rank + 1] == [own]:
-                store.set(f"{word}/{rank}", "here")
-                if store.check(["agreed"]) and store.get("agreed").decode() == word:
-                    return word
+                store.set(f"{prefix}/{rank}", "here")
+                if store.check(["agreed"]) and store.get("agreed").decode() == prefix:
+                    return prefix
         time.sleep(PAUSE)
     raise TimeoutError(f"the {ranks} ranks did not find each other within {timeout.total_seconds():.0f} seconds")
 
 
-def _word(names: list[str]) -> str:
+def _hash(names: list[str]) -> str:
     return hashlib.sha256(" ".join(names).encode()).hexdigest()

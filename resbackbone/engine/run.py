@@ -15,17 +15,17 @@ from resbackbone.engine.lock import lock_folder, release_folder
 from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.state import TrainState
 
-CLOCK = frozenset(  # metrics that depend on the clock and the machine, so that they differ between equal runs
-    ("seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds")
-    + ("images_per_second", "memory_mib")
-)
+CLOCK = {  # metrics that differ between equal runs
+    *("seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"),
+    *("images_per_second", "memory_mib"),
+}
 
 
 class Run:
-    """The folder of one training run; only rank 0 writes to it, and no other process (`lock.lock_folder`).
+    """The folder of one training run, which only one process writes (rank 0: `writes`; see `lock_folder`).
 
-    It holds `config.yaml`, everything the run was started with; `metrics.jsonl`, one JSON object a line; the same for
-    TensorBoard in `events.out.tfevents.*`; and `checkpoints/step_NNNNNNN/`, the last three. `evaluated` is whether the
+    It holds `config.yaml`, the run's whole configuration; `metrics.jsonl`, one JSON object a line, and the same for
+    TensorBoard in `events.out.tfevents.*`; and the last three `checkpoints/step_NNNNNNN/`. `evaluated` is whether the
     step at which the run resumes has been evaluated already.
     """
 
@@ -40,20 +40,20 @@ class Run:
         remove_unfinished(self.folder / "checkpoints")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         self._resumed_step = resumed_step
-        self._forget_metrics(lambda line: line["step"] > resumed_step)
+        self._drop_metrics(lambda line: line["step"] > resumed_step)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._events = SummaryWriter(str(self.folder), purge_step=resumed_step + 1 if resumed_step else None)
         self._open_metrics()
 
     def record(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
-        """Append one line of metrics, and the numbers in it to TensorBoard under `kind/`."""
+        """Append a line to the metrics, and its numbers to TensorBoard under `kind/`."""
         if not self.writes:
             return
         try:
-            if kind == "eval" and self.evaluated and step == self._resumed_step:  # killed after its last one
+            if kind == "eval" and self.evaluated and step == self._resumed_step:  # the same one again
                 self._metrics.close()
-                self._forget_metrics(lambda line: line["step"] == step and line.get("kind") == "eval")
+                self._drop_metrics(lambda line: line["step"] == step and line.get("kind") == "eval")
                 self._open_metrics()
             self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._metrics.flush()
@@ -64,7 +64,7 @@ class Run:
             raise UserError(f"metrics of step {step}: cannot be written to {self.folder} ({error.strerror})") from None
 
     def save(self, state: TrainState, write_model: Callable[[Path], None]) -> None:
-        """Write a checkpoint: what `write_model` puts into its folder, and the state."""
+        """Write a checkpoint: the files of `write_model(folder)` and the state."""
         if not self.writes:
             return
 
@@ -85,17 +85,17 @@ class Run:
     def _open_metrics(self) -> None:
         self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
 
-    def _forget_metrics(self, forgotten: Callable[[dict], bool]) -> None:
+    def _drop_metrics(self, dropped: Callable[[dict], bool]) -> None:
         self.evaluated, path = False, self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        kept = [line for line in read_metrics(self.folder) if not forgotten(line)]
+        kept = [line for line in read_metrics(self.folder) if not dropped(line)]
         self.evaluated = any(line["step"] == self._resumed_step and line.get("kind") == "eval" for line in kept)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_yaml(path: str | os.PathLike) -> dict:
-    """A YAML file of `name: value` lines, as in a run's config.yaml. Raises ValueError if it is no such file."""
+    """Read a YAML file of `name: value` lines, such as config.yaml. Raises ValueError if it is anything else."""
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -103,14 +103,14 @@ def read_yaml(path: str | os.PathLike) -> dict:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not YAML ({error})") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: must hold options, a line `name: value` each")
+        raise UserError(f"{path}: must hold options as lines `name: value`")
     return content
 
 
 def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
-    """Lock the folder that a run is written to: `output`, or `default`, `default-2`, .. whichever is new.
+    """Lock a run's folder and return it: `output`, or the first of `default`, `default-2`, .. that does not exist.
 
-    Raises ValueError if another process writes there, or if it holds a run and `resume` is not set.
+    Raises ValueError if another process writes to it, or if it holds a run and `resume` is not set.
     """
     folder, number = output or default, 1
     while output is None and folder.exists():
@@ -123,7 +123,7 @@ def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
 
 
 def latest_folder(default: Path) -> Path:
-    """The last of `default`, `default-2`, .. that exists, or `default`."""
+    """The last of `default`, `default-2`, .. that exists, or else `default`."""
     folder, number = default, 2
     while (following := default.with_name(f"{default.name}-{number}")).exists():
         folder, number = following, number + 1

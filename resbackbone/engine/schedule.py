@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, and how a schedule follows the batch size."""
+"""The learning rate as a function of the step, and its scaling with the batch size."""
 
 import math
 from dataclasses import dataclass, replace
@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Schedule:
-    """Linear warm-up to `rate`, then a tenth of it at every milestone, or one half cosine down to zero.
+    """Linear warm-up to `rate`, then a division by 10 at every milestone, or a half cosine down to zero.
 
-    Lengths are in steps (updates). `warmup_factor` is the share of the rate at step 0.
+    Lengths are in steps (updates). The rate at step 0 is `warmup_factor` times that without warm-up.
     """
 
     rate: float
@@ -19,7 +19,7 @@ class Schedule:
     warmup_factor: float = 0.001
 
     def learning_rate(self, step: int) -> float:
-        """The rate of update number `step`, which counts from 0."""
+        """The rate of update `step`, counted from 0."""
         rate = self.rate
         if step < self.warmup_steps:
             progress = step / self.warmup_steps
@@ -29,16 +29,15 @@ class Schedule:
         return rate * 0.1 ** sum(step >= milestone for milestone in self.milestones)
 
     def stretched(self, factor: float) -> "Schedule":
-        """The schedule `factor` times as long, if that is more than once, behind the same warm-up."""
+        """The schedule made longer by `factor` (ignored below 1), with the same warm-up."""
         factor = max(factor, 1)
         milestones = tuple(round(milestone * factor) for milestone in self.milestones)
         return replace(self, steps=round(self.steps * factor), milestones=milestones)
 
     def for_batch(self, batch_size: int, stated_for: int, *, scale_rate: bool = True) -> "Schedule":
-        """The schedule for another batch size: rate times k, steps by k, k = batch_size / stated_for.
+        """The schedule for another batch size: with k = batch_size / stated_for, the rate times k, the steps over k.
 
-        The linear scaling rule of Goyal et al. 2017 (Sec. 2.1): the same number of images is seen. It holds for
-        SGD; for others `scale_rate=False` leaves the rate.
+        This linear scaling rule (Goyal et al. 2017, Sec. 2.1) holds for SGD; `scale_rate=False` keeps the rate.
         """
         k = batch_size / stated_for
         return replace(

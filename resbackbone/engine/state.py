@@ -1,4 +1,4 @@
-"""What changes while training, in one place: the network, the optimizer, the step; one update, and its checkpoint."""
+"""What changes during training: network, optimizer and step; one update; saving and loading them."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from resbackbone.engine.distributed import Rank, any_rank
 from resbackbone.engine.stopwatch import Stopwatch
 
 
-class NonFinite(ValueError):
-    """A loss term or a gradient is not finite, on this rank (`terms` names it) or on another; no weight has changed."""
+class NonFinite(UserError):
+    """A loss term or a gradient is not finite on this rank (`terms` names it) or another. No weight has changed."""
 
     def __init__(self, step: int, terms: str):
         super().__init__(f"step {step} is not finite: {terms or 'on another rank'}")
@@ -26,14 +26,13 @@ class NonFinite(ValueError):
 
 
 class TrainState:
-    """`model` as it trains (wrapped or not), its `optimizer`, and the number of updates done.
+    """`model` (in DDP or not), its `optimizer`, and `step`, the number of updates done.
 
-    `scaled` is for fp16, which holds no small gradients: the loss is multiplied by a factor that is halved whenever a
-    gradient overflows, and the weights are left alone in that update (Micikevicius et al. 2018; torch.amp.GradScaler).
+    `scaled` scales the loss for fp16 by torch.amp.GradScaler: an update whose gradient overflows leaves the weights
+    alone and halves the scale.
 
-    After an update, `gradient_norm` is the length of its gradient before clipping (the last that was finite), and
-    `stopping` whether any rank wished to stop. `stopwatch` has the seconds of the updates' forward, backward and
-    optimizer, which is all that follows on a backward: checks, clipping and the step.
+    After an update, `gradient_norm` is the norm of the last finite gradient before clipping, and `stopping` whether any
+    rank asked to stop. `stopwatch` measures forward, backward and optimizer (checks, clipping and step).
     """
 
     def __init__(
@@ -58,11 +57,11 @@ class TrainState:
         learning_rate: float,
         stop: bool = False,
     ) -> dict[str, float]:
-        """One update from the mean over `parts` of the sum of their losses (scalars); returns the means as floats.
+        """Minimize the sum of the losses (scalars), averaged over `parts`; returns each loss's mean as a float.
 
-        Gradients of several parts are accumulated, and exchanged between the ranks with the last. `stop` is this
-        rank's wish to stop after the update. Raises NonFinite on every rank, before any weight has changed, if a
-        loss term is not finite on any, or the gradient (`scaled`: even where the loss's factor is 1).
+        Gradients of the parts are accumulated; ranks exchange them with the last part. With `stop`, this rank asks to
+        stop after the update. Raises NonFinite on every rank, before any weight changes, if a loss term or the gradient
+        is not finite on any of them. When `scaled`, a gradient may overflow until the scale is 1.
         """
         self.stopwatch.start()
         self.optimizer.zero_grad(set_to_none=True)
@@ -95,14 +94,14 @@ class TrainState:
         return nullcontext()
 
     def _checked(self, terms: Sequence[Mapping[str, Tensor]], norm: Tensor, stop: bool) -> list[dict[str, float]]:
-        """The terms as floats, if all ranks have finite ones and a finite gradient; the only wait for a GPU."""
+        """The loss terms as floats. Raises NonFinite. An update waits for the GPU only here."""
         losses = torch.stack([value for part in terms for value in part.values()])
         flags = [~losses.isfinite().all(), ~norm.isfinite(), torch.full_like(norm, stop, dtype=torch.bool)]
         numbers = torch.cat([losses, norm.float()[None], any_rank(torch.stack(flags), self.rank).float()])
         *values, length, bad_loss, bad_gradient, stopping = numbers.tolist()
         self.stopping, following = bool(stopping), iter(values)
         floats = [{name: next(following) for name in part} for part in terms]
-        if bad_loss:  # on some rank; the gradient of all of them is not finite then
+        if bad_loss:
             wrong = [f"{name} is {v}" for part in floats for name, v in part.items() if not math.isfinite(v)]
             raise NonFinite(self.step, ", ".join(wrong))
         if not bad_gradient:
@@ -113,16 +112,15 @@ class TrainState:
         return floats
 
     def _wrong_gradients(self) -> list[str]:
-        model = self.model.module if isinstance(self.model, nn.parallel.DistributedDataParallel) else self.model
-        named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        named = [(n.removeprefix("module."), p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         wrong = [name for name, gradient in named if not gradient.isfinite().all()]
         return [*wrong[:3], *([f"{len(wrong) - 3} more"] if len(wrong) > 3 else [])]
 
     @property
     def nbytes(self) -> int:
-        """Of a checkpoint: the model's tensors and the optimizer's."""
-        held = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in held if isinstance(v, Tensor))]
+        """Size of a checkpoint: the model's tensors and the optimizer's."""
+        state = [value for entries in self.optimizer.state.values() for value in entries.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in state if isinstance(v, Tensor))]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def save(self, folder: Path) -> None:
@@ -141,31 +139,34 @@ class TrainState:
         (folder / "state.json").write_text(json.dumps(described, default=Tensor.item))  # LAMB counts in a tensor
 
     def load(self, folder: Path) -> None:
-        """Take up what `save` wrote. ValueError if it is not whole, or of another network's optimizer."""
+        """Load what `save` wrote. Raises ValueError if a file is damaged or is of another network's optimizer."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         try:
             described = json.loads((folder / "state.json").read_text())
-            tensors = load_file(folder / "optimizer.safetensors")
+            if not isinstance(described, dict) or not described.keys() >= {"step", "param_groups", "state", "scaler"}:
+                raise UserError("state.json holds something else")
             state: dict[int, dict] = {}
-            for key, value in {**tensors, **described["state"]}.items():
+            for key, value in {**load_file(folder / "optimizer.safetensors"), **described["state"]}.items():
                 index, name = key.split(".", 1)
+                if int(index) >= len(parameters):
+                    raise UserError(f"it has more than {len(parameters)} parameters")
                 parameter = parameters[int(index)]
                 if isinstance(value, Tensor) and value.ndim:
                     if value.shape != parameter.shape:
                         raise UserError(f"{key} is {list(value.shape)}, the parameter {list(parameter.shape)}")
-                    # in the parameter's memory layout, in which it was: sums over it (LAMB's norms) depend on that
+                    # In the parameter's memory layout: the order of sums over it (LAMB's norms) depends on that.
                     value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
                 state.setdefault(int(index), {})[name] = value
             self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
-            if self.scaler.is_enabled():
-                self.scaler.load_state_dict(described["scaler"])
-            self.step = described["step"]
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"checkpoint {folder}: cannot be read ({error})") from None
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(described["scaler"])
+        self.step = described["step"]
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norms: bool = True) -> list[dict]:
-    """What trains in `model`, for an optimizer; without `decay_norms`, norms and biases are not decayed."""
+    """The trainable parameters for an optimizer; without `decay_norms`, norms and biases have no weight decay."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if decay_norms:
         return [{"params": trainable, "weight_decay": weight_decay}]
@@ -176,11 +177,11 @@ def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norms: bool
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Make whatever is random in a step a function of these three, so that a resumed run draws alike."""
-    torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)  # primes, so that two are hardly alike
+    """Seed torch as a function of these three, so that a resumed run draws the same numbers."""
+    torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)  # primes keep different keys apart
 
 
 def mean_of(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each entry over the records, which all have the same ones."""
+    """The mean of each entry over records with the same names."""
     records = list(records)
     return {name: sum(record[name] for record in records) / len(records) for name in records[0]}

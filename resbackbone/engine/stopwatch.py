@@ -1,4 +1,4 @@
-"""What the parts of an update take, without making the host wait for a GPU."""
+"""Seconds of the parts of an update, measured without waiting for the GPU."""
 
 import time
 
@@ -6,28 +6,26 @@ import torch
 
 
 class Stopwatch:
-    """Adds up the seconds of named parts that follow each other; on a GPU by its own clock.
+    """Adds up the seconds of consecutive named parts: `start`, then a `lap` at the end of each.
 
-    A host that asked for the time after every part would wait for the GPU there. So marks are put between the
-    kernels of the current stream, and `take` reads those that the GPU has come to by itself; what it has not come to
-    is among the next.
+    On a GPU it records CUDA events and `take` reads those that the GPU has passed; later ones count in the next `take`.
     """
 
     def __init__(self, device: torch.device):
         self._device, self._on_gpu = device, device.type == "cuda"
-        self._spans: list[tuple] = []  # name, its two marks
+        self._spans: list[tuple] = []  # name, begin, end
 
     def start(self) -> None:
         self._last = self._mark()
 
     def lap(self, name: str) -> None:
-        """What passed since the last `start` or `lap` is of this part."""
+        """Count the time since the last `start` or `lap` as this part's."""
         mark = self._mark()
         self._spans.append((name, self._last, mark))
         self._last = mark
 
     def take(self, updates: int) -> dict[str, float]:
-        """{"PART_seconds": mean of an update} over the laps since they were last taken, of so many updates."""
+        """{"PART_seconds": mean for an update} of the laps since the last `take`, which were of this many updates."""
         seconds: dict[str, float] = {}
         pending = []
         for name, begin, end in self._spans:

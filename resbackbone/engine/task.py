@@ -1,4 +1,4 @@
-"""What is trained: a command fills in a `Task`, and `loop.train` calls it."""
+"""The interface between a training command and the loop: a command implements `Task`, `loop.train` calls it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 
 class Task(ABC):
-    """Data, losses, evaluation and files of one kind of training. A batch is whatever `batches` yields."""
+    """Data, losses, evaluation and files of one kind of training. `batches` decides what a batch is."""
 
     @abstractmethod
     def batches(self, start: int) -> Iterator[Any]:
-        """Endless batches of this rank, on its device, from update `start` on."""
+        """Endless batches for this rank, on its device, from update `start` on."""
 
     def parts(self, batch: Any) -> Sequence[Any]:
-        """Parts of equal size that a batch goes through the network in; their gradients are accumulated."""
+        """The batch split into parts of equal size, whose gradients are accumulated."""
         return [batch]
 
     @abstractmethod
@@ -24,12 +24,12 @@ class Task(ABC):
         """The loss terms (scalars) of a part; called under autocast."""
 
     def after_update(self, batch: Any, step: int) -> Mapping[str, float]:
-        """Called after every update. The numbers it returns, under the same names each time, are metrics too."""
+        """Called after every update. The numbers returned, with the same names every time, join the metrics."""
         return {}
 
     @abstractmethod
     def bad_batch(self, batch: Any) -> tuple[Mapping[str, Tensor], str]:
-        """For a batch whose loss is not finite: the tensors to save, and what names its images: "images 7, 9"."""
+        """For a batch whose loss is not finite: the tensors to save, and a name for its images: "images 7, 9"."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:
@@ -41,7 +41,7 @@ class Task(ABC):
 
     @abstractmethod
     def summary(self, result: Mapping[str, Any]) -> str:
-        """The result in a few words."""
+        """An evaluation's result in a few words."""
 
     @abstractmethod
     def write_report(self, folder: Path) -> None:

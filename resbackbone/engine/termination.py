@@ -1,4 +1,4 @@
-"""SIGTERM, with which schedulers end a job: training stops between two updates and saves, and the command exits 0."""
+"""SIGTERM, which schedulers send to end a job: training stops after an update and saves, and the command exits 0."""
 
 import multiprocessing
 import os
@@ -9,14 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-EXIT_STATUS = 128 + signal.SIGTERM  # what a shell reports for it
+EXIT_STATUS = 128 + signal.SIGTERM  # as shells report it
 
 
 class Terminated(SystemExit):
-    """Raised where SIGTERM stops this process; `together` if all ranks have agreed to stop here.
-
-    Its exit status is 0 once all that is wanted later is saved.
-    """
+    """SIGTERM stops this process; `together` if all ranks agreed to stop here."""
 
     def __init__(self, status: int, *, together: bool = False):
         super().__init__(status)
@@ -24,9 +21,9 @@ class Terminated(SystemExit):
 
 
 class Termination:
-    """What to do about SIGTERM: stop at once, or while `deferred` only note that it is `requested`.
+    """Handles SIGTERM: stops at once or, while `deferred`, sets `requested`.
 
-    `saved` says that stopping loses nothing, as in a run that can be resumed.
+    Once `saved` is set, because the run can be resumed, the exit status is 0.
     """
 
     def __init__(self):
@@ -34,9 +31,9 @@ class Termination:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signal in the block, anew."""
+        """Handle the signal in the block."""
         self.requested = self.saved = self._deferred = False
-        if threading.current_thread() is not threading.main_thread():  # no other may
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
             yield
             return
         before = signal.signal(signal.SIGTERM, self._received)
@@ -47,7 +44,7 @@ class Termination:
 
     @contextmanager
     def deferred(self, deferred: bool = True) -> Iterator[None]:
-        """In the block the signal is only noted; with False, in a part of such a block, it stops at once again."""
+        """In the block the signal only sets `requested`; with False, inside such a block, it stops at once again."""
         before, self._deferred = self._deferred, deferred
         try:
             yield
@@ -55,7 +52,6 @@ class Termination:
             self._deferred = before
 
     def stop(self, *, together: bool = False) -> NoReturn:
-        """Raise Terminated."""
         raise Terminated(0 if self.saved else EXIT_STATUS, together=together)
 
     def _received(self, *_) -> None:
@@ -66,10 +62,10 @@ class Termination:
 
 @contextmanager
 def quick_exit() -> Iterator[None]:
-    """End a process that is one of several ranks at the end of the block, without Python's own shutdown.
+    """End a rank at the end of the block without Python's finalization.
 
-    During that shutdown a gloo thread that frees a tensor aborts the process (pytorch/pytorch issue 190489): a rank
-    that has done its work would count as failed.
+    During finalization a gloo thread that frees a tensor aborts the process (pytorch/pytorch issue 190489), and a
+    finished rank would count as failed.
     """
     if "RANK" not in os.environ:
         yield
@@ -83,18 +79,17 @@ def quick_exit() -> Iterator[None]:
         print(status, file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    for worker in multiprocessing.active_children():  # of data loaders, which would outlive this process
+    for worker in multiprocessing.active_children():  # data loaders' workers would outlive this process
         worker.terminate()
     os._exit(status if isinstance(status, int) else int(status is not None))
 
 
 def worker_processes(workers: int) -> dict[str, Any]:
-    """A DataLoader's options for workers that ignore Ctrl-C, and SIGTERM unless their parent sent it.
+    """DataLoader options for workers that ignore Ctrl-C, and on Linux every SIGTERM but their parent's.
 
-    torchrun, SLURM and terminals signal every process of a rank. Without its workers a rank could not finish its update
-    and save. On macOS and Windows workers take SIGTERM as usual.
+    torchrun, SLURM and terminals signal every process of a rank, but a rank needs its workers to finish an update.
     """
-    forked = workers > 0 and sys.platform == "linux"  # elsewhere threads that started earlier would get the signal
+    forked = workers > 0 and sys.platform == "linux"
     return {
         "num_workers": workers,
         "worker_init_fn": _leave_signals_to_parent,
@@ -105,7 +100,7 @@ def worker_processes(workers: int) -> dict[str, Any]:
 def _leave_signals_to_parent(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # threads that start later inherit this
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # inherited by later threads
         threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -118,4 +113,4 @@ def _exit_with_parent() -> None:
     os._exit(0)
 
 
-termination = Termination()  # the process's: it has one handler for a signal
+termination = Termination()  # a process has one handler for a signal

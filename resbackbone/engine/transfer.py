@@ -1,4 +1,4 @@
-"""Moves batches to the device. On a GPU the next batch is copied while the current one is computed."""
+"""Batches moved to the device; on a GPU the next one is copied during computation."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
@@ -13,8 +13,8 @@ Moved = TypeVar("Moved")
 def moved(batches: Iterable[T], move: Callable[[T], Moved], device: torch.device) -> Iterator[Moved]:
     """move(batch) for each batch, in order; `move` starts copying the batch's tensors to `device`.
 
-    On a GPU `move` runs one batch ahead on its own stream, so that copies from pinned memory overlap with computation.
-    An exception from the batch ahead is raised when it is that batch's turn.
+    On a GPU `move` runs one batch ahead on its own stream, so that copies from pinned memory overlap computation.
+    Its exceptions are raised when the batch is due.
     """
     if device.type != "cuda":
         yield from map(move, batches)
@@ -25,7 +25,7 @@ def moved(batches: Iterable[T], move: Callable[[T], Moved], device: torch.device
         try:
             with torch.cuda.stream(stream):
                 return move(next(source))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised below
+        except Exception as error:  # noqa: BLE001 - raised below
             return error
 
     following = fetch()
@@ -35,7 +35,7 @@ def moved(batches: Iterable[T], move: Callable[[T], Moved], device: torch.device
         current, computing = following, torch.cuda.current_stream(device)
         computing.wait_stream(stream)
         for tensor in _tensors(current):
-            tensor.record_stream(computing)  # else its memory may be given away while it is still read there
+            tensor.record_stream(computing)  # else its memory may be reused while it is read
         following = fetch()
         yield current
 

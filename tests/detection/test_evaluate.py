@@ -80,7 +80,7 @@ def test_any_number_of_ranks_gives_what_one_does(tmp_path, monkeypatch, ranks):
 def test_an_image_that_several_ranks_detect_on_counts_once(tmp_path, monkeypatch):
     dataset = data_set(tmp_path / "images")
     _, alone, _ = evaluate(Stub(), dataset, Rank(0, 1, CPU))
-    monkeypatch.setattr(evaluate_module, "RankShare", lambda count, *, rank, ranks: range(count - rank % 2))
+    monkeypatch.setattr(Rank, "share", lambda self, count: range(count - self.rank % 2))
     results, detections, _ = on_ranks(monkeypatch, 3, Stub(), dataset)
     assert np.array_equal(detections, alone) and results["detections"] == len(alone)
 

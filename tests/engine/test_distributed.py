@@ -7,16 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from resbackbone.checks import UserError
 from resbackbone.engine import distributed as distributed_module
-from resbackbone.engine.distributed import (
-    Rank,
-    RankShare,
-    any_rank,
-    broadcast,
-    count_processes,
-    gather,
-    launch,
-)
+from resbackbone.engine.distributed import Rank, any_rank, broadcast, count_processes, gather, launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,44 +49,39 @@ if __name__ == "__main__":
 """
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def run_program(folder, program, *launcher):
+    """Run a program with `folder` as its argument."""
+    (folder / "program.py").write_text(program)
+    hidden = ("RANK", "WORLD_SIZE", "RESBACKBONE_DEBUG")
+    env = {name: value for name, value in os.environ.items() if name not in hidden}
+    command = [sys.executable, *launcher, folder / "program.py", folder]
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What the two processes of a torchrun saw."""
     folder = tmp_path_factory.mktemp("ranks")
-    (folder / "program.py").write_text(PROGRAM)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*torchrun, folder / "program.py", folder],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = run_program(folder, PROGRAM, *TORCHRUN)
     assert run.returncode == 0, run.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in "01"]
 
 
-def test_every_process_of_torchruns_knows_its_place(seen):
+def test_the_processes_of_torchrun_know_their_rank_and_exchange_values(seen):
     assert [(s["rank"], s["ranks"], s["main"], s["device"]) for s in seen] == [
         (0, 2, True, "cpu"),
         (1, 2, False, "cpu"),
     ]
-
-
-def test_what_every_rank_has_is_gathered_at_rank_0_in_order(seen):
-    assert seen[0]["gathered"] == [{"from": 0, "n": [0]}, {"from": 1, "n": [1, 1]}]
-    assert seen[1]["gathered"] is None
-
-
-def test_what_rank_0_has_is_broadcast_to_every_rank(seen):
+    assert [s["gathered"] for s in seen] == [[{"from": 0, "n": [0]}, {"from": 1, "n": [1, 1]}], None]
     assert [s["broadcast"] for s in seen] == ["of 0", "of 0"]
-
-
-def test_what_one_rank_says_every_rank_knows(seen):
     assert [s["any"] for s in seen] == [[True, True, True, False]] * 2
 
 
-def test_a_wish_of_one_rank_to_stop_stops_every_rank_after_the_same_update(seen):
+def test_when_one_rank_asks_to_stop_every_rank_stops_after_the_same_update(seen):
     assert [s["stopping"] for s in seen] == [[False, True]] * 2
     assert [s["weight after"] for s in seen] == [0.5, 0.5]
 
@@ -122,15 +110,7 @@ def work(rank, folder):
 if __name__ == "__main__":
     launch(work, (sys.argv[1],), device="cpu", processes=2, guard=one_line_errors)
 """
-    (tmp_path / "program.py").write_text(program)
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "RESBACKBONE_DEBUG")}
-    run = subprocess.run(
-        [sys.executable, tmp_path / "program.py", tmp_path],
-        env={**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = run_program(tmp_path, program)
     assert (tmp_path / "seen").read_text() == "[0, 1]"
     assert run.returncode == 1
     assert "error on rank 1: no such image" in run.stderr.splitlines()
@@ -180,16 +160,8 @@ if __name__ == "__main__":
 """
 
 
-def test_gradients_lie_in_memory_as_ddp_wants_them(tmp_path):
-    (tmp_path / "program.py").write_text(STEP)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    run = subprocess.run(
-        [*torchrun, tmp_path / "program.py", tmp_path],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+def test_gradients_have_the_memory_layout_of_ddps_buckets(tmp_path):
+    run = run_program(tmp_path, STEP, *TORCHRUN)
     assert run.returncode == 0, run.stderr
     for rank in "01":
         seen = json.loads((tmp_path / f"{rank}.json").read_text())
@@ -273,31 +245,25 @@ def test_one_process_makes_its_device_the_current_one(no_torchrun, monkeypatch):
     assert used == [1, "high", torch.device("cuda:1")]
 
 
-def test_a_rank_without_a_number_of_ranks_is_an_error(no_torchrun, monkeypatch):
-    monkeypatch.setenv("RANK", "3")
-    with pytest.raises(ValueError, match="RANK is set and WORLD_SIZE is not"):
-        count_processes("cpu", None)
-
-
-def test_under_torchrun_its_number_counts(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "16")
-    assert count_processes("cpu", None) == 16
+def test_a_launcher_must_set_the_number_of_ranks_which_then_counts(no_torchrun, monkeypatch):
     with_gpus(monkeypatch, 8)
-    assert count_processes("cuda", None) == 16
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(UserError, match="RANK is set and WORLD_SIZE is not"):
+        count_processes("cpu", None)
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert count_processes("cpu", None) == count_processes("cuda", None) == 16
 
 
 @pytest.mark.parametrize(
     "device, gpus, there, message",
     [
-        ("cuda", None, 0, "cuda: this torch finds no GPU; python tools/doctor.py says why"),
         ("cuda", 5, 4, "5: this machine has 4 GPUs"),
         ("cuda", 0, 4, "0: this machine has 4 GPUs"),
         ("cuda:4", None, 4, "cuda:4: this machine has 4 GPUs, cuda:0 to cuda:3"),
         ("cpu", 2, 4, "2 with device cpu: start several CPU processes with torchrun"),
-        ("gpu", None, 4, "unknown device 'gpu'; choose from cuda, cpu, mps"),
     ],
 )
-def test_a_device_that_is_not_there_is_an_error_that_says_so(device, gpus, there, message, no_torchrun, monkeypatch):
+def test_gpus_that_this_machine_lacks_are_refused(device, gpus, there, message, no_torchrun, monkeypatch):
     with_gpus(monkeypatch, there)
     with pytest.raises(ValueError, match=message):
         count_processes(device, gpus)
@@ -305,7 +271,6 @@ def test_a_device_that_is_not_there_is_an_error_that_says_so(device, gpus, there
 
 @pytest.mark.parametrize("count, ranks", [(10, 1), (10, 2), (10, 3), (2, 5), (0, 3)])
 def test_the_shares_of_all_ranks_hold_every_image_once(count, ranks):
-    shares = [RankShare(count, rank=rank, ranks=ranks) for rank in range(ranks)]
+    shares = [Rank(rank, ranks, torch.device("cpu")).share(count) for rank in range(ranks)]
     assert sorted(index for share in shares for index in share) == list(range(count))
-    assert [len(share) for share in shares] == [len(list(share)) for share in shares]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
