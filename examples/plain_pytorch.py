@@ -3,7 +3,7 @@
 python examples/plain_pytorch.py                                                     seconds on a CPU, random weights
 python examples/plain_pytorch.py --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V2
 
-Prints the channels and stride of each map, and what trains: with weights, all but batch norms and the first layers.
+Prints the channels and stride of each map, and what is trained: with weights, all but batch norms and the first layers.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = Segmenter(options.depth, options.weights).train()
     print(model.backbone.features, model.backbone.summary(), sep="\n")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # what is frozen gets no gradient
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)  # skips frozen parameters, which get no gradient
     for step in range(1, 11):
         images, masks = draw(4)
         loss = F.binary_cross_entropy_with_logits(model(images), masks)

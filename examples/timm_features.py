@@ -17,13 +17,13 @@ from resbackbone.adapters.timm import from_timm
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--network", default="convnext_atto", help="any of timm's that gives feature maps")
+    parser.add_argument("--network", default="convnext_atto", help="a timm network with feature maps")
     parser.add_argument("--pretrained", action="store_true", help="download weights; without it they are random")
     options = parser.parse_args()
     torch.manual_seed(0)
     images = torch.rand(2, 3, 97, 130)
 
-    # Ours in timm: create_model's arguments, feature_info, and parameter names of timm's own resnet18.
+    # Our ResNet in timm: create_model's arguments, feature_info, and the parameter names of timm's resnet18.
     trunk = timm.create_model(
         "resbackbone_18", features_only=True, out_indices=(1, 2, 3, 4), pretrained=options.pretrained
     ).eval()
@@ -32,11 +32,11 @@ def main() -> None:
     for channels, stride, x in zip(trunk.feature_info.channels(), trunk.feature_info.reduction(), maps, strict=True):
         print(f"stride {stride:2}: {channels} channels, {tuple(x.shape)}")
 
-    # And as a classifier to fine-tune.
+    # Our ResNet as a classifier to fine-tune.
     classifier = timm.create_model("resbackbone_18", num_classes=10, pretrained=options.pretrained)
     print("classifier:", tuple(classifier(images).shape))
 
-    # timm's in ours: any network that gives feature maps, with our pyramid, in our Faster R-CNN.
+    # A timm network in our Faster R-CNN, with our FPN.
     backbone = from_timm(options.network, fpn=True, fpn_channels=64, pretrained=options.pretrained)
     print(options.network, backbone.features)
     detector = build_faster_rcnn(backbone, num_classes=3, min_size=128, max_size=256).eval()

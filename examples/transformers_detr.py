@@ -3,8 +3,8 @@
 python examples/transformers_detr.py                                                 seconds on a CPU, random weights
 python examples/transformers_detr.py --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V2
 
-Importing the adapter registers its configuration, so models with it are saved and loaded like any other. Needs
-`pip install transformers`; DETR's own loss, not shown here, also needs scipy.
+Importing the adapter registers its configuration, so you can save and load models with it like any other. Needs
+`pip install transformers`; DETR's own loss, which this script does not use, also needs scipy.
 """
 
 import argparse
@@ -29,9 +29,9 @@ def main() -> None:
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
     config = DetrConfig(backbone_config=trunk.config, num_queries=5, num_labels=3, **tiny, **heads)
     detr = DetrForObjectDetection(config)
-    detr.model.backbone.model.load_state_dict(trunk.state_dict())  # a config makes it with random weights
+    detr.model.backbone.model.load_state_dict(trunk.state_dict())  # built from the config with random weights
 
-    # transformers' models take images that are normalized already, by ImageNet's mean and standard deviation.
+    # transformers' models take images already normalized by ImageNet's mean and standard deviation.
     output = detr(torch.randn(2, 3, 97, 130))
     print("class scores", tuple(output.logits.shape), "boxes", tuple(output.pred_boxes.shape))
     (output.logits.square().mean() + output.pred_boxes.mean()).backward()  # stands for DETR's loss

@@ -1,4 +1,4 @@
-"""What a network costs (parameters, multiply-adds), and why it trains: its layers' responses and gradients."""
+"""What a network costs (parameters, multiply-adds), and the responses and gradients of its layers."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,14 +12,14 @@ from resbackbone.checks import UserError
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, frozen ones included; statistics of norms are not parameters."""
+    """Number of parameters, including frozen ones; statistics of norms are not parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_multiply_adds(module: nn.Module, height: int = 224, width: int = 224, in_channels: int = 3) -> int:
-    """Multiply-adds of one image's forward pass, convolutions and matrix products (what the paper calls FLOPs).
+    """Multiply-adds of convolutions and matrix products for one image of height x width pixels (the paper's FLOPs).
 
-    Counted on the meta device, so nothing is computed and `module` is left alone. `height`, `width` in pixels.
+    Counts on the meta device: nothing is computed and `module` does not change.
     """
     counted = copy.deepcopy(module).to("meta").eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -31,10 +31,10 @@ def count_multiply_adds(module: nn.Module, height: int = 224, width: int = 224, 
 def layer_responses(model: nn.Module, images: Tensor) -> list[dict]:
     """[{"layer": "layer1.0.conv1", "std": 0.7}, ..] of every 3x3 layer, in order (He et al. 2015, Sec. 4.2, Fig. 7).
 
-    A response is a layer's output on `images`, [B, channels, H, W] as the network takes them, after its norm and
-    before the nonlinearity or the addition; `std` is the standard deviation over all its elements. Batch norms use the
-    statistics of `images`, as in training, and so make it 1 at initialisation in any network; what they have learned
-    is what it shows afterwards. `model`, a network with torchvision's names, is left alone.
+    A response is a layer's output on `images`, [B, channels, H, W] as the network takes them, after its norm and before
+    the nonlinearity or the addition; `std` is the standard deviation of its elements. Batch norms use the statistics of
+    `images`, as in training, so it is 1 at initialization in any network and later shows the learned scales. `model`
+    has torchvision's names and does not change.
     """
     stds: dict[str, float] = {}
 
@@ -49,25 +49,23 @@ def layer_responses(model: nn.Module, images: Tensor) -> list[dict]:
 def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[dict]:
     """[{"layer": "layer1.0.conv1", "norm": 0.02, "relative": 1.3}, ..]: the gradient that each 3x3 layer receives.
 
-    `norm` is the L2 norm of dL/dy, of the cross-entropy L of an image to the response y (see `layer_responses`) of a
-    classifier's layer, as root mean square over the images, so it does not depend on how many there are. `relative`
-    is to the last of these layers, so that the size of the loss falls out. In a plain network the gradient passes
-    through every layer, each of which multiplies it; in a residual one it also reaches each block through the
-    additions alone. The paper finds that batch norm keeps it from vanishing in plain networks too (Sec. 4.1); at
-    initialisation it grows there towards the first layers, by about a fifth a layer.
-    `relative` is None where the last layer receives none. images: [B, 3, H, W] as the network takes them. labels: [B].
+    `norm` is the L2 norm of dL/dy for an image's cross-entropy L and a classifier layer's response y (see
+    `layer_responses`), as root mean square over the images. `relative` is its ratio to the last 3x3 layer's, which
+    cancels the size of the loss; None if that layer receives no gradient. The paper finds that batch norm keeps
+    gradients from vanishing in plain networks too (Sec. 4.1). images: [B, 3, H, W] as the network takes them.
+    labels: [B].
     """
     norms: dict[str, float] = {}
 
     def record(layer: str, response: Tensor) -> None:
-        norms.setdefault(layer, 0.0)  # here in the order of the layers; gradients come in the opposite one
+        norms.setdefault(layer, 0.0)  # in the order of layers; gradients arrive in the opposite order
 
         def receive(gradient: Tensor) -> None:
             norms[layer] = (gradient.float().square().sum() / len(images)).sqrt().item()
 
-        response.register_hook(receive)  # gets the gradient of what y is now, whatever is added to it in place
+        response.register_hook(receive)  # of y as it is now, before later in-place additions
 
-    # Frozen or not, gradients pass through a network whose input wants one.
+    # An input that requires a gradient sends gradients through frozen layers too.
     logits = _observed(model, record)(images.detach().clone().requires_grad_())
     F.cross_entropy(logits.float(), labels, reduction="sum").backward()
     last = list(norms.values())[-1]
@@ -75,7 +73,7 @@ def gradient_norms(model: nn.Module, images: Tensor, labels: Tensor) -> list[dic
 
 
 class _Observed(nn.Module):
-    """A norm whose outputs are shown to `record`. A frozen one inside is no longer folded into its convolution."""
+    """A norm that passes its outputs to `record`. A wrapped frozen norm is not folded into its convolution."""
 
     def __init__(self, norm: nn.Module, layer: str, record: Callable[[str, Tensor], None]):
         super().__init__()
@@ -88,18 +86,18 @@ class _Observed(nn.Module):
 
 
 def _observed(model: nn.Module, record: Callable[[str, Tensor], None]) -> nn.Module:
-    """A copy of `model` in training mode that calls record(layer, response) as each 3x3 layer responds."""
+    """A copy of `model` in training mode that calls record(layer, response) for each 3x3 layer."""
     copied = copy.deepcopy(model).train()
     layers = list(_layers_3x3(copied))
     if not layers:
-        raise UserError("no 3x3 layer (a convN with its bnN) in this network, whose responses could be measured")
+        raise UserError("this network has no 3x3 layer (a convN with its bnN) to measure")
     for layer, parent, norm_name in layers:
         setattr(parent, norm_name, _Observed(getattr(parent, norm_name), layer, record))
     return copied
 
 
 def _layers_3x3(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Each 3x3 convolution `convN` beside a `bnN`: its full name, the module that holds the two, the norm's name."""
+    """(full name, parent module, name of the norm) of each 3x3 convolution `convN` that has a `bnN` beside it."""
     for prefix, parent in model.named_modules():
         for name, child in parent.named_children():
             norm_name = name.replace("conv", "bn")

@@ -12,7 +12,7 @@ PIECE = 1 << 20  # bytes
 
 
 def write_atomically(path: str | os.PathLike, data: str | bytes | Iterator[str]) -> None:
-    """Write `data`, whole or in pieces, to `path`. Readers see the old file or the new one, even after a crash."""
+    """Write `data`, or its pieces, to `path`. Readers see the old file or the new one, even after a crash."""
     with open_atomically(path) as file:
         for piece in data if isinstance(data, Iterator) else [data]:
             file.write(piece.encode() if isinstance(piece, str) else piece)
@@ -20,7 +20,7 @@ def write_atomically(path: str | os.PathLike, data: str | bytes | Iterator[str])
 
 @contextmanager
 def open_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Yield a temporary file to write to; then sync it and move it to `path`. After an error nothing has changed."""
+    """Yield a temporary file to write to, then sync it and move it to `path`; after an error `path` is unchanged."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -36,7 +36,7 @@ def open_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 @contextmanager
 def folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder to write to; then sync it and move it to `path`, in place of an older one."""
+    """Yield a temporary folder to write to, then sync it and move it to `path`, replacing an older one."""
     path = Path(path)
     temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old.tmp"))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -55,7 +55,7 @@ def folder_atomically(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def file_digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:
-    """The hash of a file in hexadecimal digits; the file is read in pieces."""
+    """The hash of a file in hexadecimal digits."""
     digest = hashlib.new(algorithm, usedforsecurity=False)
     with open(path, "rb") as file:
         while piece := file.read(PIECE):
@@ -64,7 +64,7 @@ def file_digest(path: str | os.PathLike, algorithm: str = "sha256") -> str:
 
 
 def remove_unfinished(folder: str | os.PathLike) -> None:
-    """Remove what a killed process left unfinished in `folder`. Only the sole writer may call this."""
+    """Remove the temporary files of killed processes in `folder`. Only its sole writer may call this."""
     for left in Path(folder).glob(".*.tmp"):
         if left.is_dir():
             shutil.rmtree(left)

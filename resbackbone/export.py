@@ -1,4 +1,4 @@
-"""A backbone as one file that runs without this library: ONNX, or PyTorch's own .pt2."""
+"""Export of a backbone to one file that runs without this library: ONNX, or PyTorch's .pt2."""
 
 import io
 import json
@@ -33,9 +33,9 @@ def export_maps(
         format = path.suffix.removeprefix(".")
     one_of("format", format, SUFFIXES)
     if path.suffix in SUFFIXES.values() and path.suffix != SUFFIXES[format]:
-        raise UserError(f"format {format!r} and a path that ends in {path.suffix!r} do not agree: {str(path)!r}")
+        raise UserError(f"{path}: the suffix does not fit the format {format!r}; use {SUFFIXES[format]}")
     if not path.parent.is_dir():
-        raise UserError(f"cannot export to {str(path)!r}: there is no folder {str(path.parent)!r}")
+        raise UserError(f"{path}: no folder {path.parent} to export to")
     if format == "onnx":
         require("export", "onnx", "onnxscript", user="export to ONNX")
 
@@ -46,11 +46,10 @@ def export_maps(
 
 def _capture(network: nn.Module) -> ExportedProgram:
     channels = next(module for module in network.modules() if isinstance(module, nn.Conv2d)).in_channels
-    example = torch.zeros(2, channels, 64, 96)  # three different sizes, so that none is taken for another
-    # By default a size of 1 counts as a case of its own: a map of 1 pixel, so images below the coarsest stride + 1
-    # (33 with c5, 129 with p7), would be refused.
+    example = torch.zeros(2, channels, 64, 96)  # different sizes, so that none is mistaken for another
+    # By default a size of 1 is a special case, and the program would refuse images whose coarsest map is one pixel.
     with any_size_in_exports():
-        free = dict.fromkeys(FREE_DIMENSIONS, Dim.DYNAMIC)  # in the network's own range; an error if it is one size
+        free = dict.fromkeys(FREE_DIMENSIONS, Dim.DYNAMIC)  # any size; an error if the network fixes one
         program = torch.export.export(network, (example,), dynamic_shapes=(free,))
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
@@ -61,11 +60,11 @@ def _to_onnx(program: ExportedProgram, outputs: Sequence[str], metadata: dict[st
     exported = torch.onnx.export(
         program,
         output_names=list(outputs),
-        dynamic_shapes={"images": FREE_DIMENSIONS},  # the program has its own; this names them
+        dynamic_shapes={"images": FREE_DIMENSIONS},  # names the program's free dimensions
         dynamo=True,
         verbose=False,
     )
-    assert exported is not None  # with dynamo=True it never is
+    assert exported is not None  # never with dynamo=True
     exported.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
     return exported.model_proto.SerializeToString()
 

@@ -1,4 +1,4 @@
-"""Image files to uint8 RGB pixels, and what is wrong with a file: the one module that opens images."""
+"""Image files to uint8 RGB pixels, and what is wrong with unusable files. No other module opens images."""
 
 import io
 import os
@@ -14,25 +14,25 @@ from resbackbone.checks import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
 EXIF_ORIENTATION = 0x0112
-MAX_ASPECT = 200  # longer side over shorter; resized to at most max_size, a narrower image would have no width left
+MAX_ASPECT = 200  # longer side over shorter; a narrower image would have no width left after resizing to max_size
 
 
 class BadImage(UserError):
     """An image that cannot be used. The message is `image FILE: REASON`.
 
-    Every image that is skipped is skipped because of one of these, and most are raised in this module: the file is
-    missing, empty, truncated or not an image, or its size is not the annotated one. Data sets opened with
-    `skip_bad_images=True` (`--skip-bad-images`) leave such images out; commands then print `skipped image FILE: REASON`
-    and list the messages in results.json, under `skipped_images` and `skipped_training_images`.
+    It is raised, mostly in this module, if a file is missing, empty, truncated or not an image, or if its size is not
+    the annotated one. Data sets opened with `skip_bad_images=True` (`--skip-bad-images`) skip such images and no
+    others; commands then print `skipped image FILE: REASON` and list the messages in results.json, under
+    `skipped_images` and `skipped_training_images`.
     """
 
 
 def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> Tensor:
-    """Read an image file of any colour mode as uint8 [3, H, W], RGB; 16 bits are brought to 8, alpha is dropped.
+    """Read an image file of any colour mode as uint8 [3, H, W], RGB; 16 bits are scaled to 8, alpha is dropped.
 
-    size: the annotated (width, height), if any. An image with an EXIF orientation is turned upright unless the stored,
-    unturned image is the one of this size: boxes are in the coordinates the annotator saw. Raises BadImage, naming the
-    file, if it is missing, empty, truncated, not an image, or of another size.
+    `size` is the annotated (width, height), if any. An EXIF orientation is applied unless only the stored image has
+    this size: boxes are in the coordinates that the annotator saw. Raises BadImage, with the file's name, if it is
+    missing, empty, truncated, not an image, or of another size.
     """
     with _opened(read_file(path), path) as image:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
@@ -49,7 +49,7 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
 
 
 def read_file(path: str | os.PathLike) -> bytes:
-    """The encoded image. Raises BadImage if the file cannot be read."""
+    """The bytes of an image file. Raises BadImage if it cannot be read."""
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read()
@@ -60,16 +60,16 @@ def read_file(path: str | os.PathLike) -> bytes:
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) as stored, in pixels. Raises BadImage if the file is not an image."""
+    """(width, height) of the stored image, in pixels. Raises BadImage if the file is not an image."""
     with _opened(read_file(path), path) as image:
         return image.size
 
 
 def decode(file: bytes, name: str) -> np.ndarray:
-    """Decode an image file as `open_rgb` does, to uint8 [H, W, 3]; JPEGs in 3/4 of the time or less.
+    """Decode an image file to uint8 [H, W, 3] with the values of `open_rgb`; JPEGs take 3/4 of the time or less.
 
-    Values equal PIL's: simplejpeg uses the same libjpeg-turbo. CMYK files, sizes that PIL warns about and files that
-    simplejpeg rejects go to PIL. Raises BadImage, with `name`, if PIL cannot decode the file.
+    simplejpeg uses PIL's libjpeg-turbo. CMYK files, sizes that PIL warns about and files that simplejpeg rejects go to
+    PIL. Raises BadImage, with `name`, if PIL cannot decode the file.
     """
     import simplejpeg
 
@@ -77,7 +77,7 @@ def decode(file: bytes, name: str) -> np.ndarray:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(file)
         if colours in ("YCbCr", "RGB", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or np.inf):
             return simplejpeg.decode_jpeg(file, "RGB")
-    except ValueError:  # simplejpeg's only error; PIL reads the file or says what is wrong
+    except ValueError:  # PIL reads the file or says what is wrong
         pass
     return np.array(open_rgb(file, name))
 
@@ -85,14 +85,14 @@ def decode(file: bytes, name: str) -> np.ndarray:
 def open_rgb(file: bytes, name: str) -> Image.Image:
     """Decode an image file of any colour mode to a PIL image in RGB. Raises BadImage, with `name`, if that fails.
 
-    The EXIF orientation is ignored, as torchvision and timm ignore it: published accuracies depend on that.
+    Ignores the EXIF orientation, as torchvision and timm do for published accuracies.
     """
     with _opened(file, name) as image:
         return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: 16 bits and more are scaled to 8, where PIL's own conversion clips; alpha is dropped."""
+    """Convert any mode to RGB. Scales 16 bits and more to 8, which PIL's conversion clips, and drops alpha."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
         top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
@@ -104,7 +104,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @contextmanager
 def _opened(file: bytes, name: str | os.PathLike) -> Iterator[Image.Image]:
-    """PIL's image of a file. Whatever PIL raises in the block becomes a BadImage: it decodes there."""
+    """Open an image with PIL. Errors in the block, where PIL decodes, become BadImage."""
     try:
         with Image.open(io.BytesIO(file)) as image:
             yield image

@@ -96,12 +96,6 @@ def test_every_command_of_a_page_is_one_that_its_tool_understands(page, capsys):
             pytest.fail(f"tools/{tool}.py {shlex.join(words)}: {error}")
 
 
-def test_commands_are_found_in_blocks_and_text_and_over_line_ends(tmp_path):
-    text = "see `python tools/a.py --x 1` and\n\n```sh\n.venv/bin/python tools/b.py c \\\n    --d  # why\n```\n\n"
-    (tmp_path / "page.md").write_text(text + "    torchrun --nnodes 2 tools/e.py --f\n")
-    assert commands(tmp_path / "page.md") == [["a", "--x", "1"], ["b", "c", "--d"], ["e", "--f"]]
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_what_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")

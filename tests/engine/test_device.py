@@ -16,11 +16,15 @@ def gpus(monkeypatch):
     return have
 
 
-def test_gpus_are_chosen_where_there_are_any(gpus):
+def test_gpus_are_chosen_where_there_are_any(gpus, monkeypatch):
     gpus(0)
     assert choose_device(None) == choose_device("cpu") == "cpu"
     gpus(2)
     assert choose_device(None) == "cuda" and choose_device("cuda:1") == "cuda:1"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device("mps") == "mps" and choose_precision(None, "mps") == "fp32"
+    with pytest.raises(ValueError, match="bf16: mps computes in fp32 only"):
+        choose_precision("bf16", "mps")
 
 
 @pytest.mark.parametrize(
@@ -29,20 +33,12 @@ def test_gpus_are_chosen_where_there_are_any(gpus):
         ("cuda", "cuda: this torch finds no GPU; python tools/doctor.py says why"),
         ("mps", "mps: this torch finds no Apple GPU; leave the device out to compute on the CPU"),
         ("tpu", "unknown device 'tpu'; choose from cuda, cpu, mps"),
-        ("xpu", "unknown device 'xpu'; choose from cuda, cpu, mps"),
     ],
 )
 def test_a_device_that_is_not_here_is_refused(device, message, gpus):
     gpus(0)
     with pytest.raises(ValueError, match=message):
         choose_device(device)
-
-
-def test_an_apple_gpu_is_used_where_torch_finds_one_and_computes_in_fp32(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert choose_device("mps") == "mps" and choose_precision(None, "mps") == "fp32"
-    with pytest.raises(ValueError, match="bf16: mps computes in fp32 only"):
-        choose_precision("bf16", "mps")
 
 
 def test_the_precision_is_one_that_the_device_computes_in(gpus):

@@ -1,4 +1,5 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +34,7 @@ def another(tmp_path):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_second_process_is_refused_and_told_who_writes(another, tmp_path, resume):
+def test_a_second_process_is_refused_and_learns_who_writes(another, tmp_path, resume):
     with pytest.raises(
         ValueError, match=rf"run is being written by process {another.pid} on .+ since 20.+; choose another"
     ):
@@ -48,7 +49,7 @@ def test_a_killed_process_holds_nothing(another, tmp_path):
     release_folder(folder)
 
 
-def test_a_folder_that_nothing_was_written_to_goes_and_another_stays(tmp_path):
+def test_a_folder_that_stays_empty_is_removed_and_another_stays(tmp_path):
     for name in ("empty", "used"):
         lock_folder(tmp_path / name)
         lock_folder(tmp_path / name)  # again by the same process
@@ -59,20 +60,12 @@ def test_a_folder_that_nothing_was_written_to_goes_and_another_stays(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["used", "used/config.yaml"]
 
 
-def test_the_folders_around_it_that_were_made_for_it_go_too_and_others_stay(tmp_path):
+def test_parents_created_for_a_folder_are_removed_with_it_and_others_stay(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "there" / "run").mkdir(parents=True)
     lock_folder(tmp_path / "mine" / "runs" / "a")
     lock_folder(tmp_path / "there" / "run")
+    lock_folder(tmp_path / "removed")
+    shutil.rmtree(tmp_path / "removed")
     release_all_folders()
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["mine", "there", "there/run"]
-
-
-def test_a_folder_that_was_removed_can_be_let_go(tmp_path):
-    lock_folder(tmp_path / "run")
-    for path in (tmp_path / "run").iterdir():
-        path.unlink()
-    (tmp_path / "run").rmdir()
-    release_folder(tmp_path / "run")
-    lock_folder(tmp_path / "run")
-    release_folder(tmp_path / "run")

@@ -17,14 +17,14 @@ def agreed(store, ranks, order):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-def test_ranks_that_are_started_again_agree_on_a_word_that_those_before_had_not(order, monkeypatch):
+def test_restarted_ranks_agree_on_a_new_prefix(order, monkeypatch):
     monkeypatch.setattr(rendezvous, "PAUSE", 0.01)
     store = dist.HashStore()
-    words = [agreed(store, 3, order) for _ in range(3)]
-    assert all(len(word) == 1 for word in words) and len(set.union(*words)) == 3
+    prefixes = [agreed(store, 3, order) for _ in range(3)]
+    assert all(len(each) == 1 for each in prefixes) and len(set.union(*prefixes)) == 3
 
 
-def test_a_rank_that_is_quicker_than_its_peers_waits_for_them_and_not_for_their_predecessors(monkeypatch):
+def test_a_fast_rank_waits_for_its_peers_and_not_for_their_predecessors(monkeypatch):
     monkeypatch.setattr(rendezvous, "PAUSE", 0.01)
     store = dist.HashStore()
     agreed(store, 2, (0, 1))
@@ -34,10 +34,7 @@ def test_a_rank_that_is_quicker_than_its_peers_waits_for_them_and_not_for_their_
     assert len(agreed(store, 2, (1, 0))) == 1
 
 
-def test_a_rank_alone_agrees_with_itself():
+def test_a_rank_alone_agrees_with_itself_and_without_torchrun_there_is_no_store(monkeypatch):
     assert agree(dist.HashStore(), 0, 1, SOON)
-
-
-def test_without_torchrun_there_is_no_such_store(monkeypatch):
     monkeypatch.delenv(rendezvous.AGENT, raising=False)
     assert store_of_this_start(0, 1, SOON) is None

@@ -28,11 +28,6 @@ def test_a_cosine_falls_from_the_rate_to_zero_and_stays_there(step, rate):
     assert COSINE.learning_rate(step) == pytest.approx(rate, abs=1e-7)
 
 
-def test_the_warm_up_only_rises_and_is_over_at_its_last_step():
-    rates = [STEPS.learning_rate(step) for step in range(0, 1001, 50)]
-    assert rates == sorted(set(rates)) and rates[-1] == STEPS.rate
-
-
 @pytest.mark.parametrize("batch_size", [4, 8, 16, 64])
 def test_another_batch_size_sees_as_many_images_at_a_rate_in_proportion(batch_size):
     scaled = STEPS.for_batch(batch_size, 16)
@@ -43,14 +38,8 @@ def test_another_batch_size_sees_as_many_images_at_a_rate_in_proportion(batch_si
     assert (scaled.warmup_factor, scaled.cosine) == (STEPS.warmup_factor, STEPS.cosine)
 
 
-def test_a_rate_that_does_not_scale_is_left_while_the_lengths_follow():
+def test_lengths_scale_without_the_rate_too_and_stay_at_least_one_step():
     scaled = COSINE.for_batch(4, 16, scale_rate=False)
     assert (scaled.rate, scaled.steps, scaled.cosine) == (0.1, 400, True)
-
-
-def test_the_batch_size_it_was_stated_for_changes_nothing():
     assert STEPS.for_batch(16, 16) == STEPS
-
-
-def test_a_schedule_has_at_least_one_step():
     assert COSINE.for_batch(100_000, 16).steps == 1

@@ -28,20 +28,21 @@ def train_state(make=OPTIMIZERS["SGD"], **options):
     return TrainState(model, make(model.parameters()), ALONE, **options)
 
 
-def network_of(weights):
-    model = network()
-    model.load_state_dict(weights)
-    return model
-
-
 def losses_of(model, step=0):
     torch.manual_seed(100 + step)
     y = model(torch.randn(2, 3, 5, 7))
     return {"a": y.square().mean(), "b": (y - 1).abs().mean()}
 
 
-def assert_same_weights(model, other):
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in model.state_dict().items())
+def update(state, losses=None, rate=0.1, **options):
+    """One update from these losses, by default `losses_of` the network."""
+    return state.update(lambda _: losses or losses_of(state.model), [None], learning_rate=rate, **options)
+
+
+def assert_same_weights(model, expected):
+    """`expected` is a network or a state dict."""
+    expected = expected if isinstance(expected, dict) else expected.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
 
 
 def test_an_update_is_sgd_on_the_sum_of_the_losses_by_hand():
@@ -50,7 +51,7 @@ def test_an_update_is_sgd_on_the_sum_of_the_losses_by_hand():
     velocity = [torch.zeros_like(p) for p in by_hand.parameters()]
     for step, rate in enumerate((0.5, 0.5, 0.05)):
         losses = losses_of(state.model, step)
-        values = state.update(lambda _, losses=losses: losses, [None], learning_rate=rate)
+        values = update(state, losses, rate)
         assert values == {name: pytest.approx(loss.item()) for name, loss in losses.items()}
         gradients = torch.autograd.grad(sum(losses_of(by_hand, step).values()), list(by_hand.parameters()))
         with torch.no_grad():
@@ -68,8 +69,8 @@ def test_gradients_of_an_earlier_backward_are_not_added():
     losses_of(state.model, 9)["a"].backward()
     for module, source in zip(state.model.buffers(), other.model.buffers(), strict=True):
         module.copy_(source)
-    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
-    other.update(lambda _: losses_of(other.model), [None], learning_rate=0.1)
+    update(state)
+    update(other)
     assert_same_weights(state.model, other.model)
 
 
@@ -79,7 +80,7 @@ def test_gradients_of_several_parts_make_the_update_of_their_mean():
     values = state.update(lambda step: losses_of(state.model, step), [1, 2, 4], learning_rate=0.1)
     parts = [losses_of(whole.model, step) for step in (1, 2, 4)]
     mean = {name: sum(part[name] for part in parts) / 3 for name in parts[0]}
-    whole.update(lambda _: mean, [None], learning_rate=0.1)
+    update(whole, mean)
     assert values == {name: pytest.approx(loss.item()) for name, loss in mean.items()}
     for got, expected in zip(state.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.allclose(got, expected, atol=1e-6)
@@ -117,22 +118,24 @@ def test_forward_backward_and_optimizer_are_timed_apart_and_over_all_parts(monke
 def test_clipping_bounds_the_length_of_the_update():
     state = train_state(OPTIMIZERS["plain SGD"], clip_grad=0.01)
     before = [p.detach().clone() for p in state.model.parameters()]
-    state.update(lambda _: {"a": 1000 * losses_of(state.model)["a"]}, [None], learning_rate=1.0)
+    update(state, {"a": 1000 * losses_of(state.model)["a"]}, 1.0)
     steps = [(p - b).flatten() for p, b in zip(state.model.parameters(), before, strict=True)]
     assert torch.cat(steps).norm().item() == pytest.approx(0.01, rel=1e-3)
+    update(state, {"a": 3 * state.model[3].bias[0] + 4 * state.model[3].bias[1]}, 1)
+    assert state.gradient_norm == pytest.approx(5.0)  # before clipping
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_raises_and_changes_nothing(wrong):
-    state = train_state()
-    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
+@pytest.mark.parametrize("wrong, scaled", [(math.nan, False), (math.inf, False), (-math.inf, False), (math.nan, True)])
+def test_a_loss_that_is_not_finite_raises_and_changes_nothing(wrong, scaled):
+    state = train_state(scaled=scaled)
+    update(state)
     losses = losses_of(state.model, 1)
     losses["b"] = losses["b"] * wrong
-    weights, optimizer = copy.deepcopy(state.model.state_dict()), copy.deepcopy(state.optimizer.state_dict())
+    weights, optimizer = copy.deepcopy((state.model.state_dict(), state.optimizer.state_dict()))
     with pytest.raises(NonFinite, match=rf"step 1 is not finite: b is -?{abs(wrong)}"):
-        state.update(lambda _: losses, [None], learning_rate=0.7)
+        update(state, losses, 0.7)
     assert state.step == 1
-    assert all(torch.equal(value, weights[name]) for name, value in state.model.state_dict().items())
+    assert_same_weights(state.model, weights)
     after = state.optimizer.state_dict()
     assert after["param_groups"] == optimizer["param_groups"]
     for index, entries in optimizer["state"].items():
@@ -144,29 +147,15 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_raises_names_its_weig
     weights = copy.deepcopy(state.model.state_dict())
     state.model[3].bias.register_hook(lambda gradient: gradient * math.nan)
     with pytest.raises(NonFinite, match=r"step 0 is not finite: the gradient of 3\.bias$"):
-        state.update(lambda _: {"a": state.model[3].bias.sum() + state.model[0].weight.sum()}, [None], learning_rate=1)
+        update(state, {"a": state.model[3].bias.sum() + state.model[0].weight.sum()}, 1)
     assert state.step == 0
-    assert_same_weights(state.model, network_of(weights))
-
-
-def test_the_length_of_the_gradient_is_kept_as_it_was_before_clipping():
-    state = train_state(OPTIMIZERS["plain SGD"], clip_grad=0.01)
-    state.update(lambda _: {"a": 3 * state.model[3].bias[0] + 4 * state.model[3].bias[1]}, [None], learning_rate=1)
-    assert state.gradient_norm == pytest.approx(5.0)
-
-
-def test_a_wish_to_stop_is_told_after_the_update():
-    state = train_state()
-    for stop in (False, True, False):
-        state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1, stop=stop)
-        assert state.stopping == stop
-    assert state.step == 3
+    assert_same_weights(state.model, weights)
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_the_bytes_of_a_checkpoint_are_those_of_its_files_but_for_their_headers(make, tmp_path):
     state = train_state(make)
-    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
+    update(state)
     state.save(tmp_path)
     save_file(state.model.state_dict(), tmp_path / "model.safetensors")
     size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
@@ -174,10 +163,10 @@ def test_the_bytes_of_a_checkpoint_are_those_of_its_files_but_for_their_headers(
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_a_state_that_is_saved_and_loaded_goes_on_bit_for_bit(make, tmp_path):
+def test_a_loaded_state_trains_on_bit_for_bit(make, tmp_path):
     state = train_state(make)
     for step in range(3):
-        state.update(lambda step: losses_of(state.model, step), [step], learning_rate=0.1 / (step + 1))
+        update(state, losses_of(state.model, step), 0.1 / (step + 1))
     state.save(tmp_path)
     resumed = train_state(make)
     resumed.model.load_state_dict(state.model.state_dict())
@@ -186,12 +175,14 @@ def test_a_state_that_is_saved_and_loaded_goes_on_bit_for_bit(make, tmp_path):
     assert resumed.optimizer.param_groups[0]["lr"] == state.optimizer.param_groups[0]["lr"]
     for step in range(3, 6):
         for each in (state, resumed):
-            each.update(lambda step, each=each: losses_of(each.model, step), [step], learning_rate=0.03)
+            update(each, losses_of(each.model, step), 0.03)
     assert_same_weights(resumed.model, state.model)
 
 
-def test_a_state_before_its_first_update_can_be_saved_and_loaded(tmp_path):
+def test_a_state_before_its_first_update_is_json_beside_safetensors_and_can_be_loaded(tmp_path):
     train_state().save(tmp_path)
+    assert json.loads((tmp_path / "state.json").read_text())["step"] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["optimizer.safetensors", "state.json"]
     resumed = train_state()
     resumed.load(tmp_path)
     assert resumed.step == 0 and not resumed.optimizer.state_dict()["state"]
@@ -201,7 +192,7 @@ def test_a_state_before_its_first_update_can_be_saved_and_loaded(tmp_path):
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"[1]", b'{"step": 1'])
 def test_a_broken_checkpoint_is_refused_in_one_line(name, content, tmp_path):
     state = train_state()
-    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
+    update(state)
     state.save(tmp_path)
     if content is None:
         (tmp_path / name).unlink()
@@ -216,19 +207,13 @@ def test_a_broken_checkpoint_is_refused_in_one_line(name, content, tmp_path):
 
 def test_a_checkpoint_of_another_networks_optimizer_is_refused(tmp_path):
     state = train_state()
-    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
+    update(state)
     state.save(tmp_path)
     fewer = nn.Conv2d(3, 4, 3)
     wider = nn.Sequential(nn.Conv2d(3, 5, 3, bias=False), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1))
     for other in (fewer, wider):
         with pytest.raises(ValueError, match="checkpoint"):
             TrainState(other, OPTIMIZERS["SGD"](other.parameters()), ALONE).load(tmp_path)
-
-
-def test_the_state_is_plain_json_beside_safetensors(tmp_path):
-    train_state().save(tmp_path)
-    assert json.loads((tmp_path / "state.json").read_text())["step"] == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["optimizer.safetensors", "state.json"]
 
 
 def test_frozen_parameters_go_to_no_group_and_norms_and_biases_are_decayed_or_not():
@@ -265,7 +250,7 @@ def test_a_scaled_loss_gives_the_update_that_the_loss_gives():
     plain.model.load_state_dict(state.model.state_dict())
     for step in range(3):
         for one in (state, plain):
-            one.update(lambda _, one=one, step=step: losses_of(one.model, step), [None], learning_rate=0.1)
+            update(one, losses_of(one.model, step))
     assert state.gradient_norm == pytest.approx(plain.gradient_norm)
     for name, value in plain.model.state_dict().items():
         torch.testing.assert_close(state.model.state_dict()[name], value)
@@ -280,10 +265,10 @@ def overflowing(state):
 
 def test_an_update_whose_gradient_overflows_is_left_out_and_the_factor_halved():
     state = train_state(scaled=True)
-    state.update(lambda _: losses_of(state.model), [None], learning_rate=0.1)
+    update(state)
     before, scale, norm = copy.deepcopy(state.model.state_dict()), state.scaler.get_scale(), state.gradient_norm
     parameters = [name for name, _ in state.model.named_parameters()]
-    state.update(lambda _: overflowing(state), [None], learning_rate=0.1)
+    update(state, overflowing(state))
     assert all(torch.equal(state.model.state_dict()[name], before[name]) for name in parameters)
     assert (state.step, state.scaler.get_scale(), state.gradient_norm) == (2, scale / 2, norm)
 
@@ -292,20 +277,14 @@ def test_a_gradient_that_overflows_even_unscaled_is_an_error():
     state = train_state(scaled=True)
     with pytest.raises(NonFinite, match="the gradient of 0.weight"):
         for _ in range(40):
-            state.update(lambda _: overflowing(state), [None], learning_rate=0.1)
+            update(state, overflowing(state))
     assert 10 < state.step < 20  # 65536 was halved to 1
 
 
 def test_a_resumed_run_scales_as_before(tmp_path):
     state = train_state(scaled=True)
-    state.update(lambda _: overflowing(state), [None], learning_rate=0.1)
+    update(state, overflowing(state))
     state.save(tmp_path)
     resumed = train_state(scaled=True)
     resumed.load(tmp_path)
     assert resumed.scaler.state_dict() == state.scaler.state_dict() and resumed.scaler.get_scale() == 32768
-
-
-def test_a_loss_that_is_not_finite_is_an_error_scaled_or_not():
-    state = train_state(scaled=True)
-    with pytest.raises(NonFinite, match="a is nan"):
-        state.update(lambda _: {"a": losses_of(state.model)["a"] * math.nan}, [None], learning_rate=0.1)

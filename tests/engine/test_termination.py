@@ -9,25 +9,20 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader
 
-from resbackbone.engine.termination import EXIT_STATUS, Terminated, termination, worker_processes
+from resbackbone.engine.termination import Terminated, termination, worker_processes
 
 
 def send_sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_signal_stops_at_once_with_the_status_a_shell_reports():
+@pytest.mark.parametrize("saved, status", [(False, 143), (True, 0)])
+def test_the_signal_stops_at_once_with_the_status_a_shell_reports_or_0_once_all_is_saved(saved, status):
     with pytest.raises(Terminated) as stopped, termination.handled():
+        termination.saved = saved
         send_sigterm()
-        raise AssertionError("went on")
-    assert stopped.value.code == EXIT_STATUS == 143
-
-
-def test_once_all_is_saved_the_status_is_0():
-    with pytest.raises(Terminated) as stopped, termination.handled():
-        termination.saved = True
-        send_sigterm()
-    assert stopped.value.code == 0
+        raise AssertionError("not stopped")
+    assert stopped.value.code == status
 
 
 def test_a_deferred_signal_is_noted_and_one_in_a_part_that_is_not_stops():
