@@ -138,7 +138,8 @@ def check(options: Options) -> None:
     for size in options.batch_sizes or ():
         if size < 1:
             raise UserError(f"--batch-sizes {size}: must be at least 1")
-    one_of("device", torch.device(choose_device(options.device)).type, ("cpu", "cuda"))
+    with from_option("--device"):
+        one_of("device", torch.device(choose_device(options.device)).type, ("cpu", "cuda"))
     for mode in set(options.modes or ()) & set(GPU_MODES):
         if not options.on_gpu:
             raise UserError(f"--modes {mode} with --device {options.device}: TF32 needs --device cuda")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from resbackbone.cli.command import console, main_of, parse
+from resbackbone.cli.errors import from_option
 
 import torch
 import tyro
@@ -86,8 +87,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
     if not 0 < options.port < 65536:
         raise UserError(f"--port {options.port}: must be between 1 and 65535")
-    device = torch.device(choose_device(options.device))
-    bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
+    with from_option("--device"):
+        device = torch.device(choose_device(options.device))
+    with from_option("--precision"):
+        bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
     use(device)
     gradio()
     file = detector_file(options.run)

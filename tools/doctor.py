@@ -3,6 +3,7 @@
 python tools/doctor.py
 """
 
+import argparse
 import importlib.metadata
 import platform
 import re
@@ -15,13 +16,8 @@ TOGETHER = "install torch and torchvision together, of one build: pip install --
 
 def main(argv: list[str] | None = None) -> int:
     """Print one line for each check. Returns 0 if everything installed works, else 1, and prints a fix per failure."""
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    if argv:
-        print(f"error: unknown option {argv[0]}; doctor takes none", file=sys.stderr)
-        return 1
+    lines = (__doc__ or "").splitlines()
+    argparse.ArgumentParser(prog="doctor.py", description=lines[0]).parse_args(argv)
     print(f"python {platform.python_version()} on {platform.platform()}")
     core = [
         check("packages", lambda: versions(None), "pip install resbackbone"),
@@ -115,11 +111,10 @@ def devices() -> list[str]:
         return [f"devices unknown: {error}"]
     lines = [f"device   cpu, {torch.get_num_threads()} threads, {native_precision('cpu')} by default"]
     for i in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(i)
+        properties, precision = torch.cuda.get_device_properties(i), native_precision(f"cuda:{i}")
         size = f"{properties.total_memory / 2**30:.0f} GiB"
-        lines.append(f"device   cuda:{i} {properties.name}, {size}, {native_precision('cuda')} by default")
-        if native_precision("cuda") == "fp32":
-            lines.append("         it has no bf16: --precision fp16 trains faster there")
+        hint = "" if precision == "bf16" else "; it has no bf16, and --precision fp16 trains faster there"
+        lines.append(f"device   cuda:{i} {properties.name}, {size}, {precision} by default{hint}")
     if torch.backends.mps.is_available():
         lines.append("device   mps, this Apple GPU: fp32, on request (--device mps); not tested by us")
     if torch.cuda.device_count() == 0:

@@ -21,8 +21,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -34,8 +35,9 @@ import resbackbone  # noqa: E402
 resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
 
 from resbackbone.atomic import write_atomically  # noqa: E402
-from resbackbone.checks import MissingPackage, UserError  # noqa: E402
+from resbackbone.checks import UserError  # noqa: E402
 from resbackbone.engine.device import choose_device  # noqa: E402
+from resbackbone.tools import gpu_checks  # noqa: E402
 from resbackbone.tools.benchmarks.machine import describe, usable_cores  # noqa: E402
 from resbackbone.tools.gpu_checks.record import Record, Setting  # noqa: E402
 
@@ -86,6 +88,7 @@ class Running:
     cut: bool  # whether the overall deadline set the limit
     began: float = field(default_factory=time.monotonic)
 
+    @property
     def is_over(self) -> bool:
         return self.process.poll() is not None or time.monotonic() - self.began > self.limit
 
@@ -97,7 +100,7 @@ class Running:
         with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver cannot be killed
             self.process.wait(10)
 
-    def result(self, *, interrupted: bool = False) -> dict:
+    def result(self, *, interrupted: bool) -> dict:
         """Stop it; returns its results, which are partial if it had not ended."""
         seconds, status = time.monotonic() - self.began, self.process.poll()
         self.stop()
@@ -138,48 +141,27 @@ def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     if options.part:
         return run_part(options.part, options.setting)
-    try:
-        if sys.platform == "win32":
-            raise UserError("gpu_check.py needs Linux or macOS")
-        try:
-            choose_device(options.device)
-        except UserError as error:
-            raise UserError(f"{error}; --device cpu --quick runs the parts that need no GPU") from None
-        if options.what == "cifar" and options.data is None:
-            layout = "cifar-10-batches-py/, or train/<class>/ and test/<class>/"
-            raise UserError(f"cifar needs --data DIR, which should hold {layout}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    output = Path(options.output).absolute()
+    output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     parts = CIFAR if options.what == "cifar" else {name: PARTS[name] for name in options.parts or PARTS}
     command = shlex.join(["python", "tools/gpu_check.py", *(sys.argv[1:] if argv is None else argv)])
     content: dict = {"command": command, "machine": {}, "seconds": 0.0, "parts": {}}
     began = time.monotonic()
-
-    def save() -> None:
-        content["parts"] = {name: content["parts"][name] for name in parts if name in content["parts"]}
-        content["seconds"] = round(time.monotonic() - began, 1)
-        write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
-
-    def done(name: str, found: dict) -> None:
-        machine = found.pop("machine", {})
-        content["machine"] = content["machine"] or machine
-        content["parts"][name] = found
-        save()
-        print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
-
     signals: list[int] = []  # received so far; parts are stopped between two polls so that none is lost
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(number, lambda received, _: signals.append(received))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        data = options.data and str(Path(options.data).absolute() if Path(options.data).exists() else options.data)
         device = "cuda:0" if options.device == "cuda" else options.device  # commands would use all GPUs
-        setting = Setting(device, options.quick, output, Path(scratch), data=data, minutes=options.minutes)
+        setting = Setting(device, options.quick, output, Path(scratch), data=options.data, minutes=options.minutes)
         grace = 60 if options.what == "cifar" else 0  # for its start, and for the net being trained
-        run(parts, setting, began + 60 * options.minutes + grace, done, signals)
+        for name, found in run(parts, setting, began + 60 * options.minutes + grace, signals):
+            content["machine"] = found.pop("machine", {}) or content["machine"]
+            content["parts"] |= {name: found}
+            content["parts"] = {name: content["parts"][name] for name in parts if name in content["parts"]}
+            content["seconds"] = round(time.monotonic() - began, 1)
+            write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
+            print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
     write_atomically(output / "gpu_check.md", markdown(content))
     print(table(content))
     print(f"all rows: {output / 'gpu_check.md'}; all measurements: {output / 'gpu_check.json'}")
@@ -187,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    # argparse, not tyro: the machine may have torch and little else.
+    """The options. argparse, not tyro: the machine may have torch and little else."""
     lines = (__doc__ or "").splitlines()
     parser = argparse.ArgumentParser(
         prog="gpu_check.py",
@@ -205,6 +187,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", help=argparse.SUPPRESS)  # these two start a part's own process
     parser.add_argument("--setting", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
+    if sys.platform == "win32":
+        sys.exit("error: gpu_check.py needs Linux or macOS")
+    try:
+        choose_device(options.device)
+    except UserError as error:
+        flag = "" if str(error).startswith("unknown ") else "--device "
+        sys.exit(f"error: {flag}{error}; --device cpu --quick runs the parts that need no GPU")
+    if options.what == "cifar" and options.data is None:
+        sys.exit("error: cifar needs --data DIR with cifar-10-batches-py/, or with train/<class>/ and test/<class>/")
     if options.minutes is None:
         on_gpu = options.device.startswith("cuda")
         options.minutes = (5 if options.what == "cifar" else 2 if options.quick else 7.5) if on_gpu else 30
@@ -214,13 +205,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(
-    parts: dict[str, Part],
-    setting: Setting,
-    deadline: float,
-    done: Callable[[str, dict], None],
-    signals: Sequence[int] = (),
-) -> None:
-    """Run every part, and call done(name, result) as each ends. Parts that are not timed run together if they fit.
+    parts: dict[str, Part], setting: Setting, deadline: float, signals: Sequence[int] = ()
+) -> Iterator[tuple[str, dict]]:
+    """Run every part; yields (name, result) as each ends. Parts that are not timed run together if they fit.
 
     deadline: when to stop, in time.monotonic(). signals: those received so far; the first one stops everything.
     """
@@ -230,22 +217,22 @@ def run(
             for name in group:
                 left = deadline - time.monotonic()
                 if signals:
-                    done(name, not_run("interrupted", "by a signal"))
+                    yield name, not_run("interrupted", "by a signal")
                 elif parts[name].gpu_only and not setting.on_gpu:
-                    done(name, not_run("skipped", "needs a GPU"))
+                    yield name, not_run("skipped", "needs a GPU")
                 elif setting.quick and not parts[name].quick:
-                    done(name, not_run("skipped", "not in --quick"))
+                    yield name, not_run("skipped", "not in --quick")
                 elif left < SHORTEST:
-                    done(name, not_run("out of time", "not started"))
+                    yield name, not_run("out of time", "not started")
                 else:
                     running.append(start(name, parts[name], replace(setting, together=len(group) > 1), left))
             while running:
                 time.sleep(0.1)
-                for one in [one for one in running if signals or one.is_over()]:
+                for one in [one for one in running if signals or one.is_over]:
                     found = one.result(interrupted=bool(signals))
                     if found["status"] == "out of memory":
                         setting = replace(setting, share=setting.share / 2)
-                    done(one.name, found)
+                    yield one.name, found
                     running.remove(one)
         finally:
             for one in running:
@@ -267,13 +254,14 @@ def is_roomy(device: str) -> bool:
 
 def start(name: str, part: Part, setting: Setting, left: float) -> Running:
     """Start a part's process, to be stopped after its own seconds or at the overall deadline, whichever is first."""
-    limit = min(part.seconds or left, left)
+    seconds = part.seconds if setting.on_gpu else 4 * part.seconds  # a CPU may be slow, or busy
+    limit = min(seconds or left, left)
     setting = replace(setting, scratch=setting.scratch / name, until=time.time() + limit)
     setting.scratch.mkdir()
     file, log = (setting.output / f".{name}.{kind}" for kind in ("json", "log"))
     file.unlink(missing_ok=True)
-    words = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(setting).items()}
-    argv = [sys.executable, str(Path(__file__)), "--part", name, "--setting", json.dumps(words)]
+    words = json.dumps(asdict(setting), default=str)
+    argv = [sys.executable, __file__, "--device", setting.device, "--part", name, "--setting", words]
     with open(log, "wb") as said:
         process = subprocess.Popen(argv, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
     return Running(name, process, file, log, limit, cut=limit == left)
@@ -286,7 +274,7 @@ def not_run(status: str, reason: str) -> dict:
 def run_part(name: str, words: str) -> int:
     """Run a part in its own process, and record the outcome."""
     values = json.loads(words)
-    setting = Setting(**{**values, "output": Path(values["output"]), "scratch": Path(values["scratch"])})
+    setting = Setting(**values | {name: Path(values[name]) for name in ("output", "scratch")})
     record = Record(setting.output / f".{name}.json")
     try:
         if setting.on_gpu:
@@ -295,10 +283,8 @@ def run_part(name: str, words: str) -> int:
         record.write()
         function_of(name)(setting, record)
         status, reason = "differs" if record.differs else "ok", ""
-    except MissingPackage as error:
-        status, reason = "skipped", str(error)
     except ModuleNotFoundError as error:
-        status, reason = "skipped", f"needs {error.name}, which is not installed"
+        status, reason = "skipped", str(error)
     except Exception as error:  # noqa: BLE001 - any failure is recorded, and the next part starts
         full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
         status = "out of memory" if full else "failed"
@@ -312,24 +298,15 @@ def run_part(name: str, words: str) -> int:
 
 
 def function_of(part: str) -> Callable[[Setting, Record], None]:
-    """The function of a part. Only its own module is imported: the machine may lack what another one needs.
-
-    tests/test_security.py lets no source import a module by a computed name.
-    """
-    module, function = {**PARTS, **CIFAR}[part].function.split(".")
-    if module == "cifar":
-        from resbackbone.tools.gpu_checks import cifar as found
-    elif module == "equality":
-        from resbackbone.tools.gpu_checks import equality as found
-    elif module == "machine":
-        from resbackbone.tools.gpu_checks import machine as found
-    elif module == "peers":
-        from resbackbone.tools.gpu_checks import peers as found
-    elif module == "runs":
-        from resbackbone.tools.gpu_checks import runs as found
+    """The function of a part. Only what it may need is imported: the machine may lack packages of other parts."""
+    name = {**PARTS, **CIFAR}[part].function
+    if name.startswith(("machine.", "peers.")):
+        from resbackbone.tools.gpu_checks import machine, peers  # noqa: F401
+    elif name.startswith("cifar."):
+        from resbackbone.tools.gpu_checks import cifar  # noqa: F401
     else:
-        from resbackbone.tools.gpu_checks import steps as found
-    return getattr(found, function)
+        from resbackbone.tools.gpu_checks import equality, runs, steps  # noqa: F401
+    return attrgetter(name)(gpu_checks)
 
 
 def table(content: dict) -> str:
@@ -342,15 +319,14 @@ def table(content: dict) -> str:
         right = sum(row["ok"] is True for row in found["rows"])
         note = found.get("reason") or "; ".join(wrong) or (f"{right} checks passed" if right else "")
         lines.append(f"{name:18} {found['status']:14} {found['seconds']:7.0f}  {note[:150]}")
-    names: dict[str, list[str]] = {"bad": [], "skipped": [], "out of time": []}
-    for name, found in content["parts"].items():
-        kind = "bad" if found["status"] in BAD else found["status"]
-        names.get(kind, []).append(name)
-    lines.append(f"look at: {', '.join(names['bad'])}" if names["bad"] else "nothing wrong was found")
-    if names["skipped"]:
-        lines[-1] += f"; skipped: {', '.join(names['skipped'])}"
-    if names["out of time"]:
-        lines[-1] += f"; there was no time for {', '.join(names['out of time'])} (--minutes, --parts)"
+
+    def named(*statuses: str) -> str:
+        return ", ".join(name for name, found in content["parts"].items() if found["status"] in statuses)
+
+    bad, skipped, late = named(*BAD), named("skipped"), named("out of time")
+    last = f"look at: {bad}" if bad else "nothing wrong was found"
+    last += f"; skipped: {skipped}" if skipped else ""
+    lines.append(last + (f"; there was no time for {late} (--minutes, --parts)" if late else ""))
     return "\n".join(lines)
 
 

@@ -75,6 +75,7 @@ def test_an_unreadable_upload_is_named_without_its_folder(shown, tmp_path):
 def test_wrong_options_and_a_missing_gradio_are_one_line(detector, tmp_path, monkeypatch):
     assert "--threshold 2.0: must be between 0 and 1" in error_line(demo.main, ["run", "--threshold", "2"])
     assert "--port 0: must be between 1 and 65535" in error_line(demo.main, ["run", "--port", "0"])
+    assert "--device cuda:99: this " in error_line(demo.main, ["run", "--device", "cuda:99"])
     monkeypatch.setitem(sys.modules, "gradio", None)
     said = error_line(demo.main, [tmp_path, "--device", "cpu"])
     assert "the page needs gradio: pip install 'resbackbone[demo]'" in said

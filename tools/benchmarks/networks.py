@@ -197,7 +197,7 @@ def first_trained(module: nn.Module) -> Tensor:
     return next(parameter for name, parameter in module.named_parameters() if name.endswith(ends))
 
 
-def as_graph(run: Run, module: nn.Module) -> Run:
+def as_graph(run: Callable[[], Any], module: nn.Module, *, warm_up: int = 3) -> Callable[[], Any]:
     """The run as one CUDA graph, recorded once and then replayed. It returns the same tensors each time.
 
     As PyTorch's notes on CUDA graphs require, the first runs are on another stream, and gradients are cleared before
@@ -207,7 +207,7 @@ def as_graph(run: Run, module: nn.Module) -> Run:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # libraries choose their algorithms and allocate their workspaces
+        for _ in range(warm_up):  # libraries choose their algorithms and allocate their workspaces
             run()
     torch.cuda.current_stream().wait_stream(stream)
     module.zero_grad(set_to_none=True)
@@ -215,7 +215,7 @@ def as_graph(run: Run, module: nn.Module) -> Run:
     with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # restores the stream on failure
         outputs = run()
 
-    def replay() -> dict[str, Tensor]:
+    def replay() -> Any:
         graph.replay()
         return outputs
 

@@ -1,11 +1,12 @@
 """The paper's CIFAR-10 networks on a GPU, an update being one CUDA graph (He et al. 2015, Sec. 4.2).
 
-Batches, augmentation and schedule are those of tools/train_cifar10.py, whose run folders this fills: what is recorded
-can be drawn with tools/degradation.py --plot-only. Nothing is saved on the way: a net takes minutes.
+Batches, augmentation, schedule and run folders are those of tools/train_cifar10.py, without checkpoints: a net takes
+minutes. tools/degradation.py --plot-only draws the metrics.
 """
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import UserError
-from resbackbone.cifar import CifarResNet, build_cifar_resnet, save_cifar_resnet
+from resbackbone.checks import UserError, require
+from resbackbone.cifar import CifarResNet, build_cifar_resnet
 from resbackbone.classification import cifar10
 from resbackbone.engine.device import arithmetic, use
 from resbackbone.engine.distributed import Rank
@@ -26,7 +27,8 @@ from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import Run
 from resbackbone.engine.state import seed_step
 from resbackbone.tools import train_cifar10
-from resbackbone.tools.gpu_checks.record import Record, Setting, require
+from resbackbone.tools.benchmarks.networks import as_graph
+from resbackbone.tools.gpu_checks.record import Record, Setting
 from resbackbone.tools.gpu_checks.runs import NEEDED
 
 NETS = ("resnet-20", "plain-20", "resnet-56", "plain-56", "resnet-110", "resnet-32", "resnet-44")  # as time allows
@@ -35,10 +37,10 @@ TESTS = 16  # of a run, evenly spread
 
 
 class Updates:
-    """A network's updates from batches that lie on the device; on a GPU each is the replay of a graph.
+    """A network's updates on batches that lie on the device; on a GPU each is the replay of a graph.
 
-    What changes from one update to the next is read from tables at `place`, which the update moves on, so that a replay
-    needs nothing from the host. A graph holds one learning rate: another rate needs another graph.
+    An update reads what changes from one to the next from tables at `place`, which it moves on, so that a replay needs
+    nothing from the host. A graph holds one learning rate: another rate needs another graph.
     """
 
     def __init__(self, model: CifarResNet, optimizer: torch.optim.Optimizer, data: cifar10.Split, mean_image: Tensor):
@@ -47,7 +49,7 @@ class Updates:
         self.place = torch.zeros(1, dtype=torch.int64, device=self.device)
         self.losses, self.wrong = torch.zeros(2, STRETCH, device=self.device)
         self.tables: list[Tensor] = []
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.replay: Callable[[], None] | None = None
 
     def fill(self, *values: Tensor) -> None:
         """The next n updates' images, int64 [n, batch], and what `cifar10.crop` takes, [n, batch, 1] each."""
@@ -60,15 +62,13 @@ class Updates:
     def run(self, count: int, rate: float) -> None:
         """So many updates at this rate."""
         if self.optimizer.param_groups[0]["lr"] != rate:
-            self.optimizer.param_groups[0]["lr"], self.graph = rate, None
-        if self.device.type == "cuda" and self.graph is None:
-            if not self.optimizer.state:  # libraries choose their algorithms in the first updates
-                first = min(3, count)
-                self._on_another_stream(first)
-                count -= first
-            self._record()
+            self.optimizer.param_groups[0]["lr"], self.replay = rate, None
+        if self.device.type == "cuda" and self.replay is None:
+            first = 0 if self.optimizer.state else min(3, count)
+            self.replay = as_graph(self._update, self.model, warm_up=first)
+            count -= first
         for _ in range(count):
-            self._update() if self.graph is None else self.graph.replay()
+            (self.replay or self._update)()
 
     def _update(self) -> None:
         indices, *crops = (table.index_select(0, self.place)[0] for table in self.tables)
@@ -84,20 +84,6 @@ class Updates:
         self.wrong.index_copy_(0, self.place, wrong[None])
         self.place += 1
 
-    def _on_another_stream(self, count: int) -> None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(count):
-                self._update()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def _record(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)  # gradients are allocated in the graph's memory
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._update()
-
 
 def drawn(draw: tuple[list[int], torch.Generator]) -> tuple[Tensor, ...]:
     """A batch's images, int64 [batch], and their crops."""
@@ -112,27 +98,25 @@ def train(options: train_cifar10.Options, folder: Path, data: cifar10.Cifar10, *
     """
     device = torch.device(options.device)
     use(device)
-    mean_image = cifar10.mean_image_of(data.train)
     seed_step(options.seed, 0, 0)
     network = {"depth": options.depth, "shortcut": train_cifar10.shortcut_of(options), "num_classes": len(data.classes)}
     model = build_cifar_resnet(**network).to(device).to(memory_format=torch.channels_last).train()
-    schedule = train_cifar10.schedule_of(options)
+    schedule, rank = train_cifar10.schedule_of(options), Rank(0, 1, device)
     optimizer = build_optimizer(
         model, "sgd", rate=schedule.rate, weight_decay=train_cifar10.WEIGHT_DECAY, decay_norms=True
     )
-    updates = Updates(model, optimizer, data.train, mean_image.to(device))
+    task = train_cifar10.Cifar10Task(options, data, model, rank)
+    updates = Updates(model, optimizer, data.train, task.mean_image.to(device))
     draws = cifar10.draws(len(data.train.labels), batch_size=options.batch_size, seed=options.seed)
-    kept = to_config(replace(options, output=None, resume=False, config=None))
     effective = {**asdict(schedule), "milestones": list(schedule.milestones), **arithmetic(device)}
     effective["train_set_sha256"] = data.fingerprint()
-    run = Run(folder, {**kept, "effective": effective})
+    run = Run(folder, {**to_config(replace(options, output=None)), "effective": effective})
     rates = [schedule.learning_rate(step) for step in range(schedule.steps)]
     changes = [step for step in range(1, schedule.steps) if rates[step] != rates[step - 1]]
     tests = {round(i * schedule.steps / TESTS) for i in range(1, TESTS + 1)}
-    ends = sorted({*range(STRETCH, schedule.steps, STRETCH), *changes, *tests, schedule.steps})
     step, began, results = 0, time.monotonic(), {"error": None}
     try:
-        for end in ends:
+        for end in sorted({*range(STRETCH, schedule.steps, STRETCH), *changes, *tests}):
             started = time.monotonic()
             updates.fill(*map(torch.stack, zip(*(drawn(next(draws)) for _ in range(end - step)), strict=True)))
             waited = time.monotonic() - started
@@ -147,15 +131,12 @@ def train(options: train_cifar10.Options, folder: Path, data: cifar10.Cifar10, *
             step = end
             if step in tests:
                 started = time.monotonic()
-                rank = Rank(0, 1, device)
-                results, *_ = train_cifar10.test(model, data.test, mean_image, rank, bf16=False)
+                results = task.evaluate(final=False)
                 run.record(step, {**results, "seconds": time.monotonic() - started}, kind="eval")
             now = time.monotonic()
             if step >= 3 * STRETCH and now + (now - began) / step * (schedule.steps - step) > until:
                 return {"error": None, "seconds": now - began, "updates": step}
-        recipe = f"{train_cifar10.PAPER} of {schedule.steps} updates of {options.batch_size} images"
-        file = folder / "model.safetensors"
-        save_cifar_resnet(model, file, mean_image=mean_image, classes=data.classes, recipe=recipe)
+        task.save(folder)
         content = {**results, **network, "parameters": count_parameters(model), "steps": step}
         write_atomically(folder / "results.json", json.dumps(content, indent=2) + "\n")
     finally:
@@ -165,31 +146,30 @@ def train(options: train_cifar10.Options, folder: Path, data: cifar10.Cifar10, *
 
 def experiment(setting: Setting, record: Record) -> None:
     """ResNet-20, and as many of the other NETS as fit into the minutes."""
-    require(*NEEDED)
+    require("train", *NEEDED, user="this part")
     until = time.monotonic() + 60 * setting.minutes
     small = {"steps": 24, "batch_size": 8} if setting.quick else {}
-    asked = [
-        train_cifar10.Options(
-            data=Path(setting.data),
-            depth=int(net.split("-")[1]),
-            plain=net.startswith("plain"),
-            device=setting.device,
-            precision="fp32",
-            **small,
+    names = NETS[:2] if setting.quick else NETS
+    nets = [
+        train_cifar10.complete(
+            train_cifar10.Options(
+                data=Path(setting.data),
+                depth=int(name.partition("-")[2]),
+                plain=name.startswith("plain"),
+                device=setting.device,
+                precision="fp32",
+                **small,
+            )
         )
-        for net in NETS
+        for name in names
     ]
-    nets = [train_cifar10.complete(one) for one in (asked[:2] if setting.quick else asked)]
     data = cifar10.open_cifar10(nets[0].data)
     record.row("images", data.summary())
-    for options in nets:
-        name = train_cifar10.name_of(options)
+    for name, options in zip(names, nets, strict=True):
         if time.monotonic() > until:
             record.row(name, "no time left")
             continue
         found = train(options, setting.output / "cifar" / name, data, until=until)
         took = f"{found['updates']:,} updates in {found['seconds']:.0f} s"
-        if found["error"] is None:
-            record.row(name, f"stopped after {took}: it would not finish within --minutes")
-        else:
-            record.row(name, f"test error {100 * found['error']:.2f} %, {took}")
+        stopped = f"stopped after {took}: it would not finish within --minutes"
+        record.row(name, stopped if found["error"] is None else f"test error {100 * found['error']:.2f} %, {took}")

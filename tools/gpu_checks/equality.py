@@ -1,7 +1,7 @@
 """Compares computations on the device, in fp64, fp32 and bf16, with the same ones on the CPU in fp64."""
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -71,11 +71,8 @@ class Maker:
         `smooth` is for gradients: see `lift`.
         """
         trunk = build_resnet_backbone(DEPTH, fpn=True, weights=dict(backbone_weights(DEPTH)))
-        few: dict[str, Any] = {
-            "rpn_pre_nms_top_n_train": 60,
-            "rpn_pre_nms_top_n_test": 60,
-            "rpn_batch_size_per_image": 64,
-        }
+        few: dict[str, Any] = {f"rpn_pre_nms_top_n_{mode}": 60 for mode in ("train", "test")}
+        few["rpn_batch_size_per_image"] = 64
         detector = build_faster_rcnn(trunk, CLASSES, min_size=HEIGHT, resize_in_training=False, **few)
         load(detector, detector_weights(DEPTH))
         if smooth:
@@ -93,10 +90,9 @@ class Maker:
 
 
 def lift(backbone: nn.Module) -> nn.Module:
-    """Give frozen norms outputs that no ReLU cuts.
+    """Give frozen norms outputs that no ReLU cuts: near 0, rounding decides whether it passes the gradient.
 
-    Near 0, rounding decides whether a ReLU passes the gradient: in fp32, the gradients of any two implementations may
-    differ by 1e-3 for that alone.
+    That alone makes fp32 gradients of any two implementations differ by up to 1e-3.
     """
     for norm in (module for module in backbone.modules() if isinstance(module, FrozenBatchNorm2d)):
         norm.weight.mul_(0.1)
@@ -141,18 +137,13 @@ def sums_of_cells(make: Maker) -> Outputs:
 
 
 def roi_align(make: Maker, *, aligned: bool = False) -> Outputs:
-    """Regions of all levels, with the gradient of each map."""
+    """Regions of all levels, with the gradient of each map; `aligned` as detectron2 computes it."""
     features = {f"p{k}": Feature(16, 2**k) for k in range(2, 6)}
     pool = PyramidRoIAlign(features, 7, 2, 224, aligned=aligned)
     maps = {name: make.map(2, 16, HEIGHT // f.stride, WIDTH // f.stride) for name, f in features.items()}
     pooled = pool(maps, [make.boxes(60), make.boxes(40)], [(HEIGHT, WIDTH)] * 2)
     pooled.backward(make.normal(*pooled.shape))
     return {"regions": pooled, **{name: feature.grad for name, feature in maps.items()}}
-
-
-def roi_align_aligned(make: Maker) -> Outputs:
-    """As detectron2 computes it."""
-    return roi_align(make, aligned=True)
 
 
 def proposals(make: Maker) -> Outputs:
@@ -204,7 +195,7 @@ SUBJECTS: dict[str, Callable[[Maker], Outputs | list[Outputs]]] = {
     "sum_cells": sums_of_cells,
     "RPN": proposals,
     "RoIAlign": roi_align,
-    "RoIAlign, aligned": roi_align_aligned,
+    "RoIAlign, aligned": partial(roi_align, aligned=True),
     "losses, gradients, update": training_update,
     "detections": detections,
 }
@@ -228,13 +219,7 @@ def _reference(subject: str) -> Outputs | list[Outputs]:
 
 
 def step_of(
-    device: str,
-    *,
-    package: str = OWN,
-    depth: int = DEPTH,
-    dtype: torch.dtype = torch.float32,
-    bf16: bool = False,
-    backend: str | None = None,
+    device: str, *, package=OWN, depth=DEPTH, dtype=torch.float32, bf16=False, backend: str | None = None
 ) -> tuple[Callable[[], dict[str, Tensor]], nn.Module]:
     """(run, backbone): a training step of a package's backbone on two images of odd size."""
     network = BACKBONES[package](depth, backbone_weights(depth)).train()

@@ -17,11 +17,12 @@ def check(setting: Setting, record: Record) -> None:
     """doctor.py's checks, then the device's peak rates, for comparison with all other times."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        status = doctor.main()
+        doctor.main([])
     lines = said.getvalue().splitlines()
     record.detail("doctor", lines)
     failed = [line.split("FAILED", 1)[1].strip() for line in lines if "FAILED" in line]
-    record.row("doctor", "; ".join(failed) or "all works", ok=status == 0 or None)
+    # "packages" fails in a checkout that is not installed, which may still work.
+    record.row("doctor", "; ".join(failed) or "all works", ok=all(name.startswith("packages:") for name in failed))
     size = 2**30 if setting.on_gpu else 2**26
     source, target = torch.empty(2, size, dtype=torch.uint8, device=setting.device)
     rate = 2 * size / seconds_of(partial(target.copy_, source)) / 1e12

@@ -8,9 +8,10 @@ import time
 
 import torch
 
+from resbackbone.checks import require
 from resbackbone.tools.benchmarks.contest import COMPILED, MATRIX_PRODUCT, OWN, package_of, relative_difference, tf32
 from resbackbone.tools.benchmarks.networks import Workload, classifier
-from resbackbone.tools.gpu_checks.record import Record, Setting, require
+from resbackbone.tools.gpu_checks.record import Record, Setting
 
 SPARE = 15  # seconds between the end of a contest's budget and that of the part
 BF16, TF32 = "bf16-channels-last", "tf32-channels-last"
@@ -22,7 +23,7 @@ def contests(setting: Setting, record: Record, job: str, size: int, *modes: str)
     Modes run one by one, so that rows are kept if the time runs out. Raises torch.OutOfMemoryError if a contender ran
     out of memory, once the rows are written.
     """
-    require("tyro", "rich", "timm")
+    require("train", "timm", user="this part")
     from resbackbone.tools import benchmark
 
     output = setting.scratch / "benchmark"
@@ -96,7 +97,7 @@ def imagenet(setting: Setting, record: Record) -> None:
 
 def compiled(setting: Setting, record: Record) -> None:
     """How long a classifier's step takes to compile, and whether its loss is eager's; `imagenet` finds it cached."""
-    require("timm")
+    require("train", "timm", user="this part")
     work = Workload(BF16, setting.device, 50 if setting.on_gpu else 18, 800, 1216, setting.batches(256)[0])
     for package in (OWN, "torchvision", "timm"):
         with tf32(True):  # as `imagenet` sets it: the cache distinguishes the two

@@ -1,6 +1,5 @@
 """A part's input (`Setting`) and output (`Record`), which is saved after every row."""
 
-import importlib.util
 import json
 import time
 from dataclasses import dataclass
@@ -73,10 +72,3 @@ class Record:
     @property
     def differs(self) -> bool:
         return any(row["ok"] is False for row in self.content["rows"])
-
-
-def require(*modules: str) -> None:
-    """Raise ModuleNotFoundError for the first of these that is not installed."""
-    for name in modules:
-        if importlib.util.find_spec(name) is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)

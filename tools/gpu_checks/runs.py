@@ -17,13 +17,20 @@ from safetensors.torch import load_file
 
 from detection.data import EMBEDDED
 from detection.shapes import make_shapes
+from resbackbone.checks import require
 from resbackbone.engine.metrics import read_metrics
-from resbackbone.tools.gpu_checks.record import Record, Setting, require
+from resbackbone.tools.gpu_checks.record import Record, Setting
 from resbackbone.tools.gpu_checks.steps import Training
 
 TOOLS = Path(__file__).parents[1]
-# What the commands need beside what a machine with torch is likely to have.
-NEEDED = ("tyro", "rich", "yaml", "filelock", "timm", "msgspec", "hotcoco", "pycocotools", "tensorboard", "matplotlib")
+NEEDED = (
+    "tyro",
+    "rich",
+    "jinja2",
+    "timm",
+    "tensorboard",
+    "matplotlib",
+)  # by the trainings, beside what detection/ needs
 UPDATES, SAVED, KILLED = 40, 20, 23
 PATIENCE = 120  # seconds for anything that must happen
 LEAST_AP50 = 0.6  # of `make demo`; on a CPU its seeds gave 0.68 to 0.76
@@ -33,6 +40,7 @@ class Command:
     """One of the tools in a process of its own, in the scratch folder."""
 
     def __init__(self, argv: Sequence[str | Path], setting: Setting, *, launcher: Sequence[str] = ()):
+        require("train", *NEEDED, user="this part")
         self.argv = [*(launcher or [sys.executable]), *map(str, argv)]
         self.log = setting.scratch / f"{time.time_ns()}.log"
         paths = os.pathsep.join(filter(None, (str(TOOLS.parent), os.environ.get("PYTHONPATH"))))
@@ -70,8 +78,8 @@ def small_data(setting: Setting) -> Path:
     return make_shapes(setting.scratch / "small", train_images=32, val_images=2, size=64)
 
 
-def training(setting: Setting, output: str, *options: str) -> list[str | Path]:
-    """The options of train_coco.py for a short run."""
+def training(setting: Setting, output: Path, *options: str) -> list[str | Path]:
+    """train_coco.py with the options of a short run."""
     small = ["--recipe", "short", "--batch-size", "4", "--workers", "2", "--pictures", "0", "--log-period", "1"]
     return [*small, "--data", small_data(setting), "--device", setting.device, "--output", output, *options]
 
@@ -81,14 +89,13 @@ def training(setting: Setting, output: str, *options: str) -> list[str | Path]:
 
 def resume(setting: Setting, record: Record) -> None:
     """40 updates, and 40 that are killed after the 23rd and resumed at the 20th: the same images, the same weights."""
-    require(*NEEDED)
     for kind in ("deterministic",) if setting.quick else ("deterministic", "as usual"):
         extra = ["--deterministic"] if kind == "deterministic" else []
         extra += ["--max-steps", str(UPDATES), "--checkpoint-period", str(SAVED)]
         whole, broken = (setting.scratch / f"{kind.replace(' ', '-')}-{name}" for name in ("whole", "broken"))
 
         def start(run: Path, kill: int, *options: str, extra=extra) -> Command:
-            argv = training(setting, str(run), *extra, *options)
+            argv = training(setting, run, *extra, *options)
             return Command([TOOLS / "gpu_checks" / "watched.py", run.with_suffix(".ids"), str(kill), *argv], setting)
 
         uninterrupted = start(whole, 0)
@@ -120,11 +127,10 @@ def compare(kind: str, whole: Path, broken: Path, record: Record) -> None:
 def ranks(setting: Setting, record: Record) -> None:
     """A start under torchrun, SIGTERM, and what DDP over one rank changes."""
     ddp(setting, record)
-    require(*NEEDED)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     launcher += ["--nproc-per-node", "1"]
     output = setting.scratch / "torchrun"
-    argv = training(setting, str(output), "--max-steps", "5000", "--checkpoint-period", "5000")
+    argv = training(setting, output, "--max-steps", "5000", "--checkpoint-period", "5000")
     command = Command([TOOLS / "train_coco.py", *argv], setting, launcher=launcher)
     started = command.wait_for("train 3/")
     record.row("torchrun: from its start to the third update", f"{started:.1f} s{setting.beside}")
@@ -166,7 +172,6 @@ def ddp(setting: Setting, record: Record) -> None:
 
 def demo(setting: Setting, record: Record) -> None:
     """train_coco.py on the built-in data set."""
-    require(*NEEDED)
     short = ["--max-steps", "200" if setting.on_gpu else "2"] if setting.quick else []
     data = EMBEDDED if setting.on_gpu or not setting.quick else small_data(setting)
     argv = ["--data", data, "--recipe", "short", "--device", setting.device, "--pictures", "2", "--output", "demo"]
@@ -185,7 +190,6 @@ def demo(setting: Setting, record: Record) -> None:
 
 def pretrain(setting: Setting, record: Record) -> None:
     """pretrain.py on synthetic images, as it is and compiled."""
-    require(*NEEDED)
     small = [] if setting.on_gpu else ["--size", "64", "--depth", "18"]
     steps, size = (60, setting.batches(256)[0]) if setting.on_gpu else (4, 4)
     for flags in ([], ["--compile"]) if setting.on_gpu else ([],):

@@ -45,7 +45,7 @@ class Training:
     """A Faster R-CNN with a pyramid that trains as tools/train_coco.py does, on drawn images."""
 
     def __init__(self, setting: Setting, batch_size: int, *, ranks: int = 1):
-        device = torch.device(setting.device, 0) if setting.device == "cuda" else torch.device(setting.device)
+        device = torch.device(setting.device)
         use(device)
         depth, sides = (50, (800,)) if setting.on_gpu else (18, (64,))
         weights = dict(backbone_weights(depth))

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -35,30 +36,28 @@ STANDALONE = (*TORCHRUN, "2", "--standalone")
 
 def kill(subject: Subject, times: int, moments: random.Random) -> Found:
     """SIGKILL at random moments: any, in the middle of a save, in the middle of an evaluation."""
-    hit = {"start": 0, "step": 0, "save": 0, "evaluation": 0}
+    hit: Counter[str] = Counter()
     run, lost, runs = subject.new_run("kill"), [], 1
-    while sum(hit.values()) < times:
+    while hit.total() < times:
         trains = subject.trains(run)
         process = subject.start(run, "--resume")
-        wanted = moments.choice(["start", "step", "step", "save", "evaluation"])
-        if wanted != "start":
+        wanted = moments.choice(["startup", "step", "step", "save", "evaluation"])
+        if wanted != "startup":
             wait_for(trains, process)
         if wanted in ("save", "evaluation"):
-            wait_for(partial({"save": saving, "evaluation": evaluating}[wanted], run), process)
-        time.sleep(moments.uniform(0, {"start": 5, "step": 3}.get(wanted, 0.1)))
+            wait_for(partial(saving if wanted == "save" else evaluating, run), process)
+        time.sleep(moments.uniform(0, {"startup": 5, "step": 3}.get(wanted, 0.1)))
         if process.poll() is None:
-            now = "save" if saving(run) else "evaluation" if evaluating(run) else "step" if metrics(run) else "start"
+            now = "save" if saving(run) else "evaluation" if evaluating(run) else "step" if metrics(run) else "startup"
             stop(process, signal.SIGKILL)
-            hit["start" if wanted == "start" and now == "step" else now] += 1
+            hit["startup" if wanted == "startup" and now == "step" else now] += 1
         else:  # it has ended by itself: use another run
             lost += differences(run, subject.undisturbed())
             run, runs = subject.new_run("kill"), runs + 1
     subject.finish(run)
     lost += differences(run, subject.undisturbed())
-    moments_hit = ", ".join(
-        f"{count} in {'an' if what == 'evaluation' else 'a'} {what}" for what, count in hit.items() if count
-    )
-    return f"{moments_hit}; {runs} runs ended as if undisturbed", lost
+    moments_hit = ", ".join(f"{count} during {what}" for what, count in sorted(hit.items()))
+    return f"{moments_hit}; {runs} runs ended like the undisturbed one", lost
 
 
 def terminate(subject: Subject, times: int, moments: random.Random) -> Found:
@@ -105,13 +104,13 @@ def damage(subject: Subject, times: int, moments: random.Random) -> Found:
         if f"set aside as {newest.name}.damaged" not in subject.log(run):
             lost.append(f"the damage of {file} was not reported")
         lost += differences(run, subject.undisturbed())
-    return "reported, set aside, resumed from the one before", lost
+    return "reported, set aside, resumed from the previous one", lost
 
 
 def full_disk(subject: Subject, times: int, moments: random.Random) -> Found:
     """A disk with room for only a part of a checkpoint, then with room again."""
-    disk = subject.folder / "small-disk"
     lost: list[str] = []
+    disk = subject.folder / "small-disk"
     disk.mkdir()
     size = sum(path.stat().st_size for path in checkpoints(subject.undisturbed())[-1].iterdir())
     for i in range(times):
@@ -130,7 +129,7 @@ def full_disk(subject: Subject, times: int, moments: random.Random) -> Found:
             subprocess.run(["umount", "-l", str(disk)], check=True)
         subject.finish(moved)
         lost += [f"{i}: {what}" for what in differences(moved, subject.undisturbed())]
-    return "one line with the bytes needed; the last checkpoint stays", lost
+    return "one line with the bytes needed; the last checkpoint is kept", lost
 
 
 def restart(subject: Subject, times: int, moments: random.Random) -> Found:
@@ -145,7 +144,7 @@ def restart(subject: Subject, times: int, moments: random.Random) -> Found:
         time.sleep(2)
     status = process.wait(PATIENCE)
     lost = [failure(subject, run, status)] * (status != 0)
-    return "restarted, ended as two undisturbed ranks", lost + differences(run, subject.undisturbed(2))
+    return "restarted, ended like two undisturbed ranks", lost + differences(run, subject.undisturbed(2))
 
 
 def bad_rank(subject: Subject, times: int, moments: random.Random) -> Found:
@@ -158,17 +157,15 @@ def bad_rank(subject: Subject, times: int, moments: random.Random) -> Found:
         wait_for(lambda run=run: last_step(run) > 1, process)
         shutil.copy(image, kept)
         image.write_bytes(b"")
-        began = time.monotonic()
-        try:
+        began, status = time.monotonic(), None
+        with suppress(subprocess.TimeoutExpired):
             status = process.wait(60)
-        except subprocess.TimeoutExpired:
-            stop(process, signal.SIGKILL)
-            status = None
         seconds.append(time.monotonic() - began)
+        stop(process, signal.SIGKILL)
         shutil.move(kept, image)
         if status != 1 or f"{image.name}: empty file" not in subject.log(run) or "error" not in subject.log(run):
             lost.append(failure(subject, run, status))
-    return f"the job ended within {max(seconds):.0f} s, the rest of the epoch included, and named the image", lost
+    return f"the job ended within {max(seconds):.0f} s, including the rest of its epoch, and named the image", lost
 
 
 def two_nodes(subject: Subject, times: int, moments: random.Random) -> Found:
@@ -181,7 +178,7 @@ def two_nodes(subject: Subject, times: int, moments: random.Random) -> Found:
         statuses = [node.wait(PATIENCE) for node in nodes]
         lost += [failure(subject, run, statuses)] * (statuses != [0, 0])
         lost += differences(run, subject.undisturbed(2))
-    return "ended as two ranks of one node", lost
+    return "ended like two ranks on one node", lost
 
 
 def evaluation(subject: Subject, times: int, moments: random.Random) -> Found:
@@ -197,7 +194,7 @@ def evaluation(subject: Subject, times: int, moments: random.Random) -> Found:
         found.append([(folder / file).read_bytes() for file in ("results.json", "detections.json")])
         if found[-1] != found[0]:
             lost.append(f"{ranks} ranks: other results than 1")
-    return f"by 4 and by {images + 1} ranks, for {images} images: every byte as by one", lost
+    return f"by 4 and by {images + 1} ranks, for {images} images: identical bytes to one rank", lost
 
 
 def stop(process: subprocess.Popen, number: signal.Signals) -> int:

@@ -44,7 +44,7 @@ class Subject:
         """The training in a process of its own, with the run folder `run`."""
         return self.run([*self.argv, "--output", str(run), *flags], log=run, launcher=launcher)
 
-    def run(self, argv: Sequence[str], *, log: Path, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen:
+    def run(self, argv: Sequence[str], *, log: Path, launcher: Sequence[str]) -> subprocess.Popen:
         """One of the tools in a process of its own, whose output is the log of `log`."""
         command = [*launcher, str(TOOLS / argv[0]), *argv[1:]]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
