@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.command import main_of, parse
 
 import torch
 
@@ -36,8 +36,6 @@ class Options:
     """Folder for the runs, reliability.json and reliability.md. Its content is replaced."""
     seed: int = 0
     """Of the moments at which faults happen."""
-    quiet: bool = False
-    """Print only warnings, errors and the table."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,13 +57,12 @@ def main(argv: list[str] | None = None) -> None:
             except RuntimeError as error:
                 outcome, lost = "not finished", [str(error)]
             rows.append({"fault": title, "subject": subject.name, "times": times, "outcome": outcome, "lost": lost})
-            progress_console.print(f"{name}, {subject.name}: {outcome}; lost: {lost or 'nothing'}")
-            content = {**describe("cpu", torch.get_num_threads()), "kills": options.kills, "seed": options.seed}
-            write_atomically(
-                options.output / "reliability.json", json.dumps({**content, "rows": rows}, indent=2) + "\n"
-            )
+            print(f"{name}, {subject.name}: {outcome}; lost: {lost or 'nothing'}", flush=True)
+            machine = describe("cpu", torch.get_num_threads())
+            content = {**machine, "kills": options.kills, "seed": options.seed, "rows": rows}
+            write_atomically(options.output / "reliability.json", json.dumps(content, indent=2) + "\n")
             write_atomically(options.output / "reliability.md", table(rows))
-    console.print(table(rows))
+    print(table(rows))
     if any(row["lost"] for row in rows):
         sys.exit(1)
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -39,9 +40,9 @@ def record(tmp_path):
     return Record(tmp_path / "record.json")
 
 
-def ran(*words, timeout=300):
-    command = [sys.executable, TOOL, *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+def ran(*words, python=sys.executable, **options):
+    command = [python, TOOL, *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, **{"timeout": 300, **options})
 
 
 def content_of(folder):
@@ -97,8 +98,10 @@ def test_parts_that_a_cpu_can_do_run_end_to_end_and_are_written_down(tmp_path):
 
 
 @pytest.mark.slow
-def test_everything_that_a_cpu_can_do_runs_end_to_end(tmp_path):
-    run = ran("--device", "cpu", "--quick", "--output", tmp_path / "out", timeout=900)
+def test_everything_that_a_cpu_can_do_runs_end_to_end_where_the_package_is_not_installed(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(torch.__file__).parents[1])}  # an editable install is not found
+    words = ["--device", "cpu", "--quick", "--output", tmp_path / "out"]
+    run = ran(*words, python=sys._base_executable, env=environment, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
     parts = content_of(tmp_path / "out")["parts"]
     skipped = {"waits", "compile"}

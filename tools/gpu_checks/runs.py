@@ -19,6 +19,7 @@ from detection.data import EMBEDDED
 from detection.shapes import make_shapes
 from resbackbone.checks import require
 from resbackbone.engine.metrics import read_metrics
+from resbackbone.tools.benchmarks.contest import relative_difference
 from resbackbone.tools.gpu_checks.record import Record, Setting
 from resbackbone.tools.gpu_checks.steps import Training
 
@@ -112,9 +113,7 @@ def compare(kind: str, whole: Path, broken: Path, record: Record) -> None:
     same = len(ids[0]) == UPDATES and ids[1] == expected
     record.row(f"{kind}: images of every update", "the same" if same else "different", "the same", same)
     one, other = (load_file(run / "model.safetensors") for run in (whole, broken))
-    difference = sum((one[name].double() - other[name].double()).square().sum().item() for name in one) ** 0.5
-    distance = difference / sum(one[name].double().square().sum().item() for name in one) ** 0.5
-    what = f"{kind}: distance of the weights, relative"
+    what, distance = f"{kind}: difference of the weights, relative", relative_difference(other, one)
     if kind == "deterministic":
         record.at_most(what, distance, 0.0)
     else:
@@ -161,9 +160,8 @@ def ddp(setting: Setting, record: Record) -> None:
             one.step()
     strides = sorted({str(line.message)[:200] for line in raised if "stride" in str(line.message)})
     record.row("DDP: warnings about strides", "; ".join(strides) or "none", "none", not strides)
-    states = alone.detector.state_dict(), together.detector.state_dict()
-    moved = [(states[1][name] - x).norm().item() / max(x.norm().item(), 1e-12) for name, x in states[0].items()]
-    record.at_most("DDP: weights after an update, beside those without", max(moved), 1e-3)
+    moved = relative_difference(together.detector.state_dict(), alone.detector.state_dict())
+    record.at_most("DDP: weights after an update, beside those without", moved, 1e-3)
     dist.destroy_process_group()
 
 
@@ -190,13 +188,16 @@ def demo(setting: Setting, record: Record) -> None:
 
 def pretrain(setting: Setting, record: Record) -> None:
     """pretrain.py on synthetic images, as it is and compiled."""
+    # Not tools/pretrain.py: it imports resbackbone.tools, which is not there where this package is not installed.
+    start = f"import resbackbone; resbackbone.__path__.append({str(TOOLS.parent)!r}); "
+    start += "from resbackbone.tools.pretrain import run; run()"
     small = [] if setting.on_gpu else ["--size", "64", "--depth", "18"]
     steps, size = (60, setting.batches(256)[0]) if setting.on_gpu else (4, 4)
     for flags in ([], ["--compile"]) if setting.on_gpu else ([],):
         name = "compiled" if flags else "eager"
         argv = ["--data", "synthetic", "--device", setting.device, "--output", name, "--batch-size", str(size), *small]
         argv += ["--max-steps", str(steps), "--log-period", str(steps // 4), *flags]
-        seconds = Command([TOOLS / "pretrain.py", *argv], setting).finish()
+        seconds = Command(["-c", start, *argv], setting).finish()
         rates = [line["images_per_second"] for line in read_metrics(setting.scratch / name, "train")[1:]]
         record.row(f"{name}: images a second, batches of {size}", round(statistics.median(rates)))
         record.row(f"{name}: seconds in total", round(seconds))
