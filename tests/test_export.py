@@ -91,21 +91,15 @@ def test_the_format_is_told_by_the_suffix_or_by_name(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"backbone.onnx", "backbone.pt2", "backbone.model"}
 
 
-def test_an_onnx_file_names_its_input_its_outputs_and_their_free_dimensions(tmp_path):
-    build_resnet_backbone(18, levels=["c2", "c3"]).export(tmp_path / "backbone.onnx")
-    graph = onnx.load(tmp_path / "backbone.onnx").graph
-    (images,) = graph.input
-    assert images.name == "images"
-    assert shape(images) == ["batch", 3, "height", "width"]
-    assert [output.name for output in graph.output] == ["c2", "c3"]
-    for output in graph.output:
-        batch, channels, height, width = shape(output)
-        assert batch == "batch" and isinstance(channels, int)
-        assert "height" in height and "width" in width
-
-
-def shape(value) -> list[str | int]:
-    return [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim]
+def assert_names_and_free_dimensions(graph) -> None:
+    images, *maps = (
+        (value.name, [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim])
+        for value in (*graph.input, *graph.output)
+    )
+    assert images == ("images", ["batch", 3, "height", "width"])
+    assert [name for name, _ in maps] == ["c2", "c3"]
+    for _, (batch, channels, height, width) in maps:
+        assert batch == "batch" and isinstance(channels, int) and "height" in height and "width" in width
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2"])
@@ -115,7 +109,9 @@ def test_an_exported_file_says_what_it_is_and_what_it_takes(tmp_path, suffix):
     path = tmp_path / f"backbone.{suffix}"
     backbone.export(path)
     if suffix == "onnx":
-        metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(path).metadata_props}
+        model = onnx.load(path)
+        assert_names_and_free_dimensions(model.graph)
+        metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     else:
         files = {"metadata.json": ""}
         torch.export.load(path, extra_files=files)

@@ -1,4 +1,4 @@
-"""Training, whatever is trained: run folder, distributed start, schedules, update step, exact resume."""
+"""Training of any network: run folder, distributed start, schedule, loop, exact resume."""
 
 from resbackbone.checks import require
 

@@ -34,22 +34,14 @@ def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:
     store.set(f"name/{rank}", own)
     while time.monotonic() < deadline:
         if rank == 0:
-            names = [store.get(f"name/{r}").decode() for r in range(ranks)]
-            store.set("names", " ".join(names))
-            prefix = _hash(names)
-            if all(store.check([f"{prefix}/{r}"]) for r in range(1, ranks)):
+            store.set("names", " ".join(store.get(f"name/{r}").decode() for r in range(ranks)))
+        names = store.get("names").decode()
+        if own in names.split():
+            prefix = hashlib.sha256(names.encode()).hexdigest()
+            store.set(f"{prefix}/{rank}", "here")
+            if rank == 0 and store.check([f"{prefix}/{r}" for r in range(ranks)]):
                 store.set("agreed", prefix)
+            if store.check(["agreed"]) and store.get("agreed").decode() == prefix:
                 return prefix
-        else:
-            names = store.get("names").decode().split()
-            prefix = _hash(names)
-            if names[rank : rank + 1] == [own]:
-                store.set(f"{prefix}/{rank}", "here")
-                if store.check(["agreed"]) and store.get("agreed").decode() == prefix:
-                    return prefix
         time.sleep(PAUSE)
     raise TimeoutError(f"the {ranks} ranks did not find each other within {timeout.total_seconds():.0f} seconds")
-
-
-def _hash(names: list[str]) -> str:
-    return hashlib.sha256(" ".join(names).encode()).hexdigest()

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,7 @@ def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
 
     Raises ValueError if another process writes to it, or if it holds a run and `resume` is not set.
     """
-    folder, number = output or default, 1
-    while output is None and folder.exists():
-        number += 1
-        folder = default.with_name(f"{default.name}-{number}")
+    folder = output or next(folder for folder in _numbered(default) if not folder.exists())
     lock_folder(folder)
     if not resume and (folder / "config.yaml").exists():
         raise UserError(f"{folder}: holds a run already; resume it or choose another folder")
@@ -124,7 +122,9 @@ def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
 
 def latest_folder(default: Path) -> Path:
     """The last of `default`, `default-2`, .. that exists, or else `default`."""
-    folder, number = default, 2
-    while (following := default.with_name(f"{default.name}-{number}")).exists():
-        folder, number = following, number + 1
-    return folder
+    return [default, *takewhile(Path.exists, _numbered(default))][-1]
+
+
+def _numbered(default: Path) -> Iterator[Path]:
+    yield default
+    yield from (default.with_name(f"{default.name}-{number}") for number in count(2))

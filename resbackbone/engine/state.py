@@ -126,16 +126,15 @@ class TrainState:
     def save(self, folder: Path) -> None:
         """Write the optimizer's state and the step into `folder`: tensors as safetensors, the rest as JSON."""
         content = self.optimizer.state_dict()
-        tensors, plain = {}, {}
-        for index, entries in content["state"].items():
-            for name, value in entries.items():
-                if isinstance(value, Tensor):
-                    tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
-                else:
-                    plain[f"{index}.{name}"] = value
+        state = {f"{i}.{name}": value for i, entries in content["state"].items() for name, value in entries.items()}
+        tensors = {k: value.detach().cpu().contiguous() for k, value in state.items() if isinstance(value, Tensor)}
         save_file(tensors, folder / "optimizer.safetensors")
-        described = {"step": self.step, "param_groups": content["param_groups"], "state": plain}
-        described["scaler"] = self.scaler.state_dict()  # {} if it scales nothing
+        described = {
+            "step": self.step,
+            "param_groups": content["param_groups"],
+            "state": {k: value for k, value in state.items() if k not in tensors},
+            "scaler": self.scaler.state_dict(),  # {} unless `scaled`
+        }
         (folder / "state.json").write_text(json.dumps(described, default=Tensor.item))  # LAMB counts in a tensor
 
     def load(self, folder: Path) -> None:

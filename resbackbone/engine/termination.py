@@ -33,9 +33,6 @@ class Termination:
     def handled(self) -> Iterator[None]:
         """Handle the signal in the block."""
         self.requested = self.saved = self._deferred = False
-        if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
-            yield
-            return
         before = signal.signal(signal.SIGTERM, self._received)
         try:
             yield

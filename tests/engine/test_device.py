@@ -6,7 +6,7 @@ from resbackbone.engine.device import arithmetic, autocast, choose_device, choos
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Makes this machine one with so many GPUs."""
+    """Give this machine a number of GPUs."""
 
     def have(count, *, bf16=True):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)

@@ -17,7 +17,7 @@ from pathlib import Path
 from resbackbone.engine.lock import lock_folder
 
 lock_folder(Path(sys.argv[1]))
-print("held", flush=True)
+print("locked", flush=True)
 time.sleep(60)
 """
 
@@ -27,7 +27,7 @@ def another(tmp_path):
     """A process that holds tmp_path/run."""
     command = [sys.executable, "-c", HOLDER, tmp_path / "run"]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "held\n"
+    assert process.stdout.readline() == "locked\n"
     yield process
     process.kill()
     process.wait()

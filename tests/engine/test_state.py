@@ -9,7 +9,7 @@ from torch import nn
 
 from resbackbone.engine import stopwatch
 from resbackbone.engine.distributed import Rank
-from resbackbone.engine.state import NonFinite, TrainState, mean_of, parameter_groups, seed_step
+from resbackbone.engine.state import NonFinite, TrainState, parameter_groups, seed_step
 
 ALONE = Rank(0, 1, torch.device("cpu"))
 OPTIMIZERS = {
@@ -63,20 +63,10 @@ def test_an_update_is_sgd_on_the_sum_of_the_losses_by_hand():
         assert torch.allclose(p, expected, atol=1e-6)
 
 
-def test_gradients_of_an_earlier_backward_are_not_added():
-    state, other = train_state(), train_state()
-    other.model.load_state_dict(state.model.state_dict())
-    losses_of(state.model, 9)["a"].backward()
-    for module, source in zip(state.model.buffers(), other.model.buffers(), strict=True):
-        module.copy_(source)
-    update(state)
-    update(other)
-    assert_same_weights(state.model, other.model)
-
-
-def test_gradients_of_several_parts_make_the_update_of_their_mean():
+def test_several_parts_make_the_update_of_their_mean_and_earlier_gradients_do_not_count():
     state, whole = train_state(), train_state()
     whole.model.load_state_dict(state.model.state_dict())
+    state.model[3].bias.sum().backward()  # gradients of an earlier backward are not added
     values = state.update(lambda step: losses_of(state.model, step), [1, 2, 4], learning_rate=0.1)
     parts = [losses_of(whole.model, step) for step in (1, 2, 4)]
     mean = {name: sum(part[name] for part in parts) / 3 for name in parts[0]}
@@ -84,15 +74,6 @@ def test_gradients_of_several_parts_make_the_update_of_their_mean():
     assert values == {name: pytest.approx(loss.item()) for name, loss in mean.items()}
     for got, expected in zip(state.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.allclose(got, expected, atol=1e-6)
-
-
-def test_a_later_part_that_is_not_finite_stops_the_update_too():
-    state = train_state()
-    before = [parameter.clone() for parameter in state.model.parameters()]
-    with pytest.raises(NonFinite):
-        state.update(lambda k: {"a": k * losses_of(state.model)["a"]}, [1.0, float("nan")], learning_rate=0.1)
-    assert state.step == 0
-    assert all(torch.equal(p, kept) for p, kept in zip(state.model.parameters(), before, strict=True))
 
 
 def test_forward_backward_and_optimizer_are_timed_apart_and_over_all_parts(monkeypatch):
@@ -129,11 +110,11 @@ def test_clipping_bounds_the_length_of_the_update():
 def test_a_loss_that_is_not_finite_raises_and_changes_nothing(wrong, scaled):
     state = train_state(scaled=scaled)
     update(state)
-    losses = losses_of(state.model, 1)
-    losses["b"] = losses["b"] * wrong
+    losses, wrong_losses = losses_of(state.model, 1), losses_of(state.model, 2)
+    wrong_losses["b"] = wrong_losses["b"] * wrong
     weights, optimizer = copy.deepcopy((state.model.state_dict(), state.optimizer.state_dict()))
     with pytest.raises(NonFinite, match=rf"step 1 is not finite: b is -?{abs(wrong)}"):
-        update(state, losses, 0.7)
+        state.update(lambda losses: losses, [losses, wrong_losses], learning_rate=0.7)  # the second part
     assert state.step == 1
     assert_same_weights(state.model, weights)
     after = state.optimizer.state_dict()
@@ -236,10 +217,6 @@ def test_a_steps_randomness_depends_on_seed_step_and_rank_alone():
     drawn = [draw(*key) for key in keys]
     assert [draw(*key) for key in keys] == drawn
     assert len({tuple(numbers) for numbers in drawn}) == len(keys)
-
-
-def test_the_mean_of_records_is_taken_entry_by_entry():
-    assert mean_of(iter([{"a": 1.0, "b": 4.0}, {"a": 3.0, "b": 0.0}])) == {"a": 2.0, "b": 2.0}
 
 
 # fp16: the loss is scaled

@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -46,19 +45,6 @@ def test_afterwards_the_signal_does_what_it_did_before_and_nothing_is_remembered
     assert signal.getsignal(signal.SIGTERM) is before
     with termination.handled():
         assert not termination.requested and not termination.saved
-
-
-def test_in_another_thread_which_may_have_no_handler_nothing_is_handled():
-    seen = []
-
-    def work():
-        with termination.handled():
-            seen.append("done")
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == ["done"]
 
 
 class Pids:

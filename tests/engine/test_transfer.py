@@ -4,7 +4,6 @@ from itertools import islice
 import pytest
 import torch
 
-from resbackbone.engine import transfer
 from resbackbone.engine.transfer import moved
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -56,7 +55,9 @@ def test_what_goes_wrong_with_a_batch_is_raised_when_its_turn_comes(streams):
         next(results)
 
 
-def test_every_tensor_of_a_batch_is_known_to_the_stream_that_reads_it():
+def test_every_tensor_of_a_batch_is_known_to_the_stream_that_reads_it(streams, monkeypatch):
     a, b, c, d = torch.zeros(4).unbind()
-    batch = ([a, b], [{"boxes": c, "image_id": 3, "skipped": ["x"]}, {"labels": (d,)}])
-    assert [tensor.data_ptr() for tensor in transfer._tensors(batch)] == [t.data_ptr() for t in (a, b, c, d)]
+    seen = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: seen.append(tensor.data_ptr()))
+    list(moved([([a, b], [{"boxes": c, "image_id": 3, "skipped": ["x"]}, {"labels": (d,)}])], lambda batch: batch, GPU))
+    assert seen == [tensor.data_ptr() for tensor in (a, b, c, d)]
