@@ -41,14 +41,14 @@ from resbackbone.tools import gpu_checks  # noqa: E402
 from resbackbone.tools.benchmarks.machine import describe, usable_cores  # noqa: E402
 from resbackbone.tools.gpu_checks.record import Record, Setting  # noqa: E402
 
-ROOMY = {"cores": 8, "bytes": 70e9}  # of a machine that runs parts side by side
-BAD = ("differs", "failed", "out of memory", "timed out", "interrupted")  # not "skipped", nor "out of time"
-SHORTEST = 20  # seconds; with less than this left, a part is not started
+ROOMY = {"cores": 8, "bytes": 70e9}  # what a machine must have to run parts side by side
+BAD = ("differs", "failed", "out of memory", "timed out", "interrupted")  # "skipped" and "out of time" are not
+SHORTEST = 20  # seconds; with less than this left, no part starts
 
 
 @dataclass(frozen=True)
 class Part:
-    """A part, MODULE.FUNCTION of gpu_checks, and the seconds after which it is stopped."""
+    """A part: MODULE.FUNCTION in gpu_checks, and its time limit in seconds (on a CPU four times that)."""
 
     function: str
     seconds: int
@@ -85,7 +85,7 @@ class Running:
     file: Path
     log: Path
     limit: float
-    cut: bool  # whether the overall deadline set the limit
+    by_deadline: bool  # whether the overall deadline set the limit
     began: float = field(default_factory=time.monotonic)
 
     @property
@@ -114,7 +114,7 @@ class Running:
             elif interrupted:
                 found |= {"status": "interrupted", "reason": "by a signal"}
             else:
-                found["status"] = "out of time" if self.cut else "timed out"
+                found["status"] = "out of time" if self.by_deadline else "timed out"
                 found["reason"] = f"stopped after {self.limit:.0f} s"
             found["traceback"] = self.log.read_text(errors="replace")[-4000:]
         for file in (self.file, self.log):
@@ -154,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         device = "cuda:0" if options.device == "cuda" else options.device  # commands would use all GPUs
         setting = Setting(device, options.quick, output, Path(scratch), data=options.data, minutes=options.minutes)
-        grace = 60 if options.what == "cifar" else 0  # for its start, and for the net being trained
+        grace = 60 if options.what == "cifar" else 0  # to start, and to stop the net in training
         for name, found in run(parts, setting, began + 60 * options.minutes + grace, signals):
             content["machine"] = found.pop("machine", {}) or content["machine"]
             content["parts"] |= {name: found}
@@ -253,7 +253,7 @@ def is_roomy(device: str) -> bool:
 
 
 def start(name: str, part: Part, setting: Setting, left: float) -> Running:
-    """Start a part's process, to be stopped after its own seconds or at the overall deadline, whichever is first."""
+    """Start a part's process, with its own time limit or what is left until the deadline, whichever is less."""
     seconds = part.seconds if setting.on_gpu else 4 * part.seconds  # a CPU may be slow, or busy
     limit = min(seconds or left, left)
     setting = replace(setting, scratch=setting.scratch / name, until=time.time() + limit)
@@ -264,7 +264,7 @@ def start(name: str, part: Part, setting: Setting, left: float) -> Running:
     argv = [sys.executable, __file__, "--device", setting.device, "--part", name, "--setting", words]
     with open(log, "wb") as said:
         process = subprocess.Popen(argv, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-    return Running(name, process, file, log, limit, cut=limit == left)
+    return Running(name, process, file, log, limit, by_deadline=limit == left)
 
 
 def not_run(status: str, reason: str) -> dict:

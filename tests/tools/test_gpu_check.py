@@ -207,7 +207,7 @@ def scripted(monkeypatch):
         argv = [sys.executable, "-c", PREFACE + SCRIPTS[name.split("-")[0]], file, str(setting.share)]
         with open(log, "wb") as said:
             process = subprocess.Popen(argv, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-        return gpu_check.Running(name, process, file, log, min(part.seconds, left), cut=left < part.seconds)
+        return gpu_check.Running(name, process, file, log, min(part.seconds, left), by_deadline=left < part.seconds)
 
     monkeypatch.setattr(gpu_check, "start", start)
     monkeypatch.setattr(gpu_check, "SHORTEST", 1)
@@ -275,7 +275,7 @@ def test_parts_run_together_only_where_their_times_do_not_count():
 
 @pytest.mark.parametrize("subject", equality.SUBJECTS)
 def test_in_fp32_a_cpu_is_as_near_to_fp64_as_a_gpu_has_to_be(subject):
-    assert 0 < equality.apart(subject, "cpu", torch.float32) <= equality.LIMITS[torch.float32]
+    assert 0 < equality.error_of(subject, "cpu", torch.float32) <= equality.LIMITS[torch.float32]
 
 
 @pytest.mark.parametrize("subject", ["sum_cells", "RoIAlign", "FPN maps", "detections"])
@@ -290,7 +290,7 @@ def test_an_operator_that_computes_something_else_is_noticed(subject, monkeypatc
         torch.nn.functional, "embedding_bag", lambda i, x, *a, **options: bag(i, x, *a, **options) * off(x)
     )
     monkeypatch.setattr(torch.nn.functional, "conv2d", lambda x, *arguments: conv2d(x, *arguments) * off(x))
-    assert equality.apart(subject, "cpu", torch.float32) > equality.LIMITS[torch.float32]
+    assert equality.error_of(subject, "cpu", torch.float32) > equality.LIMITS[torch.float32]
 
 
 def test_detections_that_are_compared_are_some():
@@ -305,7 +305,7 @@ def test_in_bf16_the_errors_are_between_torchvisions_in_bf16_and_with_fp32_activ
 
 
 def test_a_compiled_backbone_is_compared_with_the_eager_one():
-    assert equality.compiled_apart("cpu", backend="aot_eager") < 1e-5
+    assert equality.compiled_error("cpu", backend="aot_eager") < 1e-5
 
 
 def test_waits_are_counted_by_our_line_and_the_line_that_waits(setting, monkeypatch):
@@ -319,7 +319,7 @@ def test_waits_are_counted_by_our_line_and_the_line_that_waits(setting, monkeypa
 
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     training, found = steps.Training(setting, 2), Counter()
-    with steps.waits_noted(found):
+    with steps.count_waits(found):
         warnings.warn("Synchronization debug mode does not yet detect all synchronizing operations", stacklevel=1)
         waiting = training.state.model.rpn.fg_bg_sampler
         monkeypatch.setattr(type(waiting), "__call__", warned(type(waiting).__call__))

@@ -31,16 +31,16 @@ from resbackbone.tools.benchmarks.networks import as_graph
 from resbackbone.tools.gpu_checks.record import Record, Setting
 from resbackbone.tools.gpu_checks.runs import NEEDED
 
-NETS = ("resnet-20", "plain-20", "resnet-56", "plain-56", "resnet-110", "resnet-32", "resnet-44")  # as time allows
-STRETCH = 500  # updates whose batches are drawn, and whose metrics are read, at once
-TESTS = 16  # of a run, evenly spread
+NETS = ("resnet-20", "plain-20", "resnet-56", "plain-56", "resnet-110", "resnet-32", "resnet-44")
+STRETCH = 500  # updates between two transfers of batches and metrics
+TESTS = 16  # per run, evenly spaced
 
 
 class Updates:
     """A network's updates on batches that lie on the device; on a GPU each is the replay of a graph.
 
-    An update reads what changes from one to the next from tables at `place`, which it moves on, so that a replay needs
-    nothing from the host. A graph holds one learning rate: another rate needs another graph.
+    An update reads its images and crops from row `place` of tables and increments `place`, so a replay needs nothing
+    from the host. A graph holds one learning rate: another rate needs another graph.
     """
 
     def __init__(self, model: CifarResNet, optimizer: torch.optim.Optimizer, data: cifar10.Split, mean_image: Tensor):
@@ -52,7 +52,7 @@ class Updates:
         self.replay: Callable[[], None] | None = None
 
     def fill(self, *values: Tensor) -> None:
-        """The next n updates' images, int64 [n, batch], and what `cifar10.crop` takes, [n, batch, 1] each."""
+        """Set the next n updates: image indices, int64 [n, batch], and `cifar10.crop` arguments, [n, batch, 1]."""
         if not self.tables:
             self.tables = [v.new_zeros((STRETCH, *v.shape[1:]), device=self.device) for v in values]
         for table, new in zip(self.tables, values, strict=True):
@@ -60,7 +60,7 @@ class Updates:
         self.place.zero_()
 
     def run(self, count: int, rate: float) -> None:
-        """So many updates at this rate."""
+        """Make `count` updates at this learning rate."""
         if self.optimizer.param_groups[0]["lr"] != rate:
             self.optimizer.param_groups[0]["lr"], self.replay = rate, None
         if self.device.type == "cuda" and self.replay is None:
@@ -86,15 +86,16 @@ class Updates:
 
 
 def drawn(draw: tuple[list[int], torch.Generator]) -> tuple[Tensor, ...]:
-    """A batch's images, int64 [batch], and their crops."""
+    """A batch's image indices, int64 [batch], and their crops."""
     indices, random = draw
     return torch.tensor(indices), *cifar10.draw_crops(len(indices), random)
 
 
 def train(options: train_cifar10.Options, folder: Path, data: cifar10.Cifar10, *, until: float) -> dict:
-    """Train one net in `folder`; {"error", "seconds", "updates"}, the error None if it would not be done `until` then.
+    """Train one net in `folder`; returns {"error", "seconds", "updates"}.
 
-    Raises ValueError for a loss that is not finite.
+    Training stops early, with an error of None, if it would not end by `until`, in time.monotonic(). Raises ValueError
+    if the loss is not finite.
     """
     device = torch.device(options.device)
     use(device)

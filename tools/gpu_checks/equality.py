@@ -19,7 +19,7 @@ from resbackbone.engine.state import TrainState
 from resbackbone.layers import FrozenBatchNorm2d, conv_norm_relu
 from resbackbone.tools.benchmarks.contest import OWN, relative_difference, tf32
 from resbackbone.tools.benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn_scene, load
-from resbackbone.tools.benchmarks.detectors import difference as detections_apart
+from resbackbone.tools.benchmarks.detectors import difference as detections_difference
 from resbackbone.tools.benchmarks.networks import (
     BACKBONES,
     Workload,
@@ -44,7 +44,7 @@ CONVOLUTIONS: dict[str, dict[str, Any]] = {
 
 
 class Maker:
-    """Makes the same inputs for every device and dtype."""
+    """Makes the same inputs on every device and in every dtype."""
 
     def __init__(self, device: str, dtype: torch.dtype):
         self.device, self.dtype, self.random = device, dtype, torch.Generator().manual_seed(0)
@@ -57,7 +57,7 @@ class Maker:
         return self.normal(*shape).contiguous(memory_format=torch.channels_last).requires_grad_()
 
     def boxes(self, count: int) -> Tensor:
-        """[count, 4] of all sizes, some beyond the border of the detector's images."""
+        """Boxes [count, 4] of all sizes; some cross the border of the detector's images."""
         centres = torch.rand(count, 2, generator=self.random, dtype=torch.float64) * torch.tensor([WIDTH, HEIGHT])
         sides = 4 * 2 ** (6 * torch.rand(count, 2, generator=self.random, dtype=torch.float64))
         return torch.cat((centres - sides / 2, centres + sides / 2), 1).to(self.device, self.dtype)
@@ -101,7 +101,7 @@ def lift(backbone: nn.Module) -> nn.Module:
 
 
 def folded_convolutions(make: Maker) -> Outputs:
-    """Convolution, frozen norm, sum and ReLU as one, with the gradients of input, weight and shortcut."""
+    """Fused convolution, frozen norm, sum and ReLU, with the gradients of input, weight and shortcut."""
     outputs: dict[str, Tensor] = {}
     for name, options in CONVOLUTIONS.items():
         torch.manual_seed(0)
@@ -128,7 +128,7 @@ def pyramid(make: Maker) -> Outputs:
 
 
 def sums_of_cells(make: Maker) -> Outputs:
-    """`sum_cells` and its gradient, of cells that are used many times, once and never."""
+    """`sum_cells` and its gradient, for cells that are used many times, once and never."""
     feature = make.map(2, 32, 13, 17)
     cells = torch.randint(0, 300, (500, 9), generator=make.random).to(make.device)
     sums = sum_cells(rows_of(feature), cells, make.normal(500, 9))
@@ -147,7 +147,7 @@ def roi_align(make: Maker, *, aligned: bool = False) -> Outputs:
 
 
 def proposals(make: Maker) -> Outputs:
-    """The RPN's proposals, losses and gradient, of given maps."""
+    """The RPN's proposals, losses and gradient for given maps."""
     detector = make.detector().train()
     features = detector.backbone.features.items()
     maps = {name: make.map(2, 256, HEIGHT // f.stride, WIDTH // f.stride) for name, f in features}
@@ -201,14 +201,14 @@ SUBJECTS: dict[str, Callable[[Maker], Outputs | list[Outputs]]] = {
 }
 
 
-def apart(subject: str, device: str, dtype: torch.dtype) -> float:
-    """The difference of a subject on the device from fp64 on the CPU; infinite if they cannot be compared."""
+def error_of(subject: str, device: str, dtype: torch.dtype) -> float:
+    """How far a subject computed on the device is from fp64 on the CPU; infinite if they cannot be compared."""
     with tf32(False):
         got: Any = SUBJECTS[subject](Maker(device, dtype))
     wanted: Any = _reference(subject)
     if isinstance(wanted, Mapping):
         return relative_difference(got, wanted)
-    return detections_apart(
+    return detections_difference(
         [{name: x.cpu().to(w[name]) for name, x in g.items()} for g, w in zip(got, wanted, strict=True)], wanted
     )
 
@@ -247,14 +247,14 @@ def bf16_errors(device: str, depth: int) -> dict[str, dict[str, float]]:
     }
 
 
-def compiled_apart(device: str, *, backend: str = "inductor") -> float:
+def compiled_error(device: str, *, backend: str = "inductor") -> float:
     """The difference of a compiled backbone's step from the eager one, in fp32 without TF32."""
     with tf32(False):
         eager = {name: x.clone() for name, x in step_of(device)[0]().items()}
         return relative_difference(step_of(device, backend=backend)[0](), eager)
 
 
-def graph_apart(device: str) -> dict[str, float]:
+def graph_errors(device: str) -> dict[str, float]:
     """The difference of a CUDA graph's replays from eager steps: at once, after other work, with other weights."""
     with tf32(False):
         run, network = step_of(device)
@@ -277,13 +277,13 @@ def check(setting: Setting, record: Record) -> None:
     for dtype, limit in LIMITS.items():
         for subject in SUBJECTS:
             name = str(dtype).removeprefix("torch.")
-            record.at_most(f"{subject}, {name}", apart(subject, setting.device, dtype), limit)
+            record.at_most(f"{subject}, {name}", error_of(subject, setting.device, dtype), limit)
     errors = bf16_errors(setting.device, DEPTH if setting.quick else 50)
     for name, own in errors[OWN].items():
         record.at_most(f"{name}, bf16: error beside torchvision's", own, errors["torchvision"][name])
         record.row(f"{name}, bf16: torchvision's error with activations in fp32", errors["torchvision, autocast"][name])
     if setting.on_gpu:
-        for name, difference in graph_apart(setting.device).items():
+        for name, difference in graph_errors(setting.device).items():
             record.at_most(f"CUDA graph, {name}", difference, 1e-4)
     if setting.on_gpu or not setting.quick:
-        record.at_most("torch.compile, float32", compiled_apart(setting.device), 1e-4)
+        record.at_most("torch.compile, float32", compiled_error(setting.device), 1e-4)

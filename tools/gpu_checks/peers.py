@@ -13,7 +13,7 @@ from resbackbone.tools.benchmarks.contest import COMPILED, MATRIX_PRODUCT, OWN, 
 from resbackbone.tools.benchmarks.networks import Workload, classifier
 from resbackbone.tools.gpu_checks.record import Record, Setting
 
-SPARE = 15  # seconds between the end of a contest's budget and that of the part
+SPARE = 15  # seconds from the end of a contest's budget to the time limit of the part
 BF16, TF32 = "bf16-channels-last", "tf32-channels-last"
 
 
@@ -60,7 +60,7 @@ def add_rows(result: dict, record: Record) -> None:
 
 
 def beside(name: str, seconds: dict[str, list[float]]) -> str:
-    """A contender's time, and its ratio, round by round, to the fastest package that runs in the same way, if any."""
+    """A contender's median time, and its ratio, round by round, to the fastest other package that runs the same way."""
     way = name.partition(", ")[2]
     others = {n: times for n, times in seconds.items() if package_of(n) not in (OWN, MATRIX_PRODUCT)}
     alike = [n for n in others if n.partition(", ")[2] == way] or [n for n in others if "," not in n]
@@ -96,7 +96,7 @@ def imagenet(setting: Setting, record: Record) -> None:
 
 
 def compiled(setting: Setting, record: Record) -> None:
-    """How long a classifier's step takes to compile, and whether its loss is eager's; `imagenet` finds it cached."""
+    """Compile a classifier's step: the time, and the loss beside eager. `imagenet` then finds it cached."""
     require("train", "timm", user="this part")
     work = Workload(BF16, setting.device, 50 if setting.on_gpu else 18, 800, 1216, setting.batches(256)[0])
     for package in (OWN, "torchvision", "timm"):

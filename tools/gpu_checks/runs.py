@@ -31,9 +31,9 @@ NEEDED = (
     "timm",
     "tensorboard",
     "matplotlib",
-)  # by the trainings, beside what detection/ needs
+)  # by the trainings; detection/ checks its own
 UPDATES, SAVED, KILLED = 40, 20, 23
-PATIENCE = 120  # seconds for anything that must happen
+PATIENCE = 120  # seconds to wait for an event
 LEAST_AP50 = 0.6  # of `make demo`; on a CPU its seeds gave 0.68 to 0.76
 
 

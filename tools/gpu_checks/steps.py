@@ -1,4 +1,4 @@
-"""Where the host waits for the GPU in a detector's training step, and what the GPU does meanwhile."""
+"""Where the host waits for the GPU in a detector's training step, and what the GPU spends its time on."""
 
 import re
 import time
@@ -42,7 +42,7 @@ GROUPS = {  # of kernels, or of a CPU's operators, by name
 
 
 class Training:
-    """A Faster R-CNN with a pyramid that trains as tools/train_coco.py does, on drawn images."""
+    """A Faster R-CNN with FPN that trains as in tools/train_coco.py, on synthetic images."""
 
     def __init__(self, setting: Setting, batch_size: int, *, ranks: int = 1):
         device = torch.device(setting.device)
@@ -77,8 +77,8 @@ class Training:
 
 
 @contextmanager
-def waits_noted(found: Counter) -> Iterator[None]:
-    """Count what makes the host wait for a GPU, by the innermost line of this project and the line that waits."""
+def count_waits(found: Counter) -> Iterator[None]:
+    """Count host-device synchronizations by the innermost line of this project and the line that synchronizes."""
 
     def note(message, category, filename, lineno, *_) -> None:
         if "called a synchronizing" not in str(message):
@@ -98,13 +98,13 @@ def waits_noted(found: Counter) -> Iterator[None]:
 
 
 def waits(setting: Setting, record: Record) -> None:
-    """The host's waits in a step of 2 and of 16 images, by line."""
+    """Count the host's waits in a step of 2 and of 16 images, by line."""
     for size in setting.batches(2, 16):
         training = Training(setting, size)
         found: Counter[str] = Counter()
         for _ in range(WARM_UP):
             training.step()
-        with waits_noted(found):
+        with count_waits(found):
             training.step()
         what = f"host waits in a step of {size} images"
         record.detail(what, dict(found.most_common()))
@@ -115,7 +115,7 @@ def waits(setting: Setting, record: Record) -> None:
 
 
 def profiled(setting: Setting, record: Record) -> None:
-    """Launches, idle share and what the time goes to, in steps of 2 and of 16 images."""
+    """Profile steps of 2 and of 16 images: launches, idle share and time by kind of kernel."""
     for size in setting.batches(2, 16):
         training = Training(setting, size)
         for _ in range(WARM_UP):
@@ -148,7 +148,7 @@ def profiled(setting: Setting, record: Record) -> None:
 
 
 def device_spans(profiler: profile, setting: Setting) -> list[tuple[str, float, float]]:
-    """(name, start, end) in seconds of every kernel and copy on the device; of a CPU, of every operator at the top."""
+    """(name, start, end) in seconds of every kernel and copy on the device; on a CPU, of every outermost operator."""
     kind = DeviceType.CUDA if setting.on_gpu else DeviceType.CPU
     events = [event for event in profiler.events() or () if event.device_type == kind]
     # On a GPU, annotations span kernels; on a CPU, operators contain others.
@@ -157,7 +157,7 @@ def device_spans(profiler: profile, setting: Setting) -> list[tuple[str, float, 
 
 
 def covered(spans: list[tuple[str, float, float]]) -> float:
-    """The seconds in which at least one of the spans runs."""
+    """Seconds in which at least one of the spans runs."""
     total, reached = 0.0, float("-inf")
     for _, start, end in sorted(spans, key=lambda span: span[1]):
         total += max(0.0, end - max(start, reached))
