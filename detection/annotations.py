@@ -17,23 +17,22 @@ from resbackbone.checks import UserError
 
 
 class Annotations(NamedTuple):
-    """An instances file of N images and M annotations: 49 bytes an annotation, 24 an image beside its name.
+    """An instances file of N images and M annotations: 49 bytes per annotation, 24 per image plus its name.
 
-    No image or box is an object of its own, so forked processes share the memory; tensors, so that spawned ones do
-    too (torch passes them in shared memory).
+    Flat tensors instead of objects, so that forked and spawned workers share one copy.
     """
 
     image_ids: Tensor  # int64 [N], in the file's order
     widths_heights: Tensor  # int32 [N, 2], pixels
     names: Tensor  # uint8: the file names in UTF-8, one after another
-    name_offsets: Tensor  # int64 [N + 1]: where in `names` each begins, and the last ends
-    categories: dict[int, str]  # names by id, in the order of the ids
-    image_indices: Tensor  # int32 [M]: the place of an annotation's image among the N
-    labels: Tensor  # int32 [M]: the place of its category in `categories`, from 1
-    boxes_xywh: Tensor  # float64 [M, 4] as in the file: x, y, width, height in pixels; may not be finite
-    areas: Tensor  # float64 [M]: the file's, or width * height where it gives none
+    name_offsets: Tensor  # int64 [N + 1]: name i is names[offsets[i] : offsets[i + 1]]
+    categories: dict[int, str]  # names by id, sorted by id
+    image_indices: Tensor  # int32 [M]: the index of each annotation's image
+    labels: Tensor  # int32 [M]: the position of its category in `categories`, from 1
+    boxes_xywh: Tensor  # float64 [M, 4] as in the file: x, y, width, height in pixels; may hold NaN or infinity
+    areas: Tensor  # float64 [M]: the file's, or else width * height
     crowds: Tensor  # bool [M]
-    grouping: dict[int, str]  # categories that are left out because they only group the others
+    grouping: dict[int, str]  # categories left out because they only group the others
 
     def file_name(self, index: int) -> str:
         start, end = self.name_offsets[index : index + 2].tolist()
@@ -45,12 +44,12 @@ class Annotations(NamedTuple):
 
 
 def read_annotations(path: str | os.PathLike) -> Annotations:
-    """Read a COCO instances file and check it; missing `iscrowd` and `area` are filled in (0, and w * h).
+    """Read and check a COCO instances file. Missing `iscrowd` and `area` become 0 and width * height.
 
-    Unused fields, such as segmentations, are skipped. So is the category 0 that Roboflow puts before the real ones: it
-    has no boxes, and its name is their supercategory. Raises UserError, with the path and the place in the file, if it
-    is not JSON, lacks a field, holds a value of another type, repeats an id, refers to an image or category that is not
-    in it, or names an image outside its folder.
+    Unused fields such as segmentations are skipped, and so is the category 0 that Roboflow puts first: it has no boxes,
+    and its name is the others' supercategory. Raises UserError, with the path and the place in the file, if the file is
+    not JSON, lacks a field, has a value of the wrong type, repeats an id, refers to an unknown image or category, or
+    names an image outside its folder.
     """
     try:
         return _flat(*_decoded(path))
@@ -61,7 +60,7 @@ def read_annotations(path: str | os.PathLike) -> Annotations:
 
 
 def count_images(path: str | os.PathLike) -> int:
-    """The number of images in an instances file; the rest is only skipped over. Raises as `read_annotations` does."""
+    """The number of images in an instances file, without parsing the rest. Raises as `read_annotations` does."""
     try:
         return len(msgspec.json.decode(_mapped(path), type=_Count).images)
     except (msgspec.DecodeError, OSError):
@@ -69,7 +68,7 @@ def count_images(path: str | os.PathLike) -> int:
 
 
 def select_images(annotations: Annotations, chosen: np.ndarray) -> Annotations:
-    """Some of the images, bool [N], with their annotations and all the categories, in the same order."""
+    """The images where `chosen`, bool [N], is True, with their annotations and all categories, in the same order."""
     rows = torch.from_numpy(chosen)[annotations.image_indices.long()]
     places = torch.from_numpy(np.cumsum(chosen, dtype=np.int32) - 1)  # among the chosen
     names, offsets = _packed([name for name, keep in zip(annotations.file_names(), chosen, strict=True) if keep])
@@ -119,7 +118,7 @@ class _Count(msgspec.Struct):
 class _File(msgspec.Struct):
     images: list[_Image]
     categories: list[_Category]
-    annotations: list[msgspec.Raw]  # decoded one at a time: 860,000 at once would take 250 MB more
+    annotations: list[msgspec.Raw]  # decoded one by one: COCO's 860,000 at once take 250 MB more
 
 
 class _LenientFile(msgspec.Struct):
@@ -142,7 +141,7 @@ def _decoded(path: str | os.PathLike) -> tuple[list[_Image], list[_Category], It
     except msgspec.ValidationError as error:
         raise UserError(f"not a COCO instances file: {error}") from None
     except (msgspec.DecodeError, RecursionError):
-        pass  # strict JSON has no NaN, Infinity or UTF-16; Python's reader takes them, or says what is wrong
+        pass  # strict JSON has no NaN, Infinity or UTF-16; Python's reader accepts them or names the error
     try:
         lenient = msgspec.convert(json.loads(bytes(text)), type=_LenientFile)
     except msgspec.ValidationError as error:
@@ -165,7 +164,7 @@ def _one_by_one(annotations: list[msgspec.Raw]) -> Iterator[_Annotation]:
 def _mapped(path: str | os.PathLike) -> mmap.mmap | bytes:
     """The file's bytes, mapped rather than read: processes that start together share its pages."""
     with open(path, "rb") as file:
-        empty = os.fstat(file.fileno()).st_size == 0  # which cannot be mapped
+        empty = os.fstat(file.fileno()).st_size == 0  # an empty file cannot be mapped
         return b"" if empty else mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
@@ -189,7 +188,9 @@ def _flat(
     grouping = {}
     if 0 in by_id and by_id[0] in groups and not (rows["category_id"] == 0).any():
         grouping[0] = by_id.pop(0)
+    labels = np.searchsorted(list(by_id), rows["category_id"]) + 1
     names, offsets = _packed([image.file_name for image in images])
+    boxes, areas, crowds = (torch.from_numpy(rows[name].copy()) for name in ("box", "area", "crowd"))
     return Annotations(
         torch.from_numpy(image_ids),
         torch.from_numpy(numbers[:, 1:].astype(np.int32)),
@@ -197,10 +198,10 @@ def _flat(
         offsets,
         by_id,
         torch.from_numpy(image_indices.astype(np.int32)),
-        torch.from_numpy((np.searchsorted(list(by_id), rows["category_id"]) + 1).astype(np.int32)),
-        torch.from_numpy(rows["box"].copy()),
-        torch.from_numpy(rows["area"].copy()),
-        torch.from_numpy(rows["crowd"].copy()),
+        torch.from_numpy(labels.astype(np.int32)),
+        boxes,
+        areas,
+        crowds,
         grouping,
     )
 
@@ -231,7 +232,7 @@ def _check_unique(section: str, ids: np.ndarray) -> None:
 
 
 def _places(key: str, wanted: np.ndarray, section: str, ids: np.ndarray) -> np.ndarray:
-    """Where in `ids` each of `wanted`, the annotations' `key`, is. Raises UserError for one that is not there."""
+    """The index in `ids` of each of `wanted`, the annotations' `key`. Raises UserError if one is missing."""
     known = np.isin(wanted, ids)
     if not known.all():
         i = np.argmin(known)
@@ -241,5 +242,5 @@ def _places(key: str, wanted: np.ndarray, section: str, ids: np.ndarray) -> np.n
 
 
 def _leaves_its_folder(name: str) -> bool:
-    unusable = re.search("[\0\ud800-\udfff]", name)  # no file system has such names
+    unusable = re.search("[\0\ud800-\udfff]", name)  # characters that no file name can have
     return os.path.isabs(name) or unusable is not None or (".." in name and ".." in Path(name).parts)

@@ -32,18 +32,17 @@ class ImageRequest(NamedTuple):
 class CocoImages(Dataset):
     """The images of one split with their boxes; category ids become contiguous labels 1..N (0 is background).
 
-    Boxes are checked once, here: clipped to their image, and left out if a coordinate is not finite or less than a
-    pixel a side remains; crowds are left out too. `report` counts these; `annotations` keeps every box as it is in the
-    file. All data lie in flat tensors, so workers share one copy, forked or spawned. With `part` "train" or "val" only
-    this part of a file that holds both is taken (`layouts.held_out`).
+    Boxes are clipped to their image. Those that are not finite or keep less than a pixel a side are left out, and so
+    are crowds; `report` counts both. `annotations` keeps every box as it is in the file. `part` "train" or "val" takes
+    this part of a file that holds both (`layouts.held_out`).
 
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
-    int64 [n], "image_id": int}. An index gives the image as it is; an `ImageRequest` gives it through `transform`
-    with its seed. For a broken image the item is its BadImage (an exception raised in a worker would lose its message);
-    with `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the messages.
+    int64 [n], "image_id": int}. An index gives the image as it is, an `ImageRequest` the image augmented by `transform`
+    with its seed. The item of a broken image is its BadImage (an exception raised in a worker would lose its message).
+    With `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the messages.
 
-    Raises UserError if `categories` are given and differ, if no image is left, or if none of the files is there, and
-    BadImage if some are missing and `skip_bad_images` is off.
+    Raises UserError if `categories` are given and differ, if no image is left or if no image file exists, and BadImage
+    if some are missing and `skip_bad_images` is off.
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class CocoImages(Dataset):
 
     @property
     def origin(self) -> str:
-        """Where the images come from, in words: an annotation file, or a part of one (`held_out`)."""
+        """Describes where the images come from: an annotation file, or a part of one (`held_out`)."""
         taken = {"train": "those not held out of ", "val": "held out of "}.get(self.part or "", "")
         return f"{taken}{self.annotation_file}"
 
@@ -141,17 +140,16 @@ class CocoImages(Dataset):
         }
 
     def check_files(self) -> None:
-        """Find broken images before training does: empty files, and in a set of up to 64 MB what cannot be decoded.
+        """Find broken images before training: empty files, and in a set of up to 64 MB those that cannot be decoded.
 
-        Raises BadImage with the first message and the number of the others; with `skip_bad_images` they are counted
-        in `report`. Decoding a larger set would take minutes; training names what it meets.
+        Raises BadImage with the first message and the number of the others; with `skip_bad_images`, counts them in
+        `report` instead. Decoding a larger set would take minutes.
         """
         sizes = {}
         for i in range(len(self)):
-            with contextlib.suppress(OSError):  # missing files are counted already
+            with contextlib.suppress(OSError):  # missing files were counted before
                 sizes[i] = self.path(i).stat().st_size
-        empty = [i for i, size in sizes.items() if size == 0]
-        suspects = sizes if sum(sizes.values()) <= SMALL_SET else empty
+        suspects = sizes if sum(sizes.values()) <= SMALL_SET else [i for i, size in sizes.items() if size == 0]
         bad = [sample for i in suspects if isinstance(sample := self._load(i), BadImage)]
         if bad and not self.skip_bad_images:
             others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
@@ -174,7 +172,7 @@ class CocoImages(Dataset):
 
     def _check_files_exist(self, names: list[str]) -> None:
         there = set()
-        for below in {os.path.dirname(name) for name in names}:  # 118,000 look-ups are slow on a network
+        for below in {os.path.dirname(name) for name in names}:  # checking 118,000 files one by one is slow
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder / below) as entries:
                 there |= {f"{below}/{entry.name}" if below else entry.name for entry in entries}
         missing = [name for name in names if name not in there]
@@ -195,11 +193,11 @@ class CocoImages(Dataset):
 def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray, np.ndarray]:
     """The boxes to train on, clipped to their images: (float32 [n, 4] x1 y1 x2 y2, int64 [n] rows of `annotations`).
 
-    Sorted by image, within an image in the file's order. `report` counts what was left out or clipped.
+    They are sorted by image, then by the file's order. `report` counts what was left out or clipped.
     """
     xywh = annotations.boxes_xywh.numpy()
     sizes = annotations.widths_heights.numpy()[annotations.image_indices.numpy()]
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities and 1e308 + 1e308; both are left out
+    with np.errstate(invalid="ignore", over="ignore"):  # boxes with infinities or 1e308 + 1e308 are left out
         corners = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
         clipped = np.concatenate([np.maximum(corners[:, :2], 0), np.minimum(corners[:, 2:], sizes)], axis=1)
         large = (clipped[:, 2:] - clipped[:, :2] >= MIN_BOX_SIDE).all(1)
@@ -211,17 +209,12 @@ def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray,
         "boxes of zero or negative size": (xywh[:, 2:] <= 0).any(1),
         "boxes under a pixel or outside their image": ~large,
     }.items():
-        _count(report, what, left & wrong)
+        report[what] += int((left & wrong).sum())
         left &= ~wrong
-    _count(report, "boxes clipped to their image", left & moved)
+    report["boxes clipped to their image"] += int((left & moved).sum())
     rows = np.flatnonzero(left)
     rows = rows[np.argsort(annotations.image_indices.numpy()[rows], kind="stable")]
     return clipped[rows].astype(np.float32), rows
-
-
-def _count(report: Counter, what: str, which: np.ndarray) -> None:
-    if which.any():
-        report[what] += int(which.sum())
 
 
 def _category_difference(path, found: Mapping[int, str], wanted: Mapping[int, str]) -> str:

@@ -1,4 +1,4 @@
-"""Which detection data a run uses (a folder, COCO in its usual places, or the built-in set), and their batches."""
+"""The data of a run (a folder, COCO in its usual places, or the built-in set) and their batches."""
 
 import math
 import os
@@ -26,17 +26,13 @@ EMBEDDED_SET = {"train_images": 3000, "val_images": 200, "size": 128}
 
 def find_coco() -> Path | None:
     """The first of $DETECTRON2_DATASETS/coco, $COCO_DIR and ./datasets/coco that exists, or None."""
-    places = [Path("datasets/coco")]
-    if os.environ.get("COCO_DIR"):
-        places.insert(0, Path(os.environ["COCO_DIR"]))
-    if os.environ.get("DETECTRON2_DATASETS"):
-        places.insert(0, Path(os.environ["DETECTRON2_DATASETS"]) / "coco")
-    return next((place for place in places if place.is_dir()), None)
+    variables = {"DETECTRON2_DATASETS": "coco", "COCO_DIR": ""}
+    places = [Path(os.environ[name]) / below for name, below in variables.items() if os.environ.get(name)]
+    return next((place for place in [*places, Path("datasets/coco")] if place.is_dir()), None)
 
 
 def embedded_data() -> Path:
-    """The folder of the built-in data set, drawn now if it is missing. Raises UserError if it holds something else."""
-    EMBEDDED.parent.mkdir(exist_ok=True)
+    """The folder of the built-in data set, drawn now if it is missing. Raises UserError as `make_shapes` does."""
     return make_shapes(EMBEDDED, **EMBEDDED_SET)
 
 
@@ -54,7 +50,7 @@ def open_checked(data: Path, split: str, **options) -> CocoImages:
 
 
 class Packed(NamedTuple):
-    """The samples of a batch, all pixels in one tensor and all boxes in another: two copies to a GPU."""
+    """The samples of a batch with all pixels in one tensor and all boxes in another: two copies to a GPU."""
 
     pixels: Tensor  # uint8, image after image
     shapes: list[tuple[int, int, int]]

@@ -1,7 +1,7 @@
-"""Faster R-CNN trained by detectron2 on the backbones here: the same data, schedule and scores as the other engine.
+"""Faster R-CNN trained by detectron2 on our backbones, with the data, schedule and scores of our own trainer.
 
-Data are read by `CocoImages` and registered with detectron2, which loads, augments, trains and checkpoints as it
-does; evaluation is `detection.evaluate`'s. Importing this needs detectron2.
+`CocoImages` reads the annotations; detectron2 loads, augments, trains and checkpoints; `detection.evaluate` evaluates.
+Importing this needs detectron2.
 """
 
 import logging
@@ -36,7 +36,7 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.config import FREEZABLE
 from resbackbone.engine.checkpoints import KEPT
 from resbackbone.engine.distributed import Rank, share_buffers
-from resbackbone.engine.loop import memory
+from resbackbone.engine.loop import describe, memory
 from resbackbone.engine.run import Run
 from resbackbone.engine.state import mean_of, parameter_groups, seed_step
 from resbackbone.engine.stopwatch import Stopwatch
@@ -67,9 +67,8 @@ LOSSES = {  # detectron2's names, and those of the other engine's metrics
 def train_with_detectron2(session, *, train_set: CocoImages, val_set: CocoImages) -> tuple[Evaluation, Run]:
     """Data -> detector -> updates -> evaluation, in every process; `session` is that of tools/train_coco.py.
 
-    The run's folder gets detectron2.yaml (all its settings), log.txt (what it logs) and its checkpoints up to
-    model_final.pth, besides the files of any run. A resumed run continues from detectron2's last checkpoint, in an
-    order of images of its own.
+    Besides the files of any run, the folder gets detectron2.yaml (all its settings), log.txt and detectron2's
+    checkpoints, the last of which is model_final.pth. A resumed run sees the images in another order.
     """
     rank, options, folder = session.rank, session.options, session.folder
     recipe = RECIPES[options.recipe]
@@ -84,7 +83,10 @@ def train_with_detectron2(session, *, train_set: CocoImages, val_set: CocoImages
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     model = build_model(cfg)
     session.info(model.backbone.body.summary())
-    optimizer = build_optimizer(cfg, model) if recipe.optimizer == "sgd" else adamw(model, recipe, schedule.rate)
+    if recipe.optimizer == "sgd":
+        optimizer = build_optimizer(cfg, model)
+    else:  # detectron2 has no AdamW
+        optimizer = torch.optim.AdamW(parameter_groups(model, recipe.weight_decay, decay_norms=False), lr=schedule.rate)
     rates = LambdaLR(optimizer, lambda step: schedule.learning_rate(step) / schedule.rate)
     devices = [rank.device.index] if rank.device.type == "cuda" else None
     trainer = SimpleTrainer(
@@ -98,7 +100,7 @@ def train_with_detectron2(session, *, train_set: CocoImages, val_set: CocoImages
     if options.resume and checkpointer.has_checkpoint():
         checkpointer.resume_or_load("", resume=True)
         start = trainer.iter + 1
-        cfg.SEED = options.seed + start  # else the first images would come again
+        cfg.SEED = options.seed + start  # so that the first images do not come again
         trainer.reset_data_loader(lambda: build_detection_train_loader(cfg))
 
     effective = {**asdict(schedule), "milestones": list(schedule.milestones), "torch": str(torch.__version__)}
@@ -107,7 +109,7 @@ def train_with_detectron2(session, *, train_set: CocoImages, val_set: CocoImages
     if rank.is_main:
         write_atomically(folder / "detectron2.yaml", cfg.dump())
     session.info(
-        f"{f'resumed at step {start}' if start else 'from step 0'} to {steps}: {options.batch_size} images an update "
+        f"{f'resumed at step {start}' if start else 'from step 0'} to {steps}: {options.batch_size} images per update "
         f"on {rank.ranks} {rank.device.type}, fp32, learning rate {schedule.rate:g}, by detectron2"
     )
 
@@ -115,7 +117,7 @@ def train_with_detectron2(session, *, train_set: CocoImages, val_set: CocoImages
         began = time.monotonic()
         share_buffers(model, rank)
         evaluation = evaluate(
-            Detector(model, cfg, val_set.categories),  # type: ignore[arg-type]  # it has what is asked of one
+            Detector(model, cfg, val_set.categories),  # type: ignore[arg-type]  # it has the methods that are used
             val_set,
             rank,
             workers=options.workers,
@@ -164,9 +166,7 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
 
     basic = DEPTHS[options.depth][0].expansion == 1
     norm = options.norm or recipe.norm or ("FrozenBN" if options.weights else "BN")
-    frozen_through = options.frozen_through or "auto"
-    if frozen_through == "auto":
-        frozen_through = "c2" if options.weights else None
+    frozen_through = options.frozen_through or ("c2" if options.weights else "none")
     frozen_through = None if frozen_through == "none" else frozen_through
     model = cfg.MODEL
     model.DEVICE = str(device)
@@ -234,7 +234,7 @@ class Detector(nn.Module):
         return [{"boxes": x.pred_boxes.tensor, "labels": x.pred_classes + 1, "scores": x.scores} for x in found]
 
     def _entry(self, image: Tensor) -> dict:
-        pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()  # what it was read as
+        pixels = (image * 255).round().byte().permute(1, 2, 0).cpu().numpy()  # the pixels of the file
         height, width, _ = pixels.shape
         resized = self.resize.get_transform(pixels).apply_image(pixels)
         return {"image": torch.from_numpy(resized.copy()).permute(2, 0, 1), "height": height, "width": width}
@@ -277,8 +277,7 @@ class Metrics(HookBase):
         record |= memory(self.device)
         record["images_per_second"] = self.options.batch_size / record["seconds"]
         self.run.record(step, record)
-        line = f"loss {record['loss']:.3f}, lr {record['lr']:.2g}, {record['images_per_second']:.1f} images/s"
-        self.progress(step, line)
+        self.progress(step, describe(record, None))
         self.recent = []
 
 
@@ -292,18 +291,12 @@ class ClipGradients(HookBase):
         nn.utils.clip_grad_norm_(self.trainer.model.parameters(), self.limit)
 
 
-def adamw(model: nn.Module, recipe: Recipe, rate: float) -> torch.optim.Optimizer:
-    """The recipe's AdamW, which detectron2 lacks: norms and biases are not decayed."""
-    return torch.optim.AdamW(parameter_groups(model, recipe.weight_decay, decay_norms=False), lr=rate)
-
-
 @contextmanager
 def logs_in(path: Path, rank: Rank) -> Iterator[None]:
     """Send detectron2's log, tracebacks included, to a file instead of the terminal."""
     handler = logging.FileHandler(path) if rank.is_main else logging.NullHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s: %(message)s"))
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore")]
-    before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -311,8 +304,6 @@ def logs_in(path: Path, rank: Rank) -> Iterator[None]:
     try:
         yield
     finally:
-        for logger, (level, propagate) in zip(loggers, before, strict=True):
+        for logger in loggers:
             logger.removeHandler(handler)
-            logger.setLevel(level)
-            logger.propagate = propagate
         handler.close()

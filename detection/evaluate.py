@@ -1,4 +1,4 @@
-"""A detector to its COCO AP: every image once on any number of ranks, scored on rank 0, and the result files."""
+"""Evaluate a detector: detect on every image once, on any number of ranks, score on rank 0, write the results."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +19,15 @@ from resbackbone.engine.termination import worker_processes
 from resbackbone.image_io import BadImage
 from resbackbone.report.numbers import percent
 
-AT_ONCE = 10_000  # detections turned into text at a time
+AT_ONCE = 10_000  # detections turned into JSON at a time
 CLASSES_SHOWN = 30  # in the table
 
 
 class Evaluation(NamedTuple):
-    """The outcome of an evaluation; only the results are on every rank, the rest is on rank 0."""
+    """The outcome of an evaluation. Every rank has the results; only rank 0 has the rest."""
 
-    results: dict  # what results.json holds
-    detections: np.ndarray  # DETECTION [n], in the order of the image ids; empty on other ranks
+    results: dict  # the content of results.json
+    detections: np.ndarray  # DETECTION [n], sorted by image id; empty on other ranks
     scorer: Any  # see `score_and_scorer`; None on other ranks
 
 
@@ -41,12 +41,12 @@ def evaluate(
     backend: str = "hotcoco",
     progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
 ) -> Evaluation:
-    """Detect on every image of `dataset` and score by `backend`.
+    """Detect on every image of `dataset` and score with `backend`.
 
-    Detections take 56 bytes each while they are collected. `progress` wraps the loop over this rank's images and gets
-    their number. Detections of classes absent from the data set are discarded (torchvision's detectors have the ids
-    that COCO skips). Raises BadImage for an image that cannot be read; with the dataset's `skip_bad_images` it counts
-    as an image without detections, and `results["skipped_images"]` holds the message.
+    `progress` wraps the loop over this rank's images and gets their number. Detections of classes absent from the data
+    set are discarded (torchvision's detectors have the ids that COCO skips). Raises BadImage for an image that cannot
+    be read; if the data set skips bad images, it counts as an image without detections, and
+    `results["skipped_images"]` holds the message.
     """
     share = rank.share(len(dataset))
     loader = DataLoader(dataset, batch_size=None, sampler=share, **worker_processes(workers))
@@ -76,7 +76,7 @@ def evaluate(
 
 
 def merged(parts: list[np.ndarray]) -> np.ndarray:
-    """The ranks' detections in the order of the image ids; of an image that several ranks have, one rank's."""
+    """The ranks' detections, sorted by image id; if several ranks have an image, one rank's count."""
     rows, rank = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     order = np.lexsort((rank, rows["image_id"]))
     rows, rank = rows[order], rank[order]
@@ -93,10 +93,7 @@ def detect(
     *,
     bf16: bool = False,
 ) -> np.ndarray:
-    """One image, uint8 [3, H, W], to its detections, DETECTION [n], by falling score.
-
-    One image at a time: in a batch, padding changes the boxes slightly, and so would the number of ranks.
-    """
+    """One image, uint8 [3, H, W], to its detections, DETECTION [n], by falling score."""
     return detect_batch(detector, [image], [image_id], category_ids, device, bf16=bf16)[0]
 
 
@@ -110,10 +107,9 @@ def detect_batch(
     *,
     bf16: bool = False,
 ) -> list[np.ndarray]:
-    """Images, uint8 [3, H, W] each, to the detections of each, as `detect` gives them.
+    """Images, uint8 [3, H, W] each, to the detections of each, DETECTION [n], by falling score.
 
-    Images of one size go through the network together. None is padded, so up to rounding the boxes are those that each
-    image gets alone.
+    Images of one size go through the network together, without padding, which would change the boxes.
     """
     found: list[np.ndarray] = [np.empty(0, DETECTION)] * len(images)
     for shape in {image.shape: None for image in images}:
@@ -147,7 +143,7 @@ def _as_json(detections: np.ndarray) -> Iterator[str]:
 
 
 def results_table(results: dict) -> str:
-    """The 12 numbers and AP by class, classes by falling AP and those without boxes last; at most CLASSES_SHOWN."""
+    """The 12 numbers, and the AP of up to CLASSES_SHOWN classes by falling AP, those without boxes last."""
     per_class = results["per_class"]
     classes = sorted(per_class.items(), key=lambda item: 1 if item[1]["AP"] is None else -item[1]["AP"])
     shown = [(name, percent(e["AP"]), percent(e["AP50"]), str(e["boxes"])) for name, e in classes[:CLASSES_SHOWN]]
@@ -167,7 +163,7 @@ def results_table(results: dict) -> str:
 
 
 def results_summary(results: dict) -> str:
-    """Why numbers are undefined or 0, the images that were skipped and why, and last a line with AP and AP50."""
+    """Why numbers are undefined or 0, which images were skipped and why, and a last line with AP and AP50."""
     ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
     notes = [results["note"]] if results["note"] else []
     skipped = [f"skipped {message}" for message in results["skipped_images"]]

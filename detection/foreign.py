@@ -1,4 +1,4 @@
-"""Faster R-CNN weights that others published: what detector of this package they are for."""
+"""Recognise which detector of this package fits Faster R-CNN weights that others published."""
 
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
@@ -22,11 +22,10 @@ SINGLE_MAP_PROPOSALS = {
 def describe_detector(weights: Weights) -> dict[str, dict]:
     """The "backbone" and "detector" that `load_detector` builds for foreign weights, in the layout of our own files.
 
-    The format tells the geometry (mmdetection's is detectron2's), names and shapes the rest; what they do not tell is
-    that format's default: 800 pixels on the shorter side and at most 1333, a score of 0.05, 100 detections. Categories
-    are COCO's where their number is (80, or torchvision's 90 with the ids that COCO skips), else those the file
-    names, else "class 1" and on. Raises ValueError for weights that are not of a Faster R-CNN that this package
-    builds, naming the tensors that are not.
+    The format determines the geometry (mmdetection's is detectron2's), names and shapes most of the rest; what remains
+    is common to the formats: 800 pixels on the shorter side and at most 1333, a score of 0.05, 100 detections.
+    Categories are COCO's if there are 80, or 90 with the ids that COCO skips, else those the file names, else
+    "class 1" and so on. Raises ValueError, naming the tensors, if this package builds no such Faster R-CNN.
     """
     state = weights.state
     if weights.unknown:

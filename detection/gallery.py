@@ -1,4 +1,4 @@
-"""The worst and the best images of an evaluation, ground truth beside detections, for a report."""
+"""The worst and best images of an evaluation for a report, ground truth beside detections."""
 
 import colorsys
 from collections import Counter
@@ -17,15 +17,15 @@ from detection.scoring import BACKENDS
 from resbackbone.image_io import BadImage
 from resbackbone.report.page import Section, jpeg, macros, short
 
-IOU, SCORE = 0.5, 0.5  # a detection counts from this score, and is right from this IoU
-SHOWN = 6  # worst images in the gallery, and as many best
-SIDE, PICTURE_LIMIT = 512, 100_000  # pixels, and characters of a picture: twelve leave room in a page of 2 MB
-DRAWN = 400  # units of a gallery picture's longer side; text in it is 11 high
+IOU, SCORE = 0.5, 0.5  # detections from this score on count, and are right from this IoU on
+SHOWN = 6  # worst images, and as many best ones
+SIDE, PICTURE_LIMIT = 512, 100_000  # pixels and characters of a picture; twelve fit into a page of 2 MB
+DRAWN = 400  # SVG units of a picture's longer side; text is 11 high
 MOST_BOXES = 100  # in a picture
 
 
 class Outcome(NamedTuple):
-    """How the detections of one image matched its objects, without detections in a crowd of their class."""
+    """How one image's detections match its objects; detections in a crowd of their class are left out."""
 
     image_index: int
     found: np.ndarray  # DETECTION [d], by falling score, down to SCORE
@@ -72,7 +72,7 @@ def outcomes(dataset: CocoImages, detections: np.ndarray) -> list[Outcome]:
 
 
 def gallery(dataset: CocoImages, detections: np.ndarray) -> Section:
-    """The worst and the best images of the data set, ground truth beside detections, DETECTION [n]."""
+    """The section with the worst and best images under `detections`, DETECTION [n]."""
     every = outcomes(dataset, detections)
     worst = _figures(dataset, sorted((o for o in every if o.wrong), key=lambda o: (o.f1, -o.wrong)))
     some_right = [o for o in every if o.right.any() and o.image_index not in worst]

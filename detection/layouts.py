@@ -69,10 +69,10 @@ def find_split(data: str | os.PathLike, split: str) -> Split:
     """
     folder = Path(data)
     if not folder.is_dir():
-        raise UserError(f"{data}: no such folder; it should hold {LAYOUT}")
+        raise UserError(f"{data}: no such folder; it should contain {LAYOUT}")
     layout = _layout_of(folder)
     if layout is None:
-        raise UserError(f"{data}: holds no data in a known layout; it should hold {LAYOUT}")
+        raise UserError(f"{data}: no known data layout; it should contain {LAYOUT}")
     train, found = layout.paths(folder, "train"), layout.paths(folder, split)
     part = split if all(train) and not any(layout.paths(folder, "val")) else None
     images, annotations = train if part else found
@@ -80,7 +80,7 @@ def find_split(data: str | os.PathLike, split: str) -> Split:
         name = SPLIT_NAMES[split][0]
         wanted = {layout.annotations[0].format(name): annotations, layout.images[0].format(name): images}
         missing = " and no ".join(path for path, at in wanted.items() if at is None)
-        raise UserError(f"{data}: {layout.title}, but no {missing}; it should hold {LAYOUT}")
+        raise UserError(f"{data}: {layout.title}, but no {missing}; it should contain {LAYOUT}")
     return Split(layout.title, images, annotations, part)
 
 

@@ -1,4 +1,4 @@
-"""The ResNet paper's detectors: VGG-16 as the baseline, and the improvements (He et al. 2015, appendices A and B)."""
+"""The ResNet paper's VGG-16 baseline and its improvements of detection (He et al. 2015, appendices A and B)."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -27,7 +27,7 @@ SMALLEST_BOX = 0.01  # pixels; smaller ones are dropped, as torchvision does
 # VGG-16, the baseline (Ren et al. 2015)
 
 VGG16_DEPTH = 16
-FULLY_CONNECTED = {  # timm's and torchvision's names, and those of Fast R-CNN; the classes' own layer is left out
+FULLY_CONNECTED = {  # timm's and torchvision's names -> Fast R-CNN's; the last layer, of the classes, is left out
     "pre_logits.fc1": "fc6",
     "pre_logits.fc2": "fc7",
     "classifier.0": "fc6",
@@ -36,7 +36,7 @@ FULLY_CONNECTED = {  # timm's and torchvision's names, and those of Fast R-CNN; 
 
 
 class VGGHead(TwoMLPHead):
-    """fc6 and fc7 of VGG-16 on every region, with dropout of one half behind each, as in Fast R-CNN."""
+    """fc6 and fc7 of VGG-16 on every region, each followed by dropout of one half, as in Fast R-CNN."""
 
     def forward(self, regions: Tensor) -> Tensor:  # [N, 512, 7, 7] -> [N, 4096]
         x = F.dropout(F.relu(self.fc6(regions.flatten(1))), 0.5, self.training)
@@ -46,21 +46,21 @@ class VGGHead(TwoMLPHead):
 def build_vgg16_backbone(*, frozen_through: str | None = None) -> Backbone:
     """The 13 convolutions of VGG-16 up to conv5_3, before its last pooling, as level c4 [B, 512, H/16, W/16].
 
-    frozen_through: None, "stem" (conv1 and conv2, which Ren et al. 2015 froze), "c2" (conv3 too) .. "c4". The weights
-        are random until `load_vgg16` reads some.
+    The weights are random; `load_vgg16` reads trained ones. `frozen_through` is None, "stem" (conv1 and conv2, as in
+    Ren et al. 2015), "c2" (conv3 too) .. "c4".
     """
     from resbackbone.adapters.from_timm import TimmBackbone, TimmConfig  # only here: ResNets need no timm
 
-    small = {"mlp_ratio": 0.01}  # timm makes fully connected layers and drops them
+    small = {"mlp_ratio": 0.01}  # of the fully connected layers, which timm makes and drops
     return TimmBackbone(TimmConfig(timm="vgg16", levels=("c4",), frozen_through=frozen_through, options=small))
 
 
 def load_vgg16(detector: GeneralizedRCNN, source: str) -> None:
-    """Start a detector of the variant "vgg16" from an ImageNet classifier: its convolutions, and its fc6 and fc7.
+    """Load the convolutions, fc6 and fc7 of an ImageNet classifier into a detector of the variant "vgg16".
 
-    source: a file with timm's or torchvision's names, timm:vgg16.tv_in1k, torchvision:VGG16_Weights.IMAGENET1K_V1, ..
-    Raises ValueError for weights that do not fit, made for another input than ours, or not finite (torchvision's
-    IMAGENET1K_FEATURES has no classifier).
+    `source` is a file with timm's or torchvision's names, timm:vgg16.tv_in1k, torchvision:VGG16_Weights.IMAGENET1K_V1,
+    .. Raises ValueError if the weights do not fit, expect another input than ours, or are not finite, as in
+    torchvision's IMAGENET1K_FEATURES, which has no classifier.
     """
     weights = read_weights(_on_the_hub(source))
     if weights.metadata.get("input", INPUT) != INPUT:
@@ -83,7 +83,7 @@ def load_vgg16(detector: GeneralizedRCNN, source: str) -> None:
 
 
 def _on_the_hub(source: str) -> str:
-    """timm:NAME as hf:REPOSITORY: `read_weights` takes only timm's ResNets under timm's names."""
+    """timm:NAME as hf:REPOSITORY, since `read_weights` accepts only ResNets under timm's names."""
     scheme, _, name = source.partition(":")
     if scheme != "timm":
         return source
@@ -101,9 +101,9 @@ def _on_the_hub(source: str) -> str:
 
 
 class ContextRoIAlign(PyramidRoIAlign):
-    """RoIAlign of regions and, as one more region, of each whole image."""
+    """RoIAlign of the regions and of each whole image."""
 
-    def forward(  # type: ignore[override]  # with it comes the head that takes all three
+    def forward(  # type: ignore[override]  # ContextHead takes all three
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The regions' features [N, channels, size, size], the images' [B, ..], and the image of each region [N]."""
@@ -115,7 +115,7 @@ class ContextRoIAlign(PyramidRoIAlign):
 
 
 class ContextHead(nn.Module):
-    """A box head whose feature of a region has its image's behind it, from the same layers (He et al. 2015, B)."""
+    """A box head that appends its feature of the whole image to that of each region (He et al. 2015, B)."""
 
     def __init__(self, head: nn.Module):
         super().__init__()
@@ -131,26 +131,25 @@ class ContextHead(nn.Module):
 
 
 class PyramidLevel(NamedTuple):
-    """An image at one size, as the detector sees it."""
+    """The feature maps of an image at one size."""
 
     maps: dict[str, Tensor]
-    size: tuple[int, int]  # height and width in pixels, without padding
-    scale: Tensor  # [4], from boxes on the image at the detector's own size to boxes on this one
+    size: tuple[int, int]  # height and width of the image in pixels, without padding
+    scale: Tensor  # [4], turns boxes on the image at the detector's own size into boxes at this size
 
 
 class ImprovedTesting(nn.Module):
-    """A detector with the paper's improvements of testing (appendix B), in the place of the detector itself.
+    """A detector with the paper's improvements of testing (appendix B), to use in place of the detector.
 
     scales: shorter sides in pixels of an image pyramid (the paper's: 200, 400, 600, 800, 1000; the longer side is
-        limited in proportion). A region's features come from the two scales where its area is nearest to 224 x 224
-        (more exactly: nearest to the area that the anchors' scale makes of it), both through the box head, and the
-        larger of the two is taken, number by number (maxout, Ren et al. 2015, NoC). Proposals are found at the
-        detector's own size alone. Empty: that size for regions too.
-    box_refinement: score and regress once more from the box that each proposal was regressed to; the new predictions
-        join the old ones before NMS at an IoU of 0.3 and box voting.
+        limited in proportion). Each region goes through the box head on the two scales where its area is nearest to
+        224 x 224 (times the anchors' scale), and its feature is the elementwise maximum (maxout, Ren et al. 2015, NoC).
+        Proposals come from the detector's own size; without scales, features do too.
+    box_refinement: score and regress again from each proposal's regressed box; the new predictions join the old ones
+        before NMS at an IoU of 0.3 and box voting.
 
-    With neither it detects what the detector does, bit for bit. Global context is not chosen here: a detector that was
-    trained with it has it. Raises ValueError for a scale that is given twice or is not positive.
+    Without either, the detections are bit-identical to the detector's. Global context needs training, so it is part of
+    the detector. Raises ValueError if a scale is repeated or not positive.
     """
 
     def __init__(self, detector: GeneralizedRCNN, *, box_refinement: bool = False, scales: Sequence[int] = ()):
@@ -228,23 +227,23 @@ class ImprovedTesting(nn.Module):
             return boxes[:, 1:], logits.softmax(1)[:, 1:]
 
         first = predictions(proposals)
-        best = first[1].argmax(1)  # of the boxes that the classes regress to, that of the likeliest one
+        best = first[1].argmax(1)  # the likeliest class, whose box is refined
         second = predictions(first[0][torch.arange(len(best), device=best.device), best])
         boxes, scores = (torch.cat(pair) for pair in zip(first, second, strict=True))
         return select_and_vote(boxes, scores, score_thresh=heads.score_thresh, count=heads.detections_per_img)
 
 
 def _two_scales(boxes: Tensor, levels: list[PyramidLevel], side: int) -> Tensor:
-    """On which two levels, [n, 2], each box's area is nearest to side x side; two in a row. [n, 1] for one level."""
+    """The two levels, [n, 2], on which each box's area is nearest to side x side; [n, 1] if there is one level."""
     factors = torch.stack([level.scale[0] * level.scale[1] for level in levels])
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None] * factors
     return (areas - side**2).abs().topk(min(2, len(levels)), dim=1, largest=False).indices
 
 
 def select_and_vote(boxes: Tensor, scores: Tensor, *, score_thresh: float, count: int) -> dict[str, Tensor]:
-    """The `count` best of the boxes [n, K, 4] with scores [n, K] of K classes, labelled 1..K, the surest first.
+    """The `count` best of the boxes [n, K, 4] with scores [n, K] of K classes, labelled 1..K, by falling score.
 
-    NMS is by class, at an IoU of 0.3; each box that is left is then placed by a vote of those above `score_thresh`.
+    NMS is by class at an IoU of 0.3. The boxes above `score_thresh` then vote on the place of those that remain.
     """
     kept = (scores > score_thresh).nonzero()
     boxes, scores, labels = boxes[kept[:, 0], kept[:, 1]], scores[kept[:, 0], kept[:, 1]], kept[:, 1] + 1
@@ -256,10 +255,10 @@ def select_and_vote(boxes: Tensor, scores: Tensor, *, score_thresh: float, count
 
 
 def vote(kept: Tensor, kept_labels: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
-    """Each kept box [m, 4] becomes the mean, weighted by score, of the boxes [n, 4] of its class that overlap it.
+    """Replace each kept box [m, 4] by the score-weighted mean of the boxes [n, 4] of its class that overlap it.
 
-    Box voting of Gidaris & Komodakis 2015: an IoU of 0.5 or more overlaps. A kept box is among the boxes itself.
+    This is the box voting of Gidaris & Komodakis 2015, from an IoU of 0.5 on. A kept box is itself among the boxes.
     """
     voting = (box_iou(kept, boxes) >= VOTING_IOU) & (kept_labels[:, None] == labels)
     weights = (voting * scores)[..., None]
-    return (weights * boxes).sum(1) / weights.sum(1)  # not as a matrix product: autocast would round it to bf16
+    return (weights * boxes).sum(1) / weights.sum(1)  # no matrix product: autocast would round it to bf16

@@ -10,14 +10,13 @@ SMALL_DATA = 40_000  # images; of fewer, 1x would see each over 36 times, as oft
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a detector is trained: all that is not data, hardware or weights.
+    """How a detector is trained, apart from data, hardware and weights.
 
-    The schedule is stated for `batch_size` images per update; where it would see the data less than `epochs` times, it
-    is stretched to that (its warm-up is not). Sizes are in pixels: training images get one of
-    `short_sides` as their shorter side, test images `min_size`, and neither is longer than `max_size`. `norm` None
-    is FrozenBN where weights are given, BN from scratch. `variant` and `frozen_through` hold where none is asked for,
-    the latter where weights are given ("auto": "c2", in VGG-16 "stem"). `pyramid` goes to `build_resnet_backbone`
-    (variant fpn), `detector` to `build_faster_rcnn`.
+    The schedule is for `batch_size` images per update; if it covers less than `epochs` epochs, it is stretched to that
+    many (its warm-up is not). Sizes are in pixels: the shorter side is one of `short_sides` in training and `min_size`
+    in testing; the longer side is at most `max_size`. `norm` None is FrozenBN with weights, BN without. `variant` and
+    `frozen_through` are defaults, the latter only with weights ("auto" is "c2", for VGG-16 "stem"). `pyramid` goes to
+    `build_resnet_backbone` (variant fpn), `detector` to `build_faster_rcnn`.
     """
 
     schedule: Schedule
@@ -38,7 +37,7 @@ class Recipe:
     detector: dict = field(default_factory=dict)
 
     def schedule_for(self, batch_size: int, *, images: int) -> Schedule:
-        """The schedule for so many images per update, and so many to train on."""
+        """The schedule for `batch_size` images per update and `images` training images."""
         schedule = self.schedule.stretched(self.epochs * images / (self.schedule.steps * self.batch_size))
         return schedule.for_batch(batch_size, self.batch_size, scale_rate=self.optimizer == "sgd")
 
@@ -138,5 +137,5 @@ RECIPES: dict[str, Recipe] = {
 
 
 def default_recipe(images: int) -> str:
-    """The name of the recipe for that many images to train on, where none is asked for."""
+    """The name of the default recipe for that many training images."""
     return "small" if images < SMALL_DATA else "1x"

@@ -50,10 +50,10 @@ GAP = 12
 def save_pictures(
     folder: Path, dataset: CocoImages, detections: np.ndarray, *, count: int = 12, threshold: float = 0.5
 ) -> list[Path]:
-    """Write `count` images of the data set, evenly spread, ground truth left and detections right, as PNG.
+    """Write `count` images, evenly spread over the data set, as PNG: ground truth left, detections right.
 
-    Detections, DETECTION [n], below the score `threshold` are not drawn. Returns the files, named by image id; an
-    unreadable image has none.
+    Detections, DETECTION [n], below the score `threshold` are not drawn. Returns the files, named by image id;
+    unreadable images are skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     confident = detections[detections["score"] >= threshold]
@@ -87,7 +87,7 @@ def draw_boxes(
     Boxes are [x, y, width, height] in the image's pixels. A small image is enlarged; a title goes above it.
     """
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
-    zoom = max(1, min(-(-MIN_SIDE // min(picture.size)), 4 * MIN_SIDE // max(picture.size)))  # a sliver stays one
+    zoom = max(1, min(-(-MIN_SIDE // min(picture.size)), 4 * MIN_SIDE // max(picture.size)))  # less for narrow images
     picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(13, min(picture.size) // 36))
     order = {category: i for i, category in enumerate(categories)}
@@ -117,10 +117,10 @@ def write_report(
     evaluation: Evaluation | None = None,
     say: Callable[[str], object] = print,
 ) -> Path | None:
-    """Write report.html of the detector's run in `folder`, finished or not; returns the file.
+    """Write report.html for the detector's run in `folder`, finished or not; returns the file.
 
-    `evaluation` is the last one, on `dataset`; without it the page says that there is none yet. A failure never stops
-    the run: `say` gets one line about it, and the result is None.
+    `evaluation` is the last one, on `dataset`, or None if there was none yet. A failure does not stop the run: `say`
+    gets one line about it, and the result is None.
     """
     return write_page(folder, lambda: report(folder, dataset, evaluation), say)
 
@@ -156,7 +156,7 @@ def report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | No
 
 
 def _curves_and_errors(dataset: CocoImages, evaluation: Evaluation) -> tuple[Markup, Markup]:
-    """Precision against recall, and the errors by kind: both by hotcoco, even where the other backend scored."""
+    """Precision against recall, and the errors by kind; by hotcoco even if pycocotools scored."""
     annotations, detections, scorer = dataset.annotations, evaluation.detections, evaluation.scorer
     words, names = macros("detection.html"), list(dataset.categories.values())
     truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)

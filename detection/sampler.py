@@ -1,6 +1,7 @@
 """Which images make up each batch: a function of the seed and the step, the same for any number of ranks."""
 
 from collections.abc import Iterator
+from itertools import count
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -27,12 +28,10 @@ class TrainBatches(Sampler):
         self.batch_size, self.seed, self.rank, self.ranks, self.start = batch_size, seed, rank, ranks, start
 
     def __iter__(self) -> Iterator[list[ImageRequest]]:
-        counts = np.bincount(self.portrait, minlength=2)  # landscape and portrait images
-        epoch = self._epoch_of(self.start, counts)
-        skip = self.start - self._batches_before(epoch, counts)
         # An epoch's left-over images go into the next epoch's batches; with few images they wait for several epochs.
-        waiting = [self._left_over(epoch, counts, of) for of in (0, 1)]
-        while True:
+        waiting = [np.empty((0, 2), np.int64)] * 2  # landscape and portrait
+        skip = self.start
+        for epoch in count():
             draws = self._draws(epoch)
             ends, batches = [], []
             for of in (0, 1):
@@ -47,31 +46,10 @@ class TrainBatches(Sampler):
             of_epoch = np.concatenate(batches)
             for which in order[skip:]:
                 yield [ImageRequest(*draw) for draw in of_epoch[which, self.rank :: self.ranks].tolist()]
-            epoch, skip = epoch + 1, 0
+            skip = max(0, skip - len(order))
 
     def _draws(self, epoch: int) -> np.ndarray:
         """int64 [images, 2]: the epoch's order of the images, and a seed for the augmentation of each."""
         random = np.random.default_rng((self.seed, epoch))
         order = random.permutation(len(self.portrait))
         return np.stack([order, random.integers(0, 2**62, len(order))], axis=1)
-
-    def _batches_before(self, epoch: int, counts: np.ndarray) -> int:
-        return sum(epoch * int(count) // self.batch_size for count in counts)
-
-    def _epoch_of(self, batch: int, counts: np.ndarray) -> int:
-        """The epoch in which this batch, counted from 0, is completed."""
-        epoch = batch * self.batch_size // len(self.portrait)
-        while self._batches_before(epoch + 1, counts) <= batch:
-            epoch += 1
-        return epoch
-
-    def _left_over(self, epoch: int, counts: np.ndarray, of: int) -> np.ndarray:
-        """The draws of one orientation from earlier epochs that are in no batch yet when this epoch starts."""
-        missing = epoch * int(counts[of]) % self.batch_size
-        parts = [np.empty((0, 2), np.int64)]
-        while missing > 0:
-            epoch -= 1
-            draws = self._draws(epoch)
-            parts.append(draws[self.portrait[draws[:, 0]] == of][-missing:])
-            missing -= len(parts[-1])
-        return np.concatenate(parts[::-1])

@@ -32,14 +32,13 @@ def score(annotations: Annotations, detections: np.ndarray, *, backend: str = "h
 def score_and_scorer(
     annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco"
 ) -> tuple[dict, hotcoco.COCOeval | COCOeval]:
-    """The 12 COCO numbers for boxes and AP by class, as fractions 0..1, None where undefined; and the scorer they come
-    from, which holds the curves behind them.
+    """The 12 COCO box numbers and AP by class, as fractions 0..1 or None if undefined, and the scorer behind them.
 
     `detections`, DETECTION [n], may be in any order; of equal scores in an image the first ranks higher. Detections of
-    a class that is not in the annotations match nothing. `backend`: "hotcoco" (some hundred times faster) or
-    "pycocotools", which also scores detections that are not finite, where the two would differ. Annotations that are
-    not finite are left out. Images without detections count. Without any detection every defined number is 0, and
-    `note` says why. Raises UserError for a detection of an image that is not in the annotations.
+    unknown classes match nothing. `backend` is "hotcoco" (some hundred times faster) or "pycocotools", which always
+    scores detections that are not finite, as the two differ there. Annotations that are not finite are left out.
+    Without detections every defined number is 0, and `note` says why. Raises UserError if a detection is of an image
+    that is not in the annotations.
     """
     score_with = BACKENDS[one_of("COCO backend", backend, BACKENDS)]
     unknown = ~np.isin(detections["image_id"], annotations.image_ids.numpy())
@@ -81,7 +80,7 @@ def score_and_scorer(
 
 
 def _hotcoco(annotations: Annotations, truth: np.ndarray, detections: np.ndarray) -> hotcoco.COCOeval:
-    """Ids become places in their sorted order, from 1: hotcoco's arrays are of floats, exact up to 2^53 only.
+    """Ids become ranks from 1, since hotcoco stores them as floats, which are exact up to 2^53 only.
 
     The order matters: detections of equal score rank by image id.
     """

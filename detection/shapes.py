@@ -1,7 +1,7 @@
-"""The built-in data set: ten kinds of drawn objects in COCO's layout, generated from a seed.
+"""The built-in data set: ten classes of drawn objects in COCO's layout, generated from a seed.
 
-A class is a form or a pattern, never a colour: all colours are random. Objects are rotated and stretched, hide one
-another and reach over the frame; distractors of other forms, some striped or checked, belong to no class.
+A class is a form or a pattern; colours are random. Objects are rotated and stretched, overlap and reach over the
+frame; distractors of other forms, some striped or checked, belong to no class.
 """
 
 import json
@@ -22,7 +22,7 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from resbackbone.checks import UserError
 
-FORMAT = 2  # raise it when the same arguments draw other files, so that older folders are not mistaken for new ones
+FORMAT = 2  # raise it when the same arguments draw other files, so that older folders are refused
 
 # Lengths are in pixels of a 160 x 160 image and scale with `size`. A pair is a range.
 REFERENCE_SIZE = 160
@@ -32,8 +32,8 @@ OBJECTS = (1, 7)  # an image
 DISTRACTORS = (0, 3)
 SIDE = (18, 80)  # geometric mean of an object's width and height; log-uniform
 STRETCH = (0.75, 1 / 0.75)  # width over height, before turning; log-uniform
-MARGIN = 0.3  # a centre stays this fraction of the object's width and height away from the border
-MIN_VISIBLE = 0.6  # fraction of an object in the frame and not hidden; an arrow's head alone is smaller
+MARGIN = 0.3  # distance of a centre to the border, as a fraction of the object's width and height
+MIN_VISIBLE = 0.6  # visible fraction of an object; an arrow's head alone is smaller
 TRIES = 12  # places to try before an object is dropped
 MIN_CONTRAST = 60  # luma-weighted colour distance, 0..255, to four fifths of the surroundings
 CLUTTER = (0, 14)  # strokes and crumbs, each
@@ -53,7 +53,7 @@ Polygon = np.ndarray  # [N, 2]: x, y
 
 
 class Figure(NamedTuple):
-    """A kind of object, about 2 wide around (0, 0): an outline, holes in it, a pattern in a second colour on it."""
+    """An object's form, about 2 wide around (0, 0): its outline, holes, and a pattern in a second colour."""
 
     outline: Polygon
     holes: tuple[Polygon, ...] = ()
@@ -107,7 +107,7 @@ CATEGORY_IDS = (1, 2, 4, 7, 8, 11, 13, 16, 17, 21)  # with gaps, as COCO's
 BAR = rectangle(-1, -0.25, 1, 0.25)
 ELL = np.array([(-1, -1), (-0.4, -1), (-0.4, 0.4), (1, 0.4), (1, 1), (-1, 1)])
 HALF_DISK = arc(0, 0.5)
-FIGURES = (  # the classes' in their order, then distractors
+FIGURES = (  # the classes in their order, then distractors
     *OBJECT_FIGURES.values(),
     *(Figure(BAR), Figure(ELL), Figure(HALF_DISK)),
     *(Figure(BAR, pattern=CHECKS), Figure(ELL, pattern=STRIPES), Figure(HALF_DISK, pattern=CHECKS)),
@@ -120,13 +120,11 @@ def make_shapes(
     """Draw the data set into `folder`, unless it is already there, and return the folder.
 
     The layout is COCO's: train2017/000000000001.jpg .., val2017/000001000001.jpg .., RGB, `size` x `size` pixels, and
-    annotations/instances_{train,val}2017.json with boxes [x, y, width, height] of the visible part, in pixels to a
-    third, its area in pixels, no outlines ("segmentation": []), and category ids with gaps. The same arguments give
-    the same bytes on one machine; other processors and versions of numpy and Pillow may round differently. Each image
-    depends only on the seed, its split, its number and `size`.
-
-    Raises UserError if the seed is negative, if there is less than 1 image, if the size is below 64, and if the folder
-    holds anything but a set made with these same arguments (see `draw_once`)."""
+    annotations/instances_{train,val}2017.json with the boxes [x, y, width, height] and areas of the visible parts in
+    pixels, and category ids with gaps. The same arguments give the same bytes on one machine; other processors and
+    versions of numpy and Pillow may round differently. An image depends only on the seed, its split, its number and
+    `size`. Raises UserError if the seed is negative, a split has no image or the size is below 64, and as `draw_once`.
+    """
     arguments = {"seed": seed, "train_images": train_images, "val_images": val_images, "size": size}
     for (name, value), least in zip(arguments.items(), (0, 1, 1, MIN_SIZE), strict=True):
         if value < least:
@@ -140,11 +138,11 @@ def make_shapes(
 
 
 def draw_once(folder: Path, made_of: dict, draw: Callable[[Path], None]) -> Path:
-    """Let `draw` fill `folder`, unless that was done with these same arguments before, and return the folder.
+    """Let `draw` fill `folder`, unless it already holds the set made of `made_of`, and return the folder.
 
     `draw` writes into .<name>.<random>.partial beside `folder`, which is then renamed: a killed run leaves no half set,
-    and of two runs at once the first to finish wins and both succeed. Raises UserError if the folder holds anything
-    else; it is left as it is.
+    and two runs at once both succeed. Raises UserError if the folder holds anything else, which stays as it is, or if
+    it cannot be written.
     """
     target = folder.resolve()
     if is_made(target, made_of):
@@ -155,21 +153,22 @@ def draw_once(folder: Path, made_of: dict, draw: Callable[[Path], None]) -> Path
         draw(unfinished)
         (unfinished / "shapes.json").write_text(json.dumps(made_of) + "\n")
         os.rename(unfinished, target)
-    except OSError:
+    except OSError as error:
         if not is_made(target, made_of):  # if it is, another run was faster
-            raise
+            why = error.strerror or error
+            raise UserError(f"{target}: cannot be drawn ({why}); free space there or use another folder") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
 def is_made(folder: Path, made_of: dict) -> bool:
-    """Whether the folder holds this set; False if it is missing or empty. Raises UserError if it holds another."""
+    """Whether the folder holds this set; False if missing or empty. Raises UserError if it holds anything else."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:
         found = json.loads((folder / "shapes.json").read_text())
-    except (OSError, ValueError):  # missing, or not JSON
+    except (OSError, ValueError):  # no such file, or not JSON
         found = "other files"
     if found != made_of:
         raise UserError(f"{folder} already holds {found}; to make {made_of}, remove it or choose another folder")
@@ -177,7 +176,7 @@ def is_made(folder: Path, made_of: dict) -> bool:
 
 
 def write_split(folder: Path, split: str, count: int, *, seed: int, size: int) -> None:
-    """Write `count` images and their COCO annotations, whose ids start at 1 in each split."""
+    """Write `count` images and their COCO annotations."""
     images: list[dict] = []
     annotations: list[dict] = []
     (folder / split).mkdir(parents=True)
@@ -198,7 +197,7 @@ def write_split(folder: Path, split: str, count: int, *, seed: int, size: int) -
 
 
 def save_image(folder: Path, split: str, seed: int, size: int, number: int) -> tuple[dict, list[dict]]:
-    """Draw one image into `folder`; return its entry in COCO's format and those of its objects."""
+    """Draw one image into `folder`; return COCO's entries of the image and of its objects."""
     image, objects = draw_image(np.random.default_rng([seed, SPLITS.index(split), number]), size)
     image_id = FIRST_ID[split] + number - 1
     file_name = f"{image_id:012d}.jpg"
@@ -207,7 +206,7 @@ def save_image(folder: Path, split: str, seed: int, size: int, number: int) -> t
 
 
 def in_processes(function: Callable[[int], T], numbers: Sequence[int]) -> Iterator[T]:
-    """function(number) of each, in order; many are shared out over all cores where processes can be forked."""
+    """`map`, over all cores if there are many numbers and the system can fork."""
     if len(numbers) < MANY or sys.platform != "linux":
         yield from map(function, numbers)
         return
@@ -216,7 +215,7 @@ def in_processes(function: Callable[[int], T], numbers: Sequence[int]) -> Iterat
 
 
 def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[dict]]:
-    """One image [size, size] in RGB, and COCO's entry of each object in it, farthest first."""
+    """One RGB image [size, size] and COCO's entries of its objects, farthest first."""
     canvas = background(rng, size).resize((size * SCALE, size * SCALE), Image.Resampling.BILINEAR)
     add_clutter(rng, canvas)
     objects = add_objects(rng, canvas)
@@ -224,7 +223,7 @@ def draw_image(rng: np.random.Generator, size: int) -> tuple[Image.Image, list[d
 
 
 def background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Two colours mixed by one field, a third blended in by another, and a slowly varying tint."""
+    """Two colours mixed by a random field, a third by another, and a slowly varying tint."""
     colours = rng.uniform(0, 255, (3, 3)).astype(np.float32)
     pixels = mix(colours[0], colours[1], random_field(rng, size))
     pixels = mix(pixels, colours[2], rng.uniform(0, 0.7) * random_field(rng, size))
@@ -233,12 +232,11 @@ def background(rng: np.random.Generator, size: int) -> Image.Image:
 
 
 def mix(one: np.ndarray, other: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Colours [..., 3] mixed pixel by pixel, with a share [H, W] of the other."""
     return one + share[..., None] * (other - one)
 
 
 def random_field(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A field [size, size] of 0..1: a gradient, clouds, blotches, or stripes."""
+    """Numbers in 0..1, [size, size]: a gradient, clouds, blotches, or stripes."""
     kind = rng.choice(["gradient", "clouds", "blotches", "stripes"])
     if kind in ("clouds", "blotches"):
         field = smooth_noise(rng, size, integer(rng, (3, 12)))
@@ -253,7 +251,7 @@ def random_field(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def smooth_noise(rng: np.random.Generator, size: int, cells: int) -> np.ndarray:
-    """A field [size, size] of about 0..1 that varies over size / cells pixels."""
+    """Numbers of about 0..1, [size, size], that vary over size / cells pixels."""
     coarse = Image.fromarray(rng.random((cells, cells), dtype=np.float32))
     return np.asarray(coarse.resize((size, size), Image.Resampling.BICUBIC))
 
@@ -286,19 +284,17 @@ def add_clutter(rng: np.random.Generator, canvas: Image.Image) -> None:
 
 
 def add_objects(rng: np.random.Generator, canvas: Image.Image) -> list[dict]:
-    """Paint objects and distractors one over another; return the objects' annotations, without ids.
-
-    `owners` holds at each pixel the number of the visible figure, from 1, or 0."""
+    """Paint objects and distractors one over another; return the objects' annotations, without ids."""
     kinds = [*rng.integers(len(CLASSES), size=integer(rng, OBJECTS))]
     kinds += [*rng.integers(len(CLASSES), len(FIGURES), size=integer(rng, DISTRACTORS))]
-    owners = Image.new("L", canvas.size)
+    owners = Image.new("L", canvas.size)  # at each pixel the number of the visible figure, from 1, or 0
     shown: list[Any] = []
-    whole: list[int] = []  # areas: of the whole figure, and of its visible part
+    whole: list[int] = []  # each figure's area, and that of its visible part
     visible: list[int] = []
     for kind in rng.permutation(kinds):
         for _ in range(TRIES):
             stamp = place(rng, FIGURES[kind], canvas.width)
-            hides = owners.crop(stamp.box).histogram(stamp.mask)  # pixels of the background, and of each figure so far
+            hides = owners.crop(stamp.box).histogram(stamp.mask)  # hidden pixels of the background and of each figure
             whole_then = [*whole, stamp.area]
             visible_then = [*(n - lost for n, lost in zip(visible, hides[1:], strict=False)), sum(hides)]
             if all(n >= MIN_VISIBLE * area for n, area in zip(visible_then, whole_then, strict=True)):
@@ -314,7 +310,7 @@ def add_objects(rng: np.random.Generator, canvas: Image.Image) -> list[dict]:
 
 
 class Stamp(NamedTuple):
-    """A figure in its place on the canvas, clipped to the frame."""
+    """A figure at its place on the canvas, clipped to the frame."""
 
     box: tuple[int, int, int, int]  # x0, y0, x1, y1
     mask: Image.Image  # 0 or 255, as large as the box
@@ -360,7 +356,7 @@ def paint(rng: np.random.Generator, canvas: Image.Image, stamp: Stamp) -> None:
 
 
 def contrasting_colour(rng: np.random.Generator, colours: np.ndarray) -> tuple[int, ...]:
-    """A random colour that differs from four fifths of the colours [N, 3] by MIN_CONTRAST, or as nearly as possible."""
+    """A random colour that differs by MIN_CONTRAST from four fifths of the colours [N, 3], if one of 24 does."""
     candidates = rng.integers(0, 256, (24, 3))
     distances = np.sqrt((candidates[:, None] - colours) ** 2 @ LUMA)  # [24, N]
     distance = np.sort(distances, axis=1)[:, len(colours) // 5]
@@ -371,7 +367,7 @@ def contrasting_colour(rng: np.random.Generator, colours: np.ndarray) -> tuple[i
 def annotation(label: int, mask: Image.Image, area: int) -> dict:
     """COCO's entry of one object, without ids, from its visible part on the canvas."""
     box = mask.getbbox()
-    assert box is not None  # some of it is visible
+    assert box is not None  # at least MIN_VISIBLE of it
     x0, y0, x1, y1 = box
     return {
         "category_id": CATEGORY_IDS[label],
@@ -383,7 +379,7 @@ def annotation(label: int, mask: Image.Image, area: int) -> dict:
 
 
 def develop(rng: np.random.Generator, image: Image.Image) -> Image.Image:
-    """A camera's effects: uneven light, slight blur, contrast, brightness, noise."""
+    """A camera's effects: blur, uneven light, contrast, brightness, noise."""
     pixels: np.ndarray = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(*BLUR))), dtype=np.float32)
     light = 1 + rng.uniform(*LIGHT) * (2 * smooth_noise(rng, image.width, 2) - 1)
     pixels = (pixels * light[..., None] - 128) * rng.uniform(*CONTRAST) + 128 + rng.uniform(*BRIGHTNESS)

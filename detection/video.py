@@ -20,8 +20,8 @@ RATE = 30.0  # frames per second where the source states none, as many cameras d
 class Video:
     """The frames of a video file, or of a camera given by its number.
 
-    `count` is the number of frames that the file states, which can be wrong; None for a camera or if it states none.
-    `rate` is in frames per second. Raises ValueError if the file or camera cannot be opened, or OpenCV is missing.
+    `count` is the number of frames that the file states, which can be wrong, or None; `rate` is in frames per second.
+    Raises ValueError if the file or camera cannot be opened or OpenCV is missing.
     """
 
     def __init__(self, source: Path | int):
@@ -80,7 +80,7 @@ def video_file(path: Path, rate: float) -> Iterator[Callable[[Image.Image], None
 
 
 def _opencv(name: str):
-    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # our own errors say what is wrong
+    os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")  # our own errors explain what is wrong
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     require("video", "cv2", user=f"{name}: a video")
     import cv2

@@ -43,7 +43,10 @@ def test_a_summary_weights_the_metrics_by_their_number_of_updates(tmp_path):
     assert said.endswith(f"detector: {run}/model.safetensors") and "report" not in said
 
 
-@pytest.mark.parametrize("lines", [(), ({"kind": "eval", "step": 0, "AP": 0.1, "seconds": 3.0},)])
+@pytest.mark.parametrize(
+    "lines",
+    [(), ({"kind": "eval", "step": 0, "AP": 0.1, "seconds": 3.0},), ({"kind": "train", "step": 1, "loss": 2.0},)],
+)
 def test_a_run_without_updates_has_a_summary_too(lines, tmp_path):
     write(tmp_path, *lines)
     assert summary(tmp_path, {"AP": "n/a"}, {}) == "Summary\n  updates  none in this run's metrics\n  AP       n/a"

@@ -20,7 +20,7 @@ def summary(folder: Path, results: Mapping[str, str], files: Mapping[str, str]) 
 
 
 def _facts(log: RunLog) -> dict[str, str]:
-    if not log.train:
+    if not log.spans():
         return {"updates": "none in this run's metrics"}
     seconds = log.total("seconds")
     images = sum(updates * line["images_per_second"] * line["seconds"] for updates, line in log.spans())

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from made import content
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -17,29 +18,14 @@ from detection.data import open_split
 from detection.shapes import make_shapes
 from resbackbone.image_io import BadImage
 
-CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}, {"id": 13, "name": "stop sign"}]
-
-
-def content(images=1, boxes=((1, 2, 10, 8),), **changes):
-    """An instances file: images 7, 8, .. of 33 x 21 pixels, `boxes` on the first, of each category in turn."""
-    return {
-        "images": [{"id": 7 + i, "file_name": f"{7 + i}.png", "width": 33, "height": 21} for i in range(images)],
-        "annotations": [
-            {"id": 1 + i, "image_id": 7, "category_id": CATEGORIES[i % 3]["id"], "bbox": list(box), "iscrowd": 0}
-            for i, box in enumerate(boxes)
-        ],
-        "categories": [dict(category) for category in CATEGORIES],
-        **changes,
-    }
-
 
 def write(folder, what, split="train"):
     """`what` as a data set in COCO's layout, its images drawn in noise; (image folder, annotation file)."""
     images, annotations = folder / f"{split}2017", folder / "annotations" / f"instances_{split}2017.json"
     images.mkdir(parents=True, exist_ok=True)
     annotations.parent.mkdir(exist_ok=True)
-    annotations.write_text(what if isinstance(what, str) else json.dumps(what))
-    for image in [] if isinstance(what, str) else what["images"]:
+    annotations.write_text(json.dumps(what))
+    for image in what["images"]:
         Image.fromarray(noise(image["height"], image["width"])).save(images / image["file_name"])
     return images, annotations
 
@@ -55,19 +41,14 @@ def opened(folder, what, **options):
 # The official layout
 
 
-def test_category_ids_with_gaps_become_labels_from_1_in_their_order(tmp_path):
-    dataset = opened(tmp_path, content(boxes=[(0, 0, 5, 5)] * 3))
+def test_category_ids_become_labels_from_1_in_their_order_and_boxes_corners(tmp_path):
+    dataset = opened(tmp_path, content(boxes=[(1.5, 2, 10, 8)] * 3))
     assert dataset.categories == {3: "car", 13: "stop sign", 90: "toothbrush"}
     assert dataset.class_names == ["car", "stop sign", "toothbrush"]
     image, target = dataset[0]
-    assert target["labels"].tolist() == [3, 1, 2]
-    assert (target["labels"].dtype, target["boxes"].dtype, target["image_id"]) == (torch.int64, torch.float32, 7)
-
-
-def test_a_box_is_given_by_its_corners_and_the_image_as_it_is(tmp_path):
-    image, target = opened(tmp_path, content(boxes=[(1.5, 2, 10, 8)]))[0]
-    assert target["boxes"].tolist() == [[1.5, 2, 11.5, 10]]
+    assert target["labels"].tolist() == [3, 1, 2] and target["boxes"].tolist() == [[1.5, 2, 11.5, 10]] * 3
     assert torch.equal(image, torch.from_numpy(noise(21, 33)).permute(2, 0, 1))
+    assert (target["labels"].dtype, target["boxes"].dtype, target["image_id"]) == (torch.int64, torch.float32, 7)
 
 
 @pytest.mark.parametrize("split, boxes, crowds", [("train", 444, 6), ("val", 569, 11)])
@@ -98,20 +79,13 @@ def test_every_real_image_has_its_annotated_size_and_boxes_inside(data):
         assert (x2 > x1).all() and (y2 > y1).all()
 
 
-def test_crowds_are_left_out_and_counted(tmp_path):
-    what = content(boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
-    what["annotations"][1]["iscrowd"] = 1
-    dataset = opened(tmp_path, what)
-    assert len(dataset[0][1]["boxes"]) == 1
-    assert dataset.report["crowds"] == 1 and "1 crowds" in dataset.summary()
-
-
-def test_images_without_objects_are_kept_or_left_out(tmp_path):
-    kept = opened(tmp_path, content(images=3))
-    assert len(kept) == 3
-    image, target = kept[2]
-    assert target["boxes"].shape == (0, 4) and target["labels"].shape == (0,)
-    left = opened(tmp_path, content(images=3), keep_empty=False)
+def test_images_without_objects_or_with_crowds_alone_are_kept_or_left_out(tmp_path):
+    what = content(images=3, boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
+    what["annotations"][1].update(iscrowd=1, image_id=8)
+    kept = opened(tmp_path, what)
+    assert len(kept) == 3 and kept.report["crowds"] == 1 and "1 crowds" in kept.summary()
+    assert all(kept[i][1]["boxes"].shape == (0, 4) and kept[i][1]["labels"].shape == (0,) for i in (1, 2))
+    left = opened(tmp_path, what, keep_empty=False)
     assert left.image_ids.tolist() == [7]
     assert left.report["images without a usable box"] == 2
 
@@ -133,23 +107,13 @@ def test_what_is_done_to_a_target_is_not_done_to_the_data_set(tmp_path):
     assert dataset.target(0)["boxes"].tolist() == [[1, 2, 11, 10]] and dataset.target(0)["labels"].tolist() == [3]
 
 
-def test_an_image_whose_only_object_is_a_crowd_counts_as_without_objects(tmp_path):
-    what = content(images=2, boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
-    what["annotations"][1].update(iscrowd=1, image_id=8)
-    assert opened(tmp_path, what, keep_empty=False).image_ids.tolist() == [7]
-
-
 def test_a_draw_gives_the_same_sample_for_the_same_seed_and_leaves_the_random_state(tmp_path):
     def transform(image, target):
         return image + torch.randint(0, 9, (1,)).byte(), target
 
     dataset = opened(tmp_path, content(), transform=transform)
     before = torch.get_rng_state()
-    one, again, others = (
-        dataset[ImageRequest(0, 5)][0],
-        dataset[ImageRequest(0, 5)][0],
-        [dataset[ImageRequest(0, s)][0] for s in range(9)],
-    )
+    one, again, *others = (dataset[ImageRequest(0, seed)][0] for seed in (5, 5, *range(4)))
     assert torch.equal(one, again) and any(not torch.equal(one, other) for other in others)
     assert torch.equal(before, torch.get_rng_state())
 
@@ -223,45 +187,26 @@ def test_images_may_lie_in_folders_of_their_own(tmp_path):
 
 # Boxes
 
-
-@pytest.mark.parametrize(
-    "box, counted",
-    [
-        ((math.nan, 2, 5, 5), "boxes that are not finite"),
-        ((1, 2, math.inf, 5), "boxes that are not finite"),
-        ((1, -math.inf, 5, 5), "boxes that are not finite"),
-        ((9, 2, -5, 5), "boxes of zero or negative size"),
-        ((9, 9, 5, -5), "boxes of zero or negative size"),
-        ((1, 2, 0, 5), "boxes of zero or negative size"),
-        ((1, 2, 5, 0.0), "boxes of zero or negative size"),
-        ((40, 2, 5, 5), "boxes under a pixel or outside their image"),
-        ((-9, 2, 5, 5), "boxes under a pixel or outside their image"),
-        ((1, 2, 0.4, 5), "boxes under a pixel or outside their image"),
-        ((1e300, 1e300, 1e300, 1e300), "boxes under a pixel or outside their image"),
-    ],
-)
-def test_a_box_that_is_none_is_dropped_and_counted(tmp_path, box, counted):
-    dataset = opened(tmp_path, content(boxes=[box, (1, 2, 10, 8)]))
-    assert dataset[0][1]["boxes"].tolist() == [[1, 2, 11, 10]]
-    assert dataset[0][1]["labels"].tolist() == [1]  # the second category in the file has the lowest id
-    assert dataset.report == {counted: 1, "images without a usable box": 0}
-    assert f"1 {counted}" in dataset.summary()
+NOT_FINITE = [(math.nan, 2, 5, 5), (1, 2, math.inf, 5), (1, -math.inf, 5, 5)]
+EMPTY = [(9, 2, -5, 5), (9, 9, 5, -5), (1, 2, 0, 5), (1, 2, 5, 0.0)]
+OUTSIDE = [(40, 2, 5, 5), (-9, 2, 5, 5), (1, 2, 0.4, 5), (1e300, 1e300, 1e300, 1e300)]
 
 
-@pytest.mark.parametrize(
-    "box, clipped",
-    [
-        ((-4, 2, 10, 8), [0, 2, 6, 10]),
-        ((1, -3, 10, 8), [1, 0, 11, 5]),
-        ((30, 2, 10, 8), [30, 2, 33, 10]),
-        ((1, 18, 10, 8), [1, 18, 11, 21]),
-        ((-50, -50, 500, 500), [0, 0, 33, 21]),
-    ],
-)
-def test_a_box_partly_outside_is_clipped_and_counted(tmp_path, box, clipped):
-    dataset = opened(tmp_path, content(boxes=[box]))
-    assert dataset[0][1]["boxes"].tolist() == [clipped]
-    assert dataset.report["boxes clipped to their image"] == 1
+def test_unusable_boxes_are_dropped_and_counted(tmp_path):
+    dataset = opened(tmp_path, content(boxes=[*NOT_FINITE, *EMPTY, *OUTSIDE, (1, 2, 10, 8)]))
+    assert dataset[0][1]["boxes"].tolist() == [[1, 2, 11, 10]] and dataset[0][1]["labels"].tolist() == [2]
+    counts = {"boxes that are not finite": 3, "boxes of zero or negative size": 4}
+    counts["boxes under a pixel or outside their image"] = 4
+    assert dataset.report == Counter(counts)
+    assert all(f"{count} {what}" in dataset.summary() for what, count in counts.items())
+
+
+def test_boxes_partly_outside_are_clipped_and_counted(tmp_path):
+    boxes = [(-4, 2, 10, 8), (1, -3, 10, 8), (30, 2, 10, 8), (1, 18, 10, 8), (-50, -50, 500, 500)]
+    dataset = opened(tmp_path, content(boxes=boxes))
+    clipped = [[0, 2, 6, 10], [1, 0, 11, 5], [30, 2, 33, 10], [1, 18, 11, 21], [0, 0, 33, 21]]
+    assert dataset[0][1]["boxes"].tolist() == clipped
+    assert dataset.report["boxes clipped to their image"] == 5
 
 
 def test_a_box_that_is_whole_is_neither_changed_nor_counted(tmp_path):
@@ -320,7 +265,7 @@ def test_the_boxes_to_train_on_and_their_counts_are_those_of_a_plain_loop(tmp_pa
     assert list(zip(images, boxes.tolist(), labels, strict=True)) == [
         (i, list(box), label) for i, of_image in enumerate(wanted) for (*box, label) in of_image
     ]
-    assert dict(report) == dict(counts)
+    assert report == counts
 
 
 # Many images, several processes
@@ -351,24 +296,12 @@ def test_what_a_worker_is_sent_does_not_grow_with_the_data_of_which_it_sees_the_
 # Annotation files
 
 
-def test_a_file_without_images_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="instances_train2017.json: no image in it"):
-        opened(tmp_path, content(images=0, boxes=()))
-
-
-def test_the_file_of_another_split_is_recognised(tmp_path):
-    images, _ = write(tmp_path, content(images=2))
-    _, of_val = write(tmp_path, {**content(images=0, boxes=()), "images": [{**content()["images"][0]}]}, "val")
-    other = content()
-    other["images"][0]["file_name"] = "000000000139.jpg"
-    of_val.write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="none of its 1 images .*000000000139.jpg.* another split"):
-        CocoImages(images, of_val)
-
-
-def test_no_usable_box_at_all_is_an_error_where_empty_images_are_left_out(tmp_path):
-    with pytest.raises(ValueError, match="no image with a usable box"):
-        opened(tmp_path, content(boxes=()), keep_empty=False)
+@pytest.mark.parametrize(
+    "images, keep, says", [(0, True, "json: no image in it"), (1, False, "with a usable box in it")]
+)
+def test_a_file_without_usable_images_is_an_error(tmp_path, images, keep, says):
+    with pytest.raises(ValueError, match=says):
+        opened(tmp_path, content(images, boxes=()), keep_empty=keep)
 
 
 def test_categories_that_differ_from_the_detectors_are_an_error_that_names_the_first(tmp_path):

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from made import cats_and_dogs
 from PIL import Image
 
 from detection import evaluate as evaluate_module
@@ -13,18 +14,6 @@ from detection.scoring import DETECTION, METRICS, entries, score
 from resbackbone.engine.distributed import Rank
 
 CPU = torch.device("cpu")
-
-
-def annotations(boxes, categories=("cat", "dog"), images=2, **changes):
-    return {
-        "images": [{"id": 1 + i, "file_name": f"{1 + i}.png", "width": 60, "height": 50} for i in range(images)],
-        "categories": [{"id": 3 + 4 * i, "name": name} for i, name in enumerate(categories)],
-        "annotations": [
-            {"id": i, "image_id": 1, "category_id": 3, "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0}
-            for i, box in enumerate(boxes)
-        ],
-        **changes,
-    }
 
 
 # Detections
@@ -48,7 +37,7 @@ class Stub(torch.nn.Module):
 
 def data_set(folder, count=5, **options):
     folder.mkdir(exist_ok=True)
-    content = annotations([(1, 1, 20, 30), (2, 3, 40, 40)], images=count)
+    content = cats_and_dogs([(1, 1, 20, 30), (2, 3, 40, 40)], images=count)
     for i, image in enumerate(content["images"]):
         Image.new("RGB", (60, 50), (40 * i + 30,) * 3).save(folder / image["file_name"])
     (folder / "instances.json").write_text(json.dumps(content))
@@ -153,7 +142,7 @@ def test_the_detections_are_written_in_pieces_as_one_list_of_json(tmp_path, monk
 
 
 def test_the_table_shows_percent_and_every_class_whatever_its_name(tmp_path):
-    content = annotations([(1, 1, 20, 30)], categories=("[red]cat[/red]", "dog"))
+    content = cats_and_dogs([(1, 1, 20, 30)], categories=("[red]cat[/red]", "dog"))
     (tmp_path / "instances.json").write_text(json.dumps(content))
     rows = np.array([(1, 3, (1, 1, 20, 30), 0.9)], DETECTION)
     results = score(read_annotations(tmp_path / "instances.json"), rows)

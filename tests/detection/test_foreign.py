@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torchvision
+from made import lively
 
 from detection import build_faster_rcnn
 from detection.faster_rcnn import load_detector, save_detector
@@ -13,22 +14,6 @@ from resbackbone import build_resnet_backbone
 from resbackbone.weights import Weights, read_weights
 from resbackbone.weights.translate import from_ours
 from resbackbone.weights.write import write_as
-
-
-def lively(model):
-    """Norms that are not the identity and activations that stay finite without training, and scores that differ."""
-    for module in model.modules():
-        if isinstance(getattr(module, "running_var", None), torch.Tensor):
-            with torch.no_grad():
-                module.weight.uniform_(0.2, 0.6)
-                module.bias.normal_(0, 0.1)
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("cls_score.weight", "box_predictor.bbox_pred.weight")):
-                parameter.mul_(5)
-    return model.eval()
 
 
 def assert_same_detections(got, scores, boxes, labels):

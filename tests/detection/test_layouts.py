@@ -52,17 +52,17 @@ def test_both_splits_are_found_in_every_layout(tmp_path, layout, val):
 def test_a_validation_split_alone_is_evaluated_on_and_not_trained_on(tmp_path):
     put(tmp_path, "annotations/instances_val2017.json", "val2017")
     assert find_split(tmp_path, "val").part is None
-    with pytest.raises(ValueError, match="no annotations/instances_train2017.json and no train2017; it should hold"):
+    with pytest.raises(ValueError, match="no annotations/instances_train2017.json and no train2017; it should contain"):
         find_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_a_folder_without_a_known_layout_is_one_line_that_lists_them(tmp_path, split):
     (tmp_path / "labels").mkdir()
-    for folder, says in ((tmp_path, "holds no data in a known layout"), (tmp_path / "no", "no such folder")):
+    for folder, says in ((tmp_path, "no known data layout"), (tmp_path / "no", "no such folder")):
         with pytest.raises(ValueError) as error:
             find_split(folder, split)
-        assert str(error.value) == f"{folder}: {says}; it should hold {LAYOUT}"
+        assert str(error.value) == f"{folder}: {says}; it should contain {LAYOUT}"
     for part in ("instances_train2017.json", "valid/_annotations.coco.json", "instances_val.json"):
         assert part in LAYOUT
 
@@ -79,7 +79,7 @@ def test_half_a_validation_split_is_an_error_and_not_taken_for_none(tmp_path, la
     else:
         return  # its file lies in the folder of its images
     wanted = file if missing == "annotations" else images
-    with pytest.raises(ValueError, match=f"no {wanted.format('val')}; it should hold"):
+    with pytest.raises(ValueError, match=f"no {wanted.format('val')}; it should contain"):
         find_split(tmp_path, "val")
 
 

@@ -2,9 +2,11 @@ import json
 import shutil
 from dataclasses import replace
 
+import made
 import pytest
 import torch
 import yaml
+from made import FEW
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,22 +25,9 @@ from resbackbone.cli.command import main_of
 from resbackbone.engine.distributed import Rank
 from resbackbone.tools import evaluate_coco, train_coco
 
-FEW = {  # regions: enough to train on a tiny image, and to find something
-    "min_size": 64,
-    "max_size": 97,
-    "box_score_thresh": 0.0,
-    "rpn_pre_nms_top_n_train": 60,
-    "rpn_post_nms_top_n_train": 20,
-    "rpn_post_nms_top_n_test": 30,
-    "box_batch_size_per_image": 8,
-    "representation_size": 16,
-}
-
 
 def small_detector(variant="c4", **options):
-    arguments = dict(BACKBONE_OF[variant]) | ({"fpn_channels": 16} if variant == "fpn" else {})
-    detector = build_faster_rcnn(build_resnet_backbone(18, **arguments), 3, variant=variant, **{**FEW, **options})
-    return lively(detector)
+    return lively(made.small_detector(variant, **options))
 
 
 def small_vgg16(**options):
@@ -159,25 +148,27 @@ def test_given_its_weights_the_detectors_head_computes_what_the_classifier_does(
     torch.testing.assert_close(ours, theirs)
 
 
-def test_weights_that_are_not_of_a_vgg16_are_refused_in_words(tmp_path, vgg16):
-    def refused(state):
-        save_file(state, tmp_path / "other.safetensors")
-        return pytest.raises(ValueError, match=says)
+def without_a_bias():
+    return {key: tensor for key, tensor in classifier_state().items() if key != "features.28.bias"}
 
-    before = {key: tensor.clone() for key, tensor in vgg16.state_dict().items()}
-    state = classifier_state()
-    says = r"other.safetensors do not fit: 1 missing: features_28.bias"
-    with refused({key: tensor for key, tensor in state.items() if key != "features.28.bias"}):
-        load_vgg16(vgg16, str(tmp_path / "other.safetensors"))
-    says = "classifier.0.weight holds numbers that are not finite"
-    with refused({**classifier_state(torchvision=True), "classifier.0.weight": torch.full((16, 25088), torch.nan)}):
-        load_vgg16(vgg16, str(tmp_path / "other.safetensors"))
-    with pytest.raises(ValueError, match="timm:resnet50': not a VGG-16; timm has vgg16.tv_in1k"):
-        load_vgg16(vgg16, "timm:resnet50")
-    assert all(torch.equal(tensor, before[key]) for key, tensor in vgg16.state_dict().items())
-    says = r"fc6.weight is \[8, 25088\], not \[16, 25088\]"
-    with refused(classifier_state(width=8)):
-        load_vgg16(vgg16, str(tmp_path / "other.safetensors"))
+
+@pytest.mark.parametrize(
+    "state, says",
+    [
+        (without_a_bias, "other.safetensors do not fit: 1 missing: features_28.bias"),
+        (
+            lambda: {**classifier_state(torchvision=True), "classifier.0.weight": torch.full((16, 25088), torch.nan)},
+            "classifier.0.weight holds numbers that are not finite",
+        ),
+        (lambda: classifier_state(width=8), r"fc6.weight is \[8, 25088\], not \[16, 25088\]"),
+        (None, "timm:resnet50': not a VGG-16; timm has vgg16.tv_in1k"),
+    ],
+)
+def test_weights_that_are_not_of_a_vgg16_are_refused_in_words(tmp_path, vgg16, state, says):
+    if state is not None:
+        save_file(state(), tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=says):
+        load_vgg16(vgg16, "timm:resnet50" if state is None else str(tmp_path / "other.safetensors"))
 
 
 def test_weights_of_timms_name_are_those_of_its_repository(monkeypatch, vgg16):
@@ -200,17 +191,6 @@ def test_a_backbone_of_several_levels_is_refused_for_vgg16():
 
 
 # Recipes
-
-
-@pytest.mark.parametrize("name, variant, depth", [("paper-r101-c4", "c4", 101), ("paper-vgg16-c5", "vgg16", 16)])
-def test_the_papers_recipes_have_the_appendixs_figures(name, variant, depth):
-    recipe = RECIPES[name]
-    assert (recipe.variant, recipe.depth, recipe.batch_size) == (variant, depth, 16)
-    rate = recipe.schedule.learning_rate
-    assert [rate(step) for step in (0, 239_999, 240_000, 319_999)] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4])
-    assert recipe.schedule.steps == 320_000
-    assert (recipe.short_sides, recipe.min_size, recipe.max_size) == ((600,), 600, 1000)
-    assert "global_context" not in recipe.detector
 
 
 def test_the_papers_detectors_have_its_anchors_proposals_and_nms():
@@ -413,13 +393,10 @@ def test_boxes_vote_by_score_from_an_overlap_of_one_half_and_only_in_their_class
         assert torch.equal(vote(kept, torch.tensor([1]), boxes, labels, scores), voted)
 
 
-def test_a_box_without_extent_is_none():
+def test_a_box_without_extent_is_none_and_nothing_found_an_empty_answer():
     boxes = torch.tensor([[[5.0, 5, 5, 9]], [[0.0, 0, 3, 3]]])
     found = select_and_vote(boxes, torch.tensor([[0.9], [0.1]]), score_thresh=0.0, count=5)
     assert found["boxes"].tolist() == [[0, 0, 3, 3]]
-
-
-def test_nothing_found_is_an_empty_answer():
     found = select_and_vote(torch.rand(4, 3, 4), torch.zeros(4, 3), score_thresh=0.0, count=5)
     assert found["boxes"].shape == (0, 4) and found["labels"].shape == found["scores"].shape == (0,)
     detector = small_detector(box_score_thresh=0.999)

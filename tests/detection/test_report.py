@@ -63,19 +63,13 @@ def test_detections_with_low_scores_or_of_other_images_are_not_drawn(tmp_path):
     assert class_colour(0) in colours(Image.open(drawn))
 
 
-@pytest.mark.parametrize("count, names", [(0, []), (1, [1]), (3, [1, 3, 5]), (12, [1, 2, 3, 4, 5])])
-def test_the_requested_number_of_pictures_is_spread_over_the_data_set(tmp_path, count, names):
+@pytest.mark.parametrize("count, names", [(0, []), (1, [1]), (3, [1, 3, 5]), (12, [1, 3, 4, 5])])
+def test_the_requested_pictures_are_spread_over_the_readable_images(tmp_path, count, names):
     dataset = boxed(tmp_path, [[]] * 5)
+    (tmp_path / "images" / "2.png").write_bytes(b"")
     written = save_pictures(tmp_path / "pictures", dataset, np.empty(0, DETECTION), count=count)
     assert [int(path.stem) for path in written] == names
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == sorted(path.name for path in written)
-
-
-def test_an_unreadable_image_has_no_picture(tmp_path):
-    dataset = boxed(tmp_path, [[]] * 3)
-    (tmp_path / "images" / "2.png").write_bytes(b"")
-    written = save_pictures(tmp_path / "pictures", dataset, np.empty(0, DETECTION))
-    assert [int(path.stem) for path in written] == [1, 3]
 
 
 @pytest.mark.parametrize("name", ["猫 🐈", "\u0000\ufffe", "", "two\nlines", "a" * 300, "[bold]red[/bold]"])
@@ -93,12 +87,9 @@ def test_only_the_box_and_its_label_are_drawn():
     assert (picture[200:380, 220:480] == 100).all()
 
 
-def test_a_large_image_keeps_its_size_and_a_title_goes_above_it():
+def test_a_large_or_narrow_image_keeps_its_size_and_a_title_goes_above_it():
     assert draw_boxes(grey(481, 640), [], {}).size == (640, 481)
     assert draw_boxes(grey(481, 640), [], {}, title="truth").size == (640, 507)
-
-
-def test_a_very_narrow_image_is_not_enlarged_too_much():
     width, height = draw_boxes(grey(2, 1500), [], {}).size
     assert width * height < 20e6
 
@@ -162,7 +153,7 @@ def test_a_report_agrees_with_results_json(tmp_path):
     for name, entry in results["per_class"].items():
         assert values(part(html, "Classes"), name) == [entry["AP"], entry["AP50"], entry["boxes"]]
     assert f"<b>{100 * results['bbox']['AP']:.1f}</b><span>AP</span>" in html
-    assert "Faster R-CNN R18-fpn on shapes" in html and "2 images evaluated" in html
+    assert "Faster R-CNN R18-fpn on shapes" in html and "2 images evaluated" in html and "this run has one" in html
 
 
 def test_a_report_has_every_section_and_loads_nothing(tmp_path):
@@ -183,12 +174,6 @@ def test_a_run_without_evaluation_says_what_is_missing(tmp_path, updates):
         assert "No evaluation yet" in part(html, title)
     assert "AP over time needs two evaluations; this run has none yet." in html
     assert part(html, "Training").count("<circle") == (0 if not updates else 5)  # loss, two parts, rate, norm
-
-
-def test_ap_over_time_is_drawn_from_two_evaluations_on(tmp_path):
-    dataset = boxed(tmp_path, TWO)
-    assert "this run has one" in report_of(tmp_path / "run", dataset, NEAR)[0]
-    assert "this run has one" not in report_of(tmp_path / "run", dataset, NEAR, evaluations=2)[0]
 
 
 @pytest.mark.parametrize("detections", [found(), found((1, 0, 0, 0, 5, 5, np.nan), (1, 0, np.inf, 0, 5, 5, 0.9))])
@@ -236,12 +221,6 @@ def test_curves_and_errors_are_the_same_whichever_backend_scored(tmp_path):
     assert len(parts) == 2 and parts[0] == parts[1] and "M48" in parts[0][0]
 
 
-def errors_of(tmp_path, detections, boxes=TWO):
-    html, _ = report_of(tmp_path / "run", boxed(tmp_path, boxes), detections)
-    rows = re.findall(r"<tr><td>(\w+)</td>", part(html, "Errors"))
-    return {row: int(values(part(html, "Errors"), row)[1]) for row in rows}
-
-
 @pytest.mark.parametrize(
     "kind, row",
     [
@@ -250,17 +229,16 @@ def errors_of(tmp_path, detections, boxes=TWO):
         ("both", (2, 1, 30, 10, 20, 20, 0.5)),
         ("duplicate", (1, 0, 3, 3, 20, 20, 0.5)),
         ("background", (2, 0, 0, 33, 5, 5, 0.5)),
+        ("missed", None),
     ],
 )
 def test_each_kind_of_error_is_counted(tmp_path, kind, row):
-    right = [(1, 0, 2, 2, 20, 20, 0.9), (1, 1, 30, 5, 20, 30, 0.9), (2, 0, 10, 10, 30, 20, 0.9)]
-    counts = errors_of(tmp_path, found(*right, row))
+    right = [(1, 0, 2, 2, 20, 20, 0.9), (2, 0, 10, 10, 30, 20, 0.9)]
+    right += [] if kind == "missed" else [(1, 1, 30, 5, 20, 30, 0.9), row]
+    html, _ = report_of(tmp_path / "run", boxed(tmp_path, TWO), found(*right))
+    errors = part(html, "Errors")
+    counts = {row: values(errors, row)[1] for row in re.findall(r"<tr><td>(\w+)</td>", errors)}
     assert counts == dict.fromkeys(counts, 0) | {kind: 1} and len(counts) == 6
-
-
-def test_an_object_without_detection_is_missed(tmp_path):
-    counts = errors_of(tmp_path, found((1, 0, 2, 2, 20, 20, 0.9), (2, 0, 10, 10, 30, 20, 0.9)))
-    assert counts == dict.fromkeys(counts, 0) | {"missed": 1}
 
 
 def outcome(tmp_path, boxes, *rows):
@@ -280,9 +258,8 @@ def test_another_class_place_or_image_is_no_match(tmp_path, row):
 
 
 def test_a_detection_in_a_crowd_of_its_class_is_ignored(tmp_path):
-    crowd = [(0, 0, 0, 50, 40, "crowd")]
-    rows = [(1, 0, 5, 5, 10, 10, 0.9), (1, 1, 5, 5, 10, 10, 0.8)]
-    assert outcome(tmp_path, crowd, *rows) == ([False], [])  # the other class's
+    rows = [(1, 0, 5, 5, 10, 10, 0.9), (1, 1, 5, 5, 10, 10, 0.8)]  # of the crowd's class, and of another
+    assert outcome(tmp_path, [(0, 0, 0, 50, 40, "crowd")], *rows) == ([False], [])
 
 
 def test_the_worst_and_best_images_are_ranked_by_f1(tmp_path):
@@ -290,21 +267,14 @@ def test_the_worst_and_best_images_are_ranked_by_f1(tmp_path):
     dataset = boxed(tmp_path, boxes)
     html, _ = report_of(tmp_path / "run", dataset, found((1, 0, 2, 2, 20, 20, 0.9), (3, 0, 2, 2, 20, 20, 0.9)))
     shown = re.findall(r"F1 ([\d.]+): (\d) right, (\d) wrong, (\d) missed. (\S+?)<", html)
-    assert shown == [
-        ("0.00", "0", "0", "1", "2.png"),
-        ("0.67", "1", "0", "1", "3.png"),
-        ("1.00", "1", "0", "0", "1.png"),
-    ]
+    assert [" ".join(row) for row in shown] == ["0.00 0 0 1 2.png", "0.67 1 0 1 3.png", "1.00 1 0 0 1.png"]
 
 
 def test_the_gallery_skips_an_unreadable_image(tmp_path):
     dataset = boxed(tmp_path, TWO)
     (tmp_path / "images" / "2.png").write_bytes(b"")
     html, _ = report_of(tmp_path / "run", dataset, NEAR, skipped_images=["image 2.png: empty file"])
-    assert (
-        html.count("data:image/jpeg") == 1
-        and "Unreadable images skipped in evaluation: image 2.png: empty file." in html
-    )
+    assert html.count("data:image/jpeg") == 1 and "skipped in evaluation: image 2.png: empty file." in html
 
 
 def test_the_gallery_draws_a_box_in_place_in_its_class_color(tmp_path):

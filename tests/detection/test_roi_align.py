@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 from torchvision.ops import MultiScaleRoIAlign
@@ -98,9 +96,3 @@ def test_a_pyramid_with_a_gap_pools_every_box_from_a_level_it_has(gradients):
     with torch.set_grad_enabled(gradients):
         pooled = ours(maps, [torch.tensor([[0.0, 0, 190, 158], [5, 5, 120, 120], [5, 5, 20, 20]])], [(HEIGHT, WIDTH)])
     assert (pooled.flatten(1).abs().amax(1) > 0).all()
-
-
-def test_a_copy_pools_alike():
-    ours, _, maps = ours_and_theirs()
-    boxes, sizes = boxes_of("inside", "flat"), [(HEIGHT, WIDTH)] * 2
-    assert torch.equal(copy.deepcopy(ours)(maps, boxes, sizes), ours(maps, boxes, sizes))

@@ -85,20 +85,6 @@ def test_the_batches_are_those_of_a_plain_loop_wherever_it_starts(landscape, por
     assert batches(dataset, 25, batch_size=batch_size, seed=3, start=start) == list(wanted)
 
 
-def test_a_later_start_draws_the_epoch_it_lies_in_and_the_one_before_alone(monkeypatch):
-    drawn = []
-    draws = TrainBatches._draws
-    monkeypatch.setattr(TrainBatches, "_draws", lambda self, epoch: drawn.append(epoch) or draws(self, epoch))
-    batches(images(landscape=97, portrait=30), 1, start=127 * 50 // 4)
-    assert set(drawn) <= {49, 50} and len(drawn) <= 3
-
-
-@pytest.mark.parametrize("start", [1, 5, 17])
-def test_a_stream_that_starts_later_is_the_same_stream(start):
-    dataset = images(landscape=9, portrait=5)
-    assert batches(dataset, 10, start=start) == batches(dataset, start + 10)[start:]
-
-
 def test_the_order_and_the_augmentation_are_functions_of_the_seed():
     dataset = images(landscape=30)
     assert batches(dataset, 9, seed=1) == batches(dataset, 9, seed=1)

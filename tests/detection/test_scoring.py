@@ -1,13 +1,10 @@
-import contextlib
-import io
 import json
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+from made import cats_and_dogs, pycocotools_says
 
 from detection import scoring
 from detection.annotations import read_annotations
@@ -15,19 +12,6 @@ from detection.layouts import find_split
 from detection.scoring import BACKENDS, DETECTION, METRICS, entries, score
 
 both_backends = pytest.mark.parametrize("backend", list(BACKENDS))
-
-
-def pycocotools_says(annotations, detections, category=None):
-    """The 12 numbers as a user gets them, from the file of the annotations and detections in COCO's results format."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(str(annotations))
-        scorer = COCOeval(truth, truth.loadRes(detections), "bbox")
-        if category is not None:
-            scorer.params.catIds = [category]
-        scorer.evaluate()
-        scorer.accumulate()
-        scorer.summarize()
-    return [None if value < 0 else value for value in scorer.stats]
 
 
 def jittered(annotations, seed=0):
@@ -45,18 +29,6 @@ def jittered(annotations, seed=0):
         entry = {"image_id": annotation["image_id"], "category_id": category, "bbox": [float(v) for v in box]}
         found += [{**entry, "score": float(random.random())}] * random.integers(1, 3)
     return found
-
-
-def annotations(boxes, categories=("cat", "dog"), images=2, **changes):
-    return {
-        "images": [{"id": 1 + i, "file_name": f"{1 + i}.png", "width": 60, "height": 50} for i in range(images)],
-        "categories": [{"id": 3 + 4 * i, "name": name} for i, name in enumerate(categories)],
-        "annotations": [
-            {"id": i, "image_id": 1, "category_id": 3, "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0}
-            for i, box in enumerate(boxes)
-        ],
-        **changes,
-    }
 
 
 def found(box, image_id=1, category_id=3, score=0.9):
@@ -111,7 +83,7 @@ def test_the_numbers_of_a_class_are_pycocotools_for_that_class_alone(data, backe
 
 
 def test_perfect_detections_score_1_and_what_has_no_box_is_undefined(scored):
-    results = scored(annotations([(1, 1, 20, 30), (30, 5, 20, 20)]), [found((1, 1, 20, 30)), found((30, 5, 20, 20))])
+    results = scored(cats_and_dogs([(1, 1, 20, 30), (30, 5, 20, 20)]), [found((1, 1, 20, 30)), found((30, 5, 20, 20))])
     assert results["bbox"]["AP"] == results["bbox"]["AR100"] == results["bbox"]["APs"] == pytest.approx(1)
     assert results["bbox"]["APm"] is None and results["bbox"]["APl"] is None
     assert results["per_class"]["cat"] == {"AP": pytest.approx(1), "AP50": pytest.approx(1), "boxes": 2}
@@ -120,13 +92,13 @@ def test_perfect_detections_score_1_and_what_has_no_box_is_undefined(scored):
 
 def test_an_annotation_with_the_id_0_can_be_found_too(scored):
     """Given to pycocotools as it is, such an annotation is taken for one that was not matched."""
-    content = annotations([(1, 1, 20, 30)])
+    content = cats_and_dogs([(1, 1, 20, 30)])
     assert content["annotations"][0]["id"] == 0
     assert scored(content, [found((1, 1, 20, 30))])["bbox"]["AP"] == pytest.approx(1)
 
 
 def test_without_detections_every_defined_number_is_0_and_it_says_why(scored):
-    results = scored(annotations([(1, 1, 20, 30)]), [])
+    results = scored(cats_and_dogs([(1, 1, 20, 30)]), [])
     assert results["note"].startswith("no detections at all") and results["detections"] == 0
     assert results["bbox"]["AP"] == results["bbox"]["APs"] == results["bbox"]["AR1"] == 0
     assert results["bbox"]["APm"] is None and results["bbox"]["ARl"] is None
@@ -138,33 +110,33 @@ def test_without_detections_every_defined_number_is_0_and_it_says_why(scored):
 
 @pytest.mark.parametrize("detections", [[], [found((1, 1, 20, 30))]])
 def test_without_ground_truth_no_number_is_defined_and_it_says_why(detections, scored):
-    results = scored(annotations([]), detections)
+    results = scored(cats_and_dogs([]), detections)
     assert set(results["bbox"].values()) == {None} and results["per_class"]["cat"]["AP"] is None
     assert "no box to be found" in results["note"]
 
 
 def test_crowds_are_neither_missed_nor_wrongly_found(scored):
     crowd = {"id": 9, "image_id": 1, "category_id": 3, "bbox": [30, 5, 20, 20], "area": 400, "iscrowd": 1}
-    content = annotations([(1, 1, 20, 30)])
+    content = cats_and_dogs([(1, 1, 20, 30)])
     content["annotations"].append(crowd)
     results = scored(content, [found((1, 1, 20, 30), score=0.5), found((32, 7, 10, 10), score=0.9)])
     assert results["bbox"]["AP"] == pytest.approx(1) and results["per_class"]["cat"]["boxes"] == 1
 
 
 def test_annotations_that_are_not_finite_are_left_out(scored):
-    results = scored(annotations([(1, 1, 20, 30), (float("nan"), 1, 2, 3)]), [found((1, 1, 20, 30))])
+    results = scored(cats_and_dogs([(1, 1, 20, 30), (float("nan"), 1, 2, 3)]), [found((1, 1, 20, 30))])
     assert results["bbox"]["AP"] == pytest.approx(1) and results["per_class"]["cat"]["boxes"] == 1
 
 
 def test_more_detections_than_100_an_image_count_as_in_coco(scored):
     boxes = [(1, 1, 20, 30)]
     many = [found((40, 40, 5, 5), score=0.9 - i / 1000) for i in range(100)] + [found(boxes[0], score=0.1)]
-    assert scored(annotations(boxes), many)["bbox"]["AP"] == 0
-    assert scored(annotations(boxes), many[1:])["bbox"]["AP"] > 0
+    assert scored(cats_and_dogs(boxes), many)["bbox"]["AP"] == 0
+    assert scored(cats_and_dogs(boxes), many[1:])["bbox"]["AP"] > 0
 
 
 def test_a_class_whose_name_another_has_is_told_by_its_id(scored):
-    results = scored(annotations([(1, 1, 20, 30)], categories=("cat", "cat", "dog")), [found((1, 1, 20, 30))])
+    results = scored(cats_and_dogs([(1, 1, 20, 30)], categories=("cat", "cat", "dog")), [found((1, 1, 20, 30))])
     assert [(name, entry["boxes"]) for name, entry in results["per_class"].items()] == [
         ("cat", 1),
         ("cat (id 7)", 0),
@@ -173,7 +145,7 @@ def test_a_class_whose_name_another_has_is_told_by_its_id(scored):
 
 
 def test_a_detection_of_a_class_that_the_annotations_have_not_is_counted_and_matches_nothing(scored):
-    content, right = annotations([(1, 1, 20, 30)]), found((1, 1, 20, 30))
+    content, right = cats_and_dogs([(1, 1, 20, 30)]), found((1, 1, 20, 30))
     results = scored(content, [found((1, 1, 20, 30), category_id=2, score=1.0), right])
     assert results["detections"] == 2 and results["bbox"] == scored(content, [right])["bbox"]
     alone = scored(content, [found((1, 1, 20, 30), category_id=2)])
@@ -182,12 +154,12 @@ def test_a_detection_of_a_class_that_the_annotations_have_not_is_counted_and_mat
 
 def test_a_detection_of_an_image_that_the_annotations_have_not_is_an_error(scored):
     with pytest.raises(ValueError, match="1 of 2 detections are of images .* the first is of image 9"):
-        scored(annotations([(1, 1, 20, 30)]), [found((1, 1, 20, 30)), found((1, 1, 20, 30), image_id=9)])
+        scored(cats_and_dogs([(1, 1, 20, 30)]), [found((1, 1, 20, 30)), found((1, 1, 20, 30), image_id=9)])
 
 
 def test_of_equal_scores_the_first_in_an_image_and_the_lower_image_id_come_first(scored):
     """Ids above 2^53, where floats skip every other one, and images in the order of the file, not of the ids."""
-    content = annotations([(1, 1, 20, 30)])
+    content = cats_and_dogs([(1, 1, 20, 30)])
     first, second = 2**60 + 2, 2**60 + 1
     content["images"][0]["id"], content["images"][1]["id"] = first, second
     content["annotations"][0]["image_id"] = first
@@ -198,7 +170,7 @@ def test_of_equal_scores_the_first_in_an_image_and_the_lower_image_id_come_first
 
 
 def test_nothing_is_printed(scored, capfd):
-    scored(annotations([(1, 1, 20, 30)]), [found((1, 1, 20, 30))])
+    scored(cats_and_dogs([(1, 1, 20, 30)]), [found((1, 1, 20, 30))])
     assert capfd.readouterr() == ("", "")
 
 

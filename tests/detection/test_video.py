@@ -62,15 +62,11 @@ def test_an_unreadable_video_or_camera_is_one_line_and_opencv_prints_nothing(ope
     assert capfd.readouterr().err == ""
 
 
-def test_a_missing_file_is_reported_before_a_missing_package(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ValueError, match="^video nowhere.mp4: no such file$"):
-        Video(Path("nowhere.mp4"))
-
-
 def test_without_opencv_the_package_to_install_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     (tmp_path / "a.mp4").touch()
+    with pytest.raises(ValueError, match="^video nowhere.mp4: no such file$"):
+        Video(Path("nowhere.mp4"))
     for source in (tmp_path / "a.mp4", 0):
         with pytest.raises(ValueError, match=r"a video needs cv2: pip install 'resbackbone\[video\]'$"):
             Video(source)

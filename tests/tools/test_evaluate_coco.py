@@ -140,7 +140,7 @@ def test_wrong_input_is_one_line_that_names_it(run, shapes, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "empty holds no detector" in error_of("empty")
     assert "--data no-data: no such folder" in error_of(run, "--data", "no-data")
-    assert "holds no data in a known layout" in error_of(run, "--data", tmp_path)
+    assert "no known data layout" in error_of(run, "--data", tmp_path)
     assert "unknown precision 'fp8'; choose from fp32, bf16" in error_of(run, "--precision", "fp8")
     assert "--depth" in error_of(run, "--depth", "18")
     assert "--workers" in error_of(run, "--workers", "many")

@@ -432,7 +432,10 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--learning-rate", "3"], "--learning-rate"),
         (["surplus"], "surplus"),
         (["--config", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["--data", "nowhere"], "--data nowhere: no such folder; it should hold annotations/instances_train2017.json"),
+        (
+            ["--data", "nowhere"],
+            "--data nowhere: no such folder; it should contain annotations/instances_train2017.json",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(shapes, capsys, argv, says):
@@ -445,7 +448,7 @@ def test_from_the_shell_it_is_exit_status_1_and_one_line_on_stderr(shapes):
     process = subprocess.run([sys.executable, TOOLS / "train_coco.py", *argv], capture_output=True, text=True)
     assert process.returncode == 1
     [line] = process.stderr.splitlines()
-    assert line.startswith("error: --data") and "holds no data in a known layout; it should hold" in line
+    assert line.startswith("error: --data") and "no known data layout; it should contain" in line
     assert files() == {}
 
 
@@ -522,7 +525,7 @@ def val_lost(folder):
         (category_unknown, "annotations[3] has the category_id 3, which is not in categories (10 ids)"),
         (images_key_lost, "missing required field `images`"),
         (other_categories_in_val, "id 1 is 'person' here, 'disk' there"),
-        (val_lost, "no annotations/instances_val2017.json; it should hold"),
+        (val_lost, "no annotations/instances_val2017.json; it should contain"),
     ],
 )
 def test_bad_data_is_one_line_that_says_what_is_wrong_and_nothing_is_written(own_shapes, capsys, harm, says):

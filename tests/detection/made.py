@@ -1,0 +1,84 @@
+"""What several tests of detection make: annotation files, small detectors, and pycocotools' own numbers."""
+
+import contextlib
+import io
+
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detection.config import BACKBONE_OF
+from detection.faster_rcnn import build_faster_rcnn
+from resbackbone import build_resnet_backbone
+
+CATEGORIES = [{"id": 90, "name": "toothbrush"}, {"id": 3, "name": "car"}, {"id": 13, "name": "stop sign"}]
+FEW = {  # regions: enough to train on a tiny image, and to find something
+    "min_size": 64,
+    "max_size": 97,
+    "box_score_thresh": 0.0,
+    "rpn_pre_nms_top_n_train": 60,
+    "rpn_post_nms_top_n_train": 20,
+    "rpn_post_nms_top_n_test": 30,
+    "box_batch_size_per_image": 8,
+    "representation_size": 16,
+}
+
+
+def content(images=1, boxes=((1, 2, 10, 8),), **changes):
+    """An instances file: images 7, 8, .. of 33 x 21 pixels, `boxes` on the first, of each category in turn."""
+    return {
+        "images": [{"id": 7 + i, "file_name": f"{7 + i}.png", "width": 33, "height": 21} for i in range(images)],
+        "annotations": [
+            {"id": 1 + i, "image_id": 7, "category_id": CATEGORIES[i % 3]["id"], "bbox": list(box), "iscrowd": 0}
+            for i, box in enumerate(boxes)
+        ],
+        "categories": [dict(category) for category in CATEGORIES],
+        **changes,
+    }
+
+
+def cats_and_dogs(boxes, categories=("cat", "dog"), images=2, **changes):
+    """An instances file: images 1, 2, .. of 60 x 50 pixels, `boxes` of the first category on the first."""
+    return {
+        "images": [{"id": 1 + i, "file_name": f"{1 + i}.png", "width": 60, "height": 50} for i in range(images)],
+        "categories": [{"id": 3 + 4 * i, "name": name} for i, name in enumerate(categories)],
+        "annotations": [
+            {"id": i, "image_id": 1, "category_id": 3, "bbox": list(box), "area": box[2] * box[3], "iscrowd": 0}
+            for i, box in enumerate(boxes)
+        ],
+        **changes,
+    }
+
+
+def small_detector(variant="fpn", *, depth=18, norm="BN", **options):
+    arguments = dict(BACKBONE_OF[variant]) | ({"fpn_channels": 16} if variant == "fpn" else {})
+    backbone = build_resnet_backbone(depth, norm=norm, **arguments)
+    return build_faster_rcnn(backbone, 3, variant=variant, **{**FEW, **options})
+
+
+def lively(model):
+    """Norms that are not the identity, and classes, boxes and scores that vary, without training; in eval mode."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(getattr(module, "running_var", None), torch.Tensor):
+                module.weight.uniform_(0.2, 0.6)
+                module.bias.normal_(0, 0.1)
+                module.running_mean.normal_(0, 0.2)
+                module.running_var.uniform_(0.5, 1.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("cls_score.weight", "box_predictor.bbox_pred.weight")):
+                parameter.mul_(5)
+    return model.eval()
+
+
+def pycocotools_says(annotations, detections, category=None):
+    """The 12 numbers as a user gets them, from the file of the annotations and detections in COCO's results format."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(annotations))
+        scorer = COCOeval(truth, truth.loadRes(detections), "bbox")
+        if category is not None:
+            scorer.params.catIds = [category]
+        scorer.evaluate()
+        scorer.accumulate()
+        scorer.summarize()
+    return [None if value < 0 else value for value in scorer.stats]
