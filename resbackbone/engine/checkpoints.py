@@ -64,12 +64,11 @@ def resume_point(run: Path, warn: Callable[[str], None] = print) -> Path | None:
     Newer, damaged ones are renamed to step_N.damaged with a warning. Raises ValueError if all are damaged.
     """
     last, damaged = last_whole_checkpoint(run)
-    for path, damage in damaged.items():
-        warn(f"damaged: {path}: {damage}; set aside as {path.name}.damaged")
     if last is None and damaged:
         raise UserError(f"{run}: all of its {len(damaged)} checkpoints are damaged; choose another folder")
-    for path in damaged:
+    for path, damage in damaged.items():
         aside = path.with_name(f"{path.name}.damaged")
+        warn(f"damaged: {path}: {damage}; set aside as {aside.name}")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
     return last
@@ -78,8 +77,10 @@ def resume_point(run: Path, warn: Callable[[str], None] = print) -> Path | None:
 def _damage(path: Path) -> str | None:
     try:
         sums = json.loads((path / CHECKSUMS).read_text())
+        if not isinstance(sums, dict):
+            return f"{CHECKSUMS} is not what was written"
         changed = [name for name, expected in sums.items() if file_digest(path / name) != expected]
-    except (OSError, ValueError, AttributeError) as error:  # the last: JSON, but not of names and checksums
+    except (OSError, ValueError) as error:
         return f"cannot be read ({error})"
     return f"{', '.join(changed)} changed since it was written" if changed else None
 

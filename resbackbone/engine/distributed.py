@@ -107,8 +107,8 @@ def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, proc
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs every process it stops
     with tempfile.TemporaryDirectory() as folder:
         shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port()), REPORTED: f"{folder}/reported"}
-        call = (shared, processes, device, function, arguments, guard)
-        started = mp.spawn(_spawned, call, nprocs=processes, join=False)
+        call = partial(launch, function, arguments, device=device, processes=processes)
+        started = mp.spawn(_spawned, (shared, guard, call), nprocs=processes, join=False)
         before = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started.processes])
         try:
             while not started.join():
@@ -127,13 +127,10 @@ def _call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
             release_all_folders()
 
 
-def _spawned(
-    rank: int, shared: dict, processes: int, device: str, function: Callable, arguments: tuple, guard: Guard
-) -> None:
-    os.environ.update(shared, RANK=str(rank))
+def _spawned(rank: int, shared: dict[str, str], guard: Guard, call: Callable[[], None]) -> None:
+    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
     with quick_exit(), guard():
-        place = torch.device("cuda", rank) if device == "cuda" else torch.device(device)
-        _join_and_call(function, Rank(rank, processes, place), arguments)
+        call()
 
 
 def _join_and_call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:

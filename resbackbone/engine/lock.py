@@ -1,7 +1,6 @@
 """One writer for each folder: a lock that the operating system releases when the process ends."""
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -11,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from resbackbone.checks import UserError
 
-LOCK, HOLDER = ".lock", ".lock.json"
+LOCK, HOLDER = ".lock", ".lock.txt"  # the second names the process
 _locks: dict[Path, tuple[FileLock, list[Path]]] = {}  # with the folders created for it, innermost first
 
 
@@ -29,10 +28,13 @@ def lock_folder(folder: Path) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{folder} is being written by {_holder(folder)}; choose another folder") from None
+        holder = "another process"
+        with contextlib.suppress(OSError):
+            holder = (folder / HOLDER).read_text()
+        raise UserError(f"{folder} is being written by {holder}; choose another folder") from None
     _locks[key] = lock, made
-    content = {"process": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-    (folder / HOLDER).write_text(json.dumps(content))
+    holder = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+    (folder / HOLDER).write_text(holder)
 
 
 def release_folder(folder: Path) -> None:
@@ -53,11 +55,3 @@ def release_all_folders() -> None:
     """Unlock every folder that this process has locked."""
     for folder in list(_locks):
         release_folder(folder)
-
-
-def _holder(folder: Path) -> str:
-    try:
-        content = json.loads((folder / HOLDER).read_text())
-        return f"process {content['process']} on {content['host']} since {content['since']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return "another process"

@@ -36,23 +36,19 @@ class Plan:
     precision: str
     log_period: int
     checkpoint_period: int
-    eval_period: int = 0
-
-
-def _ignore(*_) -> None:
-    pass
+    eval_period: int
 
 
 @dataclass(frozen=True)
 class Observer:
     """Shows the progress of a training: the step with a line of metrics or None, messages, warnings."""
 
-    progress: Callable[[int, str | None], None] = _ignore
-    info: Callable[[str], None] = _ignore
-    warn: Callable[[str], None] = _ignore
+    progress: Callable[[int, str | None], None]
+    info: Callable[[str], None]
+    warn: Callable[[str], None]
 
 
-def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observer = Observer()) -> None:  # noqa: B008
+def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observer) -> None:
     """Update `state` from its step to the plan's last, with one batch of the task for each update.
 
     Randomness depends on the seed, the step and the rank alone, so resumed runs repeat it. If a loss or gradient is not

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from resbackbone.checks import UserError
 from resbackbone.engine.distributed import Rank, any_rank
@@ -67,7 +68,8 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         terms: list[dict[str, Tensor]] = []
         for i, part in enumerate(parts):
-            with self._exchanging(i == len(parts) - 1):
+            exchanges = i == len(parts) - 1 or not isinstance(self.model, DistributedDataParallel)
+            with nullcontext() if exchanges else self.model.no_sync():  # type: ignore[operator]
                 losses = losses_of(part)
                 terms.append({name: loss.detach().float() for name, loss in losses.items()})
                 total = cast(Tensor, sum(losses.values()) / len(parts))
@@ -87,11 +89,6 @@ class TrainState:
         self.stopwatch.lap("optimizer")
         self.step += 1
         return mean_of(values)
-
-    def _exchanging(self, exchanges: bool):
-        if isinstance(self.model, nn.parallel.DistributedDataParallel) and not exchanges:
-            return self.model.no_sync()
-        return nullcontext()
 
     def _checked(self, terms: Sequence[Mapping[str, Tensor]], norm: Tensor, stop: bool) -> list[dict[str, float]]:
         """The loss terms as floats. Raises NonFinite. An update waits for the GPU only here."""

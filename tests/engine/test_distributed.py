@@ -180,12 +180,6 @@ def with_gpus(monkeypatch, count):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
 
 
-def test_without_torchrun_the_function_is_called_right_here(no_torchrun):
-    called = []
-    launch(lambda rank, *arguments: called.append((rank, arguments)), (1, "b"), device="cpu", processes=1)
-    assert called == [(Rank(0, 1, torch.device("cpu")), (1, "b"))]
-
-
 @pytest.mark.parametrize(
     "device, gpus, there, processes",
     [("cpu", None, 0, 1), ("cpu", 1, 4, 1), ("cuda", None, 4, 4), ("cuda", 2, 4, 2), ("cuda:3", None, 4, 1)],
@@ -237,12 +231,12 @@ def test_processes_that_have_no_gpu_of_their_own_are_refused(
         launch(print, (), device=device, processes=3)
 
 
-def test_one_process_makes_its_device_the_current_one(no_torchrun, monkeypatch):
+def test_one_process_makes_its_device_the_current_one_and_calls_the_function(no_torchrun, monkeypatch):
     used = []
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", used.append)
-    launch(lambda rank: used.append(rank.device), (), device="cuda:1", processes=1)
-    assert used == [1, "high", torch.device("cuda:1")]
+    launch(lambda *arguments: used.append(arguments), (1, "b"), device="cuda:1", processes=1)
+    assert used == [1, "high", (Rank(0, 1, torch.device("cuda:1")), 1, "b")]
 
 
 def test_a_launcher_must_set_the_number_of_ranks_which_then_counts(no_torchrun, monkeypatch):
