@@ -1,4 +1,4 @@
-"""torchvision's box arithmetic with the same results, without constants that a GPU has to be sent."""
+"""torchvision's box arithmetic with the same results, but without sending constants to the GPU."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ utils = torchvision_detection_utils()
 TorchvisionBoxCoder: Any = utils.BoxCoder
 TorchvisionMatcher: Any = utils.Matcher
 
-MOST_AT_ONCE = 25_000  # boxes; of more, torchvision suppresses the groups one after the other
+MOST_AT_ONCE = 25_000  # boxes; with more, torchvision goes through the groups one by one
 
 
 class BoxCoder(TorchvisionBoxCoder):
     """Boxes to offsets from reference boxes and back (Ren et al. 2015, eq. 2)."""
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
-        """Ground truth [n, 4] and the boxes [n, 4] that it is seen from, x1 y1 x2 y2 -> offsets [n, 4]."""
+        """Ground truth and proposals, [n, 4] x1 y1 x2 y2 each -> offsets [n, 4]."""
         return utils.encode_boxes(reference_boxes, proposals, self.weights)
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class BoxCoder(TorchvisionBoxCoder):
 
 
 class Matcher(TorchvisionMatcher):
-    """Which ground truth box each anchor is matched with (Ren et al. 2015, Sec. 3.1.2)."""
+    """Matches each anchor with a ground truth box (Ren et al. 2015, Sec. 3.1.2)."""
 
     def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
         """Keep, in `matches` [m], each ground truth box's best anchors, whatever their IoU (matrix [n, m])."""
@@ -43,7 +43,7 @@ class Matcher(TorchvisionMatcher):
 
 
 def nms_in_groups(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """torchvision's batched_nms: boxes [n, 4] suppress only those of their own group [n]; indices, best score first."""
+    """torchvision's batched_nms: boxes [n, 4] suppress only those of their group [n]; indices by falling score."""
     if _on_cpu(boxes) or not 0 < len(boxes) <= MOST_AT_ONCE:
         return batched_nms(boxes, scores, groups, iou_threshold)
     apart = groups.to(boxes) * (boxes.max() + 1)

@@ -14,10 +14,10 @@ def rows_of(feature: Tensor) -> Tensor:
 def sum_cells(rows: Tensor, cells: Tensor, weights: Tensor) -> Tensor:
     """Rows [m, C], cells [n, taps], which number them, and weights [n, taps] -> [n, C], sums of weights * rows.
 
-    Weights take the rows' type. Sums are in fp32 or better in both directions, also of bf16 rows; the gradient has the
-    rows' type. The same numbers are added in the same order each time, so results repeat bit for bit on a GPU too.
+    Weights are cast to the rows' type. Forward and backward add in fp32 or better, also for bf16 rows, and always in
+    the same order, so results are bit-reproducible on a GPU too.
     """
-    if rows.device.type == "mps":  # which has no embedding_bag
+    if rows.device.type == "mps":  # has no embedding_bag
         return (rows[cells] * weights.to(rows.dtype)[..., None]).sum(1)
     return _SumCells.apply(rows, cells, weights.to(rows.dtype))
 
@@ -32,15 +32,15 @@ class _SumCells(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        # The same kind of sum the other way: of each cell's uses, which sorting brings together. The gradient of
-        # PyTorch's embedding_bag takes twice as long, and adds up in bf16.
+        # Sorting brings each cell's uses together, so the gradient is an embedding_bag too. PyTorch's own gradient of
+        # embedding_bag takes twice as long and adds in bf16.
         cells, weights = ctx.saved_tensors
         used, order = cells.flatten().sort(stable=True)
         every_cell = torch.arange(ctx.count, dtype=used.dtype, device=used.device)
         of_rows = F.embedding_bag(
             (order // cells.shape[1]).to(used.dtype),
             gradient.contiguous(),
-            torch.searchsorted(used, every_cell, out_int32=used.dtype == torch.int32),  # where the uses of each begin
+            torch.searchsorted(used, every_cell, out_int32=used.dtype == torch.int32),  # the first use of each cell
             mode="sum",
             per_sample_weights=weights.flatten()[order],
         )

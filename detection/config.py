@@ -1,4 +1,4 @@
-"""DetectorConfig: what makes a Faster R-CNN beside its backbone and its weights."""
+"""DetectorConfig: everything that makes a Faster R-CNN except its backbone and weights."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,7 +6,7 @@ from typing import ClassVar
 from resbackbone.checks import UserError, one_of
 from resbackbone.config import Config
 
-BACKBONE_OF: dict[str, dict] = {  # what each variant asks of `build_resnet_backbone`
+BACKBONE_OF: dict[str, dict] = {  # each variant's arguments of `build_resnet_backbone`
     "fpn": {"fpn": True},
     "c4": {"levels": ("c4", "c5")},
     "dc5": {"levels": ("c5",), "dilate_c5": True},
@@ -27,17 +27,17 @@ class DetectorConfig(Config):
         RoI features through stage 5; "dc5", on a c5 of stride 16; "vgg16", the paper's baseline, over
         `detection.paper.build_vgg16_backbone()` or `from_timm("vgg16", levels=["c4"])`: RPN on c4, RoI features
         through fc6 and fc7, which `detection.paper.load_vgg16` fills.
-    min_size, max_size: pixels of the shorter and at most of the longer side, for images that come as they are.
-    resize_in_training: False where training images come resized already.
+    min_size, max_size: images are resized to this shorter side in pixels, and at most this longer one.
+    resize_in_training: False if training images are resized already.
     anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
         to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
-    anchor_sides: the sides of a single map's anchors where they are others, at an anchor_scale of 8.
+    anchor_sides: other sides for a single map's anchors, stated at an anchor_scale of 8.
     representation_size: width of the two fully connected layers of the fpn and dc5 (1024) and vgg16 heads (4096).
     geometry: "torchvision": anchors on whole pixels at inferred strides, RoIAlign with 2 x 2 samples a bin;
-        "detectron2": anchors as they are, aligned RoIAlign with as many samples as cells, and single maps not padded
-        to their stride. Weights trained with one give about as good, but not the same, detections with the other.
-    global_context: every region's feature has its whole image's behind it (He et al. 2015, appendix B).
-    rpn_.., box_..: torchvision's thresholds and numbers of proposals, under its names and with its defaults.
+        "detectron2": unrounded anchors, aligned RoIAlign with as many samples as cells, and single maps not padded
+        to their stride. Weights trained with one detect about as well, but not the same, with the other.
+    global_context: append the feature of the whole image to that of every region (He et al. 2015, appendix B).
+    rpn_.., box_..: torchvision's thresholds and numbers of proposals, with its names and defaults.
     """
 
     kind: ClassVar[str] = "detector"

@@ -1,4 +1,4 @@
-"""The embedded objects as a classification set: each drawn object cut out, in folders by class."""
+"""The built-in classification set: the drawn objects cut out, in folders by class."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ def make_shape_crops(folder: str | Path, *, train_scenes: int = 1000, val_scenes
     """Draw scenes as `shapes.make_shapes` does, and cut their objects out into {train,val}/<class>/NNNNNN_N.jpg.
 
     A crop is a square around one object, which others may reach into; a scene of `size` x `size` pixels gives about
-    four. Drawn once, and then reused: see `shapes.draw_once`. Raises UserError if `folder` holds anything else.
+    four. An existing set is reused, and UserError raised, as in `shapes.draw_once`.
     """
     splits = {"train": train_scenes, "val": val_scenes}
 

@@ -27,16 +27,16 @@ from resbackbone.weights import MEAN, STD, Weights, read_weights, write_weights
 from resbackbone.weights.fit import fit
 from resbackbone.weights.sources import is_named
 
-LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the one map of a variant
-PREDICTOR = "roi_heads.box_predictor."  # the layers that follow the number of classes
-SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels, where one map serves all sizes
+LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the single map that a variant uses
+PREDICTOR = "roi_heads.box_predictor."  # the layers whose size depends on the number of classes
+SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels
 AnyDetector = TypeVar("AnyDetector", bound=nn.Module)
 
 
 class FasterRCNN(GeneralizedRCNN):
-    """Faster R-CNN of torchvision's parts, which checks its targets and also gives losses in eval mode.
+    """Faster R-CNN from torchvision's parts; checks its targets, and computes losses in eval mode too.
 
-    `config` and `backbone.config` build it again. `build_faster_rcnn` makes it.
+    Use `build_faster_rcnn` to make one. `config` and `backbone.config` rebuild it.
     """
 
     def __init__(self, backbone: Backbone, config: DetectorConfig):
@@ -52,7 +52,7 @@ class FasterRCNN(GeneralizedRCNN):
         anchors = Anchors(sizes, strides, as_torchvision=as_torchvision)
         pooled = {level: feature for level, feature in backbone.features.items() if level not in ("p6", "p7")}
         pool = (ContextRoIAlign if config.global_context else PyramidRoIAlign)(
-            pooled or backbone.features,  # p6 and p7 are the RPN's alone
+            pooled or backbone.features,  # only the RPN uses p6 and p7
             output_size=14 if c4 else 7,
             sampling_ratio=2,
             canonical_scale=round(224 * config.anchor_scale / 8),
@@ -116,7 +116,7 @@ class FasterRCNN(GeneralizedRCNN):
         return {category: name for category, name in self.categories.items() if name != NOT_A_CLASS}
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
-        """[3, H, W] RGB floats in 0..1 -> losses in training mode, in eval mode boxes, labels and scores an image."""
+        """[3, H, W] RGB floats in 0..1 -> losses in training; in eval mode each image's boxes, labels and scores."""
         if targets is not None:
             self._check_targets(targets)
         elif self.training:
@@ -131,10 +131,10 @@ class FasterRCNN(GeneralizedRCNN):
         return self.transform.postprocess(detections, batch.image_sizes, sizes)
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The training losses, in either mode: in eval mode norms use their statistics and images the test size."""
+        """The training losses in either mode; in eval mode norms use their statistics and images have the test size."""
         modules = [module for module in (self, self.rpn, self.roi_heads) if not module.training]
         for module in modules:
-            module.training = True  # of these three alone: it is they who choose between losses and boxes
+            module.training = True  # these three choose between losses and boxes; norms stay in eval mode
         try:
             return self(images, targets)
         finally:
@@ -148,7 +148,7 @@ class FasterRCNN(GeneralizedRCNN):
             & (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
             for target in targets
         ]
-        if not sound or torch.stack(sound).all():  # a GPU is waited for once
+        if not sound or torch.stack(sound).all():  # the only wait for the GPU
             return
         for target in targets:
             labels, boxes = target["labels"], target["boxes"]
@@ -165,7 +165,7 @@ class FasterRCNN(GeneralizedRCNN):
 
 
 class FP32Predictor(FastRCNNPredictor):
-    """Class scores and box deltas in fp32 or better: bf16 holds 1000 pixels to the nearest 4."""
+    """Class scores and box deltas in fp32 or better, since bf16 resolves 1000 pixels to 4 only."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)
@@ -173,7 +173,7 @@ class FP32Predictor(FastRCNNPredictor):
 
 
 class Stage5Head(nn.Module):
-    """Stage 5 on every region, then the mean: the C4 detector's box head (He et al. 2015, appendix A)."""
+    """The C4 detector's box head: stage 5 on every region, then the mean (He et al. 2015, appendix A)."""
 
     def __init__(self, stage: nn.Sequential, channels: int):
         super().__init__()
@@ -202,7 +202,7 @@ def build_faster_rcnn(
 
 
 def _stage5_head(backbone: Backbone) -> Stage5Head:
-    """A box head of the trunk's stage 5; one that was not built is built, if no weights were meant for it."""
+    """A box head of the trunk's stage 5, built here if the backbone has neither stage 5 nor weights."""
     if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None:
         raise UserError("variant 'c4' runs stage 5 of a ResNet on regions: build the backbone with fpn=False")
     if "c5" not in backbone.stage_features:
@@ -213,7 +213,7 @@ def _stage5_head(backbone: Backbone) -> Stage5Head:
 
 
 def _with_levels_of(variant: str, backbone: Backbone) -> Backbone:
-    """The backbone with the maps that the variant looks at alone."""
+    """The backbone with only the maps that the variant uses."""
     levels = list(backbone.features)
     if variant == "fpn":
         if not all(level.startswith("p") for level in levels):
@@ -232,15 +232,15 @@ def _with_levels_of(variant: str, backbone: Backbone) -> Backbone:
 
 
 def save_detector(detector: FasterRCNN, path: str | Path) -> None:
-    """Write a safetensors file that holds the weights and all that `load_detector` needs to build them a detector."""
+    """Write a safetensors file with the weights and everything that `load_detector` needs to rebuild the detector."""
     configs = {"backbone": detector.backbone.config.to_json(), "detector": detector.config.to_json()}
     write_weights(path, detector.state_dict(), configs)
 
 
 def load_detector(path: str | Path) -> FasterRCNN:
-    """The detector that `save_detector` wrote to `path`, or one of a foreign format (`read_weights`), in eval mode.
+    """Load the detector that `save_detector` wrote to `path`, or one in a foreign format, in eval mode.
 
-    Raises ValueError if the weights are not those of a Faster R-CNN that this package builds.
+    Raises ValueError if the weights are not of a Faster R-CNN that this package builds.
     """
     weights = read_weights(path)
     if "detector" not in weights.metadata:
@@ -259,7 +259,7 @@ def detector_for(weights: Weights) -> FasterRCNN:
 
 
 def read_described_weights(source: str | Path) -> Weights:
-    """`read_weights`, with "detector" in the metadata wherever `load_detector` would build one of them."""
+    """`read_weights`, with "detector" in the metadata if `load_detector` can build one from them."""
     weights = read_weights(source)
     foreign = "detector" not in weights.metadata and not weights.unknown
     if foreign and f"{PREDICTOR}cls_score.weight" in weights.state:
@@ -270,11 +270,11 @@ def read_described_weights(source: str | Path) -> Weights:
 def retarget_detector(
     weights: Weights, categories: Mapping[int, str], *, backbone: Mapping, **options
 ) -> tuple[FasterRCNN, list[str]]:
-    """The detector of `read_described_weights` for other categories, and the names of its tensors that are new.
+    """Build the detector of `read_described_weights` for other categories; also returns the names of new tensors.
 
-    Trunk, pyramid, RPN and box head start from the weights; so does the box predictor if the categories are the same,
-    and else it is new. What makes the detector's shape (SHAPE) is the weights'; `options` are the others that
-    `build_faster_rcnn` takes, and `backbone` what is to change of the backbone's configuration (norm, frozen_through).
+    Trunk, pyramid, RPN and box head start from the weights. The box predictor does if the categories are the same;
+    otherwise it is new. The weights determine the settings in SHAPE; `options` are the other settings of
+    `build_faster_rcnn`, and `backbone` overrides the backbone's configuration (norm, frozen_through).
     """
     described = weights.metadata["detector"]
     pairs = tuple(categories.items())
@@ -289,7 +289,7 @@ def retarget_detector(
 
 
 def _build(weights: Weights, backbone: Mapping[str, Any], detector: Mapping[str, Any]) -> FasterRCNN:
-    """The detector of two configs as JSON."""
+    """Build the detector from both configs as JSON."""
     config = DetectorConfig.from_json(detector, weights.source)
     if "timm" not in backbone:
         return FasterRCNN(ResNetBackbone(BackboneConfig.from_json(backbone, weights.source)), config)
@@ -300,10 +300,10 @@ def _build(weights: Weights, backbone: Mapping[str, Any], detector: Mapping[str,
 
 
 def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDetector:
-    """Make a detector ready for detecting alone, in place: eval mode, batch norms folded into their convolutions.
+    """Prepare a detector for inference, in place: eval mode, batch norms folded into their convolutions.
 
-    With `bf16`, convolutions and linear layers get the weights in bfloat16 that autocast would otherwise make of them
-    in every pass; the same is computed, and from here on under autocast only.
+    With `bf16`, the weights of convolutions and linear layers become bfloat16, as autocast would make them in every
+    pass; results are the same, but from then on the detector runs only under autocast.
     """
     detector.eval().requires_grad_(False)
     for module in detector.modules():
@@ -318,9 +318,9 @@ def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDe
 
 
 def detector_file(run: str | Path) -> str | Path:
-    """The weights of a run: its model.safetensors, or while it trains those of its last whole checkpoint.
+    """The weights of a run: its model.safetensors, or while it trains those of its last complete checkpoint.
 
-    A file, a named source or a URL is what it is.
+    Files, named sources and URLs are returned as they are.
     """
     if is_named(str(run)):
         return run

@@ -22,7 +22,7 @@ class Inputs(NamedTuple):
 def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) -> Inputs:
     """The inputs that `words` name, in order and without duplicates; those of a folder or pattern sorted by name.
 
-    A number is a camera. A folder's images exclude those below `output`, the pictures of an earlier call. Raises
+    A number is a camera. Images of a folder that are below `output` are left out: an earlier call drew them. Raises
     ValueError if a folder holds no image or a pattern matches no file.
     """
     images: dict[Path, None] = {}
@@ -54,12 +54,12 @@ def _images_in(folder: Path, output: Path, *, recursive: bool) -> list[Path]:
 
 
 def frames_file(video_file: Path) -> Path:
-    """The file for the detections of a video's frames, beside the video with its boxes."""
+    """The file for the detections in a video's frames, beside the video with boxes."""
     return video_file.with_name(f"{video_file.stem}-frames.json")
 
 
 def output_files(inputs: Inputs, folder: Path) -> dict[Path | int, Path]:
-    """The picture or video in `folder` for each input, of the same name; equal names are numbered.
+    """The output file in `folder` for each input, under the input's name; equal names are numbered.
 
     Raises ValueError if an output would overwrite an input.
     """
@@ -87,10 +87,10 @@ def _distinct(stems: list[str]) -> list[str]:
 
 
 def image_ids_of(images: Sequence[Path], annotations: Path | None, categories: Mapping[int, str]) -> list[int]:
-    """The ids of image files, by file name, from a COCO annotation file; without one they count from 1.
+    """The image files' ids in a COCO annotation file, found by file name; without one they count from 1.
 
-    Where file names in the annotations include folders, the longest match counts. Raises ValueError for an image that
-    the annotations lack, and if their categories are not `categories`.
+    If file names in the annotations include folders, the longest match counts. Raises ValueError if the annotations
+    lack an image or have other categories than `categories`.
     """
     if annotations is None:
         return list(range(1, len(images) + 1))

@@ -1,4 +1,4 @@
-"""The known folder layouts of COCO-format data, and where each keeps its splits."""
+"""The folder layouts of COCO-format data that are recognised, and where each keeps its splits."""
 
 import hashlib
 import os
@@ -16,23 +16,23 @@ LAYOUT = (
     "or annotations/instances_train.json, annotations/instances_val.json, train/ and val/"
 )
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid")}
-HELD_OUT = 10  # one image in this many is held out where the data have no validation split
+HELD_OUT = 10  # without a validation split, one image in this many is held out
 
 
 class Layout(NamedTuple):
-    """Paths below the data's folder, {} for a split's name; of several, the first that exists counts."""
+    """Paths below the data folder, with {} for the split's name; of several, the first that exists counts."""
 
     title: str
     annotations: tuple[str, ...]
     images: tuple[str, ...]
 
     def paths(self, folder: Path, split: str) -> tuple[Path | None, Path | None]:
-        """(image folder, annotation file) of "train" or "val"; None for what is missing."""
+        """(image folder, annotation file) of "train" or "val", None for a missing one."""
         half: tuple[Path | None, Path | None] = (None, None)
         for name in SPLIT_NAMES[split]:
             files = [folder / path.format(name) for path in self.annotations]
             file = next((path for path in files if path.is_file()), None)
-            # Where all splits share a folder of images, only the annotation file shows that a split exists.
+            # If all splits share a folder of images, only the annotation file shows that a split exists.
             folders = [folder / path.format(name) for path in self.images if file or "{}" in path]
             images = next((path for path in folders if path.is_dir()), None)
             if images and file:
@@ -53,7 +53,7 @@ LAYOUTS = (
 
 
 class Split(NamedTuple):
-    """Where one split is. `part` is None, or "train" or "val" if the file holds both (`held_out`)."""
+    """The files of one split. `part` is None, or "train" or "val" if the annotation file holds both (`held_out`)."""
 
     layout: str
     images: Path
@@ -62,7 +62,7 @@ class Split(NamedTuple):
 
 
 def find_split(data: str | os.PathLike, split: str) -> Split:
-    """Where the folder `data` keeps "train" or "val", by the first of LAYOUTS that fits.
+    """Find "train" or "val" in the folder `data`, by the first of LAYOUTS that fits.
 
     Without any trace of a validation split, a tenth of the training images serves as one: both splits are then parts
     of one file. Raises UserError if the folder is missing, has no known layout, or holds half a split.
@@ -92,7 +92,7 @@ def _layout_of(folder: Path) -> Layout | None:
 
 
 def describe_layout(data: str | os.PathLike) -> str:
-    """One line: the layout of `data`, its annotation files, and whether a part is held out. Raises as `find_split`."""
+    """One line on `data`: its layout, its annotation files and whether a part is held out. Raises as `find_split`."""
     train, val = (find_split(data, split) for split in SPLIT_NAMES)
     files = [str(split.annotations.relative_to(data)) for split in ((train,) if val.part else (train, val))]
     line = f"{data} in {train.layout}: {' and '.join(files)}"
@@ -102,11 +102,11 @@ def describe_layout(data: str | os.PathLike) -> str:
 
 
 def held_out(file_names: Sequence[str]) -> np.ndarray:
-    """Which images to validate on where the data have no split for it: bool [n], one in ten, at least one.
+    """Which images to validate on if the data have no validation split: bool [n], one in ten, at least one.
 
-    A function of the names alone: those whose hash comes first. Names that differ only behind ".rf.", as in Roboflow's
-    augmented copies of an image, stay together: copies on both sides would inflate the AP. Raises UserError if there
-    are fewer than two images.
+    The names alone decide: those with the lowest hashes are held out. Names that differ only after ".rf.", as in
+    Roboflow's augmented copies of an image, stay together: copies on both sides would inflate the AP. Raises UserError
+    if there are fewer than two images.
     """
     originals = np.array([name.partition(".rf.")[0] for name in file_names])
     distinct = sorted(set(originals.tolist()), key=lambda name: hashlib.sha256(name.encode()).digest())

@@ -1,4 +1,4 @@
-"""RoIAlign over a pyramid (He et al. 2017, Mask R-CNN, Sec. 3): torchvision's or detectron2's."""
+"""RoIAlign over a pyramid (He et al. 2017, Mask R-CNN, Sec. 3), as in torchvision or in detectron2."""
 
 import itertools
 import math
@@ -14,15 +14,15 @@ from resbackbone import Feature
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
-    """torchvision's MultiScaleRoIAlign with the strides that the backbone states, not inferred from sizes.
+    """torchvision's MultiScaleRoIAlign with the backbone's strides, not inferred ones.
 
     torchvision's kernel computes in fp32, on one thread on a CPU, and on a GPU its backward adds in any order. Here
-    every output bin is a weighted sum of cells (`sum_cells`) in the maps' own type, and repeats bit for bit; outputs
-    and gradients are torchvision's to rounding.
+    every output bin is a weighted sum of cells (`sum_cells`) in the maps' own type and is bit-reproducible; outputs
+    and gradients equal torchvision's to rounding.
 
-    `aligned` is detectron2's way: samples sit half a cell lower, where cell centres are, and are as many as the region
-    has cells; `sampling_ratio` is not used. It is computed by torchvision's kernel, or, under
-    `torch.use_deterministic_algorithms` on a GPU, by torchvision's own deterministic version, which takes gigabytes.
+    `aligned` is detectron2's convention: samples sit half a cell lower, at cell centres, and are as many as the region
+    has cells; `sampling_ratio` is ignored. torchvision's kernel computes it, or on a GPU under
+    `torch.use_deterministic_algorithms` its deterministic version, which takes gigabytes.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         self.map_levels = initLevelMapper(finest, finest + len(self.strides) - 1, canonical_scale=canonical_scale)
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
-        """Maps by level, boxes [n, 4] an image in pixels -> [sum of n, channels, output_size, output_size]."""
+        """Maps by level and each image's boxes [n, 4] in pixels -> [sum of n, channels, output_size, output_size]."""
         maps = [x[name] for name in self.featmap_names]
         image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
         regions, level = torch.cat(boxes), self.map_levels(boxes)  # Lin et al. 2017, eq. 1
         if self.aligned:
             return _by_level(level, len(maps), lambda i, few: self._aligned(maps[i], i, regions[few], image[few]))
         cells, weights = self._taps(maps, regions, image, level)
-        if regions.device.type == "cpu":  # where copying the maps into one table would cost more than it saves
+        if regions.device.type == "cpu":  # copying the maps into one table would cost more than it saves
             pooled = _by_level(level, len(maps), lambda i, few: _sums(rows_of(maps[i]), cells[few], weights[few]))
         else:
             rows = [rows_of(feature) for feature in maps]
@@ -63,7 +63,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         return roi_align(feature, regions, self.output_size, self.scales[level], 0, aligned=True)
 
     def _taps(self, maps: list[Tensor], regions: Tensor, image: Tensor, level: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells of its level's map that every bin of every region reads, and their weights, [n, bins, taps] each.
+        """The cells of its level's map that each bin of each region reads, and their weights, [n, bins, taps] each.
 
         Along an axis a sample is bilinear between two cells, and a bin the mean of `sampling_ratio` samples.
         """
@@ -72,10 +72,10 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         sizes = torch.stack((widths, heights), 1)[..., None]  # [n, 2, 1], x before y, as in boxes
         corners = (regions / _of_level(self.strides, level)[:, None]).view(-1, 2, 2)  # [n, corner, axis]
         low, extent = corners[:, 0, :, None], (corners[:, 1] - corners[:, 0])[..., None]
-        extent = extent.clamp(min=1.0)  # torchvision's unaligned RoIAlign: a region is a cell wide at least
+        extent = extent.clamp(min=1.0)  # torchvision's unaligned RoIAlign: a region is at least a cell wide
         steps = torch.arange(bins * samples, device=low.device) + 0.5
         at = low + steps * (extent / (bins * samples))  # [n, 2, bins * samples]
-        inside = (at >= -1) & (at <= sizes)  # beyond that a sample counts as zero
+        inside = (at >= -1) & (at <= sizes)  # samples further out count as zero
         at = at.clamp(min=0).minimum(sizes - 1)
         lower = at.floor()
         taps = torch.stack((lower, (lower + 1).minimum(sizes - 1)), 3).long()
@@ -93,7 +93,7 @@ def _sums(rows: Tensor, cells: Tensor, weights: Tensor) -> Tensor:  # [m, C], [n
 
 
 def _of_level(values: Sequence[int], level: Tensor) -> Tensor:
-    """values[level], without a table that would have to be sent to a GPU first."""
+    """values[level], without sending a table to the GPU."""
     picked = torch.full_like(level, values[0])
     for i, value in enumerate(values[1:], 1):
         picked.masked_fill_(level == i, value)
@@ -101,7 +101,7 @@ def _of_level(values: Sequence[int], level: Tensor) -> Tensor:
 
 
 def _by_level(level: Tensor, levels: int, pool: Callable[[int, Tensor], Tensor]) -> Tensor:
-    """pool(i, those of level i) for every level, in the order of the regions, whose levels are [n]."""
+    """pool(i, the regions of level i) for every level, back in the order of the regions, whose levels are [n]."""
     order = level.argsort(stable=True)
     counts = torch.stack([(level == i).sum() for i in range(levels)]).tolist()
     return torch.cat([pool(i, few) for i, few in enumerate(order.split(counts))])[order.argsort()]

@@ -1,4 +1,4 @@
-"""Region proposal network (Ren et al. 2015, Sec. 3): torchvision's, with a graph at the sampled anchors alone."""
+"""Region proposal network (Ren et al. 2015, Sec. 3): torchvision's, with gradients computed at sampled anchors only."""
 
 from typing import Any, cast
 
@@ -17,21 +17,21 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 
 
 class Anchors(AnchorGenerator):
-    """Anchors in fp32 whatever the maps are in: bf16 holds 1000 pixels to the nearest 4.
+    """Anchors in fp32 for maps of any type, since bf16 resolves 1000 pixels to 4 only.
 
-    torchvision's stand on whole pixels, and their strides are inferred: the padded image's size by the map's, rounded
-    down, which for p6 is often less than 64. detectron2's are neither rounded nor inferred. Weights are used to
-    theirs, so `as_torchvision` tells which.
+    torchvision rounds anchors to whole pixels and infers strides as the padded image's size over the map's, rounded
+    down, which for p6 is often less than 64; detectron2 does neither. `as_torchvision` selects the convention the
+    weights were trained with.
     """
 
     def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, as_torchvision: bool):
-        self.as_torchvision = as_torchvision  # before what makes the anchors
-        self.last: tuple[object, Any] = None, None  # the sizes that anchors were made for, and they
+        self.as_torchvision = as_torchvision  # super().__init__ makes anchors by it
+        self.last: tuple[object, Any] = None, None  # the last sizes and their anchors
         super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
         self.strides = strides
 
     def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu") -> Tensor:
-        """Boxes around (0, 0), [ratios * sizes, 4], by ratio and then by size; a ratio is height to width."""
+        """Boxes around (0, 0), [ratios * sizes, 4], by ratio (height over width), then by size."""
         scales, ratios = (torch.as_tensor(x, dtype=dtype, device=device) for x in (scales, aspect_ratios))
         heights = (ratios.sqrt()[:, None] * scales).flatten()
         widths = ((1 / ratios.sqrt())[:, None] * scales).flatten()
@@ -39,7 +39,7 @@ class Anchors(AnchorGenerator):
         return boxes.round() if self.as_torchvision else boxes
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """[cells * anchors a cell, 4] an image, the levels one after the other; the same tensor for every image."""
+        """Anchors [n, 4] of all levels in turn, the same tensor for every image."""
         device, image_size = feature_maps[0].device, image_list.tensors.shape[-2:]
         cells = [x.shape[-2:] for x in feature_maps]
         if self.last[0] != (cells, image_size, device):
@@ -57,7 +57,7 @@ class Anchors(AnchorGenerator):
 
 
 class FP32RPNHead(RPNHead):
-    """torchvision's head, with outputs in fp32 or better, for the same reason."""
+    """torchvision's head with outputs in fp32 or better."""
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H, W] -> objectness [B, A, H, W] and box deltas [B, A * 4, H, W], A anchors a cell."""
@@ -65,7 +65,7 @@ class FP32RPNHead(RPNHead):
         return [at_least_fp32(x) for x in objectness], [at_least_fp32(x) for x in deltas]
 
     def at(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """What `forward` gives at n cells, from the 3x3 of the map around each, [n, 3 * 3 * C]: [n, A], [n, A, 4]."""
+        """The outputs [n, A] and [n, A, 4] at n cells, from the 3x3 of the map around each, [n, 3 * 3 * C]."""
         [[conv, _relu]] = self.conv
         hidden = F.relu(F.linear(cells, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias))
         objectness, deltas = (
@@ -76,12 +76,12 @@ class FP32RPNHead(RPNHead):
 
 
 class SampledRPN(RegionProposalNetwork):
-    """torchvision's RPN, with its proposals, losses and gradients, that does not pay for anchors nobody asked about.
+    """torchvision's RPN with the same proposals, losses and gradients, at a lower cost.
 
-    The loss looks at 256 anchors an image at most, of some 200,000, and nothing is differentiated through proposals.
-    So the head runs on whole maps without a graph, and once more, with one, on the sampled anchors' cells: backward
-    neither keeps nor convolves maps that are zero nearly everywhere. Boxes are decoded where the objectness chose
-    them. Given the same random state, torchvision samples the same anchors.
+    The loss uses at most 256 of an image's 200,000 anchors, and proposals need no gradient. So the head runs on whole
+    maps without a graph, and again with one on the cells of the sampled anchors: backward neither keeps nor convolves
+    maps that are zero nearly everywhere. Only the boxes with the highest objectness are decoded. From the same random
+    state it samples the same anchors as torchvision.
     """
 
     def __init__(self, *arguments, **options):
@@ -118,7 +118,7 @@ class SampledRPN(RegionProposalNetwork):
         return [self._filtered(*of_image, torch.cat(levels)) for of_image in of_images]
 
     def _filtered(self, boxes: Tensor, scores: Tensor, image_size: tuple[int, int], levels: Tensor) -> Tensor:
-        """The boxes [n, 4] of one image, clipped to it, that have a size and a score and outlive NMS on their level."""
+        """The boxes [n, 4] of one image, clipped to it, that are large enough, score enough and survive NMS."""
         boxes = clip_boxes_to_image(boxes, image_size)
         large = (boxes[:, 2:] - boxes[:, :2] >= self.min_size).all(1)
         kept = (large & (scores >= self.score_thresh)).nonzero().squeeze(1)
@@ -128,7 +128,7 @@ class SampledRPN(RegionProposalNetwork):
     def _losses(self, maps: list[Tensor], anchors: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         labels, matched_boxes = self.assign_targets_to_anchors(anchors, targets)
         positive, negative = (torch.cat(chosen).nonzero().squeeze(1) for chosen in self.fg_bg_sampler(labels))
-        sampled = torch.cat((positive, negative))  # numbers that count images, and an image's anchors
+        sampled = torch.cat((positive, negative))  # indices over images and their anchors
         objectness, deltas = self._at(maps, sampled)
         wanted = self.box_coder.encode_single(
             torch.cat(matched_boxes)[positive], anchors[0][positive % len(anchors[0])]
@@ -140,10 +140,9 @@ class SampledRPN(RegionProposalNetwork):
         }
 
     def _at(self, maps: list[Tensor], sampled: Tensor) -> tuple[Tensor, Tensor]:
-        """Objectness [n] and box deltas [n, 4] of n anchors: numbers that count images, levels, rows, columns, shapes.
+        """Objectness [n] and box deltas [n, 4] of n anchors, given by index over images, levels, rows, columns, shapes.
 
-        Every level gives all n their surroundings, zeros to those of other levels: to sort them by level first, the
-        host would have to wait for a GPU.
+        Every level contributes to all n, zeros to those of other levels: sorting by level would wait for the GPU.
         """
         shapes = self.head.cls_logits.out_channels
         cells = sum(x.shape[-2] * x.shape[-1] for x in maps)
@@ -159,7 +158,7 @@ class SampledRPN(RegionProposalNetwork):
 
 
 def _surroundings(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
-    """[B, C, H, W], n images and n cells of theirs -> [n, 3 * 3 * C], zeros outside of the map and for other cells."""
+    """[B, C, H, W] and the image and cell [n] of each -> [n, 3 * 3 * C], zeros outside the map."""
     height, width = feature.shape[-2:]
     step = torch.arange(-1, 2, device=cell.device)
     rows, columns = ((at[:, None] + step) for at in (cell // width, cell % width))
@@ -170,7 +169,7 @@ def _surroundings(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
 
 
 def box_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
-    """[n, 4] and [m, 4], x1 y1 x2 y2 -> IoU [n, m]: torchvision's to the bit, a few rows at a time in a CPU's cache."""
+    """[n, 4] and [m, 4], x1 y1 x2 y2 -> IoU [n, m], bit-identical to torchvision's; row by row to stay in CPU cache."""
     x1, y1, x2, y2 = anchors.t().contiguous()
     areas = (x2 - x1) * (y2 - y1)
     parts = []

@@ -1,4 +1,4 @@
-"""Which images make up each batch: a function of the seed and the step, the same for any number of ranks."""
+"""Which images make up each batch, as a function of seed and step alone, for any number of ranks."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -13,9 +13,9 @@ from resbackbone.checks import UserError
 class TrainBatches(Sampler):
     """Endless batches of `ImageRequest`s, each all landscape or all portrait, which keeps the padding small.
 
-    Every image is drawn once an epoch, each epoch in another order. The ranks' batches together hold `batch_size`
-    images; rank r of n takes every n-th. The first batch is number `start`, so resumed runs get the batches that would
-    have come next. Raises UserError if `batch_size` does not divide by the number of ranks.
+    Every epoch draws every image once, in its own order. The ranks' batches together hold `batch_size` images, of which
+    rank r of n takes every n-th. The first batch is number `start`, so a resumed run gets the batches that would have
+    come next. Raises UserError if `batch_size` is not divisible by the number of ranks.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class TrainBatches(Sampler):
         self.batch_size, self.seed, self.rank, self.ranks, self.start = batch_size, seed, rank, ranks, start
 
     def __iter__(self) -> Iterator[list[ImageRequest]]:
-        # An epoch's left-over images go into the next epoch's batches; with few images they wait for several epochs.
+        # Images left over from an epoch go into the next epoch's batches; with few images they wait several epochs.
         waiting = [np.empty((0, 2), np.int64)] * 2  # landscape and portrait
         skip = self.start
         for epoch in count():

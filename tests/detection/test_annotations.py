@@ -198,10 +198,7 @@ BAD_ANNOTATIONS = {
     },
     "an id that is text": (with_value("images", "id", "7"), "Expected `int`, got `str` - at"),
     "an id that is true": (with_value("images", "id", True), "Expected `int`, got `bool` - at"),
-    "a number as file_name": (
-        with_value("images", "file_name", 7),
-        r"got `int` - at `\$.images\[0\].file_name`",
-    ),
+    "a number as file_name": (with_value("images", "file_name", 7), r"got `int` - at `\$.images\[0\].file_name`"),
     "a width of 0": (with_value("images", "width", 0), "Expected `int` >= 1 - at"),
     "a negative height": (with_value("images", "height", -5), "Expected `int` >= 1 - at"),
     "a box of three numbers": (with_value("annotations", "bbox", [1, 2, 3]), "Expected `array` of length 4"),
@@ -209,7 +206,7 @@ BAD_ANNOTATIONS = {
     "a box with null": (with_value("annotations", "bbox", [1, 2, 3, None]), "got `null` - at"),
     "a box that is text": (with_value("annotations", "bbox", "1 2 3 4"), "Expected `array`, got `str` - at"),
     "a repeated image id": (with_value("images", "id", 7, images=2), r"images\[1\] repeats the id 7"),
-    "a repeated annotation id": (
+    "a repeated box id": (
         with_value("annotations", "id", 1, boxes=[(0, 0, 5, 5)] * 2),
         r"\[1\] repeats the id 1",
     ),
@@ -221,7 +218,7 @@ BAD_ANNOTATIONS = {
     "a name that is not Unicode": (with_value("images", "file_name", "\ud800.png"), "leaves its folder"),
     "an unknown category": (
         with_value("annotations", "category_id", 91),
-        "has the category_id 91, which is not in categories",
+        "category_id 91, which is not in categories",
     ),
     "an unknown image": (with_value("annotations", "image_id", 6), r"\[0\] has the image_id 6, which is not in images"),
     "a way out of the folder": (with_value("images", "file_name", "../7.png"), "leaves its folder"),

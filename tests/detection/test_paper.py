@@ -68,18 +68,21 @@ def vgg16():
     return small_vgg16()
 
 
+TIMMS = "pre_logits.fc1", "pre_logits.fc2", "head.fc"  # timm's names of the fully connected layers
+TORCHVISIONS = "classifier.0", "classifier.3", "classifier.6"
+
+
 def classifier_state(width=16, *, torchvision=False):
     """VGG-16's tensors, with narrow fully connected layers; timm's names and shapes, or torchvision's."""
     torch.manual_seed(1)
     network = build_vgg16_backbone().network.state_dict()
     state = {key.replace("features_", "features."): torch.randn_like(tensor) for key, tensor in network.items()}
     fc = torch.randn(width, 512, 7, 7), torch.randn(width), torch.randn(width, width, 1, 1), torch.randn(width)
-    names = ("classifier.0", "classifier.3", "classifier.6") if torchvision else ("pre_logits.fc1", "pre_logits.fc2")
-    names = (*names, "head.fc")
-    for i in (0, 1):
-        state[f"{names[i]}.weight"] = fc[2 * i].flatten(1) if torchvision else fc[2 * i]
-        state[f"{names[i]}.bias"] = fc[2 * i + 1]
-    return state | {f"{names[2]}.weight": torch.randn(5, width), f"{names[2]}.bias": torch.randn(5)}
+    *names, last = TORCHVISIONS if torchvision else TIMMS
+    for i, name in enumerate(names):
+        state[f"{name}.weight"] = fc[2 * i].flatten(1) if torchvision else fc[2 * i]
+        state[f"{name}.bias"] = fc[2 * i + 1]
+    return state | {f"{last}.weight": torch.randn(5, width), f"{last}.bias": torch.randn(5)}
 
 
 def test_vgg16_shares_its_convolutions_up_to_conv5_3_at_stride_16():
@@ -121,8 +124,7 @@ def test_vgg16_starts_from_a_classifiers_convolutions_and_fully_connected_layers
     load_vgg16(detector, str(tmp_path / "vgg16.safetensors"))
     loaded = detector.state_dict()
     prefix = "roi_heads.box_head.head." if context else "roi_heads.box_head."
-    names = ("classifier.0", "classifier.3") if torchvision else ("pre_logits.fc1", "pre_logits.fc2")
-    for ours, theirs in zip(("fc6", "fc7"), names, strict=True):
+    for ours, theirs in zip(("fc6", "fc7"), (TORCHVISIONS if torchvision else TIMMS)[:2], strict=True):
         assert torch.equal(loaded[f"{prefix}{ours}.weight"], state[f"{theirs}.weight"].flatten(1))
         assert torch.equal(loaded[f"{prefix}{ours}.bias"], state[f"{theirs}.bias"])
     for key in (key for key in state if key.startswith("features.")):
@@ -322,10 +324,10 @@ def test_boxes_follow_each_axis_of_an_image_as_it_is_rounded():
     torch.testing.assert_close(level.scale * torch.tensor([87.0, 64, 87, 64]), torch.tensor([123.0, 90, 123, 90]))
 
 
-@pytest.mark.parametrize("scales", [(64, 64), (0,), (-3, 5)])
-def test_scales_that_make_no_sense_are_refused_in_words(scales):
-    with pytest.raises(ValueError, match="must be distinct sizes in pixels"):
-        ImprovedTesting(small_detector(), scales=scales)
+def test_scales_that_make_no_sense_are_refused_in_words():
+    for scales in ((64, 64), (0,), (-3, 5)):
+        with pytest.raises(ValueError, match="must be distinct sizes in pixels"):
+            ImprovedTesting(small_detector(), scales=scales)
 
 
 # Testing: box refinement

@@ -3,23 +3,6 @@ import pytest
 from detection.recipes import RECIPES, SMALL_DATA, default_recipe
 
 
-@pytest.mark.parametrize(
-    "name, steps, milestones",
-    [
-        ("1x", 90_000, (60_000, 80_000)),
-        ("2x", 180_000, (120_000, 160_000)),
-        ("3x", 270_000, (210_000, 250_000)),
-    ],
-)
-def test_the_long_recipes_have_detectrons_figures(name, steps, milestones):
-    recipe = RECIPES[name]
-    assert (recipe.schedule.steps, recipe.schedule.milestones) == (steps, milestones)
-    assert (recipe.schedule.rate, recipe.schedule.warmup_steps, recipe.batch_size) == (0.02, 1000, 16)
-    assert (recipe.optimizer, recipe.weight_decay, recipe.depth) == ("sgd", 1e-4, 50)
-    assert recipe.short_sides == (640, 672, 704, 736, 768, 800)
-    assert (recipe.min_size, recipe.max_size) == (800, 1333)
-
-
 def test_the_short_recipe_ends_at_no_rate_and_keeps_it_for_any_batch_size():
     recipe = RECIPES["short"]
     schedule = recipe.schedule

@@ -95,21 +95,20 @@ def test_a_finished_folder_is_used_as_it_is(tmp_path):
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
 
 
-def test_a_set_made_with_other_arguments_or_by_another_format_is_refused(tmp_path, monkeypatch):
-    make_shapes(tmp_path / "set", train_images=1, val_images=1, size=64)
-    with pytest.raises(ValueError, match="already holds .*'seed': 0.*remove it or choose another folder"):
-        make_shapes(tmp_path / "set", seed=1, train_images=1, val_images=1, size=64)
-    monkeypatch.setattr(shapes, "FORMAT", FORMAT + 1)
-    with pytest.raises(ValueError, match="already holds"):
-        make_shapes(tmp_path / "set", train_images=1, val_images=1, size=64)
-
-
-def test_a_folder_with_other_files_is_refused_and_left_as_it_is(tmp_path):
+def test_a_folder_that_holds_anything_else_is_refused_and_left_as_it_is(tmp_path, monkeypatch):
+    arguments = {"train_images": 1, "val_images": 1, "size": 64}
+    make_shapes(tmp_path / "set", **arguments)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("ten years of work")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match="already holds .*'seed': 0.*remove it or choose another folder"):
+        make_shapes(tmp_path / "set", seed=1, **arguments)
     with pytest.raises(ValueError, match="mine already holds other files"):
-        make_shapes(tmp_path / "mine", train_images=1, val_images=1, size=64)
-    assert contents(tmp_path) == {"mine/thesis.txt": b"ten years of work"}
+        make_shapes(tmp_path / "mine", **arguments)
+    monkeypatch.setattr(shapes, "FORMAT", FORMAT + 1)
+    with pytest.raises(ValueError, match="already holds"):
+        make_shapes(tmp_path / "set", **arguments)
+    assert contents(tmp_path) == before
 
 
 def test_what_a_killed_run_left_does_no_harm(tmp_path):
