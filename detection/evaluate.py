@@ -50,7 +50,7 @@ def evaluate(
     """
     share = rank.share(len(dataset))
     loader = DataLoader(dataset, batch_size=None, sampler=share, **worker_processes(workers))
-    category_ids, was_training = list(detector.categories), detector.training
+    was_training = detector.training
     detector.eval()
     found = [np.empty(0, DETECTION)]
     skipped: list[str] = []
@@ -61,8 +61,8 @@ def evaluate(
                     raise sample
                 skipped.append(str(sample))
                 continue
-            image, image_id = sample[0], sample[1]["image_id"]
-            found.append(detect(detector, image, image_id, category_ids, rank.device, bf16=bf16))
+            image, target = sample
+            found += detect(detector, [image], [target["image_id"]], rank.device, bf16=bf16)
     finally:
         detector.train(was_training)
     own = np.concatenate(found)
@@ -84,25 +84,11 @@ def merged(parts: list[np.ndarray]) -> np.ndarray:
     return rows[rank == rank[last]]
 
 
-def detect(
-    detector: FasterRCNN,
-    image: torch.Tensor,
-    image_id: int,
-    category_ids: list[int],
-    device: torch.device,
-    *,
-    bf16: bool = False,
-) -> np.ndarray:
-    """One image, uint8 [3, H, W], to its detections, DETECTION [n], by falling score."""
-    return detect_batch(detector, [image], [image_id], category_ids, device, bf16=bf16)[0]
-
-
 @torch.inference_mode()
-def detect_batch(
+def detect(
     detector: FasterRCNN,
     images: Sequence[torch.Tensor],
     image_ids: Sequence[int],
-    category_ids: list[int],
     device: torch.device,
     *,
     bf16: bool = False,
@@ -111,6 +97,7 @@ def detect_batch(
 
     Images of one size go through the network together, without padding, which would change the boxes.
     """
+    category_ids = np.array(list(detector.categories))
     found: list[np.ndarray] = [np.empty(0, DETECTION)] * len(images)
     for shape in {image.shape: None for image in images}:
         which = [i for i, image in enumerate(images) if image.shape == shape]
@@ -124,7 +111,7 @@ def detect_batch(
             boxes[:, 2:] -= boxes[:, :2]
             found[i] = np.empty(len(scores), DETECTION)
             found[i]["image_id"], found[i]["bbox"], found[i]["score"] = image_ids[i], boxes, scores
-            found[i]["category_id"] = np.array(category_ids)[labels - 1]
+            found[i]["category_id"] = category_ids[labels - 1]
     return found
 
 

@@ -48,7 +48,7 @@ def look(detector: FasterRCNN, image: Tensor, device: torch.device, *, bf16: boo
     if backbone.fpn is not None:
         hooks.append(backbone.fpn.register_forward_pre_hook(lambda _, given: maps.update(given[0])))
     try:
-        detections = detect(detector, image, 0, list(detector.categories), device, bf16=bf16)
+        [detections] = detect(detector, [image], [0], device, bf16=bf16)
     finally:
         for hook in hooks:
             hook.remove()

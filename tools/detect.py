@@ -24,7 +24,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from detection.evaluate import detect_batch
+from detection.evaluate import detect
 from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
 from detection.report import draw_boxes
@@ -86,9 +86,7 @@ class Finder:
     def find(self, images: Sequence[Tensor], image_ids: Sequence[int]) -> list[list[dict]]:
         """Images, uint8 [3, H, W], to what is in each: {"category", "image_id", "category_id", "bbox", "score"}.."""
         names = self.detector.real_categories  # without the outputs that stand for no class
-        found = detect_batch(
-            self.detector, images, image_ids, list(self.detector.categories), self.device, bf16=self.bf16
-        )
+        found = detect(self.detector, images, image_ids, self.device, bf16=self.bf16)
         return [
             [{"category": names[e["category_id"]], **e} for e in entries(rows) if e["category_id"] in names]
             for rows in found

@@ -27,7 +27,8 @@ def image():
 
 def test_one_pass_gives_the_detections_and_the_responses_of_trunk_and_pyramid(detector, image):
     seen = look(detector, image, CPU)
-    assert np.array_equal(seen.detections, detect(detector, image, 0, [1, 2], CPU)) and len(seen.detections)
+    [detections] = detect(detector, [image], [0], CPU)
+    assert np.array_equal(seen.detections, detections) and len(detections)
     assert seen.image is image
     assert list(seen.responses) == ["c2", "c3", "c4", "c5", "p2", "p3", "p4", "p5", "p6"]
     for level, response in seen.responses.items():
