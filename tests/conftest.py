@@ -24,7 +24,7 @@ def fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def randomised() -> Callable[[nn.Module], nn.Module]:
     """Puts numbers into every batch norm, so that a statistic or an affine parameter left out shows; in eval mode."""
 

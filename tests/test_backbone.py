@@ -372,7 +372,7 @@ def test_a_file_that_does_not_say_where_it_strides_is_said_to_be_assumed(tmp_pat
     torch.save(build_resnet_backbone(50).state_dict(), tmp_path / "plain.pth")
     build_resnet_backbone(50, weights=tmp_path / "plain.pth")
     assert len(caplog.messages) == 1 and caplog.text.rstrip().endswith(
-        "plain.pth have torchvision / timm names and say no more: taken for an input of RGB 0..1, mean 0.485 0.456 "
+        "plain.pth have torchvision / timm names and state no more: assuming an input of RGB 0..1, mean 0.485 0.456 "
         "0.406, std 0.229 0.224 0.225, the stride in the 3x3"
     )
     caplog.clear()
@@ -410,7 +410,7 @@ def test_norms_that_hold_other_tensors_are_a_conflict(resnet18):
 def test_a_network_of_no_published_depth_has_to_be_named():
     state = build_resnet_backbone(18).state_dict()
     state = {name: value for name, value in state.items() if not name.startswith("layer2.1.")}
-    with pytest.raises(ValueError, match="do not tell a depth of 18, .*; give it"):
+    with pytest.raises(ValueError, match=r"have no known depth \(18, .*\); give it"):
         build_resnet_backbone(weights=state)
     with pytest.raises(ValueError, match=r"missing: layer2\.1\.conv1\.weight"):
         build_resnet_backbone(18, weights=state)

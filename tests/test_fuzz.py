@@ -120,36 +120,34 @@ TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"  # o
 
 
 def files() -> dict[str, bytes]:
-    """A small image in every format and mode that there is."""
+    """A small image in every format and mode."""
     noise = np.random.default_rng(0).integers(0, 256, (23, 37, 4), dtype=np.uint8)
     rgba = Image.fromarray(noise)
+    rgb, palette = rgba.convert("RGB"), rgba.convert("P")
     deep = Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
     kinds = {
-        "jpeg": ("JPEG", rgba.convert("RGB"), {}),
-        "progressive": ("JPEG", rgba.convert("RGB"), {"progressive": True}),
-        "cmyk": ("JPEG", rgba.convert("CMYK"), {}),
-        "grey": ("JPEG", rgba.convert("L"), {}),
-        "turned": (
-            "JPEG",
-            rgba.convert("RGB"),
-            {"exif": TURNED},
-        ),
-        "png": ("PNG", rgba, {}),
-        "palette": ("PNG", rgba.convert("P"), {"transparency": 3}),
-        "16 bit": ("PNG", deep, {}),
-        "1 bit": ("PNG", rgba.convert("1"), {}),
-        "tiff": ("TIFF", deep, {}),
-        "webp": ("WEBP", rgba, {}),
-        "gif": ("GIF", rgba.convert("P"), {"save_all": True, "append_images": [rgba.convert("P")] * 3}),
-        "bmp": ("BMP", rgba.convert("RGB"), {}),
-        "ppm": ("PPM", rgba.convert("RGB"), {}),
+        "jpeg": (rgb, "JPEG", {}),
+        "progressive": (rgb, "JPEG", {"progressive": True}),
+        "cmyk": (rgba.convert("CMYK"), "JPEG", {}),
+        "grey": (rgba.convert("L"), "JPEG", {}),
+        "turned": (rgb, "JPEG", {"exif": TURNED}),
+        "png": (rgba, "PNG", {}),
+        "palette": (palette, "PNG", {"transparency": 3}),
+        "16 bit": (deep, "PNG", {}),
+        "1 bit": (rgba.convert("1"), "PNG", {}),
+        "tiff": (deep, "TIFF", {}),
+        "webp": (rgba, "WEBP", {}),
+        "gif": (palette, "GIF", {"save_all": True, "append_images": [palette] * 3}),
+        "bmp": (rgb, "BMP", {}),
+        "ppm": (rgb, "PPM", {}),
     }
-    content = {}
-    for name, (kind, image, options) in kinds.items():
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        content[name] = buffer.getvalue()
-    return content
+    return {name: encoded(*arguments) for name, arguments in kinds.items()}
+
+
+def encoded(image: Image.Image, kind: str, options: dict) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
 
 
 FILES = files()

@@ -110,16 +110,14 @@ def described(weights: Weights, options: Options) -> Weights:
     if weights.format is None:
         names = ", ".join(list(weights.state)[:3])
         known = ", ".join(dict.fromkeys(known.title for known in FORMATS.values()))
-        raise UserError(f"{weights.source}: unknown tensor names ({names}, ..); known are {known}")
+        raise UserError(f"{weights.source}: unknown tensor names ({names}, ..); known formats: {known}")
     hollow = (k for k, x in weights.state.items() if not x.numel() or not (x.dim() or k.endswith("_tracked")))
     if (key := next(hollow, None)) is not None:
         raise UserError(f"{weights.source}: {key} is {list(weights.state[key].shape)}, which no layer has")
     if options.part is not None:
         weights = only_part(weights, options.part)
-    metadata = {"source": weights.source, **weights.metadata}
-    for name in ("licence", "recipe"):
-        if getattr(options, name) is not None:
-            metadata[name] = getattr(options, name)
+    given = {"licence": options.licence, "recipe": options.recipe}
+    metadata = {"source": weights.source, **weights.metadata, **{k: v for k, v in given.items() if v is not None}}
     if "detector" in metadata:
         DetectorConfig.from_json(metadata["detector"], weights.source)
     trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
@@ -135,7 +133,6 @@ def described(weights: Weights, options: Options) -> Weights:
 
 
 def is_detector(weights: Weights) -> bool:
-    """Whether the weights hold more than a trunk, its classifier and its pyramid."""
     return any(key.startswith("backbone.") for key in weights.state)
 
 
@@ -190,24 +187,21 @@ def last_level(weights: Weights) -> str:
 
 def write_checked(path: Path, weights: Weights, format: str) -> float:
     """Write the file, after a trial file read back as the same network. Returns their largest difference."""
-    network = {
-        name: value for name, value in resolve_architecture(weights).items() if name != "eps"
-    }  # that is in the scales then
+    network = resolve_architecture(weights)
+    del network["eps"]  # it is in the scales then
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as scratch:
         trial = Path(scratch) / path.name
+        problem = ""
         try:
             write_as(trial, weights, format)
-        except UserError as error:
-            raise UserError(str(error).replace(str(trial), str(path))) from None
-        try:
+            problem = f"{path} is not written, as {format} does not hold all of this network: "
             back = read_weights(trial)
             resolve_architecture(back, **network)
             difference, tensor = largest_difference(weights, back)
             if difference > 1e-5:
-                raise UserError(f"{tensor} is off by {difference:.1g}")
+                raise UserError(f"{tensor} differs by {difference:.1g}")
         except UserError as error:
-            said = str(error).replace(str(trial), str(path))
-            raise UserError(f"{path} is not written, as {format} does not hold all of this network: {said}") from None
+            raise UserError(problem + str(error).replace(str(trial), str(path))) from None
     write_as(path, weights, format)
     return difference
 

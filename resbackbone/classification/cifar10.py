@@ -62,11 +62,9 @@ class Cifar10(NamedTuple):
 def open_cifar10(data: str | os.PathLike) -> Cifar10:
     """CIFAR-10, or another set of 32 x 32 images, as tensors.
 
-    data: a folder with CIFAR-10's own batches (cifar-10-batches-py/) or with class folders, train/<class>/ and
-    test/<class>/ or val/<class>/; or "synthetic": random patterns of ten classes that can be learnt. 60,000 small JPEGs
-    decode in some ten seconds, so nothing is cached on disk. Raises UserError if the folder is missing or holds
-    neither, if batches are damaged, if classes are empty or differ between the splits, and, naming the files, if images
-    cannot be read or have another size.
+    data: a folder of LAYOUT, or "synthetic": random patterns of ten classes that can be learnt. Raises UserError if the
+    folder is missing or has another layout, if batches are damaged, if classes are empty or differ between the splits,
+    and, naming the files, if images cannot be read or have another size.
     """
     if str(data) == SYNTHETIC:
         return make_synthetic()

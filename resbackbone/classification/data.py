@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def train_batches(
     draws = images.draws(seed=seed, rank=rank, ranks=ranks, start=start * batch_size, repeats=repeats)
     loader = DataLoader(
         _Samples(images, transform),
-        batch_sampler=_batched(draws, batch_size),
+        batch_sampler=iter(lambda: list(islice(draws, batch_size)), []),
         collate_fn=_as_it_is,
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
@@ -125,11 +126,6 @@ class _Samples(Dataset):
 
 def _as_it_is(batch):
     return batch
-
-
-def _batched(draws: Iterator[CropRequest], size: int) -> Iterator[list[CropRequest]]:
-    while True:
-        yield [next(draws) for _ in range(size)]
 
 
 def _synthetic_batches(images: Images, batch_size: int, size: int, device: torch.device) -> Iterator[tuple]:

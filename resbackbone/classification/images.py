@@ -1,6 +1,5 @@
 """Labelled images of one split: folders of classes, checked before training, or synthetic images."""
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterator
@@ -95,7 +94,8 @@ class FolderImages(Images):
         pairs = [(file, label) for file, label in pairs if file.lower().endswith(SUFFIXES)]
         self._files = np.array([os.fsencode(file) for file, _ in pairs])  # flat: workers share it
         super().__init__(names, np.array([label for _, label in pairs]), skip_bad_images=skip_bad_images)
-        if check and self._bytes() <= SMALL_SET:
+        paths = map(self.name, range(len(self)))  # a link may be broken
+        if check and sum(os.path.getsize(path) for path in paths if os.path.exists(path)) <= SMALL_SET:
             self._leave_out_broken()
 
     def file(self, index: int) -> bytes:
@@ -121,13 +121,6 @@ class FolderImages(Images):
         self.skipped.update(broken.values())
         kept = np.setdiff1d(np.arange(len(self)), list(broken))
         self._files, self.labels = self._files[kept], self.labels[kept]
-
-    def _bytes(self) -> int:
-        total = 0
-        for i in range(len(self)):
-            with contextlib.suppress(OSError):  # a link may be broken
-                total += os.path.getsize(self.name(i))
-        return total
 
 
 class SyntheticImages(Images):

@@ -114,7 +114,9 @@ def _worst(predictions: Predictions) -> Markup:
         ranked = wrong[np.argsort(-predictions.losses[wrong])]
     else:
         hits = predictions.best == predictions.labels[:, None]
-        ranked = _most_evenly(wrong, np.where(hits.any(1), hits.argmax(1), k))  # by the rank of the true class
+        rank = np.where(hits.any(1), hits.argmax(1), k)  # of the true class
+        wrong = np.random.default_rng(0).permutation(wrong)  # of equally bad images, show some of the whole data set
+        ranked = wrong[np.argsort(-rank[wrong], kind="stable")]
     figures: list[dict] = []
     for index in ranked.tolist():
         if len(figures) == WORST:
@@ -131,13 +133,3 @@ def _worst(predictions: Predictions) -> Markup:
             {"uri": uri, "small": max(size) <= SMALL, "true": true, "taken": taken, "loss": loss, "file": file}
         )
     return macros("classification.html").worst(figures, bool(len(wrong)), predictions.losses is not None, k)
-
-
-def _most_evenly(wrong: np.ndarray, badness: np.ndarray) -> np.ndarray:
-    """The worst first; of equally bad images, WORST spread evenly over the data set come first."""
-    chosen = [wrong[:0]]
-    for level in sorted(set(badness[wrong].tolist()), reverse=True):
-        of_level = wrong[badness[wrong] == level]
-        spread = np.unique(np.linspace(0, len(of_level) - 1, min(WORST, len(of_level)), dtype=int))
-        chosen += [of_level[spread], np.delete(of_level, spread)]
-    return np.concatenate(chosen)

@@ -139,7 +139,7 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
     shards are missing, do not match their index, or hold an image without a label.
     """
     found = SHARD.search(data)
-    assert found is not None  # is_shards() has matched it
+    assert found is not None  # callers pass only what contains .tar
     if data[found.end() :].startswith(COMPRESSED):
         raise UserError(f"{data}: shards must be plain tar files, not compressed")
     pattern = found[0]
@@ -159,10 +159,10 @@ def open_shards(data: str, split: str, *, skip_bad_images: bool = False) -> Shar
         return StreamedImages(data, index, skip_bad_images=skip_bad_images)
     for shard in index["shards"]:
         path = Path(beside(data, shard["name"]))
-        size = path.stat().st_size if path.is_file() else None
-        if size != shard["bytes"]:
-            actual = "there is no such file" if size is None else f"it has {size:,} bytes"
-            raise UserError(f"{path}: the index says {shard['bytes']:,} bytes, but {actual}; copy or write it again")
+        if not path.is_file():
+            raise UserError(f"{path}: no such file, but the index lists it; copy or write it again")
+        if (size := path.stat().st_size) != shard["bytes"]:
+            raise UserError(f"{path}: has {size:,} bytes, the index says {shard['bytes']:,}; copy or write it again")
     return ShardImages(data, index, skip_bad_images=skip_bad_images)
 
 
@@ -232,21 +232,15 @@ def tar_images(stream: BinaryIO, name: str, *, whole: bool = True) -> Iterator[T
                         yield _labelled(name, key, parts)
                     key, parts = (folder, stem), {}
                 if f".{suffix.lower()}".endswith(SUFFIXES):
-                    file = _content(tar, member) if whole else None
+                    file = tar.extractfile(member).read() if whole else None  # type: ignore[union-attr]  # a file
                     parts["image"] = (member.offset_data, member.size, file)
                 elif suffix == "cls":
-                    parts["cls"] = _content(tar, member)
+                    parts["cls"] = tar.extractfile(member).read()  # type: ignore[union-attr]
                 tar.members = []  # type: ignore[attr-defined]  # or tarfile keeps them all
             if parts:
                 yield _labelled(name, key, parts)
     except tarfile.TarError as error:
         raise UserError(f"{name}: not a whole tar file ({error})") from None
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None  # it is a file, not a folder
-    return file.read()
 
 
 def _labelled(name: str, key: tuple[str, str], parts: dict) -> TarImage:
@@ -279,8 +273,7 @@ def expand(pattern: str) -> list[str]:
     first, last = numbers.groups()
     if int(first) > int(last):
         raise UserError(f"{pattern}: names no shard, because its numbers go down")
-    names = (f"{i:0{len(first)}d}" for i in range(int(first), int(last) + 1))
-    return [pattern[: numbers.start()] + name + pattern[numbers.end() :] for name in names]
+    return [pattern.replace(numbers[0], f"{i:0{len(first)}d}") for i in range(int(first), int(last) + 1)]
 
 
 def index_name(pattern: str) -> str:
@@ -309,11 +302,9 @@ def open_url(data: str) -> BinaryIO:
 
 def _find_shards(data: str, pattern: str, split: str) -> list[Path]:
     """The files of a pattern without an index; for val, whose number is unknown, those with fitting names."""
-    folder = Path(beside(data, pattern)).parent
-    if split == "val":
-        paths = sorted(folder.glob(NUMBERS.sub("*", pattern)))
-    else:
-        paths = [folder / name for name in expand(pattern)]
+    folder = Path(data).parent
+    found = sorted(folder.glob(NUMBERS.sub("*", pattern)))
+    paths = found if split == "val" else [folder / name for name in expand(pattern)]
     if not paths:
         raise UserError(f"{data}: no such shard")
     if missing := [path.name for path in paths if not path.is_file()]:

@@ -17,6 +17,7 @@ from torchvision.transforms import v2
 from resbackbone.checks import UserError, one_of
 from resbackbone.weights.inputs import MEAN, STD
 
+RATIO = (3 / 4, 4 / 3)  # of a crop's width to its height
 COLOURS = ("none", "pca")
 # Principal components of the RGB values (0..1) of ImageNet's training images: the variance along each (the eigenvalue,
 # by which the source scales its noise), and the three directions as columns. From fb.resnet.torch (Facebook's ResNets),
@@ -31,8 +32,8 @@ class TrainAugment:
     """Decoded image -> random crop, resized to `size` -> flip -> automatic augmentation -> colour -> erasing.
 
     size: side of the square crop in pixels.
-    scale, ratio: area of the crop as a fraction of the image's, and width over height (Szegedy et al. 2015, as
-        torchvision's RandomResizedCrop draws them).
+    scale: area of the crop as a fraction of the image's; its aspect ratio is between 3/4 and 4/3 (Szegedy et al. 2015,
+        as torchvision's RandomResizedCrop draws them).
     shorter_side: instead, the image is resized so that its shorter side is in this range, in pixels, and a square is
         cut out anywhere (Simonyan and Zisserman 2014, Sec. 3.1; 256..480 in the ResNet paper). The square is cut first
         and then resized, which gives the same picture to a pixel.
@@ -50,7 +51,6 @@ class TrainAugment:
         size: int,
         *,
         scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
         shorter_side: tuple[int, int] | None = None,
         flip: bool = True,
         colour: str = "none",
@@ -58,10 +58,9 @@ class TrainAugment:
         erase: float = 0.0,
     ):
         if shorter_side is not None and not size <= shorter_side[0] <= shorter_side[1]:
-            raise UserError(
-                f"a crop of {size} does not fit into shorter sides of {shorter_side[0]} to {shorter_side[1]}"
-            )
-        self.size, self.scale, self.ratio, self.shorter_side, self.flip = size, scale, ratio, shorter_side, flip
+            low, high = shorter_side
+            raise UserError(f"a crop of {size} does not fit into shorter sides of {low} to {high}")
+        self.size, self.scale, self.shorter_side, self.flip = size, scale, shorter_side, flip
         self.colour = one_of("colour augmentation", colour, COLOURS)
         self.auto_augment = _auto_augment(auto_augment, size)
         self.erase = v2.RandomErasing(erase, value=MEAN_COLOUR) if erase else None
@@ -70,10 +69,8 @@ class TrainAugment:
         """uint8 [H, W, 3] to uint8 [3, size, size]; all randomness is a function of `seed`."""
         draw = random.Random(seed)
         height, width = image.shape[:2]
-        if self.shorter_side is None:
-            top, left, h, w = self._resized_crop(height, width, draw)
-        else:
-            top, left, h, w = self._scaled_crop(height, width, draw)
+        cut = self._resized_crop if self.shorter_side is None else self._scaled_crop
+        top, left, h, w = cut(height, width, draw)
         crop = np.ascontiguousarray(image[top : top + h, left : left + w])
         pixels = torch.from_numpy(crop)[None].permute(0, 3, 1, 2)  # channels_last is resized faster
         x = F.interpolate(pixels, (self.size, self.size), mode="bilinear", antialias=True)[0]
@@ -94,13 +91,13 @@ class TrainAugment:
     def _resized_crop(self, height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:
         for _ in range(10):
             area = height * width * draw.uniform(*self.scale)
-            ratio = math.exp(draw.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
+            ratio = math.exp(draw.uniform(math.log(RATIO[0]), math.log(RATIO[1])))
             h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < h <= height and 0 < w <= width:
                 return draw.randint(0, height - h), draw.randint(0, width - w), h, w
         # the image is too wide or too high: its largest central part whose ratio is in range
-        w = max(1, min(width, round(height * self.ratio[1])))
-        h = max(1, min(height, round(width / self.ratio[0])))
+        w = max(1, min(width, round(height * RATIO[1])))
+        h = max(1, min(height, round(width / RATIO[0])))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def _scaled_crop(self, height: int, width: int, draw: random.Random) -> tuple[int, int, int, int]:
@@ -133,13 +130,12 @@ def _auto_augment(name: str | None, size: int):
         return None
     if name == "trivial":
         return v2.TrivialAugmentWide(interpolation=v2.InterpolationMode.BILINEAR)  # as in torchvision's recipes
-    error = UserError(f"unknown auto_augment {name!r}; use 'trivial' or timm's, such as 'rand-m7-mstd0.5-inc1'")
-    if not name.startswith("rand-"):
-        raise error
     try:
         return rand_augment_transform(name, {"translate_const": int(0.45 * size), "img_mean": tuple(MEAN_COLOUR)})
     except (AssertionError, ValueError, KeyError):  # timm's checks of the name
-        raise error from None
+        raise UserError(
+            f"unknown auto_augment {name!r}; use 'trivial' or timm's, such as 'rand-m7-mstd0.5-inc1'"
+        ) from None
 
 
 @contextmanager
@@ -148,7 +144,7 @@ def _seeded(seed: int, *, needed: bool) -> Iterator[None]:
     if not needed:
         yield
         return
-    states = random.getstate(), np.random.get_state()
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[]):
             random.seed(seed)
@@ -156,5 +152,5 @@ def _seeded(seed: int, *, needed: bool) -> Iterator[None]:
             torch.manual_seed(seed)
             yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        random.setstate(python)
+        np.random.set_state(numpy)

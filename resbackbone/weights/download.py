@@ -1,6 +1,7 @@
 """One file from one URL: torch.hub downloads it, once for all processes of a machine."""
 
 import os
+import socket
 import sys
 from http.client import HTTPException
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 
 from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError
+
+TIMEOUT = 60  # seconds without an answer; torch.hub itself waits for ever
 
 
 def download(url: str, to: str | os.PathLike, *, sha256: str = "", md5: str = "") -> None:
@@ -26,6 +29,7 @@ def download(url: str, to: str | os.PathLike, *, sha256: str = "", md5: str = ""
     algorithm, stated = ("md5", md5.lower()) if md5 else ("sha256", sha256.lower())
     if to.is_file():  # before the lock: the folder may be read-only
         return
+    timeout = socket.getdefaulttimeout()
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(to.with_name(f".{to.name}.lock")):
@@ -34,6 +38,7 @@ def download(url: str, to: str | os.PathLike, *, sha256: str = "", md5: str = ""
             for unfinished in to.parent.glob(f"{part.name}*"):  # of a process that was killed
                 unfinished.unlink()
             print(f"downloading {url} to {to}", file=sys.stderr)
+            socket.setdefaulttimeout(TIMEOUT)
             torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
             if not (digest := file_digest(part, algorithm)).startswith(stated):
                 part.unlink()
@@ -43,3 +48,5 @@ def download(url: str, to: str | os.PathLike, *, sha256: str = "", md5: str = ""
         reason = f"{error.code} {error.reason}" if isinstance(error, HTTPError) else getattr(error, "reason", error)
         reason = (str(reason).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{url} could not be downloaded ({reason}); download it elsewhere and put it at {to}") from None
+    finally:
+        socket.setdefaulttimeout(timeout)

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,6 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.weights.inputs import INPUT, describe_input
 
-HEADER_LIMIT = 32 * 2**20  # bytes; the largest networks have about 100 KB
-NAME_LIMIT = 1024  # characters
 NOTES = "resbackbone"  # the entry of foreign files that holds our metadata, as JSON
 
 
@@ -38,20 +37,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises ValueError if the file is damaged, repeats a name, or was made for another input than ours.
     """
-    header = _read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
+            text = file.metadata() or {}
+        _check_names(path)
+    except (SafetensorError, OSError, UserError) as error:
         raise UserError(f"weights {str(path)!r}: not a readable safetensors file ({error})") from None
-    text = header.get("__metadata__") or {}
-    if not isinstance(text, dict) or not {"input", NOTES} & text.keys():
+    if not {"input", NOTES} & text.keys():
         return state, {}
     if NOTES in text:  # of a foreign format, written by us
         return state, read_notes(text[NOTES])
     try:
         metadata = {key: json.loads(value) for key, value in text.items()}
-    except (json.JSONDecodeError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"weights {str(path)!r}: metadata is not JSON ({error})") from None
     if metadata["input"] != INPUT and "cifar" not in metadata:  # those take their data's mean image
         raise UserError(
@@ -64,41 +63,23 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_notes(text: str) -> dict[str, Any]:
-    """Our metadata in a file of a foreign format. Raises ValueError if this package did not write them so."""
+    """Our metadata in a file of a foreign format. Raises ValueError if this package did not write them."""
     try:
         notes = json.loads(text)
-    except (json.JSONDecodeError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"weights: the {NOTES} entry is not JSON ({error})") from None
     if not isinstance(notes, dict) or not isinstance(notes.get("backbone", {}), dict):
-        raise UserError(f"weights: the {NOTES} entry is no table of metadata")
+        raise UserError(f"weights: the {NOTES} entry is not a table of metadata")
     return notes
 
 
-def _read_header(path: Path) -> dict:
-    """The JSON at the start of a safetensors file, read here too because its library accepts repeated names."""
-    reason = None
+def _check_names(path: Path) -> None:
+    """Raise ValueError if a safetensors file repeats a name, which its library accepts."""
     with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > min(HEADER_LIMIT, path.stat().st_size - 8):
-            reason = f"a header of {size} bytes in a file of {path.stat().st_size}"
-        else:
-            try:
-                header = json.loads(file.read(size), object_pairs_hook=_unique)
-                if not isinstance(header, dict):
-                    reason = "its header is no table of tensors"
-            except (ValueError, RecursionError) as error:
-                reason = f"header: {error}"
-    if reason is not None:
-        raise UserError(f"weights {str(path)!r}: not a readable safetensors file ({reason})")
-    return header
+        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=_unique)
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    table = dict(pairs)
-    if len(table) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{repeated[:80]!r} is there twice")
-    if too_long := [name for name in table if len(name) > NAME_LIMIT]:
-        raise UserError(f"a name of {len(too_long[0])} characters, {NAME_LIMIT} are the most: {too_long[0][:40]!r}..")
-    return table
+def _unique(pairs: list[tuple[str, object]]) -> None:
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise UserError(f"{name[:80]!r} appears twice")

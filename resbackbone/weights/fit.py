@@ -20,10 +20,10 @@ def backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What names and shapes tell of a trunk, in the words of `build_resnet_backbone`.
+    """The arguments of `build_resnet_backbone` that a trunk's names and shapes show.
 
-    Of depth, shortcut, groups, width_per_group, in_channels and norm those that they tell: a depth that is none of
-    the published ones is left out, and so are shortcuts without parameters (A and none look the same).
+    These are depth, shortcut, groups, width_per_group, in_channels and norm. A depth outside of DEPTHS is left out, and
+    so are shortcuts without parameters (A and none look the same).
     """
     blocks = {(int(i), int(j)) for key in state for i, j in re.findall(r"^(?:body\.)?layer([1-4])\.(\d+)\.", key)}
     if not blocks:
@@ -31,7 +31,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     shapes = {key.removeprefix("body."): tuple(tensor.shape) for key, tensor in state.items()}
     counts = tuple(len({j for stage, j in blocks if stage == i}) for i in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in shapes
-    told: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     built = counts[: counts.index(0)] if 0 in counts else counts
     depths = [  # that a trunk which ends early may have
         depth
@@ -39,24 +39,24 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
         if (block is Bottleneck) == bottleneck and layers[: len(built)] == built
     ]
     if len(depths) == 1 and not any(counts[len(built) :]):
-        told["depth"] = depths[0]
+        found["depth"] = depths[0]
     projected = {block for block in blocks if f"layer{block[0]}.{block[1]}.downsample.0.weight" in shapes}
     if projected:
-        told["shortcut"] = "C" if projected == blocks else "B"
+        found["shortcut"] = "C" if projected == blocks else "B"
     if len(stem := shapes.get("conv1.weight", ())) == 4:
-        told["in_channels"] = stem[1]
+        found["in_channels"] = stem[1]
     if bottleneck and len(conv2 := shapes.get("layer1.0.conv2.weight", ())) == 4 and conv2[1]:
-        told |= {"groups": conv2[0] // conv2[1], "width_per_group": conv2[1]}
+        found |= {"groups": conv2[0] // conv2[1], "width_per_group": conv2[1]}
     if "bn1.weight" in shapes:
-        told["norm"] = "BN" if "bn1.running_var" in shapes else "GN"
-    return told
+        found["norm"] = "BN" if "bn1.running_var" in shapes else "GN"
+    return found
 
 
 def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What names and shapes tell of a pyramid, in the words of `build_resnet_backbone`; nothing if there is none.
+    """The arguments of `build_resnet_backbone` that a pyramid's names and shapes show; {} without a pyramid.
 
-    Levels, fpn_channels, fpn_norm ("FrozenBN" for any batch norm) and p6_from. A p6 that is subsampled p5 has no
-    tensors, so it is there wherever p6 and p7 are not convolutions.
+    These are levels, fpn_channels, fpn_norm ("FrozenBN" for any batch norm) and p6_from. A p6 that is subsampled p5 has
+    no tensors, so the levels include it unless p6 and p7 are convolutions.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith("fpn.")}
     laterals = {key.split(".")[2] for key in shapes if key.startswith("fpn.inner_blocks.")}
@@ -81,10 +81,10 @@ DEFAULTS = {field.name: field.default for field in fields(BackboneConfig) if fie
 
 
 def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any]:
-    """The ARCHITECTURE of a network for `weights`: what is asked, else what they say, else what is assumed of them.
+    """The ARCHITECTURE of a network for `weights`: what is asked, else what they state, else what is assumed of them.
 
-    Without weights it is what is asked, else DEFAULTS; the depth has to be asked then. An argument of None is not
-    asked. Raises ValueError where a question and an answer differ, and where nothing says the depth.
+    Without weights it is what is asked, else DEFAULTS, and `depth` is required. None asks for nothing. Raises
+    ValueError if the weights contradict what is asked, and if nothing shows the depth.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
     if weights is None:
@@ -93,54 +93,51 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     stated = weights.metadata.get("backbone", {})
     stated = {name: stated[name] for name in ARCHITECTURE if name in stated}
     BackboneConfig.from_json({"depth": 50, **stated}, weights.source)
-    told = {**stated, **architecture_of(backbone_part(weights.state))}
+    known = {**stated, **architecture_of(backbone_part(weights.state))}
     for name, value in asked.items():
-        if name in told and (_family(told[name]) != _family(value) if name == "norm" else told[name] != value):
+        if name in known and (_family(known[name]) != _family(value) if name == "norm" else known[name] != value):
             raise UserError(
-                f"weights from {weights.source} are for {name}={told[name]}, but you asked for {name}={value}"
+                f"weights from {weights.source} are for {name}={known[name]}, but you asked for {name}={value}"
             )
-    settled = {**DEFAULTS, **weights.assumed, **told, **asked}
-    if "depth" not in settled:
-        if not told:
+    resolved = {**DEFAULTS, **weights.assumed, **known, **asked}
+    if "depth" not in resolved:
+        if not known:
             names = ", ".join([*list(weights.state)[:3], ".."])
-            raise UserError(f"weights from {weights.source} hold no ResNet under names that are known ({names})")
+            raise UserError(f"weights from {weights.source} hold no ResNet under known names ({names})")
         raise UserError(
-            f"weights from {weights.source} do not tell a depth of {', '.join(map(str, DEPTHS))}; give it, if they are "
-            "of one of these"
+            f"weights from {weights.source} have no known depth ({', '.join(map(str, DEPTHS))}); give it if it is one "
+            "of these"
         )
-    return {name: settled[name] for name in ARCHITECTURE}
+    return {name: resolved[name] for name in ARCHITECTURE}
 
 
 def resolve_pyramid(weights: Weights | None, **asked: Any) -> dict[str, Any]:
-    """The pyramid's fields of a BackboneConfig: what is asked, else what the weights say; nothing about the others.
-
-    An argument of None is not asked.
-    """
+    """The pyramid's fields of a BackboneConfig: what is asked (not None), else what the weights state or show."""
     asked = {name: value for name, value in asked.items() if value is not None}
     if weights is None:
         return asked
     stated = weights.metadata.get("backbone", {})
-    told = {name: stated.get(name, value) for name, value in pyramid_of(backbone_part(weights.state)).items()}
+    known = {name: stated.get(name, value) for name, value in pyramid_of(backbone_part(weights.state)).items()}
     relu = stated.get("relu_before_p7", weights.assumed.get("relu_before_p7", True))
-    return {"relu_before_p7": relu, **told, **asked}
+    return {"relu_before_p7": relu, **known, **asked}
 
 
 def _family(norm: str) -> str:
-    return "GN" if norm == "GN" else "BN"  # frozen and synchronised ones hold the same tensors
+    return "GN" if norm == "GN" else "BN"  # frozen and synchronised batch norms hold the same tensors
 
 
 def fit(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> None:
     """Load `weights` into `module`, all of them into all of it.
 
-    `fresh` names prefixes that may be absent from the weights as a whole, and keep their initial values then (a
-    pyramid on a classifier's trunk). Raises ValueError that names every missing and unexpected key, both shapes of
-    every mis-shaped one, and every tensor with a NaN or an infinity; `module` is unchanged then.
+    `fresh` are prefixes that the weights may lack altogether (a pyramid on a classifier's trunk); these tensors keep
+    their initial values. Raises ValueError and leaves `module` unchanged if the weights do not fit; the message names
+    every missing and unexpected key, both shapes of every mis-shaped one, and every tensor with a NaN or an infinity.
     """
     module.load_state_dict(fitting(module, weights, fresh=fresh), strict=False)
 
 
 def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """The tensors that `fit` would load; its ValueError if they do not fit. `module` may be on the meta device."""
+    """The tensors that `fit` would load. Raises its ValueError. `module` may be on the meta device."""
     given = dict(weights.state)
     if callable(adapt := getattr(module, "adapt_state_dict", None)):
         adapt(given)

@@ -1,7 +1,7 @@
 """One table of tensor names for each foreign format; `translate.py` reads them in both directions.
 
-To add a format, add a `Format` and its entry in `FORMATS`; the round trips in `tests/weights/test_translate.py` and the
-command `convert_weights.py` include it.
+To add a format, add a `Format` and its entry in `FORMATS`. `convert_weights.py` and the round trips in
+`tests/weights/test_translate.py` then include it; add a row to `test_write.py` for the files it is written to.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from resbackbone.weights.inputs import BGR_255, INPUT
-from resbackbone.weights.names import by_leaf
 
 # Our names, which are torchvision's and timm's. Each table below lists its format's names in the same order.
 TRUNK = (
@@ -148,7 +147,7 @@ _CAFFE2_LEAVES = (("weight", "s"), ("bias", "b"), ("running_mean", "rm"), ("runn
 
 
 def _caffe2_norm(ours: str, theirs: str) -> list[tuple[str, str]]:
-    return [(name, f"{theirs}_{word}") for name, word in by_leaf(ours, _CAFFE2_LEAVES)]
+    return [(ours.replace("{leaf}", leaf), f"{theirs}_{word}") for leaf, word in _CAFFE2_LEAVES]
 
 
 # MSRA's files merge the statistics of a norm into its scale and shift.

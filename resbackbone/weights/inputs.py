@@ -10,12 +10,9 @@ from resbackbone.checks import UserError
 MEAN = (0.485, 0.456, 0.406)  # ImageNet's, in RGB and for values in 0..1
 STD = (0.229, 0.224, 0.225)
 INPUT = {"channel_order": "RGB", "range": [0.0, 1.0], "mean": list(MEAN), "std": list(STD)}
-BGR_255 = {  # MSRA's, Caffe's and Detectron's
-    "channel_order": "BGR",
-    "range": [0.0, 255.0],
-    "mean": [103.53, 116.28, 123.675],
-    "std": [1.0, 1.0, 1.0],
-}
+RGB_255 = {**INPUT, "range": [0.0, 255.0], "mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}
+# MSRA's, Caffe's and Detectron's
+BGR_255 = {"channel_order": "BGR", "range": [0.0, 255.0], "mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0]}
 BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}  # of FAIR's ResNeXts
 
 

@@ -9,12 +9,12 @@ import io
 import os
 import pickle
 import re
-import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,9 +26,9 @@ LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # the magic number that 
 def read_pickle(path: str | os.PathLike) -> object:
     """Read what a PyTorch file (zip, or the format of torch < 1.6) or a pickle of numpy arrays holds, on the CPU.
 
-    The content tells the kind of file. Python 2's pickles are read too. In dicts, numpy's arrays become tensors and its
-    scalars numbers. Raises ValueError, with a sentence that names the file, if it is unreadable or damaged, or if it
-    refers to anything but tensors, arrays and plain containers.
+    The content decides which kind of file it is. Python 2's pickles are read too. In dicts, numpy's arrays become
+    tensors and its scalars numbers. Raises ValueError if the file is unreadable or damaged, or if it refers to anything
+    but tensors, arrays and plain containers.
     """
     name = os.fspath(path)
     try:
@@ -92,9 +92,7 @@ def _reason(error: Exception) -> str:
         return _would_run(found[1])
     if "Unsupported operand" in text:
         return "PyTorch's safe loader does not know its kind of pickle; save the state_dict() again with torch.save"
-    text = text.partition("WeightsUnpickler error:")[2].strip() or text
-    reason = _short(f"{type(error).__name__}: {text}".splitlines()[0])
-    return f"a damaged file, or not a PyTorch or pickle file ({reason})"
+    return "a damaged file, or not a PyTorch or pickle file; download it again, or save it with torch.save"
 
 
 def _would_run(name: str) -> str:
@@ -106,22 +104,19 @@ def _short(text: str) -> str:
     return text if len(text) <= 120 else f"{text[:120]}..."
 
 
-# --- What numpy's names stand for
-
-
 class Dtype:
     """In place of numpy.dtype: plain numbers only."""
 
     def __init__(self, code: str, align: object = False, copy: object = True):
         if code not in DTYPES:
             raise UserError(f"an array of dtype {_short(str(code))!r}; numpy dtypes {', '.join(DTYPES)} are read")
-        self.dtype, self.swapped = DTYPES[code], False
+        self.numpy = np.dtype(code)
 
     def __setstate__(self, state: tuple) -> None:
         _, order, subarray, names, fields, *_ = state
         if (subarray, names, fields) != (None, None, None) or order not in ("<", ">", "|", "="):
             raise UserError("an array of records; weights are plain arrays")
-        self.swapped = order in ("<", ">") and (order == "<") != (sys.byteorder == "little")
+        self.numpy = self.numpy.newbyteorder(order)
 
 
 class Array:
@@ -140,13 +135,8 @@ def _tensor(data: Any, dtype: Any, shape: tuple[int, ...], order: str) -> Tensor
         raise UserError("an array whose content is not the bytes of plain numbers")
     if any(length < 0 for length in shape):
         raise UserError(f"an array of shape {_short(str(shape))}")
-    empty = torch.empty(0, dtype=torch.uint8, device="cpu")
-    flat = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else empty
-    if dtype.swapped:
-        flat = flat.view(-1, dtype.dtype.itemsize).flip(1).flatten()
-    if order == "F":
-        return flat.view(dtype.dtype).view(shape[::-1]).permute(*range(len(shape))[::-1])
-    return flat.view(dtype.dtype).view(shape)
+    array = np.frombuffer(data, dtype.numpy).reshape(shape, order="F" if order == "F" else "C")
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))  # a copy, in this machine's byte order
 
 
 def _reconstruct(kind: object, shape: object, code: object) -> Array:
@@ -167,15 +157,7 @@ def _scalar(dtype: Any, data: Any) -> int | float | bool:
     return _tensor(data, dtype, (), "C").item()
 
 
-def _default_dict(factory: object = None) -> dict:
-    return {}
-
-
-def _empty_bytes() -> bytes:  # protocols 0 to 2 write them as a call
-    return b""
-
-
-def _latin1(text: str, encoding: str = "latin1") -> bytes:  # and others as a string that is encoded
+def _latin1(text: str, encoding: str = "latin1") -> bytes:  # protocols 0 to 2 write bytes as encoded text
     if encoding != "latin1":
         raise UserError(f"bytes in the encoding {_short(str(encoding))!r} instead of latin1")
     return text.encode("latin1")
@@ -194,14 +176,10 @@ def _plain(value: object, done: dict[int, dict]) -> object:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-DTYPES = {
-    "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "b1": torch.bool,
-    "i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64,
-    "u1": torch.uint8, "u2": torch.uint16, "u4": torch.uint32, "u8": torch.uint64,
-}  # fmt: skip
+DTYPES = ("f2", "f4", "f8", "b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
 NAMES: dict[str, Any] = {
     "collections.OrderedDict": dict,
-    "collections.defaultdict": _default_dict,
+    "collections.defaultdict": lambda factory=None: {},
     "_codecs.encode": _latin1,
     "numpy.ndarray": Array,
     "numpy.dtype": Dtype,
@@ -211,7 +189,7 @@ for _core in ("numpy.core", "numpy._core"):  # numpy 1 and 2
     NAMES[f"{_core}.multiarray.scalar"] = _scalar
     NAMES[f"{_core}.numeric._frombuffer"] = _from_buffer
 for _module in ("builtins", "__builtin__"):  # Python 3 and 2
-    NAMES[f"{_module}.bytes"] = _empty_bytes
+    NAMES[f"{_module}.bytes"] = lambda: b""  # protocols 0 to 2 write empty bytes as a call
     NAMES |= {f"{_module}.{kind.__name__}": kind for kind in (dict, list, int, float)}  # what a defaultdict would make
 # In checkpoints of PyTorch only, beside what torch.load itself takes.
 TORCH_NAMES = {**NAMES, "argparse.Namespace": argparse.Namespace, "torch.torch_version.TorchVersion": str}

@@ -33,11 +33,13 @@ BOOKKEEPING = re.compile(r"(.*_momentum|n_averaged|lr|model_iter|weight_order)")
 class Weights:
     """Tensors under our names (a detector's trunk and pyramid start with `backbone.`), and what is known about them.
 
-    `metadata` is what the file or its publisher says, in the layout of `file.write_weights`. `assumed` is what neither
-    says. `source` names the weights in messages; `is_file` is False for a state dict that the caller passed.
-    `format` is the one whose names the tensors had ("resbackbone" for ours), or None if no format knows them.
-    `unknown` are the keys that the format does not know; they keep their names. `left_out` are tensors that the network
-    implies or only training needs. `entry` is the part of the file that held the tensors.
+    metadata: what the file or its publisher states, in the layout of `file.write_weights`.
+    source: names the weights in messages. is_file: False for a state dict that the caller passed.
+    assumed: what neither the file nor its publisher states.
+    format: the one whose names the tensors had ("resbackbone" for ours), or None if no format knows them.
+    unknown: keys that the format does not know; they keep their names.
+    left_out: tensors that the network implies or only training needs.
+    entry: the part of the file that held the tensors.
     """
 
     state: dict[str, Tensor]
@@ -62,7 +64,7 @@ class Weights:
             said.append("no ReLU between p6 and p7")
         if said:
             title = FORMATS[self.format].title if self.format in FORMATS else "names like ours"
-            _log.warning("weights from %s have %s and say no more: taken for %s", self.source, title, ", ".join(said))
+            _log.warning("weights from %s have %s and state no more: assuming %s", self.source, title, ", ".join(said))
 
 
 WeightSource = str | os.PathLike | Mapping[str, Tensor] | Weights  # what `read_weights` takes
@@ -80,10 +82,10 @@ def read_weights(
         URL (`sources.locate`), a state dict, or what this function returned before.
     entry: the part of a checkpoint to take if it holds several ("model", "model_ema").
     given_input: the input that the weights were trained with, in the layout of `inputs.INPUT`, if the file does not
-        say. Ours is RGB in 0..1 with ImageNet's mean and std.
+        state it. Ours is RGB in 0..1 with ImageNet's mean and std.
 
-    No file can run code (`pickles`). Raises ValueError, with a sentence, if the source does not exist or is unreadable,
-    if a tensor does not hold floating point numbers, and if the input cannot be converted exactly.
+    No file can run code (`pickles`). Raises ValueError if the source does not exist or is unreadable, if a tensor does
+    not hold floating point numbers, and if the input cannot be converted exactly.
     """
     if isinstance(source, Weights):
         return source
@@ -134,7 +136,14 @@ def _read_file(name: str, entry: str | None) -> Weights:
         if metadata.get("format") == "resbackbone":
             return Weights(state, metadata, name, format="resbackbone")
         return Weights(state, {**metadata, **stated}, name)
-    content = read_pickle(path)
+    try:
+        content = read_pickle(path)
+    except UserError:
+        if name.lower().startswith(
+            ("http:", "https:", "detectron2:")
+        ):  # without a published hash, a cut-off download is noticed here
+            path.unlink()
+        raise
     state, at = _entry_of(content, entry, name)
     return Weights(state, {**_notes_in(content), **stated}, name, entry=".".join(at))
 
@@ -153,7 +162,7 @@ def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, 
         at.append(nested[0])
         content = content[nested[0]]
     if entry is not None:
-        raise UserError(f"weights {name!r}: holds no part {entry!r}")
+        raise UserError(f"weights {name!r}: no part {entry!r} in the file")
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"weights {name!r}: holds no state dict (tensors by name)")
     others = [
@@ -162,7 +171,7 @@ def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, 
         if not isinstance(key, str) or not (isinstance(value, Tensor) or BOOKKEEPING.fullmatch(key))
     ]
     if others:
-        raise UserError(f"weights {name!r}: {len(others)} entries are no tensors by name: {', '.join(others)[:200]}")
+        raise UserError(f"weights {name!r}: {len(others)} entries are not tensors: {', '.join(others)[:200]}")
     return content, at
 
 
@@ -175,8 +184,9 @@ def _notes_in(content: object) -> dict[str, Any]:
     if content.get("__author__") == "torchvision":  # detectron2's own conversion keeps torchvision's input and stride
         return {"input": INPUT, "backbone": {"stride_in_1x1": False}}
     meta = content.get("meta")
-    texts = [value for value in meta.values() if isinstance(value, str)] if isinstance(meta, dict) else []
-    config = next((text for text in texts if "backbone" in text), "")
+    if not isinstance(meta, dict):
+        return {}
+    config = next((value for value in meta.values() if isinstance(value, str) and "backbone" in value), "")
     style, to_rgb = re.search(r"style='(caffe|pytorch)'", config), re.search(r"to_rgb=(True|False)", config)
     mean, std = (re.search(rf"\b{name}=\[([\d., ]+)\]", config) for name in ("mean", "std"))
     notes: dict[str, Any] = {}
@@ -188,9 +198,8 @@ def _notes_in(content: object) -> dict[str, Any]:
         numbers = [[float(number) for number in found[1].split(",") if number.strip()] for found in (mean, std)]
         order = "RGB" if to_rgb[1] == "True" else "BGR"
         notes["input"] = {"channel_order": order, "range": [0.0, 255.0], "mean": numbers[0], "std": numbers[1]}
-    classes = next((meta[key] for key in ("CLASSES", "classes") if isinstance(meta, dict) and key in meta), None)
-    if classes is None and isinstance(meta, dict) and isinstance(meta.get("dataset_meta"), dict):
-        classes = next((v for k, v in meta["dataset_meta"].items() if k.lower() == "classes"), None)
+    data = meta["dataset_meta"] if isinstance(meta.get("dataset_meta"), dict) else meta  # of mmdetection 3, and 2
+    classes = data.get("CLASSES", data.get("classes"))
     if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
         notes["classes"] = list(classes)
     return notes

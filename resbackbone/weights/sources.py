@@ -3,11 +3,10 @@
 import difflib
 import hashlib
 import json
-import math
 import os
 import re
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urldefrag, urlsplit
@@ -17,7 +16,7 @@ import torch
 
 from resbackbone.checks import UserError, require
 from resbackbone.weights.download import download
-from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT
+from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, RGB_255, check_input
 from resbackbone.weights.zoo import (
     DETECTRON2_FASTER_RCNN,
     DETECTRON2_IMAGENET,
@@ -40,21 +39,13 @@ STRIDE_IN_1X1 = {"stride_in_1x1": True, "eps": 1e-5}
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 # Folders of its zoo whose configs keep the defaults: MSRA's input, and for R-50 and R-101 the stride in the 1x1.
 DETECTRON2_DEFAULT = ("ImageNetPretrained/MSRA/", "COCO-", "LVISv0.5-", "PascalVOC-", "Cityscapes/", "Detectron1-")
-RGB_255 = {
-    "channel_order": "RGB",
-    "range": [0.0, 255.0],
-    "mean": [123.675, 116.28, 103.53],
-    "std": [58.395, 57.12, 57.375],
-}
-
-MAX_JSON_BYTES = 16 << 20  # a config that names 22,000 classes has two
 
 
 class Located(NamedTuple):
     """A file on this machine, and what its publisher says about it, in the layout of our own files' metadata.
 
-    `stated` always has source, licence ("unknown" if none is given) and accuracy (a list, perhaps empty); it has url,
-    backbone (stride_in_1x1, eps), input (channel_order, range, mean, std), classes and recipe if they are known.
+    `stated` has source, licence (perhaps "unknown") and accuracy (perhaps []); and url, backbone (stride_in_1x1, eps),
+    input, classes and recipe if they are known.
     """
 
     path: Path
@@ -75,8 +66,7 @@ def locate(source: str) -> Located:
     detectron2:PATH.pkl or CONFIG.yaml      detectron2's model zoo, in the folder detectron2 itself uses
     http(s)://HOST/PATH[#sha256=HEX]        anything else, in torch.hub's folder
 
-    Raises ValueError, with one sentence that names the source, if it does not exist or cannot be downloaded. In the
-    latter case the sentence says what to download and where to put it.
+    Raises ValueError if the source does not exist or cannot be downloaded; then it says what to put where.
     """
     if not is_named(source):
         raise UserError(f"weights {source!r}: not a named source; one begins with {':, '.join(_SOURCES)}:")
@@ -92,15 +82,15 @@ def locate_in_folder(folder: Path) -> Located:
 
     Raises ValueError if it holds none.
     """
-    file = next((folder / name for name in HUB_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise UserError(f"weights {str(folder)!r}: the folder holds no {' and no '.join(HUB_FILES)}")
+    files = [folder / name for name in HUB_FILES if (folder / name).is_file()]
     try:
+        if not files:
+            raise UserError(f"the folder holds no {' and no '.join(HUB_FILES)}")
         config, preprocessor = (_json(folder / name) for name in ("config.json", "preprocessor_config.json"))
     except UserError as error:
         raise UserError(f"weights {str(folder)!r}: {error}") from None
     resnet = config.get("model_type") == "resnet"
-    return Located(file, _stated_by_transformers(config, preprocessor) if resnet else {})
+    return Located(files[0], _stated_by_transformers(config, preprocessor) if resnet else {})
 
 
 def _torchvision(name: str) -> Located:
@@ -135,10 +125,8 @@ def _torchvision(name: str) -> Located:
 
 def _timm(name: str) -> Located:
     require("train", "timm", user="a timm: source")
-    from timm.models import get_deprecated_models, get_pretrained_cfg, is_model_in_modules, list_models
+    from timm.models import get_pretrained_cfg, is_model_in_modules, list_models
 
-    if current := get_deprecated_models().get(name):
-        raise UserError(f"timm calls it timm:{current} now")
     try:
         config = get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:
@@ -153,7 +141,7 @@ def _timm(name: str) -> Located:
     if not config.hf_hub_id:
         raise UserError("timm publishes no weights for it")
     repository, _, revision = config.hf_hub_id.partition("@")
-    files = [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES
+    files = (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
     path = _hub_weights(repository, revision or None, files)
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     stated = {"source": f"timm:{name}", "url": f"https://huggingface.co/{repository}", "licence": "unknown"}
@@ -184,8 +172,8 @@ def _hugging_face(name: str) -> Located:
         raise UserError("Hugging Face sources are hf:OWNER/REPO[@REVISION][:FILE], such as hf:microsoft/resnet-50")
     repository, revision, file = match.groups()
     # The small files first: if the network fails in between, no weights are read without their description.
-    config = _hub_json(repository, revision, "config.json")
-    card = _hub_file_beside(repository, revision, "README.md")
+    config = _json(_hub_file(repository, revision, "config.json", optional=True))
+    card = _hub_file(repository, revision, "README.md", optional=True)
     stated = {
         "source": f"hf:{name}",
         "url": f"https://huggingface.co/{repository}",
@@ -193,13 +181,13 @@ def _hugging_face(name: str) -> Located:
         "accuracy": [],
     }
     if config.get("model_type") == "resnet":
-        preprocessor = _hub_json(repository, revision, "preprocessor_config.json")
+        preprocessor = _json(_hub_file(repository, revision, "preprocessor_config.json", optional=True))
         stated |= _stated_by_transformers(config, preprocessor)
     elif "architecture" in config:  # older files have its content at the top
         _refuse_anti_aliased(config["architecture"])
         inner = config.get("pretrained_cfg")
         stated |= _stated_by_timm({**config, **(inner if isinstance(inner, Mapping) else {})})
-    return Located(_hub_weights(repository, revision, [file] if file else HUB_FILES), stated)
+    return Located(_hub_weights(repository, revision, (file,) if file else HUB_FILES), stated)
 
 
 def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str, Any]:
@@ -219,24 +207,20 @@ def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str,
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
-class _NotHere(UserError):
-    """Neither in the cache nor on the network."""
-
-
-def _hub_weights(repository: str, revision: str | None, files: Iterable[str]) -> Path:
-    unreachable = None
+def _hub_weights(repository: str, revision: str | None, files: Sequence[str]) -> Path:
     for file in files:
-        try:
-            if path := _hub_file(repository, revision, file):
-                return path
-        except _NotHere as error:  # the next may be in the cache
-            unreachable = unreachable or error
-    raise unreachable or UserError(f"https://huggingface.co/{repository} holds no {' and no '.join(files)}")
+        if path := _hub_file(repository, revision, file, optional=True):
+            return path
+    _hub_file(repository, revision, files[0])  # raises if the machine is offline
+    raise UserError(f"https://huggingface.co/{repository} holds no {' and no '.join(files)}")
 
 
-def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
-    """The file in huggingface_hub's cache (it locks, resumes and checks), or None if the repository lacks it."""
-    require("train", "huggingface_hub", user="the Hub")
+def _hub_file(repository: str, revision: str | None, file: str, *, optional: bool = False) -> Path | None:
+    """The file in huggingface_hub's cache (it locks, resumes and checks), or None if the repository lacks it.
+
+    An `optional` file is also None if it is neither in the cache nor on the network.
+    """
+    require("train", "huggingface_hub", user="a source on the Hugging Face hub")
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -244,22 +228,18 @@ def _hub_file(repository: str, revision: str | None, file: str) -> Path | None:
         cached_only: dict[str, Any] = {} if _hub_has_an_address() else {"local_files_only": True}
         return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision, **cached_only))
     except errors.LocalEntryNotFoundError:
+        if optional:
+            return None
         url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
-        raise _NotHere(
+        raise UserError(
             f"{url} could not be downloaded (offline, and not in the cache); download it elsewhere and give the path "
             f"of the downloaded {Path(file).name} instead"
         ) from None
     except errors.EntryNotFoundError:
         return None
-    except errors.GatedRepoError:
-        reason = "its owner has to grant access; ask for it on that page and log in with `hf auth login`"
-    except errors.RepositoryNotFoundError:
-        reason = "there is no such repository, or it is private"
-    except errors.RevisionNotFoundError:
-        reason = f"it has no revision {revision!r}"
-    except Exception as error:  # of requests or of httpx, by the version of huggingface_hub
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    raise UserError(f"https://huggingface.co/{repository} could not be read: {reason}")
+    except Exception as error:  # of the hub, or of its HTTP library, which differs by version
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"https://huggingface.co/{repository} could not be read: {reason}") from None
 
 
 def _hub_has_an_address() -> bool:
@@ -274,41 +254,23 @@ def _hub_has_an_address() -> bool:
         return False
 
 
-def _hub_file_beside(repository: str, revision: str | None, file: str) -> Path | None:
-    try:
-        return _hub_file(repository, revision, file)
-    except _NotHere:  # weights in the cache do not need it
-        return None
-
-
-def _hub_json(repository: str, revision: str | None, file: str) -> dict[str, Any]:
-    path = _hub_file_beside(repository, revision, file)
-    return {} if path is None else _json(path)
-
-
-def _json(path: Path) -> dict[str, Any]:
+def _json(path: Path | None) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no such file."""
-    file = path.name
-    if not path.is_file():
+    if path is None or not path.is_file():
         return {}
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise UserError(f"its {file} has more than {MAX_JSON_BYTES:,} bytes")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise UserError(f"its {file} is not readable JSON ({str(error).splitlines()[0]})") from None
+        raise UserError(f"its {path.name} is not readable JSON ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
-        raise UserError(f"its {file} holds a {type(content).__name__}, not an object")
+        raise UserError(f"its {path.name} holds a {type(content).__name__}, not an object")
     return content
 
 
 def _licence(card: Path | None) -> str:
     """The `license` in the YAML at the head of a model card, or "unknown"."""
-    if card is None:
-        return "unknown"
-    with open(card, encoding="utf-8", errors="replace") as file:
-        head = re.match(r"---\n(.*?)\n---", file.read(1 << 16), re.DOTALL)
-    line = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
+    text = "" if card is None else card.read_text(encoding="utf-8", errors="replace")
+    line = re.match(r"---\n(?:(?!---).*\n)*?license:[ \t]*[\"']?([\w.+-]+)", text)
     return line[1] if line else "unknown"
 
 
@@ -398,12 +360,12 @@ def published_sha256(file: str) -> str:
 
 def _input(mean: Any, std: Any) -> dict[str, Any]:
     """{"input": RGB in 0..1 with this mean and deviation}, or nothing if they are not three numbers each."""
-    for values in (mean, std):
-        if not isinstance(values, list | tuple) or len(values) != 3:
-            return {}
-        if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-            return {}
-    return {"input": {**INPUT, "mean": list(mean), "std": list(std)}}
+    given = {**INPUT, "mean": mean, "std": std}
+    try:
+        check_input(given)
+    except UserError:
+        return {}
+    return {"input": {**given, "mean": list(map(float, mean)), "std": list(map(float, std))}}
 
 
 def _close(name: str, names: Iterable[str], otherwise: str) -> str:

@@ -19,14 +19,14 @@ from resbackbone.weights.formats import (
     Format,
     Place,
 )
-from resbackbone.weights.names import Template, with_value
+from resbackbone.weights.names import read_name, write_name
 
 
 class Rule(NamedTuple):
     """One line of a table: our name, theirs, and how to convert a tensor on reading and on writing."""
 
-    ours: Template
-    theirs: Template
+    ours: str
+    theirs: str
     take: Callable[[Tensor], Tensor] | None = None
     give: Callable[[Tensor], Tensor] | None = None
 
@@ -88,23 +88,19 @@ def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> 
         state = _with_msras_norms(state)
     network = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
     pyramid = any(key.startswith("fpn.") for key in network)
-    detector = not all(_of_network(key) for key in network)
-    places = {  # detector, pyramid
-        (False, False): known.bare,
-        (False, True): known.pyramidal,
-        (True, False): known.single,
-        (True, True): known.detecting,
-    }
-    place = places[detector, pyramid]
+    if all(_of_network(key) for key in network):
+        place = known.pyramidal if pyramid else known.bare
+    else:
+        place = known.detecting if pyramid else known.single
     rules = list(_rules(known, place, _laterals(network), reading=False))
     renamed, nameless = {}, []
     for key, tensor in network.items():
         if key.endswith("num_batches_tracked") and not known.counts_batches:
             continue
         for rule in rules:
-            values = rule.ours.read(key)
+            values = read_name(rule.ours, key)
             if values is not None:
-                renamed[rule.theirs.write(values)] = tensor if rule.give is None else rule.give(tensor)
+                renamed[write_name(rule.theirs, values)] = tensor if rule.give is None else rule.give(tensor)
                 break
         else:
             nameless.append(key)
@@ -116,18 +112,17 @@ def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> 
 def _match(state: Mapping[str, Tensor], known: Format, place: Place):
     """({their key: (our key, rule)}, constants, unknown keys) of `state` as a file of this format."""
     rules = list(_rules(known, place, _laterals(state), reading=True))
-    constant = [Template(text) for text in known.constants]
     found: dict[str, tuple[str, Rule]] = {}
     constants: list[str] = []
     unknown: list[str] = []
     for key in state:
         for rule in rules:
-            values = rule.theirs.read(key)
+            values = read_name(rule.theirs, key)
             if values is not None:
-                found[key] = rule.ours.write(values), rule
+                found[key] = write_name(rule.ours, values), rule
                 break
         else:
-            (constants if any(template.read(key) is not None for template in constant) else unknown).append(key)
+            (constants if any(read_name(text, key) is not None for text in known.constants) else unknown).append(key)
     return found, constants, unknown
 
 
@@ -135,10 +130,8 @@ def _rules(known: Format, place: Place, laterals: int, *, reading: bool) -> Iter
     """The lines of a format's table. Its pyramid merges `laterals` trunk levels: 4 from c2, 3 from c3."""
 
     def rule(ours: str, theirs: str, *changes) -> Rule:
-        for name, value in (("first", 6 - laterals), ("count", laterals)):
-            theirs = theirs.replace(f"{{level+{name}}}", f"{{level+{value}}}")
-            theirs = with_value(theirs, name, value)
-        return Rule(Template(ours), Template(theirs), *changes)
+        theirs = theirs.replace("{level+first}", f"{{level+{6 - laterals}}}")
+        return Rule(ours, write_name(theirs, {"count": laterals}), *changes)
 
     trunk = list(zip(TRUNK, known.trunk, strict=True)) if known.trunk else []
     for ours, theirs in trunk:
@@ -152,7 +145,7 @@ def _rules(known: Format, place: Place, laterals: int, *, reading: bool) -> Iter
         yield rule(ours, theirs, *_changes(ours, known))
     for ours, theirs in trunk if known.stage5 else ():
         if ours.startswith("layer"):
-            yield rule(STAGE5 + with_value(ours, "i", 4), known.stage5 + with_value(theirs, "i", 4))
+            yield rule(STAGE5 + write_name(ours, {"i": 4}), known.stage5 + write_name(theirs, {"i": 4}))
     if reading or not known.trunk:
         for ours, theirs in known.aliases:
             yield rule(ours, (place.pyramid if ours.startswith("fpn.") else "") + theirs)
@@ -181,9 +174,9 @@ def _swap_anchors(x: Tensor, numbers: int, *, sizes_first: bool) -> Tensor:
     return x.unflatten(0, (*order, numbers)).transpose(0, 1).flatten(0, 2)
 
 
-def _norms(state: Mapping[str, Tensor]) -> Iterator[str]:
+def _norms(state: Mapping[str, Tensor]) -> list[str]:
     """Names of the batch norms in `state`."""
-    return (key.removesuffix(".running_var") for key in state if key.endswith(".running_var"))
+    return [key.removesuffix(".running_var") for key in state if key.endswith(".running_var")]
 
 
 def _with_usual_eps(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
@@ -218,7 +211,7 @@ def _with_msras_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, Tensor]:
     """The tensors of `state` with batch norms merged into scale (weight) and shift (bias), computed in fp64."""
     state = dict(state)
-    for norm in list(_norms(state)):
+    for norm in _norms(state):
         weight, bias, mean, variance = (
             state.pop(f"{norm}.{leaf}").double() for leaf in ("weight", "bias", "running_mean", "running_var")
         )
@@ -228,7 +221,7 @@ def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, 
 
 
 def _of_network(key: str) -> bool:
-    """Whether one of our names belongs to a trunk, its classifier or its pyramid, and not to a detector's heads."""
+    """Whether a name of ours belongs to a trunk, its classifier or its pyramid, not to a detector's heads."""
     return not key.startswith(("rpn.", "roi_heads."))
 
 

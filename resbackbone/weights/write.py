@@ -34,7 +34,7 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
     .bin (PyTorch), or .pkl (detectron2 and msra: arrays in a pickle). transformers gets a folder with config.json that
     `from_pretrained` loads. Foreign files hold our metadata too, where their own readers allow it.
 
-    Raises ValueError if the format has no such network, and if the suffix is unknown.
+    Raises ValueError if the format cannot hold the network, and if the suffix is unknown.
     """
     one_of("format", format, TARGETS)
     path = Path(path)
@@ -120,22 +120,20 @@ def _check_network(trunk: Mapping[str, Any], format: str) -> None:
 def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:
     if path.suffix == ".safetensors":
         return save(state, {"format": "pt", NOTES: notes})
-    if path.suffix == ".pkl" and format in ("detectron2", "msra"):
-        arrays = {name: tensor.numpy() for name, tensor in state.items()}
-        if format == "msra":
-            return pickle.dumps({"blobs": arrays, NOTES: notes})
-        # With these entries detectron2's checkpointer matches names by their ends, which trunks need.
-        return pickle.dumps({"model": arrays, "__author__": OURS, "matching_heuristics": True, NOTES: notes})
-    if path.suffix not in (".pth", ".pt", ".bin"):
-        kinds = ".safetensors, .pth, .pt, .bin" + (", .pkl" if format in ("detectron2", "msra") else "")
-        raise UserError(f"{path}: unknown suffix {path.suffix!r} for {format}; choose from {kinds}")
-    content: dict[str, Any] = dict(state)  # torchvision and timm load a bare state dict
-    if format == "detectron2":
-        content = {"model": state, "__author__": OURS, "matching_heuristics": True, NOTES: notes}
+    suffixes = [".safetensors", ".pth", ".pt", ".bin", *([".pkl"] if format in ("detectron2", "msra") else [])]
+    if path.suffix not in suffixes:
+        raise UserError(f"{path}: unknown suffix {path.suffix!r} for {format}; choose from {', '.join(suffixes)}")
+    arrays = path.suffix == ".pkl"
+    tensors: dict[str, Any] = {name: tensor.numpy() for name, tensor in state.items()} if arrays else state
+    content = tensors  # torchvision and timm load a bare state dict
+    if format == "detectron2":  # its checkpointer then matches names by their ends, which trunks need
+        content = {"model": tensors, "__author__": OURS, "matching_heuristics": True, NOTES: notes}
     elif format == "mmdetection":
-        content = {"meta": {"author": OURS}, "state_dict": state, NOTES: notes}
+        content = {"meta": {"author": OURS}, "state_dict": tensors, NOTES: notes}
     elif format == "msra":
-        content = {"blobs": state, NOTES: notes}
+        content = {"blobs": tensors, NOTES: notes}
+    if arrays:
+        return pickle.dumps(content)
     buffer = io.BytesIO()
     torch.save(content, buffer)
     return buffer.getvalue()
@@ -159,10 +157,9 @@ def _write_transformers_folder(
         "downsample_in_first_stage": False,
         "downsample_in_bottleneck": trunk["stride_in_1x1"] and block is Bottleneck,
     }
-    names = metadata.get("classes") or [f"LABEL_{i}" for i in range(int(metadata.get("num_classes", 0)))]
-    if names:
-        config |= {"id2label": {str(i): name for i, name in enumerate(names)}}
-        config |= {"label2id": {name: i for i, name in enumerate(names)}}
+    if names := metadata.get("classes") or [f"LABEL_{i}" for i in range(int(metadata.get("num_classes", 0)))]:
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
     preprocessor = {
         "image_processor_type": "ConvNextImageProcessor",
         "do_normalize": True,
@@ -172,9 +169,9 @@ def _write_transformers_folder(
         "crop_pct": 0.875,
     }
     with folder_atomically(path) as folder:
-        write_atomically(folder / "config.json", json.dumps(config, indent=2) + "\n")
-        write_atomically(folder / "preprocessor_config.json", json.dumps(preprocessor, indent=2) + "\n")
-        write_atomically(folder / "model.safetensors", save(state, {"format": "pt", NOTES: notes}))
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
+        (folder / "model.safetensors").write_bytes(save(state, {"format": "pt", NOTES: notes}))
 
 
 def only_part(weights: Weights, part: str) -> Weights:

@@ -13,13 +13,7 @@ ARCHITECTURES = {
 }
 
 TORCHVISION_LICENCE = "BSD-3-Clause"
-TORCHVISION_METRICS = {
-    "acc@1": "top-1",
-    "acc@5": "top-5",
-    "box_map": "box AP",
-    "mask_map": "mask AP",
-    "kp_map": "keypoint AP",
-}
+TORCHVISION_METRICS = {"acc@1": "top-1", "acc@5": "top-5", "box_map": "box AP"}
 TORCHVISION_DATA = {"ImageNet-1K": "ImageNet-1k val", "COCO-val2017": "COCO val2017"}
 
 TIMM_RESULTS = "https://github.com/huggingface/pytorch-image-models/tree/main/results"
@@ -64,7 +58,12 @@ def list_sources() -> list[NamedWeights]:
 
     torchvision's and timm's are those of the installed versions. Nothing is downloaded.
     """
-    return [*_torchvision(), *_timm(), *_hugging_face(), *_detectron2()]
+    names = {depth: f"microsoft/resnet-{depth}" for depth in (18, 34, 50, 101, 152)}
+    hugging_face = (
+        NamedWeights(f"hf:{name}", depth, "classifier", None, f"https://huggingface.co/{name}", "apache-2.0")
+        for depth, name in names.items()
+    )
+    return [*_torchvision(), *_timm(), *hugging_face, *_detectron2()]
 
 
 def torchvision_accuracy(weights) -> list[dict[str, Any]]:
@@ -105,13 +104,13 @@ def _torchvision() -> Iterator[NamedWeights]:
 
     for model in list_models():
         detector = "_resnet50_fpn" in model
-        if detector or model in ARCHITECTURES:
-            depth = 50 if detector else ARCHITECTURES[model]
-            kind, metric = ("detector", "box AP") if detector else ("classifier", "top-1")
-            for weights in get_model_weights(model):
-                figure = next(figure for figure in torchvision_accuracy(weights) if figure["metric"] == metric)
-                name, value, published = f"torchvision:{weights}", figure["value"], figure["published"]
-                yield NamedWeights(name, depth, kind, value, published, TORCHVISION_LICENCE)
+        if not detector and model not in ARCHITECTURES:
+            continue
+        kind, metric, depth = ("detector", "box AP", 50) if detector else ("classifier", "top-1", ARCHITECTURES[model])
+        for weights in get_model_weights(model):
+            [figure] = [figure for figure in torchvision_accuracy(weights) if figure["metric"] == metric]
+            value, published = figure["value"], figure["published"]
+            yield NamedWeights(f"torchvision:{weights}", depth, kind, value, published, TORCHVISION_LICENCE)
 
 
 def _timm() -> Iterator[NamedWeights]:
@@ -121,12 +120,6 @@ def _timm() -> Iterator[NamedWeights]:
         config, depth = get_pretrained_cfg(name), ARCHITECTURES.get(name.split(".")[0])
         if depth and config and config.license:  # nobody may use weights without a licence
             yield NamedWeights(f"timm:{name}", depth, "classifier", None, TIMM_RESULTS, config.license)
-
-
-def _hugging_face() -> Iterator[NamedWeights]:
-    for depth in (18, 34, 50, 101, 152):
-        name = f"microsoft/resnet-{depth}"
-        yield NamedWeights(f"hf:{name}", depth, "classifier", None, f"https://huggingface.co/{name}", "apache-2.0")
 
 
 def _detectron2() -> Iterator[NamedWeights]:

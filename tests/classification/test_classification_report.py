@@ -112,9 +112,9 @@ def test_without_losses_the_worst_are_those_whose_class_ranks_last(tmp_path):
     assert shown_images(report_of(tmp_path, shown)) == [3, 1, 0]
 
 
-def test_equally_bad_images_are_spread_over_the_data_set(tmp_path):
+def test_equally_bad_images_are_drawn_from_the_data_set(tmp_path):
     chosen = shown_images(report_of(tmp_path, predictions([0] * 1000, [[1, 2]] * 1000)))
-    assert len(chosen) == WORST and min(chosen) == 0 and max(chosen) == 999
+    assert len(chosen) == WORST and min(chosen) < 100 and max(chosen) > 900
 
 
 def test_a_run_without_evaluation_says_why(tmp_path):

@@ -205,11 +205,8 @@ def test_what_is_wrong_with_shards_is_one_line_before_training_starts(pattern, t
 @pytest.mark.parametrize(
     "damage, says",
     [
-        (
-            lambda f: add(f / "train-001.tar", "x", bytes(9999)),
-            "001.tar: the index says 20,480 bytes, but it has 30,720",
-        ),
-        (lambda f: (f / "train-002.tar").unlink(), "train-002.tar: the index says [0-9,]* bytes, but there is no such"),
+        (lambda f: add(f / "train-001.tar", "x", bytes(9999)), "001.tar: has 30,720 bytes, the index says 20,480"),
+        (lambda f: (f / "train-002.tar").unlink(), "train-002.tar: no such file, but the index lists it"),
         (lambda f: (f / "train.json").write_text("{"), "cannot read the index train.json"),
         (lambda f: (f / "train.json").write_text("[]"), "the index train.json lacks classes or shards"),
         (
@@ -232,22 +229,17 @@ def test_shards_that_are_not_those_of_their_index_are_one_line(indexed, tmp_path
         open_images(indexed, "train")
 
 
-@pytest.mark.parametrize("numbers", ["{003..000}", "{002..001}"])
-def test_a_pattern_whose_numbers_go_down_is_one_line(indexed, tmp_path, numbers):
-    for _ in range(2):  # with and without an index
-        with pytest.raises(ValueError, match="names no shard, because its numbers go down"):
-            open_images(indexed.replace("{000..003}", numbers), "train")
-        (tmp_path / "train.json").unlink(missing_ok=True)
-
-
-def test_compressed_tar_files_are_refused_as_what_they_are(tmp_path):
-    with pytest.raises(ValueError, match=r"train-000.tar.gz: shards must be plain tar files, not compressed"):
-        open_images(tmp_path / "train-000.tar.gz", "train")
-
-
-def test_a_pattern_beyond_the_index_is_one_line(indexed):
-    with pytest.raises(ValueError, match="train-004.tar is not in the index, which has 4 shards"):
-        open_images(indexed.replace("003", "005"), "train")
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda p: p.replace("{000..003}", "{003..000}"), "names no shard, because its numbers go down"),
+        (lambda p: p.replace("003", "005"), "train-004.tar is not in the index, which has 4 shards"),
+        (lambda p: p + ".gz", "tar.gz: shards must be plain tar files, not compressed"),
+    ],
+)
+def test_a_pattern_that_names_no_shards_is_one_line(indexed, change, says):
+    with pytest.raises(ValueError, match=says):
+        open_images(change(indexed), "train")
 
 
 def test_without_webdataset_a_url_says_what_to_install(monkeypatch):

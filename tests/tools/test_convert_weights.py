@@ -29,35 +29,24 @@ INPUT = "RGB 0..1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
 MSRA_INPUT = "BGR 0..255, mean 103.53 116.28 123.675, std 1 1 1"
 
 
-def lively(model):
-    for module in model.modules():
-        if isinstance(getattr(module, "running_var", None), torch.Tensor):
-            with torch.no_grad():
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.normal_(0, 0.2)
-                module.running_mean.normal_(0, 0.2)
-                module.running_var.uniform_(0.5, 1.5)
-    return model
-
-
 @pytest.fixture(scope="module")
-def classifier():
+def classifier(randomised):
     torch.manual_seed(0)
-    return lively(torchvision.models.resnet18(num_classes=5)).state_dict()
+    return randomised(torchvision.models.resnet18(num_classes=5)).state_dict()
 
 
 @pytest.fixture(scope="module")
-def detector():
+def detector(randomised):
     torch.manual_seed(0)
     backbone = build_resnet_backbone(18, fpn=True, fpn_channels=8)
-    return lively(build_faster_rcnn(backbone, 2, categories=CATEGORIES, representation_size=8, min_size=64)).eval()
+    return randomised(build_faster_rcnn(backbone, 2, categories=CATEGORIES, representation_size=8, min_size=64))
 
 
 @pytest.fixture(scope="module")
-def bottlenecks():
+def bottlenecks(randomised):
     """Of a ResNet-50, narrow and without its last stage."""
     torch.manual_seed(0)
-    return lively(build_resnet_backbone(50, levels=["c4"], width_per_group=4)).state_dict()
+    return randomised(build_resnet_backbone(50, levels=["c4"], width_per_group=4)).state_dict()
 
 
 def convert(*argv):
@@ -122,7 +111,6 @@ def test_caffe2s_names_have_merged_norms_and_end_as_the_same_network(classifier)
     torch.save(classifier, "start.pth")
     convert("start.pth", "msra.pkl", "--to", "msra")
     convert("msra.pkl", "end.safetensors")
-    assert "conv1_w" in pickle.loads(Path("msra.pkl").read_bytes())["blobs"]  # noqa: S301 - written by this test
     assert_same_tensors(merged_norms(read_weights("end.safetensors").state), merged_norms(classifier), atol=1e-6)
 
 
@@ -152,14 +140,6 @@ def test_what_is_given_is_kept_in_the_file_and_no_longer_assumed(bottlenecks, ca
     assert (got - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def test_an_input_with_detectrons_deviations_is_another_one(classifier, capsys):
-    torch.save(classifier, "r18.pth")
-    said = said_by(capsys, "r18.pth", "std.safetensors", "--input", "bgr-255-std")
-    assert "input   BGR 0..255, mean 103.53 116.28 123.675, std 57.375 57.12 58.395; converted to" in said
-    weights = read_weights("std.safetensors").state["conv1.weight"]
-    assert (weights - classifier["conv1.weight"].flip(1)).abs().max() < 1e-6  # the same units, the other order
-
-
 def test_files_that_say_their_stride_and_input_are_not_told_others(bottlenecks):
     torch.save(bottlenecks, "r50.pth")
     convert("r50.pth", "ours.safetensors", "--stride-in-1x1", "True")
@@ -182,7 +162,7 @@ def test_a_cut_trunk_is_used_with_the_level_it_ends_at(bottlenecks, capsys):
 
 def test_a_depth_that_names_do_not_tell_can_be_given(bottlenecks):
     torch.save({key: value for key, value in bottlenecks.items() if not key.startswith("layer3")}, "two.pth")
-    assert "two.pth do not tell a depth of 18, " in error_of("two.pth", "two.safetensors")
+    assert "two.pth have no known depth (18, " in error_of("two.pth", "two.safetensors")
     convert("two.pth", "two.safetensors", "--depth", "101")
     assert metadata_of("two.safetensors")["backbone"]["depth"] == 101
 
@@ -195,7 +175,7 @@ def test_a_part_of_a_checkpoint_is_chosen_by_its_name(classifier, capsys):
     assert "in its part model: resnet18" in said_by(capsys, "run.pth", "own.safetensors", "--entry", "model")
     assert_same_tensors(read_weights("ema.safetensors").state, average)
     assert_same_tensors(read_weights("own.safetensors").state, classifier)
-    assert "'run.pth': holds no part 'teacher'" in error_of("run.pth", "x.safetensors", "--entry", "teacher")
+    assert "'run.pth': no part 'teacher' in the file" in error_of("run.pth", "x.safetensors", "--entry", "teacher")
 
 
 def test_what_only_training_needs_is_left_out_and_named(classifier, capsys):
@@ -321,27 +301,11 @@ def test_a_file_that_does_not_read_back_is_not_put_in_the_place_of_the_old_one(c
 
 
 @pytest.mark.parametrize(
-    "options, told",
-    [({"norm": "GN"}, "GN"), ({"in_channels": 1}, "in_channels=1"), ({"shortcut": "C"}, "shortcut='C'")],
-)
-def test_a_network_that_a_format_cannot_hold_is_not_written(options, told):
-    torch.save(build_resnet_backbone(18, **options).state_dict(), "own.pth")
-    said = error_of("own.pth", "out.pkl", "--to", "msra")
-    assert "msra" in said and told in said
-
-
-@pytest.mark.parametrize(
     "change, told",
     [
         ({"layer2.0.conv1.weight": None}, "1 missing: layer2.0.conv1.weight"),
-        ({"fc.bias": None}, "1 missing: fc.bias"),
-        ({"layer1.0.bn1.running_mean": None}, "1 missing: layer1.0.bn1.running_mean"),
         ({"layer2.0.conv9.weight": torch.zeros(3, 3)}, "1 unexpected: layer2.0.conv9.weight"),
-        (
-            {"layer2.0.conv1.weight": torch.zeros(128, 64, 5, 5)},
-            "layer2.0.conv1.weight is [128, 64, 5, 5], not [128, 64, 3, 3]",
-        ),
-        ({"layer2.2.conv1.weight": torch.zeros(1)}, "do not tell a depth of 18, "),
+        ({"layer2.2.conv1.weight": torch.zeros(1)}, "have no known depth (18, "),
         ({"fc.weight": torch.tensor(1.0)}, "bad.pth: fc.weight is [], which no layer has"),
         ({"fc.weight": torch.zeros(0, 512)}, "bad.pth: fc.weight is [0, 512], which no layer has"),
         ({"conv1.weight": torch.zeros(64, 0, 7, 7)}, "bad.pth: conv1.weight is [64, 0, 7, 7], which no layer has"),
@@ -356,12 +320,11 @@ def test_weights_that_are_not_a_whole_network_are_refused_by_name(classifier, ch
     assert told in said and "bad.pth" in said
 
 
-@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"state_dict": state, "best_prec1": 91.6}])
-def test_a_network_for_cifar_is_none_of_these_depths(wrap):
+def test_a_network_for_cifar_is_none_of_these_depths():
     state = {"conv1.weight": torch.zeros(16, 3, 3, 3), "linear.weight": torch.zeros(10, 64)}
     state |= {f"layer{i}.{j}.conv1.weight": torch.zeros(16, 16, 3, 3) for i in (1, 2, 3) for j in range(3)}
-    torch.save(wrap({f"module.{key}": value for key, value in state.items()}), "resnet20.th")
-    assert "resnet20.th do not tell a depth of 18, " in error_of("resnet20.th", "x.safetensors")
+    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "best": 91.6}, "resnet20.th")
+    assert "resnet20.th have no known depth (18, " in error_of("resnet20.th", "x.safetensors")
 
 
 def test_a_cifar_variant_of_resnet18_is_refused_by_the_names_of_its_shortcuts(classifier):
@@ -389,18 +352,18 @@ def test_a_damaged_or_malicious_file_is_refused_and_runs_nothing(classifier):
     assert not Path("ran").exists()
 
 
-@pytest.mark.parametrize("metadata", [{"detector": {}}, {"detector": {"variant": "fpn"}}])
-def test_a_detector_whose_description_is_broken_is_one_line(detector, metadata):
+@pytest.mark.parametrize(
+    "metadata, told",
+    [
+        ({"detector": {"variant": "fpn"}}, "a detector this version cannot build"),
+        ({"backbone": {"eps": "small"}}, "a backbone this version"),
+    ],
+)
+def test_a_network_whose_description_is_broken_is_one_line(detector, metadata, told):
     write_weights(
         "bad.safetensors", detector.state_dict(), {"backbone": detector.backbone.config.to_json(), **metadata}
     )
-    said = error_of("bad.safetensors", "x.safetensors")
-    assert "bad.safetensors describes a detector this version cannot build" in said
-
-
-def test_metadata_of_a_strange_kind_is_one_line(classifier):
-    write_weights("bad.safetensors", classifier, {"backbone": {"eps": "small"}})
-    assert "bad.safetensors describes a backbone this version" in error_of("bad.safetensors", "x.safetensors")
+    assert f"bad.safetensors describes {told}" in error_of("bad.safetensors", "x.safetensors")
 
 
 def test_wrong_arguments_are_one_line_that_names_them(classifier):
@@ -412,12 +375,8 @@ def test_wrong_arguments_are_one_line_that_names_them(classifier):
     assert f"unknown format 'caffe'; choose from {', '.join(TARGETS)}" in error_of("none.pth", "x.pkl", "--to", "caffe")
     assert "nowhere: no such folder to write into" in error_of("r18.pth", "nowhere/x.safetensors")
     assert "r18.pth: no such folder to write into" in error_of("r18.pth", "r18.pth/x.safetensors")
-    assert "x.pth: files of this package are .safetensors" in error_of("r18.pth", "x.pth")
-    assert "error: x.pkl: unknown suffix '.pkl' for timm" in error_of("r18.pth", "x.pkl", "--to", "timm")
-    assert "error: x.pth: transformers reads a folder" in error_of("r18.pth", "x.pth", "--to", "transformers")
     assert "unknown input 'bgr'; choose from rgb, bgr-255" in error_of("r18.pth", "x.safetensors", "--input", "bgr")
     assert "unknown part 'head'" in error_of("r18.pth", "x.safetensors", "--part", "head")
     assert "--stride-in-1x1" in error_of("r18.pth", "x.safetensors", "--stride-in-1x1", "perhaps")
     assert "depth=18, but you asked for depth=34" in error_of("r18.pth", "x.safetensors", "--depth", "34")
     assert "--overwrit" in error_of("r18.pth", "x.safetensors", "--overwrit")
-    assert "torchvision has no such weights" in error_of("torchvision:ResNet51_Weights.DEFAULT", "x.safetensors")

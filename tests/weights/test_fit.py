@@ -6,6 +6,7 @@ import torchvision
 from torch import nn
 
 from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone
+from resbackbone.folding import FrozenBatchNorm2d
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import Weights
 from resbackbone.weights.fit import architecture_of, backbone_part, fit, pyramid_of, resolve_architecture
@@ -32,10 +33,17 @@ def test_the_depth_is_read_off_the_names(depth, prefix):
     }
 
 
-def test_34_and_50_have_the_same_blocks_a_stage_and_are_told_apart():
-    assert [counts for _, counts in (DEPTHS[34], DEPTHS[50])] == [(3, 4, 6, 3)] * 2
-    assert architecture_of(state_of(34))["depth"] == 34
-    assert architecture_of(state_of(50, groups=32, width_per_group=4))["depth"] == 50
+@pytest.mark.parametrize(
+    "depth, options",
+    [
+        (34, {}),  # as many blocks a stage as 50
+        (50, {"groups": 32, "width_per_group": 4}),
+        (101, {"levels": ["c4"]}),  # ends early, but only one depth fits
+        (18, {"levels": ["c2"]}),
+    ],
+)
+def test_the_depth_of_grouped_and_cut_trunks_is_read_off_too(depth, options):
+    assert architecture_of(state_of(depth, **options))["depth"] == depth
 
 
 @pytest.mark.parametrize("state", [{}, {"fc.weight": torch.zeros(1)}, state_of(50, levels=["c3"])], ids=len)
@@ -43,20 +51,11 @@ def test_names_that_fit_no_or_several_published_networks_tell_no_depth(state):
     assert "depth" not in architecture_of(state)
 
 
-def test_a_trunk_that_ends_early_has_the_only_depth_that_fits():
-    assert architecture_of(state_of(101, levels=["c4"]))["depth"] == 101
-    assert architecture_of(state_of(18, levels=["c2"]))["depth"] == 18
-
-
-@pytest.mark.parametrize("shortcut, told", [("A", None), ("B", "B"), ("C", "C"), ("none", None)])
-def test_shortcuts_are_told_where_they_have_parameters(shortcut, told):
-    assert architecture_of(state_of(34, shortcut=shortcut)).get("shortcut") == told
-
-
-def test_groups_width_channels_and_norm_are_read_off_the_shapes():
-    state = state_of(50, groups=32, width_per_group=4, in_channels=5, norm="GN")
-    told = architecture_of(state)
-    assert (told["groups"], told["width_per_group"], told["in_channels"], told["norm"]) == (32, 4, 5, "GN")
+@pytest.mark.parametrize("shortcut, found", [("A", None), ("B", "B"), ("C", "C"), ("none", None)])
+def test_shortcuts_are_found_where_they_have_parameters(shortcut, found):
+    state = state_of(50, shortcut=shortcut, groups=32, width_per_group=4, in_channels=5, norm="GN")
+    expected = {"depth": 50, "groups": 32, "width_per_group": 4, "in_channels": 5, "norm": "GN"}
+    assert architecture_of(state) == {**expected, **({"shortcut": found} if found else {})}
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_what_is_asked_stands_over_what_is_assumed_and_may_not_contradict_what_i
 
 
 def test_weights_of_no_known_names_are_refused_by_their_names():
-    with pytest.raises(ValueError, match=r"hold no ResNet under names that are known \(stem.0.weight, \.\.\)"):
+    with pytest.raises(ValueError, match=r"hold no ResNet under known names \(stem.0.weight, \.\.\)"):
         resolve_architecture(Weights({"stem.0.weight": torch.zeros(1)}, {}, "a file"))
 
 
@@ -148,17 +147,9 @@ def test_a_fresh_part_may_be_absent_as_a_whole_and_keeps_its_values_but_not_in_p
 
 @pytest.mark.parametrize("given, taken", [(True, False), (False, True), (True, True)])
 def test_a_batch_counter_may_be_missing_on_either_side(given, taken):
-    module = nn.ModuleDict(
-        {
-            "bn": nn.BatchNorm1d(2, track_running_stats=True)
-            if taken
-            else ResNetBackbone(BackboneConfig(depth=18, norm="FrozenBN"))
-        }
-    )
-    state = {name: value + 1 for name, value in module.state_dict().items() if "num_batches" not in name}
-    if given:
-        state["bn.num_batches_tracked"] = torch.tensor(7)
-    fit(module, weights(state))
+    module = nn.BatchNorm1d(2) if taken else FrozenBatchNorm2d(2)
+    state = {name: value + 1 for name, value in module.state_dict().items() if name != "num_batches_tracked"}
+    fit(module, weights(state | ({"num_batches_tracked": torch.tensor(7)} if given else {})))
     if taken:
-        assert module.bn.num_batches_tracked == (7 if given else 0)
-    assert all(torch.equal(module.state_dict()[n], v) for n, v in state.items() if "num_batches" not in n)
+        assert module.num_batches_tracked == (7 if given else 0)
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in state.items())

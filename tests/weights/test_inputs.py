@@ -2,15 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from resbackbone.weights.inputs import BGR_255, INPUT, check_input, describe_input, for_canonical_input, for_given_input
-
-RGB_255 = {
-    "channel_order": "RGB",
-    "range": [0, 255],
-    "mean": [123.675, 116.28, 103.53],
-    "std": [58.395, 57.12, 57.375],
-}
-BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}
+from resbackbone.weights.inputs import (
+    BGR_255,
+    BGR_255_WITH_STD,
+    INPUT,
+    RGB_255,
+    check_input,
+    describe_input,
+    for_canonical_input,
+    for_given_input,
+)
 
 
 def prepared(image, given):

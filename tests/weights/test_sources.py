@@ -1,8 +1,4 @@
-import functools
-import hashlib
-import http.server
 import json
-import threading
 import time
 from pathlib import Path
 
@@ -97,10 +93,7 @@ def test_torchvision_weights_lie_where_torchvision_keeps_them_and_say_what_it_sa
     assert stated["recipe"].startswith("https://github.com/pytorch/vision/")
     assert stated["licence"] == "BSD-3-Clause"
     json.dumps(stated)  # as metadata of a file
-
-
-def test_an_alias_of_torchvision_is_stated_by_its_own_name(downloads):
-    assert locate("torchvision:ResNet50_Weights.DEFAULT").stated["source"].endswith(".IMAGENET1K_V2")
+    assert locate("torchvision:ResNet50_Weights.DEFAULT").stated == stated  # an alias
 
 
 @pytest.mark.parametrize(
@@ -121,10 +114,6 @@ def test_torchvision_detectors_state_the_eps_that_torchvision_loads_them_with(do
     monkeypatch.setattr(type(weights), "get_state_dict", lambda *_, **__: {})
     monkeypatch.setattr(torch.nn.Module, "load_state_dict", lambda *_, **__: None)
     assert builder(weights=weights).backbone.body.bn1.eps == eps
-
-
-def test_other_networks_of_torchvision_state_no_resnet(downloads):
-    assert "backbone" not in locate("torchvision:VGG16_Weights.IMAGENET1K_V1").stated
 
 
 @pytest.mark.parametrize("name", ["ResNet50_Weights", "ResNet50_Weights.IMAGENET1K_V3", "ResNet50.IMAGENET1K_V2"])
@@ -157,7 +146,6 @@ def test_a_timm_network_trained_on_another_input_says_so(hub):
     [
         ("resnet50.a9_in1k", "resnet50.a3_in1k"),
         ("resnet51", "close names are resnet50"),
-        ("tv_resnet50", "timm:resnet50.tv_in1k"),
         ("vgg16.tv_in1k", "not one of timm's ResNets"),
         ("resnetblur50.bt_in1k", "blurs its maps"),
         ("resnetaa50.a1h_in1k", "blurs its maps"),
@@ -171,17 +159,15 @@ def test_a_name_timm_has_nothing_for_is_answered_with_what_there_is(name, answer
 
 # Hugging Face
 
-TRANSFORMERS = {
-    "model_type": "resnet",
-    "downsample_in_bottleneck": True,
-    "id2label": {"1": "dog", "0": "cat"},
-}
-
 
 def test_a_transformers_repository_states_stride_input_classes_and_licence(hub):
     hub["me/net"] = {
         "model.safetensors": "tensors",
-        "config.json": TRANSFORMERS,
+        "config.json": {
+            "model_type": "resnet",
+            "downsample_in_bottleneck": True,
+            "id2label": {"1": "dog", "0": "cat"},
+        },
         "preprocessor_config.json": {"image_mean": list(MEAN), "image_std": [0.5, 0.25, 0.125]},
         "README.md": '---\ntags:\n- x\nlicense: "mit"\n---\n# Net\nlicense: gpl\n',
     }
@@ -209,11 +195,8 @@ def test_what_a_repository_does_not_say_is_not_stated(hub):
     assert path.name == "pytorch_model.bin"
     assert stated["licence"] == "unknown" and not {"input", "classes"} & set(stated)
     assert stated["backbone"] == STRIDE_IN_3X3  # transformers' default
-    for preprocessor in (
-        {"image_mean": list(MEAN), "image_std": [1.0, float("nan"), 1.0]},
-        {"image_mean": list(MEAN), "image_std": [1.0, 1.0, 1.0], "do_normalize": False},
-    ):
-        hub["me/net"]["preprocessor_config.json"] = preprocessor
+    for std, more in (([1.0, float("nan"), 1.0], {}), ([1.0, 1.0, 1.0], {"do_normalize": False})):
+        hub["me/net"]["preprocessor_config.json"] = {"image_mean": list(MEAN), "image_std": std, **more}
         assert "input" not in locate("hf:me/net").stated
     hub["me/net"] = {"model.safetensors": "tensors"}
     assert not {"backbone", "input"} & set(locate("hf:me/net").stated)
@@ -229,9 +212,10 @@ def test_a_timm_repository_states_its_pretrained_cfg(hub, nested):
     assert (stated["licence"], stated["classes"], stated["backbone"]) == ("mit", ["a", "b"], STRIDE_IN_3X3)
 
 
-def test_a_timm_repository_of_a_network_that_only_looks_like_a_resnet_is_refused(hub):
-    hub["me/net"] = {"model.safetensors": "tensors", "config.json": {"architecture": "resnetblur50"}}
-    assert "resnetblur50 blurs its maps" in refusal("hf:me/net")
+@pytest.mark.parametrize("config", [{"architecture": "resnetblur50"}, {"architecture": "resnetaa50"}])
+def test_a_timm_repository_of_a_network_that_only_looks_like_a_resnet_is_refused(hub, config):
+    hub["me/net"] = {"model.safetensors": "tensors", "config.json": config}
+    assert "blurs its maps" in refusal("hf:me/net")
 
 
 def test_a_revision_and_a_file_can_be_named(hub):
@@ -247,25 +231,18 @@ def test_a_name_that_is_no_repository_is_refused(name):
     assert "hf:OWNER/REPO[@REVISION][:FILE]" in refusal(f"hf:{name}")
 
 
-@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"a": 1}' + " " * (17 << 20), "nul"])
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, "nul"])
 def test_a_config_that_is_no_json_object_is_refused(hub, content):
     hub["me/net"] = {"model.safetensors": "tensors", "config.json": content}
     assert "its config.json" in refusal("hf:me/net")
 
 
-@pytest.mark.parametrize(
-    "kind, answer",
-    [
-        ("RepositoryNotFoundError", "no such repository, or it is private"),
-        ("GatedRepoError", "hf auth login"),
-        ("RevisionNotFoundError", "no revision 'v2'"),
-        ("HFValidationError", "HFValidationError"),
-    ],
-)
-def test_what_hugging_face_refuses_is_one_line(hub, kind, answer):
-    error = getattr(errors, kind)
-    hub["me/net@v2"] = {"config.json": error.__new__(error)}  # their constructors want the server's answer
-    assert answer in refusal("hf:me/net@v2")
+@pytest.mark.parametrize("kind", ["RepositoryNotFoundError", "GatedRepoError", "RevisionNotFoundError"])
+def test_what_hugging_face_refuses_is_its_own_message_in_one_line(hub, kind):
+    error = getattr(errors, kind).__new__(getattr(errors, kind))  # its constructor takes the server's answer
+    error.args = ("404 Client Error.\n\nNot found: https://hf",)
+    hub["me/net@v2"] = {"config.json": error}
+    assert refusal("hf:me/net@v2").endswith("me/net could not be read: 404 Client Error. Not found: https://hf")
 
 
 @pytest.mark.parametrize("source", ["timm:resnet50.a1_in1k", "hf:timm/resnet50.a1_in1k"])
@@ -334,54 +311,20 @@ def test_a_config_of_detectron2s_zoo_stands_for_its_file(downloads):
 def test_a_path_outside_detectron2s_folder_is_refused(downloads, name):
     refusal(f"detectron2:{name}")
     assert not downloads
-
-
-def test_a_config_that_detectron2s_zoo_lacks_shows_close_ones(downloads):
-    assert "COCO-Detection/faster_rcnn_R_50_FPN_3x.yaml" in refusal(
-        "detectron2:COCO-Detection/faster_rcnn_R_50_FPN_2x.yaml"
-    )
+    assert "_R_50_FPN_3x.yaml" in refusal("detectron2:COCO-Detection/faster_rcnn_R_50_FPN_2x.yaml")  # a close name
 
 
 # URLs
 
 
-@pytest.fixture
-def folder_url(tmp_path, monkeypatch):
-    folder = tmp_path / "served"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    monkeypatch.undo()  # the network, that is this machine's
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_a_url_is_downloaded_checked_and_found_again(folder_url):
-    folder, url = folder_url
-    digest = hashlib.sha256(b"tensors").hexdigest()
-    (folder / f"net-{digest[:8]}.pth").write_bytes(b"tensors")
-    path, stated = locate(f"{url}/net-{digest[:8]}.pth?key=secret")
-    assert path.read_bytes() == b"tensors" and path.name == f"net-{digest[:8]}.pth"
-    public = f"{url}/net-{digest[:8]}.pth"  # without the query, which may be a key
+def test_a_url_is_downloaded_with_the_hash_of_its_name_or_its_ending(downloads):
+    path, stated = locate("https://host/net-0676ba61.pth?key=secret")
+    public = "https://host/net-0676ba61.pth"  # without the query, which may be a key
+    assert path.name == "net-0676ba61.pth" and path.parents[1] == Path(torch.hub.get_dir()) / "resbackbone"
     assert stated == {"source": public, "url": public, "licence": "unknown", "accuracy": []}
-    (folder / path.name).unlink()
-    assert locate(f"{url}/net-{digest[:8]}.pth?key=secret#sha256={digest}").path == path
-
-
-def test_a_url_whose_file_is_another_than_its_name_or_ending_says_is_refused(folder_url):
-    folder, url = folder_url
-    (folder / "net-00000000.pth").write_bytes(b"tensors")
-    assert "00000000 is published" in refusal(f"{url}/net-00000000.pth")
-    assert "1111111111 is published" in refusal(f"{url}/net-00000000.pth#sha256=1111111111")
-    digest = hashlib.sha256(b"tensors").hexdigest()
-    assert locate(f"{url}/net-00000000.pth#sha256={digest.upper()}").path.read_bytes() == b"tensors"
+    assert locate("https://host/net-0676ba61.pth?key=secret#sha256=11111111AA").path == path
+    url = "https://host/net-0676ba61.pth?key=secret"
+    assert downloads == [(url, path, "0676ba61", ""), (url, path, "11111111AA", "")]
 
 
 def test_files_of_one_name_from_two_urls_are_kept_apart(downloads):

@@ -37,12 +37,13 @@ NETWORKS = {
     "c4 detector": lambda: detector("c4"),
     "dc5 detector": lambda: detector("dc5"),
 }
-NAMELESS = {  # what a format has no names for
-    "timm": {"pyramid", "pyramid with norms", "p3 to p7", "fpn detector", "c4 detector", "dc5 detector"},
-    "msra": {"pyramid", "pyramid with norms", "p3 to p7", "fpn detector", "c4 detector", "dc5 detector"},
-    "transformers": {"pyramid", "pyramid with norms", "p3 to p7", "fpn detector", "c4 detector", "dc5 detector"},
-}
-PAIRS = [(f, n) for f in FORMATS for n in NETWORKS if n not in NAMELESS.get(f, ())]
+NAMELESS = [name for name, known in FORMATS.items() if not known.pyramid]  # without names for pyramids and heads
+PAIRS = [
+    (format, network)
+    for format in FORMATS
+    for network in NETWORKS
+    if format not in NAMELESS or network in ("classifier", "bottlenecks", "trunk")
+]
 
 
 def without_counters(state):

@@ -41,7 +41,7 @@ def test_all_of_torchvisions_resnets_are_listed_with_the_figures_of_its_metadata
 
 def test_all_listed_weights_can_be_looked_up_and_state_the_figure_they_are_listed_with(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "download", lambda *_, **__: None)
-    monkeypatch.setattr(sources, "_hub_file", lambda repository, revision, file: tmp_path / repository / file)
+    monkeypatch.setattr(sources, "_hub_file", lambda repository, revision, file, **_: tmp_path / repository / file)
     for name, named in LISTED.items():
         if name.startswith("hf:"):  # their publisher states it in files of the repository
             continue
