@@ -121,7 +121,7 @@ def test_what_is_given_is_kept_in_the_file_and_no_longer_assumed(bottlenecks, ca
     assert "stride  in the 3x3, assumed\n" in said and f"input   {INPUT}, assumed\n" in said
     assert metadata_of("assumed.safetensors")["backbone"]["stride_in_1x1"] is False
 
-    given = ["--stride-in-1x1", "True", "--input", "bgr-255", "--licence", "MIT", "--recipe", "90 [epochs]"]
+    given = ["--stride-in-1x1", "--input", "bgr-255", "--licence", "MIT", "--recipe", "90 [epochs]"]
     said = said_by(capsys, "r50.pth", "given.safetensors", *given)
     assert "stride  in the 1x1\n" in said and f"input   {MSRA_INPUT}; converted to {INPUT}\n" in said
     metadata = metadata_of("given.safetensors")
@@ -142,8 +142,8 @@ def test_what_is_given_is_kept_in_the_file_and_no_longer_assumed(bottlenecks, ca
 
 def test_files_that_say_their_stride_and_input_are_not_told_others(bottlenecks):
     torch.save(bottlenecks, "r50.pth")
-    convert("r50.pth", "ours.safetensors", "--stride-in-1x1", "True")
-    said = error_of("ours.safetensors", "other.safetensors", "--stride-in-1x1", "False")
+    convert("r50.pth", "ours.safetensors", "--stride-in-1x1")
+    said = error_of("ours.safetensors", "other.safetensors", "--no-stride-in-1x1")
     assert said.endswith("ours.safetensors are for stride_in_1x1=True, but you asked for stride_in_1x1=False")
     assert f"ours.safetensors is a file of this package, for {INPUT}" in error_of(
         "ours.safetensors", "other.safetensors", "--input", "bgr-255"
@@ -377,6 +377,5 @@ def test_wrong_arguments_are_one_line_that_names_them(classifier):
     assert "r18.pth: no such folder to write into" in error_of("r18.pth", "r18.pth/x.safetensors")
     assert "unknown input 'bgr'; choose from rgb, bgr-255" in error_of("r18.pth", "x.safetensors", "--input", "bgr")
     assert "unknown part 'head'" in error_of("r18.pth", "x.safetensors", "--part", "head")
-    assert "--stride-in-1x1" in error_of("r18.pth", "x.safetensors", "--stride-in-1x1", "perhaps")
     assert "depth=18, but you asked for depth=34" in error_of("r18.pth", "x.safetensors", "--depth", "34")
     assert "--overwrit" in error_of("r18.pth", "x.safetensors", "--overwrit")
