@@ -111,5 +111,5 @@ def held_out(file_names: Sequence[str]) -> np.ndarray:
     originals = np.array([name.partition(".rf.")[0] for name in file_names])
     distinct = sorted(set(originals.tolist()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(distinct) < 2:
-        raise UserError(f"there is no validation split, and {len(distinct)} image is too few to hold one out")
+        raise UserError(f"there is no validation split, and holding an image out takes at least 2, not {len(distinct)}")
     return np.isin(originals, distinct[: -(-len(distinct) // HELD_OUT)])

@@ -128,7 +128,7 @@ def make_shapes(
     arguments = {"seed": seed, "train_images": train_images, "val_images": val_images, "size": size}
     for (name, value), least in zip(arguments.items(), (0, 1, 1, MIN_SIZE), strict=True):
         if value < least:
-            raise UserError(f"{name} is {value}; it must be {least} or more")
+            raise UserError(f"{name} is {value}; it must be at least {least}")
 
     def draw(unfinished: Path) -> None:
         write_split(unfinished, "train2017", train_images, seed=seed, size=size)

@@ -153,6 +153,6 @@ def test_on_a_full_disk_the_error_names_the_folder_and_leaves_nothing(tmp_path, 
 
 @pytest.mark.parametrize("name, value, least", [("size", 63, 64), ("train_images", 0, 1), ("val_images", -1, 1)])
 def test_an_argument_that_is_too_small_is_an_error_that_says_what_is_accepted(tmp_path, name, value, least):
-    with pytest.raises(ValueError, match=f"{name} is {value}; it must be {least} or more"):
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least {least}"):
         make_shapes(tmp_path / "set", **{name: value})
     assert not (tmp_path / "set").exists()
