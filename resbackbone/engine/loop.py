@@ -65,7 +65,7 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
 
     def stop(*, together: bool = False) -> None:
         if rank.is_main:
-            observer.warn(f"terminated at step {state.step} and saved; --resume continues")
+            observer.warn(f"terminated at step {state.step} and saved; continue with --resume")
         termination.stop(together=together)
 
     def evaluate_if_due() -> None:
