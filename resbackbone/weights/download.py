@@ -19,8 +19,8 @@ def download(url: str, to: str | os.PathLike, *, sha256: str = "", md5: str = ""
     """Download `url` to `to` if there is no such file yet. Other processes that want it wait for the first one.
 
     `sha256` or `md5` are the first hexadecimal digits of the hash that the publisher states. A file gets the name `to`
-    only when it is complete and has that hash. Raises ValueError, with a sentence that says what to fetch and where to
-    put it, if the file cannot be downloaded.
+    only when it has that hash. Raises ValueError if the file cannot be downloaded; the message says what to fetch and
+    where to put it.
     """
     from filelock import FileLock
 
