@@ -4,19 +4,20 @@ python tools/degradation.py --data cifar10                       plain-20/56 and
 python tools/degradation.py --data cifar10 --depths 20 32 44 56 110 --steps 16000 --output runs/quarter
 python tools/degradation.py --data cifar10 --no-plain --depths 20 56     the residual nets alone
 python tools/degradation.py --data cifar10 --shortcuts --depths 20       shortcuts A, B and C compared (Table 3's point)
-python tools/degradation.py --output runs/quarter --plot-only            draws again what is there
-Started again, it skips the runs that are finished and goes on with the one that is not.
+python tools/degradation.py --output runs/quarter --plot-only            draws what is recorded so far
+
+Run the same command again to resume: finished runs are skipped.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from resbackbone.cli.command import console, main_of, parse, progress_console
-from resbackbone.cli.options import check_counts, resumed
+from resbackbone.cli.command import console, from_config, main_of, parse, progress_console
+from resbackbone.cli.options import MachineOptions, check_counts, check_output, check_same_run, launch_command
 
 import matplotlib
 
@@ -29,54 +30,37 @@ from resbackbone.engine.run import read_yaml
 from resbackbone.tools import train_cifar10
 from resbackbone.tools.train_cifar10 import name_of
 
-POINTS = 100  # of a training curve: the mean over a hundredth of the updates each
-LAST = 0.1  # the share of the updates over which the final training error is the mean
-SAME = ("steps", "batch_size", "validation", "precision", "seed")  # in runs that are compared, and the training images
+POINTS = 100  # of a training curve; each is the mean over a hundredth of the updates
+LAST = 0.1  # the final training error is the mean over this share of the updates
+SAME = ("steps", "batch_size", "validation", "precision", "seed")  # equal in all runs that are compared
 
 
 @dataclass(frozen=True)
-class Options:
-    """Train plain and residual nets under one recipe; draw and tabulate their errors."""
-
-    data: Path | None = None
-    """CIFAR-10, or synthetic, as train_cifar10.py takes it."""
+class ComparisonOptions:
     depths: tuple[int, ...] = (20, 56)
     """Of 20, 32, 44, 56, 110 and 1202."""
     shortcuts: bool = False
     """Compare residual nets with the shortcuts A, B and C instead of plain and residual ones."""
     plain: bool = True
-    """The plain nets too; without them the residual nets of the --depths alone (Fig. 6, the middle)."""
+    """Include the plain nets; --no-plain trains only the residual nets (Fig. 6, middle)."""
     output: Path = Path("runs/degradation")
-    """Folder for a run folder a net, and degradation (or shortcuts) .png, .svg, .md and .json."""
+    """Folder for a run folder per net, and degradation (or shortcuts) .png, .svg, .md and .json."""
     plot_only: bool = False
-    """Train nothing: draw what the runs in --output have recorded, finished or not."""
-    steps: int | None = None
-    """Updates of each net; the drops come at the half and three quarters. Default: the paper's 64000."""
-    batch_size: int = train_cifar10.BATCH_SIZE
-    """Images an update, over all GPUs."""
-    validation: bool = False
-    """Test on a tenth of the training images, kept for it."""
-    checkpoint_period: int = 500
-    """Updates between checkpoints."""
-    eval_period: int | None = None
-    """Updates between tests: points of a test curve. Default: 1000, or a tenth of --steps if that is less."""
+    """Train nothing; draw what the runs in --output have recorded, finished or not."""
     log_period: int = 20
     """Updates between lines of metrics."""
-    seed: int = 0
-    """Of every net."""
-    device: str | None = None
-    """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
-    gpus: int | None = None
-    """How many of this machine's GPUs. Default: all."""
-    precision: str | None = None
-    """fp32, bf16 or fp16 (autocast). Default: bf16 where the device computes in it."""
     quiet: bool = False
-    """Print warnings, errors and the results alone."""
+    """Print only warnings, errors and the results."""
+
+
+@dataclass(frozen=True)
+class Options(ComparisonOptions, train_cifar10.DataOptions, train_cifar10.TrainingOptions, MachineOptions):
+    """Train plain and residual nets under one recipe; draw and tabulate their errors."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What one run has recorded: (update, error) in fractions, of training batches and of the test images."""
+    """The (update, error) pairs of one run, in fractions: of training batches, and of the test images."""
 
     name: str
     network: dict  # depth and shortcut
@@ -87,7 +71,7 @@ class Curves:
     minutes: float
 
     def row(self) -> dict:
-        """What the tables say of it."""
+        """The row of the tables."""
         begin = (1 - LAST) * self.train[-1][0]
         last = [error for update, error in self.train if update > begin]
         return {
@@ -104,14 +88,15 @@ class Curves:
 def main(argv: list[str] | None = None) -> None:
     """Nets -> a run each -> one figure and one table."""
     options = parse(Options, argv)
+    check_output(options.output)
     check_counts(options, least=1, names=("steps",))
     nets = networks(options)
     if not options.plot_only:
         for net in nets:
-            train(net, options)
+            train(net)
     if os.environ.get("RANK", "0") != "0":
         return
-    curves = [read_run(options.output / name_of(net)) for net in nets]
+    curves = [read_run(net.output) for net in nets]
     check_same_recipe(curves)
     name = "shortcuts" if options.shortcuts else "degradation"
     if options.shortcuts:
@@ -129,48 +114,38 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def networks(options: Options) -> list[train_cifar10.Options]:
-    """The complete options of every net's run, but for the folder; ValueError for what is not there."""
-    shared = {
-        "data": options.data or (Path(train_cifar10.SYNTHETIC) if options.plot_only else None),  # which is not read
-        **{name: getattr(options, name) for name in ("steps", "batch_size", "validation", "seed", "precision")},
-        **{name: getattr(options, name) for name in ("checkpoint_period", "eval_period", "log_period")},
-        **{name: getattr(options, name) for name in ("device", "gpus")},
-    }
+    """The options of each net's run, folder included. Raises ValueError for an option that is not accepted."""
     if not options.depths:
         raise UserError("--depths: give one or more, such as --depths 20 56")
+    names = {field.name for field in fields(train_cifar10.Options)} - {"plain", "output"}
+    shared: dict[str, Any] = {name: value for name, value in vars(options).items() if name in names}
+    if options.plot_only:
+        shared["data"] = Path(train_cifar10.SYNTHETIC)  # not read
     residual: dict[str, Any] = {}  # with shortcut A, the default
     kinds = [{"plain": True}, residual] if options.plain else [residual]
     if options.shortcuts:
         kinds = [residual, {"shortcut": "B"}, {"shortcut": "C"}]
     asked = [train_cifar10.Options(depth=depth, **kind, **shared) for kind in kinds for depth in options.depths]
-    return [train_cifar10.complete(one) for one in asked]
+    nets = [train_cifar10.complete(one) for one in asked]
+    return [replace(net, output=options.output / name_of(net), max_steps=net.steps) for net in nets]
 
 
-def train(net: train_cifar10.Options, options: Options) -> None:
-    """Train a net in its folder, or go on with it, or leave it if it is finished; ValueError for another recipe's."""
-    folder = options.output / name_of(net)
-    argv = ["--output", folder, "--depth", net.depth, "--max-steps", net.steps]
-    argv += ["--resume"] if (folder / "config.yaml").is_file() else []
-    argv += ["--plain"] if net.plain else ["--shortcut", net.shortcut] if net.shortcut else []
-    argv += ["--validation"] if net.validation else ["--no-validation"]
-    argv += ["--quiet"] if options.quiet else []
-    for name in ("data", "steps", "batch_size", "seed", "precision", "device", "gpus"):
-        if getattr(net, name) is not None:
-            argv += [f"--{name.replace('_', '-')}", getattr(net, name)]
-    for name in ("checkpoint_period", "eval_period", "log_period"):
-        argv += [f"--{name.replace('_', '-')}", getattr(net, name)]
-    argv = [str(word) for word in argv]
-    if (folder / "results.json").is_file():
-        wanted = train_cifar10.parse(train_cifar10.Options, argv)
-        resumed(wanted, argv, default=folder, may_differ=train_cifar10.MAY_DIFFER)  # says so if it is another recipe's
-        if json.loads((folder / "results.json").read_text())["steps"] >= net.steps:
-            progress_console.print(f"{folder} is finished")
+def train(net: train_cifar10.Options) -> None:
+    """Train a net or resume its run, unless it is finished. Raises ValueError if the run has another recipe."""
+    config = net.output / "config.yaml"
+    if config.is_file():
+        saved = train_cifar10.complete(from_config(train_cifar10.Options, config))
+        check_same_run(net, saved, net.output)
+        net = replace(net, resume=True)
+        results = net.output / "results.json"
+        if results.is_file() and json.loads(results.read_text())["steps"] >= net.steps:
+            progress_console.print(f"{net.output} is finished")
             return
-    train_cifar10.main(argv)
+    launch_command(train_cifar10.train, net)
 
 
 def read_run(folder: Path) -> Curves:
-    """The curves of a run; ValueError if there is none or it has recorded nothing yet."""
+    """The curves of a run. Raises ValueError if there is no run or it has recorded nothing yet."""
     config = read_yaml(folder / "config.yaml")
     train, tests = read_metrics(folder, "train"), read_metrics(folder, "eval")
     if not train:
@@ -193,18 +168,18 @@ def read_run(folder: Path) -> Curves:
 
 
 def check_same_recipe(curves: Sequence[Curves]) -> None:
-    """ValueError if two runs were not made alike: their errors say nothing of their depths then."""
+    """Raise ValueError if two runs have different recipes, so that their errors do not compare their depths."""
     for one in curves[1:]:
         for name, value in one.recipe.items():
             if value != curves[0].recipe[name]:
                 raise UserError(
-                    f"{one.name} was trained with {name} {value}, {curves[0].name} with {curves[0].recipe[name]}; runs "
-                    "that are compared have one recipe"
+                    f"{one.name} was trained with {name} {value}, {curves[0].name} with {curves[0].recipe[name]}; "
+                    "compare runs of the same recipe"
                 )
 
 
 def table(rows: Sequence[dict]) -> str:
-    """A Markdown table, a row for each net."""
+    """A Markdown table with a row per net."""
     lines = [
         "| network | shortcut | parameters | updates | training error, % | test error, % | minutes |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -218,7 +193,7 @@ def table(rows: Sequence[dict]) -> str:
 
 
 def draw(panels: Mapping[str, Sequence[Curves]], path: Path) -> None:
-    """A panel for each group of runs, side by side and on one scale: training error dashed, test error bold."""
+    """Draw a panel per group of runs, all on one scale: training error dashed, test error bold."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -235,7 +210,7 @@ def draw(panels: Mapping[str, Sequence[Curves]], path: Path) -> None:
         axis.set_xlabel("updates")
         axis.grid(alpha=0.3)
         axis.legend(title="test bold, training dashed")
-    # The first updates would take all of the scale: it ends above whatever comes after a tenth of them.
+    # The scale ends above the errors after the first tenth of the updates, which are much larger.
     late = [e for c in drawn for u, e in [*binned(c.train), *c.test] if u > LAST * max(d.updates for d in drawn)]
     axes[0][0].set_ylim(0, min(100, 105 * max(late, default=1.0)) or 1)
     axes[0][0].set_ylabel("error, %")
@@ -245,7 +220,7 @@ def draw(panels: Mapping[str, Sequence[Curves]], path: Path) -> None:
 
 
 def binned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """The points, averaged over equal stretches so that about POINTS are left, each at the end of its stretch."""
+    """Average the points over equal stretches to about POINTS, each at the end of its stretch."""
     size = max(1, len(points) // POINTS)
     stretches = [points[i : i + size] for i in range(0, len(points), size)]
     return [(part[-1][0], sum(error for _, error in part) / len(part)) for part in stretches]
@@ -255,9 +230,5 @@ def in_percent(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[flo
     return [update for update, _ in points], [100 * error for _, error in points]
 
 
-def run() -> None:
-    main_of(main)
-
-
 if __name__ == "__main__":
-    run()
+    main_of(main)

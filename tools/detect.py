@@ -15,9 +15,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from resbackbone.cli.command import console, main_of, parse, progress_console, track
+from resbackbone.cli.command import Auto, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_counts
+from resbackbone.cli.options import check_counts, check_output
 
 import torch
 import tyro
@@ -48,7 +48,7 @@ class Options:
     source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
     inputs: tyro.conf.Positional[tuple[str, ...]]
     """Images, folders of images, quoted patterns such as 'photos/**/*.jpg', video files, or a camera's number."""
-    output: Path | None = None
+    output: Auto[Path] = None
     """Folder for pictures and JSON. Default: detected/ in the run's folder, or beside the weight file."""
     recursive: bool = False
     """Include images in subfolders."""
@@ -57,21 +57,21 @@ class Options:
     pictures: bool = True
     """Draw the boxes: a picture of each image, a video of each video."""
     coco_results: bool = False
-    """Write coco_results.json too, a list that pycocotools' loadRes takes."""
-    annotations: Path | None = None
-    """COCO annotation file with the ids of the images, by file name. Default: numbers from 1, in order."""
+    """Write coco_results.json too, in COCO's results format for pycocotools' loadRes."""
+    annotations: Auto[Path] = None
+    """COCO annotation file with the ids of the images by file name. Default: numbers from 1, in order."""
     batch_size: int = 1
-    """Images read at a time; those of one size go through the network together."""
-    max_frames: int | None = None
-    """Stop a video or camera after this many frames."""
-    device: str | None = None
-    """cuda, cuda:N, cpu or mps. Default: a GPU if there is one."""
-    precision: str | None = None
+    """Images read at a time; images of equal size go through the network together."""
+    max_frames: Auto[int] = None
+    """Stop each video or camera after this many frames. Default: no limit."""
+    device: Auto[str] = None
+    """cuda, cuda:N, cpu or mps. Default: a GPU, or the CPU if there is none."""
+    precision: Auto[str] = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
     skip_bad_images: bool = False
-    """Skip images that cannot be read; they are named."""
+    """Skip images that cannot be read; their names are printed."""
     quiet: bool = False
-    """Print only warnings, errors and where the results are."""
+    """Print only warnings, errors and the paths of the results."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Finder:
     threshold: float
 
     def find(self, images: Sequence[Tensor], image_ids: Sequence[int]) -> list[list[dict]]:
-        """Images, uint8 [3, H, W], to what is in each: {"category", "image_id", "category_id", "bbox", "score"}.."""
+        """For each image, uint8 [3, H, W], a list of {"category", "image_id", "category_id", "bbox", "score"}."""
         names = self.detector.real_categories  # without the outputs that stand for no class
         found = detect(self.detector, images, image_ids, self.device, bf16=self.bf16)
         return [
@@ -102,6 +102,7 @@ class Finder:
 def main(argv: list[str] | None = None) -> None:
     """Images and videos -> pictures with boxes, and what was found as JSON."""
     options = parse(Options, argv)
+    check_output(options.output)
     if not options.inputs:
         raise UserError("no image given: python tools/detect.py RUN IMAGE...")
     if not 0 <= options.threshold <= 1:
@@ -134,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
 def detect_images(
     finder: Finder, images: list[Path], image_ids: list[int], pictures: dict, folder: Path, options: Options
 ) -> None:
-    """Image files -> a picture each, detections.json with the file's name in every entry, and coco_results.json."""
+    """Image files -> pictures, detections.json with the file's name in every entry, and coco_results.json."""
     readable = read_images(track(images, len(images), "detect"), image_ids, skip_bad=options.skip_bad_images)
     with ExitStack() as files:
         add = files.enter_context(json_list(folder / "detections.json"))
@@ -159,7 +160,7 @@ def detect_images(
 def read_images(
     paths: Iterable[Path], image_ids: Iterable[int], *, skip_bad: bool
 ) -> Iterator[tuple[Path, Tensor, int]]:
-    """(file, uint8 [3, H, W], id) of each; one that cannot be read raises BadImage, or is named and left out."""
+    """Yield (file, uint8 [3, H, W], id). Raises BadImage for an unreadable image, or prints and skips it."""
     for path, image_id in zip(paths, image_ids, strict=True):
         try:
             yield path, read_image(path), image_id
@@ -170,7 +171,7 @@ def read_images(
 
 
 def detect_video(finder: Finder, source: Path | int, out: Path, options: Options) -> None:
-    """A video -> one with boxes, and a list of its frames: {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
+    """Video -> video with boxes, and a list of {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
     video = Video(source)
     total = min(filter(None, (video.count, options.max_frames)), default=None)
     frames = track(islice(video, options.max_frames), total, f"detect {video.name}")
@@ -192,13 +193,13 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
             if isinstance(source, Path):
                 raise
         if not number:
-            raise UserError(f"{video.name}: not one frame can be read")
+            raise UserError(f"{video.name}: no frame can be read")
     progress_console.print(f"{video.name}: {boxes} found in {number} frames{f', {out}' if options.pictures else ''}")
     console.print(f"all detections: {frames_file(out)}")
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items in lists of `size`, the last may be shorter; no more of them are held."""
+    """Yield the items in lists of `size`; the last may be shorter."""
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
@@ -206,7 +207,7 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 @contextmanager
 def json_list(path: Path) -> Iterator[Callable[[dict], None]]:
-    """Yield what appends an object to a JSON list, a line each; the file is there once it is whole."""
+    """Yield a function that appends an object to a JSON list, one per line; the file appears when it is complete."""
     with open_atomically(path) as file:
         lines = 0
 

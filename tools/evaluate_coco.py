@@ -8,9 +8,9 @@ python tools/evaluate_coco.py runs/mine --box-refinement --scales 200 400 600 80
 from dataclasses import dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import be_quiet, console, launch_command, main_of, parse
+from resbackbone.cli.command import Auto, be_quiet, console, main_of, parse
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import choose_machine
+from resbackbone.cli.options import check_counts, check_output, launch_command
 from resbackbone.cli.training import Session
 
 import torch
@@ -35,27 +35,27 @@ class Options:
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
     source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
-    data: Path | None = None
+    data: Auto[Path] = None
     """Folder of COCO-format data, as tools/train_coco.py takes it. Default: the one the run was trained on."""
-    output: Path | None = None
-    """Where detections.json and results.json go. Default: the run's folder, or eval-NAME/ in it for other --data or
-    options that change the detections."""
+    output: Auto[Path] = None
+    """Folder for detections.json and results.json. Default: the run's folder, or eval-NAME/ in it if --data or an
+    option changes the detections."""
     box_refinement: bool = False
     """Score and regress once more from the regressed boxes, and vote (He et al. 2015, appendix B)."""
     scales: tuple[int, ...] = ()
     """Shorter sides in pixels of an image pyramid: a region's features are the larger of those on its two best scales
     (appendix B, with 200 400 600 800 1000). Default: the detector's own size."""
     coco_backend: str = "hotcoco"
-    """What scores: hotcoco, or pycocotools, which gives the same numbers some hundred times slower."""
+    """Scorer: hotcoco, or pycocotools, which gives the same numbers about a hundred times slower."""
     skip_bad_images: bool = False
-    """Skip images that cannot be read; they are named and count as images without detections."""
-    device: str | None = None
-    """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
-    gpus: int | None = None
-    """How many of this machine's GPUs to use. Default: all."""
-    workers: int | None = None
+    """Skip images that cannot be read: print their names and score them as images without detections."""
+    device: Auto[str] = None
+    """cuda, cuda:N, cpu or mps. Default: all GPUs, or the CPU if there are none."""
+    gpus: Auto[int] = None
+    """Number of this machine's GPUs to use. Default: all."""
+    workers: Auto[int] = None
     """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
-    precision: str | None = None
+    precision: Auto[str] = None
     """fp32 or bf16 (autocast). Default: the run's, else bf16 where the device computes in it."""
     quiet: bool = False
     """Print only warnings, errors and the result."""
@@ -65,8 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     """A run -> its 12 numbers, in one process or in one for each GPU."""
     options = parse(Options, argv)
     one_of("COCO backend", options.coco_backend, BACKENDS)
-    device, processes, _ = choose_machine(options, INFERENCE)
-    launch_command(score, options, device=device, processes=processes)
+    check_output(options.output)
+    check_counts(options, least=0, names=("workers",))
+    launch_command(score, options, INFERENCE)
 
 
 def score(rank: Rank, options: Options) -> None:
@@ -91,7 +92,8 @@ def score(rank: Rank, options: Options) -> None:
     bf16 = precision == "bf16"
     prepare_for_detection(detector, bf16=bf16)
     if options.box_refinement or options.scales:
-        detector = ImprovedTesting(detector, box_refinement=options.box_refinement, scales=options.scales)
+        with from_option("--scales"):
+            detector = ImprovedTesting(detector, box_refinement=options.box_refinement, scales=options.scales)
     evaluation = evaluate(
         detector,
         dataset,

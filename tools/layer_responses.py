@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.command import Auto, console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
+from resbackbone.cli.options import check_output
 
 import matplotlib
 import numpy as np
@@ -24,6 +25,7 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
 from resbackbone.engine.checkpoints import checkpoints
+from resbackbone.engine.device import choose_device
 from resbackbone.engine.distributed import count_processes
 from resbackbone.engine.run import read_yaml
 from resbackbone.tools.train_cifar10 import find_cifar10
@@ -37,18 +39,18 @@ class Options:
     """Measure the layers' responses and gradients in the paper's CIFAR-10 networks, and draw them in one figure."""
 
     networks: tuple[str, ...] = ("plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110")
-    """Networks to look at as they are initialised."""
+    """Networks to measure at initialisation."""
     runs: tuple[Path, ...] = ()
-    """Folders of tools/train_cifar10.py: the network in each of their checkpoints. One checkpoint's folder will do."""
-    data: Path | None = None
-    """CIFAR-10 as train_cifar10.py takes it. Default: what the first of the runs was trained on; without runs
-    $CIFAR10_DIR or ./datasets/cifar10, else synthetic: patterns drawn on the spot."""
+    """Runs of tools/train_cifar10.py, or single checkpoint folders; every checkpoint is measured."""
+    data: Auto[Path] = None
+    """CIFAR-10 as train_cifar10.py takes it. Default: the data of the first run; without runs $CIFAR10_DIR or
+    ./datasets/cifar10, else synthetic (generated patterns)."""
     images: int = 128
-    """How many of its training images to look at."""
+    """Number of training images to measure on."""
     output: Path = Path("runs/layer-responses")
-    """Folder for layer_responses.png, .svg, .json and .md; what is there is replaced."""
+    """Folder for layer_responses.png, .svg, .json and .md; existing ones are replaced."""
     seed: int = 0
-    """Initial weights, and which images, are functions of it."""
+    """Seed of the initial weights and of the choice of images."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     quiet: bool = False
@@ -68,9 +70,12 @@ class Measured:
 def main(argv: list[str] | None = None) -> None:
     """Networks, and checkpoints of runs -> responses and gradients of their layers -> one figure and its numbers."""
     options = parse(Options, argv)
+    check_output(options.output)
     if options.images < 2:
-        raise UserError(f"--images {options.images}: batch norm takes the statistics of two images or more")
-    count_processes(options.device, None)  # says so if the device is not there
+        raise UserError(f"--images {options.images}: must be at least 2, for the statistics of batch norm")
+    with from_option("--device"):
+        device = choose_device(options.device)
+        count_processes(device, None)  # raises if the device is missing
     networks = [named(name) for name in options.networks]
     files = [file for run in options.runs for file in files_of(run)]
     if not networks and not files:
@@ -82,17 +87,18 @@ def main(argv: list[str] | None = None) -> None:
     drawn = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(options.seed))
     images, labels = (tensor[drawn[: options.images]] for tensor in data.train)
     looked_at = f"{len(labels)} training images of {data_folder}"
-    progress_console.print(f"looks at {looked_at}")
+    progress_console.print(f"measuring on {looked_at}")
 
     measured = []
     for depth, kind in networks:
         torch.manual_seed(options.seed)
         model = build_cifar_resnet(depth, shortcut=KINDS[kind], num_classes=len(data.classes))
-        measured.append(measure(model, 0, f"initialised, seed {options.seed}", images, labels, mean_image, options))
+        measured.append(measure(model, 0, f"initialised, seed {options.seed}", images, labels, mean_image, device))
     for file in files:
         model = build_cifar_resnet(weights=file, num_classes=len(data.classes))
         given = mean_image if model.mean_image is None else model.mean_image
-        measured.append(measure(model, step_of(file), str(file.parent), images, labels, given, options))
+        step = int(file.resolve().parent.name.removeprefix("step_"))
+        measured.append(measure(model, step, str(file.parent), images, labels, given, device))
 
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"looked_at": looked_at, "torch": str(torch.__version__), "measured": [asdict(m) for m in measured]}
@@ -103,13 +109,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def named(name: str) -> tuple[int, str]:
-    """plain-20 to (20, "plain"); ValueError for a network that is not there."""
+    """Convert plain-20 to (20, "plain"). Raises ValueError for an unknown network."""
     names = {f"{kind}-{depth}": (depth, kind) for kind in KINDS for depth in CIFAR_DEPTHS}
     return names[one_of("network", name, names)]
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The weight files of a run's checkpoints, oldest first, or of the checkpoint that the folder itself is."""
+    """The weight files of a run's checkpoints, oldest first, or the one in a checkpoint's folder."""
     is_checkpoint = re.fullmatch(r"step_\d+", folder.resolve().name)
     files = [path / FILE for path in ([folder] if is_checkpoint else checkpoints(folder))]
     if not files or not all(file.is_file() for file in files):
@@ -117,12 +123,8 @@ def files_of(folder: Path) -> list[Path]:
     return files
 
 
-def step_of(file: Path) -> int:
-    return int(file.resolve().parent.name.removeprefix("step_"))
-
-
 def trained_on(runs: Sequence[Path]) -> str:
-    """The data of the first run; without runs CIFAR-10 where it is usually kept, else synthetic."""
+    """The data of the first run; without runs, CIFAR-10 from its usual places, else synthetic."""
     if not runs:
         return str(find_cifar10() or SYNTHETIC)
     file = runs[0] / "config.yaml"
@@ -132,11 +134,11 @@ def trained_on(runs: Sequence[Path]) -> str:
 
 
 def measure(
-    model: CifarResNet, step: int, source: str, images: Tensor, labels: Tensor, mean_image: Tensor, options: Options
+    model: CifarResNet, step: int, source: str, images: Tensor, labels: Tensor, mean_image: Tensor, device: str
 ) -> Measured:
-    """One network's layers, on uint8 images [B, 3, 32, 32] less the mean image that it was trained with."""
+    """Measure one network's layers on uint8 images [B, 3, 32, 32] minus the mean image that it was trained with."""
     images = to_model_input(images, mean_image)
-    model, images, labels = model.to(options.device), images.to(options.device), labels.to(options.device)
+    model, images, labels = model.to(device), images.to(device), labels.to(device)
     responses, gradients = layer_responses(model, images), gradient_norms(model, images, labels)
     layers = [response | gradient for response, gradient in zip(responses, gradients, strict=True)]
     shortcut, depth = model.config["shortcut"], model.config["depth"]
@@ -150,7 +152,7 @@ def when(step: int) -> str:
 
 
 def table(measured: Sequence[Measured]) -> str:
-    """A Markdown table, a row for each network and time."""
+    """A Markdown table with a row per network and time."""
     lines = [
         "| network | when | response: median | smallest | largest | gradient: first/last layer | largest/smallest |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -164,7 +166,7 @@ def table(measured: Sequence[Measured]) -> str:
 
 
 def draw(measured: Sequence[Measured], folder: Path) -> None:
-    """A row of three panels for each time: responses by layer and in descending order, as in Fig. 7, and gradients."""
+    """Draw three panels per time: responses by layer and in descending order, as in Fig. 7, and gradients."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -204,9 +206,5 @@ def named_depth(network: str) -> int:
     return int(network.split("-")[1])
 
 
-def run() -> None:
-    main_of(main)
-
-
 if __name__ == "__main__":
-    run()
+    main_of(main)

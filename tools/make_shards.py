@@ -7,12 +7,10 @@ python tools/make_shards.py --index 'shards/train-{000000..000146}.tar'         
 
 then  python tools/pretrain.py --data 'shards/train-{000000..000320}.tar'
 
-The cost of re-encoding in accuracy: we know of no published figure for these settings. FFCV, whose users do the same,
-states only that larger images give more accuracy; its ResNet-50 reaches 78.4% in 88 epochs on images of at most 500
-pixels, half of them re-encoded at quality 90 (github.com/libffcv/ffcv-imagenet, README). Users report losses when they
-test on re-encoded images, and when they train on these and test on the original files (github.com/libffcv/ffcv, issues
-364 and 352; no cause was found). So validation images are copied unchanged, and so are training images that are small
-enough. Recipes with larger images, such as `paper` with shorter sides of up to 480, enlarge an image of 320.
+We know of no published figure for what re-encoding costs in accuracy. Users of FFCV report losses when they test on
+re-encoded images (github.com/libffcv/ffcv, issues 352 and 364), so validation images are copied unchanged, and so are
+training images that are small enough. Recipes with larger images, such as `paper` with shorter sides of up to 480,
+enlarge an image of 320.
 """
 
 import hashlib
@@ -26,6 +24,7 @@ from pathlib import Path
 
 from resbackbone.cli.command import console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
+from resbackbone.cli.options import check_output
 
 import numpy as np
 from PIL import Image
@@ -48,17 +47,17 @@ class Options:
     output: Path | None = None
     """Folder for the shards, train-000000.tar and so on, and their indices, train.json and val.json."""
     shorter_side: int = 320
-    """Larger training images are resized to this many pixels; 0 copies all files unchanged."""
+    """Shorter side in pixels that larger training images are resized to; 0 copies all files unchanged."""
     quality: int = 90
     """JPEG quality of re-encoded images, 1 to 95."""
     images_per_shard: int = 4000
-    """A shard is built in memory before it is written."""
+    """Number of images in a shard, which is built in memory."""
     seed: int = 0
-    """Determines the order of the images: classes are shuffled here, since a stream shuffles only within a window."""
+    """Seed of the order of the images. They are shuffled here because reading shuffles only within a window."""
     workers: int = os.cpu_count() or 1
     """Processes; each writes one shard at a time."""
     skip_bad_images: bool = False
-    """Leave out images that cannot be read; each is named with the reason."""
+    """Leave out images that cannot be read; their names and the reasons are printed."""
     index: str | None = None
     """Only write an index for existing shards, 'path/train-{000000..000146}.tar'."""
     quiet: bool = False
@@ -72,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         write_index_of(options.index)
         return
     check(options)
+    check_output(options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         if split_folder(options.data, split) is not None:
@@ -131,7 +131,7 @@ def write_split(images: Images, split: str, options: Options) -> None:
 
 
 class Shards(Dataset):
-    """Shards to make: getting an item makes it, so that a DataLoader's processes share the work."""
+    """Makes a shard for each item, so that a DataLoader's processes share the work."""
 
     def __init__(self, make: Callable[..., list[str]], shards: list[tuple[np.ndarray, Path]]):
         self.make, self.shards = make, shards
@@ -142,7 +142,7 @@ class Shards(Dataset):
     def __getitem__(self, i: int) -> list[str] | BadImage | OSError:
         try:
             return self.make(*self.shards[i])
-        except (BadImage, OSError) as error:  # returned: an exception raised in a worker would lose its message
+        except (BadImage, OSError) as error:  # returned, because one raised in a worker loses its message
             return error
 
 

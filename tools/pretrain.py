@@ -12,10 +12,10 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from resbackbone.cli.command import console, launch_command, main_of, parse
+from resbackbone.cli.command import console, main_of, parse
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import choose_machine, resumed, wants_resume
-from resbackbone.cli.training import Session, prepare_run
+from resbackbone.cli.options import launch_command, training_options
+from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -35,7 +35,7 @@ from resbackbone.engine.distributed import Rank, distributed, from_main, gather,
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
-from resbackbone.tools.pretraining.evaluation import described, evaluate_only, score_of, write_results, zoo_row
+from resbackbone.tools.pretraining.evaluation import described, evaluate_only, score_of, write_results
 from resbackbone.tools.pretraining.options import (
     EMBEDDED,
     MAY_DIFFER,
@@ -58,19 +58,17 @@ def main(argv: list[str] | None = None) -> None:
     """Options -> a trained classifier and its accuracy, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
     if options.eval_only:
-        options, function = complete_for_evaluation(options), evaluate_only
-    else:
-        options, function = complete(options), train
-        if wants_resume(options):
-            options = complete(resumed(options, argv, default=default_folder(options), may_differ=MAY_DIFFER))
-    device, processes, _ = choose_machine(options)
-    launch_command(function, options, device=device, processes=processes)
+        launch_command(evaluate_only, complete_for_evaluation(options))
+        return
+    launch_command(train, training_options(options, argv, complete, default_folder, MAY_DIFFER))
 
 
 def train(rank: Rank, options: Options) -> None:
     """Images -> classifier -> updates -> evaluation, in every process; rank 0 writes."""
-    session = prepare_run(rank, options, default=default_folder(options), first_line=about_embedded_set(options))
-    if Path(options.data) == EMBEDDED:
+    embedded = Path(options.data) == EMBEDDED
+    about_data = about_built_in_data(EMBEDDED, LAYOUT) if embedded else None
+    session = prepare_run(rank, options, default=default_folder(options), first_line=about_data)
+    if embedded:
         from_main(partial(make_shape_crops, EMBEDDED), rank)
     train_set, val_set = open_data(session)
     recipe = recipe_of(options)
@@ -78,7 +76,7 @@ def train(rank: Rank, options: Options) -> None:
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     checkpoint = session.checkpoint
     model, metadata = build(options, recipe, train_set.classes, checkpoint and checkpoint / "model.safetensors")
-    model.to(rank.device, memory_format=torch.channels_last).train()
+    model.to(rank.device).to(memory_format=torch.channels_last).train()
     session.info(f"{metadata['architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     schedule = recipe.schedule(len(train_set), options.batch_size, options.epochs)
@@ -87,10 +85,10 @@ def train(rank: Rank, options: Options) -> None:
         average.module.load_state_dict(load_file(checkpoint / "average.safetensors"))
     if options.compile:
         model.compile()
-    decay = {"weight_decay": recipe.weight_decay, "decay_norms": recipe.decay_norms}
-    optimizer = build_optimizer(model, recipe.optimizer, rate=schedule.rate, **decay)
+    rate, decay, norms = schedule.rate, recipe.weight_decay, recipe.decay_norms
+    optimizer = build_optimizer(model, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms)
     state = TrainState(distributed(model, rank), optimizer, rank, scaled=options.precision == "fp16")
-    task = Classification(session, recipe, model, average, metadata, train_set, val_set)
+    task = Classification(session, model, average, metadata, train_set, val_set)
     run = session.train(task, state, schedule, parts=options.accumulate, train_set_sha256=train_set.fingerprint)
 
     if options.data == SYNTHETIC:
@@ -102,19 +100,9 @@ def train(rank: Rank, options: Options) -> None:
         results = loop.evaluate(task, state, run, final=True)
         skipped = gather(train_set.skipped, rank)
         if rank.is_main:
-            results["skipped_images"] = sorted(val_set.skipped)
-            results["skipped_training_images"] = sorted(set().union(*skipped))
-            finish(session, task, results)
+            bad = {"skipped_images": sorted(val_set.skipped), "skipped_training_images": sorted(set().union(*skipped))}
+            finish(session, task, {**results, **bad})
     run.close()
-
-
-def about_embedded_set(options: Options) -> str | None:
-    """What to print first if the built-in set is trained on."""
-    if Path(options.data) != EMBEDDED:
-        return None
-    drawing = "" if EMBEDDED.exists() else "\ndrawing it first (a few thousand images)"
-    where = f"data: the built-in data set in {EMBEDDED}; to train on yours, give --data DIR"
-    return f"{where}, which should hold {LAYOUT}{drawing}"
 
 
 def open_data(session: Session) -> tuple[Images, Images]:
@@ -135,16 +123,10 @@ class Classification(Task):
     """A classifier, perhaps with a moving average of its weights, on labelled images."""
 
     def __init__(
-        self,
-        session: Session,
-        recipe: Recipe,
-        model: ResNetClassifier,
-        average,
-        metadata: dict,
-        train_set: Images,
-        val_set: Images,
+        self, session: Session, model: ResNetClassifier, average, metadata: dict, train_set: Images, val_set: Images
     ):
-        self.session, self.options, self.rank, self.recipe = session, session.options, session.rank, recipe
+        self.session, self.options, self.rank = session, session.options, session.rank
+        self.recipe = recipe = recipe_of(session.options)
         self.model, self.average, self.metadata = model, average, metadata
         self.train_set, self.val_set = train_set, val_set
         self.losses_of = build_loss(recipe, len(train_set.classes))
@@ -153,20 +135,27 @@ class Classification(Task):
 
     @property
     def tested(self) -> nn.Module:
-        """What is evaluated and kept: the average of the weights if there is one."""
+        """The network that is evaluated and written: the average of the weights if there is one."""
         return self.model if self.average is None else self.average.module
 
     def batches(self, start: int) -> Iterator[Batch]:
+        recipe = self.recipe
         return train_batches(
             self.train_set,
             batch_size=self.options.batch_size // self.rank.ranks,
-            transform=augmentation(self.recipe),
+            transform=TrainAugment(
+                recipe.size,
+                shorter_side=recipe.shorter_side,
+                colour=recipe.colour,
+                auto_augment=recipe.auto_augment,
+                erase=recipe.erase,
+            ),
             seed=self.options.seed,
             rank=self.rank.rank,
             ranks=self.rank.ranks,
             start=start,
             workers=self.options.workers,
-            repeats=self.recipe.repeats,
+            repeats=recipe.repeats,
             device=self.rank.device,
         )
 
@@ -197,16 +186,10 @@ class Classification(Task):
     def evaluate(self, *, final: bool) -> dict:
         share_buffers(self.tested, self.rank)
         predicted: list[Tensor] = []
-        results = score_of(
-            [self.tested],
-            self.val_set,
-            self.session,
-            self.recipe,
-            protocol=self.options.eval if final else "1crop",
-            seen=predicted.append,
-        )
+        protocol, val_set = self.options.eval if final else "1crop", self.val_set
+        results = score_of([self.tested], val_set, self.session, self.recipe, protocol=protocol, seen=predicted.append)
         if self.rank.is_main:
-            val_set, best = self.val_set, predicted[0].numpy()
+            best = predicted[0].numpy()
             shown = Predictions(val_set.classes, val_set.labels, best, None, val_set.read, val_set.name)
             self.evaluated = results, shown
         return results
@@ -216,12 +199,14 @@ class Classification(Task):
 
     def write_report(self, folder: Path) -> None:
         results, predictions = self.evaluated or (None, None)
-        why = {"why_not": NOT_EVALUATED} if self.options.data == SYNTHETIC else {}
-        write_report(folder, network=self.metadata["architecture"], results=results, predictions=predictions, **why)
+        named: dict = {"network": self.metadata["architecture"], "results": results, "predictions": predictions}
+        if self.options.data == SYNTHETIC:
+            named["why_not"] = NOT_EVALUATED
+        write_report(folder, **named)
 
 
 def finish(session: Session, task: Classification, results: dict) -> None:
-    """Write the classifier with its accuracy and results.json, and print what came of the run."""
+    """Write the classifier with its accuracy, and results.json; print the results."""
     options, folder, metadata = session.options, session.folder, task.metadata
     where = f"{data_name(options)}, {len(task.val_set)} validation images, {options.eval}"
     metadata["accuracy"] = [
@@ -230,26 +215,15 @@ def finish(session: Session, task: Classification, results: dict) -> None:
     ]
     write_weights(folder / "model.safetensors", task.tested.state_dict(), metadata)
     write_results(folder / "results.json", results)
-    session.info(f"row of MODEL_ZOO.md:\n{zoo_row(session, metadata, results, task.train_set, task.val_set)}")
     files = {"classifier": "model.safetensors", "results": "results.json", "report": "report.html"}
     session.finish({"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"}, files)
     console.print(described(results))
 
 
-def augmentation(recipe: Recipe) -> TrainAugment:
-    return TrainAugment(
-        recipe.size,
-        shorter_side=recipe.shorter_side,
-        colour=recipe.colour,
-        auto_augment=recipe.auto_augment,
-        erase=recipe.erase,
-    )
-
-
 def build(
     options: Options, recipe: Recipe, classes: list[str], checkpoint: Path | None
 ) -> tuple[ResNetClassifier, dict]:
-    """The classifier that a run starts or resumes from, and the metadata of its files."""
+    """Build the classifier that a run starts or resumes from; returns it with the metadata of its files."""
     asked = {
         "depth": options.depth,
         "norm": options.norm,

@@ -8,11 +8,12 @@ python tools/train_cifar10.py --data synthetic --steps 100                      
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from resbackbone.cli.command import console, launch_command, main_of, parse
+from resbackbone.cli.command import Auto, console, main_of, parse
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MachineOptions,
@@ -20,8 +21,8 @@ from resbackbone.cli.options import (
     check_counts,
     check_shortcut,
     choose_machine,
-    resumed,
-    wants_resume,
+    launch_command,
+    training_options,
 )
 from resbackbone.cli.training import prepare_run
 
@@ -62,11 +63,11 @@ TEST_BATCH = 500
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: Path | None = None
+    data: Auto[Path] = None
     """Folder with cifar-10-batches-py/, or with train/<class>/ and test/<class>/; or synthetic: patterns drawn on the
     spot. Default: $CIFAR10_DIR or ./datasets/cifar10."""
     validation: bool = False
-    """Hold out a tenth of the training images, as the paper's 45k/5k, and test on it instead of the test images."""
+    """Hold out a tenth of the training images (the paper's 45k/5k) and test on them instead of the test images."""
 
 
 @dataclass(frozen=True)
@@ -75,20 +76,20 @@ class NetworkOptions:
     """20, 32, 44, 56, 110 or 1202."""
     plain: bool = False
     """Without shortcuts: the paper's plain nets."""
-    shortcut: str | None = None
+    shortcut: Auto[str] = None
     """A, B or C (the paper's Sec. 4.1). Default: A, which the paper uses here."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    steps: int | None = None
-    """Length of the schedule in updates; the rate drops at its half and three quarters. Default: 64000, at 128 images
-    an update."""
+    steps: Auto[int] = None
+    """Length of the schedule in updates; the rate drops at 1/2 and at 3/4 of it. Default: 64000, with 128 images per
+    update."""
     batch_size: int = BATCH_SIZE
-    """Images an update, over all GPUs; the rate and the default --steps follow it."""
+    """Images per update, over all GPUs; the rate and the default of --steps are scaled with it."""
     checkpoint_period: int = 500
     """Updates between checkpoints."""
-    eval_period: int | None = None
+    eval_period: Auto[int] = None
     """Updates between tests; 0 tests at the end only. Default: 1000, or a tenth of --steps if that is less."""
 
 
@@ -99,7 +100,7 @@ class Options(DataOptions, NetworkOptions, TrainingOptions, RunOptions, MachineO
 
 @dataclass(frozen=True)
 class PaperSchedule(Schedule):
-    """The rate of very deep nets: a constant tenth of it at the start, then the whole."""
+    """The learning rate of very deep nets, which start with a tenth of it."""
 
     warmup_factor: float = 0.1
 
@@ -109,12 +110,8 @@ class PaperSchedule(Schedule):
 
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained network and its test error, in a run folder; in one process, or in one for each GPU."""
-    options = parse(Options, argv)
-    if wants_resume(options):
-        options = resumed(options, argv, default=options.output or default_folder(complete(options)))
-    options = complete(options)
-    _, processes, _ = choose_machine(options)
-    launch_command(train, options, device=options.device, processes=processes)
+    options = training_options(parse(Options, argv), argv, complete=complete, default_folder=default_folder)
+    launch_command(train, options)
 
 
 def train(rank: Rank, options: Options) -> None:
@@ -127,10 +124,14 @@ def train(rank: Rank, options: Options) -> None:
     session.info(f"data:  {data.summary()} in {options.data}{' (validation)' if options.validation else ''}")
 
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
-    network = {"depth": options.depth, "shortcut": shortcut_of(options), "num_classes": len(data.classes)}
+    network: dict[str, Any] = {
+        "depth": options.depth,
+        "shortcut": shortcut_of(options),
+        "num_classes": len(data.classes),
+    }
     checkpoint = session.checkpoint and session.checkpoint / "model.safetensors"
     model = build_cifar_resnet(**network, weights=checkpoint)
-    model.to(rank.device, memory_format=torch.channels_last).train()
+    model.to(rank.device).to(memory_format=torch.channels_last).train()
     parameters = count_parameters(model)
     session.info(f"{name_of(options)}, shortcut {network['shortcut']}, {parameters / 1e6:.2f} M parameters")
 
@@ -195,8 +196,12 @@ class Cifar10Task(Task):
         bf16 = self.options.precision == "bf16"
         results, best, losses = test(self.model, self.data.test, self.mean_image, self.rank, bf16=bf16)
         images, labels = self.data.test
-        picture, name = picture_of(images), "image {}".format
-        self.tested = results, Predictions(self.data.classes, labels.numpy(), best, losses, picture, name)
+
+        def picture(index: int) -> Image.Image:
+            return Image.fromarray(images[index].permute(1, 2, 0).contiguous().numpy())
+
+        predictions = Predictions(self.data.classes, labels.numpy(), best, losses, picture, "image {}".format)
+        self.tested = results, predictions
         return results
 
     def summary(self, result: Mapping) -> str:
@@ -208,7 +213,7 @@ class Cifar10Task(Task):
 
 
 def complete(options: Options) -> Options:
-    """The options with every value filled in, except the folder. Raises ValueError for one that is not accepted."""
+    """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     one_of("depth", options.depth, CIFAR_DEPTHS)
     check_shortcut(options)
     check_counts(options, least=1, names=("steps", "max_steps", "batch_size", "checkpoint_period", "log_period"))
@@ -224,15 +229,17 @@ def complete(options: Options) -> Options:
         raise UserError(f"--batch-size {options.batch_size} does not divide evenly over {processes} processes")
     steps = options.steps or max(1, round(STEPS * BATCH_SIZE / options.batch_size))
     period = min(1000, max(1, steps // 10)) if options.eval_period is None else options.eval_period
-    return replace(options, data=data, steps=steps, eval_period=period, device=device, precision=precision)
+    shortcut = None if options.plain else options.shortcut or "A"
+    options = replace(options, data=data, shortcut=shortcut, steps=steps, eval_period=period)
+    return replace(options, device=device, precision=precision)
 
 
 def schedule_of(options: Options) -> PaperSchedule:
-    """The paper's schedule over --steps updates: 0.1, a tenth of it from the half and again from three quarters.
+    """The paper's schedule over --steps updates: a rate of 0.1, divided by 10 at 1/2 and at 3/4.
 
-    The rate is for 128 images and follows the batch size linearly (Goyal et al. 2017). From 110 layers on it starts
-    with a tenth. The paper ends that when the training error falls below 80%, after about 400 updates; here it ends
-    after 400 (a tenth of --steps, if that is less), because only a rate that depends on the step can be resumed.
+    The rate is for 128 images and scales linearly with the batch size (Goyal et al. 2017). Nets of 110 or more layers
+    start with a tenth of it. The paper does so until the training error is below 80%, after about 400 updates; we do so
+    for 400 updates (at most a tenth of --steps), because only a rate that depends on the step can be resumed.
     """
     return PaperSchedule(
         rate=RATE * options.batch_size / BATCH_SIZE,
@@ -243,7 +250,7 @@ def schedule_of(options: Options) -> PaperSchedule:
 
 
 def find_cifar10() -> Path | None:
-    """CIFAR-10 in its usual places, $CIFAR10_DIR and ./datasets/cifar10; None if it is in neither."""
+    """The first of $CIFAR10_DIR and ./datasets/cifar10 that exists, or None."""
     places = [os.environ.get("CIFAR10_DIR"), "datasets/cifar10"]
     return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
@@ -268,7 +275,7 @@ def test(
 ) -> tuple[dict, np.ndarray | None, np.ndarray | None]:
     """Test on every image once: {"error": fraction, "loss": mean, "images": count}, the same on every rank.
 
-    On rank 0 also the predicted class of each image, [N, 1], and its loss, [N]; elsewhere None.
+    Rank 0 also gets the predicted class, [N, 1], and the loss, [N], of each image; the other ranks get None.
     """
     model.eval()
     mean_image = mean_image.to(rank.device)
@@ -282,23 +289,14 @@ def test(
         own.append((begin, logits.argmax(1).cpu().numpy(), losses.cpu().double().numpy()))
     model.train()
     parts = gather(own, rank)
-    results = best = losses = None
-    if parts is not None:
-        ordered = sorted((batch for part in parts for batch in part), key=lambda batch: batch[0])
-        best, losses = (np.concatenate(column) for column in list(zip(*ordered, strict=True))[1:])
-        wrong = best != split.labels.numpy()
-        results = {"error": float(wrong.mean()), "loss": float(losses.mean()), "images": len(wrong)}
-    return broadcast(results, rank), best if best is None else best[:, None], losses
-
-
-def picture_of(images: Tensor) -> Callable[[int], Image.Image]:
-    """The images of a split, uint8 [N, 3, 32, 32], as pictures."""
-    return lambda index: Image.fromarray(images[index].permute(1, 2, 0).contiguous().numpy())
-
-
-def run() -> None:
-    main_of(main)
+    if parts is None:
+        return broadcast(None, rank), None, None
+    ordered = sorted((batch for part in parts for batch in part), key=lambda batch: batch[0])
+    best, every_loss = (np.concatenate(column) for column in list(zip(*ordered, strict=True))[1:])
+    wrong = best != split.labels.numpy()
+    results = {"error": float(wrong.mean()), "loss": float(every_loss.mean()), "images": len(wrong)}
+    return broadcast(results, rank), best[:, None], every_loss
 
 
 if __name__ == "__main__":
-    run()
+    main_of(main)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from resbackbone.cli.command import console, launch_command, main_of, parse
+from resbackbone.cli.command import Auto, console, main_of, parse
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MAY_DIFFER,
@@ -20,10 +20,10 @@ from resbackbone.cli.options import (
     RunOptions,
     check_counts,
     choose_machine,
-    resumed,
-    wants_resume,
+    launch_command,
+    training_options,
 )
-from resbackbone.cli.training import Session, prepare_run
+from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
 import torch
 from torch import Tensor, nn
@@ -69,7 +69,7 @@ Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: Path | None = None
+    data: Auto[Path] = None
     """Folder with COCO's annotations/instances_{train,val}2017.json, train2017/ and val2017/, Roboflow's
     {train,valid}/_annotations.coco.json, or annotations/instances_{train,val}.json, train/ and val/; without a
     validation split, one image in ten is held out for it. Default: $DETECTRON2_DATASETS/coco, $COCO_DIR or
@@ -77,39 +77,39 @@ class DataOptions:
     keep_empty: bool = False
     """Train on images without objects too."""
     skip_bad_images: bool = False
-    """Skip images that cannot be read; they are named and counted."""
-    workers: int | None = None
+    """Skip images that cannot be read; their names and number are printed."""
+    workers: Auto[int] = None
     """Processes that load images, for each GPU. Default: 6 with a GPU, 0 on a CPU."""
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    depth: int | None = None
+    depth: Auto[int] = None
     """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; short: 18)."""
-    variant: str | None = None
+    variant: Auto[str] = None
     """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: that of --weights if they
     are a detector's, else the recipe's (fpn)."""
-    weights: str | None = None
-    """What to start from: a backbone's or a classifier's file (.safetensors, .pth, ..) or named source
-    (torchvision:ResNet50_Weights.IMAGENET1K_V1), or a Faster R-CNN's, of these or other classes: a run's
-    model.safetensors, torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1. Default: random."""
-    norm: str | None = None
+    weights: Auto[str] = None
+    """Initial weights: a file (.safetensors, .pth, ..) or named source (torchvision:ResNet50_Weights.IMAGENET1K_V1) of
+    a backbone, a classifier or a Faster R-CNN with any classes: a run's model.safetensors,
+    torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1. Default: random."""
+    norm: Auto[str] = None
     """BN, FrozenBN, SyncBN or GN. Default: FrozenBN with weights, else the recipe's (BN)."""
-    frozen_through: str | None = None
+    frozen_through: Auto[str] = None
     """stem, c2 .. c5, or none. Default: none without weights; with them the recipe's (c2; vgg16: stem)."""
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    recipe: str | None = None
+    recipe: Auto[str] = None
     """1x, 2x, 3x, small, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default:
     1x; small (12 epochs, at least 16,000 images) for fewer than 40,000 images; short on the built-in data set."""
-    batch_size: int | None = None
-    """Images an update, over all GPUs; rate and number of updates follow. Default: the recipe's (16); 2 on a CPU,
-    except for short."""
+    batch_size: Auto[int] = None
+    """Images per update, over all GPUs; the learning rate and the number of updates are scaled with it. Default: the
+    recipe's (16); 2 on a CPU, except for short."""
     engine: str = "torchvision"
     """Detector and trainer: torchvision (this package's own loop) or detectron2, if it is installed."""
-    checkpoint_period: int | None = None
+    checkpoint_period: Auto[int] = None
     """Updates between checkpoints. Default: the recipe's (5000; short: 200)."""
 
 
@@ -118,9 +118,9 @@ class EvaluationOptions:
     eval_period: int = 0
     """Updates between evaluations; 0 evaluates at the end only."""
     coco_backend: str = "hotcoco"
-    """What scores: hotcoco, or pycocotools, which gives the same numbers some hundred times slower."""
+    """Scorer: hotcoco, or pycocotools, which gives the same numbers about a hundred times slower."""
     pictures: int = 12
-    """How many pictures of predictions beside ground truth to draw at the end."""
+    """Number of pictures with predictions beside ground truth to draw at the end."""
 
 
 @dataclass(frozen=True)
@@ -130,17 +130,14 @@ class Options(DataOptions, NetworkOptions, TrainingOptions, EvaluationOptions, R
 
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
-    options = complete(parse(Options, argv))
-    if wants_resume(options):
-        may_differ = MAY_DIFFER | {"pictures", "coco_backend"}
-        options = complete(resumed(options, argv, default=default_folder(options), may_differ=may_differ))
-    device, processes, _ = choose_machine(options)
-    launch_command(train, options, device=device, processes=processes)
+    may_differ = MAY_DIFFER | {"pictures", "coco_backend"}
+    launch_command(train, training_options(parse(Options, argv), argv, complete, default_folder, may_differ))
 
 
 def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
-    session = prepare_run(rank, options, default=default_folder(options), first_line=about_embedded_set(options))
+    about_data = about_built_in_data(EMBEDDED, LAYOUT) if options.data == EMBEDDED else None
+    session = prepare_run(rank, options, default=default_folder(options), first_line=about_data)
     recipe = RECIPES[options.recipe]
     train_set, val_set = open_data(session, recipe)
     if options.engine == "detectron2":
@@ -162,16 +159,14 @@ def train(rank: Rank, options: Options) -> None:
 
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
     advise(session, schedule.steps, len(train_set))
-    decay = {
-        "weight_decay": recipe.weight_decay,
-        "decay_norms": recipe.optimizer == "sgd",
-    }  # norms too, as in Detectron
-    optimizer = build_optimizer(detector, recipe.optimizer, rate=schedule.rate, **decay)
+    rate, decay, sgd = schedule.rate, recipe.weight_decay, recipe.optimizer == "sgd"
+    # SGD decays norms too, as in Detectron
+    optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=sgd)
     scaled = options.precision == "fp16"
     state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad, scaled=scaled)
     task = Detection(session, detector, train_set, val_set)
-    recorded = {"train_annotations_sha256": train_set.fingerprint, "validation": val_set.origin}
-    run = session.train(task, state, schedule, **recorded)
+    fingerprint = train_set.fingerprint
+    run = session.train(task, state, schedule, train_annotations_sha256=fingerprint, validation=val_set.origin)
 
     loop.evaluate(task, state, run, final=True)
     skipped = gather(task.skipped, rank)
@@ -179,15 +174,6 @@ def train(rank: Rank, options: Options) -> None:
         save_detector(detector, session.folder / "model.safetensors")
         finish(session, task.evaluation, val_set, skipped=set().union(*skipped), detector_file="model.safetensors")
     run.close()
-
-
-def about_embedded_set(options: Options) -> str | None:
-    """What to print first if the built-in set is trained on."""
-    if options.data != EMBEDDED:
-        return None
-    drawing = "" if EMBEDDED.exists() else "\ndrawing it first (a few thousand images)"
-    where = f"data: the built-in data set in {EMBEDDED}; to train on yours, give --data DIR"
-    return f"{where}, which should hold {LAYOUT}{drawing}"
 
 
 def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]:
@@ -208,7 +194,7 @@ def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]
 
 
 def advise(session: Session, steps: int, images: int) -> None:
-    """Say what the recipe for small data means here, and what to start from."""
+    """With the recipe for small data, print its length and which weights to start from."""
     options = session.options
     if options.recipe != "small":
         return
@@ -230,14 +216,8 @@ class Detection(Task):
         self.evaluation: Evaluation | None = None
 
     def batches(self, start: int) -> Iterator[Batch]:
-        order = TrainBatches(
-            self.train_set,
-            batch_size=self.options.batch_size,
-            seed=self.options.seed,
-            rank=self.rank.rank,
-            ranks=self.rank.ranks,
-            start=start,
-        )
+        share = {"rank": self.rank.rank, "ranks": self.rank.ranks, "start": start}
+        order = TrainBatches(self.train_set, batch_size=self.options.batch_size, seed=self.options.seed, **share)
         return train_batches(self.train_set, order, workers=self.options.workers, device=self.rank.device)
 
     def losses(self, model: nn.Module, part: Batch) -> Mapping[str, Tensor]:
@@ -286,7 +266,7 @@ class Detection(Task):
 def finish(
     session: Session, evaluation: Evaluation, val_set: CocoImages, *, skipped: set[str], detector_file: str
 ) -> None:
-    """Write the results and pictures of a training and its report, and print what came of it."""
+    """Write the results, pictures and report of a training, and print the results."""
     folder, results = session.folder, evaluation.results
     results["skipped_training_images"] = sorted(skipped)
     write_results(folder, results, evaluation.detections)
@@ -302,7 +282,7 @@ def finish(
 
 
 def complete(options: Options) -> Options:
-    """The options with every value filled in, except the folder. Raises ValueError for one that is not accepted."""
+    """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     data = options.data or find_coco() or EMBEDDED
     recipe_name = one_of("recipe", options.recipe or recipe_for(data), RECIPES)
     recipe = RECIPES[recipe_name]
@@ -326,7 +306,7 @@ def complete(options: Options) -> Options:
         recipe=recipe_name,
         variant=variant,
         depth=one_of("depth", default_depth if options.depth is None else options.depth, depths),
-        batch_size=options.batch_size or max(1, batch_size // processes) * processes,  # every process gets as many
+        batch_size=options.batch_size or max(1, batch_size // processes) * processes,
         checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
         device=device,
         workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
@@ -344,9 +324,8 @@ def recipe_for(data: Path) -> str:
 
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
     """The "depth" and "variant" of --weights, if one of these options was left out."""
-    if not options.weights or None not in (options.depth, options.variant):
-        return {}
-    if "vgg16" in (options.variant, recipe.variant):
+    given = None not in (options.depth, options.variant)
+    if not options.weights or given or "vgg16" in (options.variant, recipe.variant):
         return {}
     weights = read_described_weights(options.weights)
     if "detector" not in weights.metadata or options.engine == "detectron2":
@@ -358,7 +337,7 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
 
 
 def check_detectron2(options: Options, variant: str, recipe: str) -> None:
-    """Raise ValueError if detectron2 is not installed or does not do what the options ask."""
+    """Raise ValueError if detectron2 is not installed or does not support an option."""
     if variant not in BACKBONE_OF or "anchor_sides" in RECIPES[recipe].detector:
         raise UserError(f"--engine detectron2 trains no {variant} of --recipe {recipe}; leave the engine out")
     if options.precision not in (None, "fp32"):
@@ -369,7 +348,7 @@ def check_detectron2(options: Options, variant: str, recipe: str) -> None:
 
 
 def detectron2_engine():
-    """The module that trains with detectron2, which is optional. Raises ValueError if it is not installed."""
+    """The module that trains with detectron2. Raises ValueError if detectron2 is not installed."""
     try:
         from detection import detectron2_engine
     except ModuleNotFoundError as error:
@@ -388,7 +367,7 @@ def default_folder(options: Options) -> Path:
 
 
 def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Callable[[str], None]) -> FasterRCNN:
-    """The detector that a new run starts from; `say` gets a line on what of a detector's weights is used."""
+    """Build the detector of a new run; `say` gets a line about a detector's weights."""
     frozen_through = options.frozen_through or "auto"
     if frozen_through == "auto" and options.weights:
         frozen_through = recipe.frozen_through
@@ -414,37 +393,25 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
             **BACKBONE_OF[options.variant],
             **(recipe.pyramid if options.variant == "fpn" else {}),
         )
-    detector = build_faster_rcnn(
-        backbone,
-        len(categories),
-        variant=options.variant,
-        categories=categories,
-        **sizes,
-        **recipe.detector,
-    )
+    parts = {"variant": options.variant, "categories": categories, **sizes, **recipe.detector}
+    detector = build_faster_rcnn(backbone, len(categories), **parts)
     if options.variant == "vgg16" and options.weights:
         load_vgg16(detector, options.weights)
     return detector
 
 
 def build_from_detector(
-    options: Options,
-    weights: Weights,
-    categories: dict[int, str],
-    say: Callable[[str], None],
-    *,
-    backbone: dict,
-    **detector,
+    options: Options, weights: Weights, categories: dict[int, str], say: Callable[[str], None], **parts
 ) -> FasterRCNN:
-    """The detector in --weights, with a new box predictor if its classes are others."""
+    """Build the detector in --weights, with a new box predictor if its classes differ."""
     trunk = resolve_architecture(weights, depth=options.depth, norm=options.norm)
     source = weights.metadata["detector"]
     if options.variant != source["variant"]:
         raise UserError(f"--variant {options.variant}: the detector in {options.weights} is a {source['variant']}")
-    norm = options.norm or ("GN" if trunk["norm"] == "GN" else "FrozenBN")
-    built, new = retarget_detector(weights, categories, backbone={**backbone, "norm": norm}, **detector)
+    parts["backbone"]["norm"] = options.norm or ("GN" if trunk["norm"] == "GN" else "FrozenBN")
+    built, new = retarget_detector(weights, categories, **parts)
     count = sum(name != NOT_A_CLASS for _, name in source["categories"])
-    changed = f"; new, for {len(categories)} others: {', '.join(new)}" if new else ", these"
+    changed = f"; new, for {len(categories)} others: {', '.join(new)}" if new else ""
     say(f"weights: a detector of {count} classes, from {options.weights}{changed}")
     return built
 

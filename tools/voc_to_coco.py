@@ -4,10 +4,9 @@ python tools/voc_to_coco.py VOCdevkit/VOC2007 voc2007
 python tools/voc_to_coco.py VOCdevkit voc0712 --train trainval --val test         all years that have these lists
 python tools/train_coco.py --data voc2007
 
-VOC boxes name their first and last pixel, counted from 1; COCO boxes are x, y, width and height from 0: xmin ymin xmax
-ymax become xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1. Objects marked `difficult` become crowds (iscrowd 1),
-which COCO's scorer ignores as VOC's ignores difficult ones: they are not trained on, and detections of them count
-neither as right nor as wrong. Unlike VOC's scorer, COCO's lets several detections match a crowd. Images are hard links
+VOC boxes name their first and last pixel, counted from 1; COCO boxes are x, y, width and height, counted from 0.
+Objects marked `difficult` become crowds (iscrowd 1): they are not trained on, and their detections count neither as
+right nor as wrong, as in VOC. Unlike VOC's scorer, COCO's lets several detections match a crowd. Images are hard links
 where the file system supports them, else copies.
 """
 
@@ -45,7 +44,7 @@ class Options:
     val: str = "val"
     """The list to validate on. Without it, train_coco.py holds out a tenth of the training images."""
     skip_bad_files: bool = False
-    """Leave out annotations and images that cannot be used; each is named with the reason."""
+    """Leave out annotations and images that cannot be used; their names and the reasons are printed."""
     quiet: bool = False
     """Print only warnings, errors and the path of the result."""
 
@@ -68,7 +67,7 @@ class Annotated(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Lists of images -> an instances file and a folder of images for each; all is written, or nothing."""
+    """Lists of images -> an instances file and a folder of images for each; writes everything or nothing."""
     options = parse(Options, argv)
     if options.output.exists():
         raise UserError(f"{options.output} already exists; give a new folder")
@@ -111,7 +110,7 @@ def listed(years: list[Path], name: str) -> list[tuple[Path, str]]:
 
 
 def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterator[Annotated]:
-    """The usable images. Prints a line for each other one; raises UserError after the last unless `skip`."""
+    """Yield the usable images and print the others. Raises UserError at the end if there are others, unless `skip`."""
     bad = 0
     for year, name in track(names, len(names), split):
         try:
@@ -143,7 +142,7 @@ def read(year: Path, name: str) -> Annotated:
 
 
 def read_box(path: Path, number: int, element: ElementTree.Element) -> Box:
-    """One <object>, its corners converted to x, y, width, height. Raises UserError if it is not a box of a class."""
+    """One <object> as a Box. Raises UserError if it has no class or no valid corners."""
     name = (element.findtext("name") or "").strip()
     corners = [element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
     try:
@@ -157,7 +156,7 @@ def read_box(path: Path, number: int, element: ElementTree.Element) -> Box:
 
 
 class WithoutDoctype(ElementTree.TreeBuilder):
-    """Refuses a DOCTYPE, and with it entities, by which a file could expand without bound or read other files."""
+    """Refuses a DOCTYPE, because its entities could expand without bound or read other files."""
 
     def doctype(self, name: str, public: str | None, system: str | None) -> None:
         raise UserError("it has a DOCTYPE, which VOC files never have")

@@ -9,7 +9,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import rich.progress
 import tyro
@@ -19,27 +19,28 @@ from rich.text import Text
 
 from resbackbone.checks import UserError
 from resbackbone.cli.errors import one_line_errors
-from resbackbone.engine.distributed import launch
 from resbackbone.engine.run import read_yaml
 from resbackbone.engine.termination import quick_exit
 from resbackbone.report.numbers import duration
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
-# Markup is off, for paths and class names may hold [brackets].
+# An option whose default is chosen later. Its help says how, so tyro must not add "(default: None)".
+Auto = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+# Markup is off because paths and class names may contain [brackets].
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 console = Console(**PLAIN)  # for warnings and results
 progress_console = Console(**PLAIN)  # for what --quiet leaves out: progress messages and paths
 # Flags without their group's name; no "None" among the values; RUN, not STR, for a positional argument `run`.
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-SECONDS_BETWEEN_LINES = 20  # of a loop that is not on a terminal
+SECONDS_BETWEEN_LINES = 20  # of progress in a log
 
 
 def parse(options: type[T], argv: list[str] | None, *, default: T | None = None) -> T:
-    """Options from the command line: the dataclass's defaults, over them `default` or --config FILE, then the flags.
+    """Parse the command line: flags override --config FILE or `default`, which override the dataclass's defaults.
 
     --help shows the docstring of the command's module, and each dataclass that `options` inherits from as a group.
-    With --quiet, `progress_console` is silent from here on. Raises ValueError in one line for an unknown flag or an
-    unfit value.
+    --quiet silences `progress_console`. Raises ValueError, in one line, for an unknown flag or a value that does not
+    fit.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "config" in option_names(options) and (path := _value_of("--config", argv)) is not None:
@@ -48,14 +49,13 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
     nested: Any = dataclasses.make_dataclass("Options", groups.items()) if groups else options
     if groups and default is not None:
         default = nested(*(group(**_values(default, option_names(group))) for group in groups.values()))
-    description = re.sub(
-        "^python ", "  python ", sys.modules[options.__module__].__doc__ or "", flags=re.M
-    )  # unwrapped
+    doc = sys.modules[options.__module__].__doc__ or ""
+    description = re.sub("^python ", "  python ", doc, flags=re.M)  # tyro does not wrap indented lines
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
             parsed = tyro.cli(
-                nested, prog=program(), args=argv, default=default, description=description, config=MARKERS
+                nested, prog=Path(sys.argv[0]).stem, args=argv, default=default, description=description, config=MARKERS
             )
     except SystemExit as exit:
         if exit.code in (0, None):  # of --help and --tyro-print-completion
@@ -81,23 +81,20 @@ def _values(options, names: Iterable[str]) -> dict[str, Any]:
 
 
 def _message_in(box: str) -> str:
-    """The message in the box that tyro draws around an error, which is all that it gives: between title and rule."""
+    """The message in the box that tyro prints for an error. tyro has no public way to get it without the box."""
     title, *sections = re.split("[─-]{3,}", box)
-    return " ".join(word for word in (sections or [title])[0].split() if word not in "╮│|+")
-
-
-def program() -> str:
-    """What this command is called: train_coco for tools/train_coco.py."""
-    return Path(sys.argv[0]).stem
+    message = " ".join(word for word in (sections or [title])[0].split() if word not in "╮│|+")
+    message = re.sub(r"^Missing from \S+: (\S+) (.*?)\.? \(required\).*", r"\1 is missing: \2", message)
+    return re.sub(r"^Error parsing (\S+): no type matching (\S+) .* from \['(.*?)'\].*", r"\1 \3: must be \2", message)
 
 
 def be_quiet(options) -> None:
-    """Silence `progress_console` in this process if these options ask for it with --quiet."""
+    """Silence `progress_console` in this process if the options have --quiet."""
     progress_console.quiet = getattr(options, "quiet", False)
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
-    # looked at before the rest is parsed: what the file says are the defaults of that parse
+    # Read before the other options are parsed, because the file provides their defaults.
     for i, word in enumerate(argv):
         if word == flag and i + 1 < len(argv):
             return argv[i + 1]
@@ -112,13 +109,8 @@ def main_of(command: Callable[[], object]) -> None:
         command()
 
 
-def launch_command(function: Callable, options, *, device: str, processes: int) -> None:
-    """Call function(rank, options) in each of `processes`; one that fails ends in one line."""
-    launch(function, (options,), device=device, processes=processes, guard=one_line_errors)
-
-
 def track(items: Iterable, total: int | None, label: str, *, shown: bool = True) -> Iterator:
-    """Yield the items under a progress bar, or with a line now and then in a log."""
+    """Yield the items under a progress bar; in a log, print a line every 20 seconds instead."""
     with Progress(label, total, shown=shown) as progress:
         for done, item in enumerate(items, 1):
             yield item
@@ -131,7 +123,7 @@ class Progress:
     def __init__(self, label: str, total: int | None, *, start: int = 0, shown: bool = True):
         self.label, self.total, self.start, self.shown = label, total, start, shown and not progress_console.quiet
         self.on_terminal = self.shown and progress_console.is_terminal
-        self.began = self.said = time.monotonic()
+        self.began = self.printed = time.monotonic()
 
     def __enter__(self) -> "Progress":
         if self.on_terminal:
@@ -144,7 +136,7 @@ class Progress:
                 *([] if self.total is None else left),
                 console=progress_console,
             )
-            self.note = Text(no_wrap=False, overflow="fold")  # on a line of its own: beside the bar it would squeeze it
+            self.note = Text(no_wrap=False, overflow="fold")  # on its own line, because it would squeeze the bar
             self.live = Live(Group(self.bar, self.note), console=progress_console, refresh_per_second=5)
             self.task = self.bar.add_task(self.label, total=self.total, completed=self.start)
             self.live.start()
@@ -155,35 +147,35 @@ class Progress:
             self.live.stop()
 
     def update(self, done: int, note: str | None = None) -> None:
-        """Show that `done` of the total are done; `note` describes the latest of them."""
+        """Show that `done` of the total are done; `note` describes the latest."""
         if self.on_terminal:
             self.bar.update(self.task, completed=done)
             if note is not None:
                 self.note.plain = note
-        elif self.shown and (note is not None or time.monotonic() - self.said > SECONDS_BETWEEN_LINES):
-            self.said = time.monotonic()
+        elif self.shown and (note is not None or time.monotonic() - self.printed > SECONDS_BETWEEN_LINES):
+            self.printed = time.monotonic()
             of = ""
             if self.total is not None:
-                left = (self.said - self.began) / max(done - self.start, 1) * (self.total - done)
+                left = (self.printed - self.began) / max(done - self.start, 1) * (self.total - done)
                 of = f"/{self.total}, {duration(left)} left"
             progress_console.print(f"{self.label} {done}{of}{'' if note is None else ', ' + note}")
 
 
 def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) -> T:
-    """The options in a YAML file, such as a run's config.yaml; what a run adds under `effective` is ignored.
+    """Read options from a YAML file, such as a run's config.yaml; its section `effective` is ignored.
 
-    Raises ValueError if an option is unknown or of another type, and if the file gives a `pipe:` command, which
-    would be run, unless `argv` gives that option too.
+    Raises ValueError if an option is unknown or has the wrong type, and if its value is a `pipe:` command, unless
+    `argv` has that option too.
     """
-    fields = {field.name: field for field in dataclasses.fields(options)}
+    types = typing.get_type_hints(options)
     values = read_yaml(path)
     values.pop("effective", None)
     for name, value in values.items():
-        if name not in fields:
+        if name not in types:
             raise UserError(f"{path}: unknown option {name!r}; choose from {', '.join(option_names(options))}")
         if _value_of(f"--{name.replace('_', '-')}", list(argv)) is None:
             refuse_command(name, value, path)
-        kinds = typing.get_args(fields[name].type) or (fields[name].type,)
+        kinds = typing.get_args(types[name]) or (types[name],)
         if Path in kinds and isinstance(value, str):
             values[name] = Path(value)
         elif float in kinds and type(value) is int:
@@ -195,13 +187,13 @@ def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) ->
 
 
 def refuse_command(name: str, value, path: str | Path) -> None:
-    """Raise ValueError if the option that `path` gives is a command: the file may be a stranger's."""
+    """Raise ValueError if an option in the file `path` is a command, because a stranger may have written the file."""
     if isinstance(value, str) and value.startswith("pipe:"):
         raise UserError(f"{path}: {name} is a command, {value!r}; if you mean to run it, give it as --{name}")
 
 
 def to_config(options) -> dict:
-    """The options as YAML holds them, without empty lists and --quiet, which is not the run's."""
+    """The options as values for YAML, without empty lists and without --quiet, which does not belong to a run."""
     values = _values(options, option_names(type(options)))
     values.pop("quiet", None)
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items() if v != ()}

@@ -1,4 +1,4 @@
-"""How a command ends when its user made a mistake: one line and exit status 1."""
+"""A user's mistake ends a command with one line and exit status 1."""
 
 import os
 import sys
@@ -14,15 +14,15 @@ from resbackbone.checks import UserError
 from resbackbone.engine.distributed import REPORTED
 from resbackbone.image_io import BadImage
 
-HEAD_START = 2.0  # seconds; most mistakes are found by all ranks at once, and one line about them is enough
+HEAD_START = 2.0  # seconds for rank 0, because all ranks find most mistakes at once, and one line is enough
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn a UserError, an OSError, a full GPU or Ctrl-C in the block into one line on stderr and exit status 1.
 
-    Ranks other than 0 wait a moment and are silent if rank 0 has reported an error by then. With a RuntimeError every
-    rank waits, longer: that is what a rank raises when its peer has exited, and the peer reports why.
+    Ranks other than 0 wait a moment and print nothing if rank 0 has reported an error by then. A rank raises a
+    RuntimeError when its peer has exited; it waits longer, so that the peer reports the cause first.
     RESBACKBONE_DEBUG=1 shows tracebacks instead.
     """
     try:
@@ -41,14 +41,14 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def from_option(name: str) -> Iterator[None]:
-    """Name the option that a UserError in the block is about: `nowhere: no such folder` gets `--data ` in front.
+    """Put an option in front of a UserError: `nowhere: no such folder` becomes `--data nowhere: no such folder`.
 
     The library does not know options, so its messages start with the value. Those of `one_of` name their subject.
     """
     try:
         yield
     except BadImage:
-        raise  # it is about one of many files
+        raise  # its message names the file
     except UserError as error:
         raise UserError(str(error) if str(error).startswith("unknown ") else f"{name} {error}") from None
 
@@ -57,7 +57,7 @@ def _message(error: Exception) -> str:
     if isinstance(error, torch.OutOfMemoryError):
         first = ". ".join(str(error).split(". ")[:2])
         return f"{first}; lower --batch-size, or for classifiers raise --accumulate"
-    return f"{error}; --skip-bad-images goes on without it" if isinstance(error, BadImage) else str(error)
+    return f"{error}; --skip-bad-images skips it" if isinstance(error, BadImage) else str(error)
 
 
 def _exit(line: str) -> NoReturn:

@@ -1,38 +1,38 @@
-"""Options that several commands share, the checks on them, and which options a resumed run takes."""
+"""Options that several commands share, their checks, and what may change when a run is resumed."""
 
 import dataclasses
 import os
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import console, from_config, option_names, parse
-from resbackbone.cli.errors import from_option
+from resbackbone.cli.command import Auto, console, from_config, option_names, parse
+from resbackbone.cli.errors import from_option, one_line_errors
 from resbackbone.engine.device import PRECISIONS, choose_device, choose_precision
-from resbackbone.engine.distributed import count_processes
+from resbackbone.engine.distributed import count_processes, launch
 from resbackbone.engine.run import latest_folder
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
-# What may change when a run is resumed, in every command: where it runs and how long, and what it writes how often.
+# Options that may change when a run is resumed: where it runs, how long, and how often it logs, saves and evaluates.
 MAY_DIFFER = frozenset(
-    ("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config")
+    ("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config", "quiet")
     + ("checkpoint_period", "eval_period", "log_period")
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    output: Path | None = None
+    output: Auto[Path] = None
     """The run's folder. Default: a new one under runs/."""
     resume: bool = False
-    """Continue the run in --output (default: the latest of this name) from its last checkpoint."""
+    """Continue the run in --output, or the latest run of this name, from its last checkpoint."""
     config: Path | None = None
     """YAML file with options, such as another run's config.yaml; flags override it."""
-    max_steps: int | None = None
-    """Stop after this many updates, whatever the schedule's length."""
+    max_steps: Auto[int] = None
+    """Stop after this many updates. Default: the length of the schedule."""
     log_period: int = 20
     """Updates between lines of metrics."""
     quiet: bool = False
@@ -41,15 +41,15 @@ class RunOptions:
 
 @dataclasses.dataclass(frozen=True)
 class MachineOptions:
-    device: str | None = None
-    """cuda, cuda:N, cpu or mps. Default: all GPUs if there are any."""
-    gpus: int | None = None
-    """How many of this machine's GPUs to use. Default: all."""
-    precision: str | None = None
+    device: Auto[str] = None
+    """cuda, cuda:N, cpu or mps. Default: all GPUs, or the CPU if there are none."""
+    gpus: Auto[int] = None
+    """Number of this machine's GPUs to use. Default: all."""
+    precision: Auto[str] = None
     """fp32, bf16, or fp16 for GPUs without bf16 such as V100 and T4 (both autocast). Default: bf16 where the device
     computes in it."""
     seed: int = 0
-    """Seed of weights, order, augmentation and sampling."""
+    """Seed of initial weights, image order, augmentation and sampling."""
     deterministic: bool = False
     """Use only deterministic algorithms, so that a GPU repeats a run bit for bit (slower). A CPU always does."""
 
@@ -61,8 +61,14 @@ def check_counts(options, *, least: int, names: Collection[str]) -> None:
             raise UserError(f"{_flag(name)} {getattr(options, name)}: must be at least {least}")
 
 
+def check_output(folder: Path | None) -> None:
+    """Raise ValueError if --output is a file."""
+    if folder is not None and folder.is_file():
+        raise UserError(f"--output {folder}: is a file; give a folder")
+
+
 def check_shortcut(options) -> None:
-    """Raise ValueError for a --shortcut that is not the paper's, or that contradicts --plain."""
+    """Raise ValueError if --shortcut is unknown or contradicts --plain."""
     if options.shortcut is not None:
         one_of("shortcut", options.shortcut, ("A", "B", "C"), " (or --plain)")
         if options.plain:
@@ -79,15 +85,31 @@ def choose_machine(options, precisions: Collection[str] = tuple(PRECISIONS)) -> 
         return device, processes, choose_precision(options.precision, device, precisions)
 
 
-def wants_resume(options) -> bool:
-    """Whether to resume a run: --resume, or torchrun has restarted this process (--max-restarts)."""
-    return options.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def launch_command(function: Callable, options, precisions: Collection[str] = tuple(PRECISIONS)) -> None:
+    """Call function(rank, options) in one process for each GPU, or in one on the CPU; a failure ends in one line."""
+    device, processes, _ = choose_machine(options, precisions)
+    launch(function, (options,), device=device, processes=processes, guard=one_line_errors)
 
 
-def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Collection[str] = MAY_DIFFER) -> T:
-    """The options of the run to resume, the one in --output or the latest named `default`; without one, those given.
+def training_options(
+    options: T,
+    argv: list[str] | None,
+    complete: Callable[[T], T],
+    default_folder: Callable[[T], Path],
+    may_differ: Collection[str] = MAY_DIFFER,
+) -> T:
+    """Fill in every option with `complete`; when resuming, those that are not given come from the run."""
+    # torchrun sets the variable when it has restarted this process (--max-restarts)
+    if options.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        default = options.output or default_folder(complete(options))
+        options = resumed(options, argv, default=default, may_differ=may_differ)
+    return complete(options)
 
-    Raises ValueError if a flag contradicts the run's options, except those named in `may_differ`.
+
+def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Collection[str]) -> T:
+    """The options of the run in --output, or of the latest named `default`, overridden by the flags.
+
+    Raises ValueError if a flag other than those in `may_differ` contradicts the run.
     """
     folder = options.output or latest_folder(default)
     if not (folder / "config.yaml").is_file():
@@ -95,13 +117,18 @@ def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Co
         return dataclasses.replace(options, output=folder, resume=True)
     saved = from_config(type(options), folder / "config.yaml", sys.argv[1:] if argv is None else argv)
     options = parse(type(options), argv, default=saved)
-    for name in sorted(set(option_names(type(options))) - {*may_differ, "quiet"}):
+    check_same_run(options, saved, folder, may_differ)
+    return dataclasses.replace(options, output=folder, resume=True)
+
+
+def check_same_run(options: T, saved: T, folder: Path, may_differ: Collection[str] = MAY_DIFFER) -> None:
+    """Raise ValueError if an option other than those in `may_differ` is not the saved one."""
+    for name in sorted(set(option_names(type(options))) - set(may_differ)):
         if (given := getattr(options, name)) != (recorded := getattr(saved, name)):
             raise UserError(
                 f"{_flag(name)} {given}: the run in {folder} was made with {recorded}; leave the option out to resume "
                 "that run, or give another --output to start a new one"
             )
-    return dataclasses.replace(options, output=folder, resume=True)
 
 
 def _flag(name: str) -> str:

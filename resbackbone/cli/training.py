@@ -1,4 +1,4 @@
-"""What every training command does around its own data and network: folder, checkpoint to resume, messages, loop."""
+"""What all training commands share: the run's folder, the checkpoint to resume from, messages and the loop."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +9,7 @@ from typing import Any
 from resbackbone.checks import UserError
 from resbackbone.cli.command import Progress, be_quiet, console, progress_console, to_config, track
 from resbackbone.cli.errors import from_option
+from resbackbone.cli.options import check_output
 from resbackbone.engine import loop
 from resbackbone.engine.checkpoints import resume_point
 from resbackbone.engine.device import arithmetic, use_deterministic
@@ -22,7 +23,7 @@ from resbackbone.report.summary import summary
 
 @dataclass
 class Session:
-    """A training command in one process. `checkpoint` is what it resumes from; only rank 0 prints and writes."""
+    """A command in one process. `checkpoint` is what a training resumes from; only rank 0 prints and writes."""
 
     options: Any
     rank: Rank
@@ -42,23 +43,28 @@ class Session:
         return track(items, total, "evaluate", shown=self.rank.is_main)
 
     def progress(self, steps: int, start: int) -> Progress:
+        """The progress bar of a training."""
         return Progress("train", steps, start=start, shown=self.rank.is_main)
 
     def open_run(self, step: int, effective: Mapping[str, Any]) -> Run:
-        """Start to write the run's folder: `effective` is added to the options in config.yaml.
+        """Start writing the run's folder; config.yaml gets the options and `effective`.
 
-        Raises ValueError if the run was trained on other data, which the checksum in `effective` shows.
+        Raises ValueError if the checksum of the data in `effective` is not the one that the run was started with.
         """
+        self.info(f"run:   {self.folder}")
         if step and self.rank.is_main:
             recorded = read_yaml(self.folder / "config.yaml").get("effective", {})
             if any(recorded.get(name) != effective[name] for name in effective if name.endswith("sha256")):
                 raise UserError(f"--data {self.options.data}: the run in {self.folder} was trained on other data")
-        # A run that starts from this file is a new one.
+        # Without these options, --config with this file starts a new run.
         config = to_config(replace(self.options, output=None, resume=False, config=None))
         return Run(self.folder, {**config, "effective": effective}, resumed_step=step, writes=self.rank.is_main)
 
-    def train(self, task: Task, state: TrainState, schedule: Schedule, *, parts: int = 1, **effective) -> Run:
-        """Load the checkpoint, open the run, and update until the schedule or --max-steps ends."""
+    def train(self, task: Task, state: TrainState, schedule: Schedule, *, parts: int = 1, **effective: str) -> Run:
+        """Load the checkpoint, open the run, and train to the end of the schedule or to --max-steps.
+
+        A batch goes through the network in `parts`; `effective` is recorded in config.yaml.
+        """
         options, ranks, start = self.options, self.rank.ranks, "from step 0"
         if self.checkpoint is not None:
             state.load(self.checkpoint)
@@ -75,31 +81,48 @@ class Session:
             checkpoint_period=options.checkpoint_period,
             eval_period=options.eval_period,
         )
+        recorded = {**asdict(schedule), "milestones": list(schedule.milestones), **effective}
+        run = self.open_run(state.step, recorded | arithmetic(self.rank.device))
         self.info(
             f"{start} to {plan.steps}: {plan.batch_size} images an update{f' in {parts} parts' if parts > 1 else ''} "
             f"on {ranks} {self.rank.device.type}, {plan.precision}, learning rate {schedule.rate:g}"
         )
-        effective = {**asdict(schedule), "milestones": list(schedule.milestones), **effective}
-        run = self.open_run(state.step, effective | arithmetic(self.rank.device))
         with self.progress(plan.steps, state.step) as progress:
             loop.train(task, state, plan, run, loop.Observer(progress.update, self.info, self.warn))
         return run
 
     def finish(self, results: Mapping[str, str], files: Mapping[str, str]) -> None:
-        """Print what the run did, its results and the files it wrote."""
+        """Print a summary of the run, its results and the files it wrote."""
         self.info(summary(self.folder, results, files))
 
 
 def prepare_run(rank: Rank, options, *, default: Path, first_line: str | None = None) -> Session:
-    """Lock the run's folder, --output or a new one named `default`, and find the checkpoint to resume from."""
+    """Lock the run's folder, --output or a new one named `default`, and find the checkpoint to resume from.
+
+    `first_line` is printed before anything else.
+    """
     be_quiet(options)
     use_deterministic(options.deterministic)
     session = Session(options, rank)
     if first_line is not None:
         session.info(first_line)
+
+    check_output(options.output)
+
+    def claim() -> Path:
+        if options.output is not None and not options.resume and (options.output / "config.yaml").is_file():
+            raise UserError(f"{options.output} already holds a run; add --resume to continue it")
+        return claim_folder(options.output, default=default, resume=options.resume)
+
     with from_option("--output"):
-        session.folder = from_main(partial(claim_folder, options.output, default=default, resume=options.resume), rank)
+        session.folder = from_main(claim, rank)
         if options.resume:
             session.checkpoint = from_main(partial(resume_point, session.folder, session.warn), rank)
-    session.info(f"run:   {session.folder}")
     return session
+
+
+def about_built_in_data(folder: Path, layout: str) -> str:
+    """The lines that a training on the built-in data set prints first."""
+    drawing = "" if folder.exists() else "\ndrawing it first (a few thousand images)"
+    where = f"data:  the built-in data set in {folder}; to train on yours, give --data DIR"
+    return f"{where}, which should hold {layout}{drawing}"

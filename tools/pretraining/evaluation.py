@@ -1,9 +1,6 @@
-"""The accuracy of classifiers, a run's own or given ones, and the files and row that it goes into."""
+"""Evaluates classifiers, a run's own or given ones, and writes their accuracy."""
 
 import json
-import platform
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,9 +19,7 @@ from resbackbone.classification.images import Images
 from resbackbone.classification.recipes import Recipe
 from resbackbone.classifier import build_resnet_classifier
 from resbackbone.engine.distributed import Rank, from_main
-from resbackbone.engine.provenance import commit
-from resbackbone.report.run import RunLog
-from resbackbone.tools.pretraining.options import Options, data_name, recipe_of
+from resbackbone.tools.pretraining.options import Options, recipe_of
 from resbackbone.weights import read_weights
 from resbackbone.weights.sources import is_named
 
@@ -36,14 +31,14 @@ def evaluate_only(rank: Rank, options: Options) -> None:
     files = [str(Path(run) / "model.safetensors") if Path(run).is_dir() else run for run in options.eval_only]
     with from_option("--data"):
         val_set = from_main(lambda: open_images(options.data, "val", skip_bad_images=options.skip_bad_images), rank)
-    models = []
+    models: list[nn.Module] = []
     for file in files:
         weights = read_weights(file)
         model = build_resnet_classifier(num_classes=len(val_set.classes), weights=weights)
-        ours = "recipe" in weights.metadata  # only our files name classes as our folders do
+        ours = "recipe" in weights.metadata  # only our files name the classes by their folders
         if ours and weights.metadata["classes"] != val_set.classes:
             raise UserError(f"{file}: was trained on other classes than those of {options.data}")
-        models.append(model.to(rank.device, memory_format=torch.channels_last))
+        models.append(model.to(rank.device).to(memory_format=torch.channels_last))
     session.info(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
     for message in sorted(val_set.skipped) if rank.is_main else ():
         session.warn(f"skipped {message}")
@@ -56,15 +51,13 @@ def evaluate_only(rank: Rank, options: Options) -> None:
         target = Path(files[0]).parent
     if target is not None:
         target.mkdir(parents=True, exist_ok=True)
-        write_results(
-            target / f"results-{options.eval}.json",
-            {**results, "models": list(options.eval_only), "skipped_images": sorted(val_set.skipped)},
-        )
-        session.info(f"results: {target / f'results-{options.eval}.json'}")
+        file, recorded = target / f"results-{options.eval}.json", {"models": list(options.eval_only)}
+        write_results(file, {**results, **recorded, "skipped_images": sorted(val_set.skipped)})
+        session.info(f"results: {file}")
 
 
 def score_of(models: list[nn.Module], val_set: Images, session: Session, recipe: Recipe, **protocol) -> dict:
-    """The accuracy of one network, or of the averaged scores of several; warns of the images that it skips."""
+    """The accuracy of one network, or of the averaged scores of several; prints which images it skips."""
     skipped = set(val_set.skipped)
     results = evaluate(
         models,
@@ -92,22 +85,3 @@ def described(results: Mapping) -> str:
 
 def write_results(path: Path, results: dict) -> None:
     write_atomically(path, json.dumps(results, indent=2) + "\n")
-
-
-def zoo_row(session: Session, metadata: dict, results: dict, train_set: Images, val_set: Images) -> str:
-    """This run as a row of MODEL_ZOO.md: data, network, command, top-1, top-5, time, commit, hardware, metrics."""
-    options, folder, rank = session.options, session.folder, session.rank
-    device = torch.cuda.get_device_name(rank.device) if rank.device.type == "cuda" else platform.machine()
-    words = ["--config", str(folder / "config.yaml")] if options.resume else sys.argv[1:]  # to repeat the run
-    cells = [
-        f"{data_name(options)}, {len(train_set)} + {len(val_set)} images",
-        f"{metadata['architecture']}, {options.recipe}, {options.eval}",
-        f"`{shlex.join(['python', 'tools/pretrain.py', *words])}`",
-        f"{100 * results['top1']:.2f}",
-        f"{100 * results['top5']:.2f}",
-        f"{RunLog(folder).total('seconds') / 60:.1f} min",
-        commit() or "",
-        f"{rank.ranks} x {device}, {options.precision}, torch {torch.__version__}",
-        f"[metrics]({folder / 'metrics.jsonl'})",
-    ]
-    return f"| {' | '.join(cells)} |"

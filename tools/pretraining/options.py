@@ -5,8 +5,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from resbackbone.cli import options as shared
-from resbackbone.cli.command import refuse_command
-from resbackbone.cli.options import MachineOptions, RunOptions, check_counts, check_shortcut, choose_machine
+from resbackbone.cli.command import Auto, refuse_command
+from resbackbone.cli.options import (
+    MachineOptions,
+    RunOptions,
+    check_counts,
+    check_output,
+    check_shortcut,
+    choose_machine,
+)
 
 import torch
 
@@ -26,26 +33,26 @@ MAY_DIFFER = shared.MAY_DIFFER | {"compile", "eval", "eval_only"}  # from the ru
 
 @dataclass(frozen=True)
 class DataOptions:
-    data: str | None = None
+    data: Auto[str] = None
     """Folder with train/<class>/ and val/<class>/ (or test/), webdataset shards ('path/train-{000000..000146}.tar'),
     or synthetic: no data at all, to measure the speed. Default: $IMAGENET_DIR, ./datasets/imagenet, else the built-in
     set."""
     skip_bad_images: bool = False
-    """Skip images that cannot be read; they are named and counted."""
-    workers: int | None = None
+    """Skip images that cannot be read; their names and number are printed."""
+    workers: Auto[int] = None
     """Processes that load images, for each GPU. Default: 12 with a GPU, 0 on a CPU."""
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    depth: int | None = None
+    depth: Auto[int] = None
     """18, 34, 50, 101 or 152. Default: the recipe's (50; demo: 18)."""
-    weights: str | None = None
+    weights: Auto[str] = None
     """A classifier of these classes to start from: a file, or torchvision:ResNet50_Weights.IMAGENET1K_V1. Default:
     random."""
-    norm: str | None = None
+    norm: Auto[str] = None
     """BN, SyncBN or GN. Default: that of the weights, else BN."""
-    shortcut: str | None = None
+    shortcut: Auto[str] = None
     """A, B or C (the paper's Sec. 4.1). Default: that of the weights, else B."""
     plain: bool = False
     """Without shortcuts: the paper's plain nets."""
@@ -55,19 +62,19 @@ class NetworkOptions:
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    recipe: str | None = None
+    recipe: Auto[str] = None
     """paper, torchvision-v1, torchvision-v2, a1, a2, a3 or demo. Default: torchvision-v1; demo on the built-in set."""
-    batch_size: int | None = None
-    """Images an update, over all GPUs; the number of updates follows, and SGD's rate. Default: the recipe's; 32 on a
-    CPU."""
+    batch_size: Auto[int] = None
+    """Images per update, over all GPUs; the number of updates and SGD's rate are scaled with it. Default: the recipe's;
+    32 on a CPU."""
     accumulate: int = 1
-    """Parts that a batch goes through the network in, one after the other, when a GPU's memory is too small for it."""
-    epochs: int | None = None
-    """Length of the training; drops and warm-up follow. Default: the recipe's."""
-    size: int | None = None
+    """Split each batch into this many parts, one after the other, to save GPU memory."""
+    epochs: Auto[int] = None
+    """Length of the training; drops and warm-up are scaled with it. Default: the recipe's."""
+    size: Auto[int] = None
     """Side of a training crop in pixels; test sizes change in proportion. Default: the recipe's."""
     ema: bool = False
-    """Evaluate and keep a moving average of the weights; torchvision-v2 always does."""
+    """Evaluate and keep a moving average of the weights, as torchvision-v2 always does."""
     compile: bool = False
     """Compile the network (torch.compile): minutes at the start for faster updates."""
     checkpoint_period: int = 2000
@@ -77,10 +84,10 @@ class TrainingOptions:
 @dataclass(frozen=True)
 class EvaluationOptions:
     eval: str = "1crop"
-    """1crop, 10crop or multiscale: how the network is tested at the end."""
+    """Final evaluation: 1crop, 10crop or multiscale."""
     eval_only: tuple[str, ...] = ()
-    """Runs, weight files or named sources to evaluate instead of training; of several, the averaged scores. Defaults of
-    --data, --recipe (for the image sizes) and --precision: those of the first run; without a run, fp32."""
+    """Runs, weight files or named sources to evaluate instead of training; the scores of several are averaged. --data,
+    --recipe (for the image sizes) and --precision default to those of the first run; without a run, fp32."""
     eval_period: int = 0
     """Updates between evaluations (1crop); 0 evaluates at the end only."""
 
@@ -91,7 +98,7 @@ class Options(DataOptions, NetworkOptions, TrainingOptions, EvaluationOptions, R
 
 
 def complete(options: Options) -> Options:
-    """The options with every value filled in, except the folder. Raises ValueError for one that is not accepted."""
+    """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     data = options.data or find_imagenet() or str(EMBEDDED)
     default = "demo" if Path(data) == EMBEDDED else "torchvision-v1"
     recipe_name = one_of("recipe", options.recipe or default, RECIPES)
@@ -137,7 +144,8 @@ def complete(options: Options) -> Options:
 
 
 def complete_for_evaluation(options: Options) -> Options:
-    """The options for --eval-only, with the first run's values where none are given."""
+    """Fill in the options for --eval-only; those that are not given come from the first run."""
+    check_output(options.output)
     paths = [Path(source) for source in options.eval_only if not is_named(source)]
     files = [(path if path.is_dir() else path.parent) / "config.yaml" for path in paths]
     config = next((read_yaml(file) for file in files if file.is_file()), {})
@@ -145,7 +153,7 @@ def complete_for_evaluation(options: Options) -> Options:
         refuse_command("data", config.get("data"), options.eval_only[0])
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
     if given["precision"] not in INFERENCE and not options.precision:
-        given["precision"] = "fp32"  # as publishers of weights evaluate theirs
+        given["precision"] = "fp32"  # publishers of weights evaluate in fp32
     if given["data"] == SYNTHETIC:
         raise UserError(f"--data {SYNTHETIC}: synthetic images show only the speed; give --data DIR to evaluate on")
     if given["data"] is None and not find_imagenet():
@@ -160,14 +168,16 @@ def recipe_of(options: Options) -> Recipe:
     recipe = RECIPES[options.recipe]
     scale = options.size / recipe.size
     if scale != 1:
-        side = recipe.shorter_side and tuple(round(scale * length) for length in recipe.shorter_side)
-        sizes = {"crop": round(scale * recipe.crop), "resize": round(scale * recipe.resize), "shorter_side": side}
-        recipe = replace(recipe, size=options.size, **sizes)
+        crop, resize = round(scale * recipe.crop), round(scale * recipe.resize)
+        recipe = replace(recipe, size=options.size, crop=crop, resize=resize)
+        if recipe.shorter_side is not None:
+            low, high = recipe.shorter_side
+            recipe = replace(recipe, shorter_side=(round(scale * low), round(scale * high)))
     return replace(recipe, ema=recipe.ema or options.ema)
 
 
 def find_imagenet() -> str | None:
-    """ImageNet in its usual places, $IMAGENET_DIR and ./datasets/imagenet; None if it is in neither."""
+    """The first of $IMAGENET_DIR and ./datasets/imagenet that exists, or None."""
     places = [os.environ.get("IMAGENET_DIR"), "datasets/imagenet"]
     return next((place for place in places if place and Path(place).is_dir()), None)
 
