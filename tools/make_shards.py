@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from resbackbone.cli.command import console, main_of, parse, progress_console, track
+from resbackbone.cli.command import Auto, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import check_output
 
@@ -42,9 +42,9 @@ from resbackbone.image_io import BadImage
 class Options:
     """Write class folders as webdataset shards, with training images re-encoded smaller."""
 
-    data: Path | None = None
+    data: Auto[Path] = None
     """Folder with train/<class>/ and val/<class>/ (or test/<class>/), or one of the two."""
-    output: Path | None = None
+    output: Auto[Path] = None
     """Folder for the shards, train-000000.tar and so on, and their indices, train.json and val.json."""
     shorter_side: int = 320
     """Shorter side in pixels that larger training images are resized to; 0 copies all files unchanged."""
@@ -58,7 +58,7 @@ class Options:
     """Processes; each writes one shard at a time."""
     skip_bad_images: bool = False
     """Leave out images that cannot be read; their names and the reasons are printed."""
-    index: str | None = None
+    index: Auto[str] = None
     """Only write an index for existing shards, 'path/train-{000000..000146}.tar'."""
     quiet: bool = False
     """Print only warnings, errors and the result."""

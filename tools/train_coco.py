@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from resbackbone.cli.command import Auto, console, main_of, parse
@@ -141,7 +142,9 @@ def train(rank: Rank, options: Options) -> None:
     recipe = RECIPES[options.recipe]
     train_set, val_set = open_data(session, recipe)
     if options.engine == "detectron2":
-        evaluation, run = detectron2_engine().train_with_detectron2(session, train_set=train_set, val_set=val_set)
+        from detection.detectron2_engine import train_with_detectron2  # the package is optional
+
+        evaluation, run = train_with_detectron2(session, train_set=train_set, val_set=val_set)
         if rank.is_main:
             finish(session, evaluation, val_set, skipped=set(), detector_file="model_final.pth")
         run.close()
@@ -344,21 +347,11 @@ def check_detectron2(options: Options, variant: str, recipe: str) -> None:
         raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
     if options.skip_bad_images:
         raise UserError("--skip-bad-images: --engine detectron2 stops at the first image that cannot be read")
-    detectron2_engine()
-
-
-def detectron2_engine():
-    """The module that trains with detectron2. Raises ValueError if detectron2 is not installed."""
-    try:
-        from detection import detectron2_engine
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "detectron2":
-            raise
+    if find_spec("detectron2") is None:
         raise UserError(
             "--engine detectron2: detectron2 is not installed; pip install --no-build-isolation "
             "git+https://github.com/facebookresearch/detectron2 builds it"
-        ) from None
-    return detectron2_engine
+        )
 
 
 def default_folder(options: Options) -> Path:

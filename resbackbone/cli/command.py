@@ -1,5 +1,6 @@
 """What every command shares: options from a dataclass, one line for a user's mistake, progress on the terminal."""
 
+import argparse
 import contextlib
 import dataclasses
 import io
@@ -93,14 +94,10 @@ def be_quiet(options) -> None:
     progress_console.quiet = getattr(options, "quiet", False)
 
 
-def _value_of(flag: str, argv: list[str]) -> str | None:
-    # Read before the other options are parsed, because the file provides their defaults.
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word.removeprefix(flag + "=")
-    return None
+def _value_of(flag: str, argv: Sequence[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(flag, nargs="?", dest="value")
+    return parser.parse_known_args(argv)[0].value
 
 
 def main_of(command: Callable[[], object]) -> None:
@@ -173,7 +170,7 @@ def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) ->
     for name, value in values.items():
         if name not in types:
             raise UserError(f"{path}: unknown option {name!r}; choose from {', '.join(option_names(options))}")
-        if _value_of(f"--{name.replace('_', '-')}", list(argv)) is None:
+        if _value_of(f"--{name.replace('_', '-')}", argv) is None:
             refuse_command(name, value, path)
         kinds = typing.get_args(types[name]) or (types[name],)
         if Path in kinds and isinstance(value, str):

@@ -43,14 +43,16 @@ def one_line_errors() -> Iterator[None]:
 def from_option(name: str) -> Iterator[None]:
     """Put an option in front of a UserError: `nowhere: no such folder` becomes `--data nowhere: no such folder`.
 
-    The library does not know options, so its messages start with the value. Those of `one_of` name their subject.
+    The library does not know options, so its messages start with the value, or with the parameter: `scales 1, 1: ..`.
+    Those of `one_of` stay as they are.
     """
     try:
         yield
     except BadImage:
         raise  # its message names the file
     except UserError as error:
-        raise UserError(str(error) if str(error).startswith("unknown ") else f"{name} {error}") from None
+        message = str(error).removeprefix(f"{name.removeprefix('--')} ")
+        raise UserError(message if message.startswith("unknown ") else f"{name} {message}") from None
 
 
 def _message(error: Exception) -> str:

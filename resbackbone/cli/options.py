@@ -29,7 +29,7 @@ class RunOptions:
     """The run's folder. Default: a new one under runs/."""
     resume: bool = False
     """Continue the run in --output, or the latest run of this name, from its last checkpoint."""
-    config: Path | None = None
+    config: Auto[Path] = None
     """YAML file with options, such as another run's config.yaml; flags override it."""
     max_steps: Auto[int] = None
     """Stop after this many updates. Default: the length of the schedule."""

@@ -84,7 +84,7 @@ class Session:
         recorded = {**asdict(schedule), "milestones": list(schedule.milestones), **effective}
         run = self.open_run(state.step, recorded | arithmetic(self.rank.device))
         self.info(
-            f"{start} to {plan.steps}: {plan.batch_size} images an update{f' in {parts} parts' if parts > 1 else ''} "
+            f"{start} to {plan.steps}: {plan.batch_size} images per update{f' in {parts} parts' if parts > 1 else ''} "
             f"on {ranks} {self.rank.device.type}, {plan.precision}, learning rate {schedule.rate:g}"
         )
         with self.progress(plan.steps, state.step) as progress:

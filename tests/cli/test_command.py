@@ -19,7 +19,6 @@ from resbackbone.cli.command import (
     Progress,
     be_quiet,
     console,
-    duration,
     from_config,
     main_of,
     parse,
@@ -64,11 +63,14 @@ class Grouped(RunOptions, MachineOptions):
     """Options in groups."""
 
 
-def test_the_dataclasses_that_options_inherit_from_are_groups_of_the_help_and_flags_have_no_prefix(capsys):
-    with pytest.raises(SystemExit):
+def test_options_are_groups_of_the_help_and_flags_have_no_prefix(capsys):
+    with pytest.raises(SystemExit) as exit:
         parse(Grouped, ["--help"])
+    assert exit.value.code in (0, None)
     text = capsys.readouterr().out
-    assert text.index("Run options") < text.index("--max-steps INT") < text.index("Machine options")
+    assert text.index("Tests of options") < text.index("Run options") < text.index("--max-steps INT")
+    assert text.index("--max-steps INT") < text.index("Machine options")
+    assert "(default: None)" not in text
     options = parse(Grouped, ["--seed", "3", "--output", "run"], default=Grouped(gpus=2, log_period=7))
     assert options == Grouped(seed=3, output=Path("run"), gpus=2, log_period=7)
     assert list(to_config(options))[:2] == ["output", "resume"]  # in the order of the help
@@ -83,27 +85,19 @@ def test_options_are_the_defaults_and_over_them_the_flags():
 
 
 @pytest.mark.parametrize(
-    "argv, named",
+    "argv, message",
     [
-        (["--no-such-option", "1"], "--no-such-option"),
-        (["--depth", "fifty"], "fifty"),
-        (["--depth"], "--depth"),
-        (["--rate", "fast"], "fast"),
+        (["--no-such-option", "1"], "Unrecognized options: --no-such-option"),
+        (["--depth", "fifty"], "Error parsing --depth: invalid literal for int() with base 10: 'fifty'"),
+        (["--max-steps", "many"], "--max-steps many: must be INT"),
+        (["--depth"], "Missing value for argument '--depth'"),
         (["stray"], "stray"),
+        (["--config", "no.yaml"], "no.yaml: cannot be read (No such file or directory)"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line_that_names_it(argv, named, capsys):
-    message = one_line(argv)
-    assert named in message and "--help" in message
+def test_a_mistake_is_answered_in_one_line_that_names_it(argv, message, capsys):
+    assert message in one_line(argv)
     assert not capsys.readouterr().err  # the caller prints, once
-
-
-def test_help_describes_the_options_and_exits_without_an_error(capsys):
-    with pytest.raises(SystemExit) as exit:
-        parse(Options, ["--help"])
-    assert exit.value.code in (0, None)
-    text = capsys.readouterr().out
-    assert "Tests of options" in text and "--max-steps INT" in text and "Folder of images." in text
 
 
 @pytest.mark.parametrize("spelling", [["--config", "{}"], ["--config={}"]])
@@ -147,21 +141,29 @@ def test_a_config_with_an_unknown_option_or_a_wrong_type_is_refused_by_name(text
     assert str(path) in one_line(["--config", str(path)])
 
 
-def test_a_config_that_is_not_there_is_refused_by_name(tmp_path):
-    assert str(tmp_path / "no.yaml") in one_line(["--config", str(tmp_path / "no.yaml")])
-
-
-@pytest.mark.parametrize("error", [UserError("two\n  lines"), FileNotFoundError(2, "No such file", "x.json")])
-def test_a_users_mistake_ends_the_command_with_one_line(error, monkeypatch):
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (UserError("two\n  lines"), "error: two lines"),
+        (FileNotFoundError(2, "No such file", "x.json"), "error: [Errno 2] No such file: 'x.json'"),
+        (KeyboardInterrupt(), "interrupted"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity .."),
+            "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch-size, or for classifiers raise "
+            "--accumulate",
+        ),
+    ],
+)
+def test_a_users_mistake_ends_the_command_with_one_line(error, line, monkeypatch):
     def command():
         raise error
 
     monkeypatch.delenv("RESBACKBONE_DEBUG", raising=False)
     with pytest.raises(SystemExit) as exit:
         main_of(command)
-    assert exit.value.code == f"error: {' '.join(str(error).split())}"  # Python prints it on stderr, status 1
+    assert exit.value.code == line  # Python prints it on stderr, status 1
     monkeypatch.setenv("RESBACKBONE_DEBUG", "1")
-    with pytest.raises(type(error)):
+    with pytest.raises(SystemExit if line == "interrupted" else type(error)):
         main_of(command)
 
 
@@ -196,26 +198,6 @@ main_of(command)
     assert run.stderr.startswith(said) and len(run.stderr.splitlines()) == bool(said)
 
 
-def test_a_gpu_whose_memory_is_full_is_said_with_what_takes_less():
-    def full():
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity ..")
-
-    with pytest.raises(SystemExit) as exit:
-        main_of(full)
-    assert exit.value.code == (
-        "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch-size, or for classifiers "
-        "raise --accumulate"
-    )
-
-
-def test_an_interrupted_command_shows_no_traceback():
-    def interrupted():
-        raise KeyboardInterrupt
-
-    with pytest.raises(SystemExit, match="^interrupted$"):
-        main_of(interrupted)
-
-
 def test_our_own_mistake_keeps_its_traceback_and_success_says_nothing():
     for mistake in (AssertionError, ValueError, KeyError):
         with pytest.raises(mistake):
@@ -223,26 +205,16 @@ def test_our_own_mistake_keeps_its_traceback_and_success_says_nothing():
     assert main_of(lambda: "result") is None
 
 
-def test_a_command_ends_with_status_1_on_a_users_mistake():
-    code = "from resbackbone.cli.command import main_of, read_yaml\nmain_of(lambda: read_yaml('no.yaml'))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (1, "")
-    assert run.stderr == "error: no.yaml: cannot be read (No such file or directory)\n"
-
-
-def test_tracking_yields_the_items_and_is_quiet_in_a_log(capsys):
+def test_a_log_gets_a_line_for_every_note(capsys):
     assert list(track(iter("abc"), 3, "letters")) == ["a", "b", "c"]
-    assert capsys.readouterr().out == ""
-
-
-def test_a_log_gets_a_line_where_there_is_something_to_say(capsys):
     with Progress("train", 10, start=4) as progress:
         progress.update(5)
         progress.update(6, "loss 0.5")
     with Progress("train", 10, shown=False) as progress:
         progress.update(6, "another rank")
-    out = capsys.readouterr().out
-    assert out.startswith("train 6/10, ") and out.endswith(", loss 0.5\n") and out.count("\n") == 1
+    with Progress("frames", None) as progress:
+        progress.update(3, "dark")
+    assert capsys.readouterr().out == "train 6/10, 0 s left, loss 0.5\nframes 3, dark\n"
 
 
 def test_a_command_in_a_config_file_is_refused_unless_the_command_line_gives_the_option_too(tmp_path):
@@ -271,7 +243,7 @@ def screen(sent):
     return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\r", "", sent.getvalue()).splitlines()]
 
 
-def test_a_terminal_shows_a_bar_with_the_time_left_and_below_it_how_it_goes(terminal):
+def test_a_terminal_shows_a_bar_with_the_time_left_and_the_note_below_it(terminal):
     note = f"loss 0.5 ({'rpn_box 0.1 ' * 5}), 3.2 images/s, data 4%, 900 MiB, AP 37.0, AP50 58.0"
     with Progress("train", 10, start=4) as progress:
         progress.update(5)
@@ -279,22 +251,8 @@ def test_a_terminal_shows_a_bar_with_the_time_left_and_below_it_how_it_goes(term
     lines = screen(terminal)
     assert re.match(r"train .* 7/10 0:00:0\d left \S+$", lines[-3])
     assert " ".join(lines[-2:]) == note  # wrapped, whole
-
-
-def test_a_bar_of_an_unknown_total_counts_on_terminals_and_in_logs(terminal, capsys, monkeypatch):
     assert list(track("ab", None, "frames")) == ["a", "b"]
     assert re.match(r"frames .* 2/\? 0:00:0\d$", [line for line in screen(terminal) if line][-1])
-    monkeypatch.undo()
-    with Progress("frames", None) as progress:
-        progress.update(3, "dark")
-    assert capsys.readouterr().out == "frames 3, dark\n"
-
-
-@pytest.mark.parametrize(
-    "seconds, said", [(0.4, "0 s"), (59, "59 s"), (59.7, "1:00 min"), (3599, "59:59 min"), (18420, "5:07 h")]
-)
-def test_a_duration_is_short(seconds, said):
-    assert duration(seconds) == said
 
 
 # --quiet
@@ -337,20 +295,11 @@ def test_quiet_is_of_a_call_and_not_of_the_run(tmp_path, restored):
     assert "quiet" not in to_config(Quiet(quiet=True))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_config(Quiet(seed=3))))
     argv = ["--quiet", "--output", str(tmp_path)]
-    again = resumed(parse(Quiet, argv), argv, default=tmp_path, may_differ={"output", "resume"})
+    again = resumed(parse(Quiet, argv), argv, default=tmp_path, may_differ={"output", "resume", "quiet"})
     assert again == replace(Quiet(seed=3), quiet=True, output=tmp_path, resume=True)
 
 
 # Completion
-
-
-@pytest.mark.parametrize("shell, mark", [("bash", "complete -F"), ("zsh", "#compdef cmd")])
-def test_a_completion_script_is_printed_for_the_commands_name(shell, mark, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["tools/cmd.py"])
-    with pytest.raises(SystemExit) as exit:
-        parse(Options, ["--tyro-print-completion", shell])
-    assert exit.value.code in (0, None)
-    assert mark in capsys.readouterr().out
 
 
 def test_bash_completes_the_flags_of_a_command(tmp_path, capsys, monkeypatch):

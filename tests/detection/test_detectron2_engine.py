@@ -1,4 +1,3 @@
-import builtins
 import importlib
 import importlib.util
 import json
@@ -232,18 +231,7 @@ def test_a_run_of_the_other_engine_is_not_resumed(finished, capsys):
 
 
 def test_without_detectron2_it_is_one_line_that_says_how_to_install_it(gaps, capsys, monkeypatch):
-    imported = builtins.__import__
-
-    def none(name, *rest):
-        if name.split(".")[0] == "detectron2":
-            raise ModuleNotFoundError("No module named 'detectron2'", name="detectron2")
-        return imported(name, *rest)
-
-    import detection
-
-    monkeypatch.delitem(sys.modules, "detection.detectron2_engine", raising=False)
-    monkeypatch.delattr(detection, "detectron2_engine", raising=False)
-    monkeypatch.setattr(builtins, "__import__", none)
+    monkeypatch.setattr(train_coco, "find_spec", lambda name: None)
     said = error_of([*QUICK, "--data", gaps], capsys)
     assert "detectron2 is not installed; pip install --no-build-isolation git+https://github.com/" in said
     assert list(Path().iterdir()) == []

@@ -1,6 +1,13 @@
-"""What tests of commands share: the line that a user's mistake ends with, and what a run's folder holds."""
+"""What tests of commands share: runs that are killed or start several processes, and comparisons of their folders."""
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,19 +15,63 @@ from safetensors.torch import load_file
 
 from resbackbone.cli.command import main_of
 from resbackbone.engine.run import CLOCK
+from resbackbone.engine.state import TrainState
 
+TOOLS = Path(__file__).parents[2] / "tools"
 CIFAR = ["--data", "synthetic", "--device", "cpu", "--precision", "fp32", "--batch-size", "8", "--log-period", "1"]
 SIX_STEPS = [*CIFAR, "--steps", "6", "--checkpoint-period", "2", "--eval-period", "3"]  # of train_cifar10.py
 
 
 def error_line(main, argv, capsys=None):
-    """The one line that `main` ends with, its exit status being 1, when it is called with these words."""
+    """The one line that `main` ends with, with exit status 1, when it is called with these words."""
     with pytest.raises(SystemExit) as exit:
         main_of(lambda: main([str(word) for word in argv]))
     assert isinstance(exit.value.code, str)  # to the interpreter: this line on stderr, and status 1
     assert exit.value.code.startswith("error: ") and len(exit.value.code.splitlines()) == 1
     assert capsys is None or capsys.readouterr().err == ""
     return exit.value.code
+
+
+def torchrun(tool, argv, *, processes=2):
+    """What a tool prints in several processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+    words = [str(word) for word in (*launcher, tool, *argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOOLS.parent)}
+    process = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def kill_after_three_steps(tool, argv, run):
+    """Start a training of the folder `run`, kill it, and remove checkpoints after step 4, as on a slow machine."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, TOOLS / tool, *argv, "--max-steps", "500", "--output", run]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not ((run / "metrics.jsonl").is_file() and len(metrics(run)) >= 3):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name[5:]) > 4:
+            shutil.rmtree(path)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "st')
+
+
+def die_in_second_checkpoint(main, argv, run):
+    """Start a training of the folder `run` that dies while it writes the checkpoint of step 4."""
+    save = TrainState.save
+
+    def dies(self, folder):
+        save(self, folder)
+        if self.step == 4:
+            raise MemoryError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(TrainState, "save", dies)
+        main([*argv, "--output", str(run)])
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_0000002"]
 
 
 def metrics(folder, kind="train"):
@@ -39,3 +90,12 @@ def differing(one, other):
     one, other = load_file(one), load_file(other)
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def assert_ended_alike(run, alone):
+    """Two runs of six steps have the same tensors, results and metrics, apart from the clock."""
+    for file in [alone / "model.safetensors", *(alone / "checkpoints/step_0000006").glob("*.safetensors")]:
+        assert differing(run / file.relative_to(alone), file) == []
+    for file in alone.glob("*.json"):
+        assert (run / file.name).read_bytes() == file.read_bytes()
+    assert timeless(run) == timeless(alone)  # every step once, with the same losses and rates

@@ -8,22 +8,15 @@ import yaml
 from commands import error_line
 from PIL import Image
 
-from resbackbone.classification import cifar10
 from resbackbone.tools import degradation, train_cifar10
 
-TOOLS = Path(__file__).parents[2] / "tools"
 error_of = partial(error_line, degradation.main)
 
 QUICK = ["--data", "synthetic", "--device", "cpu", "--batch-size", "4", "--log-period", "1", "--eval-period", "1"]
 TWO_DEPTHS = [*QUICK, "--steps", "2", "--depths", "20", "32"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def small():
-    """Fewer synthetic images."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 20, "test": 10})
-        yield
+pytestmark = pytest.mark.usefixtures("few_synthetic_images")
 
 
 def recorded(folder, *, plain, depth, train, test=(), **config):
@@ -70,13 +63,8 @@ def test_started_again_it_leaves_what_is_finished_and_goes_on_with_what_is_not(c
     assert "all/plain-20 is finished" in said and "resumed at step 1 to 2" in said
     assert finished == {p: p.stat().st_mtime_ns for p in Path("all/plain-20").rglob("*")}
     assert json.loads(Path("all/resnet-20/results.json").read_text())["steps"] == 2
-
-
-def test_a_finished_run_of_another_recipe_is_not_taken_for_one_of_this(capsys):
-    argv = [*QUICK, "--depths", "20", "--output", "all"]
-    train_cifar10.main([*QUICK, "--steps", "2", "--plain", "--output", "all/plain-20"])
-    assert "--steps 3: the run in all/plain-20 was made with 2" in error_of([*argv, "--steps", "3"], capsys)
-    assert not Path("all/resnet-20").exists()
+    said = error_of([*argv, "--steps", "3"], capsys)
+    assert "--steps 3: the run in all/plain-20 was made with 2" in said
 
 
 def test_three_shortcuts_are_compared_in_one_table():
@@ -128,14 +116,6 @@ def test_training_error_is_drawn_dashed_and_test_error_bold_and_as_recorded(monk
     assert left.get_ylim() == right.get_ylim() and left.get_ylim()[1] >= 90
 
 
-def test_residual_nets_alone_are_one_panel_and_need_no_plain_run():
-    recorded(Path("all/resnet-20"), plain=False, depth=20, train=[0.8, 0.3], test=[(20, 0.2)])
-    degradation.main(["--plot-only", "--no-plain", "--output", "all", "--depths", "20"])
-    assert [row["network"] for row in json.loads(Path("all/degradation.json").read_text())["runs"]] == ["resnet-20"]
-    with Image.open("all/degradation.png") as figure:
-        assert figure.width < 2 * 400
-
-
 def test_a_long_curve_is_averaged_over_equal_stretches():
     points = [(i + 1, float(i % 2)) for i in range(1000)]
     binned = degradation.binned(points)
@@ -143,11 +123,16 @@ def test_a_long_curve_is_averaged_over_equal_stretches():
     assert {error for _, error in binned} == {0.5}
 
 
-def test_runs_of_different_recipes_are_not_compared(capsys):
+def test_residual_nets_alone_are_one_panel_and_runs_without_updates_or_of_other_recipes_are_refused(capsys):
     recorded(Path("all/plain-20"), plain=True, depth=20, train=[0.9])
     recorded(Path("all/resnet-20"), plain=False, depth=20, train=[0.9], steps=200)
-    said = error_of(["--plot-only", "--output", "all", "--depths", "20"], capsys)
-    assert "resnet-20 was trained with steps 200, plain-20 with 100" in said
+    recorded(Path("all/resnet-32"), plain=False, depth=32, train=[])
+    argv = ["--plot-only", "--output", "all", "--depths"]
+    assert "resnet-20 was trained with steps 200, plain-20 with 100" in error_of([*argv, "20"], capsys)
+    assert "all/resnet-32: has recorded no updates yet" in error_of([*argv, "32", "--no-plain"], capsys)
+    degradation.main([*argv, "20", "--no-plain"])
+    with Image.open("all/degradation.png") as figure:
+        assert figure.width < 2 * 400
 
 
 @pytest.mark.parametrize(
@@ -163,9 +148,3 @@ def test_runs_of_different_recipes_are_not_compared(capsys):
 def test_a_wrong_option_is_one_line_that_names_it(capsys, argv, says):
     assert says in error_of([*QUICK, *argv], capsys)
     assert list(Path().iterdir()) == []
-
-
-def test_a_run_that_has_recorded_nothing_is_said(capsys):
-    recorded(Path("all/plain-20"), plain=True, depth=20, train=[])
-    said = error_of(["--plot-only", "--output", "all", "--depths", "20"], capsys)
-    assert "all/plain-20: has recorded no updates yet" in said

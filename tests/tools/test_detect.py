@@ -71,15 +71,11 @@ def test_the_threshold_decides_what_is_drawn_and_not_what_is_written(run, capsys
     assert f"a.png: {len(written[0])} found" in said and "a.png: 0 found" in said
 
 
-def test_by_default_pictures_go_beside_the_detector(run):
-    detected(run / "model.safetensors", "a.png")
-    assert (run / "detected" / "a.png").is_file() and (run / "detected" / "detections.json").is_file()
-
-
 def test_images_of_one_name_get_pictures_of_their_own(run):
-    detected(run, "a.png", "other/a.png", "b.jpg", "--output", "found")
-    assert sorted(path.name for path in Path("found").glob("*.png")) == ["a-1.png", "a-2.png", "b.png"]
-    detections = json.loads(Path("found/detections.json").read_text())
+    detected(run / "model.safetensors", "a.png", "other/a.png", "b.jpg")  # by default beside the detector
+    found = run / "detected"
+    assert sorted(path.name for path in found.glob("*.png")) == ["a-1.png", "a-2.png", "b.png"]
+    detections = json.loads((found / "detections.json").read_text())
     assert {entry["image"] for entry in detections} == {"a.png", "other/a.png", "b.jpg"}
 
 
@@ -108,8 +104,9 @@ def test_wrong_input_is_one_line_that_names_it(run):
     assert "--threshold 1.5: must be between 0 and 1" in error_of(run, "a.png", "--threshold", "1.5")
     assert "--threshold" in error_of(run, "a.png", "--threshold", "high")
     assert "unknown precision 'fp8'" in error_of(run, "a.png", "--precision", "fp8")
+    assert "--output a.png: is a file; give a folder" in error_of(run, "b.jpg", "--output", "a.png")
     assert not Path("found/detections.json").exists()
-    error_line(detect.main, [])
+    assert "RUN is missing: A run's folder, " in error_line(detect.main, [])
 
 
 # What is looked at
@@ -226,12 +223,6 @@ def test_a_video_becomes_a_video_with_boxes_and_a_list_of_its_frames(run, clip):
     assert drawn.rate == 10 and drawn.count == 5 and shapes == {(3, 480, 640)}  # enlarged, as small pictures are
 
 
-def test_a_video_can_be_cut_and_go_without_pictures(run, clip):
-    detected(run, clip, "--output", "found", "--max-frames", "3", "--no-pictures")
-    assert [path.name for path in Path("found").iterdir()] == ["clip-frames.json"]
-    assert len(json.loads(Path("found/clip-frames.json").read_text())) == 3
-
-
 def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monkeypatch, capsys):
     class Camera:
         name, rate, count = "camera 3", 30.0, None
@@ -246,8 +237,11 @@ def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monke
 
     monkeypatch.setattr(detect, "Video", Camera)
     detected(run, "3", "--output", "found", "--no-pictures")
+    assert [path.name for path in Path("found").iterdir()] == ["camera-3-frames.json"]
     assert len(json.loads(Path("found/camera-3-frames.json").read_text())) == 2
     assert "camera 3: " in capsys.readouterr().out
+    detected(run, "3", "--output", "found", "--no-pictures", "--max-frames", "1")
+    assert len(json.loads(Path("found/camera-3-frames.json").read_text())) == 1
 
 
 def test_a_video_is_not_written_over_nor_given_image_ids(run, clip):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import CIFAR, SIX_STEPS
+from commands import CIFAR, SIX_STEPS, TOOLS
 from safetensors.torch import load_file, save_file
 
 from detection.shapes import make_shapes
@@ -23,8 +23,6 @@ from resbackbone.engine.state import TrainState
 from resbackbone.engine.termination import EXIT_STATUS, Terminated
 from resbackbone.tools import soak, train_cifar10
 from resbackbone.tools.soaking import subject
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 pytestmark = pytest.mark.usefixtures("few_synthetic_images")
 
@@ -78,7 +76,7 @@ def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_as_if_left_alone(
         train_cifar10.main([*SIX_STEPS, "--output", str(run)])
     monkeypatch.undo()
     assert stopped.value.code == 0
-    assert f"terminated at step {step} and saved; continue with --resume" in capsys.readouterr().out
+    assert f"terminated at step {step} and saved; --resume continues" in capsys.readouterr().out
     assert checkpoints(run)[-1].name == f"step_{step:07d}"
     train_cifar10.main([*SIX_STEPS, "--output", str(run), "--resume"])
     assert differences(run) == []

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -12,8 +10,6 @@ from resbackbone.analysis import gradient_norms, layer_responses
 from resbackbone.cifar import build_cifar_resnet, save_cifar_resnet
 from resbackbone.classification.cifar10 import mean_image_of, open_cifar10
 from resbackbone.tools import layer_responses as tool
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture
@@ -38,12 +34,6 @@ def run(output: Path, *arguments: str) -> list[dict]:
     return json.loads((output / "layer_responses.json").read_text())["measured"]
 
 
-def test_without_options_it_measures_the_papers_networks_at_initialisation_on_synthetic_images():
-    options = tool.parse(tool.Options, [])
-    assert options.networks == ("plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110") and options.runs == ()
-    assert tool.trained_on(options.runs) == "synthetic"
-
-
 def test_initialised_networks_are_measured_drawn_and_tabulated(tmp_path, capsys):
     measured = run(tmp_path / "out", "--networks", "plain-20", "resnet-32", "--seed", "3")
     assert [(m["network"], m["step"], len(m["layers"])) for m in measured] == [
@@ -55,7 +45,7 @@ def test_initialised_networks_are_measured_drawn_and_tabulated(tmp_path, capsys)
     drawn = (tmp_path / "out" / "layer_responses.svg").read_text()
     assert ElementTree.fromstring(drawn).tag.endswith("svg")
     said = capsys.readouterr().out
-    assert said.startswith("looks at 8 training images of synthetic\n")
+    assert said.startswith("measuring on 8 training images of synthetic\n")
     table = (tmp_path / "out" / "layer_responses.md").read_text()
     assert table in said and [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [
         ["| plain-20", "at initialisation"],
@@ -85,6 +75,7 @@ def test_the_numbers_are_those_of_images_less_the_mean_image(tmp_path, trained):
 
 
 DATA = ("--data", "synthetic")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.mark.parametrize(
@@ -92,10 +83,12 @@ DATA = ("--data", "synthetic")
     [
         (["--networks", "plain-21"], "unknown network 'plain-21'; choose from plain-20, plain-32"),
         (["--networks"], "nothing to measure: no --networks and no --runs"),
-        (["--images", "1"], "--images 1: batch norm takes the statistics of two images or more"),
+        (["--images", "1"], "--images 1: must be at least 2"),
         (["--runs", "nowhere", *DATA], r"--runs nowhere: holds no checkpoint \(checkpoints/step_NNNNNNN/model"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--device", "tpu"], "unknown device 'tpu'; choose from cuda, cpu"),
+        pytest.param(["--device", "cuda"], "--device cuda: this torch finds no GPU", marks=without_gpu),
+        (["--output", __file__], "--output .*: is a file; give a folder"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(arguments, message):
@@ -106,10 +99,3 @@ def test_a_users_mistake_is_one_sentence(arguments, message):
 def test_a_checkpoint_alone_does_not_say_what_it_was_trained_on(trained):
     with pytest.raises(ValueError, match=r"does not say what it was trained on \(no config.yaml\); give --data DIR"):
         tool.main(["--runs", str(trained / "checkpoints" / "step_0000009")])
-
-
-def test_from_the_shell_a_mistake_is_one_line_and_status_1():
-    process = subprocess.run(
-        [sys.executable, TOOLS / "layer_responses.py", "--images", "0"], capture_output=True, text=True
-    )
-    assert process.returncode == 1 and process.stderr.count("\n") == 1 and "--images 0" in process.stderr

@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +9,6 @@ from PIL import Image
 
 from resbackbone.classification.data import open_images
 from resbackbone.tools import make_shards
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def picture(path, width, height, seed):
@@ -61,11 +58,6 @@ def test_every_image_is_in_the_shards_with_its_label_large_ones_resized(folder):
             assert after.size == (59, 40)
             resized = before.resize((59, 40), Image.Resampling.BICUBIC)
             assert np.abs(np.asarray(resized, dtype=float) - np.asarray(after)).mean() < 4
-
-
-def test_images_to_test_on_are_copied_as_they_are(folder):
-    images, originals = open_images(f"{run(folder)}/train-{{000000..000002}}.tar", "val"), open_images(folder, "val")
-    assert sorted(images.file(i) for i in range(3)) == sorted(originals.file(i) for i in range(3))
 
 
 def test_two_processes_write_what_one_does(folder, tmp_path):
@@ -131,10 +123,11 @@ def test_a_disk_that_is_full_is_one_line(folder, monkeypatch, workers):
         run(folder, "--workers", workers)
 
 
-def test_side_0_keeps_every_file(folder):
-    output = run(folder, "--shorter-side", "0")
-    images, originals = open_images(f"{output}/train-{{000000..000002}}.tar", "train"), open_images(folder, "train")
-    assert sorted(images.file(i) for i in range(13)) == sorted(originals.file(i) for i in range(13))
+@pytest.mark.parametrize("split, count, flags", [("val", 3, []), ("train", 13, ["--shorter-side", "0"])])
+def test_images_to_test_on_and_with_side_0_all_files_are_copied_as_they_are(folder, split, count, flags):
+    output = run(folder, *flags)
+    images, originals = open_images(f"{output}/train-{{000000..000002}}.tar", split), open_images(folder, split)
+    assert sorted(images.file(i) for i in range(count)) == sorted(originals.file(i) for i in range(count))
 
 
 def test_an_index_can_be_written_for_shards_that_are_there(folder):
@@ -153,16 +146,12 @@ def test_an_index_can_be_written_for_shards_that_are_there(folder):
     [
         ([], "give --data and --output, or --index"),
         (["--data", "nowhere", "--output", "x"], "--data nowhere: no images; it should hold train/<class>/"),
-        (["--data", ".", "--output", "x", "--quality", "0"], "--data .: no images|--quality 0: must be 1 to 95"),
+        (["--data", "data", "--output", "x", "--quality", "96"], "--quality 96: must be 1 to 95"),
+        (["--data", "data", "--output", "data/val/c0/0.jpg"], "--output data/val/c0/0.jpg: is a file; give a folder"),
     ],
 )
-def test_a_mistake_is_answered_in_one_line(flags, says, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_mistake_is_answered_in_one_line(folder, flags, says, monkeypatch):
+    monkeypatch.chdir(folder.parent)
     with pytest.raises(ValueError, match=says):
         make_shards.main(flags)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_number_out_of_range_is_answered_in_one_line(folder):
-    with pytest.raises(ValueError, match="--quality 96: must be 1 to 95"):
-        run(folder, "--quality", "96")
+    assert os.listdir() == ["data"]

@@ -1,1 +1,0 @@
-"""The parts of tools/pretrain.py: what it is asked for, and how a classifier is evaluated."""
