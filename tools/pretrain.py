@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from resbackbone.cli.command import Auto, be_quiet, console, main_of, parse, refuse_command
 from resbackbone.cli.errors import from_option
@@ -300,7 +301,7 @@ def build(
     options: Options, recipe: Recipe, classes: list[str], checkpoint: Path | None
 ) -> tuple[ResNetClassifier, dict]:
     """Build the classifier that a run starts or resumes from; returns it with the metadata of its files."""
-    asked = {
+    asked: dict[str, Any] = {
         "depth": options.depth,
         "norm": options.norm,
         "shortcut": "none" if options.plain else options.shortcut,
@@ -351,9 +352,9 @@ def evaluate_only(rank: Rank, options: Options) -> None:
         target = Path(files[0]).parent
     if target is not None:
         target.mkdir(parents=True, exist_ok=True)
-        file, recorded = target / f"results-{options.eval}.json", {"models": list(options.eval_only)}
-        write_results(file, {**results, **recorded, "skipped_images": sorted(val_set.skipped)})
-        session.info(f"results: {file}")
+        path, recorded = target / f"results-{options.eval}.json", {"models": list(options.eval_only)}
+        write_results(path, {**results, **recorded, "skipped_images": sorted(val_set.skipped)})
+        session.info(f"results: {path}")
 
 
 def score_of(models: list[nn.Module], val_set: Images, session: Session, recipe: Recipe, **protocol) -> dict:
