@@ -76,7 +76,7 @@ def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_as_if_left_alone(
         train_cifar10.main([*SIX_STEPS, "--output", str(run)])
     monkeypatch.undo()
     assert stopped.value.code == 0
-    assert f"terminated at step {step} and saved; --resume continues" in capsys.readouterr().out
+    assert f"terminated at step {step} and saved; continue with --resume" in capsys.readouterr().out
     assert checkpoints(run)[-1].name == f"step_{step:07d}"
     train_cifar10.main([*SIX_STEPS, "--output", str(run), "--resume"])
     assert differences(run) == []
