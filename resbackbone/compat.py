@@ -5,7 +5,6 @@ speed or a feature, never correctness. torchvision is imported only when it is a
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -48,7 +47,9 @@ def any_size_in_exports() -> AbstractContextManager:
     Without it: exported networks refuse images whose coarsest map is a single pixel.
     """
     try:
-        return import_module("torch.fx.experimental._config").patch(backed_size_oblivious=True)
+        from torch.fx.experimental import _config
+
+        return _config.patch(backed_size_oblivious=True)
     except (ImportError, AttributeError):
         return nullcontext()
 
@@ -56,8 +57,9 @@ def any_size_in_exports() -> AbstractContextManager:
 def torchvision_detection_utils() -> Any:
     """torchvision.models.detection._utils with BoxCoder, Matcher and encode_boxes. Without it: UserError."""
     try:
-        return import_module("torchvision.models.detection._utils")
+        from torchvision.models.detection import _utils
     except ImportError as error:
         raise UserError(
             f"this version of torchvision has no BoxCoder where 0.26 has it ({error}); install 0.26"
         ) from None
+    return _utils
