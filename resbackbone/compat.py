@@ -49,7 +49,7 @@ def any_size_in_exports() -> AbstractContextManager:
     try:
         from torch.fx.experimental import _config
 
-        return _config.patch(backed_size_oblivious=True)
+        return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
     except (ImportError, AttributeError):
         return nullcontext()
 
