@@ -361,21 +361,13 @@ def test_a_ratio_is_to_the_fastest_other_package_round_by_round():
     assert rows["timm"].ratio == [1, 1, 1] and rows["torchvision"].share is None
 
 
-def test_two_processes_are_compared_by_the_image():
-    result = result_with(
-        [networks.TWO, networks.ONE],
-        seconds={networks.TWO: [3.0], networks.ONE: [2.0]},
-        reference=networks.ONE,
-        items={networks.TWO: 2, networks.ONE: 1},
-    )
+def test_two_processes_are_timed_beside_one_and_compared_by_the_image():
+    (result,) = benchmark.main([*TINY, "--jobs", "scaling"])["contests"]
+    seconds = {name: times[0] for name, times in result["seconds"].items()}
     two, one = report.rows_of(result)
-    assert two.ratio[1] == 0.75 and two.images_per_second == pytest.approx(2 / 3) and one.ratio[1] == 1
-
-
-def test_training_in_two_processes_is_timed_beside_one():
-    content = benchmark.main([*TINY, "--jobs", "scaling"])
-    seconds = times(content, "scaling")
-    assert list(seconds) == [networks.TWO, networks.ONE] and min(map(min, seconds.values())) > 0
+    assert (two.name, one.name) == (networks.TWO, networks.ONE) and one.ratio[1] == 1
+    assert two.ratio[1] == pytest.approx(seconds[networks.TWO] / 2 / seconds[networks.ONE])
+    assert two.images_per_second == pytest.approx(2 / seconds[networks.TWO])
 
 
 class Allocating:

@@ -26,11 +26,9 @@ ALL = "all of them"  # stands for a contender's name if a contest fails between 
 
 
 class Mode(NamedTuple):
-    """Precision and memory layout of a network job. `tf32` is for products and convolutions in fp32 on a GPU."""
-
     dtype: torch.dtype
     layout: torch.memory_format
-    tf32: bool = False
+    tf32: bool = False  # for products and convolutions in fp32 on a GPU
     compiled: bool = False
 
 

@@ -158,13 +158,14 @@ def reading(folder: Path, scratch: Path, name: str) -> Contender:
     def clock() -> float:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        began = time.process_time()
-        for batch in islice(batches, INPUT_IMAGES // INPUT_BATCH):
-            if name != PLAIN:
-                to_model_input(batch[0], cpu)
-        seconds = time.process_time() - began
-        torch.set_num_threads(threads)
-        return seconds
+        try:
+            began = time.process_time()
+            for batch in islice(batches, INPUT_IMAGES // INPUT_BATCH):
+                if name != PLAIN:
+                    to_model_input(batch[0], cpu)
+            return time.process_time() - began
+        finally:
+            torch.set_num_threads(threads)
 
     return Contender(lambda: clock() and None, clock=clock)
 

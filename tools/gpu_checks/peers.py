@@ -61,14 +61,12 @@ def add_rows(result: dict, record: Record) -> None:
 
 
 def beside(name: str, seconds: dict[str, list[float]]) -> str:
-    """A contender's median time, and its ratio, round by round, to the fastest other package that runs the same way."""
-    way = name.partition(", ")[2]
-    others = {n: times for n, times in seconds.items() if package_of(n) not in (OWN, MATRIX_PRODUCT)}
-    alike = [n for n in others if n.partition(", ")[2] == way] or [n for n in others if "," not in n]
+    """A contender's time, and its ratio, round by round, to the fastest other package, if there is one."""
     took = f"{1000 * statistics.median(seconds[name]):.4g} ms"
-    if not alike:
+    others = {n: times for n, times in seconds.items() if package_of(n) not in (OWN, MATRIX_PRODUCT)}
+    if not others:
         return took
-    peer = min(alike, key=lambda n: statistics.median(others[n]))
+    peer = min(others, key=lambda n: statistics.median(others[n]))
     ratio = statistics.median(own / other for own, other in zip(seconds[name], others[peer], strict=True))
     return f"{took}, {ratio:.2f} of {peer}'s"
 
