@@ -28,24 +28,21 @@ from resbackbone.cli.command import console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import check_counts
 
-import numpy as np
 import torch
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine.device import choose_device
 from resbackbone.resnet import DEPTHS
-from resbackbone.tools.benchmarks import contest, data, detectors, networks, processes
-from resbackbone.tools.benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, WHOLE_JOB, Contest, Limits
+from resbackbone.tools.benchmarks import contest, data, detectors, networks
+from resbackbone.tools.benchmarks.contest import FUSED, MODES, OWN, Contest, Limits
 from resbackbone.tools.benchmarks.machine import describe
 from resbackbone.tools.benchmarks.networks import Workload
-from resbackbone.tools.benchmarks.report import draw, label_of, markdown, not_measured
+from resbackbone.tools.benchmarks.report import label_of, markdown, not_measured
 
 PEERS = ("torchvision", "timm", "detectron2")
-GPU_MODES = ("tf32-channels-last",)  # on a CPU there is no TF32
-BF16 = "bf16-channels-last"
-# How far outputs may differ (`relative_difference`): TF32 keeps 11 bits and bf16 8, and packages round in different
-# places.
+TF32, BF16, COMPILED = "tf32-channels-last", "bf16-channels-last", "bf16-compiled"
+# How far outputs may differ (`relative_difference`). TF32 keeps 11 bits and bf16 8; packages round in different places.
 TOLERANCE = {"fp64": 1e-5, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 ANNOTATION_IMAGES = 118_287  # as in COCO train2017
 SLOW_ROUNDS = 3  # at most, for jobs whose peers take long and whose times hardly spread
@@ -56,10 +53,11 @@ class Options:
     """This package beside torchvision, timm and detectron2: time and memory of the same jobs."""
 
     jobs: tuple[str, ...] | None = None
-    """Of inference, training, detector-inference, detector-training, imagenet, compiled-training, compiled-inference,
-    scoring, annotations, index, input, import, scaling. Default: those that suit the device."""
+    """Of inference, training, detector-inference, detector-training, imagenet, scoring, annotations, input, scaling.
+    Default: on a GPU the first five, on a CPU all but imagenet."""
     modes: tuple[str, ...] | None = None
-    """Of fp32, fp32-channels-last, tf32-channels-last (GPU), bf16-channels-last. Default: those that suit the job."""
+    """Of fp32, fp32-channels-last, tf32-channels-last (GPU), bf16-channels-last, bf16-compiled (not for detectors).
+    Default: those that suit the job."""
     depth: int = 50
     """Of every network: 18, 34, 50, 101 or 152."""
     height: int = 800
@@ -73,13 +71,13 @@ class Options:
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     output: Path | None = None
-    """Folder for benchmark.json (every round), .md and .png."""
+    """Folder for benchmark.json (every round) and benchmark.md."""
     budget: float | None = None
     """Seconds after which nothing more is started. Default: none, on a GPU 500."""
     data: Path | None = None
     """COCO, for the detectors' image. Default: a drawn image."""
     images: Path | None = None
-    """A folder of class folders with JPEGs, for the input pipelines. Default: noise, saved as JPEGs."""
+    """A folder of class folders with JPEGs, for the input pipelines. Default: drawn images."""
     scoring_images: int = 1000
     """Images to score, with 100 detections each."""
     quiet: bool = False
@@ -91,11 +89,11 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Jobs -> contests -> tables; the content of benchmark.json. Raises ValueError at the end if anything failed."""
+    """Jobs -> contests -> tables; the content of benchmark.json. Raises UserError at the end if anything failed."""
     options = parse(Options, argv)
     check(options)
     if options.on_gpu:
-        torch.cuda.set_device(torch.device(options.device).index or 0)  # graphs are recorded on the current device
+        torch.cuda.set_device(torch.device(options.device).index or 0)  # timers synchronize the current device
     budget = options.budget or (500.0 if options.on_gpu else math.inf)
     limits = Limits(options.device, options.rounds or (8 if options.on_gpu else 5), time.monotonic() + budget)
     content = {
@@ -110,70 +108,58 @@ def main(argv: list[str] | None = None) -> dict:
     }
     for line in content["skipped"]:
         progress_console.print(f"without {line}")
-    left_out = ON_CPU_ONLY if options.on_gpu else ON_GPU_ONLY
+    suited = [job for job in JOBS if (job in NETWORK_JOBS if options.on_gpu else job != "imagenet")]
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            for job in options.jobs or [job for job in JOBS if job not in left_out]:
+            for job in options.jobs or suited:
                 measure_job(job, options, Path(scratch), content, limits)
         content["finished"] = True
     finally:  # an interrupted run reports what it has measured
         console.print(markdown(content))
-        if options.output is not None:
-            write_json(content, options.output)
-            write_atomically(options.output / "benchmark.md", markdown(content))
-            draw(content, options.output / "benchmark.png")
-            progress_console.print(f"written to {options.output}")
+        write(content, options.output)
     if content["failed"]:
         raise UserError(f"{len(content['failed'])} failed: {'; '.join(content['failed'])}")
     return content
 
 
 def check(options: Options) -> None:
-    """Make the output folder. Raises ValueError for an option that is out of range."""
+    """Make the output folder. Raises UserError if an option is out of range."""
     for kind, asked, known in (("job", options.jobs, JOBS), ("mode", options.modes, MODES)):
         for name in asked or ():
             one_of(kind, name, known)
     one_of("depth", options.depth, DEPTHS)
     check_counts(options, least=1, names=("height", "width", "rounds", "budget", "scoring_images"))
-    for size in options.batch_sizes or ():
-        if size < 1:
-            raise UserError(f"--batch-sizes {size}: must be at least 1")
+    if options.batch_sizes and min(options.batch_sizes) < 1:
+        raise UserError(f"--batch-sizes {min(options.batch_sizes)}: must be at least 1")
     with from_option("--device"):
         one_of("device", torch.device(choose_device(options.device)).type, ("cpu", "cuda"))
-    for mode in set(options.modes or ()) & set(GPU_MODES):
-        if not options.on_gpu:
-            raise UserError(f"--modes {mode} with --device {options.device}: TF32 needs --device cuda")
+    if TF32 in (options.modes or ()) and not options.on_gpu:
+        raise UserError(f"--modes {TF32} with --device {options.device}: TF32 needs --device cuda")
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
 
 
 def measure_job(job: str, options: Options, scratch: Path, content: dict, limits: Limits) -> None:
-    """Measure all contests of a job, and write benchmark.json after each."""
-    if limits.is_over():
-        content["skipped"].append(f"{job}: the budget is spent")
-        return
-    contests, result = [], Contest(job).empty_result()
-    with contest.recorded(result, WHOLE_JOB):
-        contests = list(JOBS[job](job, options, scratch))
-    for one in contests or [None]:  # without contests, the job itself failed
-        began = time.monotonic()
+    """Measure all contests of a job, and write the results after each."""
+    for one in JOBS[job](job, options, scratch):
+        began, result = time.monotonic(), one.empty_result()
+        content["jobs"][job] = one.heading
         try:
-            if one is not None:
-                content["jobs"][job], result = one.heading, one.empty_result()
-                contest.measure(one, result, limits)
+            contest.measure(one, result, limits)
         finally:  # an interrupted contest keeps its rounds
             content["contests"].append(result)
             content["failed"] += not_measured(result, ["failed"])
-            if options.output is not None:
-                write_json(content, options.output)
+            write(content, options.output)
         for line in [*not_measured(result), f"{label_of(result)} took {time.monotonic() - began:.0f} s"]:
             progress_console.print(line)
         contest.release_memory()
         torch.compiler.reset()  # otherwise torch.compile gives up on a class of which it has compiled eight networks
 
 
-def write_json(content: dict, folder: Path) -> None:
-    write_atomically(folder / "benchmark.json", json.dumps(content, indent=1) + "\n")
+def write(content: dict, folder: Path | None) -> None:
+    if folder is not None:
+        write_atomically(folder / "benchmark.json", json.dumps(content, indent=1) + "\n")
+        write_atomically(folder / "benchmark.md", markdown(content))
 
 
 # The jobs: each makes its contests from the options and a folder for scratch files.
@@ -208,27 +194,8 @@ def backbones(job: str, options: Options, _: Path) -> Iterator[Contest]:
     size = f"{sizes_of(options)} x 3 x {options.height} x {options.width}"
     heading = f"Backbone {'training step' if training else 'inference'}: {what}, {size}"
     names = with_peers(OWN) if training else with_peers(OWN, f"{OWN}, {FUSED}")
-    modes = tuple(mode for mode in MODES if options.on_gpu or mode not in GPU_MODES)
+    modes = ("fp32", "fp32-channels-last", *((TF32, BF16, COMPILED) if options.on_gpu else (BF16,)))
     return by_mode(Contest(job, heading, names, partial(networks.backbone, training), memory=True), options, modes)
-
-
-def compiled(job: str, options: Options, _: Path) -> Iterator[Contest]:
-    """Each package under torch.compile, and on a GPU first as a CUDA graph."""
-    training = job == "compiled-training"
-    ways = (GRAPH, COMPILED) if options.on_gpu else (COMPILED,)
-    names = (OWN, *(f"{name}, {way}" for way in ways for name in with_peers(OWN)))
-    size = f"{sizes_of(options)} x 3 x {options.height} x {options.width}"
-    what = f"Backbone {'training step' if training else 'inference'}, compiled: ResNet-{options.depth}, {size}"
-    return by_mode(Contest(job, what, names, partial(networks.backbone, training)), options, (BF16,))
-
-
-def imagenet(job: str, options: Options, _: Path) -> Iterator[Contest]:
-    """On a GPU under torch.compile too."""
-    names = with_peers(OWN, among=("torchvision", "timm"))
-    if options.on_gpu:
-        names += tuple(f"{name}, {COMPILED}" for name in names)
-    heading = f"ImageNet training step: ResNet-{options.depth}, batches of {sizes_of(options, 256)}, 224 x 224"
-    return by_mode(Contest(job, heading, names, networks.classifier), options, (BF16,), 256)
 
 
 def faster_rcnn(job: str, options: Options, _: Path) -> Iterator[Contest]:
@@ -247,15 +214,21 @@ def faster_rcnn(job: str, options: Options, _: Path) -> Iterator[Contest]:
         difference=detectors.difference,
         memory=True,
     )
-    return by_mode(made, options, ("tf32-channels-last" if options.on_gpu else "fp32", BF16))
+    return by_mode(made, options, (TF32 if options.on_gpu else "fp32", BF16))
+
+
+def imagenet(job: str, options: Options, _: Path) -> Iterator[Contest]:
+    heading = f"ImageNet training step: ResNet-{options.depth}, batches of {sizes_of(options, 256)}, 224 x 224"
+    names = with_peers(OWN, among=("torchvision", "timm"))
+    modes = (BF16, COMPILED) if options.on_gpu else (BF16,)
+    return by_mode(Contest(job, heading, names, networks.classifier), options, modes, 256)
 
 
 def scoring(job: str, options: Options, scratch: Path) -> Iterator[Contest]:
-    annotations, detections = scratch / "scoring.json", scratch / "detections.npy"
-    truth = data.write_instances(annotations, options.scoring_images)
-    np.save(detections, data.detections_for(truth, options.scoring_images))
+    truth = data.write_instances(scratch / "scoring.json", options.scoring_images)
+    detections = data.detections_for(truth, options.scoring_images)
     heading = f"COCO scoring: {options.scoring_images} images, {data.DETECTIONS_AN_IMAGE} detections an image"
-    build = partial(data.scoring, annotations, detections)
+    build = partial(data.scoring, scratch / "scoring.json", detections)
     yield Contest(job, heading, (OWN, data.REFEREE), build, tolerance=1e-9, most_rounds=SLOW_ROUNDS)
 
 
@@ -266,58 +239,43 @@ def annotations(job: str, options: Options, scratch: Path) -> Iterator[Contest]:
     yield Contest(job, heading, (OWN, data.REFEREE), build, memory=True, most_rounds=SLOW_ROUNDS)
 
 
-def index(job: str, options: Options, _: Path) -> Iterator[Contest]:
-    heading = f"Drawing {data.BATCHES:,} batches of {data.BATCH_SIZE} images from an index"
-    items = (data.BATCHES * data.BATCH_SIZE,) * len(data.INDEXES)
-    yield Contest(job, heading, data.INDEXES, data.drawing, reference=data.INDEXES[0], items=items, memory=True)
-
-
 def input_pipelines(job: str, options: Options, scratch: Path) -> Iterator[Contest]:
-    folder = options.images or data.noise_images(scratch / "images")
+    folder = options.images or data.drawn_images(scratch)
     heading = f"ImageNet input pipeline, one core, {data.INPUT_IMAGES} images"
     items = (data.INPUT_IMAGES,) * len(data.PIPELINES)
     build = partial(data.reading, folder, scratch)
     yield Contest(job, heading, data.PIPELINES, build, reference=data.PLAIN, items=items)
 
 
-def imports(job: str, options: Options, _: Path) -> Iterator[Contest]:
-    names = with_peers(OWN, processes.WITH_DETECTION)
-    yield Contest(job, "Import, beyond that of torch", names, processes.importing, most_rounds=SLOW_ROUNDS)
-
-
 def scaling(job: str, options: Options, scratch: Path) -> Iterator[Contest]:
     work = Workload("fp32", "cpu", options.depth, options.height, options.width, (options.batch_sizes or (1,))[0])
     size = f"{work.batch_size} x 3 x {work.height} x {work.width}"
+    heading = f"Training step in one and two processes of one thread (gloo): ResNet-{options.depth}, {size} each"
     yield Contest(
         job,
-        f"Training step in one and two processes of one thread (gloo): ResNet-{options.depth}, {size} each",
-        (processes.TWO, processes.ONE),
-        measure=partial(processes.scaling, work, scratch),
+        heading,
+        (networks.TWO, networks.ONE),
+        partial(networks.in_processes, work, scratch),
         mode="fp32",
-        reference=processes.ONE,
+        reference=networks.ONE,
         items=(2 * work.batch_size, work.batch_size),
         most_rounds=SLOW_ROUNDS,
     )
 
 
-JOBS: dict[str, Callable[[str, Options, Path], Iterator[Contest]]] = {
+NETWORK_JOBS: dict[str, Callable[[str, Options, Path], Iterator[Contest]]] = {
     "inference": backbones,
     "training": backbones,
     "detector-inference": faster_rcnn,
     "detector-training": faster_rcnn,
     "imagenet": imagenet,
-    "compiled-training": compiled,
-    "compiled-inference": compiled,
+}
+JOBS = NETWORK_JOBS | {
     "scoring": scoring,
     "annotations": annotations,
-    "index": index,
     "input": input_pipelines,
-    "import": imports,
     "scaling": scaling,
 }
-# By default. A GPU's time is not for what the processor does alone.
-ON_GPU_ONLY = ("imagenet", "compiled-training", "compiled-inference")
-ON_CPU_ONLY = ("scoring", "annotations", "index", "input", "import", "scaling")
 
 
 if __name__ == "__main__":

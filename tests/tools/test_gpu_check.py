@@ -349,11 +349,9 @@ def test_a_resumed_run_with_other_images_or_weights_is_noticed(tmp_path, record)
     assert record.content["rows"][3]["value"] == pytest.approx(0.1)
 
 
-def test_a_time_stands_beside_the_fastest_package_that_runs_in_the_same_way():
-    seconds = {"resbackbone": [2.0], "torchvision": [4.0], "timm": [5.0], "torch.mm": [0.1]}
-    seconds |= {"resbackbone, compiled": [1.0], "timm, compiled": [2.0], "resbackbone, fused": [1.0]}
+def test_a_time_stands_beside_that_of_the_fastest_other_package():
+    seconds = {"resbackbone": [2.0], "resbackbone, fused": [1.0], "torchvision": [4.0], "timm": [5.0]}
     assert peers.beside("resbackbone", seconds) == "2000 ms, 0.50 of torchvision's"
-    assert peers.beside("resbackbone, compiled", seconds) == "1000 ms, 0.50 of timm, compiled's"
     assert peers.beside("resbackbone, fused", seconds) == "1000 ms, 0.25 of torchvision's"
     assert peers.beside("resbackbone", {"resbackbone": [0.002]}) == "2 ms"
 

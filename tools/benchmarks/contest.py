@@ -1,4 +1,4 @@
-"""A contest between packages: outputs are compared first, then times are taken in rounds of shuffled order."""
+"""A contest between packages: their outputs are compared first, then times are taken in rounds of shuffled order."""
 
 import gc
 import math
@@ -16,40 +16,51 @@ from torch import Tensor, nn
 from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from resbackbone.tools.benchmarks.memory import peak_in_fresh_process
+from resbackbone.tools.benchmarks.machine import peak_in_fresh_process
 
 OWN = "resbackbone"
-FUSED, GRAPH, COMPILED = "fused", "CUDA graph", "compiled"  # the second part of names such as "timm, compiled"
+FUSED = "fused"  # the second part of "resbackbone, fused"
 MATRIX_PRODUCT = "torch.mm"
 MATRIX_SIDE = 4096
-WHOLE_JOB = "all of it"  # stands for a contender's name if a job fails before or between its contenders
-COMPILE_SECONDS = 45  # a compilation is not started later than this before the deadline
+ALL = "all of them"  # stands for a contender's name if a contest fails between its contenders
 
 
 class Mode(NamedTuple):
-    """Precision and memory layout of a network job."""
-
     dtype: torch.dtype
     layout: torch.memory_format
-    tf32: bool  # on a GPU, for products and convolutions in fp32
+    tf32: bool = False  # for products and convolutions in fp32 on a GPU
+    compiled: bool = False
 
 
 MODES = {
-    "fp32": Mode(torch.float32, torch.contiguous_format, tf32=False),
-    "fp32-channels-last": Mode(torch.float32, torch.channels_last, tf32=False),
+    "fp32": Mode(torch.float32, torch.contiguous_format),
+    "fp32-channels-last": Mode(torch.float32, torch.channels_last),
     "tf32-channels-last": Mode(torch.float32, torch.channels_last, tf32=True),
     "bf16-channels-last": Mode(torch.bfloat16, torch.channels_last, tf32=True),  # autocast over fp32 weights
+    "bf16-compiled": Mode(torch.bfloat16, torch.channels_last, tf32=True, compiled=True),
 }
 
 
 class Contender(NamedTuple):
     """One package ready for one job."""
 
-    run: Callable[[], object]  # what is timed
-    module: nn.Module | None = None  # its parameters do not count as saved for backward
-    check: Callable[[], object] | None = None  # returns the outputs to compare, if `run` does not
+    run: Callable[[], Any]  # what is timed
+    module: nn.Module | None = None  # if given, count operations and the bytes saved for backward, its own excluded
+    check: Callable[[], Any] | None = None  # returns the outputs to compare, if `run` does not
     clock: Callable[[], float] | None = None  # returns the seconds of a run that it makes itself
-    counted: bool = False  # whether to count operations and bytes; torch.compile would not compile under the counters
+
+
+def relative_difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
+    """The largest ||got - wanted|| / ||wanted|| of the tensors; infinite if shapes differ or a value is not finite."""
+    assert got.keys() == wanted.keys(), f"{sorted(got)} against {sorted(wanted)}"
+    differences = [0.0]
+    for name, expected in wanted.items():
+        expected, found = (tensor.detach().double().cpu() for tensor in (expected, got[name]))
+        if found.shape != expected.shape:
+            return math.inf
+        difference, scale = (found - expected).norm().item(), expected.norm().item()
+        differences.append(difference / scale if scale else difference)
+    return max(differences) if all(map(math.isfinite, differences)) else math.inf
 
 
 @dataclass(frozen=True)
@@ -63,20 +74,15 @@ class Contest:
     job: str
     heading: str = ""  # of the job's table
     names: tuple[str, ...] = ()
-    build: Callable[[str], Contender] | None = None  # picklable, because a fresh process calls it too
-    measure: Callable[[int], dict[str, list[float]]] | None = None  # instead of `build`: rounds -> seconds by name
+    build: Callable[..., Contender] = Contender  # takes a name; picklable, because a fresh process calls it too
     mode: str = ""
     batch_size: int | None = None  # of networks
     tolerance: float = 0.0
-    difference: Callable[..., float] | None = None  # of two outputs; default: relative_difference
+    difference: Callable[..., float] = relative_difference
     reference: str | None = None
     items: tuple[int, ...] = ()
     memory: bool = False
     most_rounds: int | None = None
-
-    @property
-    def network(self) -> bool:
-        return self.batch_size is not None
 
     def empty_result(self) -> dict:
         """The contest's JSON before anything is measured.
@@ -86,13 +92,9 @@ class Contest:
         """
         figures = ("difference", "first", "seconds", "flops", "saved_bytes", "peak_bytes", "held_bytes")
         return {
-            "job": self.job,
-            "mode": self.mode,
-            "batch_size": self.batch_size,
+            **{name: getattr(self, name) for name in ("job", "mode", "batch_size", "reference", "tolerance")},
             "names": list(self.names),
-            "reference": self.reference,
             "items": dict(zip(self.names, self.items, strict=bool(self.items))),
-            "tolerance": self.tolerance,
             **{kind: {} for kind in (*figures, "left_out", "failed", "tracebacks")},
         }
 
@@ -118,40 +120,19 @@ def package_of(name: str) -> str:
     return name.split(",")[0]
 
 
-def is_own(name: str) -> bool:
-    return package_of(name) == OWN
-
-
-def relative_difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
-    """The largest ||got - wanted|| / ||wanted|| of the tensors; infinite if shapes differ or a value is not finite."""
-    assert got.keys() == wanted.keys(), f"{sorted(got)} against {sorted(wanted)}"
-    differences = [0.0]
-    for name, expected in wanted.items():
-        expected, found = (tensor.detach().double().cpu() for tensor in (expected, got[name]))
-        if found.shape != expected.shape:
-            return math.inf
-        difference, scale = (found - expected).norm().item(), expected.norm().item()
-        differences.append(difference / scale if scale else difference)
-    return max(differences) if all(map(math.isfinite, differences)) else math.inf
-
-
 def measure(contest: Contest, result: dict, limits: Limits) -> None:
     """Measure a contest into its `empty_result` step by step, so that an interrupted one keeps its rounds.
 
     A contender that fails, or whose outputs differ from the first one's, is recorded and left out. If no other
     package agrees with ours, nothing is timed, because nobody can say which is right.
     """
-    rounds = min(limits.rounds, contest.most_rounds or limits.rounds)
-    with recorded(result, WHOLE_JOB), tf32(limits.on_gpu and contest.network and MODES[contest.mode].tf32):
-        if contest.measure is not None:
-            result["seconds"] = contest.measure(rounds)
-            return
-        contenders = _prepare(contest, result, limits)
+    with recorded(result, ALL), tf32(limits.on_gpu and contest.mode in MODES and MODES[contest.mode].tf32):
+        contenders = compare(contest, result, limits)
         differs = max(result["difference"].values(), default=0) > contest.tolerance
         if differs and len({*map(package_of, contenders)}) < 2:
             result["left_out"].update(dict.fromkeys(contenders, "no other package agrees with it"))
         elif contenders:
-            _time(contest, contenders, result, rounds, limits)
+            take_times(contest, contenders, result, limits)
 
 
 @contextmanager
@@ -188,29 +169,27 @@ def release_memory() -> None:
             torch.cuda.empty_cache()
 
 
-def _prepare(contest: Contest, result: dict, limits: Limits) -> dict[str, Contender]:
-    # Builds the contenders and compares their outputs with those of the first.
+def compare(contest: Contest, result: dict, limits: Limits) -> dict[str, Contender]:
+    """Build and run all contenders; return those whose outputs agree with the first one's."""
     contenders: dict[str, Contender] = {}
-    first = None
+    first: tuple[str, Any] | None = None
     for name in contest.names:
-        if limits.is_over(COMPILE_SECONDS if name.endswith(COMPILED) else 0.0):
+        if limits.is_over():
             result["left_out"][name] = "the budget is spent"
             continue
         with recorded(result, name):
-            if contest.memory and not (contest.network and limits.on_gpu):
+            if contest.memory and not limits.on_gpu:
                 peak = peak_in_fresh_process(contest.build, name, torch.get_num_threads())
                 result["peak_bytes"][name], result["held_bytes"][name] = peak
             contender = contest.build(name)
             began = time.monotonic()
-            outputs: Any
             outputs, figures = inspect(contender, on_gpu=limits.on_gpu)
             for kind, value in {**figures, "first": time.monotonic() - began}.items():
                 result[kind][name] = value
             outputs = contender.check() if contender.check else outputs
             if outputs:
                 wanted, expected = first or (name, outputs)
-                difference = (contest.difference or relative_difference)(outputs, expected)
-                result["difference"][name] = difference
+                difference = result["difference"][name] = contest.difference(outputs, expected)
                 if not difference <= contest.tolerance:
                     reason = f"its outputs differ from {wanted}'s by {difference:.2g}"
                     result["failed"][name] = f"{reason} (at most {contest.tolerance:g} is accepted)"
@@ -222,11 +201,11 @@ def _prepare(contest: Contest, result: dict, limits: Limits) -> dict[str, Conten
 
 
 def inspect(contender: Contender, *, on_gpu: bool) -> tuple[Any, dict[str, int]]:
-    """Run a contender once; its outputs and, if it is `counted`, {"flops", "saved_bytes"} and on a GPU {"peak_bytes"}.
+    """Run a contender once; its outputs and, if it has a module, {"flops", "saved_bytes"} and on a GPU {"peak_bytes"}.
 
     Every storage saved for backward counts once. Peak memory is that above the memory allocated before.
     """
-    if not contender.counted:
+    if contender.module is None:
         return contender.run(), {}
     kept = {t.untyped_storage().data_ptr() for t in (*contender.module.parameters(), *contender.module.buffers())}
     saved: dict[int, int] = {}
@@ -250,17 +229,17 @@ def inspect(contender: Contender, *, on_gpu: bool) -> tuple[Any, dict[str, int]]
     return outputs, {**figures, "flops": counter.get_total_flops()}
 
 
-def _time(contest: Contest, contenders: dict[str, Contender], result: dict, rounds: int, limits: Limits) -> None:
+def take_times(contest: Contest, contenders: dict[str, Contender], result: dict, limits: Limits) -> None:
     timers: dict[str, Callable[[], float]] = {}  # each makes the runs of one round and returns the seconds of one
     for name, contender in contenders.items():
         with recorded(result, name):
-            timers[name] = contender.clock or _timer(contender.run, limits, result["first"][name])
-    if contest.network and timers:
+            timers[name] = contender.clock or timer_of(contender.run, limits, result["first"][name])
+    if contest.batch_size and timers:
         a, b = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE).to(limits.device, MODES[contest.mode].dtype)
-        timers[MATRIX_PRODUCT] = _timer(partial(torch.mm, a, b), limits)
+        timers[MATRIX_PRODUCT] = timer_of(partial(torch.mm, a, b), limits)
         result["matrix_product_flops"] = 2 * MATRIX_SIDE**3
     result["seconds"] = {name: [] for name in timers}
-    last_round = 0.0
+    rounds, last_round = min(limits.rounds, contest.most_rounds or limits.rounds), 0.0
     for done in range(rounds):
         if done and limits.is_over(last_round):
             result["left_out"][f"{rounds - done} of {rounds} rounds"] = "the budget is spent"
@@ -275,11 +254,11 @@ def _time(contest: Contest, contenders: dict[str, Contender], result: dict, roun
         last_round = time.monotonic() - began
 
 
-def _timer(run: Callable[[], object], limits: Limits, first: float = 0.0) -> Callable[[], float]:
+def timer_of(run: Callable[[], object], limits: Limits, first: float = 0.0) -> Callable[[], float]:
     """Times as many runs as take 0.05 seconds, or 0.2 on a GPU: 1 to 50 of them.
 
     torch.utils.benchmark.Timer would make two more runs each time to warm up, which take minutes for detectors on a
-    CPU; here the contenders' first runs have done that.
+    CPU; here the contenders' first runs, which took `first` seconds, have done that.
     """
 
     def seconds(repeats: int) -> float:
@@ -288,8 +267,5 @@ def _timer(run: Callable[[], object], limits: Limits, first: float = 0.0) -> Cal
             run()
         return (timer() - began) / repeats
 
-    if first > 1 and not limits.on_gpu:
-        return partial(seconds, 1)
-    if limits.on_gpu:
-        seconds(1)  # warm-up
-    return partial(seconds, min(50, max(1, round((0.2 if limits.on_gpu else 0.05) / max(seconds(1), 1e-6)))))
+    one = first if first > 1 and not limits.on_gpu else seconds(1)
+    return partial(seconds, min(50, max(1, round((0.2 if limits.on_gpu else 0.05) / max(one, 1e-6)))))

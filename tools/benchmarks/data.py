@@ -1,4 +1,4 @@
-"""Jobs on data: COCO files loaded and scored, batches drawn from an index, images read for ImageNet training.
+"""Jobs on data: COCO files loaded and scored, images read for ImageNet training.
 
 Modules that a machine which only times networks may lack are imported where they are used.
 """
@@ -8,16 +8,16 @@ import gc
 import io
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from detection.shapes import make_shapes
 from resbackbone.tools.benchmarks.contest import OWN, Contender
 from resbackbone.weights.inputs import MEAN, STD
 
@@ -27,10 +27,6 @@ CROWDS = 0.012  # of the boxes
 CATEGORIES = 80
 WIDTH, HEIGHT = 640, 480
 DETECTIONS_AN_IMAGE = 100
-INDEX_SIZES = (1_000, 10_000, 100_000, 1_000_000)  # images
-INDEXES = tuple(f"{OWN}, {size:,} images" for size in INDEX_SIZES)
-BATCHES, BATCH_SIZE = 1000, 16
-PORTRAIT = 0.27  # of the images of an index; the rest are landscape
 PLAIN, FILES = "PIL + torchvision", f"{OWN}, files as they are"
 SHARDS = {f"{OWN}, shards of {side} pixels": side for side in (320, 256)}
 PIPELINES = (FILES, *SHARDS, PLAIN)
@@ -44,60 +40,49 @@ def write_instances(path: Path, images: int) -> np.ndarray:
     """
     rng = np.random.default_rng(0)
     image_ids = np.repeat(np.arange(1, images + 1), rng.poisson(BOXES_AN_IMAGE, images))
-    boxes = random_boxes(rng, len(image_ids)).round(2)
-    categories = rng.integers(1, CATEGORIES + 1, len(image_ids))
-    crowds = (rng.random(len(image_ids)) < CROWDS).astype(int)
-    x1, y1, width, height = boxes.T
-    x2, y2 = (x1 + width).round(2), (y1 + height).round(2)
-    outlines = np.stack([x1, y1, x2, y1, x2, y2, x1, y2], 1)
-    columns = (image_ids, categories, boxes, (width * height).round(2), crowds, outlines[:, None])
-    names = ("image_id", "category_id", "bbox", "area", "iscrowd", "segmentation")
-    rows = zip(*(column.tolist() for column in columns), strict=True)
+    sides = np.exp(rng.uniform(np.log(8), np.log(400), (len(image_ids), 2)))  # pixels
+    corners = rng.uniform(0, 1, sides.shape) * ([WIDTH, HEIGHT] - sides)
+    boxes = np.concatenate([corners.clip(0), sides], 1).round(2)
+    categories = rng.integers(1, CATEGORIES + 1, len(boxes))
+    crowds = (rng.random(len(boxes)) < CROWDS).astype(int)
+    columns = [column.tolist() for column in (image_ids, categories, boxes, crowds)]
+    size = {"width": WIDTH, "height": HEIGHT}
     content = {
-        "images": [
-            {"id": i, "file_name": f"{i:012d}.jpg", "width": WIDTH, "height": HEIGHT} for i in range(1, images + 1)
-        ],
+        "images": [{"id": i, "file_name": f"{i:012d}.jpg", **size} for i in range(1, images + 1)],
         "categories": [{"id": i, "name": f"class {i}"} for i in range(1, CATEGORIES + 1)],
-        "annotations": [{"id": i, **dict(zip(names, row, strict=True))} for i, row in enumerate(rows, 1)],
+        "annotations": [
+            {"id": i, "image_id": image_id, "category_id": category, "iscrowd": crowd, "bbox": [x, y, w, h]}
+            | {"area": round(w * h, 2), "segmentation": [[x, y, x + w, y, x + w, y + h, x, y + h]]}
+            for i, (image_id, category, (x, y, w, h), crowd) in enumerate(zip(*columns, strict=True), 1)
+        ],
     }
     path.write_text(json.dumps(content, separators=(",", ":")))
     return np.column_stack([image_ids, boxes, categories])
 
 
-def random_boxes(rng: np.random.Generator, count: int) -> np.ndarray:
-    """[count, 4]: x, y, width, height in pixels; sides from 8 to 400."""
-    sides = np.exp(rng.uniform(np.log(8), np.log(400), (count, 2)))
-    corners = rng.uniform(0, 1, (count, 2)) * ([WIDTH, HEIGHT] - sides)
-    return np.concatenate([corners.clip(0), sides], 1)
-
-
 def detections_for(truth: np.ndarray, images: int) -> np.ndarray:
-    """DETECTIONS_AN_IMAGE on average: most boxes of the truth, moved a little, and others anywhere.
+    """DETECTIONS_AN_IMAGE on average, moved boxes of the truth: some with its class and high scores, most with others.
 
     [n, 7], as pycocotools takes them: image_id, x, y, width, height, score, category_id.
     """
     rng = np.random.default_rng(1)
-    total = images * DETECTIONS_AN_IMAGE
-    found = truth[rng.random(len(truth)) < 0.8][:total]
-    others = total - len(found)
-    moved = found[:, 1:5] + rng.normal(0, 0.08, (len(found), 4)) * np.tile(found[:, 3:5], 2)
-    image_ids = np.concatenate([found[:, 0], rng.integers(1, images + 1, others)])
-    boxes = np.concatenate([np.maximum(moved, [0, 0, 1, 1]), random_boxes(rng, others)])
-    scores = np.concatenate([rng.beta(4, 2, len(found)), rng.beta(1, 6, others)])
-    categories = np.concatenate([found[:, 5], rng.integers(1, CATEGORIES + 1, others)])
-    return np.column_stack([image_ids, boxes, scores, categories])[np.argsort(image_ids, kind="stable")]
+    rows = truth[np.sort(rng.integers(len(truth), size=images * DETECTIONS_AN_IMAGE))]
+    right = rng.random(len(rows)) < BOXES_AN_IMAGE / DETECTIONS_AN_IMAGE
+    boxes = rows[:, 1:5] + rng.normal(0, 0.08, (len(rows), 4)) * np.tile(rows[:, 3:5], 2)
+    scores = np.where(right, rng.beta(4, 2, len(rows)), rng.beta(1, 6, len(rows)))
+    categories = np.where(right, rows[:, 5], rng.integers(1, CATEGORIES + 1, len(rows)))
+    return np.column_stack([rows[:, 0], np.maximum(boxes, [0, 0, 1, 1]), scores, categories])
 
 
-def scoring(annotations: Path, detections: Path, name: str) -> Contender:
+def scoring(annotations: Path, detections: np.ndarray, name: str) -> Contender:
     """Annotation file and detections in memory -> the 12 COCO numbers."""
-    rows = np.load(detections)
     if name == OWN:
         from detection.annotations import read_annotations
         from detection.scoring import DETECTION, score
 
-        found = np.empty(len(rows), DETECTION)
-        for field, columns in {"image_id": 0, "bbox": slice(1, 5), "score": 5, "category_id": 6}.items():
-            found[field] = rows[:, columns]
+        found = np.empty(len(detections), DETECTION)
+        found["image_id"], found["bbox"] = detections[:, 0], detections[:, 1:5]
+        found["score"], found["category_id"] = detections[:, 5], detections[:, 6]
 
         def run() -> Mapping[str, Tensor]:
             box = score(read_annotations(annotations), found, backend="hotcoco")["bbox"]
@@ -110,7 +95,7 @@ def scoring(annotations: Path, detections: Path, name: str) -> Contender:
         def run() -> Mapping[str, Tensor]:
             with contextlib.redirect_stdout(io.StringIO()):
                 truth = COCO(annotations)
-                scorer = COCOeval(truth, truth.loadRes(rows), "bbox")
+                scorer = COCOeval(truth, truth.loadRes(detections), "bbox")
                 scorer.evaluate()
                 scorer.accumulate()
                 scorer.summarize()
@@ -146,29 +131,6 @@ def loading(annotations: Path, name: str) -> Contender:
     return Contender(run, clock=clock)
 
 
-class Index:
-    """What the sampler needs of a data set: widths and heights in pixels, int32 [images, 2]."""
-
-    def __init__(self, images: int):
-        portrait = np.random.default_rng(0).random(images) < PORTRAIT
-        self.widths_heights = np.where(portrait[:, None], [480, 640], [640, 480]).astype(np.int32)
-
-
-def drawing(name: str) -> Contender:
-    """The first BATCHES batches of a training, including the work that is done once an epoch."""
-    from detection.sampler import TrainBatches
-
-    index = Index(INDEX_SIZES[INDEXES.index(name)])
-
-    def run() -> dict:
-        batches = iter(TrainBatches(index, batch_size=BATCH_SIZE, seed=0))  # type: ignore[arg-type]
-        for _ in islice(batches, BATCHES):
-            pass
-        return {"batches": batches}  # its memory counts
-
-    return Contender(run, check=dict)  # nothing to compare: the data differ
-
-
 def reading(folder: Path, scratch: Path, name: str) -> Contender:
     """Encoded images -> normalized fp32 batches [B, 3, 224, 224], in one thread without worker processes.
 
@@ -183,34 +145,29 @@ def reading(folder: Path, scratch: Path, name: str) -> Contender:
     from resbackbone.classification.images import FolderImages
     from resbackbone.classification.transforms import TrainAugment, to_model_input
 
-    batches: Iterable
+    cpu = torch.device("cpu")
+    batches: Any
     if name == PLAIN:  # what the examples of torchvision and PyTorch do
         steps = [transforms.RandomResizedCrop(CROP), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
         dataset = ImageFolder(str(folder), transforms.Compose([*steps, transforms.Normalize(MEAN, STD)]))
-        batches, finish = DataLoader(dataset, INPUT_BATCH, shuffle=True), lambda batch: batch
+        batches = DataLoader(dataset, INPUT_BATCH, shuffle=True)
     else:
         images = FolderImages(folder.resolve()) if name == FILES else shards(folder, scratch, SHARDS[name])
-        cpu = torch.device("cpu")
         batches = train_batches(images, batch_size=INPUT_BATCH, transform=TrainAugment(CROP), seed=0, device=cpu)
-        finish = lambda batch: to_model_input(batch[0], cpu)  # noqa: E731
 
-    def run() -> None:
-        for batch in islice(batches, INPUT_IMAGES // INPUT_BATCH):
-            finish(batch)
+    def clock() -> float:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            began = time.process_time()
+            for batch in islice(batches, INPUT_IMAGES // INPUT_BATCH):
+                if name != PLAIN:
+                    to_model_input(batch[0], cpu)
+            return time.process_time() - began
+        finally:
+            torch.set_num_threads(threads)
 
-    return Contender(run, clock=partial(on_one_core, run))
-
-
-def on_one_core(run: Callable[[], None]) -> float:
-    """Seconds of processor time with one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        began = time.process_time()
-        run()
-        return time.process_time() - began
-    finally:
-        torch.set_num_threads(threads)
+    return Contender(lambda: clock() and None, clock=clock)
 
 
 def shards(folder: Path, scratch: Path, side: int):
@@ -227,13 +184,9 @@ def shards(folder: Path, scratch: Path, side: int):
     return open_images(f"{output}/train-{{000000..{last:06d}}}.tar", "train")
 
 
-def noise_images(folder: Path) -> Path:
-    """Write JPEGs about as large as ImageNet's (456 x 394 pixels, 100 KB) into two class folders."""
-    rng = np.random.default_rng(0)
-    for i in range(INPUT_IMAGES):
-        coarse = Image.fromarray(rng.integers(0, 256, (12, 14, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((456, 394), Image.Resampling.BICUBIC)) + rng.normal(0, 12, (394, 456, 3))
-        path = folder / f"class{i % 2}" / f"{i:04d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=92)
-    return folder
+def drawn_images(scratch: Path) -> Path:
+    """A class folder of JPEGs about as large as ImageNet's."""
+    drawn = make_shapes(scratch / "drawn", train_images=INPUT_IMAGES, val_images=1, size=424)
+    (scratch / "images").mkdir()
+    (drawn / "train2017").rename(scratch / "images" / "class")
+    return scratch / "images"

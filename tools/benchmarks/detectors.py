@@ -7,10 +7,10 @@ The settings are torchvision's, and detectron2 is set to them: anchors on whole 
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,8 @@ from torchvision.ops import FrozenBatchNorm2d, box_iou, boxes
 from detection import build_faster_rcnn
 from detection.faster_rcnn import prepare_for_detection
 from resbackbone import build_resnet_backbone
-from resbackbone.tools.benchmarks.contest import FUSED, OWN, Contender, package_of, relative_difference
+from resbackbone.checks import UserError
+from resbackbone.tools.benchmarks.contest import FUSED, MODES, OWN, Contender, package_of, relative_difference
 from resbackbone.tools.benchmarks.networks import (
     Workload,
     backbone_weights,
@@ -34,7 +35,7 @@ from resbackbone.weights import MEAN, STD
 from resbackbone.weights.translate import from_ours
 
 CLASSES = 80
-LONGEST = 1333  # pixels
+LONGEST = 1333  # pixels of the longer side, at a shorter side of 800
 SHARPNESS = 60.0  # makes class scores differ as trained ones do
 LOSSES = {  # detectron2's names: torchvision's, which are ours too
     "loss_cls": "loss_classifier",
@@ -58,8 +59,7 @@ DETECTRON2 = """
 Outputs = dict[str, Tensor] | list[dict[str, Tensor]]  # losses and a gradient, or detections image by image
 
 
-@dataclass(frozen=True)
-class Scene:
+class Scene(NamedTuple):
     """An image with its objects: RGB floats in 0..1 [3, H, W], boxes x1 y1 x2 y2 in pixels [n, 4], labels 1.. [n]."""
 
     pixels: Tensor
@@ -71,12 +71,6 @@ class Scene:
         pixels = F.interpolate(self.pixels[None], (height, width), mode="bilinear", antialias=True)[0]
         scale = torch.tensor([width / old[1], height / old[0]] * 2)
         return Scene(pixels.clamp(0, 1), self.boxes * scale, self.labels)
-
-    def at(self, shorter: int) -> "Scene":
-        """The scene resized as detectors take it: at a shorter side of 800 the longer one is at most 1333."""
-        height, width = self.pixels.shape[1:]
-        scale = min(shorter / min(height, width), LONGEST * shorter / 800 / max(height, width))
-        return self.resized(round(height * scale), round(width * scale))
 
     def flipped(self) -> "Scene":
         x1, y1, x2, y2 = self.boxes.unbind(1)
@@ -206,12 +200,16 @@ def contender(training: bool, scene: Scene, work: Workload, name: str) -> Conten
     about half that size in multiples of 64 pixels (where torchvision infers the strides that detectron2 states). In
     training all packages sample the same anchors and proposals for it: the first ones.
     """
+    if MODES[work.mode].compiled:
+        raise UserError("detectors are not compiled; leave this mode to the jobs of networks")
     detector = work.place(DETECTORS[package_of(name)](work.depth, detector_weights(work.depth))).train(training)
     timed = detector
     if name.endswith(FUSED):  # as our commands detect; in bf16 its weights are rounded, so the check has its own copy
         timed = prepare_for_detection(copy.deepcopy(detector), bf16=work.bf16)
         prepare_for_detection(detector)
-    scene = scene.at(work.height)
+    sides = scene.pixels.shape[1:]
+    scale = min(work.height / min(sides), LONGEST * work.height / 800 / max(sides))
+    scene = scene.resized(*(round(side * scale) for side in sides))
     given = scene.batch(work.batch_size, work.device)
     height, width = (max(64, side // 128 * 64) for side in scene.pixels.shape[1:])
     checked = scene.resized(height, width).batch(min(2, work.batch_size), work.device, torch.float64)
@@ -236,21 +234,22 @@ def contender(training: bool, scene: Scene, work: Workload, name: str) -> Conten
         detector.float()  # nothing is lost: it was in fp32 before
         return outputs
 
-    return Contender(lambda: outputs_of(timed, given), timed, check, counted=True)
+    return Contender(lambda: outputs_of(timed, given), timed, check)
 
 
 @contextmanager
 def comparable() -> Iterator[None]:
     """In the block, detectors that draw a random permutation get 0, 1, 2, .., and all of them compute in fp64."""
-    drawn: Callable = torch.randperm
     suppress: Callable = boxes.batched_nms
-    torch.randperm = lambda n, **kwargs: torch.arange(n, **{k: v for k, v in kwargs.items() if k == "device"})
-    # detectron2 makes its boxes fp32 here, but not the scores.
-    boxes.batched_nms = lambda found, scores, *rest: suppress(found.to(scores.dtype), scores, *rest)
-    try:
+
+    def first(n: int, *, device: Any = None, **_: Any) -> Tensor:
+        return torch.arange(n, device=device)
+
+    def in_fp64(found: Tensor, scores: Tensor, *rest: Any) -> Tensor:  # detectron2 makes its boxes fp32, not the scores
+        return suppress(found.to(scores.dtype), scores, *rest)
+
+    with mock.patch.object(torch, "randperm", first), mock.patch.object(boxes, "batched_nms", in_fp64):
         yield
-    finally:
-        torch.randperm, boxes.batched_nms = drawn, suppress
 
 
 def difference(got: Outputs, wanted: Outputs) -> float:

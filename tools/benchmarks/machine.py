@@ -1,8 +1,13 @@
-"""What a figure depends on besides the code: hardware, versions, commit and date."""
+"""What a figure depends on besides the code: hardware, versions, commit and date; and the memory that a run takes."""
 
+import gc
 import importlib.metadata
+import multiprocessing
 import os
 import platform
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +18,8 @@ from resbackbone.engine.provenance import commit
 
 VERSIONS = ("torch", "torchvision", "timm", "detectron2", "pycocotools", "hotcoco", "msgspec", "numpy", "simplejpeg")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")  # as /proc/cpuinfo names them
-CPUINFO = Path("/proc/cpuinfo")
+CPUINFO, STATUS, CLEAR = Path("/proc/cpuinfo"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
+PRELOADED = ["torch", "torchvision", "timm", "detection", "pycocotools"]  # once, by the server that forks the others
 
 
 def describe(device: str, threads: int) -> dict:
@@ -22,32 +28,65 @@ def describe(device: str, threads: int) -> dict:
     for name in VERSIONS:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    gpu = {}
-    if torch.device(device).type == "cuda":
-        gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
-        gpu["cudnn"] = torch.backends.cudnn.version()
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit(),
-        "versions": versions,
-        "hardware": {**processor(), "threads": threads, **gpu},
-    }
-
-
-def processor() -> dict:
-    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
-    fields = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = (fields.get("flags") or fields.get("features") or "").split()
-    names = getattr(os, "sysconf_names", {})
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if "SC_PHYS_PAGES" in names else None
-    return {
+    fields = fields_of(CPUINFO)
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    hardware = {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
         "cores": usable_cores(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
-        "memory_gib": memory and round(memory / 2**30),
+        "memory_gib": None,
         "system": platform.platform(terse=True),
+        "threads": threads,
     }
+    with suppress(AttributeError, ValueError):  # Windows has no sysconf
+        hardware["memory_gib"] = round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30)
+    if torch.device(device).type == "cuda":
+        hardware |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+        hardware["cudnn"] = torch.backends.cudnn.version()
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    return {"date": date, "commit": commit(), "versions": versions, "hardware": hardware}
+
+
+def fields_of(path: Path) -> dict[str, str]:
+    """A file of /proc with lines such as "VmRSS:  1024 kB"; empty where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def peak_in_fresh_process(build: Callable, name: str, threads: int) -> tuple[int | None, int | None]:
+    """(peak, held): bytes of resident memory that a run of build(name) adds at its peak, and that its outputs hold.
+
+    In a fresh process nothing has been freed or cached before. None except on Linux, and if the system kills the
+    process.
+    """
+    if not CLEAR.exists():
+        return None, None
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    with ProcessPoolExecutor(1, context) as pool:
+        try:
+            return pool.submit(_peak, build, name, threads).result()
+        except BrokenProcessPool:
+            return None, None
+
+
+def _peak(build: Callable, name: str, threads: int) -> tuple[int, int]:
+    torch.set_num_threads(threads)
+    contender = build(name)
+    gc.collect()
+    before = _resident("VmRSS")
+    CLEAR.write_text("5")  # resets the peak
+    outputs = contender.run()
+    peak = _resident("VmHWM") - before
+    gc.collect()
+    held = _resident("VmRSS") - before
+    del outputs
+    return peak, held
+
+
+def _resident(field: str) -> int:
+    return int(fields_of(STATUS)[field].split()[0]) * 1024

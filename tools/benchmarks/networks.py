@@ -3,20 +3,30 @@
 A backbone returns c2..c5; its norms, its stem and c2 are frozen. The input is normalized RGB.
 """
 
+import importlib
+import statistics
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.benchmark import timer
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
+from resbackbone.engine.distributed import Rank, distributed
 from resbackbone.resnet import STAGES
-from resbackbone.tools.benchmarks.contest import COMPILED, FUSED, GRAPH, MODES, OWN, Contender, package_of
+from resbackbone.tools.benchmarks.contest import FUSED, MODES, OWN, Contender, package_of
 from resbackbone.weights.translate import from_ours
 
+ONE, TWO = f"{OWN}, 1 process", f"{OWN}, 2 processes"
+STEPS = 3  # of which `in_processes` takes the median
 Run = Callable[[], dict[str, Tensor]]
 
 
@@ -41,6 +51,10 @@ class Workload:
 
     def place(self, module: Any) -> Any:
         return module.to(device=self.device, memory_format=self.layout)
+
+    def compiled(self, network: nn.Module) -> tuple[Callable, nn.Module | None]:
+        """The network to call, and that to count in: none if it is compiled, which it would not be under counters."""
+        return (torch.compile(network), None) if MODES[self.mode].compiled else (network, network)
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
@@ -149,7 +163,7 @@ def backbone(training: bool, work: Workload, name: str) -> Contender:
     network = work.place(BACKBONES[package_of(name)](work.depth, backbone_weights(work.depth))).train(training)
     if name.endswith(FUSED):
         network.fuse()
-    called = torch.compile(network) if name.endswith(COMPILED) else network
+    called, counted = work.compiled(network)
     pixels = images(work)
 
     @torch.inference_mode()
@@ -158,9 +172,7 @@ def backbone(training: bool, work: Workload, name: str) -> Contender:
             return called(pixels)
 
     run = training_step(called, network, pixels, bf16=work.bf16) if training else inference
-    if name.endswith(GRAPH):
-        run = as_graph(run, network)
-    return Contender(run, network, counted=not name.endswith((COMPILED, GRAPH)))
+    return Contender(run, counted)
 
 
 def training_step(network: Callable, module: nn.Module, pixels: Tensor, *, bf16: bool = False) -> Run:
@@ -228,16 +240,11 @@ def classifier(work: Workload, name: str) -> Contender:
         torch.manual_seed(0)
         own = build_resnet_classifier(work.depth)
     network: nn.Module = own
-    package = package_of(name)
-    if package != OWN:
-        if package == "timm":
-            from timm import models
-        else:
-            from torchvision import models  # type: ignore[no-redef]
-        network = getattr(models, f"resnet{work.depth}")()
-        network.load_state_dict(from_ours(own.state_dict(), package))
+    if name != OWN:
+        network = getattr(importlib.import_module(f"{name}.models"), f"resnet{work.depth}")()
+        network.load_state_dict(from_ours(own.state_dict(), name))
     network = work.place(network).train()
-    called = torch.compile(network) if name.endswith(COMPILED) else network
+    called, counted = work.compiled(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
     pixels = images(work, 224, 224)
     labels = torch.randint(0, 1000, (work.batch_size,), generator=torch.Generator().manual_seed(3)).to(work.device)
@@ -250,4 +257,34 @@ def classifier(work: Workload, name: str) -> Contender:
         optimizer.step()
         return {"loss": loss.detach()}
 
-    return Contender(run, network, counted=called is network)
+    return Contender(run, counted)
+
+
+def in_processes(work: Workload, scratch: Path, name: str) -> Contender:
+    """A training step in one process of one thread, or in two that average their gradients (gloo)."""
+    processes = 2 if name == TWO else 1
+
+    def clock() -> float:
+        with tempfile.TemporaryDirectory(dir=scratch) as folder:
+            mp.spawn(_steps, (processes, work, Path(folder)), nprocs=processes)
+            return float((Path(folder) / "seconds").read_text())
+
+    return Contender(lambda: None, clock=clock)
+
+
+def _steps(index: int, processes: int, work: Workload, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=index, world_size=processes)
+    rank = Rank(index, processes, torch.device("cpu"))
+    network = work.place(build_own(work.depth, backbone_weights(work.depth))).train()
+    step = training_step(distributed(network, rank), network, images(work))
+    seconds = []
+    for _ in range(1 + STEPS):  # the first one warms up
+        dist.barrier()
+        began = timer()
+        step()
+        dist.barrier()
+        seconds.append(timer() - began)
+    if rank.is_main:
+        (folder / "seconds").write_text(str(statistics.median(seconds[1:])))
+    dist.destroy_process_group()

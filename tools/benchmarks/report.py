@@ -1,28 +1,10 @@
-"""The figures of a run: Markdown tables, a plot, and what was not measured and why."""
+"""The figures of a run as Markdown tables, and what was not measured and why."""
 
-import importlib.util
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from resbackbone.tools.benchmarks.contest import MATRIX_PRODUCT, OWN, is_own, package_of
-
-
-class Spread(NamedTuple):
-    """Median and quartiles of the rounds."""
-
-    low: float
-    median: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(*(statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * list(values)))
-
-    def __str__(self) -> str:
-        spread = "" if self.low == self.high else f" ({number(self.low)} .. {number(self.high)})"
-        return number(self.median) + spread
+from resbackbone.tools.benchmarks.contest import MATRIX_PRODUCT, OWN, package_of
 
 
 class Row(NamedTuple):
@@ -31,7 +13,7 @@ class Row(NamedTuple):
     name: str
     seconds: float  # of a run
     images_per_second: float | None
-    ratio: Spread | None  # of its time to the reference's, round by round; below 1 is faster
+    ratio: list[float] | None  # quartiles of its time over the reference's, round by round; below 1 is faster
     share: float | None  # of the rate at which the machine multiplies matrices
 
 
@@ -40,7 +22,7 @@ def reference_of(result: dict) -> str | None:
     times = result["seconds"]
     if result["reference"] in times:
         return result["reference"]
-    others = [name for name in result["names"] if times.get(name) and not is_own(name)]
+    others = [name for name in result["names"] if times.get(name) and package_of(name) != OWN]
     return min(others, key=lambda name: statistics.median(times[name]), default=None)
 
 
@@ -52,7 +34,8 @@ def rows_of(result: dict) -> list[Row]:
     for name, each in an_item.items():
         ratio = share = None
         if reference is not None:
-            ratio = Spread.of([own / other for own, other in zip(each, an_item[reference], strict=True)])
+            ratios = [own / other for own, other in zip(each, an_item[reference], strict=True)]
+            ratio = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
         flops = result["flops"].get(name) or result["flops"].get(package_of(name))  # fused, the work is the same
         if flops and MATRIX_PRODUCT in times:
             rates = [result["matrix_product_flops"] / seconds for seconds in times[MATRIX_PRODUCT]]
@@ -65,6 +48,11 @@ def rows_of(result: dict) -> list[Row]:
 def number(value: float) -> str:
     """Three significant digits, without an exponent."""
     return f"{float(f'{value:.3g}'):f}".rstrip("0").rstrip(".")
+
+
+def spread(quartiles: list[float]) -> str:
+    low, median, high = map(number, quartiles)
+    return median if quartiles[0] == quartiles[2] else f"{median} ({low} .. {high})"
 
 
 def settings_of(result: dict) -> str:
@@ -123,14 +111,15 @@ def job_table(results: list[dict]) -> list[str]:
     for result in results:
         for row in rows_of(result):
             unit, factor = ("s", 1) if row.seconds >= 1 else ("ms", 1000)
+            ratio = "1" if row.name == reference_of(result) else spread(row.ratio) if row.ratio else ""
             cells.append(
                 {
                     "images": str(result["batch_size"]) if several_sizes else "",
                     "mode": result["mode"],
-                    "package": f"**{row.name}**" if is_own(row.name) else row.name,
+                    "package": f"**{row.name}**" if package_of(row.name) == OWN else row.name,
                     "a run": f"{number(factor * row.seconds)} {unit}",
                     "images/s": number(row.images_per_second) if row.images_per_second else "",
-                    "ratio of times (quartiles)": "1" if row.name == reference_of(result) else str(row.ratio or ""),
+                    "ratio of times (quartiles)": ratio,
                     "saved for backward, MiB": mib(result["saved_bytes"].get(row.name)),
                     "peak memory, MiB": mib(result["peak_bytes"].get(row.name)),
                     "held, MiB": mib(result["held_bytes"].get(row.name)) if result["job"] == "annotations" else "",
@@ -144,32 +133,3 @@ def job_table(results: list[dict]) -> list[str]:
 
 def mib(count: int | None) -> str:
     return f"{count / 2**20:.0f}" if count else ""
-
-
-def draw(content: dict, path: Path) -> None:
-    """Plot the ratios of times with their quartiles; without ratios or without matplotlib, do nothing."""
-    drawn = [(label_of(result), rows) for result in content["contests"] if (rows := rows_of(result))[:1]]
-    drawn = [(label, rows) for label, rows in drawn if rows[0].ratio]
-    if not drawn or importlib.util.find_spec("matplotlib") is None:
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 1.5 + 0.4 * len(drawn)), layout="constrained")
-    axis = figure.subplots()
-    packages = [OWN, *dict.fromkeys(package_of(row.name) for _, rows in drawn for row in rows if not is_own(row.name))]
-    for package in packages:
-        points = [
-            (row.ratio, y) for y, (_, rows) in enumerate(drawn) for row in rows if package_of(row.name) == package
-        ]
-        middles = [ratio.median for ratio, _ in points]
-        bars = [[r.median - r.low for r, _ in points], [r.high - r.median for r, _ in points]]
-        style: dict[str, Any] = {"fmt": "D", "color": "black"} if package == OWN else {"fmt": "o"}
-        axis.errorbar(middles, [y for _, y in points], xerr=bars, label=package, **style)
-    axis.axvline(1, color="grey", linewidth=0.8)
-    axis.set_xscale("log")
-    axis.set_yticks(range(len(drawn)), [label for label, _ in drawn])
-    axis.invert_yaxis()
-    axis.grid(alpha=0.3, axis="x")
-    axis.set_xlabel("time / time of the fastest other package: left is faster")
-    figure.legend(loc="outside upper center", ncols=4)
-    figure.savefig(path, dpi=110)

@@ -1,6 +1,7 @@
 """Speed beside torchvision, timm and detectron2 by tools/benchmark.py, and the time that compiling takes."""
 
 import contextlib
+import dataclasses
 import json
 import shlex
 import statistics
@@ -9,12 +10,12 @@ import time
 import torch
 
 from resbackbone.checks import require
-from resbackbone.tools.benchmarks.contest import COMPILED, MATRIX_PRODUCT, OWN, package_of, relative_difference, tf32
+from resbackbone.tools.benchmarks.contest import MATRIX_PRODUCT, OWN, package_of, relative_difference, tf32
 from resbackbone.tools.benchmarks.networks import Workload, classifier
 from resbackbone.tools.gpu_checks.record import Record, Setting
 
 SPARE = 15  # seconds from the end of a contest's budget to the time limit of the part
-BF16, TF32 = "bf16-channels-last", "tf32-channels-last"
+BF16, TF32, COMPILED = "bf16-channels-last", "tf32-channels-last", "bf16-compiled"
 
 
 def contests(setting: Setting, record: Record, job: str, size: int, *modes: str) -> None:
@@ -60,14 +61,12 @@ def add_rows(result: dict, record: Record) -> None:
 
 
 def beside(name: str, seconds: dict[str, list[float]]) -> str:
-    """A contender's median time, and its ratio, round by round, to the fastest other package that runs the same way."""
-    way = name.partition(", ")[2]
-    others = {n: times for n, times in seconds.items() if package_of(n) not in (OWN, MATRIX_PRODUCT)}
-    alike = [n for n in others if n.partition(", ")[2] == way] or [n for n in others if "," not in n]
+    """A contender's time, and its ratio, round by round, to the fastest other package, if there is one."""
     took = f"{1000 * statistics.median(seconds[name]):.4g} ms"
-    if not alike:
+    others = {n: times for n, times in seconds.items() if package_of(n) not in (OWN, MATRIX_PRODUCT)}
+    if not others:
         return took
-    peer = min(alike, key=lambda n: statistics.median(others[n]))
+    peer = min(others, key=lambda n: statistics.median(others[n]))
     ratio = statistics.median(own / other for own, other in zip(seconds[name], others[peer], strict=True))
     return f"{took}, {ratio:.2f} of {peer}'s"
 
@@ -92,17 +91,18 @@ def backbones(setting: Setting, record: Record) -> None:
 
 def imagenet(setting: Setting, record: Record) -> None:
     """ResNet-50's training step at 256 images, eager and compiled."""
-    contests(setting, record, "imagenet", setting.batches(256)[0], BF16)
+    contests(setting, record, "imagenet", setting.batches(256)[0], BF16, COMPILED)
 
 
 def compiled(setting: Setting, record: Record) -> None:
     """Compile a classifier's step: the time, and the loss beside eager. `imagenet` then finds it cached."""
     require("train", "timm", user="this part")
     work = Workload(BF16, setting.device, 50 if setting.on_gpu else 18, 800, 1216, setting.batches(256)[0])
+    compiled = dataclasses.replace(work, mode=COMPILED)
     for package in (OWN, "torchvision", "timm"):
         with tf32(True):  # as `imagenet` sets it: the cache distinguishes the two
             eager = classifier(work, package).run()
-            step = classifier(work, f"{package}, {COMPILED}")
+            step = classifier(compiled, package)
             began = time.monotonic()
             difference = relative_difference(step.run(), eager)
         took = f"{time.monotonic() - began:.0f} s, less if cached{setting.beside}"
