@@ -129,7 +129,10 @@ def test_the_core_needs_torch_torchvision_and_safetensors_alone(bare, tmp_path):
         ("import resbackbone.classification", "resbackbone.classification needs .*: pip install 'resbackbone[train]'"),
         ("import resbackbone.engine", "resbackbone.engine needs yaml: pip install 'resbackbone[train]'"),
         ("build(18, weights='timm:resnet18.a1_in1k')", "a timm: source needs timm: pip install 'resbackbone[train]'"),
-        ("build(18, weights='hf:owner/name')", "the Hub needs huggingface_hub: pip install 'resbackbone[train]'"),
+        (
+            "build(18, weights='hf:owner/name')",
+            "a source on the Hugging Face hub needs huggingface_hub: pip install 'resbackbone[train]'",
+        ),
     ],
 )
 def test_a_missing_package_is_one_line_that_names_its_extra(bare, tmp_path, code, line):

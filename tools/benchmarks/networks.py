@@ -3,7 +3,6 @@
 A backbone returns c2..c5; its norms, its stem and c2 are frozen. The input is normalized RGB.
 """
 
-import importlib
 import statistics
 import tempfile
 from collections.abc import Callable, Mapping
@@ -241,7 +240,11 @@ def classifier(work: Workload, name: str) -> Contender:
         own = build_resnet_classifier(work.depth)
     network: nn.Module = own
     if name != OWN:
-        network = getattr(importlib.import_module(f"{name}.models"), f"resnet{work.depth}")()
+        if name == "timm":
+            from timm import models
+        else:
+            from torchvision import models
+        network = getattr(models, f"resnet{work.depth}")()
         network.load_state_dict(from_ours(own.state_dict(), name))
     network = work.place(network).train()
     called, counted = work.compiled(network)
