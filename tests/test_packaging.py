@@ -131,7 +131,7 @@ def test_the_core_needs_torch_torchvision_and_safetensors_alone(bare, tmp_path):
         ("build(18, weights='timm:resnet18.a1_in1k')", "a timm: source needs timm: pip install 'resbackbone[train]'"),
         (
             "build(18, weights='hf:owner/name')",
-            "a source on the Hugging Face hub needs huggingface_hub: pip install 'resbackbone[train]'",
+            "on the Hugging Face hub needs huggingface_hub: pip install 'resbackbone[train]'",
         ),
     ],
 )

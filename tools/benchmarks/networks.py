@@ -243,7 +243,7 @@ def classifier(work: Workload, name: str) -> Contender:
         if name == "timm":
             from timm import models
         else:
-            from torchvision import models
+            from torchvision import models  # type: ignore[no-redef]
         network = getattr(models, f"resnet{work.depth}")()
         network.load_state_dict(from_ours(own.state_dict(), name))
     network = work.place(network).train()
