@@ -291,9 +291,9 @@ def test_ours_keeps_no_more_for_backward_than_the_others():
     assert 0 < saved["resbackbone"] <= saved["torchvision"]
 
 
-def measured(names, build, tolerance=0.0):
+def measured(names, build, **fields):
     """The result of a contest of three rounds."""
-    made = contest.Contest("quick", "", tuple(names), build, tolerance=tolerance)
+    made = contest.Contest("quick", "", tuple(names), build, **fields)
     result = made.empty_result()
     contest.measure(made, result, contest.Limits(rounds=3))
     return result
@@ -335,6 +335,21 @@ def test_a_contender_out_of_memory_does_not_lose_the_others(name, fails_at):
     assert {name: len(seconds) for name, seconds in result["seconds"].items()} == {n: 3 for n in names if n != name}
     assert result["failed"][name].startswith("OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0")
     assert "in full" in result["tracebacks"][name] and report.rows_of(result)[-1].ratio
+
+
+def test_a_matrix_product_that_fails_loses_no_contender(monkeypatch):
+    calls = []
+
+    def fails_in_the_second_round(*_):
+        calls.append(1)
+        if len(calls) > 60:
+            raise RuntimeError("no")
+
+    monkeypatch.setattr(torch, "mm", fails_in_the_second_round)
+    names = ("resbackbone", "timm")
+    result = measured(names, that_output(dict.fromkeys(names, 1.0)), mode="fp32", batch_size=1)
+    assert {name: len(seconds) for name, seconds in result["seconds"].items()} == dict.fromkeys(names, 3)
+    assert result["failed"] == {"torch.mm": "RuntimeError: no"}
 
 
 def test_a_ratio_is_to_the_fastest_other_package_round_by_round():

@@ -249,7 +249,8 @@ def take_times(contest: Contest, contenders: dict[str, Contender], result: dict,
             with recorded(result, name):
                 result["seconds"][name].append(timers[name]())
         for name in timers.keys() & result["failed"].keys():  # its earlier rounds do not count either
-            del timers[name], contenders[name], result["seconds"][name]
+            contenders.pop(name, None)  # torch.mm is none
+            del timers[name], result["seconds"][name]
             release_memory()
         last_round = time.monotonic() - began
 
