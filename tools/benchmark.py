@@ -35,13 +35,12 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.engine.device import choose_device
 from resbackbone.resnet import DEPTHS
 from resbackbone.tools.benchmarks import contest, data, detectors, networks
-from resbackbone.tools.benchmarks.contest import FUSED, MODES, OWN, Contest, Limits
+from resbackbone.tools.benchmarks.contest import BF16, COMPILED, FUSED, MODES, OWN, TF32, Contest, Limits
 from resbackbone.tools.benchmarks.machine import describe
 from resbackbone.tools.benchmarks.networks import Workload
 from resbackbone.tools.benchmarks.report import label_of, markdown, not_measured
 
 PEERS = ("torchvision", "timm", "detectron2")
-TF32, BF16, COMPILED = "tf32-channels-last", "bf16-channels-last", "bf16-compiled"
 # How far outputs may differ (`relative_difference`). TF32 keeps 11 bits and bf16 8; packages round in different places.
 TOLERANCE = {"fp64": 1e-5, "fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2}
 ANNOTATION_IMAGES = 118_287  # as in COCO train2017

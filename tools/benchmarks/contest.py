@@ -32,12 +32,13 @@ class Mode(NamedTuple):
     compiled: bool = False
 
 
+TF32, BF16, COMPILED = "tf32-channels-last", "bf16-channels-last", "bf16-compiled"
 MODES = {
     "fp32": Mode(torch.float32, torch.contiguous_format),
     "fp32-channels-last": Mode(torch.float32, torch.channels_last),
-    "tf32-channels-last": Mode(torch.float32, torch.channels_last, tf32=True),
-    "bf16-channels-last": Mode(torch.bfloat16, torch.channels_last, tf32=True),  # autocast over fp32 weights
-    "bf16-compiled": Mode(torch.bfloat16, torch.channels_last, tf32=True, compiled=True),
+    TF32: Mode(torch.float32, torch.channels_last, tf32=True),
+    BF16: Mode(torch.bfloat16, torch.channels_last, tf32=True),  # autocast over fp32 weights
+    COMPILED: Mode(torch.bfloat16, torch.channels_last, tf32=True, compiled=True),
 }
 
 

@@ -98,11 +98,11 @@ def build_own(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
 
 def build_torchvision(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     """The backbone as torchvision's detectors build it."""
-    import torchvision
+    from torchvision.models import get_model
     from torchvision.models._utils import IntermediateLayerGetter
     from torchvision.ops import FrozenBatchNorm2d
 
-    network = getattr(torchvision.models, f"resnet{depth}")(weights=None, norm_layer=FrozenBatchNorm2d)
+    network = get_model(f"resnet{depth}", norm_layer=FrozenBatchNorm2d)
     body = IntermediateLayerGetter(network, {stage: level for level, stage in STAGES.items()})
     body.load_state_dict(from_ours(state, "torchvision"))
     return freeze_through_c2(body)
@@ -239,12 +239,15 @@ def classifier(work: Workload, name: str) -> Contender:
         torch.manual_seed(0)
         own = build_resnet_classifier(work.depth)
     network: nn.Module = own
+    if name == "timm":
+        import timm
+
+        network = timm.create_model(f"resnet{work.depth}")
+    elif name == "torchvision":
+        from torchvision.models import get_model
+
+        network = get_model(f"resnet{work.depth}")
     if name != OWN:
-        if name == "timm":
-            from timm import models
-        else:
-            from torchvision import models  # type: ignore[no-redef]
-        network = getattr(models, f"resnet{work.depth}")()
         network.load_state_dict(from_ours(own.state_dict(), name))
     network = work.place(network).train()
     called, counted = work.compiled(network)
