@@ -19,6 +19,7 @@ from commands import CIFAR, differing, metrics
 from safetensors.torch import save_file
 
 from resbackbone.tools import gpu_check, train_cifar10
+from resbackbone.tools.benchmarks import contest
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "gpu_check.py"
@@ -349,11 +350,16 @@ def test_a_resumed_run_with_other_images_or_weights_is_noticed(tmp_path, record)
     assert record.content["rows"][3]["value"] == pytest.approx(0.1)
 
 
-def test_a_time_stands_beside_that_of_the_fastest_other_package():
+def test_a_time_stands_beside_that_of_the_fastest_other_package(record):
     seconds = {"resbackbone": [2.0], "resbackbone, fused": [1.0], "torchvision": [4.0], "timm": [5.0]}
-    assert peers.beside("resbackbone", seconds) == "2000 ms, 0.50 of torchvision's"
-    assert peers.beside("resbackbone, fused", seconds) == "1000 ms, 0.25 of torchvision's"
-    assert peers.beside("resbackbone", {"resbackbone": [0.002]}) == "2 ms"
+    for times in (seconds, {"resbackbone": [0.002]}):
+        made = contest.Contest("inference", names=tuple(times), mode="fp32", batch_size=1)
+        peers.add_rows({**made.empty_result(), "seconds": {**times, "torch.mm": [1.0]}}, record)
+    assert [(row["what"], row["value"]) for row in record.content["rows"]] == [
+        ("inference, 1 images, fp32", "2000 ms, 0.50 of torchvision's"),
+        ("inference, 1 images, fp32, fused", "1000 ms, 0.25 of torchvision's"),
+        ("inference, 1 images, fp32", "2 ms"),
+    ]
 
 
 @pytest.fixture

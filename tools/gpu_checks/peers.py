@@ -4,18 +4,17 @@ import contextlib
 import dataclasses
 import json
 import shlex
-import statistics
 import time
 
 import torch
 
-from resbackbone.checks import require
-from resbackbone.tools.benchmarks.contest import MATRIX_PRODUCT, OWN, package_of, relative_difference, tf32
+from resbackbone.checks import UserError, require
+from resbackbone.tools.benchmarks.contest import BF16, COMPILED, OWN, TF32, package_of, relative_difference, tf32
 from resbackbone.tools.benchmarks.networks import Workload, classifier
+from resbackbone.tools.benchmarks.report import reference_of, rows_of
 from resbackbone.tools.gpu_checks.record import Record, Setting
 
 SPARE = 15  # seconds from the end of a contest's budget to the time limit of the part
-BF16, TF32, COMPILED = "bf16-channels-last", "tf32-channels-last", "bf16-compiled"
 
 
 def contests(setting: Setting, record: Record, job: str, size: int, *modes: str) -> None:
@@ -34,7 +33,7 @@ def contests(setting: Setting, record: Record, job: str, size: int, *modes: str)
         argv += ["--rounds", "4" if setting.on_gpu else "1", "--budget", str(max(1, setting.left() - SPARE))]
         if not setting.on_gpu:
             argv += ["--height", "64", "--width", "96", "--depth", "18"]
-        with contextlib.suppress(ValueError):  # it names the failures, which benchmark.json has too
+        with contextlib.suppress(UserError):  # it names the failures, which benchmark.json has too
             benchmark.main(argv)
         content = json.loads((output / "benchmark.json").read_text())
         record.detail(shlex.join(words), content)
@@ -45,10 +44,12 @@ def contests(setting: Setting, record: Record, job: str, size: int, *modes: str)
 
 
 def add_rows(result: dict, record: Record) -> None:
+    """A row for each of our contenders, with its ratio to the fastest other package, and for all without times."""
     what = f"{result['job']}, {result['batch_size']} images, {result['mode']}"
-    own = [name for name, times in result["seconds"].items() if package_of(name) == OWN and times]
-    for name in own:
-        record.row(what + name.removeprefix(OWN), beside(name, result["seconds"]))
+    own = [row for row in rows_of(result) if package_of(row.name) == OWN]
+    for row in own:
+        ratio = f", {row.ratio[1]:.2f} of {reference_of(result)}'s" if row.ratio else ""
+        record.row(what + row.name.removeprefix(OWN), f"{1000 * row.seconds:.4g} ms{ratio}")
     if not own:
         record.row(what, "not measured")
     for name, reason in result["failed"].items():
@@ -58,17 +59,6 @@ def add_rows(result: dict, record: Record) -> None:
     for reason in result["failed"].values():
         if reason.startswith("OutOfMemoryError"):
             raise torch.OutOfMemoryError(reason)
-
-
-def beside(name: str, seconds: dict[str, list[float]]) -> str:
-    """A contender's time, and its ratio, round by round, to the fastest other package, if there is one."""
-    took = f"{1000 * statistics.median(seconds[name]):.4g} ms"
-    others = {n: times for n, times in seconds.items() if package_of(n) not in (OWN, MATRIX_PRODUCT)}
-    if not others:
-        return took
-    peer = min(others, key=lambda n: statistics.median(others[n]))
-    ratio = statistics.median(own / other for own, other in zip(seconds[name], others[peer], strict=True))
-    return f"{took}, {ratio:.2f} of {peer}'s"
 
 
 def detector_training(setting: Setting, record: Record) -> None:

@@ -24,14 +24,7 @@ from resbackbone.tools.gpu_checks.record import Record, Setting
 from resbackbone.tools.gpu_checks.steps import Training
 
 TOOLS = Path(__file__).parents[1]
-NEEDED = (
-    "tyro",
-    "rich",
-    "jinja2",
-    "timm",
-    "tensorboard",
-    "matplotlib",
-)  # by the trainings; detection/ checks its own
+NEEDED = ("tyro", "rich", "jinja2", "timm", "tensorboard", "matplotlib")  # by the trainings; detection checks its own
 UPDATES, SAVED, KILLED = 40, 20, 23
 PATIENCE = 120  # seconds to wait for an event
 LEAST_AP50 = 0.6  # of `make demo`; on a CPU its seeds gave 0.68 to 0.76
