@@ -112,10 +112,9 @@ class ResNetBackbone(Backbone, ResNet):
         """
         levels = tuple(sorted_levels(levels, tuple(self.stage_features)))
         with torch.device("meta"):  # an outline: every layer of it is replaced
-            trunk = ResNetBackbone(replace(self.config, levels=levels, fpn=False, frozen_through=None))
+            trunk = ResNetBackbone(replace(self.config, levels=levels, fpn=False))
         for name, _ in trunk.named_children():
             setattr(trunk, name, getattr(self, name))
-        trunk.config = replace(self.config, levels=levels, fpn=False)
         trunk.weights_source, trunk.training = self.weights_source, self.training
         return trunk
 
