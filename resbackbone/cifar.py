@@ -84,17 +84,17 @@ def build_cifar_resnet(
         return CifarResNet(**asked)
 
     loaded = read_weights(weights)
-    told = _told_by(loaded.state)
-    if "depth" not in told:
+    known = _described_by(loaded.state)
+    if "depth" not in known:
         raise UserError(f"weights from {loaded.source} are of no CIFAR network: it has layer1, layer2, layer3 and fc")
-    if "shortcut" not in told and "shortcut" in loaded.metadata.get("cifar", {}):
-        told["shortcut"] = loaded.metadata["cifar"]["shortcut"]
+    if "shortcut" not in known and "shortcut" in loaded.metadata.get("cifar", {}):
+        known["shortcut"] = loaded.metadata["cifar"]["shortcut"]
     for name, value in asked.items():
-        if told.get(name, value) != value:
+        if known.get(name, value) != value:
             raise UserError(
-                f"weights from {loaded.source} are for {name}={told[name]}, but you asked for {name}={value}"
+                f"weights from {loaded.source} are for {name}={known[name]}, but you asked for {name}={value}"
             )
-    model = CifarResNet(**{**told, **asked})
+    model = CifarResNet(**{**known, **asked})
     state = {name: tensor for name, tensor in loaded.state.items() if name != "mean_image"}
     fit(model, replace(loaded, state=state))
     model.mean_image = loaded.state.get("mean_image")
@@ -112,8 +112,8 @@ def save_cifar_resnet(
     write_weights(path, {**model.state_dict(), "mean_image": mean_image}, {**metadata, "input": INPUT})
 
 
-def _told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What names and shapes tell of a network, in the words of `build_cifar_resnet`; nothing if it is none of these."""
+def _described_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of `build_cifar_resnet` that names and shapes show; {} if the network is none of these."""
     blocks = [{key.split(".")[1] for key in state if key.startswith(f"{stage}.")} for stage in STAGES]
     n = len(blocks[0])
     fc = state.get("fc.weight")
@@ -121,6 +121,6 @@ def _told_by(state: Mapping[str, Tensor]) -> dict[str, Any]:
         return {}
     if any(key.startswith("layer4.") for key in state):
         return {}
-    told = {"depth": 6 * n + 2, "num_classes": len(fc)}
+    known = {"depth": 6 * n + 2, "num_classes": len(fc)}
     # B and C have parameters; A and none have not, and look the same.
-    return told | {name: value for name, value in architecture_of(state).items() if name == "shortcut"}
+    return known | {name: value for name, value in architecture_of(state).items() if name == "shortcut"}
