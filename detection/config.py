@@ -82,7 +82,7 @@ class DetectorConfig(Config):
         super().__post_init__()
         one_of("variant", self.variant, VARIANTS)
         one_of("geometry", self.geometry, GEOMETRIES)
-        if len(dict(self.categories)) != self.num_classes:
-            raise UserError(f"num_classes is {self.num_classes}, but there are {len(self.categories)} categories")
+        if (distinct := len(dict(self.categories))) != self.num_classes:
+            raise UserError(f"num_classes is {self.num_classes}, but there are {distinct} categories")
         if self.anchor_sides is not None and self.variant == "fpn":
             raise UserError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")

@@ -278,7 +278,7 @@ def retarget_detector(
     """
     described = weights.metadata["detector"]
     pairs = tuple(categories.items())
-    same = pairs == DetectorConfig.from_json(described).categories
+    same = pairs == DetectorConfig.from_json(described, weights.source).categories
     shape = {name: described[name] for name in SHAPE if name in described}
     detector_config = {"num_classes": len(categories), "categories": pairs, **options, **shape}
     weights.announce_assumptions()
