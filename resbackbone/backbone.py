@@ -181,8 +181,8 @@ def build_resnet_backbone(
     Raises ValueError for an unknown name or level, for frozen layers without weights, and for weights that are of
     another network than is asked or do not fit, listing every missing, unexpected and mis-shaped key.
     """
-    if depth is not None or weights is None:
-        one_of("depth", depth, DEPTHS)
+    if depth is not None:
+        one_of("depth", depth, DEPTHS)  # before weights are downloaded
     if frozen_through == "auto":
         frozen_through = None if weights is None else "c2"
     loaded = None if weights is None else read_weights(weights)

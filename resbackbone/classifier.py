@@ -45,8 +45,8 @@ def build_resnet_classifier(
     What is None comes from the weights, or is the default: 1000 classes, norm "BN", and so on. Raises ValueError for
     an unknown name, and for weights that are of another network than is asked or do not fit, their `fc` included.
     """
-    if depth is not None or weights is None:
-        one_of("depth", depth, DEPTHS)
+    if depth is not None:
+        one_of("depth", depth, DEPTHS)  # before weights are downloaded
     loaded = None if weights is None else read_weights(weights)
     if loaded is not None:
         if "fc.weight" not in loaded.state:

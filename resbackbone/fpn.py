@@ -14,7 +14,7 @@ PYRAMID_LEVELS = ("p2", "p3", "p4", "p5", "p6", "p7")
 
 def trunk_levels_for(levels: Iterable[str]) -> list[str]:
     """The trunk levels that a pyramid of `levels` stands on: the top-down path starts at c5 and ends at the finest."""
-    finest = min(min(sorted_levels(levels, PYRAMID_LEVELS, "; fpn=True makes a pyramid")), "p5")
+    finest = min([*levels, "p5"])
     return [f"c{k}" for k in range(int(finest[1]), 6)]
 
 
