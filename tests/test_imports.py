@@ -1,4 +1,4 @@
-"""Imports run one way: tools -> detection -> resbackbone (DESIGN, section 1)."""
+"""Imports run one way: tools -> detection -> resbackbone."""
 
 import ast
 import subprocess
