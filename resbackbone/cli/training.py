@@ -18,6 +18,7 @@ from resbackbone.engine.run import Run, claim_folder, read_yaml
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import TrainState
 from resbackbone.engine.task import Task
+from resbackbone.engine.termination import Terminated
 from resbackbone.report.summary import summary
 
 
@@ -88,7 +89,12 @@ class Session:
             f"on {ranks} {self.rank.device.type}, {plan.precision}, learning rate {schedule.rate:g}"
         )
         with self.progress(plan.steps, state.step) as progress:
-            loop.train(task, state, plan, run, loop.Observer(progress.update, self.info, self.warn))
+            try:
+                loop.train(task, state, plan, run, loop.Observer(progress.update, self.info))
+            except Terminated:
+                if self.rank.is_main:
+                    self.warn(f"terminated at step {state.step} and saved; continue with --resume")
+                raise
         return run
 
     def finish(self, results: Mapping[str, str], files: Mapping[str, str]) -> None:
@@ -106,13 +112,13 @@ def prepare_run(rank: Rank, options, *, default: Path, first_line: str | None = 
     session = Session(options, rank)
     if first_line is not None:
         session.info(first_line)
-
     check_output(options.output)
 
     def claim() -> Path:
-        if options.output is not None and not options.resume and (options.output / "config.yaml").is_file():
-            raise UserError(f"{options.output} already holds a run; add --resume to continue it")
-        return claim_folder(options.output, default=default, resume=options.resume)
+        folder = claim_folder(options.output, default=default)
+        if not options.resume and (folder / "config.yaml").exists():
+            raise UserError(f"{folder} already holds a run; add --resume to continue it")
+        return folder
 
     with from_option("--output"):
         session.folder = from_main(claim, rank)

@@ -41,11 +41,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Observer:
-    """Shows the progress of a training: the step with a line of metrics or None, messages, warnings."""
+    """Shows the progress of a training: the step with a line of metrics or None, and messages."""
 
     progress: Callable[[int, str | None], None]
     info: Callable[[str], None]
-    warn: Callable[[str], None]
 
 
 def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observer) -> None:
@@ -63,11 +62,6 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
             task.write_report(run.folder)
         termination.saved = True
 
-    def stop(*, together: bool = False) -> None:
-        if rank.is_main:
-            observer.warn(f"terminated at step {state.step} and saved; continue with --resume")
-        termination.stop(together=together)
-
     def evaluate_if_due() -> None:
         nonlocal result
         if not plan.eval_period or state.step % plan.eval_period or state.step in (0, plan.steps):
@@ -77,7 +71,7 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
                 result = task.summary(evaluate(task, state, run))
         except Terminated:
             checkpoint()
-            stop()
+            termination.stop()
         observer.info(f"step {state.step}: {result}")
 
     batches = task.batches(state.step)
@@ -120,7 +114,7 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
             if state.step % plan.checkpoint_period == 0 or state.step == plan.steps or stopping:
                 checkpoint()
             if stopping:
-                stop(together=True)
+                termination.stop(together=True)
             evaluated = time.monotonic()
             evaluate_if_due()
             began += time.monotonic() - evaluated

@@ -108,15 +108,13 @@ def read_yaml(path: str | os.PathLike) -> dict:
     return content
 
 
-def claim_folder(output: Path | None, *, default: Path, resume: bool) -> Path:
+def claim_folder(output: Path | None, *, default: Path) -> Path:
     """Lock a run's folder and return it: `output`, or the first of `default`, `default-2`, .. that does not exist.
 
-    Raises ValueError if another process writes to it, or if it holds a run and `resume` is not set.
+    Raises ValueError if another process writes to it.
     """
     folder = output or next(folder for folder in _numbered(default) if not folder.exists())
     lock_folder(folder)
-    if not resume and (folder / "config.yaml").exists():
-        raise UserError(f"{folder}: holds a run already; resume it or choose another folder")
     return folder
 
 

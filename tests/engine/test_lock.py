@@ -33,18 +33,17 @@ def another(tmp_path):
     process.wait()
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_a_second_process_is_refused_and_learns_who_writes(another, tmp_path, resume):
+def test_a_second_process_is_refused_and_learns_who_writes(another, tmp_path):
     with pytest.raises(
         ValueError, match=rf"run is being written by process {another.pid} on .+ since 20.+; choose another"
     ):
-        claim_folder(tmp_path / "run", default=tmp_path, resume=resume)
+        claim_folder(tmp_path / "run", default=tmp_path)
 
 
 def test_a_killed_process_holds_nothing(another, tmp_path):
     another.send_signal(signal.SIGKILL)
     another.wait()
-    folder = claim_folder(tmp_path / "run", default=tmp_path, resume=False)
+    folder = claim_folder(tmp_path / "run", default=tmp_path)
     assert folder == tmp_path / "run"
     release_folder(folder)
 

@@ -105,7 +105,7 @@ def test_without_an_output_the_folder_is_a_new_one_and_the_latest_is_the_last_th
     wanted = tmp_path / "run"
     assert latest_folder(wanted) == wanted
     for name in ("run", "run-2", "run-3"):
-        folder = claim_folder(None, default=wanted, resume=False)
+        folder = claim_folder(None, default=wanted)
         assert folder == latest_folder(wanted) == tmp_path / name
         (folder / "config.yaml").touch()  # a folder that stays empty is removed
         release_folder(folder)
