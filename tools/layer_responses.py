@@ -26,7 +26,6 @@ from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
 from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.engine.device import choose_device
-from resbackbone.engine.distributed import count_processes
 from resbackbone.engine.run import read_yaml
 from resbackbone.tools.train_cifar10 import find_cifar10
 
@@ -75,7 +74,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--images {options.images}: must be at least 2, for the statistics of batch norm")
     with from_option("--device"):
         device = choose_device(options.device)
-        count_processes(device, None)  # raises if the device is missing
     networks = [named(name) for name in options.networks]
     files = [file for run in options.runs for file in files_of(run)]
     if not networks and not files:
