@@ -333,3 +333,9 @@ def detector_file(run: str | Path) -> str | Path:
     if folder is None:
         raise UserError(f"{run} holds no detector: it has neither model.safetensors nor a complete checkpoint")
     return folder / "model.safetensors"
+
+
+def run_folder(run: str | Path) -> Path:
+    """The folder of a run or of a weight file; for a named source or URL the current one."""
+    path = Path() if is_named(str(run)) else Path(run)
+    return path if path.is_dir() else path.parent

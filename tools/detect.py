@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 from detection.evaluate import detect
-from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection
+from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection, run_folder
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
 from detection.report import draw_boxes
 from detection.scoring import DETECTION, entries
@@ -34,7 +34,6 @@ from resbackbone.atomic import open_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.image_io import BadImage, read_image
-from resbackbone.weights.sources import is_named
 
 T = TypeVar("T")
 
@@ -114,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
         bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
     use(device)
     file = detector_file(options.run)
-    folder = options.output or (Path() if is_named(options.run) else Path(file).parent) / "detected"
+    folder = options.output or run_folder(options.run) / "detected"
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
     if videos and options.coco_results:
         raise UserError(f"--coco-results: the frames of {videos[0]} have no image ids; leave out one or the other")

@@ -18,14 +18,13 @@ import tyro
 
 from detection.data import open_split
 from detection.evaluate import evaluate, results_summary, results_table, write_results
-from detection.faster_rcnn import detector_file, load_detector, prepare_for_detection
+from detection.faster_rcnn import detector_file, load_detector, prepare_for_detection, run_folder
 from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine.device import INFERENCE, choose_precision
 from resbackbone.engine.distributed import Rank, from_main
 from resbackbone.engine.run import read_yaml
-from resbackbone.weights.sources import is_named
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def score(rank: Rank, options: Options) -> None:
     be_quiet(options)
     session = Session(options, rank)
     file = detector_file(options.run)
-    folder = Path(options.run) if Path(options.run).is_dir() else Path() if is_named(options.run) else Path(file).parent
+    folder = run_folder(options.run)
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     data = options.data or (Path(config["data"]) if config.get("data") else None)
     if data is None:

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 from detection.faster_rcnn import build_faster_rcnn, save_detector
 from detection.video import Video, video_file
 from resbackbone import build_resnet_backbone
+from resbackbone.engine.checkpoints import save_checkpoint
 from resbackbone.tools import detect
 
 CATEGORIES = {3: "car", 13: "stop sign"}
@@ -57,6 +59,12 @@ def test_every_image_gets_a_picture_and_all_detections_are_written(run, capsys):
         assert x >= 0 and y >= 0 and x + w <= width + 1e-3 and y + h <= height + 1e-3
     said = capsys.readouterr().out
     assert "a.png: " in said and "b.jpg: " in said and "found/detections.json" in said
+
+
+def test_what_a_run_that_still_trains_finds_is_in_its_folder_and_not_in_the_checkpoints(run, tmp_path):
+    save_checkpoint(tmp_path / "run", 2, lambda folder: shutil.copy(run / "model.safetensors", folder), nbytes=1)
+    detected("run", "a.png")
+    assert (tmp_path / "run" / "detected" / "detections.json").is_file()
 
 
 def test_the_threshold_decides_what_is_drawn_and_not_what_is_written(run, capsys):
