@@ -2,6 +2,7 @@
 
 python tools/soak.py                                  all faults, 50 kills; about a quarter of an hour on two cores
 python tools/soak.py --faults kill full-disk --kills 10 --output runs/soak
+
 The subjects are a small Faster R-CNN (train_coco.py) and a small ResNet-18 (pretrain.py) on drawn images, on a CPU.
 """
 

@@ -10,6 +10,7 @@ import time
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import rich.progress
@@ -50,8 +51,12 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
     nested: Any = dataclasses.make_dataclass("Options", groups.items()) if groups else options
     if groups and default is not None:
         default = nested(*(group(**_values(default, option_names(group))) for group in groups.values()))
+    if {"-h", "--help"} & set(argv):
+        for group in groups.values() or [options]:
+            _unwrap_texts(group)
     doc = sys.modules[options.__module__].__doc__ or ""
-    description = re.sub("^python ", "  python ", doc, flags=re.M)  # tyro does not wrap indented lines
+    doc = re.sub("\n\n(?=(python|pip) )", "\n\nExamples:\n", doc, count=1)
+    description = re.sub("^(?=(python|pip) )", "  ", doc, flags=re.M)  # tyro does not wrap indented lines
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -66,6 +71,16 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
         parsed = options(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     be_quiet(parsed)
     return parsed
+
+
+def _unwrap_texts(options: type) -> None:
+    """Give tyro the text below each option as one line, because it would keep the line breaks of indented text."""
+    import docstring_parser  # tyro's, which imports it for --help alone too
+
+    texts = {option.arg_name: option.description for option in docstring_parser.parse_from_object(options).params}
+    for field in dataclasses.fields(options):
+        if text := texts.get(field.name):
+            field.metadata = MappingProxyType({"help": " ".join(text.split())})
 
 
 def _groups(options: type) -> list[type]:

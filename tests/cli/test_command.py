@@ -34,7 +34,8 @@ class Options:
     """Train something."""
 
     data: Path | None = None
-    """Folder of images."""
+    """Folder
+    of images."""
     depth: int = 50
     rate: float = 0.02
     max_steps: int | None = None
@@ -74,6 +75,12 @@ def test_options_are_groups_of_the_help_and_flags_have_no_prefix(capsys):
     options = parse(Grouped, ["--seed", "3", "--output", "run"], default=Grouped(gpus=2, log_period=7))
     assert options == Grouped(seed=3, output=Path("run"), gpus=2, log_period=7)
     assert list(to_config(options))[:2] == ["output", "resume"]  # in the order of the help
+
+
+def test_the_terminal_alone_breaks_the_lines_of_an_options_text(capsys):
+    with pytest.raises(SystemExit):
+        parse(Options, ["-h"])
+    assert "Folder of images." in capsys.readouterr().out
 
 
 def test_options_are_the_defaults_and_over_them_the_flags():

@@ -21,6 +21,7 @@ def test_every_commands_help_has_all_its_options_each_with_a_text_and_examples_t
         flag = field.replace("_", "-")
         assert re.search(rf"^[│ ] (--{flag}|\[?{field.upper()})\b", text, re.M), field
     assert not re.search(r"^[│ ] --\S+( \S+)? +\(default: ", text, re.M)  # a flag without a text
+    assert re.search("\n\nExamples:\n  (python|pip) ", text)
     examples = [line for line in text.splitlines() if line.startswith("  python tools/")]
     assert examples and examples[0].startswith(f"  python tools/{name}.py")
     for line in examples:
