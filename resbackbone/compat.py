@@ -54,6 +54,14 @@ def any_size_in_exports() -> AbstractContextManager:
         return nullcontext()
 
 
+def forget_sparse_tensors() -> None:
+    """Drop the sparse tensors of a file that torch.load refused; the next torch.load would check them, and refuse too.
+
+    `torch._utils._sparse_tensors_to_validate`. Without it: nothing to drop.
+    """
+    getattr(torch._utils, "_sparse_tensors_to_validate", []).clear()
+
+
 def torchvision_detection_utils() -> Any:
     """torchvision.models.detection._utils with BoxCoder, Matcher and encode_boxes. Without it: UserError."""
     try:

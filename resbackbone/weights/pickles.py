@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import re
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from resbackbone.checks import UserError
+from resbackbone.compat import forget_sparse_tensors
 
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, 2)  # the magic number that torch < 1.6 wrote first
 
@@ -173,7 +175,7 @@ def _plain(value: object, done: dict[int, dict]) -> object:
         return done[id(value)]
     if isinstance(value, Array):
         return value.value
-    return value.detach() if isinstance(value, Tensor) else value
+    return Tensor.detach(value) if isinstance(value, Tensor) else value
 
 
 DTYPES = ("f2", "f4", "f8", "b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8")
@@ -195,17 +197,24 @@ for _module in ("builtins", "__builtin__"):  # Python 3 and 2
 TORCH_NAMES = {**NAMES, "argparse.Namespace": argparse.Namespace, "torch.torch_version.TorchVersion": str}
 
 
+_ONE_AT_A_TIME = threading.Lock()  # torch has one list of names for all threads
+
+
 @contextmanager
 def _only_these_names() -> Iterator[None]:
     """Let torch.load take TORCH_NAMES beside its own list, and nothing that this process has added to that."""
-    others = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals([(value, name) for name, value in TORCH_NAMES.items()])
-    try:
-        yield
-    finally:
+    with _ONE_AT_A_TIME:
+        others = torch.serialization.get_safe_globals()
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(others)
+        torch.serialization.add_safe_globals([(value, name) for name, value in TORCH_NAMES.items()])
+        try:
+            yield
+        except Exception:
+            forget_sparse_tensors()
+            raise
+        finally:
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(others)
 
 
 _Unpickler: Any = pickle._Unpickler  # in Python; the one in C has no dispatch table

@@ -1,17 +1,22 @@
 """No program in a weight file runs code, reaches a name, or makes what does not fit its file."""
 
+import argparse
 import os
 import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from pickle_programs import (
     CONTAINERS,
     ORDERED_DICT,
+    REBUILD,
     array,
     dtype,
     inner,
     refusal,
+    saved,
     storage_of,
     tensor,
     text,
@@ -231,6 +236,39 @@ def test_what_this_process_lets_torch_load_is_neither_used_nor_lost(tmp_path):
     with torch.serialization.safe_globals([os.path.join]):
         refusal(tmp_path, torch_zip(b"\x80\x02cposixpath\njoin\n" + inner(("a", "b")) + b"R."))
         assert set(torch.serialization.get_safe_globals()) == {*before, os.path.join}
+
+
+def test_threads_that_read_at_once_neither_refuse_nor_change_what_torch_load_takes(tmp_path):
+    (tmp_path / "w.pth").write_bytes(saved({"w": torch.ones(2), "args": argparse.Namespace(lr=0.1)}))
+    interval = sys.getswitchinterval()
+    with torch.serialization.safe_globals([os.path.join]), ThreadPoolExecutor(4) as threads:
+        before = set(torch.serialization.get_safe_globals())
+        sys.setswitchinterval(1e-5)
+        try:
+            assert all(got["w"].sum() == 2 for got in threads.map(read_pickle, [tmp_path / "w.pth"] * 200))
+        finally:
+            sys.setswitchinterval(interval)
+        assert set(torch.serialization.get_safe_globals()) == before
+
+
+def test_a_refused_sparse_tensor_does_not_spoil_the_next_file(tmp_path):
+    indices = tensor(size=(1, 1), stride=(1, 1), storage=storage_of("0", b"K\x01", "Long"))
+    values = tensor(size=(1,), storage=storage_of("1", b"K\x01"))
+    layout = b"ctorch.serialization\n_get_layout\n" + text("torch.sparse_coo") + b"\x85R"
+    sparse = b"ctorch._utils\n_rebuild_sparse_tensor\n" + layout + b"(" + indices + values + inner((2,)) + b"\x89t\x86R"
+    storages = {"0": (99).to_bytes(8, "little"), "1": bytes(4)}  # index 99 of 2
+    refusal(tmp_path, torch_zip(b"\x80\x02" + sparse + b".", storages))
+    assert "os.system" in refusal(tmp_path, torch_zip(b"\x80\x02" + sparse + b"cos\nsystem\n.", storages))
+    torch.save({"w": torch.ones(2)}, tmp_path / "good.pth")
+    assert torch.equal(torch.load(tmp_path / "good.pth")["w"], torch.ones(2))
+
+
+def test_a_method_that_a_file_gives_a_tensor_is_not_called(tmp_path):
+    poisoned = b"ctorch._tensor\n_rebuild_from_type_v2\n(" + REBUILD + b"ctorch\nTensor\n("
+    poisoned += storage_of() + inner(0) + inner((4,)) + inner((1,)) + b"\x89" + ORDERED_DICT + b")Rt}"
+    poisoned += text("detach") + b"cbuiltins\ndict\nstR"
+    (tmp_path / "w.pth").write_bytes(torch_zip(b"\x80\x02}" + text("w") + poisoned + b"s.", {"0": bytes(16)}))
+    assert torch.equal(read_pickle(tmp_path / "w.pth")["w"], torch.zeros(4))
 
 
 @pytest.mark.parametrize(
