@@ -131,18 +131,17 @@ def _read_file(name: str, entry: str | None) -> Weights:
         )
     if eps := published_eps(path.name):
         stated = {**stated, "backbone": {"stride_in_1x1": False, **eps}}
-    if path.suffix == ".safetensors":
-        state, metadata = read_safetensors(path)
-        if metadata.get("format") == "resbackbone":
-            return Weights(state, metadata, name, format="resbackbone")
-        return Weights(state, {**metadata, **stated}, name)
     try:
+        if path.suffix == ".safetensors":
+            state, metadata = read_safetensors(path)
+            if metadata.get("format") == "resbackbone":
+                return Weights(state, metadata, name, format="resbackbone")
+            return Weights(state, {**metadata, **stated}, name)
         content = read_pickle(path)
     except UserError:
-        if name.lower().startswith(
-            ("http:", "https:", "detectron2:")
-        ):  # without a published hash, a cut-off download is noticed here
-            path.unlink()
+        # Without a published hash, a cut-off download is noticed only here.
+        if name.lower().startswith(("http:", "https:", "detectron2:")):
+            path.unlink(missing_ok=True)  # another process may have been faster
         raise
     state, at = _entry_of(content, entry, name)
     return Weights(state, {**_notes_in(content), **stated}, name, entry=".".join(at))
@@ -168,11 +167,15 @@ def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, 
     others = [
         str(key)
         for key, value in content.items()
-        if not isinstance(key, str) or not (isinstance(value, Tensor) or BOOKKEEPING.fullmatch(key))
+        if not isinstance(key, str) or not (_has_shape(value) or BOOKKEEPING.fullmatch(key))
     ]
     if others:
         raise UserError(f"weights {name!r}: {len(others)} entries are not tensors: {', '.join(others)[:200]}")
     return content, at
+
+
+def _has_shape(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested
 
 
 def _notes_in(content: object) -> dict[str, Any]:
@@ -218,8 +221,9 @@ def _in_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     converted = {}
     for key, tensor in state.items():
         if not key.endswith("num_batches_tracked"):
-            if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
-                kind = str(tensor.dtype).removeprefix("torch.") if tensor.layout == torch.strided else "a sparse tensor"
+            plain = tensor.layout == torch.strided and not tensor.is_meta
+            if not plain or not tensor.is_floating_point():
+                kind = str(tensor.dtype).removeprefix("torch.") if plain else "a sparse or meta tensor"
                 raise UserError(f"weights from {source}: {key} holds {kind}, not floating point numbers")
             tensor = tensor.float()
         converted[key] = tensor

@@ -1,4 +1,4 @@
-"""The door for weights: what it understands, what it says, and what it refuses."""
+"""Which weights read_weights understands, what it says about them, and what it refuses."""
 
 import json
 import os
@@ -103,10 +103,22 @@ def test_what_is_no_tensor_among_tensors_is_named_and_refused(tmp_path, name, va
     assert f"1 entries are not tensors: {name}" in refusal(path)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_which_has_no_shape_is_refused(tmp_path):
+    torch.save({**STATE, "bn1.bias": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, tmp_path / "w.pth")
+    assert "1 entries are not tensors: bn1.bias" in refusal(tmp_path / "w.pth")
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
 def test_a_tensor_of_another_kind_of_numbers_is_refused(dtype):
     with pytest.raises(ValueError, match=f"bn1.bias holds {str(dtype)[6:]}, not floating point numbers"):
         read_weights({**STATE, "bn1.bias": torch.zeros(2, dtype=dtype)})
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2).to_sparse(), torch.ones(2, device="meta")])
+def test_a_tensor_without_its_numbers_is_refused(tensor):
+    with pytest.raises(ValueError, match="bn1.bias holds a sparse or meta tensor, not floating point numbers"):
+        read_weights({**STATE, "bn1.bias": tensor})
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -271,10 +283,14 @@ def test_a_torchvision_source_is_read_from_torchvisions_own_folder(tmp_path, mon
     )
 
 
-def test_a_cut_off_download_is_fetched_again_the_next_time(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "name, save, why", [("net.pth", torch.save, "damaged"), ("net.safetensors", save_file, "not a readable safe")]
+)
+def test_a_cut_off_download_is_fetched_again_the_next_time(tmp_path, monkeypatch, name, save, why):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    torch.save(STATE, tmp_path / "net.pth")
-    whole, fetched = (tmp_path / "net.pth").read_bytes(), []
+    save(STATE, tmp_path / name)
+    whole, fetched = (tmp_path / name).read_bytes(), []
+    expected = read_weights(tmp_path / name).state
 
     def download(url, path, **_):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -283,9 +299,10 @@ def test_a_cut_off_download_is_fetched_again_the_next_time(tmp_path, monkeypatch
             path.write_bytes(whole if len(fetched) > 1 else whole[:-50])
 
     monkeypatch.setattr("resbackbone.weights.sources.download", download)
-    with pytest.raises(ValueError, match="damaged"):
-        read_weights("https://host/net.pth")
-    assert_same_state(read_weights("https://host/net.pth").state)
+    with pytest.raises(ValueError, match=why):
+        read_weights(f"https://host/{name}")
+    assert_same_state(read_weights(f"https://host/{name}").state, expected)
+    assert_same_state({key: expected[key] for key in STATE})  # safetensors orders them differently
 
 
 def retinanet_of_mmdetection(config=""):
