@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from pictures import encoded
 from PIL import Image
 
 from resbackbone.image_io import BadImage, decode, image_size, open_rgb, read_image
@@ -24,15 +25,6 @@ STORED_OF = {  # how a camera stores an upright image [H, W, 3] under each EXIF 
 
 def noise(height, width):
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encoded(height, width, seed=0, mode="RGB", kind="JPEG"):
-    """A smooth random picture as a file."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 4), dtype=np.uint8)
-    image = Image.fromarray(small[:, :, :3]).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

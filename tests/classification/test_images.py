@@ -1,11 +1,11 @@
 """Folders of labelled images: what is found wrong before training, and batches that any run would see again."""
 
-import io
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
+from pictures import encoded
 from PIL import Image
 from torchvision.datasets import ImageFolder
 
@@ -15,15 +15,6 @@ from resbackbone.image_io import BadImage
 
 CPU = torch.device("cpu")
 TRUNCATED = "cannot be decoded"
-
-
-def encoded(height, width, seed=0, mode="RGB", kind="JPEG"):
-    """A smooth random picture as a file."""
-    small = np.random.default_rng(seed).integers(0, 256, (5, 5, 4), dtype=np.uint8)
-    image = Image.fromarray(small[:, :, :3]).resize((width, height), Image.Resampling.BICUBIC).convert(mode)
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
 
 
 @pytest.fixture
