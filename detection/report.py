@@ -16,7 +16,7 @@ from detection.scoring import BACKENDS, METRICS, entries
 from resbackbone.image_io import BadImage
 from resbackbone.report.charts import bar, line_chart
 from resbackbone.report.numbers import percent
-from resbackbone.report.page import Section, fraction, macros, short
+from resbackbone.report.page import Section, absent, fraction, macros, short
 from resbackbone.report.run import RunLog, report_page
 from resbackbone.report.run import write_report as write_page
 
@@ -132,10 +132,10 @@ def report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | No
     variant = config.get("variant", "?")
     network = "VGG-16" if variant == "vgg16" else f"R{config.get('depth', '?')}-{variant}"
     ap = {name: log.curve(name, evaluations=True, scale=100) for name in METRICS[:3]}
-    summary = words.no_evaluation()
+    summary = absent("No evaluation yet.")
     if dataset is None or evaluation is None or results is None:
         titles = ("The 12 numbers", "Classes", "Precision and recall", "Errors", "Worst and best images")
-        sections = [Section(title, words.no_evaluation()) for title in titles]
+        sections = [Section(title, summary) for title in titles]
     else:
         numbers = [(name, fraction(results["bbox"][name]), *MEANING[name]) for name in METRICS]
         classes = [
@@ -164,7 +164,7 @@ def _curves_and_errors(dataset: CocoImages, evaluation: Evaluation) -> tuple[Mar
     finite = np.isfinite(detections["bbox"]).all(1) & np.isfinite(detections["score"])
     found = detections[finite & np.isin(detections["category_id"], list(dataset.categories))]
     if not len(found) or not objects.any():
-        return (words.nothing("objects to find" if len(found) else "detections"),) * 2
+        return (absent(f"There are no {'objects to find' if len(found) else 'detections'}."),) * 2
     if not isinstance(scorer, hotcoco.COCOeval):
         scorer = BACKENDS["hotcoco"](annotations, truth, found)
         scorer.evaluate()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from resbackbone.image_io import BadImage
 from resbackbone.report.numbers import number
-from resbackbone.report.page import Section, absent, fraction, jpeg, macros, short
+from resbackbone.report.page import Section, absent, fraction, jpeg, macros, short, table
 from resbackbone.report.run import RunLog, report_page
 from resbackbone.report.run import write_report as write_page
 
@@ -84,7 +84,7 @@ def _classes(predictions: Predictions) -> Markup:
         for i, name in enumerate(predictions.classes)
     ]
     titles = ["class", "images", "top-1", f"top-{k}"][: 2 + len(right)]
-    return macros("classification.html").classes(titles, rows)
+    return table(titles, rows, sortable=True)
 
 
 def _confusions(predictions: Predictions) -> Markup:
