@@ -26,7 +26,7 @@ class FPN(nn.Module):
     it, p6 and p7 are 3x3 convolutions of stride 2 that start from `p6_from`, "c5" (RetinaNet's paper, detectron2) or
     "p5" (torchvision). Parameters have torchvision's names: `inner_blocks.0.0`, `layer_blocks.0.0`,
     `extra_blocks.p6`. `norm` goes behind each convolution, which then has no bias. Between p6 and p7 there is a ReLU
-    (Lin et al. 2017b), but not in mmdetection's RetinaNets: `relu_before_p7` tells.
+    (Lin et al. 2017b), but not in mmdetection's RetinaNets, which need `relu_before_p7=False`.
     """
 
     def __init__(

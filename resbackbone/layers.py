@@ -30,7 +30,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 def norm_layer(name: str, eps: float = 1e-5) -> Norm:
-    """The norm called `name` as a function of the channel count. ValueError if there is none of that name."""
+    """The norm called `name` as a function of the channel count. Raises ValueError if there is none of that name."""
     return partial(NORMS[one_of("norm", name, NORMS)], eps=eps)
 
 

@@ -197,7 +197,7 @@ class ResNet(nn.Module):
 
 
 def sorted_levels(levels: Iterable[str], choices: tuple[str, ...], note: str = "") -> list[str]:
-    """The asked levels, finest first, each once; ValueError for an unknown one or for none."""
+    """The asked levels, finest first, each once. Raises ValueError if one is unknown or none is asked for."""
     if isinstance(levels, str):
         raise UserError(f"levels is a list of names such as {list(choices)}, not the string {levels!r}")
     asked = {one_of("level", level, choices, note) for level in levels}
