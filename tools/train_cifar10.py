@@ -147,10 +147,13 @@ def train(rank: Rank, options: Options) -> None:
         content = {**results, **network, "parameters": parameters, "steps": state.step}
         write_atomically(session.folder / "results.json", json.dumps(content, indent=2) + "\n")
         files = {"network": "model.safetensors", "results": "results.json", "report": "report.html"}
-        kind = "validation" if options.validation else "test"
-        session.finish({f"{kind} error": f"{100 * results['error']:.2f}%"}, files)
-        console.print(f"{kind} error {100 * results['error']:.2f}%")
+        session.finish({f"{split_name(options)} error": f"{100 * results['error']:.2f}%"}, files)
+        console.print(task.summary(results))
     run.close()
+
+
+def split_name(options: Options) -> str:
+    return "validation" if options.validation else "test"
 
 
 class Cifar10Task(Task):
@@ -205,7 +208,7 @@ class Cifar10Task(Task):
         return results
 
     def summary(self, result: Mapping) -> str:
-        return f"test error {100 * result['error']:.2f}%"
+        return f"{split_name(self.options)} error {100 * result['error']:.2f}%"
 
     def write_report(self, folder: Path) -> None:
         results, predictions = self.tested or (None, None)

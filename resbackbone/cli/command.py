@@ -188,7 +188,11 @@ def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) ->
         if _value_of(f"--{name.replace('_', '-')}", argv) is None:
             refuse_command(name, value, path)
         kinds = typing.get_args(types[name]) or (types[name],)
-        if Path in kinds and isinstance(value, str):
+        if typing.get_origin(types[name]) is tuple:
+            if not isinstance(value, list) or any(type(item) is not kinds[0] for item in value):
+                raise UserError(f"{path}: {name} is {value!r}; it must be a list of {kinds[0].__name__}")
+            values[name] = tuple(value)
+        elif Path in kinds and isinstance(value, str):
             values[name] = Path(value)
         elif float in kinds and type(value) is int:
             values[name] = float(value)

@@ -59,6 +59,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for key in ("backbone", "detector", "cifar"):
         if not isinstance(metadata.get(key, {}), dict):
             raise UserError(f"weights {str(path)!r}: its metadata {key!r} is {metadata[key]!r}, not a table")
+    if "detector" in metadata and "backbone" not in metadata:
+        raise UserError(f"weights {str(path)!r}: its metadata describe a detector without a backbone")
     return state, metadata
 
 

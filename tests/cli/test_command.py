@@ -118,6 +118,24 @@ def test_a_config_file_is_under_the_flags_wherever_it_stands(spelling, tmp_path)
         assert isinstance(options.rate, float)
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Options of several values each."""
+
+    sources: tuple[str, ...] = ()
+    config: Path | None = None
+
+
+def test_an_option_of_several_values_is_a_list_in_a_config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("sources: [a, b]\n")
+    assert from_config(Lists, path) == Lists(sources=("a", "b"))
+    for text in ("sources: ab", "sources: [a, 3]"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="sources is .*; it must be a list of str"):
+            from_config(Lists, path)
+
+
 def test_what_a_run_wrote_comes_back(tmp_path):
     options = Options(data=Path("some/where"), rate=1e-4, max_steps=7, resume=True)
     path = tmp_path / "config.yaml"

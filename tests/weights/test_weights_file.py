@@ -61,6 +61,12 @@ def test_metadata_of_another_kind_are_refused(tmp_path, value):
     assert "its metadata 'backbone' is" in refusal(path)
 
 
+def test_a_detector_without_a_backbone_is_refused(tmp_path):
+    path = tmp_path / "half.safetensors"
+    write_weights(path, STATE, {"detector": {}})
+    assert "a detector without a backbone" in refusal(path)
+
+
 def with_header(header: bytes, data: bytes = b"") -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
