@@ -4,7 +4,7 @@ python examples/detectron2_faster_rcnn.py                                       
 python examples/detectron2_faster_rcnn.py --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V1
 
 Whole configurations for detectron2's tools/train_net.py are in configs/detectron2; `tools/train_coco.py --engine
-detectron2` trains with its trainer. detectron2 has no release on the package registry; build it from its repository.
+detectron2` trains this detector. detectron2 has no release on the package registry; build it from its repository.
 """
 
 import argparse

@@ -109,7 +109,7 @@ class TrainingOptions:
     """Images per update, over all GPUs; the learning rate and the number of updates are scaled with it. Default: the
     recipe's (16); 2 on a CPU, except for short."""
     engine: str = "torchvision"
-    """Detector and trainer: torchvision (this package's own loop) or detectron2, if it is installed."""
+    """Detector: torchvision (this package's own, of torchvision's parts) or detectron2's, if it is installed."""
     checkpoint_period: Auto[int] = None
     """Updates between checkpoints. Default: the recipe's (5000; short: 200)."""
 
@@ -141,17 +141,10 @@ def train(rank: Rank, options: Options) -> None:
     session = prepare_run(rank, options, default=default_folder(options), first_line=about_data)
     recipe = RECIPES[options.recipe]
     train_set, val_set = open_data(session, recipe)
-    if options.engine == "detectron2":
-        from detection.detectron2_engine import train_with_detectron2  # the package is optional
-
-        evaluation, run = train_with_detectron2(session, train_set=train_set, val_set=val_set)
-        if rank.is_main:
-            finish(session, evaluation, val_set, skipped=set(), detector_file="model_final.pth")
-        run.close()
-        return
-
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
-    if session.checkpoint is None:
+    if options.engine == "detectron2":
+        detector = build_with_detectron2(session, recipe, train_set.categories)
+    elif session.checkpoint is None:
         detector = build(options, recipe, train_set.categories, session.info)
     else:
         detector = load_detector(session.checkpoint / "model.safetensors")
@@ -174,8 +167,9 @@ def train(rank: Rank, options: Options) -> None:
     loop.evaluate(task, state, run, final=True)
     skipped = gather(task.skipped, rank)
     if rank.is_main:
-        save_detector(detector, session.folder / "model.safetensors")
-        finish(session, task.evaluation, val_set, skipped=set().union(*skipped), detector_file="model.safetensors")
+        task.save(session.folder)
+        detector_file = "model.safetensors" if isinstance(detector, FasterRCNN) else "model_final.pth"
+        finish(session, task.evaluation, val_set, skipped=set().union(*skipped), detector_file=detector_file)
     run.close()
 
 
@@ -240,7 +234,10 @@ class Detection(Task):
         return tensors, f"images {', '.join(str(target['image_id']) for target in targets)}"
 
     def save(self, folder: Path) -> None:
-        save_detector(self.detector, folder / "model.safetensors")
+        if isinstance(self.detector, FasterRCNN):
+            save_detector(self.detector, folder / "model.safetensors")
+        else:
+            self.detector.save(folder)
 
     def evaluate(self, *, final: bool) -> dict:
         share_buffers(self.detector, self.rank)
@@ -345,8 +342,6 @@ def check_detectron2(options: Options, variant: str, recipe: str) -> None:
         raise UserError(f"--engine detectron2 trains no {variant} of --recipe {recipe}; leave the engine out")
     if options.precision not in (None, "fp32"):
         raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
-    if options.skip_bad_images:
-        raise UserError("--skip-bad-images: --engine detectron2 stops at the first image that cannot be read")
     if find_spec("detectron2") is None:
         raise UserError(
             "--engine detectron2: detectron2 is not installed; pip install --no-build-isolation "
@@ -390,6 +385,18 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
     detector = build_faster_rcnn(backbone, len(categories), **parts)
     if options.variant == "vgg16" and options.weights:
         load_vgg16(detector, options.weights)
+    return detector
+
+
+def build_with_detectron2(session: Session, recipe: Recipe, categories: dict[int, str]):
+    """detectron2's detector, with the weights of the run's checkpoint if it is resumed."""
+    from detection.detectron2_engine import Detectron2Detector, detectron2_config  # the package is optional
+
+    device = session.rank.device
+    config = detectron2_config(session.options, recipe, num_classes=len(categories), device=device)
+    detector = Detectron2Detector(config, categories)
+    if session.checkpoint is not None:
+        detector.load(session.checkpoint)
     return detector
 
 
