@@ -34,7 +34,7 @@ class CifarResNet(nn.Module):
         super().__init__()
         one_of("depth", depth, CIFAR_DEPTHS, " (the paper's for CIFAR-10; for ImageNet: build_resnet_classifier)")
         layout = Layout(norm_layer("BN"), one_of("shortcut", shortcut, SHORTCUTS))
-        self.config = {"depth": depth, "shortcut": shortcut, "num_classes": num_classes}
+        self.config: dict[str, Any] = {"depth": depth, "shortcut": shortcut, "num_classes": num_classes}
         self.mean_image: Tensor | None = None
 
         self.conv1, self.bn1 = conv(3, 16, kernel=3), layout.norm(16)

@@ -127,7 +127,7 @@ def check(options: Options) -> None:
         for name in asked or ():
             one_of(kind, name, known)
     one_of("depth", options.depth, DEPTHS)
-    check_counts(options, least=1, names=("height", "width", "rounds", "budget", "scoring_images"))
+    check_counts(options)
     if options.batch_sizes and min(options.batch_sizes) < 1:
         raise UserError(f"--batch-sizes {min(options.batch_sizes)}: must be at least 1")
     with from_option("--device"):

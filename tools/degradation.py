@@ -14,25 +14,26 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from resbackbone.cli.command import console, from_config, main_of, parse, progress_console
 from resbackbone.cli.options import MachineOptions, check_counts, check_output, check_same_run, launch_command
 
 import matplotlib
+import numpy as np
 
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.cifar import build_cifar_resnet
-from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import read_yaml
+from resbackbone.report.run import RunLog
 from resbackbone.tools import train_cifar10
 from resbackbone.tools.train_cifar10 import name_of
 
 POINTS = 100  # of a training curve; each is the mean over a hundredth of the updates
 LAST = 0.1  # the final training error is the mean over this share of the updates
-SAME = ("steps", "batch_size", "validation", "precision", "seed")  # equal in all runs that are compared
+SAME = ("steps", "batch_size", "precision", "seed")  # equal in all runs that are compared
 
 
 @dataclass(frozen=True)
@@ -58,29 +59,26 @@ class Options(ComparisonOptions, train_cifar10.DataOptions, train_cifar10.Traini
     """Train plain and residual nets under one recipe; draw and tabulate their errors."""
 
 
-@dataclass(frozen=True)
-class Curves:
-    """The (update, error) pairs of one run, in fractions: of training batches, and of the test images."""
+class Curves(NamedTuple):
+    """One run. The curves are float [n, 2]: (update, error, a fraction) of training batches, and of the test images."""
 
     name: str
     network: dict  # depth and shortcut
     recipe: dict
-    updates: int
-    train: list[tuple[int, float]]
-    test: list[tuple[int, float]]
+    train: np.ndarray
+    test: np.ndarray
     minutes: float
 
     def row(self) -> dict:
         """The row of the tables."""
-        begin = (1 - LAST) * self.train[-1][0]
-        last = [error for update, error in self.train if update > begin]
+        updates, errors = self.train.T
         return {
             "network": self.name,
             **self.network,
             "parameters": count_parameters(build_cifar_resnet(**self.network)),
-            "updates": self.updates,
-            "train_error": sum(last) / len(last),
-            "test_error": self.test[-1][1] if self.test else None,
+            "updates": int(updates[-1]),
+            "train_error": errors[updates > (1 - LAST) * updates[-1]].mean(),
+            "test_error": self.test[-1, 1] if len(self.test) else None,
             "minutes": self.minutes,
         }
 
@@ -89,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
     """Nets -> a run each -> one figure and one table."""
     options = parse(Options, argv)
     check_output(options.output)
-    check_counts(options, least=1, names=("steps",))
+    check_counts(options)
     nets = networks(options)
     if not options.plot_only:
         for net in nets:
@@ -97,17 +95,17 @@ def main(argv: list[str] | None = None) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     curves = [read_run(net.output) for net in nets]
-    check_same_recipe(curves)
+    recipe = curves[0].recipe
+    if differing := sorted({key for c in curves for key, value in c.recipe.items() if value != recipe[key]}):
+        raise UserError(f"the runs in {options.output} differ in {', '.join(differing)}: their errors do not compare")
     name = "shortcuts" if options.shortcuts else "degradation"
-    if options.shortcuts:
-        panels = {f"ResNet-{depth}": [c for c in curves if c.network["depth"] == depth] for depth in options.depths}
-    else:
-        plain = [c for c in curves if c.network["shortcut"] == "none"]
-        panels = {"plain": plain, "residual": [c for c in curves if c not in plain]}
-        panels = {title: group for title, group in panels.items() if group}
+    panels: dict[str, list[Curves]] = {}
+    for c in curves:
+        kind = "plain" if c.network["shortcut"] == "none" else "residual"
+        panels.setdefault(f"ResNet-{c.network['depth']}" if options.shortcuts else kind, []).append(c)
     draw(panels, options.output / name)
     rows = [c.row() for c in curves]
-    content = {"recipe": curves[0].recipe, "runs": rows}
+    content = {"recipe": recipe, "runs": rows}
     write_atomically(options.output / f"{name}.json", json.dumps(content, indent=2) + "\n")
     write_atomically(options.output / f"{name}.md", table(rows))
     console.print(table(rows), f"figure: {options.output / name}.png", sep="\n")
@@ -146,36 +144,15 @@ def train(net: train_cifar10.Options) -> None:
 
 def read_run(folder: Path) -> Curves:
     """The curves of a run. Raises ValueError if there is no run or it has recorded nothing yet."""
-    config = read_yaml(folder / "config.yaml")
-    train, tests = read_metrics(folder, "train"), read_metrics(folder, "eval")
-    if not train:
+    config, log = read_yaml(folder / "config.yaml"), RunLog(folder)
+    if not log.train:
         raise UserError(f"{folder}: has recorded no updates yet")
-    seconds, before = sum(line["seconds"] for line in tests), 0
-    for line in train:
-        seconds += line["seconds"] * (line["step"] - before)
-        before = line["step"]
+    train, test = log.curve("train_error"), log.curve("error", evaluations=True)
+    seconds = log.total("seconds") + sum(line["seconds"] for line in log.evaluations)
     shortcut = "none" if config["plain"] else config["shortcut"] or "A"
     recipe = {name: config[name] for name in SAME} | {"train_set_sha256": config["effective"]["train_set_sha256"]}
-    return Curves(
-        folder.name,
-        {"depth": config["depth"], "shortcut": shortcut},
-        recipe,
-        before,
-        [(line["step"], line["train_error"]) for line in train],
-        [(line["step"], line["error"]) for line in tests],
-        seconds / 60,
-    )
-
-
-def check_same_recipe(curves: Sequence[Curves]) -> None:
-    """Raise ValueError if two runs have different recipes, so that their errors do not compare their depths."""
-    for one in curves[1:]:
-        for name, value in one.recipe.items():
-            if value != curves[0].recipe[name]:
-                raise UserError(
-                    f"{one.name} was trained with {name} {value}, {curves[0].name} with {curves[0].recipe[name]}; "
-                    "compare runs of the same recipe"
-                )
+    network = {"depth": config["depth"], "shortcut": shortcut}
+    return Curves(folder.name, network, recipe, np.array(train), np.array(test).reshape(-1, 2), seconds / 60)
 
 
 def table(rows: Sequence[dict]) -> str:
@@ -196,38 +173,34 @@ def draw(panels: Mapping[str, Sequence[Curves]], path: Path) -> None:
     """Draw a panel per group of runs, all on one scale: training error dashed, test error bold."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import PercentFormatter
 
     figure, axes = pyplot.subplots(
         1, len(panels), figsize=(6 * len(panels), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
-    drawn = [curves for group in panels.values() for curves in group]
     for (title, group), axis in zip(panels.items(), axes[0], strict=True):
         for number, curves in enumerate(group):
             colour = f"C{number}"
-            axis.plot(*in_percent(binned(curves.train)), color=colour, linestyle="--", linewidth=1)
-            axis.plot(*in_percent(curves.test), color=colour, linewidth=2.2, label=curves.name)
-        axis.set_title(title)
-        axis.set_xlabel("updates")
+            axis.plot(*binned(curves.train).T, color=colour, linestyle="--", linewidth=1)
+            axis.plot(*curves.test.T, color=colour, linewidth=2.2, label=curves.name)
+        axis.set(title=title, xlabel="updates")
         axis.grid(alpha=0.3)
         axis.legend(title="test bold, training dashed")
     # The scale ends above the errors after the first tenth of the updates, which are much larger.
-    late = [e for c in drawn for u, e in [*binned(c.train), *c.test] if u > LAST * max(d.updates for d in drawn)]
-    axes[0][0].set_ylim(0, min(100, 105 * max(late, default=1.0)) or 1)
-    axes[0][0].set_ylabel("error, %")
+    points = np.concatenate([p for group in panels.values() for c in group for p in (binned(c.train), c.test)])
+    late = points[points[:, 0] > LAST * points[:, 0].max(), 1]
+    axes[0][0].set_ylim(0, min(1, 1.05 * late.max()) or 1)
+    axes[0][0].yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes[0][0].set_ylabel("error")
     for kind in ("png", "svg"):
         figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=110)
     pyplot.close(figure)
 
 
-def binned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Average the points over equal stretches to about POINTS, each at the end of its stretch."""
-    size = max(1, len(points) // POINTS)
-    stretches = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(part[-1][0], sum(error for _, error in part) / len(part)) for part in stretches]
-
-
-def in_percent(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [update for update, _ in points], [100 * error for _, error in points]
+def binned(points: np.ndarray) -> np.ndarray:
+    """Average (update, error) pairs over POINTS stretches at most, each at the end of its stretch."""
+    stretches = np.array_split(points, min(POINTS, len(points)))
+    return np.array([(stretch[-1, 0], stretch[:, 1].mean()) for stretch in stretches])
 
 
 if __name__ == "__main__":

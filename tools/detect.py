@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("no image given: python tools/detect.py RUN IMAGE...")
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
-    check_counts(options, least=1, names=("batch_size", "max_frames"))
+    check_counts(options)
     with from_option("--device"):
         device = torch.device(choose_device(options.device))
     with from_option("--precision"):

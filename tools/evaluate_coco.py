@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(Options, argv)
     one_of("COCO backend", options.coco_backend, BACKENDS)
     check_output(options.output)
-    check_counts(options, least=0, names=("workers",))
+    check_counts(options)
     launch_command(score, options, INFERENCE)
 
 

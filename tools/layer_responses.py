@@ -12,7 +12,7 @@ from pathlib import Path
 
 from resbackbone.cli.command import Auto, console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_output
+from resbackbone.cli.options import check_counts, check_output, usual_folder
 
 import matplotlib
 import numpy as np
@@ -25,11 +25,10 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
 from resbackbone.engine.checkpoints import checkpoints
-from resbackbone.engine.device import choose_device
 from resbackbone.engine.run import read_yaml
-from resbackbone.tools.train_cifar10 import find_cifar10
+from resbackbone.tools.train_cifar10 import CIFAR10_FOLDERS, network_name
 
-KINDS = {"plain": "none", "resnet": "A"}  # and their shortcuts
+NETWORKS = {network_name(depth, shortcut): (depth, shortcut) for shortcut in ("none", "A") for depth in CIFAR_DEPTHS}
 FILE = "model.safetensors"  # in each checkpoint of a run
 
 
@@ -50,8 +49,6 @@ class Options:
     """Folder for layer_responses.png, .svg, .json and .md; existing ones are replaced."""
     seed: int = 0
     """Seed of the initial weights and of the choice of images."""
-    device: str = "cpu"
-    """cpu, cuda or cuda:N."""
     quiet: bool = False
     """Print only warnings, errors and the result."""
 
@@ -61,6 +58,7 @@ class Measured:
     """One network at one time: `layers` are [{"layer", "std", "norm", "relative"}, ..] of `resbackbone.analysis`."""
 
     network: str  # plain-20, resnet-56, ..
+    depth: int
     step: int  # updates done; 0 is initialisation
     source: str
     layers: list[dict]
@@ -70,11 +68,10 @@ def main(argv: list[str] | None = None) -> None:
     """Networks, and checkpoints of runs -> responses and gradients of their layers -> one figure and its numbers."""
     options = parse(Options, argv)
     check_output(options.output)
+    check_counts(options)
     if options.images < 2:
         raise UserError(f"--images {options.images}: must be at least 2, for the statistics of batch norm")
-    with from_option("--device"):
-        device = choose_device(options.device)
-    networks = [named(name) for name in options.networks]
+    networks = [NETWORKS[one_of("network", name, NETWORKS)] for name in options.networks]
     files = [file for run in options.runs for file in files_of(run)]
     if not networks and not files:
         raise UserError("nothing to measure: no --networks and no --runs")
@@ -88,15 +85,15 @@ def main(argv: list[str] | None = None) -> None:
     progress_console.print(f"measuring on {looked_at}")
 
     measured = []
-    for depth, kind in networks:
+    for depth, shortcut in networks:
         torch.manual_seed(options.seed)
-        model = build_cifar_resnet(depth, shortcut=KINDS[kind], num_classes=len(data.classes))
-        measured.append(measure(model, 0, f"initialised, seed {options.seed}", images, labels, mean_image, device))
+        model = build_cifar_resnet(depth, shortcut=shortcut, num_classes=len(data.classes))
+        measured.append(measure(model, 0, f"initialised, seed {options.seed}", images, labels, mean_image))
     for file in files:
         model = build_cifar_resnet(weights=file, num_classes=len(data.classes))
         given = mean_image if model.mean_image is None else model.mean_image
         step = int(file.resolve().parent.name.removeprefix("step_"))
-        measured.append(measure(model, step, str(file.parent), images, labels, given, device))
+        measured.append(measure(model, step, str(file.parent), images, labels, given))
 
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"looked_at": looked_at, "torch": str(torch.__version__), "measured": [asdict(m) for m in measured]}
@@ -104,12 +101,6 @@ def main(argv: list[str] | None = None) -> None:
     write_atomically(options.output / "layer_responses.md", table(measured))
     draw(measured, options.output)
     console.print(table(measured), f"figure: {options.output / 'layer_responses.png'}", sep="\n")
-
-
-def named(name: str) -> tuple[int, str]:
-    """Convert plain-20 to (20, "plain"). Raises ValueError for an unknown network."""
-    names = {f"{kind}-{depth}": (depth, kind) for kind in KINDS for depth in CIFAR_DEPTHS}
-    return names[one_of("network", name, names)]
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -124,25 +115,20 @@ def files_of(folder: Path) -> list[Path]:
 def trained_on(runs: Sequence[Path]) -> str:
     """The data of the first run; without runs, CIFAR-10 from its usual places, else synthetic."""
     if not runs:
-        return str(find_cifar10() or SYNTHETIC)
+        return str(usual_folder(*CIFAR10_FOLDERS) or SYNTHETIC)
     file = runs[0] / "config.yaml"
     if not file.is_file():
         raise UserError(f"--runs {runs[0]}: does not say what it was trained on (no config.yaml); give --data DIR")
     return read_yaml(file)["data"]
 
 
-def measure(
-    model: CifarResNet, step: int, source: str, images: Tensor, labels: Tensor, mean_image: Tensor, device: str
-) -> Measured:
+def measure(model: CifarResNet, step: int, source: str, images: Tensor, labels: Tensor, mean_image: Tensor) -> Measured:
     """Measure one network's layers on uint8 images [B, 3, 32, 32] minus the mean image that it was trained with."""
     images = to_model_input(images, mean_image)
-    model, images, labels = model.to(device), images.to(device), labels.to(device)
     responses, gradients = layer_responses(model, images), gradient_norms(model, images, labels)
     layers = [response | gradient for response, gradient in zip(responses, gradients, strict=True)]
-    shortcut, depth = model.config["shortcut"], model.config["depth"]
-    kind = "plain" if shortcut == "none" else "resnet"
-    other = "" if shortcut in KINDS.values() else f"-{shortcut}"
-    return Measured(f"{kind}-{depth}{other}", step, source, layers)
+    depth = model.config["depth"]
+    return Measured(network_name(depth, model.config["shortcut"]), depth, step, source, layers)
 
 
 def when(step: int) -> str:
@@ -169,7 +155,7 @@ def draw(measured: Sequence[Measured], folder: Path) -> None:
     from matplotlib import pyplot
 
     steps = sorted({m.step for m in measured})
-    depths = sorted({named_depth(m.network) for m in measured})
+    depths = sorted({m.depth for m in measured})
     colours = dict(zip(depths, pyplot.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
     figure, rows = pyplot.subplots(
         len(steps), 3, figsize=(15, 0.6 + 3.6 * len(steps)), squeeze=False, layout="constrained"
@@ -179,29 +165,23 @@ def draw(measured: Sequence[Measured], folder: Path) -> None:
             stds, relative = ([layer[key] for layer in m.layers] for key in ("std", "relative"))
             number = range(1, len(stds) + 1)
             plain = m.network.startswith("plain")
-            style = {"color": colours[named_depth(m.network)], "linestyle": "--" if plain else "-", "linewidth": 1.4}
+            style = {"color": colours[m.depth], "linestyle": "--" if plain else "-", "linewidth": 1.4}
             by_layer.plot(number, stds, label=m.network, **style)
             ranked.plot(number, sorted(stds, reverse=True), label=m.network, **style)
-            gradient.plot(number, [np.nan if r is None else r for r in relative], label=m.network, **style)
-        for panel in (by_layer, ranked):
-            panel.set_ylabel("standard deviation of the response")
-            panel.set_ylim(0, max(1.2, panel.get_ylim()[1]))
-        gradient.set_yscale("log")
+            gradient.plot(number, relative, label=m.network, **style)
+        deviation, first = "standard deviation of the response", "" if step else " (1, by batch norm)"
+        by_layer.set(title=f"{when(step)}: responses{first}", xlabel="3x3 layer", ylabel=deviation)
+        ranked.set(title="responses in descending order", xlabel="rank of the layer", ylabel=deviation)
+        gradient.set(title="gradients with respect to the responses", xlabel="3x3 layer", yscale="log")
         gradient.set_ylabel("gradient norm, relative to the last layer's")
-        by_layer.set_title(f"{when(step)}: responses{'' if step else ' (1, by batch norm)'}", loc="left")
-        ranked.set_title("responses in descending order", loc="left")
-        gradient.set_title("gradients with respect to the responses", loc="left")
-        for panel, label in ((by_layer, "3x3 layer"), (ranked, "rank of the layer"), (gradient, "3x3 layer")):
-            panel.set_xlabel(label)
-            panel.grid(alpha=0.3)
         gradient.legend(fontsize="small")
+        for panel in (by_layer, ranked):
+            panel.set_ylim(bottom=0)
+        for panel in (by_layer, ranked, gradient):
+            panel.grid(alpha=0.3)
     for kind in ("png", "svg"):
         figure.savefig(folder / f"layer_responses.{kind}", dpi=110)
     pyplot.close(figure)
-
-
-def named_depth(network: str) -> int:
-    return int(network.split("-")[1])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ training images that are small enough. Recipes with larger images, such as `pape
 enlarge an image of 320.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -24,7 +23,7 @@ from pathlib import Path
 
 from resbackbone.cli.command import Auto, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_output
+from resbackbone.cli.options import check_counts, check_output
 
 import numpy as np
 from PIL import Image
@@ -65,13 +64,12 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Folders -> shards and indices. Run the same command again to resume."""
+    """Folders -> shards and indices."""
     options = parse(Options, argv)
     if options.index is not None:
         write_index_of(options.index)
         return
     check(options)
-    check_output(options.output)
     options.output.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
         if split_folder(options.data, split) is not None:
@@ -89,42 +87,35 @@ def check(options: Options) -> None:
         raise UserError("give --data and --output, or --index")
     if not (split_folder(options.data, "train") or split_folder(options.data, "val")):
         raise UserError(f"--data {options.data}: no images; it should hold {LAYOUT}")
-    ranges = {"shorter_side": (0, 65500), "quality": (1, 95), "images_per_shard": (1, 10**6), "workers": (1, 10**3)}
-    for name, (low, high) in ranges.items():
-        if not low <= (value := getattr(options, name)) <= high:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be {low} to {high}")
+    check_output(options.output)
+    check_counts(options)
+    if options.quality > 95:
+        raise UserError(f"--quality {options.quality}: must be 1 to 95")
+    for index in (options.output / "train.json", options.output / "val.json"):
+        if index.exists():
+            raise UserError(f"{index} already exists; give another --output, or remove it")
 
 
 def write_split(images: Images, split: str, options: Options) -> None:
-    """Write the missing shards of a split, each whole or not at all, then the index."""
-    side = options.shorter_side if split == "train" else 0
-    settings = f"{images.fingerprint} {side} {options.quality} {options.images_per_shard} {options.seed}"
-    made_of = hashlib.sha256(settings.encode()).hexdigest()
+    """Write the shards of a split, then the index that makes them usable."""
     order = np.random.default_rng(options.seed).permutation(len(images))
     parts = [order[i : i + options.images_per_shard] for i in range(0, len(order), options.images_per_shard)]
-    index = options.output / f"{split}.json"
-    entries = [options.output / f"{split}-{i:06d}.json" for i in range(len(parts))]
-    for path in filter(Path.is_file, [index, *entries]):
-        if json.loads(path.read_bytes()).get("made_of") != made_of:
-            raise UserError(f"{path} belongs to other images or settings; give another --output, or remove it")
-    if index.is_file():
-        progress_console.print(f"{split}: {index} already exists")
-        return
-    missing = [(part, entry) for part, entry in zip(parts, entries, strict=True) if not entry.is_file()]
-    make = partial(make_shard, images, side=side, quality=options.quality, made_of=made_of)
-    skipped = set(images.skipped)
-    workers = 0 if options.workers == 1 else min(options.workers, len(missing))
-    made = DataLoader(Shards(make, missing), batch_size=None, num_workers=workers)
-    for messages in track(made, len(missing), f"{split} shards"):
-        if isinstance(messages, Exception):
-            raise messages
+    paths = [options.output / f"{split}-{i:06d}.tar" for i in range(len(parts))]
+    side = options.shorter_side if split == "train" else 0
+    make = partial(make_shard, images, side=side, quality=options.quality)
+    workers = 0 if options.workers == 1 else min(options.workers, len(parts))
+    made = DataLoader(Shards(make, list(zip(parts, paths, strict=True))), batch_size=None, num_workers=workers)
+    shards, skipped = [], set(images.skipped)
+    for result in track(made, len(parts), f"{split} shards"):
+        if isinstance(result, Exception):
+            raise result
+        shard, messages = result
         for message in messages:
             console.print(f"skipped {message}")
+        shards.append(shard)
         skipped.update(messages)
-    shards = [json.loads(entry.read_bytes())["shard"] for entry in entries]
-    write_atomically(index, json.dumps({"made_of": made_of, "classes": images.classes, "shards": shards}))
-    for entry in entries:
-        entry.unlink()
+    index = options.output / f"{split}.json"
+    write_atomically(index, json.dumps({"classes": images.classes, "shards": shards}))
     count, size = (sum(numbers) for numbers in zip(*((len(s["labels"]), s["bytes"]) for s in shards), strict=True))
     without = f", without {len(skipped)} that cannot be read" if skipped else ""
     console.print(f"{split}: {count} images{without} in {len(shards)} shards, {size / 1e9:.3g} GB; index {index}")
@@ -133,21 +124,21 @@ def write_split(images: Images, split: str, options: Options) -> None:
 class Shards(Dataset):
     """Makes a shard for each item, so that a DataLoader's processes share the work."""
 
-    def __init__(self, make: Callable[..., list[str]], shards: list[tuple[np.ndarray, Path]]):
+    def __init__(self, make: Callable[..., tuple[dict, list[str]]], shards: list[tuple[np.ndarray, Path]]):
         self.make, self.shards = make, shards
 
     def __len__(self) -> int:
         return len(self.shards)
 
-    def __getitem__(self, i: int) -> list[str] | BadImage | OSError:
+    def __getitem__(self, i: int) -> tuple[dict, list[str]] | BadImage | OSError:
         try:
             return self.make(*self.shards[i])
         except (BadImage, OSError) as error:  # returned, because one raised in a worker loses its message
             return error
 
 
-def make_shard(images: Images, part: np.ndarray, entry: Path, *, side: int, quality: int, made_of: str) -> list[str]:
-    """Write one shard, then its index entry beside it; return the messages of skipped images."""
+def make_shard(images: Images, part: np.ndarray, path: Path, *, side: int, quality: int) -> tuple[dict, list[str]]:
+    """Write one shard; return its entry in the index and the messages of skipped images."""
     files, messages = [], []
     for i in part.tolist():
         try:
@@ -156,12 +147,9 @@ def make_shard(images: Images, part: np.ndarray, entry: Path, *, side: int, qual
             if not images.skip_bad_images:
                 raise
             messages.append(str(error))
-    shard = entry.with_suffix(".tar")
     content = write_shard(files)
-    write_atomically(shard, content)
-    described = describe_shard(shard, io.BytesIO(content))
-    write_atomically(entry, json.dumps({"made_of": made_of, "shard": described}))
-    return messages
+    write_atomically(path, content)
+    return describe_shard(path, io.BytesIO(content)), messages
 
 
 def encoded(images: Images, index: int, side: int, quality: int) -> bytes:

@@ -4,11 +4,10 @@ python tools/pretrain.py                                              the built-
 python tools/pretrain.py --depth 101 --data imagenet --recipe paper --eval 10crop
 python tools/pretrain.py --depth 50 --data 'imagenet/train-{000000..000146}.tar' --recipe a3 --accumulate 2
 python tools/pretrain.py --depth 50 --output runs/mine --resume       resumes where it stopped
-python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      an ensemble of two
+python tools/pretrain.py --eval-only runs/r101 --eval multiscale
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,6 +26,7 @@ from resbackbone.cli.options import (
     choose_machine,
     launch_command,
     training_options,
+    usual_folder,
 )
 from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
@@ -59,6 +59,7 @@ from resbackbone.weights.sources import is_named
 from resbackbone.weights.write import architecture_name
 
 EMBEDDED = Path("datasets/shape-crops")
+IMAGENET = ("IMAGENET_DIR", "datasets/imagenet")
 NORMS = ("BN", "SyncBN", "GN")
 NOT_EVALUATED = "nothing is evaluated: synthetic images show only the speed"
 Batch = tuple[Tensor, Tensor]  # uint8 images [B, 3, H, W], labels [B]
@@ -106,8 +107,6 @@ class TrainingOptions:
     """Length of the training; drops and warm-up are scaled with it. Default: the recipe's."""
     size: Auto[int] = None
     """Side of a training crop in pixels; test sizes change in proportion. Default: the recipe's."""
-    ema: bool = False
-    """Evaluate and keep a moving average of the weights, as torchvision-v2 always does."""
     compile: bool = False
     """Compile the network (torch.compile): minutes at the start for faster updates."""
     checkpoint_period: int = 2000
@@ -118,9 +117,9 @@ class TrainingOptions:
 class EvaluationOptions:
     eval: str = "1crop"
     """Final evaluation: 1crop, 10crop or multiscale."""
-    eval_only: tuple[str, ...] = ()
-    """Runs, weight files or named sources to evaluate instead of training; the scores of several are averaged. --data,
-    --recipe (for the image sizes) and --precision default to those of the first run; without a run, fp32."""
+    eval_only: Auto[str] = None
+    """Run, weight file or named source to evaluate instead of training. --data, --recipe (for the image sizes) and
+    --precision default to those of the run; without a run, fp32. Default: none."""
     eval_period: int = 0
     """Updates between evaluations (1crop); 0 evaluates at the end only."""
 
@@ -136,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
     if options.eval_only:
         launch_command(evaluate_only, complete_for_evaluation(options))
         return
-    may_differ = MAY_DIFFER | {"compile", "eval", "eval_only"}
+    may_differ = MAY_DIFFER | {"compile", "eval"}
     launch_command(train, training_options(options, argv, complete, default_folder, may_differ))
 
 
@@ -170,9 +169,7 @@ def train(rank: Rank, options: Options) -> None:
 
     if options.data == SYNTHETIC:
         session.info(NOT_EVALUATED)
-        if rank.is_main:
-            task.write_report(session.folder)
-            session.finish({}, {"report": "report.html"})
+        session.finish({})
     else:
         results = loop.evaluate(task, state, run, final=True)
         skipped = gather(train_set.skipped, rank)
@@ -191,8 +188,7 @@ def open_data(session: Session) -> tuple[Images, Images]:
     if train_set.classes != val_set.classes:
         raise UserError(f"--data {options.data}: the classes of its training and validation images differ")
     session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
-    for message in sorted(train_set.skipped | val_set.skipped) if rank.is_main else ():
-        session.warn(f"skipped {message}")
+    session.warn_skipped(train_set.skipped | val_set.skipped, shared=True)
     return train_set, val_set
 
 
@@ -207,7 +203,6 @@ class Classification(Task):
         self.model, self.average, self.metadata = model, average, metadata
         self.train_set, self.val_set = train_set, val_set
         self.losses_of = build_loss(recipe, len(train_set.classes))
-        self.skipped = set(train_set.skipped)
         self.evaluated: tuple[dict, Predictions] | None = None
 
     @property
@@ -246,9 +241,7 @@ class Classification(Task):
     def after_update(self, batch: Batch, step: int) -> Mapping[str, float]:
         if self.average is not None:
             self.average.update(self.model, step=step)
-        for message in sorted(self.train_set.skipped - self.skipped):
-            self.session.warn(f"skipped {message}")
-            self.skipped.add(message)
+        self.session.warn_skipped(self.train_set.skipped)
         return {}
 
     def bad_batch(self, batch: Batch) -> tuple[dict[str, Tensor], str]:
@@ -264,7 +257,7 @@ class Classification(Task):
         share_buffers(self.tested, self.rank)
         predicted: list[Tensor] = []
         protocol, val_set = self.options.eval if final else "1crop", self.val_set
-        results = score_of([self.tested], val_set, self.session, self.recipe, protocol=protocol, seen=predicted.append)
+        results = score_of(self.tested, val_set, self.session, self.recipe, protocol=protocol, seen=predicted.append)
         if self.rank.is_main:
             best = predicted[0].numpy()
             shown = Predictions(val_set.classes, val_set.labels, best, None, val_set.read, val_set.name)
@@ -276,10 +269,9 @@ class Classification(Task):
 
     def write_report(self, folder: Path) -> None:
         results, predictions = self.evaluated or (None, None)
-        named: dict = {"network": self.metadata["architecture"], "results": results, "predictions": predictions}
-        if self.options.data == SYNTHETIC:
-            named["why_not"] = NOT_EVALUATED
-        write_report(folder, **named)
+        why_not = NOT_EVALUATED if self.options.data == SYNTHETIC else "No evaluation yet."
+        network = self.metadata["architecture"]
+        write_report(folder, network=network, results=results, predictions=predictions, why_not=why_not)
 
 
 def finish(session: Session, task: Classification, results: dict) -> None:
@@ -292,8 +284,7 @@ def finish(session: Session, task: Classification, results: dict) -> None:
     ]
     write_weights(folder / "model.safetensors", task.tested.state_dict(), metadata)
     write_results(folder / "results.json", results)
-    files = {"classifier": "model.safetensors", "results": "results.json", "report": "report.html"}
-    session.finish({"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"}, files)
+    session.finish({"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"})
     console.print(described(results))
 
 
@@ -326,42 +317,34 @@ def build(
 
 
 def evaluate_only(rank: Rank, options: Options) -> None:
-    """Classifiers and images -> accuracy, in every process; rank 0 writes."""
+    """Classifier and images -> accuracy, in every process; rank 0 writes."""
     be_quiet(options)
-    session = Session(options, rank)
-    files = [str(Path(run) / "model.safetensors") if Path(run).is_dir() else run for run in options.eval_only]
+    session, source = Session(options, rank), Path(options.eval_only)
+    file = str(source / "model.safetensors") if source.is_dir() else options.eval_only
     with from_option("--data"):
         val_set = from_main(lambda: open_images(options.data, "val", skip_bad_images=options.skip_bad_images), rank)
-    models: list[nn.Module] = []
-    for file in files:
-        weights = read_weights(file)
-        model = build_resnet_classifier(num_classes=len(val_set.classes), weights=weights)
-        ours = "recipe" in weights.metadata  # only our files name the classes by their folders
-        if ours and weights.metadata["classes"] != val_set.classes:
-            raise UserError(f"{file}: was trained on other classes than those of {options.data}")
-        models.append(model.to(rank.device).to(memory_format=torch.channels_last))
-    session.info(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
-    for message in sorted(val_set.skipped) if rank.is_main else ():
-        session.warn(f"skipped {message}")
-    results = score_of(models, val_set, session, recipe_of(options), protocol=options.eval)
-    if not rank.is_main:
-        return
-    console.print(described(results))
-    target = options.output
-    if target is None and len(files) == 1 and not is_named(options.eval_only[0]):
-        target = Path(files[0]).parent
-    if target is not None:
-        target.mkdir(parents=True, exist_ok=True)
-        path, recorded = target / f"results-{options.eval}.json", {"models": list(options.eval_only)}
-        write_results(path, {**results, **recorded, "skipped_images": sorted(val_set.skipped)})
+    weights = read_weights(file)
+    model = build_resnet_classifier(num_classes=len(val_set.classes), weights=weights)
+    ours = "recipe" in weights.metadata  # only our files name the classes by their folders
+    if ours and weights.metadata["classes"] != val_set.classes:
+        raise UserError(f"{file}: was trained on other classes than those of {options.data}")
+    model.to(rank.device).to(memory_format=torch.channels_last)
+    session.info(f"{file} on {val_set.summary()}, {options.precision}")
+    session.warn_skipped(val_set.skipped, shared=True)
+    results = score_of(model, val_set, session, recipe_of(options), protocol=options.eval)
+    if rank.is_main:
+        console.print(described(results))
+        options.output.mkdir(parents=True, exist_ok=True)
+        path = options.output / f"results-{options.eval}.json"
+        recorded = {"model": options.eval_only, "skipped_images": sorted(val_set.skipped)}
+        write_results(path, {**results, **recorded})
         session.info(f"results: {path}")
 
 
-def score_of(models: list[nn.Module], val_set: Images, session: Session, recipe: Recipe, **protocol) -> dict:
-    """The accuracy of one network, or of the averaged scores of several; prints which images it skips."""
-    skipped = set(val_set.skipped)
+def score_of(model: nn.Module, val_set: Images, session: Session, recipe: Recipe, **protocol) -> dict:
+    """The accuracy of a network; prints which images it skips."""
     results = evaluate(
-        models,
+        model,
         val_set,
         session.rank,
         crop=recipe.crop,
@@ -372,8 +355,7 @@ def score_of(models: list[nn.Module], val_set: Images, session: Session, recipe:
         progress=session.track,
         **protocol,
     )
-    for message in sorted(val_set.skipped - skipped):
-        session.warn(f"skipped {message}")
+    session.warn_skipped(val_set.skipped)
     return results
 
 
@@ -390,7 +372,7 @@ def write_results(path: Path, results: dict) -> None:
 
 def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
-    data = options.data or find_imagenet() or str(EMBEDDED)
+    data = str(options.data or usual_folder(*IMAGENET) or EMBEDDED)
     default = "demo" if Path(data) == EMBEDDED else "torchvision-v1"
     recipe_name = one_of("recipe", options.recipe or default, RECIPES)
     recipe = RECIPES[recipe_name]
@@ -398,10 +380,7 @@ def complete(options: Options) -> Options:
     if options.norm is not None:
         one_of("norm", options.norm, NORMS)
     check_shortcut(options)
-    least_one = ("batch_size", "accumulate", "epochs", "max_steps", "checkpoint_period", "log_period")
-    check_counts(options, least=1, names=least_one)
-    check_counts(options, least=0, names=("eval_period", "seed", "workers"))
-    check_counts(options, least=32, names=("size",))
+    check_counts(options)
     device, processes, precision = choose_machine(options, INFERENCE if options.eval_only else PRECISIONS)
     on_gpu = torch.device(device).type == "cuda"
     shares = processes * options.accumulate
@@ -412,8 +391,7 @@ def complete(options: Options) -> Options:
     size = options.size or recipe.size
     if left:
         raise UserError(f"--batch-size {batch_size} does not divide evenly over {in_parts}")
-    batch_norm = options.norm == "BN" or options.norm is None and options.weights is None
-    if batch_norm and per_part == 1 and size <= 32:  # a channel of c5 is one number then
+    if per_part == 1 and size <= 32 and options.norm != "GN":  # a channel of c5 is one number then
         raise UserError(
             f"--batch-size {batch_size}: batch norm has no statistics of one image of {size} pixels; use at least 2 "
             "images, a larger --size or --norm GN"
@@ -435,42 +413,39 @@ def complete(options: Options) -> Options:
 
 
 def complete_for_evaluation(options: Options) -> Options:
-    """Fill in the options for --eval-only; those that are not given come from the first run."""
+    """Fill in the options for --eval-only; those that are not given come from its run."""
     check_output(options.output)
-    paths = [Path(source) for source in options.eval_only if not is_named(source)]
-    files = [(path if path.is_dir() else path.parent) / "config.yaml" for path in paths]
-    config = next((read_yaml(file) for file in files if file.is_file()), {})
+    folder, config = Path(), {}
+    if not is_named(options.eval_only):
+        path = Path(options.eval_only)
+        folder = path if path.is_dir() else path.parent
+        config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     if options.data is None:
-        refuse_command("data", config.get("data"), options.eval_only[0])
+        refuse_command("data", config.get("data"), folder)
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
     if given["precision"] not in INFERENCE and not options.precision:
         given["precision"] = "fp32"  # publishers of weights evaluate in fp32
     if given["data"] == SYNTHETIC:
         raise UserError(f"--data {SYNTHETIC}: synthetic images show only the speed; give --data DIR to evaluate on")
-    if given["data"] is None and not find_imagenet():
-        raise UserError(f"{options.eval_only[0]} does not say what it was trained on (no config.yaml); give --data DIR")
+    if given["data"] is None and not usual_folder(*IMAGENET):
+        raise UserError(f"{options.eval_only} does not say what it was trained on (no config.yaml); give --data DIR")
     if options.recipe:
         given["size"] = options.size
-    return complete(replace(options, **given, batch_size=None, accumulate=1))
+    return complete(replace(options, **given, output=options.output or folder, batch_size=None, accumulate=1))
 
 
 def recipe_of(options: Options) -> Recipe:
     """The recipe with the changes that options make."""
     recipe = RECIPES[options.recipe]
     scale = options.size / recipe.size
-    if scale != 1:
-        crop, resize = round(scale * recipe.crop), round(scale * recipe.resize)
-        recipe = replace(recipe, size=options.size, crop=crop, resize=resize)
-        if recipe.shorter_side is not None:
-            low, high = recipe.shorter_side
-            recipe = replace(recipe, shorter_side=(round(scale * low), round(scale * high)))
-    return replace(recipe, ema=recipe.ema or options.ema)
-
-
-def find_imagenet() -> str | None:
-    """The first of $IMAGENET_DIR and ./datasets/imagenet that exists, or None."""
-    places = [os.environ.get("IMAGENET_DIR"), "datasets/imagenet"]
-    return next((place for place in places if place and Path(place).is_dir()), None)
+    low, high = recipe.shorter_side or (0, 0)
+    return replace(
+        recipe,
+        size=options.size,
+        shorter_side=recipe.shorter_side and (round(scale * low), round(scale * high)),
+        crop=round(scale * recipe.crop),
+        resize=round(scale * recipe.resize),
+    )
 
 
 def default_folder(options: Options) -> Path:

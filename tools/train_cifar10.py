@@ -7,7 +7,6 @@ python tools/train_cifar10.py --data synthetic --steps 100                      
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from resbackbone.cli.options import (
     choose_machine,
     launch_command,
     training_options,
+    usual_folder,
 )
 from resbackbone.cli.training import prepare_run
 
@@ -55,6 +55,7 @@ from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
 
 PAPER = "He et al. 2015, Sec. 4.2: SGD 0.1, momentum 0.9, weight decay 1e-4, a tenth of the rate at 1/2 and at 3/4"
+CIFAR10_FOLDERS = ("CIFAR10_DIR", "datasets/cifar10")
 RATE, BATCH_SIZE, STEPS = 0.1, 128, 64_000
 WEIGHT_DECAY = 1e-4
 WARMUP_DEPTH, WARMUP_STEPS = 110, 400
@@ -66,8 +67,6 @@ class DataOptions:
     data: Auto[Path] = None
     """Folder with cifar-10-batches-py/, or with train/<class>/ and test/<class>/; or synthetic: patterns drawn on the
     spot. Default: $CIFAR10_DIR or ./datasets/cifar10."""
-    validation: bool = False
-    """Hold out a tenth of the training images (the paper's 45k/5k) and test on them instead of the test images."""
 
 
 @dataclass(frozen=True)
@@ -119,9 +118,7 @@ def train(rank: Rank, options: Options) -> None:
     session = prepare_run(rank, options, default=default_folder(options))
     with from_option("--data"):
         data = from_main(lambda: open_cifar10(options.data), rank)
-    if options.validation:
-        data = data.held_out()
-    session.info(f"data:  {data.summary()} in {options.data}{' (validation)' if options.validation else ''}")
+    session.info(f"data:  {data.summary()} in {options.data}")
 
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     network: dict[str, Any] = {
@@ -146,14 +143,9 @@ def train(rank: Rank, options: Options) -> None:
         task.save(session.folder)
         content = {**results, **network, "parameters": parameters, "steps": state.step}
         write_atomically(session.folder / "results.json", json.dumps(content, indent=2) + "\n")
-        files = {"network": "model.safetensors", "results": "results.json", "report": "report.html"}
-        session.finish({f"{split_name(options)} error": f"{100 * results['error']:.2f}%"}, files)
+        session.finish({"test error": f"{100 * results['error']:.2f}%"})
         console.print(task.summary(results))
     run.close()
-
-
-def split_name(options: Options) -> str:
-    return "validation" if options.validation else "test"
 
 
 class Cifar10Task(Task):
@@ -208,7 +200,7 @@ class Cifar10Task(Task):
         return results
 
     def summary(self, result: Mapping) -> str:
-        return f"{split_name(self.options)} error {100 * result['error']:.2f}%"
+        return f"test error {100 * result['error']:.2f}%"
 
     def write_report(self, folder: Path) -> None:
         results, predictions = self.tested or (None, None)
@@ -219,17 +211,14 @@ def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     one_of("depth", options.depth, CIFAR_DEPTHS)
     check_shortcut(options)
-    check_counts(options, least=1, names=("steps", "max_steps", "batch_size", "checkpoint_period", "log_period"))
-    check_counts(options, least=0, names=("eval_period", "seed"))
-    data = options.data or find_cifar10()
+    check_counts(options)
+    data = options.data or usual_folder(*CIFAR10_FOLDERS)
     if data is None:
         raise UserError(
             "no CIFAR-10 in $CIFAR10_DIR or ./datasets/cifar10; unpack https://www.cs.toronto.edu/~kriz/"
             f"cifar-10-python.tar.gz and give --data DIR, which should hold {LAYOUT}; or try --data {SYNTHETIC}"
         )
-    device, processes, precision = choose_machine(options)
-    if options.batch_size % processes:
-        raise UserError(f"--batch-size {options.batch_size} does not divide evenly over {processes} processes")
+    device, _, precision = choose_machine(options)
     steps = options.steps or max(1, round(STEPS * BATCH_SIZE / options.batch_size))
     period = min(1000, max(1, steps // 10)) if options.eval_period is None else options.eval_period
     shortcut = None if options.plain else options.shortcut or "A"
@@ -252,20 +241,17 @@ def schedule_of(options: Options) -> PaperSchedule:
     )
 
 
-def find_cifar10() -> Path | None:
-    """The first of $CIFAR10_DIR and ./datasets/cifar10 that exists, or None."""
-    places = [os.environ.get("CIFAR10_DIR"), "datasets/cifar10"]
-    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
-
-
 def shortcut_of(options: Options) -> str:
     return "none" if options.plain else options.shortcut or "A"
 
 
 def name_of(options: Options) -> str:
-    """The network's name: plain-20, resnet-20 (with the paper's shortcut A), resnet-20-B."""
-    suffix = "" if shortcut_of(options) in ("none", "A") else f"-{shortcut_of(options)}"
-    return f"{'plain' if options.plain else 'resnet'}-{options.depth}{suffix}"
+    return network_name(options.depth, shortcut_of(options))
+
+
+def network_name(depth: int, shortcut: str) -> str:
+    """plain-20, resnet-20 (with the paper's shortcut A), resnet-20-B."""
+    return {"none": f"plain-{depth}", "A": f"resnet-{depth}"}.get(shortcut, f"resnet-{depth}-{shortcut}")
 
 
 def default_folder(options: Options) -> Path:

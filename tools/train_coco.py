@@ -46,7 +46,7 @@ from detection.faster_rcnn import (
 from detection.foreign import NOT_A_CLASS
 from detection.layouts import LAYOUT, describe_layout, find_split
 from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
-from detection.recipes import RECIPES, SMALL_DATA, Recipe, default_recipe
+from detection.recipes import RECIPES, Recipe, default_recipe
 from detection.report import save_pictures, write_report
 from detection.sampler import TrainBatches
 from detection.scoring import BACKENDS
@@ -154,7 +154,8 @@ def train(rank: Rank, options: Options) -> None:
     session.info(detector.backbone.summary())
 
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
-    advise(session, schedule.steps, len(train_set))
+    if options.recipe == "small" and not options.weights:
+        session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
     rate, decay, sgd = schedule.rate, recipe.weight_decay, recipe.optimizer == "sgd"
     # SGD decays norms too, as in Detectron
     optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=sgd)
@@ -165,11 +166,10 @@ def train(rank: Rank, options: Options) -> None:
     run = session.train(task, state, schedule, train_annotations_sha256=fingerprint, validation=val_set.origin)
 
     loop.evaluate(task, state, run, final=True)
-    skipped = gather(task.skipped, rank)
+    skipped = gather(session.skipped, rank)
     if rank.is_main:
         task.save(session.folder)
-        detector_file = "model.safetensors" if isinstance(detector, FasterRCNN) else "model_final.pth"
-        finish(session, task.evaluation, val_set, skipped=set().union(*skipped), detector_file=detector_file)
+        finish(session, task.evaluation, val_set, skipped=sorted(set().union(*skipped)))
     run.close()
 
 
@@ -190,26 +190,12 @@ def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]
     return train_set, val_set
 
 
-def advise(session: Session, steps: int, images: int) -> None:
-    """With the recipe for small data, print its length and which weights to start from."""
-    options = session.options
-    if options.recipe != "small":
-        return
-    session.info(
-        f"recipe: small, for data under {SMALL_DATA:,} images: {steps} updates, "
-        f"{steps * options.batch_size / images:.0f} epochs of these {images}; --recipe and --max-steps choose others"
-    )
-    if not options.weights:
-        session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
-
-
 class Detection(Task):
     """A detector on COCO-format images."""
 
     def __init__(self, session: Session, detector: FasterRCNN, train_set: CocoImages, val_set: CocoImages):
         self.session, self.options, self.rank = session, session.options, session.rank
         self.detector, self.train_set, self.val_set = detector, train_set, val_set
-        self.skipped: set[str] = set()
         self.evaluation: Evaluation | None = None
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -221,9 +207,7 @@ class Detection(Task):
         return model(*part)
 
     def after_update(self, batch: Batch, step: int) -> Mapping[str, float]:
-        for message in sorted({message for target in batch[1] for message in target["skipped"]} - self.skipped):
-            self.session.warn(f"skipped {message}")
-            self.skipped.add(message)
+        self.session.warn_skipped({message for target in batch[1] for message in target["skipped"]})
         return {}
 
     def bad_batch(self, batch: Batch) -> tuple[dict[str, Tensor], str]:
@@ -257,26 +241,17 @@ class Detection(Task):
         return f"AP {percent(result['AP'])}, AP50 {percent(result['AP50'])}"
 
     def write_report(self, folder: Path) -> None:
-        if self.evaluation is None:
-            write_report(folder)
-        else:
-            write_report(folder, self.val_set, self.evaluation)
+        write_report(folder, self.val_set, self.evaluation)
 
 
-def finish(
-    session: Session, evaluation: Evaluation, val_set: CocoImages, *, skipped: set[str], detector_file: str
-) -> None:
-    """Write the results, pictures and report of a training, and print the results."""
+def finish(session: Session, evaluation: Evaluation, val_set: CocoImages, *, skipped: list[str]) -> None:
+    """Write the results and pictures of a training, and print the results; `skipped` is about training images."""
     folder, results = session.folder, evaluation.results
-    results["skipped_training_images"] = sorted(skipped)
+    results["skipped_training_images"] = skipped
     write_results(folder, results, evaluation.detections)
     save_pictures(folder / "pictures", val_set, evaluation.detections, count=session.options.pictures)
-    write_report(folder, val_set, evaluation)
-    if skipped:
-        session.info(f"{len(skipped)} training images could not be read and were skipped")
     ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))
-    files = {"detector": detector_file, "results": "results.json", "report": "report.html", "pictures": "pictures"}
-    session.finish({"AP, AP50": f"{ap}, {ap50}"}, files)
+    session.finish({"AP, AP50": f"{ap}, {ap50}"})
     session.info(results_table(results))
     console.print(results_summary(results))
 
@@ -297,8 +272,7 @@ def complete(options: Options) -> Options:
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.depth)
     device, processes, precision = choose_machine(replace(options, precision=precision))
     on_gpu = torch.device(device).type == "cuda"
-    check_counts(options, least=1, names=("max_steps", "batch_size", "checkpoint_period", "log_period"))
-    check_counts(options, least=0, names=("eval_period", "pictures", "seed", "workers"))
+    check_counts(options)
     batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
     return replace(
         options,

@@ -21,7 +21,6 @@ from resbackbone.image_io import BadImage, decode
 SYNTHETIC = "synthetic"
 SYNTHETIC_IMAGES = {"train": 2000, "test": 500}
 LAYOUT = "cifar-10-batches-py/, or train/<class>/ and test/<class>/ (or val/<class>/) with 32 x 32 images"
-HELD_OUT = 0.1  # of the training images are held out for validation: 5,000 of 50,000, as in the paper
 PADDING = 4  # pixels on each side
 
 
@@ -49,14 +48,6 @@ class Cifar10(NamedTuple):
         for tensor in self.train:
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
-
-    def held_out(self) -> "Cifar10":
-        """The training images split in two: a fixed random tenth of them to test on (the paper's 45k/5k)."""
-        order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(0))
-        kept = order[round(HELD_OUT * len(order)) :].sort().values
-        held = order[: len(order) - len(kept)].sort().values
-        train, test = (Split(self.train.images[part], self.train.labels[part]) for part in (kept, held))
-        return self._replace(train=train, test=test)
 
 
 def open_cifar10(data: str | os.PathLike) -> Cifar10:

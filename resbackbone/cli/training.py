@@ -1,7 +1,7 @@
 """What all training commands share: the run's folder, the checkpoint to resume from, messages and the loop."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,14 @@ from resbackbone.engine.task import Task
 from resbackbone.engine.termination import Terminated
 from resbackbone.report.summary import summary
 
+FILES = {  # that a training writes, as its summary names them
+    "weights": "model.safetensors",
+    "detectron2": "model_final.pth",
+    "results": "results.json",
+    "report": "report.html",
+    "pictures": "pictures",
+}
+
 
 @dataclass
 class Session:
@@ -30,6 +38,7 @@ class Session:
     rank: Rank
     folder: Path = Path()
     checkpoint: Path | None = None
+    skipped: set[str] = field(default_factory=set)
 
     def info(self, message: str) -> None:
         """Print a progress message; --quiet omits it."""
@@ -38,6 +47,12 @@ class Session:
 
     def warn(self, message: str) -> None:
         console.print(message)
+
+    def warn_skipped(self, messages: set[str], *, shared: bool = False) -> None:
+        """Print each message about a skipped image once; rank 0 alone prints what is `shared` by all ranks."""
+        for message in sorted(messages - self.skipped) if self.rank.is_main or not shared else ():
+            self.warn(f"skipped {message}")
+        self.skipped |= messages
 
     def track(self, items: Iterable, total: int) -> Iterator:
         """Yield the items of an evaluation under a progress bar."""
@@ -97,9 +112,9 @@ class Session:
                 raise
         return run
 
-    def finish(self, results: Mapping[str, str], files: Mapping[str, str]) -> None:
+    def finish(self, results: Mapping[str, str]) -> None:
         """Print a summary of the run, its results and the files it wrote."""
-        self.info(summary(self.folder, results, files))
+        self.info(summary(self.folder, results, FILES))
 
 
 def prepare_run(rank: Rank, options, *, default: Path, first_line: str | None = None) -> Session:
