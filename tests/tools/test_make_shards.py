@@ -69,35 +69,18 @@ def test_two_processes_write_what_one_does(folder, tmp_path):
     assert contents(tmp_path / "two") == one
 
 
-def test_a_run_that_was_killed_goes_on_and_ends_with_the_same_files(folder, monkeypatch, capsys):
-    whole = contents(run(folder))
-    for path in (folder.parent / "shards").iterdir():
-        path.unlink()
-    made, make = [], make_shards.make_shard
+def test_a_killed_run_is_run_again_and_one_that_ended_is_not_written_over(folder, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
 
-    def killed_after_two(images, part, entry, **options):
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        made.append(entry.name)
-        return make(images, part, entry, **options)
-
-    monkeypatch.setattr(make_shards, "make_shard", killed_after_two)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(make_shards, "describe_shard", killed)
         run(folder)
-    before = {p.name: p.stat().st_ino for p in (folder.parent / "shards").glob("*.tar")}
-    assert len(before) == 2 and not (folder.parent / "shards" / "train.json").exists()
-    monkeypatch.setattr(make_shards, "make_shard", make)
-    output = run(folder)
-    assert contents(output) == whole
-    assert all((output / name).stat().st_ino == inode for name, inode in before.items())
-    run(folder)
-    assert "train.json already exists" in capsys.readouterr().out and contents(output) == whole
-
-
-def test_shards_of_other_settings_are_not_mixed(folder):
-    run(folder)
-    with pytest.raises(ValueError, match="train.json belongs to other images or settings; give another --output"):
+    assert list(contents(folder.parent / "shards")) == ["train-000000.tar"]  # no index yet
+    whole = contents(run(folder))
+    with pytest.raises(ValueError, match="train.json already exists; give another --output, or remove it"):
         run(folder, "--quality", "80")
+    assert contents(folder.parent / "shards") == whole
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -197,12 +197,6 @@ def test_blocks_start_as_their_shortcuts_where_the_recipe_has_it_and_there_are_a
     assert all((not block.bn2.weight.any()) == zero for block in (model.layer1[1], model.layer4[0]))
 
 
-@pytest.mark.parametrize("flags, averages", [([], False), (["--ema"], True), (["--recipe", "torchvision-v2"], True)])
-def test_an_average_is_kept_where_it_is_asked_for_or_the_recipe_does(photos, flags, averages):
-    options = pretrain.complete(pretrain.parse(pretrain.Options, ["--data", str(photos), "--device", "cpu", *flags]))
-    assert pretrain.recipe_of(options).ema is averages
-
-
 def test_a_smaller_size_shrinks_all_that_is_seen_in_proportion(photos):
     argv = ["--data", str(photos), "--device", "cpu", "--recipe", "paper", "--size", "112"]
     recipe = pretrain.recipe_of(pretrain.complete(pretrain.parse(pretrain.Options, argv)))
@@ -286,9 +280,9 @@ def test_two_processes_train_one_classifier_and_both_hold_it(photos):
         "def train(task, state, *rest, train=pretrain.loop.train):\n"
         "    train(task, state, *rest)\n"
         "    save(state.model.module, 'trained')\n"
-        "def evaluate(models, *rest, evaluate=pretrain.evaluate, **named):\n"
-        "    save(models[0], 'evaluated')\n"
-        "    return evaluate(models, *rest, **named)\n"
+        "def evaluate(model, *rest, evaluate=pretrain.evaluate, **named):\n"
+        "    save(model, 'evaluated')\n"
+        "    return evaluate(model, *rest, **named)\n"
         "pretrain.loop.train, pretrain.evaluate = train, evaluate\n"
         "pretrain.main(sys.argv[2:])\n"
     )
@@ -305,27 +299,20 @@ def test_two_processes_train_one_classifier_and_both_hold_it(photos):
 # Evaluation alone
 
 
-def test_runs_are_evaluated_alone_and_together(straight, photos, capsys):
-    runs = [str(straight / name) for name in RUNS]
-    argv = ["--device", "cpu", "--precision", "fp32", "--eval", "10crop"]
-    pretrain.main(["--eval-only", *runs, *argv, "--output", "both"])
-    together = json.loads(Path("both/results-10crop.json").read_text())
-    models = [build_resnet_classifier(weights=f"{run}/model.safetensors") for run in runs]
-    wanted = evaluate(
-        models,
-        open_images(photos, "val"),
-        Rank(0, 1, torch.device("cpu")),
-        protocol="10crop",
-        crop=32,
-        resize=34,
-    )
-    assert {name: together[name] for name in wanted} == wanted
-    shutil.copytree(runs[0], "alone")  # data, sizes and recipe are known from the run
-    pretrain.main(["--eval-only", "alone/model.safetensors", "--device", "cpu", "--precision", "fp32"])
-    alone = json.loads(Path("alone/results-1crop.json").read_text())
-    trained = json.loads(Path("alone/results.json").read_text())
+def test_a_run_or_its_file_is_evaluated_alone_on_its_data_by_any_protocol(straight, photos, capsys):
+    shutil.copytree(straight / "a2", "run")  # data, sizes and recipe are known from the run
+    argv = ["--device", "cpu", "--precision", "fp32"]
+    pretrain.main(["--eval-only", "run", *argv, "--eval", "10crop", "--output", "out"])
+    found = json.loads(Path("out/results-10crop.json").read_text())
+    model, images = build_resnet_classifier(weights="run/model.safetensors"), open_images(photos, "val")
+    rank = Rank(0, 1, torch.device("cpu"))
+    wanted = evaluate(model, images, rank, protocol="10crop", crop=32, resize=34)
+    assert {name: found[name] for name in wanted} == wanted
+    pretrain.main(["--eval-only", "run/model.safetensors", *argv])
+    again = json.loads(Path("run/results-1crop.json").read_text())
+    trained = json.loads(Path("run/results.json").read_text())
     assert trained.pop("skipped_training_images") == []
-    assert {name: alone[name] for name in trained} == trained
+    assert {name: again[name] for name in trained} == trained
     assert "10crop" in capsys.readouterr().out
 
 
@@ -385,15 +372,15 @@ def test_images_that_cannot_be_read_are_named_and_counted_wherever_they_are_met(
     assert [[f"skipped {message}" for message in messages] for messages in listed] == said
 
 
-def test_what_is_not_given_for_an_evaluation_is_that_of_the_first_of_the_runs_and_of_no_other_file(straight, photos):
+def test_what_is_not_given_for_an_evaluation_is_that_of_its_run_and_of_no_other_file(straight, photos):
     Path("config.yaml").write_text("recipe: demo\nsize: 64\n")  # not of what is evaluated
     named, run = "torchvision:ResNet18_Weights.IMAGENET1K_V1", str(straight / "a2")
-    alone, both = (
-        pretrain.complete_for_evaluation(pretrain.Options(eval_only=sources, data=data, device="cpu"))
-        for sources, data in (((named,), str(photos)), ((named, run), None))
+    alone, of_run = (
+        pretrain.complete_for_evaluation(pretrain.Options(eval_only=source, data=data, device="cpu"))
+        for source, data in ((named, str(photos)), (run, None))
     )
     assert (alone.recipe, alone.size, alone.precision) == ("torchvision-v1", 224, "fp32")  # as its publisher does
-    assert (both.recipe, both.size, both.data) == ("a2", 32, str(photos))
+    assert (of_run.recipe, of_run.size, of_run.data) == ("a2", 32, str(photos))
 
 
 def test_weights_of_another_number_of_classes_are_refused_before_training(straight, photos, tmp_path, capsys):
