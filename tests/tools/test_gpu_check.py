@@ -353,8 +353,8 @@ def test_a_resumed_run_with_other_images_or_weights_is_noticed(tmp_path, record)
 def test_a_time_stands_beside_that_of_the_fastest_other_package(record):
     seconds = {"resbackbone": [2.0], "resbackbone, fused": [1.0], "torchvision": [4.0], "timm": [5.0]}
     for times in (seconds, {"resbackbone": [0.002]}):
-        made = contest.Contest("inference", names=tuple(times), mode="fp32", batch_size=1)
-        peers.add_rows({**made.empty_result(), "seconds": {**times, "torch.mm": [1.0]}}, record)
+        work = contest.Workload("fp32", "cpu", 18, 64, 96, 1)
+        peers.add_rows({**contest.empty_result("inference", work, list(times)), "seconds": times}, record)
     assert [(row["what"], row["value"]) for row in record.content["rows"]] == [
         ("inference, 1 images, fp32", "2000 ms, 0.50 of torchvision's"),
         ("inference, 1 images, fp32, fused", "1000 ms, 0.25 of torchvision's"),

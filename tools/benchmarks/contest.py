@@ -5,8 +5,8 @@ import math
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -14,41 +14,71 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
-from torch.utils.flop_counter import FlopCounterMode
 
 from resbackbone.tools.benchmarks.machine import peak_in_fresh_process
 
 OWN = "resbackbone"
-FUSED = "fused"  # the second part of "resbackbone, fused"
-MATRIX_PRODUCT = "torch.mm"
-MATRIX_SIDE = 4096
-ALL = "all of them"  # stands for a contender's name if a contest fails between its contenders
+FUSED = "resbackbone, fused"
+TURN = 0.2  # seconds of a contender's runs in a round, in 1 to 50 runs
 
 
 class Mode(NamedTuple):
-    dtype: torch.dtype
     layout: torch.memory_format
+    tolerance: float  # how far outputs may differ (`relative_difference`): packages round in different places
     tf32: bool = False  # for products and convolutions in fp32 on a GPU
+    bf16: bool = False  # autocast over fp32 weights
     compiled: bool = False
 
 
 TF32, BF16, COMPILED = "tf32-channels-last", "bf16-channels-last", "bf16-compiled"
 MODES = {
-    "fp32": Mode(torch.float32, torch.contiguous_format),
-    "fp32-channels-last": Mode(torch.float32, torch.channels_last),
-    TF32: Mode(torch.float32, torch.channels_last, tf32=True),
-    BF16: Mode(torch.bfloat16, torch.channels_last, tf32=True),  # autocast over fp32 weights
-    COMPILED: Mode(torch.bfloat16, torch.channels_last, tf32=True, compiled=True),
+    "fp32": Mode(torch.contiguous_format, 1e-4),
+    "fp32-channels-last": Mode(torch.channels_last, 1e-4),
+    TF32: Mode(torch.channels_last, 1e-2, tf32=True),  # TF32 keeps 11 bits, bf16 8
+    BF16: Mode(torch.channels_last, 3e-2, tf32=True, bf16=True),
+    COMPILED: Mode(torch.channels_last, 3e-2, tf32=True, bf16=True, compiled=True),
+    "fp64": Mode(torch.contiguous_format, 1e-9),  # of scoring alone
 }
+GPU_MODES = (TF32, COMPILED)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The settings of a contest. Height and width in pixels."""
+
+    mode: str
+    device: str
+    depth: int
+    height: int
+    width: int
+    batch_size: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    @property
+    def bf16(self) -> bool:
+        return MODES[self.mode].bf16
+
+    def place(self, what: Any) -> Any:
+        """A module or batch of images on the device, in the mode's memory format."""
+        return what.to(device=self.device, memory_format=MODES[self.mode].layout)
+
+    def compiled(self, network: nn.Module) -> tuple[Callable, nn.Module | None]:
+        """The network to call, and that to count in: none if it is compiled, which it would not be under counters."""
+        return (torch.compile(network), None) if MODES[self.mode].compiled else (network, network)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
 
 class Contender(NamedTuple):
     """One package ready for one job."""
 
     run: Callable[[], Any]  # what is timed
-    module: nn.Module | None = None  # if given, count operations and the bytes saved for backward, its own excluded
+    module: nn.Module | None = None  # if given, count the bytes saved for backward, its own excluded
     check: Callable[[], Any] | None = None  # returns the outputs to compare, if `run` does not
-    clock: Callable[[], float] | None = None  # returns the seconds of a run that it makes itself
 
 
 def relative_difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
@@ -65,75 +95,79 @@ def relative_difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
 
 
 @dataclass(frozen=True)
-class Contest:
-    """What is compared, and how to read its times.
+class Job:
+    """What packages are compared in."""
 
-    `names` are the contenders, this package's first. Each is measured against `reference`, by default the fastest
-    of the other packages. `items` holds the number of images in a run of each contender.
-    """
-
-    job: str
-    heading: str = ""  # of the job's table
-    names: tuple[str, ...] = ()
-    build: Callable[..., Contender] = Contender  # takes a name; picklable, because a fresh process calls it too
-    mode: str = ""
-    batch_size: int | None = None  # of networks
-    tolerance: float = 0.0
-    difference: Callable[..., float] = relative_difference
-    reference: str | None = None
-    items: tuple[int, ...] = ()
-    memory: bool = False
-    most_rounds: int | None = None
-
-    def empty_result(self) -> dict:
-        """The contest's JSON before anything is measured.
-
-        Bytes and operations are those of one run. `left_out` and `failed` give reasons by contender. A contender is
-        left out where nothing is wrong: a package is missing, or the budget is spent.
-        """
-        figures = ("difference", "first", "seconds", "flops", "saved_bytes", "peak_bytes", "held_bytes")
-        return {
-            **{name: getattr(self, name) for name in ("job", "mode", "batch_size", "reference", "tolerance")},
-            "names": list(self.names),
-            "items": dict(zip(self.names, self.items, strict=bool(self.items))),
-            **{kind: {} for kind in (*figures, "left_out", "failed", "tracebacks")},
-        }
+    heading: str  # of its table; an option's name in braces stands for its value
+    names: tuple[str, ...]  # of the contenders, this package's first
+    build: Callable[[Workload, str], Contender]  # takes a name; picklable, because a fresh process calls it too
+    modes: tuple[str, ...]
+    batch_size: int = 1
+    tolerance: float | None = None  # default: the mode's
+    difference: Callable[[Any, Any], float] = relative_difference
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How long to measure: the number of rounds, and a deadline in time.monotonic()."""
-
-    device: str = "cpu"
-    rounds: int = 5
-    deadline: float = math.inf
-
-    @property
-    def on_gpu(self) -> bool:
-        return torch.device(self.device).type == "cuda"
-
-    def is_over(self, seconds: float = 0.0) -> bool:
-        """Whether something that takes this long would end after the deadline."""
-        return time.monotonic() + seconds > self.deadline
+class OutputsDiffer(Exception):
+    """A contender computes something else than the first one."""
 
 
 def package_of(name: str) -> str:
     return name.split(",")[0]
 
 
-def measure(contest: Contest, result: dict, limits: Limits) -> None:
-    """Measure a contest into its `empty_result` step by step, so that an interrupted one keeps its rounds.
+def empty_result(job: str, work: Workload, names: Sequence[str]) -> dict:
+    """A contest's JSON before anything is measured. Bytes are those of one run; `failed` gives reasons by contender."""
+    settings = {"job": job, "mode": work.mode, "batch_size": work.batch_size, "names": list(names)}
+    figures = ("difference", "seconds", "saved_bytes", "peak_bytes", "failed", "tracebacks")
+    return {**settings, **{kind: {} for kind in figures}}
+
+
+def measure(job: Job, work: Workload, result: dict, *, rounds: int, deadline: float = math.inf) -> None:
+    """Measure a contest into its `empty_result`, round by round, so that an interrupted one keeps its rounds.
 
     A contender that fails, or whose outputs differ from the first one's, is recorded and left out. If no other
-    package agrees with ours, nothing is timed, because nobody can say which is right.
+    package agrees with ours, nothing is timed, because nobody can say which is right. No further round starts after
+    `deadline`, in time.monotonic().
     """
-    with recorded(result, ALL), tf32(limits.on_gpu and contest.mode in MODES and MODES[contest.mode].tf32):
-        contenders = compare(contest, result, limits)
-        differs = max(result["difference"].values(), default=0) > contest.tolerance
-        if differs and len({*map(package_of, contenders)}) < 2:
-            result["left_out"].update(dict.fromkeys(contenders, "no other package agrees with it"))
-        elif contenders:
-            take_times(contest, contenders, result, limits)
+    result["tolerance"] = job.tolerance or MODES[work.mode].tolerance
+    first: dict[str, Any] = {}  # {name: outputs} of the first contender
+    turns: dict[str, Callable[[], float]] = {}
+    with tf32(work.on_gpu and MODES[work.mode].tf32):
+        for name in result["names"]:
+            with recorded(result, name):
+                turns[name] = ready(job, work, name, first, result)
+        if {OWN} == {*map(package_of, turns)} and max(result["difference"].values()) > result["tolerance"]:
+            result["failed"] |= dict.fromkeys(turns, "no other package agrees with it")
+            return
+        for done in range(rounds):
+            if done and time.monotonic() > deadline:
+                break
+            seconds = {}
+            for name in random.sample(list(turns), len(turns)):
+                with recorded(result, name):
+                    seconds[name] = turns[name]()
+            for name in turns.keys() - seconds:  # it failed, so its earlier rounds do not count either
+                del turns[name]
+                result["seconds"].pop(name, None)
+            for name, taken in seconds.items():
+                result["seconds"].setdefault(name, []).append(taken)
+
+
+def ready(job: Job, work: Workload, name: str, first: dict[str, Any], result: dict) -> Callable[[], float]:
+    """Build a contender and measure its memory; return its `timed` runs. Raises OutputsDiffer."""
+    gc.collect()  # a contender that failed may have left its memory in cycles
+    if not work.on_gpu:
+        result["peak_bytes"][name] = peak_in_fresh_process(partial(job.build, work, name))
+    contender = job.build(work, name)
+    outputs = inspect(contender, name, result, on_gpu=work.on_gpu)
+    outputs = contender.check() if contender.check else outputs
+    if not first:
+        first[name] = outputs
+    ((reference, expected),) = first.items()
+    difference = result["difference"][name] = job.difference(outputs, expected)
+    if not difference <= result["tolerance"]:
+        raise OutputsDiffer(f"from {reference}'s by {difference:.2g}; at most {result['tolerance']:g} is accepted")
+    return timed(contender.run)
 
 
 @contextmanager
@@ -142,12 +176,8 @@ def recorded(result: dict, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:200].rstrip(".")
-        if isinstance(error, ModuleNotFoundError):
-            result["left_out"][name] = reason
-        else:
-            result["failed"][name] = f"{type(error).__name__}: {reason}"
-            result["tracebacks"][name] = traceback.format_exc()
+        result["failed"][name] = f"{type(error).__name__}: {' '.join(str(error).split())[:200].rstrip('.')}"
+        result["tracebacks"][name] = traceback.format_exc()
 
 
 @contextmanager
@@ -163,51 +193,13 @@ def tf32(on: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def release_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_initialized():
-        with suppress(RuntimeError):  # a kernel that failed before reports its error here again
-            torch.cuda.empty_cache()
-
-
-def compare(contest: Contest, result: dict, limits: Limits) -> dict[str, Contender]:
-    """Build and run all contenders; return those whose outputs agree with the first one's."""
-    contenders: dict[str, Contender] = {}
-    first: tuple[str, Any] | None = None
-    for name in contest.names:
-        if limits.is_over():
-            result["left_out"][name] = "the budget is spent"
-            continue
-        with recorded(result, name):
-            if contest.memory and not limits.on_gpu:
-                peak = peak_in_fresh_process(contest.build, name, torch.get_num_threads())
-                result["peak_bytes"][name], result["held_bytes"][name] = peak
-            contender = contest.build(name)
-            began = time.monotonic()
-            outputs, figures = inspect(contender, on_gpu=limits.on_gpu)
-            for kind, value in {**figures, "first": time.monotonic() - began}.items():
-                result[kind][name] = value
-            outputs = contender.check() if contender.check else outputs
-            if outputs:
-                wanted, expected = first or (name, outputs)
-                difference = result["difference"][name] = contest.difference(outputs, expected)
-                if not difference <= contest.tolerance:
-                    reason = f"its outputs differ from {wanted}'s by {difference:.2g}"
-                    result["failed"][name] = f"{reason} (at most {contest.tolerance:g} is accepted)"
-                    continue
-            contenders[name], first = contender, first or (name, outputs)
-        if name not in contenders:
-            release_memory()
-    return contenders
-
-
-def inspect(contender: Contender, *, on_gpu: bool) -> tuple[Any, dict[str, int]]:
-    """Run a contender once; its outputs and, if it has a module, {"flops", "saved_bytes"} and on a GPU {"peak_bytes"}.
+def inspect(contender: Contender, name: str, result: dict, *, on_gpu: bool) -> Any:
+    """Run a contender once; its outputs. Record the bytes that its module saves for backward, and a GPU's peak memory.
 
     Every storage saved for backward counts once. Peak memory is that above the memory allocated before.
     """
     if contender.module is None:
-        return contender.run(), {}
+        return contender.run()
     kept = {t.untyped_storage().data_ptr() for t in (*contender.module.parameters(), *contender.module.buffers())}
     saved: dict[int, int] = {}
 
@@ -222,45 +214,17 @@ def inspect(contender: Contender, *, on_gpu: bool) -> tuple[Any, dict[str, int]]
         before = torch.cuda.memory_allocated()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = contender.run()
-    figures = {"saved_bytes": sum(saved.values())}
+    result["saved_bytes"][name] = sum(saved.values())
     if on_gpu:
-        figures["peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    with FlopCounterMode(display=False) as counter:  # a second run: the counter changes what ours saves for backward
-        contender.run()
-    return outputs, {**figures, "flops": counter.get_total_flops()}
+        result["peak_bytes"][name] = torch.cuda.max_memory_allocated() - before
+    return outputs
 
 
-def take_times(contest: Contest, contenders: dict[str, Contender], result: dict, limits: Limits) -> None:
-    timers: dict[str, Callable[[], float]] = {}  # each makes the runs of one round and returns the seconds of one
-    for name, contender in contenders.items():
-        with recorded(result, name):
-            timers[name] = contender.clock or timer_of(contender.run, limits, result["first"][name])
-    if contest.batch_size and timers:
-        a, b = torch.randn(2, MATRIX_SIDE, MATRIX_SIDE).to(limits.device, MODES[contest.mode].dtype)
-        timers[MATRIX_PRODUCT] = timer_of(partial(torch.mm, a, b), limits)
-        result["matrix_product_flops"] = 2 * MATRIX_SIDE**3
-    result["seconds"] = {name: [] for name in timers}
-    rounds, last_round = min(limits.rounds, contest.most_rounds or limits.rounds), 0.0
-    for done in range(rounds):
-        if done and limits.is_over(last_round):
-            result["left_out"][f"{rounds - done} of {rounds} rounds"] = "the budget is spent"
-            break
-        began = time.monotonic()
-        for name in random.sample(list(timers), len(timers)):
-            with recorded(result, name):
-                result["seconds"][name].append(timers[name]())
-        for name in timers.keys() & result["failed"].keys():  # its earlier rounds do not count either
-            contenders.pop(name, None)  # torch.mm is none
-            del timers[name], result["seconds"][name]
-            release_memory()
-        last_round = time.monotonic() - began
-
-
-def timer_of(run: Callable[[], object], limits: Limits, first: float = 0.0) -> Callable[[], float]:
-    """Times as many runs as take 0.05 seconds, or 0.2 on a GPU: 1 to 50 of them.
+def timed(run: Callable[[], object]) -> Callable[[], float]:
+    """A function that makes as many runs as take a TURN, and returns the seconds of one.
 
     torch.utils.benchmark.Timer would make two more runs each time to warm up, which take minutes for detectors on a
-    CPU; here the contenders' first runs, which took `first` seconds, have done that.
+    CPU; here the contender's first run has done that.
     """
 
     def seconds(repeats: int) -> float:
@@ -269,5 +233,4 @@ def timer_of(run: Callable[[], object], limits: Limits, first: float = 0.0) -> C
             run()
         return (timer() - began) / repeats
 
-    one = first if first > 1 and not limits.on_gpu else seconds(1)
-    return partial(seconds, min(50, max(1, round((0.2 if limits.on_gpu else 0.05) / max(one, 1e-6)))))
+    return partial(seconds, min(50, max(1, round(TURN / max(seconds(1), 1e-6)))))

@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -19,7 +18,6 @@ from resbackbone.engine.provenance import commit
 VERSIONS = ("torch", "torchvision", "timm", "detectron2", "pycocotools", "hotcoco", "msgspec", "numpy", "simplejpeg")
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")  # as /proc/cpuinfo names them
 CPUINFO, STATUS, CLEAR = Path("/proc/cpuinfo"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
-PRELOADED = ["torch", "torchvision", "timm", "detection", "pycocotools"]  # once, by the server that forks the others
 
 
 def describe(device: str, threads: int) -> dict:
@@ -57,35 +55,26 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def peak_in_fresh_process(build: Callable, name: str, threads: int) -> tuple[int | None, int | None]:
-    """(peak, held): bytes of resident memory that a run of build(name) adds at its peak, and that its outputs hold.
+def peak_in_fresh_process(build: Callable) -> int | None:
+    """Bytes of resident memory that a run of build() adds at its peak; None except on Linux.
 
-    In a fresh process nothing has been freed or cached before. None except on Linux, and if the system kills the
-    process.
+    In a fresh process nothing has been freed or cached before.
     """
     if not CLEAR.exists():
-        return None, None
+        return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    context.set_forkserver_preload(["torchvision", "timm", "detection"])  # once, by the server that forks the others
     with ProcessPoolExecutor(1, context) as pool:
-        try:
-            return pool.submit(_peak, build, name, threads).result()
-        except BrokenProcessPool:
-            return None, None
+        return pool.submit(_peak, build).result()
 
 
-def _peak(build: Callable, name: str, threads: int) -> tuple[int, int]:
-    torch.set_num_threads(threads)
-    contender = build(name)
+def _peak(build: Callable) -> int:
+    contender = build()
     gc.collect()
     before = _resident("VmRSS")
     CLEAR.write_text("5")  # resets the peak
-    outputs = contender.run()
-    peak = _resident("VmHWM") - before
-    gc.collect()
-    held = _resident("VmRSS") - before
-    del outputs
-    return peak, held
+    contender.run()
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:

@@ -3,60 +3,21 @@
 A backbone returns c2..c5; its norms, its stem and c2 are frozen. The input is normalized RGB.
 """
 
-import statistics
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.benchmark import timer
+from torchvision.models import get_model
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
-from resbackbone.engine.distributed import Rank, distributed
 from resbackbone.resnet import STAGES
-from resbackbone.tools.benchmarks.contest import FUSED, MODES, OWN, Contender, package_of
+from resbackbone.tools.benchmarks.contest import FUSED, OWN, Contender, Workload, package_of
 from resbackbone.weights.translate import from_ours
-
-ONE, TWO = f"{OWN}, 1 process", f"{OWN}, 2 processes"
-STEPS = 3  # of which `in_processes` takes the median
-Run = Callable[[], dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Workload:
-    """The settings of a network job. Height and width in pixels."""
-
-    mode: str
-    device: str
-    depth: int
-    height: int
-    width: int
-    batch_size: int
-
-    @property
-    def layout(self) -> torch.memory_format:
-        return MODES[self.mode].layout
-
-    @property
-    def bf16(self) -> bool:
-        return MODES[self.mode].dtype == torch.bfloat16
-
-    def place(self, module: Any) -> Any:
-        return module.to(device=self.device, memory_format=self.layout)
-
-    def compiled(self, network: nn.Module) -> tuple[Callable, nn.Module | None]:
-        """The network to call, and that to count in: none if it is compiled, which it would not be under counters."""
-        return (torch.compile(network), None) if MODES[self.mode].compiled else (network, network)
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16)
 
 
 def randomize_norms(model: nn.Module) -> nn.Module:
@@ -97,24 +58,22 @@ def build_own(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def build_torchvision(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """The backbone as torchvision's detectors build it."""
-    from torchvision.models import get_model
-    from torchvision.models._utils import IntermediateLayerGetter
-    from torchvision.ops import FrozenBatchNorm2d
-
-    network = get_model(f"resnet{depth}", norm_layer=FrozenBatchNorm2d)
-    body = IntermediateLayerGetter(network, {stage: level for level, stage in STAGES.items()})
+    """The trunk as torchvision's detectors build it: FrozenBN, frozen through c2."""
+    body = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None).body
     body.load_state_dict(from_ours(state, "torchvision"))
-    return freeze_through_c2(body)
+    return NamedMaps(body)
 
 
 def build_timm(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     import timm
     from timm.layers import freeze_batch_norm_2d
+    from timm.utils import freeze
 
     body = timm.create_model(f"resnet{depth}", features_only=True, out_indices=(1, 2, 3, 4))
     body.load_state_dict(from_ours(state, "timm"))
-    return NamedMaps(freeze_through_c2(freeze_batch_norm_2d(body)))
+    body = freeze_batch_norm_2d(body)
+    freeze(body, ["conv1", "layer1"], include_bn_running_stats=False)
+    return NamedMaps(body)
 
 
 def detectron2_config(depth: int, settings: str):
@@ -143,24 +102,16 @@ def build_detectron2(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
 BACKBONES = {OWN: build_own, "torchvision": build_torchvision, "timm": build_timm, "detectron2": build_detectron2}
 
 
-def freeze_through_c2(body: nn.Module) -> nn.Module:
-    for name, parameter in body.named_parameters():
-        if name.startswith(("conv1.", "bn1.", "layer1.")):
-            parameter.requires_grad_(False)
-    return body
-
-
-def images(work: Workload, height: int | None = None, width: int | None = None) -> Tensor:
+def images(work: Workload) -> Tensor:
     """[batch_size, 3, height, width], normalized noise, the same in every process."""
-    size = (work.batch_size, 3, height or work.height, width or work.width)
-    pixels = torch.randn(size, generator=torch.Generator().manual_seed(1))
-    return pixels.to(work.device).contiguous(memory_format=work.layout)
+    size = (work.batch_size, 3, work.height, work.width)
+    return work.place(torch.randn(size, generator=torch.Generator().manual_seed(1)))
 
 
 def backbone(training: bool, work: Workload, name: str) -> Contender:
     """The contender `name`, such as "timm" or "resbackbone, fused", for inference or a training step."""
     network = work.place(BACKBONES[package_of(name)](work.depth, backbone_weights(work.depth))).train(training)
-    if name.endswith(FUSED):
+    if name == FUSED:
         network.fuse()
     called, counted = work.compiled(network)
     pixels = images(work)
@@ -174,15 +125,16 @@ def backbone(training: bool, work: Workload, name: str) -> Contender:
     return Contender(run, counted)
 
 
-def training_step(network: Callable, module: nn.Module, pixels: Tensor, *, bf16: bool = False) -> Run:
+def training_step(
+    network: Callable, module: nn.Module, pixels: Tensor, *, bf16: bool = False
+) -> Callable[[], dict[str, Tensor]]:
     """Forward, and backward from given gradients of c3..c5, which stand for a detector's; no optimizer.
 
-    `network` is `module`, possibly compiled or under DDP. The outputs are the maps and the gradient of c3's first
-    convolution, to which everything that trains contributes.
+    `network` is `module`, possibly compiled. The outputs are the maps and the gradient of c3's first convolution, to
+    which everything that trains contributes.
     """
     gradients: dict[str, Tensor] = {}
     parameters, first = list(module.parameters()), first_trained(module)
-    layout = torch.channels_last if pixels.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
 
     def run() -> dict[str, Tensor]:
         for parameter in parameters:
@@ -194,8 +146,7 @@ def training_step(network: Callable, module: nn.Module, pixels: Tensor, *, bf16:
             generator = torch.Generator().manual_seed(2)
             for level, x in trained.items():
                 # Positive, so that they add up: in a sum of noise, one ReLU that rounding turns off would stand out.
-                given = torch.rand(x.shape, generator=generator).to(x.device, x.dtype)
-                gradients[level] = given.contiguous(memory_format=layout)
+                gradients[level] = torch.empty_like(x).copy_(torch.rand(x.shape, generator=generator))
         torch.autograd.backward(list(trained.values()), [gradients[level] for level in trained])
         return {**{level: x.detach() for level, x in maps.items()}, "gradient": first.grad}
 
@@ -237,22 +188,17 @@ def classifier(work: Workload, name: str) -> Contender:
     """A whole step of ImageNet training on random images: forward, cross-entropy, backward, SGD. Norms train too."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        own = build_resnet_classifier(work.depth)
-    network: nn.Module = own
-    if name == "timm":
-        import timm
-
-        network = timm.create_model(f"resnet{work.depth}")
-    elif name == "torchvision":
-        from torchvision.models import get_model
-
-        network = get_model(f"resnet{work.depth}")
+        network: nn.Module = build_resnet_classifier(work.depth)
     if name != OWN:
-        network.load_state_dict(from_ours(own.state_dict(), name))
+        create, state = get_model, from_ours(network.state_dict(), name)
+        if name == "timm":
+            from timm import create_model as create
+        network = create(f"resnet{work.depth}")
+        network.load_state_dict(state)
     network = work.place(network).train()
     called, counted = work.compiled(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9, weight_decay=1e-4)
-    pixels = images(work, 224, 224)
+    pixels = images(replace(work, height=224, width=224))
     labels = torch.randint(0, 1000, (work.batch_size,), generator=torch.Generator().manual_seed(3)).to(work.device)
 
     def run() -> dict[str, Tensor]:
@@ -264,33 +210,3 @@ def classifier(work: Workload, name: str) -> Contender:
         return {"loss": loss.detach()}
 
     return Contender(run, counted)
-
-
-def in_processes(work: Workload, scratch: Path, name: str) -> Contender:
-    """A training step in one process of one thread, or in two that average their gradients (gloo)."""
-    processes = 2 if name == TWO else 1
-
-    def clock() -> float:
-        with tempfile.TemporaryDirectory(dir=scratch) as folder:
-            mp.spawn(_steps, (processes, work, Path(folder)), nprocs=processes)
-            return float((Path(folder) / "seconds").read_text())
-
-    return Contender(lambda: None, clock=clock)
-
-
-def _steps(index: int, processes: int, work: Workload, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=index, world_size=processes)
-    rank = Rank(index, processes, torch.device("cpu"))
-    network = work.place(build_own(work.depth, backbone_weights(work.depth))).train()
-    step = training_step(distributed(network, rank), network, images(work))
-    seconds = []
-    for _ in range(1 + STEPS):  # the first one warms up
-        dist.barrier()
-        began = timer()
-        step()
-        dist.barrier()
-        seconds.append(timer() - began)
-    if rank.is_main:
-        (folder / "seconds").write_text(str(statistics.median(seconds[1:])))
-    dist.destroy_process_group()

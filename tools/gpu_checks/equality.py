@@ -18,7 +18,7 @@ from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import TrainState
 from resbackbone.layers import FrozenBatchNorm2d, conv_norm_relu
 from resbackbone.tools.benchmarks.contest import OWN, relative_difference, tf32
-from resbackbone.tools.benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn_scene, load
+from resbackbone.tools.benchmarks.detectors import SHARPNESS, comparable, detector_weights, drawn, load
 from resbackbone.tools.benchmarks.detectors import difference as detections_difference
 from resbackbone.tools.benchmarks.networks import (
     BACKBONES,
@@ -85,8 +85,7 @@ class Maker:
 
     def scenes(self) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
         """Two images with ten objects each, for the detector."""
-        scenes = drawn_scene().resized(HEIGHT, WIDTH).batch(2, self.device, self.dtype)
-        return [s.pixels for s in scenes], [{"boxes": s.boxes, "labels": s.labels} for s in scenes]
+        return drawn(2, HEIGHT, WIDTH, self.device, self.dtype)
 
 
 def lift(backbone: nn.Module) -> nn.Module:

@@ -54,8 +54,6 @@ def add_rows(result: dict, record: Record) -> None:
         record.row(what, "not measured")
     for name, reason in result["failed"].items():
         record.row(f"{what}: {name}", reason, "no failure", ok=False)
-    for name, reason in result["left_out"].items():
-        record.row(f"{what}: {name}", f"left out: {reason}")
     for reason in result["failed"].values():
         if reason.startswith("OutOfMemoryError"):
             raise torch.OutOfMemoryError(reason)
