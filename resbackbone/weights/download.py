@@ -1,11 +1,7 @@
 """One file from one URL: torch.hub downloads it, once for all processes of a machine."""
 
 import os
-import socket
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -14,9 +10,6 @@ import torch
 
 from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError
-
-TIMEOUT = 60  # seconds without an answer; torch.hub itself waits for ever
-_ONE_AT_A_TIME = threading.Lock()  # sockets have one default timeout for all threads
 
 
 def download(url: str, to: str | os.PathLike, *, sha256: str = "", md5: str = "") -> None:
@@ -38,11 +31,8 @@ def download(url: str, to: str | os.PathLike, *, sha256: str = "", md5: str = ""
         with FileLock(to.with_name(f".{to.name}.lock")):
             if to.is_file():
                 return
-            for unfinished in to.parent.glob(f"{part.name}*"):  # of a process that was killed
-                unfinished.unlink()
             print(f"downloading {url} to {to}", file=sys.stderr)
-            with _timeout():
-                torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+            torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
             if not (digest := file_digest(part, algorithm)).startswith(stated):
                 part.unlink()
                 raise UserError(f"{url} has the {algorithm} {digest}, but {stated} is published; it was not kept")
@@ -51,14 +41,3 @@ def download(url: str, to: str | os.PathLike, *, sha256: str = "", md5: str = ""
         reason = f"{error.code} {error.reason}" if isinstance(error, HTTPError) else getattr(error, "reason", error)
         reason = (str(reason).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{url} could not be downloaded ({reason}); download it elsewhere and put it at {to}") from None
-
-
-@contextmanager
-def _timeout() -> Iterator[None]:
-    with _ONE_AT_A_TIME:
-        before = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(TIMEOUT)
-        try:
-            yield
-        finally:
-            socket.setdefaulttimeout(before)

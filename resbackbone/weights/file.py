@@ -24,8 +24,8 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata
     Files of this package hold, as far as they are known: "backbone" (the arguments of `build_resnet_backbone`:
     depth, shortcut, stride_in_1x1, groups, width_per_group, eps, norm, in_channels, ..), "detector" (those of
     `detection.build_faster_rcnn`), "cifar" (those of `cifar.build_cifar_resnet`), "num_classes", "classes" (their
-    names), "source", "url", "licence", "recipe" and "accuracy": [{"data", "metric", "value", "published"}]; and always
-    "input" (`inputs.INPUT`, except for "cifar").
+    names), "source", "licence", "recipe" and "accuracy": [{"data", "metric", "value", "published"}]; and always "input"
+    (`inputs.INPUT`, except for "cifar").
     """
     metadata = {"format": "resbackbone", "input": INPUT, **metadata}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
@@ -37,22 +37,20 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises ValueError if the file is damaged, repeats a name, or was made for another input than ours.
     """
+    metadata: dict[str, Any] = {}
     try:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
             text = file.metadata() or {}
-        _check_names(path)
-    except (SafetensorError, OSError, UserError) as error:
+        with open(path, "rb") as raw:  # safetensors accepts a name twice
+            json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_refuse_duplicates)
+        if NOTES in text:  # of a foreign format, written by us
+            return state, read_notes(text[NOTES])
+        if "input" in text:
+            metadata = {key: json.loads(value) for key, value in text.items()}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"weights {str(path)!r}: not a readable safetensors file ({error})") from None
-    if not {"input", NOTES} & text.keys():
-        return state, {}
-    if NOTES in text:  # of a foreign format, written by us
-        return state, read_notes(text[NOTES])
-    try:
-        metadata = {key: json.loads(value) for key, value in text.items()}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"weights {str(path)!r}: metadata is not JSON ({error})") from None
-    if metadata["input"] != INPUT and "cifar" not in metadata:  # those take their data's mean image
+    if metadata.get("input", INPUT) != INPUT and "cifar" not in metadata:  # those take their data's mean image
         raise UserError(
             f"weights {str(path)!r}: made for input {metadata['input']}; this library feeds {describe_input(INPUT)}"
         )
@@ -75,13 +73,7 @@ def read_notes(text: str) -> dict[str, Any]:
     return notes
 
 
-def _check_names(path: Path) -> None:
-    """Raise ValueError if a safetensors file repeats a name, which its library accepts."""
-    with open(path, "rb") as file:
-        json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=_unique)
-
-
-def _unique(pairs: list[tuple[str, object]]) -> None:
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> None:
     for name, count in Counter(name for name, _ in pairs).items():
         if count > 1:
             raise UserError(f"{name[:80]!r} appears twice")

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,13 +9,7 @@ from torch import Tensor, nn
 from resbackbone.checks import UserError, one_of
 from resbackbone.config import ARCHITECTURE, BackboneConfig
 from resbackbone.resnet import DEPTHS, Bottleneck
-from resbackbone.weights.read import Weights
-
-
-def backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's tensors of a detector's state dict (those under `backbone.`), or all of any other."""
-    part = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
-    return part or dict(state)
+from resbackbone.weights.read import Weights, backbone_part
 
 
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -25,20 +18,19 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     These are depth, shortcut, groups, width_per_group, in_channels and norm. A depth outside of DEPTHS is left out, and
     so are shortcuts without parameters (A and none look the same).
     """
-    blocks = {(int(i), int(j)) for key in state for i, j in re.findall(r"^(?:body\.)?layer([1-4])\.(\d+)\.", key)}
+    blocks = {(int(i), int(j)) for key in state for i, j in re.findall(r"^layer([1-4])\.(\d+)\.", key)}
     if not blocks:
         return {}
-    shapes = {key.removeprefix("body."): tuple(tensor.shape) for key, tensor in state.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     counts = tuple(len({j for stage, j in blocks if stage == i}) for i in (1, 2, 3, 4))
     bottleneck = "layer1.0.conv3.weight" in shapes
     found: dict[str, Any] = {}
-    built = counts[: counts.index(0)] if 0 in counts else counts
-    depths = [  # that a trunk which ends early may have
+    depths = [  # whose trunk this is, or its first stages
         depth
         for depth, (block, layers) in DEPTHS.items()
-        if (block is Bottleneck) == bottleneck and layers[: len(built)] == built
+        if (block is Bottleneck) == bottleneck and counts in [(*layers[:n], *[0] * (4 - n)) for n in (1, 2, 3, 4)]
     ]
-    if len(depths) == 1 and not any(counts[len(built) :]):
+    if len(depths) == 1:
         found["depth"] = depths[0]
     projected = {block for block in blocks if f"layer{block[0]}.{block[1]}.downsample.0.weight" in shapes}
     if projected:
@@ -60,24 +52,22 @@ def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items() if key.startswith("fpn.")}
     laterals = {key.split(".")[2] for key in shapes if key.startswith("fpn.inner_blocks.")}
-    outputs = sorted(int(key.split(".")[2]) for key in shapes if key.startswith("fpn.layer_blocks."))
+    outputs = {int(key.split(".")[2]) for key in shapes if key.startswith("fpn.layer_blocks.")}
     convolved = shapes.get("fpn.extra_blocks.p6.weight", ())
     channels = next((shape[0] for key, shape in shapes.items() if key.endswith(".0.weight") and shape), None)
     if channels is None:
         return {}
     levels = {f"p{6 - len(laterals) + i}" for i in outputs}
-    norm = None
-    if "fpn.inner_blocks.0.1.weight" in shapes:
-        norm = "FrozenBN" if "fpn.inner_blocks.0.1.running_var" in shapes else "GN"
+    norm = "FrozenBN" if "fpn.inner_blocks.0.1.running_var" in shapes else "GN"
     return {
         "levels": sorted(levels | ({"p6", "p7"} if convolved else {"p6"})),
         "fpn_channels": channels,
-        "fpn_norm": norm,
+        "fpn_norm": norm if "fpn.inner_blocks.0.1.weight" in shapes else None,
         "p6_from": "p5" if len(convolved) == 4 and convolved[1] == channels else "c5",
     }
 
 
-DEFAULTS = {field.name: field.default for field in fields(BackboneConfig) if field.name in ARCHITECTURE[1:]}
+DEFAULTS = {name: getattr(BackboneConfig, name) for name in ARCHITECTURE if name != "depth"}
 
 
 def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any]:
@@ -149,17 +139,19 @@ def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ())
         if not any(key.startswith(prefix) for key in given):
             wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(prefix)}
 
-    problems = []
-    if missing := [key for key in wanted if key not in given]:
-        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
-    if unexpected := [key for key in given if key not in wanted]:
-        problems.append(f"{len(unexpected)} unexpected: {', '.join(unexpected)}")
-    if misshapen := [key for key in wanted if key in given and given[key].shape != wanted[key].shape]:
-        shapes = (f"{key} is {list(given[key].shape)}, not {list(wanted[key].shape)}" for key in misshapen)
-        problems.append(f"{len(misshapen)} of another shape: {', '.join(shapes)}")
-    # A network would not always show them: on a CPU a ReLU that is fused to its convolution makes 0 of NaN.
-    if broken := [key for key in wanted if key in given and not given[key].isfinite().all()]:
-        problems.append(f"{len(broken)} with values that are not finite: {', '.join(broken)}")
+    both = [key for key in wanted if key in given]
+    misfits = {
+        "missing": [key for key in wanted if key not in given],
+        "unexpected": [key for key in given if key not in wanted],
+        "of another shape": [
+            f"{key} is {list(given[key].shape)}, not {list(wanted[key].shape)}"
+            for key in both
+            if given[key].shape != wanted[key].shape
+        ],
+        # A network would not always show them: on a CPU a ReLU that is fused to its convolution makes 0 of NaN.
+        "with values that are not finite": [key for key in both if not given[key].isfinite().all()],
+    }
+    problems = [f"{len(found)} {kind}: {', '.join(found)}" for kind, found in misfits.items() if found]
     if problems:
         raise UserError(f"weights from {weights.source} do not fit: {'; '.join(problems)}")
     return given

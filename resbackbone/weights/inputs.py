@@ -29,32 +29,29 @@ def for_canonical_input(conv1: Tensor, given: Mapping) -> Tensor:
     converts one into the other, at zero-padded borders too. Else padding would stand for another colour, and ValueError
     is raised. Computed in fp64 and rounded once.
     """
-    return (conv1.double().flip(1) if _is_bgr(given) else conv1.double()).mul(_factor(given)).float()
+    weight = conv1.double() * _factor(given)
+    return (weight.flip(1) if given["channel_order"] == "BGR" else weight).float()
 
 
 def for_given_input(conv1: Tensor, given: Mapping) -> Tensor:
     """The inverse of `for_canonical_input`: from INPUT to `given`."""
-    weight = conv1.double().div(_factor(given))
-    return (weight.flip(1) if _is_bgr(given) else weight).float()
-
-
-def _is_bgr(given: Mapping) -> bool:
-    return given["channel_order"] == "BGR"
+    weight = conv1.double().flip(1) if given["channel_order"] == "BGR" else conv1.double()
+    return (weight / _factor(given)).float()
 
 
 def _factor(given: Mapping) -> Tensor:
-    """[1, 3, 1, 1], RGB: the units of `given` in one unit of INPUT."""
-    check_input(given)
+    """[1, 3, 1, 1], in the order of `given`: its units in one unit of INPUT."""
     top = given["range"][1]
     mean, std = (torch.tensor(given[key], dtype=torch.float64) for key in ("mean", "std"))
-    if _is_bgr(given):
-        mean, std = mean.flip(0), std.flip(0)
-    if not torch.allclose(mean / top, torch.tensor(MEAN, dtype=torch.float64), rtol=1e-6, atol=0):
+    our_mean, our_std = torch.tensor((MEAN, STD), dtype=torch.float64).flip(
+        1 if given["channel_order"] == "BGR" else ()
+    )
+    if not torch.allclose(mean / top, our_mean, rtol=1e-6, atol=0):
         raise UserError(
             f"weights made for an input of {describe_input(given)} cannot be converted exactly: padding would stand "
             f"for another colour at the borders, as the mean is not {' '.join(map(str, MEAN))} (RGB, of 0..1)"
         )
-    return (top * torch.tensor(STD, dtype=torch.float64) / std).view(1, 3, 1, 1)
+    return (top * our_std / std).view(1, 3, 1, 1)
 
 
 def check_input(given: Mapping) -> None:

@@ -1,52 +1,42 @@
 """Templates for tensor names: one line of a table renames in both directions."""
 
 import re
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
-_PLACE = re.compile(r"\{(\w+?)(?:([+-]\d+)|:(\w+))?\}")
-_LEAF = "(weight|bias|running_mean|running_var|num_batches_tracked)"
+LEAVES = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+NUMBERS = [str(number) for number in range(10_000)]
+_PLACE = re.compile(r"\{(\w+)([+-]\d+)?(?::([\w,]+))?\}")
 
 
 @cache
-def _pattern(template: str) -> re.Pattern:
-    pattern, end = "", 0
-    for place in _PLACE.finditer(template):
-        name, _, letters = place.groups()
-        pattern += re.escape(template[end : place.start()])
-        pattern += _LEAF if name == "leaf" else f"([{letters}])" if letters else r"(0|[1-9]\d{0,3})"
-        end = place.end()
-    return re.compile(pattern + re.escape(template[end:]))
+def _parsed(template: str) -> tuple[re.Pattern, list[tuple[str, str, int, list[str]]]]:
+    """The pattern of a template's names, and of each placeholder its text, name, shift and choices."""
+    pattern, places, end = "", [], 0
+    for match in _PLACE.finditer(template):
+        name, shift, words = match.groups()
+        choices = words.split(",") if words else LEAVES if name == "leaf" else NUMBERS
+        places.append((match[0], name, int(shift or 0), choices))
+        choice = r"0|[1-9]\d{0,3}" if choices is NUMBERS else "|".join(choices)
+        pattern += f"{re.escape(template[end : match.start()])}({choice})"
+        end = match.end()
+    return re.compile(pattern + re.escape(template[end:])), places
 
 
-def read_name(template: str, name: str) -> dict[str, int | str] | None:
-    """The values of the placeholders of `layer{i}.{j}.bn{k}.{leaf}` in `name`, or None if it does not match.
+def rename(name: str, source: str, target: str) -> str | None:
+    """Turn a name of the form `source` into the form `target`; None if it has another form, or `target` no word for it.
 
-    `{i}` is a number, `{i+1}` the number i + 1, `{k:abc}` the k-th letter of abc, and `{leaf}` weight, bias,
-    running_mean, running_var or num_batches_tracked. Templates with the same placeholders translate into each other.
+    `{i}` is a number, `{i+1}` the number i + 1, `{k-1:a,b,c}` the word at place k - 1, counted from 0, and `{leaf}` one
+    of LEAVES. Both templates have the same placeholders.
     """
-    match = _pattern(template).fullmatch(name)
+    pattern, places = _parsed(source)
+    match = pattern.fullmatch(name)
     if match is None:
         return None
-    values: dict[str, int | str] = {}
-    for (place, shift, letters), text in zip(_PLACE.findall(template), match.groups(), strict=True):
-        if place == "leaf":
-            values[place] = text
-        else:
-            values[place] = letters.index(text) + 1 if letters else int(text) - int(shift or 0)
-    return values
-
-
-def write_name(template: str, values: Mapping[str, Any]) -> str:
-    """The template with these values for its placeholders; others stay: `res{i+1}.{j}` with i = 4 is `res5.{j}`."""
-
-    def fill(match: re.Match) -> str:
-        place, shift, letters = match.groups()
-        if place not in values:
-            return match[0]
-        if letters:
-            return letters[values[place] - 1]
-        return values[place] if place == "leaf" else str(values[place] + int(shift or 0))
-
-    return _PLACE.sub(fill, template)
+    found = zip(places, match.groups(), strict=True)
+    values = {place: choices.index(text) - shift for (_, place, shift, choices), text in found}
+    for placeholder, place, shift, choices in _parsed(target)[1]:
+        index = values[place] + shift
+        if index not in range(len(choices)):
+            return None
+        target = target.replace(placeholder, choices[index])
+    return target

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from resbackbone.weights.file import NOTES, read_notes, read_safetensors
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
 from resbackbone.weights.pickles import read_pickle
-from resbackbone.weights.sources import is_named, locate, locate_in_folder, published_eps
+from resbackbone.weights.sources import locate
 from resbackbone.weights.translate import to_ours
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
@@ -78,8 +77,8 @@ def read_weights(
 ) -> Weights:
     """Read weights of any known format (`formats.FORMATS`) and convert them to our names and our input.
 
-    source: a file (safetensors, PyTorch, or a pickle of arrays), a folder that transformers wrote, a named source or a
-        URL (`sources.locate`), a state dict, or what this function returned before.
+    source: a file (safetensors, PyTorch, or a pickle of arrays), a folder that transformers or timm wrote, a named
+        source or a URL (`sources.locate`), a state dict, or what this function returned before.
     entry: the part of a checkpoint to take if it holds several ("model", "model_ema").
     given_input: the input that the weights were trained with, in the layout of `inputs.INPUT`, if the file does not
         state it. Ours is RGB in 0..1 with ImageNet's mean and std.
@@ -93,23 +92,30 @@ def read_weights(
         weights = Weights(dict(source), {}, "the given state dict", is_file=False)
     else:
         weights = _read_file(os.fspath(source), entry)
-    weights = _unwrapped(weights)
     if weights.format == "resbackbone":
         return weights
+    left_out = [key for key in weights.state if BOOKKEEPING.fullmatch(key)]
+    state = {key: tensor for key, tensor in weights.state.items() if key not in left_out}
+    while prefix := next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     try:
-        translated = to_ours(weights.state)
+        translated = to_ours(state)
     except UserError as error:
         raise UserError(f"weights from {weights.source}: {error}") from None
-    if translated.format is None:
-        return weights
     weights = replace(
         weights,
-        state=_in_fp32(translated.state, weights.source),
+        state=translated.state,
         format=translated.format,
         unknown=tuple(translated.unknown),
-        left_out=(*weights.left_out, *translated.constants),
+        left_out=(*left_out, *translated.constants),
     )
-    return _for_our_input(weights, given_input, translated.constants)
+    return weights if weights.format is None else _for_our_input(_in_fp32(weights), given_input, translated.constants)
+
+
+def backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's tensors of a detector's state dict (those under `backbone.`), or all of any other."""
+    part = {key.removeprefix("backbone."): tensor for key, tensor in state.items() if key.startswith("backbone.")}
+    return part or dict(state)
 
 
 def has_bottlenecks(state: Mapping[str, Tensor]) -> bool:
@@ -118,19 +124,7 @@ def has_bottlenecks(state: Mapping[str, Tensor]) -> bool:
 
 
 def _read_file(name: str, entry: str | None) -> Weights:
-    path = Path(name)
-    stated: dict[str, Any] = {}
-    if is_named(name):
-        path, stated = locate(name)
-    elif path.is_dir():
-        path, stated = locate_in_folder(path)
-    if not path.is_file():
-        raise UserError(
-            f"weights {name!r}: no such file; give a weight file (.safetensors, .pth, .pkl, ..), a named source such "
-            "as torchvision:ResNet50_Weights.IMAGENET1K_V2, or a URL"
-        )
-    if eps := published_eps(path.name):
-        stated = {**stated, "backbone": {"stride_in_1x1": False, **eps}}
+    path, stated = locate(name)
     try:
         if path.suffix == ".safetensors":
             state, metadata = read_safetensors(path)
@@ -208,73 +202,61 @@ def _notes_in(content: object) -> dict[str, Any]:
     return notes
 
 
-def _unwrapped(weights: Weights) -> Weights:
-    """The weights without the prefix of a wrapper (DataParallel), and without what only training needs."""
-    left_out = tuple(key for key in weights.state if BOOKKEEPING.fullmatch(key))
-    state = {key: value for key, value in weights.state.items() if key not in left_out}
-    while prefix := next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return replace(weights, state=state, left_out=left_out)
-
-
-def _in_fp32(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    converted = {}
+def _in_fp32(weights: Weights) -> Weights:
+    state = dict(weights.state)
     for key, tensor in state.items():
-        if not key.endswith("num_batches_tracked"):
-            plain = tensor.layout == torch.strided and not tensor.is_meta
-            if not plain or not tensor.is_floating_point():
-                kind = str(tensor.dtype).removeprefix("torch.") if plain else "a sparse or meta tensor"
-                raise UserError(f"weights from {source}: {key} holds {kind}, not floating point numbers")
-            tensor = tensor.float()
-        converted[key] = tensor
-    return converted
+        if key.endswith("num_batches_tracked"):
+            continue
+        plain = tensor.layout == torch.strided and not tensor.is_meta
+        if not plain or not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.") if plain else "a sparse or meta tensor"
+            raise UserError(f"weights from {weights.source}: {key} holds {kind}, not floating point numbers")
+        state[key] = tensor.float()
+    return replace(weights, state=state)
 
 
 def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Mapping[str, Tensor]) -> Weights:
     """Convert the first convolution to `inputs.INPUT`, and record what was known and what is assumed."""
-    metadata, assumed = dict(weights.metadata), {}
-    assert weights.format is not None  # its names have been translated
-    usual = _usual(weights.format, weights.state)
-    given = given_input or metadata.get("input") or _input_of_detectron2(constants)
-    stride_in_1x1 = usual["stride_in_1x1"]
+    state, stated = dict(weights.state), weights.metadata.get("backbone", {})
+    assumed: dict[str, Any] = {}
+    usual_input, stride_in_1x1 = _usual(weights)
+    given = given_input or weights.metadata.get("input") or _input_of_detectron2(constants)
     if given is None:
-        given = assumed["input"] = usual["input"]
-    elif weights.format == "detectron2":  # MSRA's networks; its other ones take torchvision's
+        given = assumed["input"] = usual_input
+    check_input(given)
+    if weights.format == "detectron2" and "input" not in assumed:  # MSRA's networks; its other ones take torchvision's
         stride_in_1x1 = stride_in_1x1 and list(given["std"]) == [1.0] * 3
-    stated = metadata.get("backbone", {})
     if "stride_in_1x1" not in stated:
         assumed["stride_in_1x1"] = stride_in_1x1
-    has_p7 = any(".p7." in key for key in weights.state)
-    if weights.format == "mmdetection" and has_p7 and "relu_before_p7" not in stated:
+    if weights.format == "mmdetection" and "relu_before_p7" not in stated and any(".p7." in key for key in state):
         assumed["relu_before_p7"] = False  # mmdetection's default
-    state = dict(weights.state)
-    key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
     if given != INPUT:
-        check_input(given)
+        key = conv1_of(state)
         if state[key].dim() != 4 or state[key].shape[1] != 3:
             raise UserError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, not for three colours")
         state[key] = for_canonical_input(state[key], given)
-    metadata |= {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
-    return replace(weights, state=state, metadata=metadata, assumed=assumed)
+    known = {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
+    return replace(weights, state=state, metadata={**weights.metadata, **known}, assumed=assumed)
 
 
-def _usual(format: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The input and the stride of published networks with these names.
+def conv1_of(state: Mapping[str, Tensor]) -> str:
+    """The name of the first convolution, which in a detector starts with `backbone.`."""
+    return "conv1.weight" if "conv1.weight" in state else "backbone.conv1.weight"
+
+
+def _usual(weights: Weights) -> tuple[Mapping, bool]:
+    """The input of published networks with these names, and whether they stride in the 1x1.
 
     Detectron's networks with groups or group norm stride in the 3x3 (FAIR's X-101-32x8d.pkl and R-50-GN.pkl, and what
     detectron2's zoo trained from them). Only X-101-32x8d divides by a standard deviation.
     """
-    usual = dict(FORMATS[format].assumed)
-    if not usual["stride_in_1x1"]:
-        return usual
-    prefix = "backbone." if "backbone.conv1.weight" in state else ""
-    conv2 = state.get(f"{prefix}layer1.0.conv2.weight")
+    known, state = FORMATS[weights.format or ""], backbone_part(weights.state)
+    if not known.stride_in_1x1:
+        return known.input, False
+    conv2 = state.get("layer1.0.conv2.weight")
     groups = conv2.shape[0] // max(1, conv2.shape[1]) if conv2 is not None and conv2.dim() == 4 else 1
-    if groups > 1 or f"{prefix}bn1.running_var" not in state:
-        usual["stride_in_1x1"] = False
-    if groups == 32 and f"{prefix}layer3.35.conv1.weight" not in state:  # X-152-32x8d has no deviation
-        usual["input"] = BGR_255_WITH_STD
-    return usual
+    divides = groups == 32 and "layer3.35.conv1.weight" not in state  # X-152-32x8d has no deviation
+    return BGR_255_WITH_STD if divides else known.input, groups <= 1 and "bn1.running_var" in state
 
 
 def _input_of_detectron2(constants: Mapping[str, Tensor]) -> dict | None:

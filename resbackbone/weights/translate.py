@@ -1,34 +1,17 @@
 """Rename tensors of a foreign format to our names, and ours to a foreign format's, with one table."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.weights.formats import (
-    ANCHOR_RATIOS,
-    CLASSIFIER,
-    EPS,
-    FORMATS,
-    HEADS,
-    PYRAMID,
-    STAGE5,
-    TRUNK,
-    Format,
-    Place,
-)
-from resbackbone.weights.names import read_name, write_name
+from resbackbone.weights.formats import ANCHOR_RATIOS, EPS, FORMATS, NAMES, STAGE5, TRUNK, Format
+from resbackbone.weights.names import rename
 
-
-class Rule(NamedTuple):
-    """One line of a table: our name, theirs, and how to convert a tensor on reading and on writing."""
-
-    ours: str
-    theirs: str
-    take: Callable[[Tensor], Tensor] | None = None
-    give: Callable[[Tensor], Tensor] | None = None
+HEADS = ("rpn.", "roi_heads.")  # how our names of a detector's heads begin
+Convert = Callable[[Tensor], Tensor]
 
 
 class Translated(NamedTuple):
@@ -46,33 +29,35 @@ class Translated(NamedTuple):
 
 def to_ours(state: Mapping[str, Tensor]) -> Translated:
     """Find the format of `state` by its names, and rename. Raises ValueError if two names mean one tensor."""
-    best: tuple[dict, str, Place, list[str], list[str]] | None = None
-    for name, known in FORMATS.items():
-        for place in dict.fromkeys((known.bare, known.pyramidal, known.detecting, known.single, *known.elsewhere)):
-            found, constants, unknown = _match(state, known, place)
+    best: tuple[str, str, dict[str, tuple[str, Convert]]] | None = None
+    for format, known in FORMATS.items():
+        for place in dict.fromkeys(known.places):
+            found = _renamed(state, _rules(known, place, _laterals(state), reading=True))
             if any(ours == "conv1.weight" for ours, _ in found.values()) and (
-                best is None or len(unknown) < len(best[-1])
+                best is None or len(found) > len(best[2])
             ):
-                best = found, name, place, constants, unknown
+                best = format, place[0], found
     if best is None:
-        return Translated(dict(state), None, list(state), {})
-    found, name, place, constants, unknown = best
-    heads = any(not _of_network(ours) for ours, _ in found.values())
-    detector = heads or (
-        place.trunk.startswith("backbone.") and any(not key.startswith("backbone.") for key in unknown)
+        return Translated(dict(state), None, [], {})
+    format, trunk, found = best
+    templates = FORMATS[format].constants
+    constants = {key: state[key] for key in state if any(rename(key, template, template) for template in templates)}
+    unknown = [key for key in state if key not in found and key not in constants]
+    detector = any(ours.startswith(HEADS) for ours, _ in found.values()) or (
+        trunk.startswith("backbone.") and any(not key.startswith("backbone.") for key in unknown)
     )
     renamed: dict[str, Tensor] = {}
     giver: dict[str, str] = {}
-    for theirs, (ours, rule) in found.items():
-        ours = f"backbone.{ours}" if detector and _of_network(ours) else ours
-        if ours in renamed:
-            raise UserError(f"{giver[ours]} and {theirs} both mean {ours}")
-        renamed[ours] = state[theirs] if rule.take is None else rule.take(state[theirs])
+    for theirs, (ours, convert) in found.items():
+        ours = f"backbone.{ours}" if detector and not ours.startswith(HEADS) else ours
+        if ours in renamed or ours in unknown:
+            raise UserError(f"{giver.get(ours, ours)} and {theirs} both mean {ours}")
+        renamed[ours] = convert(state[theirs])
         giver[ours] = theirs
-    if name == "msra":
+    if format == "msra":
         _add_merged_statistics(renamed, giver)
     renamed |= {f"backbone.{key}" if key.startswith("neck.") else key: state[key] for key in unknown}
-    return Translated(renamed, name, unknown, {key: state[key] for key in constants})
+    return Translated(renamed, format, unknown, constants)
 
 
 def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> dict[str, Tensor]:
@@ -86,83 +71,59 @@ def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> 
     state = _with_usual_eps(state, eps)
     if format == "msra":
         state = _with_msras_norms(state)
-    network = {key.removeprefix("backbone."): tensor for key, tensor in state.items()}
-    pyramid = any(key.startswith("fpn.") for key in network)
-    if all(_of_network(key) for key in network):
-        place = known.pyramidal if pyramid else known.bare
-    else:
-        place = known.detecting if pyramid else known.single
-    rules = list(_rules(known, place, _laterals(network), reading=False))
-    renamed, nameless = {}, []
-    for key, tensor in network.items():
-        if key.endswith("num_batches_tracked") and not known.counts_batches:
-            continue
-        for rule in rules:
-            values = read_name(rule.ours, key)
-            if values is not None:
-                renamed[write_name(rule.theirs, values)] = tensor if rule.give is None else rule.give(tensor)
-                break
-        else:
-            nameless.append(key)
-    if nameless:
+    network = {
+        key.removeprefix("backbone."): tensor
+        for key, tensor in state.items()
+        if known.counts_batches or not key.endswith("num_batches_tracked")
+    }
+    pyramid, detector = (any(key.startswith(part) for key in network) for part in ("fpn.", HEADS))
+    rules = _rules(known, known.places[2 * detector + pyramid], _laterals(network), reading=False)
+    found = _renamed(network, rules)
+    if nameless := [key for key in network if key not in found]:
         raise UserError(f"the format {format} has no name for {len(nameless)} tensors: {', '.join(nameless)}")
-    return renamed
+    return {theirs: convert(network[key]) for key, (theirs, convert) in found.items()}
 
 
-def _match(state: Mapping[str, Tensor], known: Format, place: Place):
-    """({their key: (our key, rule)}, constants, unknown keys) of `state` as a file of this format."""
-    rules = list(_rules(known, place, _laterals(state), reading=True))
-    found: dict[str, tuple[str, Rule]] = {}
-    constants: list[str] = []
-    unknown: list[str] = []
-    for key in state:
-        for rule in rules:
-            values = read_name(rule.theirs, key)
-            if values is not None:
-                found[key] = write_name(rule.ours, values), rule
+def _renamed(keys: Iterable[str], rules: list[tuple[str, str, Convert]]) -> dict[str, tuple[str, Convert]]:
+    """{key: (its new name, how to convert the tensor)} for the keys that a rule (template, new template, ..) knows."""
+    found = {}
+    for key in keys:
+        for source, target, convert in rules:
+            if (name := rename(key, source, target)) is not None:
+                found[key] = name, convert
                 break
-        else:
-            (constants if any(read_name(text, key) is not None for text in known.constants) else unknown).append(key)
-    return found, constants, unknown
+    return found
 
 
-def _rules(known: Format, place: Place, laterals: int, *, reading: bool) -> Iterator[Rule]:
-    """The lines of a format's table. Its pyramid merges `laterals` trunk levels: 4 from c2, 3 from c3."""
-
-    def rule(ours: str, theirs: str, *changes) -> Rule:
+def _rules(known: Format, place: tuple[str, str], laterals: int, *, reading: bool) -> list[tuple[str, str, Convert]]:
+    """A format's table in one direction. Its pyramid merges `laterals` trunk levels: 4 from c2, 3 from c3."""
+    pairs = list(zip(NAMES, known.names, strict=False))
+    if known.stage5:
+        pairs += [(STAGE5 + ours, known.stage5 + theirs) for ours, theirs in pairs if ours.startswith("layer")]
+    rules = []
+    for ours, theirs in [*pairs, *known.aliases] if reading else pairs:
+        theirs = (place[0] if ours in TRUNK else place[1] if ours.startswith("fpn.") else "") + theirs
         theirs = theirs.replace("{level+first}", f"{{level+{6 - laterals}}}")
-        return Rule(ours, write_name(theirs, {"count": laterals}), *changes)
-
-    trunk = list(zip(TRUNK, known.trunk, strict=True)) if known.trunk else []
-    for ours, theirs in trunk:
-        yield rule(ours, place.trunk + theirs)
-    if known.classifier:
-        yield rule(CLASSIFIER, known.classifier)
-    pyramid = list(zip(PYRAMID, known.pyramid, strict=True)) if known.pyramid else []
-    for ours, theirs in sorted(pyramid, key=lambda pair: "{count" not in pair[1]):  # a fixed number before any
-        yield rule(ours, place.pyramid + theirs)
-    for ours, theirs in zip(HEADS, known.heads, strict=True) if known.heads else ():
-        yield rule(ours, theirs, *_changes(ours, known))
-    for ours, theirs in trunk if known.stage5 else ():
-        if ours.startswith("layer"):
-            yield rule(STAGE5 + write_name(ours, {"i": 4}), known.stage5 + write_name(theirs, {"i": 4}))
-    if reading or not known.trunk:
-        for ours, theirs in known.aliases:
-            yield rule(ours, (place.pyramid if ours.startswith("fpn.") else "") + theirs)
+        theirs = theirs.replace("{count}", str(laterals)).replace("{count+1}", str(laterals + 1))
+        take, give = _conversions(ours, known)
+        rules.append((theirs, ours, take) if reading else (ours, theirs, give))
+    return rules
 
 
-def _changes(ours: str, known: Format) -> tuple:
-    """How to convert a tensor of the heads on reading and on writing."""
+def _conversions(ours: str, known: Format) -> tuple[Convert, Convert]:
+    """How to convert a tensor on reading and on writing."""
     if known.background_last and ".cls_score." in ours:
         return (lambda x: x.roll(1, 0)), (lambda x: x.roll(-1, 0))
     if known.background_last and ".box_predictor.bbox_pred." in ours:
         # Ours has a box for the background, which nothing reads; theirs has none.
         return (lambda x: torch.cat((torch.zeros_like(x[:4]), x))), (lambda x: x[4:])
-    if known.sizes_first and ".cls_logits." in ours:
-        return (lambda x: _swap_anchors(x, 1, sizes_first=True)), (lambda x: _swap_anchors(x, 1, sizes_first=False))
-    if known.sizes_first and "rpn.head.bbox_pred." in ours:
-        return (lambda x: _swap_anchors(x, 4, sizes_first=True)), (lambda x: _swap_anchors(x, 4, sizes_first=False))
-    return ()
+    if known.sizes_first and (".cls_logits." in ours or "rpn.head.bbox_pred." in ours):
+        numbers = 1 if ".cls_logits." in ours else 4
+        return (
+            lambda x: _swap_anchors(x, numbers, sizes_first=True),
+            lambda x: _swap_anchors(x, numbers, sizes_first=False),
+        )
+    return (lambda x: x), (lambda x: x)
 
 
 def _swap_anchors(x: Tensor, numbers: int, *, sizes_first: bool) -> Tensor:
@@ -218,11 +179,6 @@ def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, 
         scale = weight / (variance + eps).sqrt()
         state[f"{norm}.weight"], state[f"{norm}.bias"] = scale.float(), (bias - mean * scale).float()
     return state
-
-
-def _of_network(key: str) -> bool:
-    """Whether a name of ours belongs to a trunk, its classifier or its pyramid, not to a detector's heads."""
-    return not key.startswith(("rpn.", "roi_heads."))
 
 
 def _laterals(state: Mapping[str, Tensor]) -> int:

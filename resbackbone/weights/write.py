@@ -20,7 +20,7 @@ from resbackbone.weights.file import NOTES, write_weights
 from resbackbone.weights.fit import backbone_part, resolve_architecture
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import INPUT, for_given_input
-from resbackbone.weights.read import Weights
+from resbackbone.weights.read import Weights, conv1_of
 from resbackbone.weights.translate import from_ours, merged_norms
 
 OURS = "resbackbone"
@@ -53,12 +53,10 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
             raise UserError(f"{path}: files of this package are .safetensors")
         write_weights(path, weights.state, metadata)
         return
-    _check_network(trunk, format)
-    if metadata["backbone"].get("relu_before_p7") is False and FORMATS[format].relu_before_p7:
-        raise UserError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7")
-    state, given = dict(weights.state), FORMATS[format].assumed["input"]
+    _check_network(metadata["backbone"], format)
+    state, given = dict(weights.state), FORMATS[format].input
     if given != INPUT:
-        key = next(name for name in ("conv1.weight", "backbone.conv1.weight") if name in state)
+        key = conv1_of(state)
         state[key] = for_given_input(state[key], given)
     state = {name: tensor.contiguous() for name, tensor in from_ours(state, format, eps=trunk["eps"]).items()}
     notes = json.dumps({**metadata, "backbone": {**metadata["backbone"], "eps": 1e-5}, "input": given})
@@ -104,17 +102,22 @@ def _comparable(weights: Weights) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in state.items() if not key.endswith("num_batches_tracked")}
 
 
-def _check_network(trunk: Mapping[str, Any], format: str) -> None:
-    if trunk["shortcut"] != "B":
-        raise UserError(f"shortcut={trunk['shortcut']!r}: {format} only has networks with shortcut B")
-    if trunk["stride_in_1x1"] and trunk["depth"] >= 50 and FORMATS[format].only_3x3_stride:
-        raise UserError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3")
-    if format == "transformers" and (trunk["groups"], trunk["width_per_group"]) != (1, 64):
-        raise UserError("transformers' ResNet has neither groups nor other widths")
-    if format in ("transformers", "msra") and trunk["norm"] == "GN":
-        raise UserError(f"norm='GN': {format} only has networks with batch norms")
-    if FORMATS[format].assumed["input"] != INPUT and trunk["in_channels"] != 3:
-        raise UserError(f"in_channels={trunk['in_channels']}: {format}'s networks take three colours")
+def _check_network(backbone: Mapping[str, Any], format: str) -> None:
+    known, shortcut, channels = FORMATS[format], backbone["shortcut"], backbone["in_channels"]
+    in_1x1 = backbone["stride_in_1x1"] and DEPTHS[backbone["depth"]][0] is Bottleneck
+    no_relu = backbone.get("relu_before_p7") is False
+    wide = (backbone["groups"], backbone["width_per_group"]) != (1, 64)
+    group_norm = backbone["norm"] == "GN"
+    for refused, why in (
+        (shortcut != "B", f"shortcut={shortcut!r}: {format} only has networks with shortcut B"),
+        (in_1x1 and known.only_3x3_stride, f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3"),
+        (no_relu and known.relu_before_p7, f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7"),
+        (wide and format == "transformers", "transformers' ResNet has neither groups nor other widths"),
+        (group_norm and not known.group_norm, f"norm='GN': {format} only has networks with batch norms"),
+        (known.input != INPUT and channels != 3, f"in_channels={channels}: {format}'s networks take three colours"),
+    ):
+        if refused:
+            raise UserError(why)
 
 
 def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:
@@ -125,13 +128,12 @@ def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> by
         raise UserError(f"{path}: unknown suffix {path.suffix!r} for {format}; choose from {', '.join(suffixes)}")
     arrays = path.suffix == ".pkl"
     tensors: dict[str, Any] = {name: tensor.numpy() for name, tensor in state.items()} if arrays else state
-    content = tensors  # torchvision and timm load a bare state dict
-    if format == "detectron2":  # its checkpointer then matches names by their ends, which trunks need
-        content = {"model": tensors, "__author__": OURS, "matching_heuristics": True, NOTES: notes}
-    elif format == "mmdetection":
-        content = {"meta": {"author": OURS}, "state_dict": tensors, NOTES: notes}
-    elif format == "msra":
-        content = {"blobs": tensors, NOTES: notes}
+    content = {  # torchvision and timm load a bare state dict
+        # detectron2's checkpointer then matches names by their ends, which trunks need
+        "detectron2": {"model": tensors, "__author__": OURS, "matching_heuristics": True, NOTES: notes},
+        "mmdetection": {"meta": {"author": OURS}, "state_dict": tensors, NOTES: notes},
+        "msra": {"blobs": tensors, NOTES: notes},
+    }.get(format, tensors)
     if arrays:
         return pickle.dumps(content)
     buffer = io.BytesIO()
@@ -145,16 +147,13 @@ def _write_transformers_folder(
     if path.suffix:
         raise UserError(f"{path}: transformers reads a folder; give a name without a suffix")
     block, counts = DEPTHS[trunk["depth"]]
-    config: dict[str, Any] = {
+    config: dict[str, Any] = {  # where its ResNetConfig has other defaults
         "model_type": "resnet",
         "architectures": ["ResNetForImageClassification" if "classifier.1.weight" in state else "ResNetModel"],
         "num_channels": trunk["in_channels"],
-        "embedding_size": 64,
         "hidden_sizes": [width * block.expansion for width in (64, 128, 256, 512)],
         "depths": list(counts),
         "layer_type": "bottleneck" if block is Bottleneck else "basic",
-        "hidden_act": "relu",
-        "downsample_in_first_stage": False,
         "downsample_in_bottleneck": trunk["stride_in_1x1"] and block is Bottleneck,
     }
     if names := metadata.get("classes") or [f"LABEL_{i}" for i in range(int(metadata.get("num_classes", 0)))]:
@@ -162,7 +161,6 @@ def _write_transformers_folder(
         config["label2id"] = {name: i for i, name in enumerate(names)}
     preprocessor = {
         "image_processor_type": "ConvNextImageProcessor",
-        "do_normalize": True,
         "image_mean": INPUT["mean"],
         "image_std": INPUT["std"],
         "size": {"shortest_edge": 224},
@@ -181,5 +179,4 @@ def only_part(weights: Weights, part: str) -> Weights:
     if part == "trunk":
         state = {key: tensor for key, tensor in state.items() if not key.startswith(("fpn.", "fc."))}
     metadata = {key: value for key, value in weights.metadata.items() if key not in ("detector", "num_classes")}
-    unknown = tuple(key.removeprefix("backbone.") for key in weights.unknown if key.removeprefix("backbone.") in state)
-    return replace(weights, state=state, metadata=metadata, unknown=unknown)
+    return replace(weights, state=state, metadata=metadata, unknown=())

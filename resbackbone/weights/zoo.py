@@ -1,21 +1,13 @@
-"""The named weights to start from, with depth and licence, and the figures that torchvision and detectron2 publish."""
+"""The named weights to start from, with depth, licence and the figures that torchvision and detectron2 publish."""
 
+import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-# The trunks this package builds, by torchvision's and timm's name, and their depths.
-ARCHITECTURES = {
-    **{f"resnet{depth}": depth for depth in (18, 34, 50, 101, 152)},
-    "resnext50_32x4d": 50,
-    **{f"resnext101_{width}": 101 for width in ("32x4d", "32x8d", "32x16d", "32x32d", "64x4d")},
-    "wide_resnet50_2": 50,
-    "wide_resnet101_2": 101,
-}
+# torchvision's and timm's names of the trunks that this package builds, and in them the depth
+TRUNK = re.compile(r"(?:wide_)?resnex?t(18|34|50|101|152)(?:_2|_\d+x\d+d)?")
 
 TORCHVISION_LICENCE = "BSD-3-Clause"
-TORCHVISION_METRICS = {"acc@1": "top-1", "acc@5": "top-5", "box_map": "box AP"}
-TORCHVISION_DATA = {"ImageNet-1K": "ImageNet-1k val", "COCO-val2017": "COCO val2017"}
-
 TIMM_RESULTS = "https://github.com/huggingface/pytorch-image-models/tree/main/results"
 DETECTRON2_LICENCE = "CC-BY-SA-3.0"
 DETECTRON2_ZOO = "detectron2 MODEL_ZOO.md, commit 8b0953c of 2021-07-20"
@@ -58,68 +50,38 @@ def list_sources() -> list[NamedWeights]:
 
     torchvision's and timm's are those of the installed versions. Nothing is downloaded.
     """
-    names = {depth: f"microsoft/resnet-{depth}" for depth in (18, 34, 50, 101, 152)}
-    hugging_face = (
-        NamedWeights(f"hf:{name}", depth, "classifier", None, f"https://huggingface.co/{name}", "apache-2.0")
-        for depth, name in names.items()
-    )
+    page = "https://huggingface.co/microsoft/resnet"
+    hugging_face = [
+        NamedWeights(f"hf:microsoft/resnet-{depth}", depth, "classifier", None, f"{page}-{depth}", "apache-2.0")
+        for depth in (18, 34, 50, 101, 152)
+    ]
     return [*_torchvision(), *_timm(), *hugging_face, *_detectron2()]
 
 
-def torchvision_accuracy(weights) -> list[dict[str, Any]]:
-    """The figures in the metadata of `weights`, a member of one of torchvision's enums."""
-    import torchvision
-
-    published = f"torchvision {torchvision.__version__.split('+')[0]}, {weights}"
-    if "Keypoint" in str(weights):
-        published += ", of persons only"
-    return [
-        _figure(TORCHVISION_DATA.get(data, data), TORCHVISION_METRICS[metric], value, published)
-        for data, figures in weights.meta.get("_metrics", {}).items()
-        for metric, value in figures.items()
-        if metric in TORCHVISION_METRICS
-    ]
-
-
-def detectron2_accuracy(path: str) -> list[dict[str, Any]]:
-    """The figure for `path`, a file below detectron2's download folder; empty if the tables above have none."""
-    value, published = DETECTRON2_IMAGENET.get(path, (None, ""))
-    if value is not None:
-        return [_figure("ImageNet-1k val", "top-1", value, published)]
-    for config, (file, value) in DETECTRON2_FASTER_RCNN.items():
-        if path == f"{config}/{file}":
-            return [_figure("COCO val2017", "box AP", value, DETECTRON2_ZOO)]
-    return []
-
-
-def torchvision_names() -> list[str]:
-    """All weights that torchvision publishes, as ENUM.MEMBER, including those this package cannot read."""
-    from torchvision.models import get_model_weights, list_models
-
-    return list(dict.fromkeys(str(weights) for name in list_models() for weights in get_model_weights(name)))
-
-
 def _torchvision() -> Iterator[NamedWeights]:
+    import torchvision
     from torchvision.models import get_model_weights, list_models
 
+    published = f"torchvision {torchvision.__version__.split('+')[0]}"
     for model in list_models():
-        detector = "_resnet50_fpn" in model
-        if not detector and model not in ARCHITECTURES:
+        if "_resnet50_fpn" in model:
+            kind, depth, data, metric = "detector", 50, "COCO-val2017", "box_map"
+        elif trunk := TRUNK.fullmatch(model):
+            kind, depth, data, metric = "classifier", int(trunk[1]), "ImageNet-1K", "acc@1"
+        else:
             continue
-        kind, metric, depth = ("detector", "box AP", 50) if detector else ("classifier", "top-1", ARCHITECTURES[model])
         for weights in get_model_weights(model):
-            [figure] = [figure for figure in torchvision_accuracy(weights) if figure["metric"] == metric]
-            value, published = figure["value"], figure["published"]
-            yield NamedWeights(f"torchvision:{weights}", depth, kind, value, published, TORCHVISION_LICENCE)
+            accuracy = weights.meta["_metrics"][data][metric]
+            yield NamedWeights(f"torchvision:{weights}", depth, kind, accuracy, published, TORCHVISION_LICENCE)
 
 
 def _timm() -> Iterator[NamedWeights]:
     from timm.models import get_pretrained_cfg, list_models
 
     for name in list_models(module="resnet", pretrained=True):
-        config, depth = get_pretrained_cfg(name), ARCHITECTURES.get(name.split(".")[0])
-        if depth and config and config.license:  # nobody may use weights without a licence
-            yield NamedWeights(f"timm:{name}", depth, "classifier", None, TIMM_RESULTS, config.license)
+        config, trunk = get_pretrained_cfg(name), TRUNK.fullmatch(name.split(".")[0])
+        if trunk and config and config.license:  # nobody may use weights without a licence
+            yield NamedWeights(f"timm:{name}", int(trunk[1]), "classifier", None, TIMM_RESULTS, config.license)
 
 
 def _detectron2() -> Iterator[NamedWeights]:
@@ -129,7 +91,3 @@ def _detectron2() -> Iterator[NamedWeights]:
     for config, (_, value) in DETECTRON2_FASTER_RCNN.items():
         name, depth = f"detectron2:{config}.yaml", 101 if "_101_" in config else 50
         yield NamedWeights(name, depth, "detector", value, DETECTRON2_ZOO, DETECTRON2_LICENCE)
-
-
-def _figure(data: str, metric: str, value: float, published: str) -> dict[str, Any]:
-    return {"data": data, "metric": metric, "value": value, "published": published}

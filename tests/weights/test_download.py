@@ -1,7 +1,6 @@
 import hashlib
 import multiprocessing
 import os
-import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -79,26 +78,6 @@ def test_eight_processes_at_once_download_once(server, tmp_path):
         process.join()
     assert [process.exitcode for process in processes] == [0] * 8
     assert len(server.requests) == 1 and (tmp_path / "file.bin").read_bytes() == CONTENT
-
-
-def test_threads_that_download_at_once_leave_the_default_timeout_as_it_was(server, tmp_path):
-    before = socket.getdefaulttimeout()
-    server.go.clear()
-    places = [tmp_path / name for name in ("a.bin", "a.bin", "b.bin")]
-    threads = [threading.Thread(target=download, args=(server.url, place)) for place in places]
-    for thread in threads:
-        thread.start()
-        time.sleep(0.2)  # each starts while the one before is at it
-    server.go.set()
-    for thread in threads:
-        thread.join()
-    assert socket.getdefaulttimeout() == before and all(place.read_bytes() == CONTENT for place in places)
-
-
-def test_what_a_killed_process_left_is_removed(server, tmp_path):
-    (tmp_path / "file.bin.part.1234.partial").write_bytes(b"x")
-    download(server.url, tmp_path / "file.bin")
-    assert {path.name for path in tmp_path.iterdir()} <= {"file.bin", ".file.bin.lock"}
 
 
 def test_offline_and_without_such_a_file_one_line_says_what_to_fetch_and_where_to_put_it(server, tmp_path):

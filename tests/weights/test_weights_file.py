@@ -51,7 +51,7 @@ def test_a_file_made_for_another_input_is_refused(tmp_path):
 def test_metadata_that_is_not_json_is_refused(tmp_path):
     path = tmp_path / "broken.safetensors"
     save_file(STATE, path, {"input": "{"})
-    assert "metadata is not JSON" in refusal(path)
+    assert "not a readable safetensors file" in refusal(path)
 
 
 @pytest.mark.parametrize("value", ["[]", "3", '"resnet50"'])
