@@ -43,14 +43,12 @@ def read_pickle(path: str | os.PathLike) -> object:
 
 
 def _read(file: BinaryIO) -> object:
-    start = file.read(262)
+    start = file.read(64)
     file.seek(0)
     if not start:
         raise UserError("an empty file")
     if start.lstrip().startswith((b"<", b"version https://git-lfs")):
         raise UserError("a web page or a Git LFS pointer, not the file itself; download it again")
-    if start[257:] == b"ustar":
-        raise UserError("a tar archive, as the first PyTorch wrote; load it there and save it with torch 1.6 or newer")
     try:
         if start.startswith(b"PK\x03\x04"):
             _check_archive(file)
@@ -71,15 +69,10 @@ def _check_archive(file: BinaryIO) -> None:
     """Refuse zip archives that `torch.save` does not write, and damaged ones: torch does not look at checksums."""
     with zipfile.ZipFile(file) as archive:
         records = archive.infolist()
-        names = {record.filename.partition("/")[2] for record in records}
         if len({record.filename for record in records}) < len(records):
             raise UserError("a zip archive with two records of one name")
-        if "constants.pkl" in names:
+        if any(record.filename.endswith("/constants.pkl") for record in records):
             raise UserError("a TorchScript archive, which holds code; save the module's state_dict() instead")
-        if "data.pkl" not in names:
-            raise UserError("a zip archive that torch.save did not write (it has no data.pkl)")
-        if any(record.flag_bits & 1 for record in records):
-            raise UserError("an encrypted zip archive")
         if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
             raise UserError("a compressed zip archive; torch.save writes uncompressed ones")
         if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
@@ -89,11 +82,8 @@ def _check_archive(file: BinaryIO) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = str(error)
-    if found := re.search(r"GLOBAL (\S+) (was not|whose)", text):
+    if found := re.search(r"GLOBAL (\S+) (was not|whose)", str(error)):
         return _would_run(found[1])
-    if "Unsupported operand" in text:
-        return "PyTorch's safe loader does not know its kind of pickle; save the state_dict() again with torch.save"
     return "a damaged file, or not a PyTorch or pickle file; download it again, or save it with torch.save"
 
 
