@@ -25,30 +25,67 @@ SOURCE_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # sa
 IN_ORDER = (FeatureDictNet, EfficientNetFeatures, MobileNetV3Features)  # register their parts as they run
 
 
-class TimmTrunk(nn.Module):
-    """A timm network as an image's maps {"c2": [B, channels, H/4, W/4], ..}, sizes rounded up, whatever it does inside.
+@dataclass(frozen=True, kw_only=True)
+class TimmConfig(CommonConfig):
+    """A timm network's: its name, timm.create_model's options, and the mean and std it normalizes images by."""
+
+    timm: str
+    options: dict = field(default_factory=dict)
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+
+class TimmBackbone(Backbone):
+    """A timm network as a Backbone, with random weights unless `pretrained`; `from_timm` makes it.
 
     The image is padded at its right and bottom, with zeros, to the coarsest stride, and the maps are cropped. On
     images padded already, as detectors feed them, they are what timm's network gives.
+
+    Levels that `config` leaves out are all that the network has maps for. `source` goes to timm.create_model only.
     """
 
+    config: TimmConfig
     scale: Tensor | None
     shift: Tensor | None
 
-    def __init__(self, network: nn.Module, taps: dict[str, int], features: dict[str, Feature], mean, std):
+    def __init__(self, config: TimmConfig, *, pretrained: bool = False, **source):
         super().__init__()
-        info: Any = network.feature_info
-        self.network, self.trunk_features = network, features
-        self.map_strides = info.reduction()
-        outputs = sorted(set(taps.values()))
-        self.outputs = {level: outputs.index(taps[level]) for level in features}
-        self.size_divisibility = max(*self.map_strides, *(feature.stride for feature in features.values()))
+        name = config.timm
+        if "checkpoint_path" in config.options:
+            raise UserError("give a file as pretrained_cfg_overlay={'file': ..} with pretrained=True")
+        probe, options = _features_of(name, config.options)  # to see which maps there are
+        taps, features = _levels_of(name, probe.feature_info.info)
+        default = [p for p in DEFAULT_PYRAMID if p[1] >= min(features)[1]] if config.fpn else list(features)
+        config = replace(config, levels=tuple(config.levels or default), options=options)
+        for level in config.trunk_levels:
+            one_of("level", level, features, f" ({name} gives these; a pyramid needs all from its finest to c5)")
+        self.trunk_features = {level: features[level] for level in config.trunk_levels}
+
+        outputs = sorted({taps[level] for level in self.trunk_features})
+        self.outputs = {level: outputs.index(taps[level]) for level in self.trunk_features}
+        network, _ = _features_of(name, {**options, "out_indices": tuple(outputs), **source}, pretrained=pretrained)
+        if config.norm == "FrozenBN":
+            network = freeze_batch_norm_2d(network)
+        if config.frozen_through is not None:
+            _freeze(name, network, config.frozen_through)
+        if pretrained:
+            given = network.pretrained_cfg
+            config = replace(config, mean=given.get("mean", MEAN), std=given.get("std", STD))
+        self.network, self.config = network, config
         self.channels_last = getattr(network, "output_fmt", Format.NCHW) == Format.NHWC
+        self.map_strides = network.feature_info.reduction()
+        self.size_divisibility = max(*self.map_strides, *(stride for _, stride in self.trunk_features.values()))
         # From images normalized by our mean and std to ones normalized by the network's own; None where it is the same.
-        same = (tuple(mean), tuple(std)) == (MEAN, STD)
-        ours, theirs = (torch.tensor(pair).view(2, 1, -1, 1, 1) for pair in ((MEAN, STD), (mean, std)))
+        same = (tuple(config.mean), tuple(config.std)) == (MEAN, STD)
+        ours, theirs = (torch.tensor(x).view(2, 1, -1, 1, 1) for x in ((MEAN, STD), (config.mean, config.std)))
         self.register_buffer("scale", None if same else ours[1] / theirs[1], persistent=False)
         self.register_buffer("shift", None if same else (ours[0] - theirs[0]) / theirs[1], persistent=False)
+        self.fpn = FPN(self.trunk_features, **config.pyramid()) if config.fpn else None
+        self.weights_source = f"timm:{name}" if pretrained else None
+
+    @property
+    def features(self) -> dict[str, Feature]:  # type: ignore[override]
+        return self.trunk_features if self.fpn is None else self.fpn.features
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, channels, H, W]
         height, width = images.shape[-2:]
@@ -64,57 +101,7 @@ class TimmTrunk(nn.Module):
         for level, (_, stride) in self.trunk_features.items():
             y = _at_stride(stride, outputs[self.outputs[level]], self.map_strides[self.outputs[level]])
             maps[level] = y[..., : -(-height // stride), : -(-width // stride)]
-        return maps
-
-
-@dataclass(frozen=True, kw_only=True)
-class TimmConfig(CommonConfig):
-    """A timm network's: its name, timm.create_model's options, and the mean and std it normalizes images by."""
-
-    timm: str
-    options: dict = field(default_factory=dict)
-    mean: tuple[float, ...] = MEAN
-    std: tuple[float, ...] = STD
-
-
-class TimmBackbone(Backbone, TimmTrunk):
-    """A timm network as a Backbone, with random weights unless `pretrained`; `from_timm` makes it.
-
-    Levels that `config` leaves out are all that the network has maps for. `source` goes to timm.create_model only.
-    """
-
-    config: TimmConfig
-
-    def __init__(self, config: TimmConfig, *, pretrained: bool = False, **source):
-        name = config.timm
-        if "checkpoint_path" in config.options:
-            raise UserError("give a file as pretrained_cfg_overlay={'file': ..} with pretrained=True")
-        probe, options = _features_of(name, config.options)  # to see which maps there are
-        taps, features = _levels_of(name, probe.feature_info.info)
-        default = [p for p in DEFAULT_PYRAMID if p[1] >= min(features)[1]] if config.fpn else list(features)
-        config = replace(config, levels=tuple(config.levels or default), options=options)
-        for level in config.trunk_levels:
-            one_of("level", level, features, f" ({name} gives these; a pyramid needs all from its finest to c5)")
-        taps = {level: taps[level] for level in config.trunk_levels}
-        features = {level: features[level] for level in config.trunk_levels}
-
-        outputs = {"out_indices": tuple(sorted(set(taps.values())))}
-        network, _ = _features_of(name, {**options, **outputs, **source}, pretrained=pretrained)
-        if config.norm == "FrozenBN":
-            network = freeze_batch_norm_2d(network)
-        if config.frozen_through is not None:
-            _freeze(name, network, config.frozen_through)
-        if pretrained:
-            given = network.pretrained_cfg
-            config = replace(config, mean=given.get("mean", MEAN), std=given.get("std", STD))
-        TimmTrunk.__init__(self, network, taps, features, config.mean, config.std)
-        self.config = config
-        self.fpn = FPN(features, **config.pyramid()) if config.fpn else None
-        self.weights_source = f"timm:{name}" if pretrained else None
-
-    @property
-    def features(self) -> dict[str, Feature]:  # type: ignore[override]
-        return self.trunk_features if self.fpn is None else self.fpn.features
+        return maps if self.fpn is None else self.fpn(maps)
 
     def fuse(self) -> "TimmBackbone":
         """Eval mode alone: which norm belongs to which convolution is not known of every timm network."""

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import timm
 from timm.models import (
     FeatureInfo,
     build_model_with_cfg,
@@ -55,7 +54,6 @@ class TimmClassifier(ResNetClassifier):
     set_grad_checkpointing = TimmFeatures.set_grad_checkpointing
 
     fc: nn.Module  # type: ignore[assignment]
-    global_pool: str
 
     def __init__(self, depth: int, num_classes: int = 1000, global_pool: str = "avg", **arguments):
         super().__init__(_config(depth, arguments))
@@ -66,11 +64,9 @@ class TimmClassifier(ResNetClassifier):
         return self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh last layer; 0 classes leave the pooled features, and `global_pool=""` with them the map itself."""
+        """A fresh last layer; 0 classes leave the pooled features."""
+        one_of("global_pool", global_pool, (None, "avg"))
         self.num_classes = num_classes
-        self.global_pool = one_of("global_pool", self.global_pool if global_pool is None else global_pool, ("avg", ""))
-        if num_classes and not self.global_pool:
-            raise UserError(f"global_pool='' leaves a map, which {num_classes} classes cannot be told from")
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.fc.to(self.conv1.weight.device)
 
@@ -78,11 +74,8 @@ class TimmClassifier(ResNetClassifier):
         return ResNet.forward(self, images)["c5"]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x.mean((2, 3)) if self.global_pool else x
+        x = x.mean((2, 3))
         return x if pre_logits else self.fc(x)
-
-    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]
-        return self.forward_head(self.forward_features(images))
 
 
 def _config(depth: int, given: Mapping, **more) -> BackboneConfig:
@@ -99,13 +92,6 @@ def _config(depth: int, given: Mapping, **more) -> BackboneConfig:
     return BackboneConfig(depth=depth, **trunk, **more)
 
 
-def _create(depth: int, pretrained: bool = False, features_only: bool = False, **arguments) -> nn.Module:
-    unused: Any
-    kind, unused = (TimmFeatures, ("num_classes", "global_pool")) if features_only else (TimmClassifier, None)
-    name = f"resbackbone_{depth}"
-    return build_model_with_cfg(partial(kind, depth), name, pretrained, kwargs_filter=unused, **arguments)
-
-
 def _register(depth: int) -> None:
     """Make `timm.create_model("resbackbone_50", ..)` known, its parameters named as those of timm's resnet50.
 
@@ -113,14 +99,15 @@ def _register(depth: int) -> None:
     for its own network, and a tag chooses as it does there (`resbackbone_50.a1_in1k`). A file (`checkpoint_path`)
     goes by its names alone: for one with strides in the 1x1, say stride_in_1x1=True.
     """
+    name = f"resbackbone_{depth}"
 
-    def create(pretrained: bool = False, **arguments) -> nn.Module:
-        return _create(depth, pretrained, **arguments)
+    def create(pretrained: bool = False, features_only: bool = False, **arguments) -> nn.Module:
+        kind: Any = TimmFeatures if features_only else TimmClassifier
+        unused: Any = ("num_classes", "global_pool") if features_only else None
+        return build_model_with_cfg(partial(kind, depth), name, pretrained, kwargs_filter=unused, **arguments)
 
-    create.__name__ = create.__qualname__ = f"resbackbone_{depth}"
-    globals()[create.__name__] = create  # timm adds the name to this module's __all__
-    if not timm.is_model(create.__name__):
-        register_model(create)
+    create.__name__ = create.__qualname__ = name
+    globals()[name] = register_model(create)  # timm adds the name to this module's __all__
 
 
 __all__ = ["TimmBackbone", "TimmClassifier", "TimmFeatures", "from_timm"]

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, initialization
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
+from transformers.utils import can_return_tuple
 
 from resbackbone.backbone import ResNetBackbone
 from resbackbone.checks import UserError
@@ -63,21 +64,15 @@ class ResBackboneModel(BackboneMixin, PreTrainedModel):
         else:
             super()._init_weights(module)
 
-    def forward(  # type: ignore[override]
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        **unused,
-    ) -> BackboneOutput | tuple:
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, **unused) -> BackboneOutput:
         stem = self.backbone.stem(pixel_values)  # [B, 64, H/2, W/2]
         maps = (stem, *self.backbone.from_stem(stem).values())
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        output = BackboneOutput(
+        return BackboneOutput(
             feature_maps=tuple(maps[STAGES.index(name)] for name in self.out_features),  # type: ignore[arg-type]
             hidden_states=maps if wanted else None,
         )
-        return output if return_dict in (None, True) else output.to_tuple()
 
 
 def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = None) -> ResBackboneModel:

@@ -1,15 +1,12 @@
 """timm, both ways: our networks made by timm are timm's own, and timm's networks are Backbones."""
 
-import importlib
-import warnings
-
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import resbackbone.adapters.timm as adapter
+import resbackbone.adapters.timm  # noqa: F401 - registers resbackbone_18 .. resbackbone_152
 from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
 from resbackbone import Feature, build_resnet_backbone
 from resbackbone.adapters.from_timm import TimmBackbone, from_timm
@@ -31,25 +28,14 @@ def assert_equal(given, expected) -> None:
 # ---- ours in timm ----
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_timm_makes_feature_maps_that_equal_its_own_on_odd_sizes(depth, randomised):
-    theirs = randomised(timm.create_model(f"resnet{depth}", features_only=True))
-    ours = timm.create_model(f"resbackbone_{depth}", features_only=True).eval()
+@pytest.mark.parametrize("depth, stride", [*((depth, 32) for depth in DEPTHS), (18, 16), (50, 16)])
+def test_timm_makes_feature_maps_that_equal_its_own_on_odd_sizes(depth, stride, randomised):
+    theirs = randomised(timm.create_model(f"resnet{depth}", features_only=True, output_stride=stride))
+    ours = timm.create_model(f"resbackbone_{depth}", features_only=True, output_stride=stride).eval()
     ours.load_state_dict(theirs.state_dict())
     for part in ("channels", "reduction"):
         assert getattr(ours.feature_info, part)() == getattr(theirs.feature_info, part)()
     x = images(65, 97)
-    with torch.no_grad():
-        assert_equal(ours(x), theirs(x))
-
-
-@pytest.mark.parametrize("depth", [18, 50])
-def test_output_stride_16_equals_timms(depth, randomised):
-    theirs = randomised(timm.create_model(f"resnet{depth}", features_only=True, output_stride=16))
-    ours = timm.create_model(f"resbackbone_{depth}", features_only=True, output_stride=16).eval()
-    ours.load_state_dict(theirs.state_dict())
-    assert ours.feature_info.reduction() == theirs.feature_info.reduction() == [2, 4, 8, 16, 16]
-    x = images()
     with torch.no_grad():
         assert_equal(ours(x), theirs(x))
 
@@ -81,16 +67,14 @@ def test_the_classifier_equals_timms(depth, randomised):
         assert_equal([ours.forward_head(maps, pre_logits=True)], [theirs.forward_head(maps, pre_logits=True)])
 
 
-def test_a_classifier_is_reset_to_other_classes_to_none_and_to_the_map():
+def test_a_classifier_is_reset_to_other_classes_and_to_none():
     model = timm.create_model("resbackbone_18", num_classes=3, drop_rate=0.0)
     model.reset_classifier(5)
     assert model(images()).shape == (2, 5) and model.num_classes == 5
     model.reset_classifier(0)
     assert model(images()).shape == (2, 512)
-    model.reset_classifier(0, "")
-    assert model(images()).shape == (2, 512, 4, 5)
-    with pytest.raises(ValueError, match="leaves a map"):
-        model.reset_classifier(4)
+    with pytest.raises(ValueError, match="unknown global_pool 'max'; choose from None, avg"):
+        model.reset_classifier(4, "max")
 
 
 @pytest.mark.parametrize("features_only", [False, True])
@@ -150,14 +134,6 @@ def test_pretrained_loads_what_timm_has_for_its_own_network(tmp_path, randomised
         assert torch.equal(ours.layer2[1].bn2.running_var, theirs.layer2[1].bn2.running_var)
 
 
-def test_importing_again_does_not_register_again():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        importlib.reload(adapter)
-    assert timm.list_models("resbackbone_*") == [f"resbackbone_{depth}" for depth in DEPTHS]
-    assert isinstance(timm.create_model("resbackbone_18"), adapter.TimmClassifier)
-
-
 # ---- timm's in ours ----
 
 KINDS = {  # channels of c2..c5
@@ -184,7 +160,6 @@ def test_every_level_has_the_channels_and_stride_it_advertises(name):
     backbone = from_timm(name)
     assert_as_advertised(backbone)
     assert tuple(feature.channels for feature in backbone.features.values()) == KINDS[name]
-    assert backbone.out_channels == KINDS[name][-1]
 
 
 @pytest.mark.parametrize("levels", [None, ["p3", "p4", "p5", "p6", "p7"]])
