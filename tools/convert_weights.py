@@ -14,8 +14,8 @@ from resbackbone.cli.command import console, main_of, parse
 
 import torch
 import tyro
+from torch import nn
 
-from detection.config import DetectorConfig
 from detection.faster_rcnn import detector_for
 from detection.foreign import describe_detector
 from resbackbone import BackboneConfig, ResNetBackbone
@@ -23,7 +23,7 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.classifier import ResNetClassifier
 from resbackbone.resnet import STAGES
 from resbackbone.weights import Weights, list_sources, read_weights
-from resbackbone.weights.fit import backbone_part, fitting, pyramid_of, resolve_architecture
+from resbackbone.weights.fit import fitting, pyramid_of, resolve_architecture
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, describe_input
 from resbackbone.weights.read import has_bottlenecks
@@ -80,8 +80,9 @@ def main(argv: list[str] | None = None) -> None:
     if weights.format == OURS and given not in (None, INPUT):
         raise UserError(f"{options.source} is a file of this package, for {describe_input(INPUT)}; leave out --input")
     weights = described(weights, options)
-    print_found(weights)
-    check_whole(weights)
+    kind, network = network_of(weights)
+    fitting(network, weights)
+    print_found(weights, kind)
     difference = write_checked(options.destination, weights, options.to)
     console.print(
         f"wrote   {options.destination} ({options.to}), read back: {len(weights.state)} tensors, "
@@ -118,8 +119,6 @@ def described(weights: Weights, options: Options) -> Weights:
         weights = only_part(weights, options.part)
     given = {"licence": options.licence, "recipe": options.recipe}
     metadata = {"source": weights.source, **weights.metadata, **{k: v for k, v in given.items() if v is not None}}
-    if "detector" in metadata:
-        DetectorConfig.from_json(metadata["detector"], weights.source)
     trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
     assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name, None) is None}
     metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}
@@ -136,17 +135,25 @@ def is_detector(weights: Weights) -> bool:
     return any(key.startswith("backbone.") for key in weights.state)
 
 
-def print_found(weights: Weights) -> None:
+def network_of(weights: Weights) -> tuple[str, nn.Module]:
+    """What the weights are of, in words, and that network, without data."""
+    state, trunk = weights.state, resolve_architecture(weights)
+    with torch.device("meta"):
+        if is_detector(weights):
+            detector = detector_for(weights)
+            return f"Faster R-CNN ({detector.config.variant}, {detector.num_classes} classes)", detector
+        if "fc.weight" in state:
+            classes = len(state["fc.weight"])
+            return f"classifier of {classes} classes", ResNetClassifier(BackboneConfig(**trunk), classes)
+        if pyramid := pyramid_of(state):
+            return "backbone with pyramid", ResNetBackbone(BackboneConfig(**trunk, **pyramid, fpn=True))
+        levels = tuple(level for level, stage in STAGES.items() if any(key.startswith(f"{stage}.") for key in state))
+        return "trunk", ResNetBackbone(BackboneConfig(**trunk, levels=levels[-1:]))
+
+
+def print_found(weights: Weights, kind: str) -> None:
     """Print what the source holds, what it says and what is assumed."""
     trunk, state = weights.metadata["backbone"], weights.state
-    kind = "trunk"
-    if is_detector(weights):
-        detector = weights.metadata["detector"]
-        kind = f"Faster R-CNN ({detector['variant']}, {detector['num_classes']} classes)"
-    elif "fc.weight" in state:
-        kind = f"classifier of {len(state['fc.weight'])} classes"
-    elif any(key.startswith("fpn.") for key in state):
-        kind = "backbone with pyramid"
     title = FORMATS[weights.format].title if weights.format in FORMATS else "a file of this package"
     where = f", in its part {weights.entry}" if weights.entry else ""
     name = architecture_name(trunk) + (" with GN" if trunk["norm"] == "GN" else "")
@@ -161,28 +168,6 @@ def print_found(weights: Weights) -> None:
     if weights.left_out:
         some = ", ".join(weights.left_out[:3]) + (", .." if len(weights.left_out) > 3 else "")
         console.print(f"left    out {len(weights.left_out)} tensors that training needs or the network implies: {some}")
-
-
-def check_whole(weights: Weights) -> None:
-    """Raise ValueError unless the weights are exactly those of a network of this package."""
-    state, config = weights.state, weights.metadata["backbone"]
-    trunk = {name: config[name] for name in resolve_architecture(weights)}
-    with torch.device("meta"):
-        if is_detector(weights):
-            network: torch.nn.Module = detector_for(weights)
-        elif "fc.weight" in state:
-            network = ResNetClassifier(BackboneConfig(**trunk), len(state["fc.weight"]))
-        elif pyramid := pyramid_of(state):
-            network = ResNetBackbone(BackboneConfig(**trunk, **pyramid, fpn=True))
-        else:
-            network = ResNetBackbone(BackboneConfig(**trunk, levels=(last_level(weights),)))
-    fitting(network, weights)
-
-
-def last_level(weights: Weights) -> str:
-    """The level at which the trunk ends: c5, unless it was built without its last stages."""
-    state = backbone_part(weights.state)
-    return [level for level, stage in STAGES.items() if any(key.startswith(f"{stage}.") for key in state)][-1]
 
 
 def write_checked(path: Path, weights: Weights, format: str) -> float:
@@ -207,13 +192,9 @@ def write_checked(path: Path, weights: Weights, format: str) -> float:
 
 
 def print_advice(weights: Weights, options: Options) -> None:
-    """Print how to use what was written."""
+    """Print what another framework must be told to compute the same with what was written."""
     trunk = weights.metadata["backbone"]
-    if options.to == OURS:
-        call = "load_detector(" if is_detector(weights) else "build_resnet_backbone(weights="
-        cut = "" if is_detector(weights) or last_level(weights) == "c5" else f', levels=["{last_level(weights)}"]'
-        console.print(f'use     {call}"{options.destination}"{cut})')
-    elif options.to in ("detectron2", "msra"):
+    if options.to in ("detectron2", "msra"):
         console.print(
             f"use     MODEL.WEIGHTS {options.destination}, MODEL.RESNETS.DEPTH {trunk['depth']}, "
             f"MODEL.RESNETS.STRIDE_IN_1X1 {trunk['stride_in_1x1']}, and detectron2's default input (BGR, PIXEL_STD 1)"

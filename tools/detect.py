@@ -2,14 +2,14 @@
 
 python tools/detect.py runs/shapes-r18-fpn-short photo.jpg other.png
 python tools/detect.py runs/mine photos 'more/**/*.jpg' --batch-size 8 --no-pictures
-python tools/detect.py runs/mine coco/val2017 --coco-results --annotations coco/annotations/instances_val2017.json
+python tools/detect.py runs/mine coco/val2017 --annotations coco/annotations/instances_val2017.json
 python tools/detect.py torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1 clip.mp4 --output found
 python tools/detect.py runs/mine 0                                    the first camera, until Ctrl-C
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -28,9 +28,9 @@ from detection.evaluate import detect
 from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection, run_folder
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
 from detection.report import draw_boxes
-from detection.scoring import DETECTION, entries
+from detection.scoring import entries
 from detection.video import Video, video_file
-from resbackbone.atomic import open_atomically
+from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.image_io import BadImage, read_image
@@ -55,8 +55,6 @@ class Options:
     """Lowest score of the boxes that are drawn; the JSON has all boxes."""
     pictures: bool = True
     """Draw the boxes: a picture of each image, a video of each video."""
-    coco_results: bool = False
-    """Write coco_results.json too, in COCO's results format for pycocotools' loadRes."""
     annotations: Auto[Path] = None
     """COCO annotation file with the ids of the images by file name. Default: numbers from 1, in order."""
     batch_size: int = 1
@@ -115,8 +113,6 @@ def main(argv: list[str] | None = None) -> None:
     file = detector_file(options.run)
     folder = options.output or run_folder(options.run) / "detected"
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
-    if videos and options.coco_results:
-        raise UserError(f"--coco-results: the frames of {videos[0]} have no image ids; leave out one or the other")
     with from_option("--output"):
         pictures = output_files(inputs, folder)
 
@@ -126,34 +122,24 @@ def main(argv: list[str] | None = None) -> None:
     finder = Finder(prepare_for_detection(detector, bf16=bf16), device, bf16, options.threshold)
     folder.mkdir(parents=True, exist_ok=True)
     if images:
-        detect_images(finder, images, image_ids, pictures, folder, options)
+        write_list(folder / "detections.json", detect_images(finder, images, image_ids, pictures, options))
     for source in videos:
-        detect_video(finder, source, pictures[source], options)
+        write_list(frames_file(pictures[source]), detect_video(finder, source, pictures[source], options))
 
 
 def detect_images(
-    finder: Finder, images: list[Path], image_ids: list[int], pictures: dict, folder: Path, options: Options
-) -> None:
-    """Image files -> pictures, detections.json with the file's name in every entry, and coco_results.json."""
+    finder: Finder, images: list[Path], image_ids: list[int], pictures: dict, options: Options
+) -> Iterator[dict]:
+    """Image files -> pictures, and the detections, each with the file's name."""
     readable = read_images(track(images, len(images), "detect"), image_ids, skip_bad=options.skip_bad_images)
-    with ExitStack() as files:
-        add = files.enter_context(json_list(folder / "detections.json"))
-        if options.coco_results:
-            add_result = files.enter_context(json_list(folder / "coco_results.json"))
-        for batch in batches(readable, options.batch_size):
-            paths, tensors, ids = zip(*batch, strict=True)
-            for path, image, found in zip(paths, tensors, finder.find(tensors, ids), strict=True):
-                for entry in found:
-                    add({"image": str(path), **entry})
-                    if options.coco_results:
-                        add_result({name: entry[name] for name in DETECTION.names})
-                if options.pictures:
-                    finder.picture(image, found).save(pictures[path])
-                where = f", {pictures[path]}" if options.pictures else ""
-                progress_console.print(f"{path}: {len(finder.sure(found))} found{where}")
-    if options.coco_results:
-        progress_console.print(f"COCO results: {folder / 'coco_results.json'}")
-    console.print(f"all detections: {folder / 'detections.json'}")
+    for batch in batches(readable, options.batch_size):
+        paths, tensors, ids = zip(*batch, strict=True)
+        for path, image, found in zip(paths, tensors, finder.find(tensors, ids), strict=True):
+            yield from ({"image": str(path), **entry} for entry in found)
+            if options.pictures:
+                finder.picture(image, found).save(pictures[path])
+            where = f", {pictures[path]}" if options.pictures else ""
+            progress_console.print(f"{path}: {len(finder.sure(found))} found{where}")
 
 
 def read_images(
@@ -169,16 +155,13 @@ def read_images(
             console.print(f"skipped {error}")
 
 
-def detect_video(finder: Finder, source: Path | int, out: Path, options: Options) -> None:
-    """Video -> video with boxes, and a list of {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
+def detect_video(finder: Finder, source: Path | int, out: Path, options: Options) -> Iterator[dict]:
+    """Video -> video with boxes, and the frames as {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
     video = Video(source)
     total = min(filter(None, (video.count, options.max_frames)), default=None)
     frames = track(islice(video, options.max_frames), total, f"detect {video.name}")
     number = boxes = 0
-    with ExitStack() as files:
-        add = files.enter_context(json_list(frames_file(out)))
-        if options.pictures:
-            add_picture = files.enter_context(video_file(out, video.rate))
+    with video_file(out, video.rate) if options.pictures else nullcontext() as add_picture:
         try:
             for batch in batches(frames, options.batch_size):
                 for frame, found in zip(batch, finder.find(batch, range(len(batch))), strict=True):
@@ -186,7 +169,7 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
                         add_picture(finder.picture(frame, found))
                     for entry in found:
                         del entry["image_id"]
-                    add({"frame": number, "seconds": round(number / video.rate, 3), "detections": found})
+                    yield {"frame": number, "seconds": round(number / video.rate, 3), "detections": found}
                     number, boxes = number + 1, boxes + len(finder.sure(found))
         except KeyboardInterrupt:
             if isinstance(source, Path):
@@ -194,7 +177,6 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
         if not number:
             raise UserError(f"{video.name}: no frame can be read")
     progress_console.print(f"{video.name}: {boxes} found in {number} frames{f', {out}' if options.pictures else ''}")
-    console.print(f"all detections: {frames_file(out)}")
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -204,19 +186,18 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-@contextmanager
-def json_list(path: Path) -> Iterator[Callable[[dict], None]]:
-    """Yield a function that appends an object to a JSON list, one per line; the file appears when it is complete."""
-    with open_atomically(path) as file:
-        lines = 0
+def write_list(path: Path, entries: Iterator[dict]) -> None:
+    """Write a JSON list as its entries come, one per line; the file appears when it is complete."""
 
-        def add(content: dict) -> None:
-            nonlocal lines
-            file.write(f"{',' if lines else '['}\n{json.dumps(content)}".encode())
-            lines += 1
+    def lines() -> Iterator[str]:
+        start = "[\n"
+        for entry in entries:
+            yield f"{start}{json.dumps(entry)}"
+            start = ",\n"
+        yield "[]\n" if start == "[\n" else "\n]\n"
 
-        yield add
-        file.write(b"\n]\n" if lines else b"[]\n")
+    write_atomically(path, lines())
+    console.print(f"all detections: {path}")
 
 
 def run() -> None:

@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 from xml.etree import ElementTree
 
 from resbackbone.cli.command import console, main_of, parse, progress_console, track
@@ -29,6 +28,7 @@ from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES, image_size
 
 LAYOUT = "Annotations/, JPEGImages/ and ImageSets/Main/*.txt"
+Image = tuple[Path, dict, list[dict]]  # the file; its name and size, and its objects, in COCO's words
 
 
 @dataclass(frozen=True)
@@ -49,23 +49,6 @@ class Options:
     """Print only warnings, errors and the path of the result."""
 
 
-class Box(NamedTuple):
-    """One object: its class, x, y, width and height in pixels from 0, and whether it is marked difficult."""
-
-    name: str
-    xywh: list[float]
-    difficult: bool
-
-
-class Annotated(NamedTuple):
-    """One image with its objects."""
-
-    image: Path
-    width: int
-    height: int
-    boxes: list[Box]
-
-
 def main(argv: list[str] | None = None) -> None:
     """Lists of images -> an instances file and a folder of images for each; writes everything or nothing."""
     options = parse(Options, argv)
@@ -82,22 +65,14 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{options.root}: no image in ImageSets/Main/{options.train}.txt; --train names another list")
 
     found = {split: list(readable(names, split, skip=options.skip_bad_files)) for split, names in splits.items()}
-    classes = sorted({box.name for images in found.values() for image in images for box in image.boxes})
+    classes = sorted({box["name"] for images in found.values() for _, _, boxes in images for box in boxes})
     if not classes:
         raise UserError(f"{options.root}: no object in any of the annotations")
     with folder_atomically(options.output) as folder:
         (folder / "annotations").mkdir()
-        first_id = 1
         for split, images in found.items():
             if images:
-                write_split(folder, split, images, classes, first_id=first_id)
-                first_id += len(images)
-    for split, images in found.items():
-        boxes = [box for image in images for box in image.boxes]
-        difficult = sum(box.difficult for box in boxes)
-        progress_console.print(
-            f"{split}: {len(images)} images, {len(boxes)} boxes, {difficult} of them difficult, now crowds"
-        )
+                write_split(folder, split, images, classes)
     progress_console.print(f"{len(classes)} classes: {', '.join(classes)}")
     console.print(f"written: {options.output}; train on it with tools/train_coco.py --data {options.output}")
 
@@ -109,7 +84,7 @@ def listed(years: list[Path], name: str) -> list[tuple[Path, str]]:
     return [(year, words[0]) for year, words in lines if words]
 
 
-def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterator[Annotated]:
+def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterator[Image]:
     """Yield the usable images and print the others. Raises UserError at the end if there are others, unless `skip`."""
     bad = 0
     for year, name in track(names, len(names), split):
@@ -122,8 +97,8 @@ def readable(names: list[tuple[Path, str]], split: str, *, skip: bool) -> Iterat
         raise UserError(f"{bad} of {len(names)} images of {split} cannot be used; --skip-bad-files skips them")
 
 
-def read(year: Path, name: str) -> Annotated:
-    """One image and its annotations. Raises UserError if its files are missing or damaged."""
+def read(year: Path, name: str) -> Image:
+    """One image and its objects. Raises UserError if its files are missing or damaged."""
     if Path(name).name != name:
         raise UserError(f"{name!r} in a list of {year}: not the name of an image")
     path = year / "Annotations" / f"{name}.xml"
@@ -138,11 +113,12 @@ def read(year: Path, name: str) -> Annotated:
     if image is None:
         raise UserError(f"{path}: no image {name} in {year / 'JPEGImages'}")
     boxes = [read_box(path, number, element) for number, element in enumerate(root.findall("object"), 1)]
-    return Annotated(image, *image_size(image), boxes)
+    width, height = image_size(image)
+    return image, {"file_name": image.name, "width": width, "height": height}, boxes
 
 
-def read_box(path: Path, number: int, element: ElementTree.Element) -> Box:
-    """One <object> as a Box. Raises UserError if it has no class or no valid corners."""
+def read_box(path: Path, number: int, element: ElementTree.Element) -> dict:
+    """One <object> in COCO's words, and its class. Raises UserError if it has no class or no valid corners."""
     name = (element.findtext("name") or "").strip()
     corners = [element.findtext(f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
     try:
@@ -151,8 +127,14 @@ def read_box(path: Path, number: int, element: ElementTree.Element) -> Box:
         raise UserError(f"{path}: object {number} has the corners {corners}; they must be four numbers") from None
     if not name or not all(map(math.isfinite, (left, top, right, bottom))) or right < left or bottom < top:
         raise UserError(f"{path}: object {number}, {name!r}, has the corners {corners}: no box of a class")
-    xywh = [left - 1, top - 1, right - left + 1, bottom - top + 1]
-    return Box(name, xywh, (element.findtext("difficult") or "0").strip() == "1")
+    width, height = right - left + 1, bottom - top + 1
+    difficult = (element.findtext("difficult") or "0").strip() == "1"
+    return {
+        "name": name,
+        "bbox": [left - 1, top - 1, width, height],
+        "area": width * height,
+        "iscrowd": int(difficult),
+    }
 
 
 class WithoutDoctype(ElementTree.TreeBuilder):
@@ -162,12 +144,11 @@ class WithoutDoctype(ElementTree.TreeBuilder):
         raise UserError("it has a DOCTYPE, which VOC files never have")
 
 
-def write_split(folder: Path, split: str, images: list[Annotated], classes: list[str], *, first_id: int) -> None:
+def write_split(folder: Path, split: str, images: list[Image], classes: list[str]) -> None:
     """Write a split's instances file, and link its images into a folder named after it."""
     (folder / split).mkdir()
-    listed_images: list[dict] = []
     annotations: list[dict] = []
-    for image_id, (file, width, height, boxes) in enumerate(images, first_id):
+    for image_id, (file, _, boxes) in enumerate(images, 1):
         target = folder / split / file.name
         if target.exists():
             raise UserError(f"{file}: {split} already has an image of this name")
@@ -175,17 +156,19 @@ def write_split(folder: Path, split: str, images: list[Annotated], classes: list
             os.link(file, target)
         except OSError:  # another file system, or no links there
             shutil.copyfile(file, target)
-        listed_images.append({"id": image_id, "file_name": file.name, "width": width, "height": height})
         for box in boxes:
-            numbers = {"id": len(annotations) + 1, "image_id": image_id, "category_id": classes.index(box.name) + 1}
-            area = box.xywh[2] * box.xywh[3]
-            annotations.append({**numbers, "bbox": box.xywh, "area": area, "iscrowd": int(box.difficult)})
+            category_id = classes.index(box.pop("name")) + 1
+            annotations.append({"id": len(annotations) + 1, "image_id": image_id, "category_id": category_id, **box})
     content = {
-        "images": listed_images,
+        "images": [{"id": image_id, **image} for image_id, (_, image, _) in enumerate(images, 1)],
         "annotations": annotations,
         "categories": [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(classes, 1)],
     }
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    crowds = sum(box["iscrowd"] for box in annotations)
+    progress_console.print(
+        f"{split}: {len(images)} images, {len(annotations)} boxes, {crowds} of them difficult, now crowds"
+    )
 
 
 if __name__ == "__main__":

@@ -160,9 +160,8 @@ def test_in_batches_every_image_gets_the_boxes_that_it_gets_alone(run):
 
 def test_nothing_found_is_an_empty_list(run):
     Path("b.jpg").write_bytes(b"")
-    detected(run, "b.jpg", "--skip-bad-images", "--coco-results", "--output", "found")
+    detected(run, "b.jpg", "--skip-bad-images", "--output", "found")
     assert json.loads(Path("found/detections.json").read_text()) == []
-    assert json.loads(Path("found/coco_results.json").read_text()) == []
 
 
 def write_annotations(path, names, categories=CATEGORIES):
@@ -174,20 +173,16 @@ def write_annotations(path, names, categories=CATEGORIES):
     Path(path).write_text(json.dumps(content))
 
 
-def test_coco_results_have_the_ids_of_the_annotations_and_are_what_pycocotools_takes(run):
+def test_detections_have_the_ids_of_the_annotations_and_are_what_pycocotools_takes(run):
     write_annotations("truth.json", ["other/a.png", "b.jpg", "a.png"])
-    options = ["--coco-results", "--annotations", "truth.json", "--no-pictures", "--output", "found"]
-    detected(run, "a.png", "other/a.png", *options)
-    assert sorted(path.name for path in Path("found").iterdir()) == ["coco_results.json", "detections.json"]
-    results = json.loads(Path("found/coco_results.json").read_text())
-    assert {tuple(entry) for entry in results} == {("image_id", "category_id", "bbox", "score")}
-    assert list(dict.fromkeys(entry["image_id"] for entry in results)) == [72, 70]
-    by_name = {e["image"]: e["image_id"] for e in json.loads(Path("found/detections.json").read_text())}
-    assert by_name == {"a.png": 72, "other/a.png": 70}
+    detected(run, "a.png", "other/a.png", "--annotations", "truth.json", "--no-pictures", "--output", "found")
+    assert [path.name for path in Path("found").iterdir()] == ["detections.json"]
+    found = json.loads(Path("found/detections.json").read_text())
+    assert {e["image"]: e["image_id"] for e in found} == {"a.png": 72, "other/a.png": 70}
     truth = COCO("truth.json")
-    evaluation = COCOeval(truth, truth.loadRes("found/coco_results.json"), "bbox")
-    evaluation.evaluate()
-    assert len(truth.loadRes("found/coco_results.json").anns) == len(results) > 0
+    results = truth.loadRes("found/detections.json")
+    COCOeval(truth, results, "bbox").evaluate()
+    assert len(results.anns) == len(found) > 0
 
 
 def test_quiet_leaves_warnings_and_the_last_line(run, capsys):
@@ -252,10 +247,9 @@ def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monke
     assert len(json.loads(Path("found/camera-3-frames.json").read_text())) == 1
 
 
-def test_a_video_is_not_written_over_nor_given_image_ids(run, clip):
+def test_a_video_is_not_written_over(run, clip):
     before = clip.read_bytes()
     assert "a video would replace the video clip.mp4" in error_of(run, clip, "--output", ".")
-    assert "--coco-results: the frames of clip.mp4 have no image ids" in error_of(run, clip, "--coco-results")
     assert clip.read_bytes() == before
 
 

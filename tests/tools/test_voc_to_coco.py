@@ -66,7 +66,7 @@ def test_corners_that_count_from_1_and_are_inside_become_x_y_width_height(voc, c
         [1, 1, [2, 3, 3, 6], 18, 1],  # difficult
         [2, 2, [1.5, 0, 2, 2], 4, 0],
     ]
-    assert val["images"][0]["id"] == 4 and val["annotations"][0]["bbox"] == [6, 6, 1, 1]  # one pixel
+    assert val["images"][0]["id"] == 1 and val["annotations"][0]["bbox"] == [6, 6, 1, 1]  # one pixel
     said = capsys.readouterr().out
     assert "train: 3 images, 3 boxes, 1 of them difficult, now crowds" in said and "2 classes: cat, dog" in said
 
