@@ -1,7 +1,7 @@
 """What a network costs (parameters, multiply-adds), and the responses and gradients of its layers."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -86,20 +86,14 @@ class _Observed(nn.Module):
 
 
 def _observed(model: nn.Module, record: Callable[[str, Tensor], None]) -> nn.Module:
-    """A copy of `model` in training mode that calls record(layer, response) for each 3x3 layer."""
-    copied = copy.deepcopy(model).train()
-    layers = list(_layers_3x3(copied))
-    if not layers:
+    """A copy of `model` in training mode that calls record(layer, response) for each 3x3 convN with a bnN beside it."""
+    copied, count = copy.deepcopy(model).train(), 0
+    for prefix, parent in list(copied.named_modules()):
+        for name, child in list(parent.named_children()):
+            norm = getattr(parent, name.replace("conv", "bn"), None)
+            if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3) and isinstance(norm, nn.Module):
+                setattr(parent, name.replace("conv", "bn"), _Observed(norm, f"{prefix}.{name}".lstrip("."), record))
+                count += 1
+    if not count:
         raise UserError("this network has no 3x3 layer (a convN with its bnN) to measure")
-    for layer, parent, norm_name in layers:
-        setattr(parent, norm_name, _Observed(getattr(parent, norm_name), layer, record))
     return copied
-
-
-def _layers_3x3(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """(full name, parent module, name of the norm) of each 3x3 convolution `convN` that has a `bnN` beside it."""
-    for prefix, parent in model.named_modules():
-        for name, child in parent.named_children():
-            norm_name = name.replace("conv", "bn")
-            if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3) and hasattr(parent, norm_name):
-                yield f"{prefix}.{name}".lstrip("."), parent, norm_name

@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError
 from resbackbone.config import BackboneConfig, CommonConfig, ordered_levels
 from resbackbone.export import export_maps
 from resbackbone.fpn import FPN
-from resbackbone.layers import fuse
-from resbackbone.resnet import DEPTHS, Feature, ResNet, count_norms, sorted_levels
+from resbackbone.layers import BATCH_NORMS, fuse
+from resbackbone.resnet import Feature, ResNet, sorted_levels
 from resbackbone.weights.fit import backbone_part, fit, resolve_architecture, resolve_pyramid
 from resbackbone.weights.inputs import INPUT
 from resbackbone.weights.read import WeightSource, read_weights
@@ -48,8 +48,8 @@ class Backbone(nn.Module):
         fuse(self.eval())
         return self
 
-    def export(self, path: str | os.PathLike, format: str | None = None) -> None:
-        """Write images -> feature maps to `path` as "onnx" or "pt2"; without `format`, as the suffix says.
+    def export(self, path: str | os.PathLike) -> None:
+        """Write images -> feature maps to `path`, a file for ONNX (.onnx) or for `torch.export.load` (.pt2).
 
         The file holds a fused fp32 copy; this backbone stays as it is. The input is `images` [B, channels, H, W]; the
         outputs have the levels' names, finest first. Batch, height and width are free: with a ResNet any batch from 1
@@ -60,8 +60,8 @@ class Backbone(nn.Module):
         ({name: {channels, stride}}), `backbone` (its config) and `weights_source`. In ONNX these are metadata_props,
         each a JSON value; in a .pt2 one JSON object, `torch.export.load(path, extra_files={"metadata.json": ""})`.
 
-        Raises ValueError if the format or suffix is unknown, the folder does not exist, or, for ONNX, onnx or
-        onnxscript is not installed.
+        Raises ValueError if the suffix is unknown, the folder does not exist, or, for ONNX, onnx or onnxscript is not
+        installed.
         """
         copied = deepcopy(self).cpu().float().to(memory_format=torch.contiguous_format).fuse()
         metadata = {
@@ -71,11 +71,13 @@ class Backbone(nn.Module):
             "backbone": self.config.to_json(),
             "weights_source": self.weights_source,
         }
-        export_maps(copied, path, format, outputs=list(self.features), metadata=metadata)
+        export_maps(copied, path, outputs=list(self.features), metadata=metadata)
 
     def summary(self) -> str:
         """One line on what trains: `frozen BN 53, trainable BN 0, parameters 23.2 M trainable, 0.2 M frozen`."""
-        frozen, trainable = count_norms(self)
+        modules = list(self.modules())
+        frozen = sum(type(m).__name__.startswith("FrozenBatchNorm") for m in modules)  # other libraries' as well
+        trainable = sum(isinstance(m, BATCH_NORMS) for m in modules)
         counts = {True: 0, False: 0}
         for parameter in self.parameters():
             counts[parameter.requires_grad] += parameter.numel()
@@ -93,17 +95,13 @@ class ResNetBackbone(Backbone, ResNet):
     def __init__(self, config: BackboneConfig):
         ResNet.__init__(self, **config.trunk())
         self.config = config
-        self.fpn = FPN(self.stage_features, **config.pyramid()) if config.fpn else None
+        self.size_divisibility = list(self.stage_features.values())[-1].stride
+        self.fpn = None
+        if config.fpn:
+            self.fpn = FPN(self.stage_features, **config.pyramid())
+            self.features = self.fpn.features
         if config.frozen_through is not None:
             self.freeze(config.frozen_through)
-
-    @property
-    def features(self) -> dict[str, Feature]:  # type: ignore[override]  # a network's own is only read
-        return ResNet.features.fget(self) if self.fpn is None else self.fpn.features  # type: ignore[attr-defined]
-
-    @property
-    def size_divisibility(self) -> int:  # type: ignore[override]
-        return list(self.stage_features.values())[-1].stride
 
     def with_levels(self, levels: Iterable[str]) -> "ResNetBackbone":
         """A trunk that gives `levels`, c2..c5, on this backbone's own layers; this backbone keeps its levels.
@@ -181,8 +179,6 @@ def build_resnet_backbone(
     Raises ValueError for an unknown name or level, for frozen layers without weights, and for weights that are of
     another network than is asked or do not fit, listing every missing, unexpected and mis-shaped key.
     """
-    if depth is not None:
-        one_of("depth", depth, DEPTHS)  # before weights are downloaded
     if frozen_through == "auto":
         frozen_through = None if weights is None else "c2"
     loaded = None if weights is None else read_weights(weights)

@@ -79,9 +79,7 @@ def build_cifar_resnet(
     asked: dict[str, Any] = {"depth": depth, "shortcut": shortcut, "num_classes": num_classes}
     asked = {name: value for name, value in asked.items() if value is not None}
     if weights is None:
-        if depth is None:
-            one_of("depth", depth, CIFAR_DEPTHS)
-        return CifarResNet(**asked)
+        return CifarResNet(**{"depth": depth, **asked})
 
     loaded = read_weights(weights)
     known = _described_by(loaded.state)

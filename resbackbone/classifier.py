@@ -4,9 +4,9 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError
 from resbackbone.config import BackboneConfig
-from resbackbone.resnet import DEPTHS, ResNet
+from resbackbone.resnet import ResNet
 from resbackbone.weights import WeightSource, read_weights
 from resbackbone.weights.fit import fit, resolve_architecture
 
@@ -45,8 +45,6 @@ def build_resnet_classifier(
     What is None comes from the weights, or is the default: 1000 classes, norm "BN", and so on. Raises ValueError for
     an unknown name, and for weights that are of another network than is asked or do not fit, their `fc` included.
     """
-    if depth is not None:
-        one_of("depth", depth, DEPTHS)  # before weights are downloaded
     loaded = None if weights is None else read_weights(weights)
     if loaded is not None:
         if "fc.weight" not in loaded.state:

@@ -15,32 +15,25 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of, require
 from resbackbone.compat import any_size_in_exports
 
-SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2"}  # by format
+SUFFIXES = (".onnx", ".pt2")
 METADATA_FILE = "metadata.json"  # inside a .pt2
 FREE_DIMENSIONS = {0: "batch", 2: "height", 3: "width"}
 
 
 def export_maps(
-    network: nn.Module, path: str | os.PathLike, format: str | None, *, outputs: Sequence[str], metadata: dict[str, Any]
+    network: nn.Module, path: str | os.PathLike, *, outputs: Sequence[str], metadata: dict[str, Any]
 ) -> None:
     """Write `network`, [B, channels, H, W] -> {level: map}, in eval mode on the CPU, with any batch, height and width.
 
     `outputs` names the maps in order, and `metadata` goes into the file. See `Backbone.export`.
     """
     path = Path(path)
-    if format is None:
-        one_of("suffix", path.suffix, SUFFIXES.values(), " or give format=")
-        format = path.suffix.removeprefix(".")
-    one_of("format", format, SUFFIXES)
-    if path.suffix in SUFFIXES.values() and path.suffix != SUFFIXES[format]:
-        raise UserError(f"{path}: the suffix does not fit the format {format!r}; use {SUFFIXES[format]}")
+    if one_of("suffix", path.suffix, SUFFIXES) == ".onnx":
+        require("export", "onnx", "onnxscript", user="export to ONNX")
     if not path.parent.is_dir():
         raise UserError(f"{path}: no folder {path.parent} to export to")
-    if format == "onnx":
-        require("export", "onnx", "onnxscript", user="export to ONNX")
-
     program = _capture(network.requires_grad_(False))
-    data = _to_onnx(program, outputs, metadata) if format == "onnx" else _to_pt2(program, metadata)
+    data = _to_onnx(program, outputs, metadata) if path.suffix == ".onnx" else _to_pt2(program, metadata)
     write_atomically(path, data)
 
 

@@ -18,12 +18,10 @@ MAX_ASPECT = 200  # longer side over shorter; a narrower image would have no wid
 
 
 class BadImage(UserError):
-    """An image that cannot be used. The message is `image FILE: REASON`.
+    """An image that cannot be used, for example because its file is missing. The message is `image FILE: REASON`.
 
-    It is raised, mostly in this module, if a file is missing, empty, truncated or not an image, or if its size is not
-    the annotated one. Data sets opened with `skip_bad_images=True` (`--skip-bad-images`) skip such images and no
-    others; commands then print `skipped image FILE: REASON` and list the messages in results.json, under
-    `skipped_images` and `skipped_training_images`.
+    Data sets opened with `skip_bad_images=True` skip such images and no others; commands then print the messages and
+    list them in results.json.
     """
 
 

@@ -146,11 +146,7 @@ def fuse(module: nn.Module) -> nn.Module:
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
     """module(x) that keeps no activations and computes them again in backward; statistics still count once."""
-    return checkpoint(module, x, use_reentrant=False, context_fn=partial(_checkpoint_contexts, module))
-
-
-def _checkpoint_contexts(module: nn.Module):
-    return nullcontext(), _statistics_untouched(module)
+    return checkpoint(module, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _statistics_untouched(module)))
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.layers import (
-    BATCH_NORMS,
     Norm,
     checkpointed,
     conv,
@@ -142,6 +141,7 @@ class ResNet(nn.Module):
                 stage.append(block(channels, width, layout, dilation=(dilation[1], dilation[1])))
             setattr(self, STAGES[level], stage)
             self.stage_features[level] = Feature(channels, stride)
+        self.features = {level: self.stage_features[level] for level in self.levels}  # in the order of forward's maps
         self._initialize(zero_init_residual)
         self.register_load_state_dict_pre_hook(_adapt_before_loading)
 
@@ -152,11 +152,6 @@ class ResNet(nn.Module):
             elif zero_init_residual and isinstance(module, BasicBlock | Bottleneck):
                 last_norm = module.bn2 if isinstance(module, BasicBlock) else module.bn3
                 nn.init.zeros_(cast(Tensor, last_norm.weight))
-
-    @property
-    def features(self) -> dict[str, Feature]:
-        """Channels and stride of each map that forward returns, in its order."""
-        return {level: self.stage_features[level] for level in self.levels}
 
     def stages(self) -> Iterator[tuple[str, nn.Sequential]]:
         """The stages that are built, as ("c2", layer1), ("c3", layer2), ..."""
@@ -174,8 +169,8 @@ class ResNet(nn.Module):
         maps = {}
         for level, stage in self.stages():
             for block in stage:
-                recompute = self.checkpoint_activations and self.training and not _is_frozen(block)
-                x = checkpointed(block, x) if recompute else block(x)
+                trains = self.training and any(p.requires_grad for p in block.parameters())
+                x = checkpointed(block, x) if self.checkpoint_activations and trains else block(x)
             if level in self.levels:
                 maps[level] = x
         return maps
@@ -204,17 +199,6 @@ def sorted_levels(levels: Iterable[str], choices: tuple[str, ...], note: str = "
     if not asked:
         raise UserError(f"no level asked for; choose from {', '.join(choices)}")
     return sorted(asked)
-
-
-def count_norms(module: nn.Module) -> tuple[int, int]:
-    """(frozen, trainable) batch norms in `module`; frozen ones of other libraries are known by their class's name."""
-    modules = list(module.modules())
-    frozen = sum(type(m).__name__.startswith("FrozenBatchNorm") for m in modules)
-    return frozen, sum(isinstance(m, BATCH_NORMS) for m in modules)
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return not any(p.requires_grad for p in module.parameters())
 
 
 def _adapt_before_loading(module: ResNet, state_dict, prefix, *_):

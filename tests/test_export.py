@@ -81,16 +81,6 @@ def test_every_kind_of_network_exports_to_onnx(tmp_path, randomised, depth, netw
     assert_computes_the_same(path, backbone, [(3, 97, 70)])
 
 
-def test_the_format_is_told_by_the_suffix_or_by_name(tmp_path):
-    backbone = build_resnet_backbone(18, levels=["c2"])
-    for suffix, format in [(".onnx", None), (".pt2", None), (".model", "onnx"), (".model", "pt2")]:
-        path = tmp_path / f"backbone{suffix}"
-        backbone.export(str(path), format)
-        is_zip = path.read_bytes()[:2] == b"PK"
-        assert is_zip == ("pt2" in (suffix[1:], format))
-    assert {path.name for path in tmp_path.iterdir()} == {"backbone.onnx", "backbone.pt2", "backbone.model"}
-
-
 def assert_names_and_free_dimensions(graph) -> None:
     images, *maps = (
         (value.name, [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim])
@@ -169,18 +159,16 @@ def test_export_prints_nothing_folds_norms_and_writes_nothing_of_this_machine(tm
 
 
 @pytest.mark.parametrize(
-    "path, format, message",
+    "path, message",
     [
-        ("net.pth", None, r"unknown suffix '\.pth'; choose from \.onnx, \.pt2 or give format="),
-        ("net", None, "unknown suffix ''"),
-        ("net.onnx", "tensorrt", "unknown format 'tensorrt'; choose from onnx, pt2"),
-        ("net.pt2", "onnx", r"net\.pt2: the suffix does not fit the format 'onnx'; use \.onnx"),
-        ("nowhere/net.onnx", None, "no folder .*nowhere to export to"),
+        ("net.pth", r"unknown suffix '\.pth'; choose from \.onnx, \.pt2"),
+        ("net", "unknown suffix ''"),
+        ("nowhere/net.onnx", "no folder .*nowhere to export to"),
     ],
 )
-def test_a_path_or_format_that_will_not_do_is_refused_in_one_sentence(tmp_path, path, format, message):
+def test_a_path_that_will_not_do_is_refused_in_one_sentence(tmp_path, path, message):
     with pytest.raises(ValueError, match=message) as error:
-        build_resnet_backbone(18, levels=["c2"]).export(tmp_path / path, format)
+        build_resnet_backbone(18, levels=["c2"]).export(tmp_path / path)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
 

@@ -61,7 +61,6 @@ from resbackbone.weights.write import architecture_name
 EMBEDDED = Path("datasets/shape-crops")
 IMAGENET = ("IMAGENET_DIR", "datasets/imagenet")
 NORMS = ("BN", "SyncBN", "GN")
-NOT_EVALUATED = "nothing is evaluated: synthetic images show only the speed"
 Batch = tuple[Tensor, Tensor]  # uint8 images [B, 3, H, W], labels [B]
 
 
@@ -141,11 +140,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(rank: Rank, options: Options) -> None:
     """Images -> classifier -> updates -> evaluation, in every process; rank 0 writes."""
-    embedded = Path(options.data) == EMBEDDED
-    about_data = about_built_in_data(EMBEDDED, LAYOUT) if embedded else None
-    session = prepare_run(rank, options, default=default_folder(options), first_line=about_data)
-    if embedded:
-        from_main(partial(make_shape_crops, EMBEDDED), rank)
+    session = prepare_run(rank, options, default=default_folder(options))
     train_set, val_set = open_data(session)
     recipe = recipe_of(options)
 
@@ -168,7 +163,7 @@ def train(rank: Rank, options: Options) -> None:
     run = session.train(task, state, schedule, parts=options.accumulate, train_set_sha256=train_set.fingerprint)
 
     if options.data == SYNTHETIC:
-        session.info(NOT_EVALUATED)
+        session.info("nothing is evaluated: synthetic images show only the speed")
         session.finish({})
     else:
         results = loop.evaluate(task, state, run, final=True)
@@ -182,6 +177,9 @@ def train(rank: Rank, options: Options) -> None:
 def open_data(session: Session) -> tuple[Images, Images]:
     """The images to train on and to validate on."""
     options, rank = session.options, session.rank
+    if Path(options.data) == EMBEDDED:
+        session.info(about_built_in_data(EMBEDDED, LAYOUT))
+        from_main(partial(make_shape_crops, EMBEDDED), rank)
     opened = partial(open_images, options.data, skip_bad_images=options.skip_bad_images)
     with from_option("--data"):
         train_set, val_set = (from_main(partial(opened, split), rank) for split in ("train", "val"))
@@ -269,21 +267,13 @@ class Classification(Task):
 
     def write_report(self, folder: Path) -> None:
         results, predictions = self.evaluated or (None, None)
-        why_not = NOT_EVALUATED if self.options.data == SYNTHETIC else "No evaluation yet."
-        network = self.metadata["architecture"]
-        write_report(folder, network=network, results=results, predictions=predictions, why_not=why_not)
+        write_report(folder, network=self.metadata["architecture"], results=results, predictions=predictions)
 
 
 def finish(session: Session, task: Classification, results: dict) -> None:
-    """Write the classifier with its accuracy, and results.json; print the results."""
-    options, folder, metadata = session.options, session.folder, task.metadata
-    where = f"{data_name(options)}, {len(task.val_set)} validation images, {options.eval}"
-    metadata["accuracy"] = [
-        {"data": where, "metric": metric, "value": round(100 * results[key], 3), "published": "this run"}
-        for key, metric in (("top1", "top-1"), ("top5", "top-5"))
-    ]
-    write_weights(folder / "model.safetensors", task.tested.state_dict(), metadata)
-    write_results(folder / "results.json", results)
+    """Write the classifier and results.json; print the results."""
+    write_weights(session.folder / "model.safetensors", task.tested.state_dict(), task.metadata)
+    write_results(session.folder / "results.json", results)
     session.finish({"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"})
     console.print(described(results))
 
@@ -312,7 +302,6 @@ def build(
         "classes": classes,
         "source": f"tools/pretrain.py on {data_name(options)}",
         "recipe": {"name": options.recipe, **asdict(recipe)},
-        "accuracy": [],
     }
 
 

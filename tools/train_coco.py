@@ -137,8 +137,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
-    about_data = about_built_in_data(EMBEDDED, LAYOUT) if options.data == EMBEDDED else None
-    session = prepare_run(rank, options, default=default_folder(options), first_line=about_data)
+    session = prepare_run(rank, options, default=default_folder(options))
     recipe = RECIPES[options.recipe]
     train_set, val_set = open_data(session, recipe)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
@@ -177,6 +176,7 @@ def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]
     """The images to train on and to evaluate on, checked."""
     options, rank = session.options, session.rank
     if options.data == EMBEDDED:
+        session.info(about_built_in_data(EMBEDDED, LAYOUT))
         from_main(embedded_data, rank)
     else:
         with from_option("--data"):
@@ -330,9 +330,7 @@ def default_folder(options: Options) -> Path:
 
 def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Callable[[str], None]) -> FasterRCNN:
     """Build the detector of a new run; `say` gets a line about a detector's weights."""
-    frozen_through = options.frozen_through or "auto"
-    if frozen_through == "auto" and options.weights:
-        frozen_through = recipe.frozen_through
+    frozen_through = options.frozen_through or (recipe.frozen_through if options.weights else "auto")
     sizes = {"min_size": recipe.min_size, "max_size": recipe.max_size, "resize_in_training": False}
     weights = read_described_weights(options.weights) if options.weights and options.variant in BACKBONE_OF else None
     if weights is not None and "detector" in weights.metadata:

@@ -42,32 +42,31 @@ def write_report(
     network: str,
     results: Mapping | None = None,
     predictions: Predictions | None = None,
-    why_not: str = "No evaluation yet.",
     say: Callable[[str], object] = print,
 ) -> Path | None:
     """Write report.html of the run in `folder`, finished or not; returns the file.
 
     `network` names what is trained, for the title. `results` are those of the last evaluation: fractions {"top1",
-    "top5"} or {"error"}, and "images"; `predictions` are what they are counted from. Without them the page shows
-    `why_not`. A failure never stops the run: `say` gets one line about it, and the result is None.
+    "top5"} or {"error"}, and "images"; `predictions` are what they are counted from. A failure never stops the run:
+    `say` gets one line about it, and the result is None.
     """
-    return write_page(folder, lambda: report(folder, network, results, predictions, why_not), say)
+    return write_page(folder, lambda: report(folder, network, results, predictions), say)
 
 
-def report(folder: Path, network: str, results: Mapping | None, predictions: Predictions | None, why_not: str) -> str:
+def report(folder: Path, network: str, results: Mapping | None, predictions: Predictions | None) -> str:
     """The page that `write_report` writes."""
     log, words = RunLog(folder), macros("classification.html")
     names = {"top1": "top-1", "top5": "top-5", "error": "test"}
     curves = {title: log.curve(name, evaluations=True, scale=100) for name, title in names.items()}
     curves["training batches"] = log.curve("train_error", scale=100)
-    parts = [absent(why_not)] * 3
+    parts = [none_yet := absent("No evaluation yet.")] * 3
     if predictions is not None:
         parts = [_classes(predictions), _confusions(predictions), _worst(predictions)]
     return report_page(
         log,
         network,
         results,
-        summary=absent(why_not) if results is None else words.summary(results),
+        summary=none_yet if results is None else words.summary(results),
         over_time=words.over_time({name: curve for name, curve in curves.items() if curve}, bool(log.evaluations)),
         sections=list(map(Section, ("Classes", "Confusions", "Worst images"), parts)),
     )

@@ -58,10 +58,6 @@ class Session:
         """Yield the items of an evaluation under a progress bar."""
         return track(items, total, "evaluate", shown=self.rank.is_main)
 
-    def progress(self, steps: int, start: int) -> Progress:
-        """The progress bar of a training."""
-        return Progress("train", steps, start=start, shown=self.rank.is_main)
-
     def open_run(self, step: int, effective: Mapping[str, Any]) -> Run:
         """Start writing the run's folder; config.yaml gets the options and `effective`.
 
@@ -103,7 +99,7 @@ class Session:
             f"{start} to {plan.steps}: {plan.batch_size} images per update{f' in {parts} parts' if parts > 1 else ''} "
             f"on {ranks} {self.rank.device.type}, {plan.precision}, learning rate {schedule.rate:g}"
         )
-        with self.progress(plan.steps, state.step) as progress:
+        with Progress("train", plan.steps, start=state.step, shown=self.rank.is_main) as progress:
             try:
                 loop.train(task, state, plan, run, loop.Observer(progress.update, self.info))
             except Terminated:
@@ -117,16 +113,11 @@ class Session:
         self.info(summary(self.folder, results, FILES))
 
 
-def prepare_run(rank: Rank, options, *, default: Path, first_line: str | None = None) -> Session:
-    """Lock the run's folder, --output or a new one named `default`, and find the checkpoint to resume from.
-
-    `first_line` is printed before anything else.
-    """
+def prepare_run(rank: Rank, options, *, default: Path) -> Session:
+    """Lock the run's folder, --output or a new one named `default`, and find the checkpoint to resume from."""
     be_quiet(options)
     use_deterministic(options.deterministic)
     session = Session(options, rank)
-    if first_line is not None:
-        session.info(first_line)
     check_output(options.output)
 
     def claim() -> Path:

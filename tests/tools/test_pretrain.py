@@ -94,13 +94,10 @@ def test_the_results_are_what_the_written_classifier_scores(straight, photos):
 
 def test_the_file_says_what_it_is_and_a_detectors_backbone_starts_from_it(straight):
     path = straight / "a2" / "model.safetensors"
-    metadata, results = read_weights(path).metadata, json.loads((straight / "a2" / "results.json").read_text())
+    metadata = read_weights(path).metadata
     assert metadata["classes"] == ["blue", "green", "red"] and metadata["num_classes"] == 3
     assert metadata["architecture"] == "resnet18" and metadata["backbone"]["stride_in_1x1"] is False
     assert metadata["recipe"]["name"] == "a2" and metadata["recipe"]["optimizer"] == "lamb"
-    [top1, _] = metadata["accuracy"]
-    assert top1["metric"] == "top-1" and top1["value"] == pytest.approx(100 * results["top1"], abs=1e-3)
-    assert "photos, 12 validation images, 1crop" in top1["data"]
     backbone = build_resnet_backbone(18, fpn=True, weights=path)
     state, trunk = load_file(path), backbone.state_dict()
     assert torch.equal(next(v for k, v in trunk.items() if k.endswith("conv1.weight")), state["conv1.weight"])
