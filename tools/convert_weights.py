@@ -54,10 +54,6 @@ class Options:
     """Whether its bottlenecks stride in the 1x1. Default: what the file says, or what is usual for its names."""
     depth: int | None = None
     """Depth of the network if its tensors do not tell: a trunk that ends early may be of several depths."""
-    licence: str | None = None
-    """Licence of the weights, stored in the file."""
-    recipe: str | None = None
-    """How they were trained, stored in the file."""
     overwrite: bool = False
     """Replace an existing file or folder of transformers."""
     list: bool = False
@@ -117,8 +113,7 @@ def described(weights: Weights, options: Options) -> Weights:
         raise UserError(f"{weights.source}: {key} is {list(weights.state[key].shape)}, which no layer has")
     if options.part is not None:
         weights = only_part(weights, options.part)
-    given = {"licence": options.licence, "recipe": options.recipe}
-    metadata = {"source": weights.source, **weights.metadata, **{k: v for k, v in given.items() if v is not None}}
+    metadata = {"source": weights.source, **weights.metadata}
     trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
     assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name, None) is None}
     metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}

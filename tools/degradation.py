@@ -45,7 +45,7 @@ class ComparisonOptions:
     plain: bool = True
     """Include the plain nets; --no-plain trains only the residual nets (Fig. 6, middle)."""
     output: Path = Path("runs/degradation")
-    """Folder for a run folder per net, and degradation (or shortcuts) .png, .svg, .md and .json."""
+    """Folder for a run folder per net, and degradation (or shortcuts) .png, .md and .json."""
     plot_only: bool = False
     """Train nothing; draw what the runs in --output have recorded, finished or not."""
     log_period: int = 20
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
     for c in curves:
         kind = "plain" if c.network["shortcut"] == "none" else "residual"
         panels.setdefault(f"ResNet-{c.network['depth']}" if options.shortcuts else kind, []).append(c)
-    draw(panels, options.output / name)
+    draw(panels, options.output / f"{name}.png")
     rows = [c.row() for c in curves]
     content = {"recipe": recipe, "runs": rows}
     write_atomically(options.output / f"{name}.json", json.dumps(content, indent=2) + "\n")
@@ -192,8 +192,7 @@ def draw(panels: Mapping[str, Sequence[Curves]], path: Path) -> None:
     axes[0][0].set_ylim(0, min(1, 1.05 * late.max()) or 1)
     axes[0][0].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0][0].set_ylabel("error")
-    for kind in ("png", "svg"):
-        figure.savefig(path.with_name(f"{path.name}.{kind}"), dpi=110)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

@@ -46,7 +46,7 @@ class Options:
     images: int = 128
     """Number of training images to measure on."""
     output: Path = Path("runs/layer-responses")
-    """Folder for layer_responses.png, .svg, .json and .md; existing ones are replaced."""
+    """Folder for layer_responses.png, .json and .md; existing ones are replaced."""
     seed: int = 0
     """Seed of the initial weights and of the choice of images."""
     quiet: bool = False
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     content = {"looked_at": looked_at, "torch": str(torch.__version__), "measured": [asdict(m) for m in measured]}
     write_atomically(options.output / "layer_responses.json", json.dumps(content, indent=1) + "\n")
     write_atomically(options.output / "layer_responses.md", table(measured))
-    draw(measured, options.output)
+    draw(measured, options.output / "layer_responses.png")
     console.print(table(measured), f"figure: {options.output / 'layer_responses.png'}", sep="\n")
 
 
@@ -149,7 +149,7 @@ def table(measured: Sequence[Measured]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(measured: Sequence[Measured], folder: Path) -> None:
+def draw(measured: Sequence[Measured], path: Path) -> None:
     """Draw three panels per time: responses by layer and in descending order, as in Fig. 7, and gradients."""
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -179,8 +179,7 @@ def draw(measured: Sequence[Measured], folder: Path) -> None:
             panel.set_ylim(bottom=0)
         for panel in (by_layer, ranked, gradient):
             panel.grid(alpha=0.3)
-    for kind in ("png", "svg"):
-        figure.savefig(folder / f"layer_responses.{kind}", dpi=110)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 

@@ -51,8 +51,6 @@ class Options:
     """JPEG quality of re-encoded images, 1 to 95."""
     images_per_shard: int = 4000
     """Number of images in a shard, which is built in memory."""
-    seed: int = 0
-    """Seed of the order of the images. They are shuffled here because reading shuffles only within a window."""
     workers: int = os.cpu_count() or 1
     """Processes; each writes one shard at a time."""
     skip_bad_images: bool = False
@@ -98,7 +96,7 @@ def check(options: Options) -> None:
 
 def write_split(images: Images, split: str, options: Options) -> None:
     """Write the shards of a split, then the index that makes them usable."""
-    order = np.random.default_rng(options.seed).permutation(len(images))
+    order = np.random.default_rng(0).permutation(len(images))  # because reading shuffles only within a window
     parts = [order[i : i + options.images_per_shard] for i in range(0, len(order), options.images_per_shard)]
     paths = [options.output / f"{split}-{i:06d}.tar" for i in range(len(parts))]
     side = options.shorter_side if split == "train" else 0

@@ -23,11 +23,11 @@ def predictions(labels, best, *, losses=None, classes=("cat", "dog", "owl"), siz
     return Predictions(classes, np.array(labels), best, losses, image, "folder/{}.png".format)
 
 
-def report_of(folder, shown=None, results=None, *, lines=(), network="resnet-20", **why):
+def report_of(folder, shown=None, results=None, *, lines=(), network="resnet-20"):
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text("data: a/photos\nbatch_size: 2\n")
-    path = write_report(folder, network=network, results=results, predictions=shown, **why)
+    path = write_report(folder, network=network, results=results, predictions=shown)
     assert path == folder / "report.html"
     return path.read_text()
 

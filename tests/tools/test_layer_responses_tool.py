@@ -1,5 +1,4 @@
 import json
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -42,8 +41,6 @@ def test_initialised_networks_are_measured_drawn_and_tabulated(tmp_path, capsys)
     ]
     with Image.open(tmp_path / "out" / "layer_responses.png") as picture:
         assert picture.width > 1000 and len(picture.convert("RGB").getcolors(1 << 20)) > 50  # lines, not a blank page
-    drawn = (tmp_path / "out" / "layer_responses.svg").read_text()
-    assert ElementTree.fromstring(drawn).tag.endswith("svg")
     said = capsys.readouterr().out
     assert said.startswith("measuring on 8 training images of synthetic\n")
     table = (tmp_path / "out" / "layer_responses.md").read_text()
