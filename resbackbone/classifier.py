@@ -46,16 +46,6 @@ def build_resnet_classifier(
     an unknown name, and for weights that are of another network than is asked or do not fit, their `fc` included.
     """
     loaded = None if weights is None else read_weights(weights)
-    if loaded is not None:
-        if "fc.weight" not in loaded.state:
-            raise UserError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")
-        classes = len(loaded.state["fc.weight"])
-        if num_classes not in (None, classes):
-            raise UserError(
-                f"weights from {loaded.source} are for num_classes={classes}, "
-                f"but you asked for num_classes={num_classes}"
-            )
-        num_classes = classes
     trunk = resolve_architecture(
         loaded,
         depth=depth,
@@ -67,12 +57,19 @@ def build_resnet_classifier(
         eps=eps,
         norm=norm,
     )
-    if loaded is not None:
-        loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
     config = BackboneConfig(
         **trunk, zero_init_residual=zero_init_residual, checkpoint_activations=checkpoint_activations
     )
-    model = ResNetClassifier(config, 1000 if num_classes is None else num_classes)
-    if loaded is not None:
-        fit(model, loaded)
+    if loaded is None:
+        return ResNetClassifier(config, 1000 if num_classes is None else num_classes)
+    if "fc.weight" not in loaded.state:
+        raise UserError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")
+    classes = len(loaded.state["fc.weight"])
+    if num_classes not in (None, classes):
+        raise UserError(
+            f"weights from {loaded.source} are for num_classes={classes}, but you asked for num_classes={num_classes}"
+        )
+    loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
+    model = ResNetClassifier(config, classes)
+    fit(model, loaded)
     return model

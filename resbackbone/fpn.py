@@ -44,30 +44,27 @@ class FPN(nn.Module):
         self.trunk_levels = trunk_levels_for(self.levels)
         self.relu_before_p7 = relu_before_p7
         self.p6_from = one_of("source of p6", p6_from, ("c5", "p5"))
-        convolved = "p7" in self.levels  # p6 and p7 by convolutions, else p6 by subsampling
-        needs_p5 = "p6" in self.levels and not convolved or convolved and p6_from == "p5"
+        needs_p5 = p6_from == "p5" if "p7" in self.levels else "p6" in self.levels  # p6 and p7 by convolutions, or not
+        wanted = {*self.levels, *(["p5"] if needs_p5 else [])}
 
         def block(in_channels: int, kernel: int) -> nn.Sequential:
             conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=norm is None)
             return nn.Sequential(conv, *([] if norm is None else [norm_layer(norm)(channels)]))
 
         self.inner_blocks, self.layer_blocks, self.extra_blocks = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
-        self.features: dict[str, Feature] = {}
+        strides = {"p6": trunk["c5"].stride * 2, "p7": trunk["c5"].stride * 4}
         for i, level in enumerate(self.trunk_levels):
-            if needs_p5 or self.levels[0] <= "p5":  # else p6 and p7 come straight from c5, and nothing is merged
-                self.inner_blocks[str(i)] = block(trunk[level].channels, 1)
             name = "p" + level[1]
-            if name in self.levels or (name == "p5" and needs_p5):
+            strides[name] = trunk[level].stride
+            if min(wanted) <= "p5":  # else p6 and p7 come straight from c5, and nothing is merged
+                self.inner_blocks[str(i)] = block(trunk[level].channels, 1)
+            if name in wanted:
                 self.layer_blocks[str(i)] = block(channels, 3)
-            if name in self.levels:
-                self.features[name] = Feature(channels, trunk[level].stride)
-        if convolved:
+        if "p7" in self.levels:
             source = trunk["c5"].channels if p6_from == "c5" else channels
             self.extra_blocks["p6"] = nn.Conv2d(source, channels, 3, stride=2, padding=1)
             self.extra_blocks["p7"] = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
-        for name in ("p6", "p7"):
-            if name in self.levels:
-                self.features[name] = Feature(channels, trunk["c5"].stride * 2 ** (int(name[1]) - 5))
+        self.features = {level: Feature(channels, strides[level]) for level in self.levels}
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_uniform_(module.weight, a=1)

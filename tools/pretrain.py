@@ -201,7 +201,7 @@ class Classification(Task):
         self.model, self.average, self.metadata = model, average, metadata
         self.train_set, self.val_set = train_set, val_set
         self.losses_of = build_loss(recipe, len(train_set.classes))
-        self.evaluated: tuple[dict, Predictions] | None = None
+        self.predictions: Predictions | None = None
 
     @property
     def tested(self) -> nn.Module:
@@ -258,16 +258,14 @@ class Classification(Task):
         results = score_of(self.tested, val_set, self.session, self.recipe, protocol=protocol, seen=predicted.append)
         if self.rank.is_main:
             best = predicted[0].numpy()
-            shown = Predictions(val_set.classes, val_set.labels, best, None, val_set.read, val_set.name)
-            self.evaluated = results, shown
+            self.predictions = Predictions(val_set.classes, val_set.labels, best, None, val_set.read, val_set.name)
         return results
 
     def summary(self, result: Mapping) -> str:
         return described(result)
 
     def write_report(self, folder: Path) -> None:
-        results, predictions = self.evaluated or (None, None)
-        write_report(folder, network=self.metadata["architecture"], results=results, predictions=predictions)
+        write_report(folder, network=self.metadata["architecture"], predictions=self.predictions)
 
 
 def finish(session: Session, task: Classification, results: dict) -> None:

@@ -155,7 +155,7 @@ class Cifar10Task(Task):
         self.options, self.data, self.model, self.rank = options, data, model, rank
         self.mean_image = mean_image_of(data.train)
         self.wrong = torch.zeros((), device=rank.device)
-        self.tested: tuple[dict, Predictions] | None = None
+        self.predictions: Predictions | None = None
 
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         return train_batches(
@@ -195,16 +195,14 @@ class Cifar10Task(Task):
         def picture(index: int) -> Image.Image:
             return Image.fromarray(images[index].permute(1, 2, 0).contiguous().numpy())
 
-        predictions = Predictions(self.data.classes, labels.numpy(), best, losses, picture, "image {}".format)
-        self.tested = results, predictions
+        self.predictions = Predictions(self.data.classes, labels.numpy(), best, losses, picture, "image {}".format)
         return results
 
     def summary(self, result: Mapping) -> str:
         return f"test error {100 * result['error']:.2f}%"
 
     def write_report(self, folder: Path) -> None:
-        results, predictions = self.tested or (None, None)
-        write_report(folder, network=name_of(self.options), results=results, predictions=predictions)
+        write_report(folder, network=name_of(self.options), predictions=self.predictions)
 
 
 def complete(options: Options) -> Options:

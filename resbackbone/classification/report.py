@@ -1,6 +1,6 @@
 """report.html of a run that classifies images: pretraining, or CIFAR-10."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,25 +40,25 @@ def write_report(
     folder: Path,
     *,
     network: str,
-    results: Mapping | None = None,
     predictions: Predictions | None = None,
     say: Callable[[str], object] = print,
 ) -> Path | None:
     """Write report.html of the run in `folder`, finished or not; returns the file.
 
-    `network` names what is trained, for the title. `results` are those of the last evaluation: fractions {"top1",
-    "top5"} or {"error"}, and "images"; `predictions` are what they are counted from. A failure never stops the run:
-    `say` gets one line about it, and the result is None.
+    `network` names what is trained, for the title. `predictions` are those of the last evaluation, whose results are in
+    the metrics: fractions {"top1", "top5"} or {"error"}, and "images". A failure never stops the run: `say` gets one
+    line about it, and the result is None.
     """
-    return write_page(folder, lambda: report(folder, network, results, predictions), say)
+    return write_page(folder, lambda: report(folder, network, predictions), say)
 
 
-def report(folder: Path, network: str, results: Mapping | None, predictions: Predictions | None) -> str:
+def report(folder: Path, network: str, predictions: Predictions | None) -> str:
     """The page that `write_report` writes."""
     log, words = RunLog(folder), macros("classification.html")
     names = {"top1": "top-1", "top5": "top-5", "error": "test"}
     curves = {title: log.curve(name, evaluations=True, scale=100) for name, title in names.items()}
     curves["training batches"] = log.curve("train_error", scale=100)
+    results = log.evaluations[-1] if log.evaluations else None
     parts = [none_yet := absent("No evaluation yet.")] * 3
     if predictions is not None:
         parts = [_classes(predictions), _confusions(predictions), _worst(predictions)]
