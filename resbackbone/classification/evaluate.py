@@ -1,6 +1,6 @@
 """Top-1 and top-5 by the protocols of He et al. 2015 (Sec. 3.4), every image once on any number of ranks."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ SCALES = (224, 256, 384, 480, 640)  # shorter sides, for a network trained on cr
 
 
 def evaluate(
-    models: nn.Module | Sequence[nn.Module],
+    model: nn.Module,
     images: Images,
     rank: Rank,
     *,
@@ -34,7 +34,7 @@ def evaluate(
     `predict` returns; arguments (also `options`) and errors are those of `predict`. With `images.skip_bad_images` an
     unreadable image counts as wrong. `seen` is called on rank 0 with the result of `predict`.
     """
-    predicted = predict(models, images, rank, protocol=protocol, **options)
+    predicted = predict(model, images, rank, protocol=protocol, **options)
     results = None
     if predicted is not None:
         right = predicted == torch.as_tensor(images.labels).view(-1, 1)  # [images, 5]
@@ -48,7 +48,7 @@ def evaluate(
 
 @torch.inference_mode()
 def predict(
-    models: nn.Module | Sequence[nn.Module],
+    model: nn.Module,
     images: Images,
     rank: Rank,
     *,
@@ -62,8 +62,8 @@ def predict(
 ) -> Tensor | None:
     """The five best classes of every image, best first, int64 [images, 5] on the CPU of rank 0; None elsewhere.
 
-    `models` take [B, 3, H, W] (RGB, normalized by MEAN and STD) to logits [B, classes]. The score of a class is its
-    softmax averaged over the views of `protocol`, and over the models of an ensemble:
+    `model` takes [B, 3, H, W] (RGB, normalized by MEAN and STD) to logits [B, classes]. The score of a class is its
+    softmax averaged over the views of `protocol`:
     - "1crop": the central `crop` of the image resized to a shorter side of `resize`. The input equals that of
       torchvision's ImageClassification bit for bit: the same functions decode, resize and normalize a PIL image.
     - "10crop": the four corners and the centre of the same image, and their mirror images (Krizhevsky et al. 2012).
@@ -77,11 +77,10 @@ def predict(
     batches and gets their number. With fewer than five classes there are as many columns as classes. Raises BadImage
     for an image that cannot be read; with `images.skip_bad_images` its classes are -1, and rank 0's `images.skipped`
     holds the message. Raises UserError if the protocol is unknown, if there are no images, if the crop exceeds the
-    resized image, if a model has another number of classes than `images`, and if scores are not finite.
+    resized image, if the model has another number of classes than `images`, and if scores are not finite.
     """
-    models = [models] if isinstance(models, nn.Module) else list(models)
-    if not models or not len(images.labels):
-        raise UserError(f"nothing to evaluate: {len(models)} models, {len(images.labels)} images")
+    if not len(images.labels):
+        raise UserError("nothing to evaluate: there are no images")
     if one_of("protocol", protocol, PROTOCOLS) != "multiscale" and crop > resize:
         raise UserError(f"a crop of {crop} does not fit into a shorter side of {resize}")
     views = {"1crop": 1, "10crop": 10, "multiscale": batch_size}[protocol]  # of one size, per image
@@ -93,9 +92,8 @@ def predict(
         pin_memory=rank.device.type == "cuda",
         **worker_processes(workers),
     )
-    was_training = [model.training for model in models]
-    for model in models:
-        model.eval()
+    was_training = model.training
+    model.eval()
     found: list = []
     skipped: list[str] = []
     try:
@@ -106,13 +104,11 @@ def predict(
                 raise BadImage(skipped[0])
             scores = sum(
                 _scores(model, group, rank.device, mirrored=protocol != "1crop", bf16=bf16, classes=len(images.classes))
-                for model in models
                 for group in groups
             )
             found.append(scores.topk(min(5, scores.shape[1])).indices.masked_fill(bad[:, None], -1))
     finally:
-        for model, training in zip(models, was_training, strict=True):
-            model.train(training)
+        model.train(was_training)
     parts = gather((list(share), found, skipped), rank)
     if parts is None:
         return None

@@ -139,14 +139,6 @@ def test_on_a_whole_image_the_classifier_averages_the_score_map_of_its_last_laye
     torch.testing.assert_close(logits, score_map.mean((2, 3)))
 
 
-def test_an_ensemble_averages_softmax_scores():
-    images = Drawn(classes=3)
-    sure, other = Says(9.0, 0.0, 5.0), Says(0.0, 1.9, 1.7)  # of 1 and 2 the logits' mean prefers 2, the scores' 1
-    assert predict([sure, other], images, ALONE, **SMALL)[0].tolist() == [0, 1, 2]
-    assert predict(sure, images, ALONE, **SMALL)[0].tolist() == [0, 2, 1]
-    assert predict([sure, sure, other], images, ALONE, **SMALL)[0].tolist() == [0, 1, 2]
-
-
 def test_what_is_counted_is_the_best_class_and_the_best_five():
     images = Drawn(classes=7)  # two images of each, and every image is said to be 6, 5, 4, 3, 2, 1, 0
     results = evaluate(Says(*map(float, range(7))), images, ALONE, **SMALL)
@@ -172,13 +164,13 @@ def test_logits_that_differ_in_their_last_bit_are_told_apart():
     assert predict(Says(*close[::-1]), Drawn(classes=3), ALONE, **SMALL)[0].tolist() == [1, 2, 0]
 
 
-def test_the_networks_are_evaluated_in_eval_mode_and_left_as_they_were():
-    modes = []
-    training, evaluating = nn.Sequential(nn.BatchNorm2d(3), Says(1.0, 2.0)), Says(1.0, 2.0).eval()
-    training.register_forward_hook(lambda module, *_: modes.append(module.training))
-    evaluate([training, evaluating], Drawn(classes=2), ALONE, **SMALL)
-    assert not any(modes) and training.training and training[0].training and not evaluating.training
-    assert training[0].num_batches_tracked == 0
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_is_evaluated_in_eval_mode_and_left_as_it_was(training):
+    modes, model = [], nn.Sequential(nn.BatchNorm2d(3), Says(1.0, 2.0)).train(training)
+    model.register_forward_hook(lambda module, *_: modes.append(module.training))
+    evaluate(model, Drawn(classes=2), ALONE, **SMALL)
+    assert modes and not any(modes) and model.training == model[0].training == training
+    assert model[0].num_batches_tracked == 0
 
 
 def test_progress_sees_every_batch_and_their_number():
@@ -206,19 +198,17 @@ def test_an_image_that_cannot_be_read_is_named_and_ends_it_or_counts_as_wrong(pr
 
 
 @pytest.mark.parametrize(
-    "models, options, message",
+    "model, options, message",
     [
         (Says(0.0, 0.0), {"protocol": "5crop"}, "unknown protocol '5crop'; choose from 1crop, 10crop, multiscale"),
         (Says(0.0, 0.0), {"crop": 33, "resize": 32}, "a crop of 33 does not fit into a shorter side of 32"),
         (Says(0.0, 0.0, 0.0), SMALL, "the network has 3 classes, the images have 2"),
-        ([Says(0.0, 0.0), Says(0.0)], SMALL, "the network has 1 classes, the images have 2"),
         (Says(0.0, float("nan")), SMALL, "the network's scores are not finite"),
-        ([], SMALL, "nothing to evaluate: 0 models, 4 images"),
     ],
 )
-def test_what_cannot_be_evaluated_is_answered_in_one_sentence(models, options, message):
+def test_what_cannot_be_evaluated_is_answered_in_one_sentence(model, options, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        evaluate(models, Drawn(classes=2), ALONE, **options)
+        evaluate(model, Drawn(classes=2), ALONE, **options)
 
 
 def test_several_ranks_share_the_images_and_end_with_the_results_of_one(monkeypatch):

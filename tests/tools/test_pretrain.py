@@ -391,14 +391,6 @@ def test_weights_of_another_number_of_classes_are_refused_before_training(straig
     assert list(Path().iterdir()) == []
 
 
-def test_classes_that_differ_between_the_splits_are_named(photos, tmp_path, capsys):
-    other = shutil.copytree(photos, tmp_path / "other")
-    (other / "val" / "blue").rename(other / "val" / "violet")
-    said = error_of([*QUICK, "--data", other, "--max-steps", "1"], capsys)
-    assert "blue" in said and "violet" in said
-    assert list(Path().iterdir()) == []
-
-
 def test_the_embedded_crops_are_drawn_once_and_alike_and_not_over_other_files(tmp_path):
     drawn = {"train_scenes": 3, "val_scenes": 2, "size": 64}
     one, other = (crops.make_shape_crops(tmp_path / name, **drawn) for name in ("one", "other"))
