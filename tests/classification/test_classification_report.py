@@ -128,10 +128,10 @@ def test_a_run_without_evaluation_says_so(tmp_path):
 def test_the_error_over_time_is_drawn_with_that_of_the_training_batches(tmp_path):
     lines = [{"kind": "train", "step": s, "loss": 1.0, "lr": 0.1, "train_error": 0.5} for s in (1, 2)]
     assert "not drawn: no evaluation yet" in report_of(tmp_path, lines=lines)
-    lines += [{"kind": "eval", "step": s, "error": 0.4} for s in (1, 2)]
+    lines += [{"kind": "eval", "step": s, "error": 0.4, "images": 3} for s in (1, 2)]
     html = report_of(tmp_path, lines=lines)
     assert "Error, percent" in html and "test</span>" in html and "training batches</span>" in html
-    lines = [{"kind": "eval", "step": s, "top1": 0.4, "top5": None} for s in (1, 2)]
+    lines = [{"kind": "eval", "step": s, "top1": 0.4, "top5": 0.9, "images": 3} for s in (1, 2)]
     assert "Accuracy, percent" in report_of(tmp_path, lines=lines)
 
 
