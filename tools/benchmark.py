@@ -24,7 +24,6 @@ from pathlib import Path
 
 from resbackbone.cli.command import console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_counts
 
 import torch
 
@@ -155,7 +154,6 @@ def main(argv: list[str] | None = None) -> dict:
 def contests_of(options: Options) -> list[tuple[str, Workload]]:
     """What is to be measured, each with its job's name. Raises UserError if an option is out of range."""
     one_of("depth", options.depth, DEPTHS)
-    check_counts(options)
     if min(options.batch_sizes, default=1) < 1:
         raise UserError(f"--batch-sizes {min(options.batch_sizes)}: must be at least 1")
     with from_option("--device"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from resbackbone.cli.command import console, from_config, main_of, parse, progress_console
-from resbackbone.cli.options import MachineOptions, check_counts, check_output, check_same_run, launch_command
+from resbackbone.cli.options import MachineOptions, check_same_run, launch_command
 
 import matplotlib
 import numpy as np
@@ -86,8 +86,6 @@ class Curves(NamedTuple):
 def main(argv: list[str] | None = None) -> None:
     """Nets -> a run each -> one figure and one table."""
     options = parse(Options, argv)
-    check_output(options.output)
-    check_counts(options)
     nets = networks(options)
     if not options.plot_only:
         for net in nets:

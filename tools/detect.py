@@ -17,7 +17,6 @@ from typing import TypeVar
 
 from resbackbone.cli.command import Auto, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_counts, check_output
 
 import torch
 import tyro
@@ -99,12 +98,10 @@ class Finder:
 def main(argv: list[str] | None = None) -> None:
     """Images and videos -> pictures with boxes, and what was found as JSON."""
     options = parse(Options, argv)
-    check_output(options.output)
     if not options.inputs:
         raise UserError("no image given: python tools/detect.py RUN IMAGE...")
     if not 0 <= options.threshold <= 1:
         raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
-    check_counts(options)
     with from_option("--device"):
         device = torch.device(choose_device(options.device))
     with from_option("--precision"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from resbackbone.cli.command import Auto, be_quiet, console, main_of, parse
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_counts, check_output, launch_command
+from resbackbone.cli.options import launch_command
 from resbackbone.cli.training import Session
 
 import torch
@@ -64,8 +64,6 @@ def main(argv: list[str] | None = None) -> None:
     """A run -> its 12 numbers, in one process or in one for each GPU."""
     options = parse(Options, argv)
     one_of("COCO backend", options.coco_backend, BACKENDS)
-    check_output(options.output)
-    check_counts(options)
     launch_command(score, options, INFERENCE)
 
 

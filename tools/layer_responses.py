@@ -12,7 +12,7 @@ from pathlib import Path
 
 from resbackbone.cli.command import Auto, console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_counts, check_output, usual_folder
+from resbackbone.cli.options import usual_folder
 
 import matplotlib
 import numpy as np
@@ -67,8 +67,6 @@ class Measured:
 def main(argv: list[str] | None = None) -> None:
     """Networks, and checkpoints of runs -> responses and gradients of their layers -> one figure and its numbers."""
     options = parse(Options, argv)
-    check_output(options.output)
-    check_counts(options)
     if options.images < 2:
         raise UserError(f"--images {options.images}: must be at least 2, for the statistics of batch norm")
     networks = [NETWORKS[one_of("network", name, NETWORKS)] for name in options.networks]

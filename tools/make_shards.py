@@ -23,7 +23,6 @@ from pathlib import Path
 
 from resbackbone.cli.command import Auto, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_counts, check_output
 
 import numpy as np
 from PIL import Image
@@ -85,8 +84,6 @@ def check(options: Options) -> None:
         raise UserError("give --data and --output, or --index")
     if not (split_folder(options.data, "train") or split_folder(options.data, "val")):
         raise UserError(f"--data {options.data}: no images; it should hold {LAYOUT}")
-    check_output(options.output)
-    check_counts(options)
     if options.quality > 95:
         raise UserError(f"--quality {options.quality}: must be 1 to 95")
     for index in (options.output / "train.json", options.output / "val.json"):

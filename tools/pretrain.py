@@ -20,8 +20,6 @@ from resbackbone.cli.options import (
     MAY_DIFFER,
     MachineOptions,
     RunOptions,
-    check_counts,
-    check_output,
     check_shortcut,
     choose_machine,
     launch_command,
@@ -80,13 +78,10 @@ class DataOptions:
 class NetworkOptions:
     depth: Auto[int] = None
     """18, 34, 50, 101 or 152. Default: the recipe's (50; demo: 18)."""
-    weights: Auto[str] = None
-    """A classifier of these classes to start from: a file, or torchvision:ResNet50_Weights.IMAGENET1K_V1. Default:
-    random."""
     norm: Auto[str] = None
-    """BN, SyncBN or GN. Default: that of the weights, else BN."""
+    """BN, SyncBN or GN. Default: BN."""
     shortcut: Auto[str] = None
-    """A, B or C (the paper's Sec. 4.1). Default: that of the weights, else B."""
+    """A, B or C (the paper's Sec. 4.1). Default: B."""
     plain: bool = False
     """Without shortcuts: the paper's plain nets."""
     stride_in_1x1: bool = False
@@ -286,8 +281,7 @@ def build(
         "shortcut": "none" if options.plain else options.shortcut,
         "stride_in_1x1": options.stride_in_1x1 or None,
     }
-    source = checkpoint or options.weights
-    weights = None if source is None else read_weights(source)
+    weights = None if checkpoint is None else read_weights(checkpoint)
     if checkpoint and weights.metadata.get("classes") != classes:
         raise UserError(f"{checkpoint}: was trained on other classes than those of {options.data}")
     zero_init = recipe.zero_init_residual and not options.plain
@@ -367,7 +361,6 @@ def complete(options: Options) -> Options:
     if options.norm is not None:
         one_of("norm", options.norm, NORMS)
     check_shortcut(options)
-    check_counts(options)
     device, processes, precision = choose_machine(options, INFERENCE if options.eval_only else PRECISIONS)
     on_gpu = torch.device(device).type == "cuda"
     shares = processes * options.accumulate
@@ -401,7 +394,6 @@ def complete(options: Options) -> Options:
 
 def complete_for_evaluation(options: Options) -> Options:
     """Fill in the options for --eval-only; those that are not given come from its run."""
-    check_output(options.output)
     folder, config = Path(), {}
     if not is_named(options.eval_only):
         path = Path(options.eval_only)

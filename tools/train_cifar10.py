@@ -17,7 +17,6 @@ from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MachineOptions,
     RunOptions,
-    check_counts,
     check_shortcut,
     choose_machine,
     launch_command,
@@ -209,7 +208,6 @@ def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     one_of("depth", options.depth, CIFAR_DEPTHS)
     check_shortcut(options)
-    check_counts(options)
     data = options.data or usual_folder(*CIFAR10_FOLDERS)
     if data is None:
         raise UserError(

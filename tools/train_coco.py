@@ -19,7 +19,6 @@ from resbackbone.cli.options import (
     MAY_DIFFER,
     MachineOptions,
     RunOptions,
-    check_counts,
     choose_machine,
     launch_command,
     training_options,
@@ -272,7 +271,6 @@ def complete(options: Options) -> Options:
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.depth)
     device, processes, precision = choose_machine(replace(options, precision=precision))
     on_gpu = torch.device(device).type == "cuda"
-    check_counts(options)
     batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
     return replace(
         options,

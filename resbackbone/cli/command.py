@@ -35,6 +35,8 @@ progress_console = Console(**PLAIN)  # for what --quiet leaves out: progress mes
 # Flags without their group's name; no "None" among the values; RUN, not STR, for a positional argument `run`.
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 SECONDS_BETWEEN_LINES = 20  # of progress in a log
+# The lowest values of options that are whole numbers; 1 of the others.
+LEAST = {"eval_period": 0, "gpus": 0, "pictures": 0, "seed": 0, "shorter_side": 0, "size": 32, "workers": 0}
 
 
 def parse(options: type[T], argv: list[str] | None, *, default: T | None = None) -> T:
@@ -42,7 +44,7 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
 
     --help shows the docstring of the command's module, and each dataclass that `options` inherits from as a group.
     --quiet silences `progress_console`. Raises ValueError, in one line, for an unknown flag or a value that does not
-    fit.
+    fit, such as a whole number below LEAST or a file as --output.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "config" in option_names(options) and (path := _value_of("--config", argv)) is not None:
@@ -70,6 +72,12 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
     if groups:
         parsed = options(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     be_quiet(parsed)
+    for name, value in vars(parsed).items():
+        if type(value) is int and value < (least := LEAST.get(name, 1)):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    output = getattr(parsed, "output", None)
+    if output is not None and output.is_file():
+        raise UserError(f"--output {output}: is a file; give a folder")
     return parsed
 
 

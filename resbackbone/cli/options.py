@@ -16,8 +16,6 @@ from resbackbone.engine.distributed import count_processes, launch
 from resbackbone.engine.run import latest_folder
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
-# The lowest values of options that are whole numbers; 1 of the others.
-LEAST = {"eval_period": 0, "gpus": 0, "pictures": 0, "seed": 0, "shorter_side": 0, "size": 32, "workers": 0}
 # Options that may change when a run is resumed: where it runs, how long, and how often it logs, saves and evaluates.
 MAY_DIFFER = frozenset(
     ("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config", "quiet")
@@ -56,23 +54,10 @@ class MachineOptions:
     """Use only deterministic algorithms, so that a GPU repeats a run bit for bit (slower). A CPU always does."""
 
 
-def check_counts(options) -> None:
-    """Raise ValueError for a whole number among the options that is below LEAST, or below 1 if it is not in LEAST."""
-    for name, value in vars(options).items():
-        if type(value) is int and value < (least := LEAST.get(name, 1)):
-            raise UserError(f"{_flag(name)} {value}: must be at least {least}")
-
-
 def usual_folder(variable: str, default: str) -> Path | None:
     """The first of $variable and `default` that is a folder, or None."""
     places = (os.environ.get(variable), default)
     return next((Path(place) for place in places if place and Path(place).is_dir()), None)
-
-
-def check_output(folder: Path | None) -> None:
-    """Raise ValueError if --output is a file."""
-    if folder is not None and folder.is_file():
-        raise UserError(f"--output {folder}: is a file; give a folder")
 
 
 def check_shortcut(options) -> None:

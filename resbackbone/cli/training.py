@@ -9,7 +9,6 @@ from typing import Any
 from resbackbone.checks import UserError
 from resbackbone.cli.command import Progress, be_quiet, console, progress_console, to_config, track
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import check_output
 from resbackbone.engine import loop
 from resbackbone.engine.checkpoints import resume_point
 from resbackbone.engine.device import arithmetic, use_deterministic
@@ -118,7 +117,6 @@ def prepare_run(rank: Rank, options, *, default: Path) -> Session:
     be_quiet(options)
     use_deterministic(options.deterministic)
     session = Session(options, rank)
-    check_output(options.output)
 
     def claim() -> Path:
         folder = claim_folder(options.output, default=default)

@@ -172,18 +172,6 @@ def test_a_plain_net_and_the_papers_stride_are_in_the_files_that_are_written(pho
     assert strided["backbone"]["stride_in_1x1"] is True and strided["backbone"]["shortcut"] == "C"
 
 
-def test_a_run_starts_from_weights_it_is_given(straight, photos):
-    path = straight / "a2" / "model.safetensors"
-    argv = [*QUICK, "--data", str(photos), "--recipe", "paper", "--batch-size", "2", "--max-steps", "1"]
-    pretrain.main([*argv, "--weights", str(path), "--output", "run"])
-    pretrain.main([*argv, "--seed", "1", "--output", "random"])
-    far, start = (
-        (load_file(f"{run}/model.safetensors")["fc.weight"] - load_file(path)["fc.weight"]).norm()
-        for run in ("random", "run")
-    )
-    assert start < far / 10
-
-
 @pytest.mark.parametrize(
     "flags, zero", [(["--recipe", "a2"], True), (["--recipe", "a2", "--plain"], False), ([], False)]
 )
@@ -337,7 +325,6 @@ def test_a_run_or_its_file_is_evaluated_alone_on_its_data_by_any_protocol(straig
         (["--batch-size", "2", "--accumulate", "2"], "--batch-size 2: batch norm has no statistics of one image"),
         (["--accumulate", "0"], "--accumulate 0: must be at least 1"),
         (["--size", "8"], "--size 8: must be at least 32"),
-        (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--eval-only", "nowhere", "--data", "."], "no folder val or test in it"),
         (["--eval-only", "nowhere", "--data", "synthetic"], "synthetic images show only the speed"),
@@ -380,13 +367,11 @@ def test_what_is_not_given_for_an_evaluation_is_that_of_its_run_and_of_no_other_
     assert (of_run.recipe, of_run.size, of_run.data) == ("a2", 32, str(photos))
 
 
-def test_weights_of_another_number_of_classes_are_refused_before_training(straight, photos, tmp_path, capsys):
+def test_a_classifier_of_other_classes_than_the_images_is_refused(straight, photos, tmp_path, capsys):
     other = shutil.copytree(photos, tmp_path / "other")
     for split in ("train", "val"):
         shutil.copytree(other / split / "blue", other / split / "yellow")
     path = straight / "a2" / "model.safetensors"
-    said = error_of([*QUICK, "--data", other, "--weights", path, "--max-steps", "1"], capsys)
-    assert "num_classes=3, but you asked for num_classes=4" in said
     assert "num_classes=3, but you asked for num_classes=4" in error_of(["--eval-only", path, "--data", other], capsys)
     assert list(Path().iterdir()) == []
 
