@@ -17,15 +17,14 @@ from resbackbone.checks import UserError
 
 
 class Annotations(NamedTuple):
-    """An instances file of N images and M annotations: 49 bytes per annotation, 24 per image plus its name.
+    """An instances file of N images and M annotations: 49 bytes per annotation, 16 per image plus the longest name.
 
     Flat tensors instead of objects, so that forked and spawned workers share one copy.
     """
 
     image_ids: Tensor  # int64 [N], in the file's order
     widths_heights: Tensor  # int32 [N, 2], pixels
-    names: Tensor  # uint8: the file names in UTF-8, one after another
-    name_offsets: Tensor  # int64 [N + 1]: name i is names[offsets[i] : offsets[i + 1]]
+    names: Tensor  # uint8 [N, longest]: the file names in UTF-8, zeros behind shorter ones
     categories: dict[int, str]  # names by id, sorted by id
     image_indices: Tensor  # int32 [M]: the index of each annotation's image
     labels: Tensor  # int32 [M]: the position of its category in `categories`, from 1
@@ -35,12 +34,10 @@ class Annotations(NamedTuple):
     grouping: dict[int, str]  # categories left out because they only group the others
 
     def file_name(self, index: int) -> str:
-        start, end = self.name_offsets[index : index + 2].tolist()
-        return self.names[start:end].numpy().tobytes().decode()
+        return self.names[index].numpy().tobytes().rstrip(b"\0").decode()
 
     def file_names(self) -> list[str]:
-        names, offsets = self.names.numpy().tobytes(), self.name_offsets.tolist()
-        return [names[start:end].decode() for start, end in zip(offsets, offsets[1:], strict=False)]
+        return [name.decode() for name in self.names.numpy().view(f"S{self.names.shape[1]}")[:, 0].tolist()]
 
 
 def read_annotations(path: str | os.PathLike) -> Annotations:
@@ -59,39 +56,24 @@ def read_annotations(path: str | os.PathLike) -> Annotations:
         raise UserError(f"{path}: {error}") from None
 
 
-def count_images(path: str | os.PathLike) -> int:
-    """The number of images in an instances file, without parsing the rest. Raises as `read_annotations` does."""
-    try:
-        return len(msgspec.json.decode(_mapped(path), type=_Count).images)
-    except (msgspec.DecodeError, OSError):
-        return len(read_annotations(path).image_ids)
-
-
 def select_images(annotations: Annotations, chosen: np.ndarray) -> Annotations:
     """The images where `chosen`, bool [N], is True, with their annotations and all categories, in the same order."""
     rows = torch.from_numpy(chosen)[annotations.image_indices.long()]
     places = torch.from_numpy(np.cumsum(chosen, dtype=np.int32) - 1)  # among the chosen
-    names, offsets = _packed([name for name, keep in zip(annotations.file_names(), chosen, strict=True) if keep])
-    return annotations._replace(
-        image_ids=annotations.image_ids[chosen],
-        widths_heights=annotations.widths_heights[chosen],
-        names=names,
-        name_offsets=offsets,
-        image_indices=places[annotations.image_indices[rows].long()],
-        labels=annotations.labels[rows],
-        boxes_xywh=annotations.boxes_xywh[rows],
-        areas=annotations.areas[rows],
-        crowds=annotations.crowds[rows],
-    )
+    of_images = {name: getattr(annotations, name)[chosen] for name in ("image_ids", "widths_heights", "names")}
+    of_boxes = {name: getattr(annotations, name)[rows] for name in ("labels", "boxes_xywh", "areas", "crowds")}
+    image_indices = places[annotations.image_indices[rows].long()]
+    return annotations._replace(**of_images, image_indices=image_indices, **of_boxes)
 
 
 _Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Side = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+_Name = Annotated[str, msgspec.Meta(max_length=1000)]  # one long name would take its bytes for every image
 
 
 class _Image(msgspec.Struct, gc=False):
     id: _Id
-    file_name: str
+    file_name: _Name
     width: _Side
     height: _Side
 
@@ -111,20 +93,14 @@ class _Category(msgspec.Struct, gc=False):
     supercategory: object = None
 
 
-class _Count(msgspec.Struct):
-    images: list[msgspec.Raw]
-
-
 class _File(msgspec.Struct):
     images: list[_Image]
     categories: list[_Category]
     annotations: list[msgspec.Raw]  # decoded one by one: COCO's 860,000 at once take 250 MB more
 
 
-class _LenientFile(msgspec.Struct):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[_Annotation]
+class _LenientFile(_File):
+    annotations: list[_Annotation]  # type: ignore[assignment]
 
 
 _ROW = np.dtype(
@@ -189,13 +165,12 @@ def _flat(
     if 0 in by_id and by_id[0] in groups and not (rows["category_id"] == 0).any():
         grouping[0] = by_id.pop(0)
     labels = np.searchsorted(list(by_id), rows["category_id"]) + 1
-    names, offsets = _packed([image.file_name for image in images])
+    names = np.array([image.file_name.encode() for image in images], bytes)[:, None].view(np.uint8)
     boxes, areas, crowds = (torch.from_numpy(rows[name].copy()) for name in ("box", "area", "crowd"))
     return Annotations(
         torch.from_numpy(image_ids),
         torch.from_numpy(numbers[:, 1:].astype(np.int32)),
-        names,
-        offsets,
+        torch.from_numpy(names),
         by_id,
         torch.from_numpy(image_indices.astype(np.int32)),
         torch.from_numpy(labels.astype(np.int32)),
@@ -216,12 +191,6 @@ def _row(number: int, annotation: _Annotation) -> tuple:
         box[2] * box[3] if area is None else area,
         bool(annotation.iscrowd),
     )
-
-
-def _packed(names: list[str]) -> tuple[Tensor, Tensor]:
-    encoded = [name.encode() for name in names]
-    offsets = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
-    return torch.from_numpy(np.array(bytearray(b"".join(encoded)))), torch.from_numpy(offsets)
 
 
 def _check_unique(section: str, ids: np.ndarray) -> None:

@@ -64,7 +64,7 @@ class CocoImages(Dataset):
                 raise UserError(f"{annotations}: {error}") from None
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
         self.folder, self.annotation_file = Path(images), Path(annotations)
-        self.transform, self.skip_bad_images, self.part = transform, skip_bad_images, part
+        self.transform, self.skip_bad_images = transform, skip_bad_images
         self.categories = self.annotations.categories
         if categories is not None and dict(categories) != self.categories:
             raise UserError(_category_difference(annotations, self.categories, categories))
@@ -93,17 +93,6 @@ class CocoImages(Dataset):
     def fingerprint(self) -> str:
         """SHA-256 of the annotation file, in hex; a resumed run compares it."""
         return file_digest(self.annotation_file)
-
-    @property
-    def origin(self) -> str:
-        """Describes where the images come from: an annotation file, or a part of one (`held_out`)."""
-        taken = {"train": "those not held out of ", "val": "held out of "}.get(self.part or "", "")
-        return f"{taken}{self.annotation_file}"
-
-    @property
-    def class_names(self) -> list[str]:
-        """Names by label, label 1 first."""
-        return list(self.categories.values())
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -140,17 +129,15 @@ class CocoImages(Dataset):
         }
 
     def check_files(self) -> None:
-        """Find broken images before training: empty files, and in a set of up to 64 MB those that cannot be decoded.
+        """Find broken images before training, in a set of up to 64 MB: decoding a larger one would take minutes.
 
         Raises BadImage with the first message and the number of the others; with `skip_bad_images`, counts them in
-        `report` instead. Decoding a larger set would take minutes.
+        `report` instead.
         """
-        sizes = {}
-        for i in range(len(self)):
-            with contextlib.suppress(OSError):  # missing files were counted before
-                sizes[i] = self.path(i).stat().st_size
-        suspects = sizes if sum(sizes.values()) <= SMALL_SET else [i for i, size in sizes.items() if size == 0]
-        bad = [sample for i in suspects if isinstance(sample := self._load(i), BadImage)]
+        there = [i for i in range(len(self)) if self.path(i).is_file()]  # missing files were counted before
+        if sum(self.path(i).stat().st_size for i in there) > SMALL_SET:
+            return
+        bad = [sample for i in there if isinstance(sample := self._load(i), BadImage)]
         if bad and not self.skip_bad_images:
             others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise BadImage(f"{bad[0]}{others}")

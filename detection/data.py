@@ -50,11 +50,12 @@ def open_checked(data: Path, split: str, **options) -> CocoImages:
 
 
 class Packed(NamedTuple):
-    """The samples of a batch with all pixels in one tensor and all boxes in another: two copies to a GPU."""
+    """The samples of a batch, those of all images in a tensor each: few copies to a GPU."""
 
     pixels: Tensor  # uint8, image after image
     shapes: list[tuple[int, int, int]]
-    boxes: Tensor  # int32 [n, 5]: the bits of x1 y1 x2 y2 in fp32, and the label
+    boxes: Tensor  # float32 [n, 4]
+    labels: Tensor  # int64 [n]
     targets: list[dict]  # the rest of each target
     counts: list[int]  # boxes of each image
 
@@ -65,13 +66,13 @@ def pack(samples: list) -> Packed | BadImage:
     if bad is not None:
         return bad
     images, targets = zip(*samples, strict=True)
-    boxes = [torch.cat((t["boxes"].float().view(torch.int32), t["labels"].int()[:, None]), 1) for t in targets]
     return Packed(
         torch.cat([image.flatten() for image in images]),
         [tuple(image.shape) for image in images],
-        torch.cat(boxes),
+        torch.cat([target["boxes"] for target in targets]),
+        torch.cat([target["labels"] for target in targets]),
         [{name: value for name, value in t.items() if name not in ("boxes", "labels")} for t in targets],
-        [len(of_image) for of_image in boxes],
+        [len(target["boxes"]) for target in targets],
     )
 
 
@@ -80,8 +81,7 @@ def unpack(batch: Packed | BadImage, device: torch.device) -> tuple[list[Tensor]
     if isinstance(batch, BadImage):
         raise batch
     pixels = to_model_input(batch.pixels, device)
-    rows = batch.boxes.to(device, non_blocking=True)
-    boxes, labels = rows[:, :4].contiguous().view(torch.float32), rows[:, 4].long()
+    boxes, labels = (part.to(device, non_blocking=True) for part in (batch.boxes, batch.labels))
     images = pixels.split([math.prod(shape) for shape in batch.shapes])
     of_images = zip(batch.targets, boxes.split(batch.counts), labels.split(batch.counts), strict=True)
     return (

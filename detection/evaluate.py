@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from detection.coco import CocoImages
 from detection.faster_rcnn import FasterRCNN
-from detection.scoring import DETECTION, METRICS, entries, score_and_scorer
+from detection.scoring import DETECTION, METRICS, entries, score
 from detection.transforms import to_model_input
 from resbackbone.atomic import write_atomically
 from resbackbone.engine.distributed import Rank, broadcast, gather
@@ -24,11 +24,10 @@ CLASSES_SHOWN = 30  # in the table
 
 
 class Evaluation(NamedTuple):
-    """The outcome of an evaluation. Every rank has the results; only rank 0 has the rest."""
+    """The outcome of an evaluation. Every rank has the results, only rank 0 the detections."""
 
     results: dict  # the content of results.json
     detections: np.ndarray  # DETECTION [n], sorted by image id; empty on other ranks
-    scorer: Any  # see `score_and_scorer`; None on other ranks
 
 
 def evaluate(
@@ -67,21 +66,13 @@ def evaluate(
         detector.train(was_training)
     own = np.concatenate(found)
     parts = gather((own[np.isin(own["category_id"], list(dataset.categories))], skipped), rank)
-    results, detections, scorer = None, np.empty(0, DETECTION), None
+    results, detections = None, np.empty(0, DETECTION)
     if parts is not None:
-        detections = merged([rows for rows, _ in parts])
-        results, scorer = score_and_scorer(dataset.annotations, detections, backend=backend)
+        detections = np.concatenate([rows for rows, _ in parts])
+        detections = detections[np.argsort(detections["image_id"], kind="stable")]
+        results = score(dataset.annotations, detections, backend=backend)
         results["skipped_images"] = [message for _, messages in parts for message in messages]
-    return Evaluation(broadcast(results, rank), detections, scorer)
-
-
-def merged(parts: list[np.ndarray]) -> np.ndarray:
-    """The ranks' detections, sorted by image id; if several ranks have an image, one rank's count."""
-    rows, rank = np.concatenate(parts), np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    order = np.lexsort((rank, rows["image_id"]))
-    rows, rank = rows[order], rank[order]
-    last = np.searchsorted(rows["image_id"], rows["image_id"], side="right") - 1  # the last row of a row's image
-    return rows[rank == rank[last]]
+    return Evaluation(broadcast(results, rank), detections)
 
 
 @torch.inference_mode()

@@ -13,7 +13,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from detection.boxes import BoxCoder
 from detection.cells import at_least_fp32
-from detection.config import SHAPE, DetectorConfig
+from detection.config import BACKBONE_OF, SHAPE, DetectorConfig
 from detection.foreign import NOT_A_CLASS, describe_detector
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
@@ -41,7 +41,7 @@ class FasterRCNN(GeneralizedRCNN):
 
     def __init__(self, backbone: Backbone, config: DetectorConfig):
         fpn, c4, as_torchvision = config.variant == "fpn", config.variant == "c4", config.geometry == "torchvision"
-        box_head: Any = _stage5_head(backbone) if c4 else None
+        trunk: Any = backbone
         backbone = _with_levels_of(config.variant, backbone)
 
         strides = [feature.stride for feature in backbone.features.values()]
@@ -58,10 +58,13 @@ class FasterRCNN(GeneralizedRCNN):
             canonical_scale=round(224 * config.anchor_scale / 8),
             aligned=not as_torchvision,
         )
-        if box_head is None:
+        if c4:
+            channels = trunk.stage_features["c5"].channels
+            box_head: nn.Module = Stage5Head(trunk.layer4)
+        else:
+            channels = cast(int, config.representation_size)
             fully_connected = VGGHead if config.variant == "vgg16" else TwoMLPHead
-            box_head = fully_connected(backbone.out_channels * 7 * 7, config.representation_size)
-        channels = box_head.channels if c4 else cast(int, config.representation_size)
+            box_head = fully_connected(backbone.out_channels * 7 * 7, channels)
         if config.global_context:
             box_head, channels = ContextHead(box_head), 2 * channels
         rpn = SampledRPN(
@@ -142,26 +145,21 @@ class FasterRCNN(GeneralizedRCNN):
                 module.training = False
 
     def _check_targets(self, targets: list[dict[str, Tensor]]) -> None:
-        sound = [
-            ((target["labels"] >= 1) & (target["labels"] <= self.num_classes)).all()
-            & torch.isfinite(target["boxes"]).all()
-            & (target["boxes"][:, 2:] > target["boxes"][:, :2]).all()
-            for target in targets
-        ]
-        if not sound or torch.stack(sound).all():  # the only wait for the GPU
+        labels_fit = [((t["labels"] >= 1) & (t["labels"] <= self.num_classes)).all() for t in targets]
+        boxes_fit = [(t["boxes"].isfinite().all() & (t["boxes"][:, 2:] > t["boxes"][:, :2]).all()) for t in targets]
+        if not targets or torch.stack(labels_fit + boxes_fit).all():  # the only wait for the GPU
             return
-        for target in targets:
-            labels, boxes = target["labels"], target["boxes"]
+        for target, label_fit, box_fit in zip(targets, labels_fit, boxes_fit, strict=True):
             name = f"image {target['image_id']}: " if "image_id" in target else ""
-            if labels.numel() and (labels.min() < 1 or labels.max() > self.num_classes):
+            if not label_fit:
                 raise UserError(
-                    f"{name}labels {sorted(set(labels.tolist()))}: a label is 1..{self.num_classes} "
+                    f"{name}labels {sorted(set(target['labels'].tolist()))}: a label is 1..{self.num_classes} "
                     f"({', '.join(list(self.categories.values())[:3])} ..), 0 is background"
                 )
-            if not torch.isfinite(boxes).all():
-                raise UserError(f"{name}a box has coordinates that are not finite: {boxes.tolist()}")
-            if not (boxes[:, 2:] > boxes[:, :2]).all():
-                raise UserError(f"{name}a box x1 y1 x2 y2 without width or height: {boxes.tolist()}")
+            if not box_fit:
+                raise UserError(
+                    f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
+                )
 
 
 class FP32Predictor(FastRCNNPredictor):
@@ -175,9 +173,9 @@ class FP32Predictor(FastRCNNPredictor):
 class Stage5Head(nn.Module):
     """The C4 detector's box head: stage 5 on every region, then the mean (He et al. 2015, appendix A)."""
 
-    def __init__(self, stage: nn.Sequential, channels: int):
+    def __init__(self, stage: nn.Sequential):
         super().__init__()
-        self.layer4, self.channels = stage, channels
+        self.layer4 = stage
 
     def forward(self, regions: Tensor) -> Tensor:  # [N, 1024, 14, 14] -> [N, 2048]
         return self.layer4(regions).mean((2, 3))
@@ -201,34 +199,22 @@ def build_faster_rcnn(
     return FasterRCNN(backbone, DetectorConfig(num_classes=num_classes, categories=pairs, **settings))
 
 
-def _stage5_head(backbone: Backbone) -> Stage5Head:
-    """A box head of the trunk's stage 5, built here if the backbone has neither stage 5 nor weights."""
-    if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None:
-        raise UserError("variant 'c4' runs stage 5 of a ResNet on regions: build the backbone with fpn=False")
-    if "c5" not in backbone.stage_features:
-        if backbone.weights_source is not None:
-            raise UserError("variant 'c4' needs stage 5 and its weights: build the backbone with levels=('c4', 'c5')")
-        backbone = ResNetBackbone(replace(backbone.config, levels=("c5",)))
-    return Stage5Head(cast(nn.Sequential, backbone.layer4), backbone.stage_features["c5"].channels)
-
-
 def _with_levels_of(variant: str, backbone: Backbone) -> Backbone:
-    """The backbone with only the maps that the variant uses."""
-    levels = list(backbone.features)
-    if variant == "fpn":
-        if not all(level.startswith("p") for level in levels):
-            raise UserError(f"variant 'fpn' needs pyramid levels, the backbone gives {', '.join(levels)}: use fpn=True")
-        return backbone
-    level = LEVEL_OF[variant]
-    if level not in levels:
-        raise UserError(f"variant {variant!r} needs level {level}, the backbone gives {', '.join(levels)}")
-    if backbone.features[level].stride != 16:
-        raise UserError(f"variant {variant!r} needs {level} at stride 16: build the backbone with dilate_c5=True")
-    if isinstance(backbone, ResNetBackbone):
-        return backbone.with_levels([level])
-    if levels != [level]:
-        raise UserError(f"variant {variant!r} needs level {level} alone: build the backbone with levels=[{level!r}]")
-    return backbone
+    """The backbone with only the maps that the variant uses. Raises UserError if it does not fit the variant."""
+    strides = {level: feature.stride for level, feature in backbone.features.items()}
+    level, resnet = LEVEL_OF.get(variant), backbone if isinstance(backbone, ResNetBackbone) else None
+    if level is None:
+        fits = all(name.startswith("p") for name in strides)
+    elif resnet is None:
+        fits = variant != "c4" and strides == {level: 16}  # only a ResNet can leave out the other levels
+    else:
+        fits = strides.get(level) == 16 and (variant != "c4" or "c5" in resnet.stage_features)
+    if not fits:
+        given = ", ".join(f"{name} at stride {stride}" for name, stride in strides.items())
+        needed = BACKBONE_OF.get(variant, {"levels": ("c4",)})
+        arguments = ", ".join(f"{name}={value!r}" for name, value in needed.items())
+        raise UserError(f"variant {variant!r} does not fit this backbone of {given}: build it with {arguments}")
+    return backbone if level is None or resnet is None else resnet.with_levels([level])
 
 
 def save_detector(detector: FasterRCNN, path: str | Path) -> None:
@@ -255,7 +241,14 @@ def load_detector(path: str | Path) -> FasterRCNN:
 
 def detector_for(weights: Weights) -> FasterRCNN:
     """The detector that the metadata of `weights` describe, with random weights."""
-    return _build(weights, weights.metadata["backbone"], weights.metadata["detector"])
+    backbone = weights.metadata["backbone"]
+    config = DetectorConfig.from_json(weights.metadata["detector"], weights.source)
+    if "timm" not in backbone:
+        return FasterRCNN(ResNetBackbone(BackboneConfig.from_json(backbone, weights.source)), config)
+    require("train", "timm", user="a detector on a timm network")
+    from resbackbone.adapters.from_timm import TimmBackbone, TimmConfig  # only here: other detectors need no timm
+
+    return FasterRCNN(TimmBackbone(TimmConfig.from_json(backbone, weights.source)), config)
 
 
 def read_described_weights(source: str | Path) -> Weights:
@@ -280,23 +273,13 @@ def retarget_detector(
     pairs = tuple(categories.items())
     same = pairs == DetectorConfig.from_json(described, weights.source).categories
     shape = {name: described[name] for name in SHAPE if name in described}
-    detector_config = {"num_classes": len(categories), "categories": pairs, **options, **shape}
+    retargeted = {"num_classes": len(categories), "categories": pairs, **options, **shape}
     weights.announce_assumptions()
-    detector = _build(weights, {**weights.metadata["backbone"], **backbone}, detector_config)
+    configs = {"backbone": {**weights.metadata["backbone"], **backbone}, "detector": retargeted}
+    detector = detector_for(replace(weights, metadata=configs))
     kept = {key: tensor for key, tensor in weights.state.items() if same or not key.startswith(PREDICTOR)}
     fit(detector, replace(weights, state=kept), fresh=() if same else (PREDICTOR,))
     return detector, [key for key in detector.state_dict() if key.startswith(PREDICTOR) and not same]
-
-
-def _build(weights: Weights, backbone: Mapping[str, Any], detector: Mapping[str, Any]) -> FasterRCNN:
-    """Build the detector from both configs as JSON."""
-    config = DetectorConfig.from_json(detector, weights.source)
-    if "timm" not in backbone:
-        return FasterRCNN(ResNetBackbone(BackboneConfig.from_json(backbone, weights.source)), config)
-    require("train", "timm", user="a detector on a timm network")
-    from resbackbone.adapters.from_timm import TimmBackbone, TimmConfig  # only here: other detectors need no timm
-
-    return FasterRCNN(TimmBackbone(TimmConfig.from_json(backbone, weights.source)), config)
 
 
 def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDetector:

@@ -1,27 +1,106 @@
-"""The worst and best images of an evaluation for a report, ground truth beside detections."""
+"""Pictures of detections beside the ground truth, and the worst and best images of an evaluation for a report."""
 
 import colorsys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.ops import box_convert
 
 from detection.coco import CocoImages, usable_boxes
-from detection.scoring import BACKENDS
+from detection.scoring import entries, evaluated
 from resbackbone.image_io import BadImage
 from resbackbone.report.page import Section, jpeg, macros, short
 
 IOU, SCORE = 0.5, 0.5  # detections from this score on count, and are right from this IoU on
 SHOWN = 6  # worst images, and as many best ones
-SIDE, PICTURE_LIMIT = 512, 100_000  # pixels and characters of a picture; twelve fit into a page of 2 MB
-DRAWN = 400  # SVG units of a picture's longer side; text is 11 high
-MOST_BOXES = 100  # in a picture
+SIDE, PICTURE_LIMIT = 1024, 130_000  # pixels and characters of a figure's picture; twelve fit into a page of 2 MB
+MIN_SIDE = 480  # pixels; smaller pictures are enlarged so that labels can be read
+GAP = 12
+
+
+def save_pictures(folder: Path, dataset: CocoImages, detections: np.ndarray, *, count: int = 12) -> list[Path]:
+    """Write `count` images, evenly spread over the data set, as PNG: ground truth left, detections right.
+
+    Detections, DETECTION [n], that score below SCORE are not drawn. Returns the files, named by image id; unreadable
+    images are skipped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    confident, written = detections[detections["score"] >= SCORE], []
+    for index in sorted(set(np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int).tolist())):
+        sample = dataset[index]
+        if isinstance(sample, BadImage):
+            continue
+        image, target = sample
+        found = entries(confident[confident["image_id"] == target["image_id"]])
+        path = folder / f"{target['image_id']:012d}.png"
+        beside_truth(dataset, image, target, found).save(path)
+        written.append(path)
+    return written
+
+
+def beside_truth(
+    dataset: CocoImages, image: Tensor, target: dict, found: Sequence[dict], seen: Iterable[bool] | None = None
+) -> Image.Image:
+    """An item of the data set twice: left with its ground truth, right with the detections `found`.
+
+    The objects whose `seen` is False are marked as missed.
+    """
+    ids, boxes = list(dataset.categories), box_convert(target["boxes"], "xyxy", "xywh").tolist()
+    seen = [True] * len(boxes) if seen is None else seen
+    truth = [
+        {"category_id": ids[label - 1], "bbox": box, "note": "" if was_seen else " missed"}
+        for box, label, was_seen in zip(boxes, target["labels"].tolist(), seen, strict=True)
+    ]
+    left = draw_boxes(image, truth, dataset.categories, title="ground truth")
+    right = draw_boxes(image, found, dataset.categories, title=f"detections, score >= {SCORE:g}")
+    both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + GAP, 0))
+    return both
+
+
+def draw_boxes(
+    image: Tensor, entries: Sequence[dict], categories: Mapping[int, str], *, title: str | None = None
+) -> Image.Image:
+    """uint8 [3, H, W] with the boxes of `entries` (COCO annotations or detections), one colour per class.
+
+    Boxes are [x, y, width, height] in the image's pixels; an entry's "note" ends its label. A small image is enlarged;
+    a title goes above it.
+    """
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    zoom = max(1, min(-(-MIN_SIDE // min(picture.size)), 4 * MIN_SIDE // max(picture.size)))  # less for narrow images
+    picture = picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.BICUBIC)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(13, min(picture.size) // 36))
+    order = {category: i for i, category in enumerate(categories)}
+    for entry in sorted(entries, key=lambda entry: entry.get("score", 1.0)):  # the highest scores on top
+        x, y, w, h = (value * zoom for value in entry["bbox"])
+        colour = class_colour(order[entry["category_id"]])
+        draw.rectangle((x, y, x + w, y + h), outline=colour, width=max(2, min(picture.size) // 240))
+        score = f" {entry['score']:.2f}" if "score" in entry else ""
+        text = f"{categories[entry['category_id']]}{score}{entry.get('note', '')}"
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        height, width = bottom + 4, right - left + 6
+        corner = min(max(x, 0), max(picture.width - width, 0)), max(y - height, 0)
+        draw.rectangle((*corner, corner[0] + width, corner[1] + height), fill=colour)
+        draw.text((corner[0] + 3, corner[1] + 1), text, fill="black", font=font)
+    if title is None:
+        return picture
+    framed = Image.new("RGB", (picture.width, picture.height + 26), "white")
+    framed.paste(picture, (0, 26))
+    ImageDraw.Draw(framed).text((4, 4), title, fill="black", font=ImageFont.load_default(size=16))
+    return framed
+
+
+def class_colour(index: int) -> tuple[int, int, int]:
+    """A light colour for the class at `index`; neighbours differ by the golden angle, so any few look different."""
+    red, green, blue = colorsys.hls_to_rgb(index * 0.61803 % 1.0, 0.62, 0.95)
+    return round(red * 255), round(green * 255), round(blue * 255)
 
 
 class Outcome(NamedTuple):
@@ -57,8 +136,7 @@ def outcomes(dataset: CocoImages, detections: np.ndarray) -> list[Outcome]:
     rows = usable_boxes(annotations, Counter())[1]  # of the annotations, in the order of the data set's boxes
     truth = crowds & np.isfinite(annotations.boxes_xywh.numpy()).all(1)
     truth[rows] = True
-    scorer = BACKENDS["hotcoco"](annotations, truth, found)
-    scorer.evaluate()
+    scorer = evaluated(annotations, truth, found)
     status = scorer.image_diagnostics(IOU)  # by number from 1, without crowds and what is detected in them
     of_objects = np.array([status["gt_status"].get(number, "") for number in truth.cumsum()[rows].tolist()], str)
     of_found = np.array([status["dt_status"].get(number, "") for number in range(1, len(found) + 1)], str)
@@ -88,52 +166,14 @@ def _figures(dataset: CocoImages, ranked: Sequence[Outcome]) -> dict[int, Markup
         if len(figures) == SHOWN:
             break
         sample = dataset[outcome.image_index]
-        if not isinstance(sample, BadImage):
-            image, target = sample
-            figures[outcome.image_index] = _figure(dataset, image, target, outcome)
+        if isinstance(sample, BadImage):
+            continue
+        found = [
+            {**entry, "note": "" if right else " wrong"}
+            for entry, right in zip(entries(outcome.found), outcome.right, strict=True)
+        ]
+        image, target = sample
+        picture, _ = jpeg(beside_truth(dataset, image, target, found, outcome.seen), side=SIDE, limit=PICTURE_LIMIT)
+        file = short(dataset.path(outcome.image_index).name)
+        figures[outcome.image_index] = macros("detection.html").figure(outcome, picture, file)
     return figures
-
-
-def _figure(dataset: CocoImages, image: Tensor, target: dict, outcome: Outcome) -> Markup:
-    uri, _ = jpeg(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), side=SIDE, limit=PICTURE_LIMIT)
-    scale = DRAWN / max(image.shape[1:])
-    height, width = (round(side * scale, 1) for side in image.shape[1:])
-    found, names, ids = outcome.found, dataset.class_names, list(dataset.categories)
-    found_xyxy = box_convert(torch.tensor(found["bbox"]), "xywh", "xyxy").numpy()
-    labels = [ids.index(category) + 1 for category in found["category_id"].tolist()]
-    truth_boxes = [
-        _box(xyxy * scale, width, label, names[label - 1], seen)
-        for xyxy, label, seen in zip(target["boxes"].numpy(), target["labels"].tolist(), outcome.seen, strict=True)
-    ]
-    found_boxes = [
-        _box(xyxy * scale, width, label, names[label - 1], right, f" {score:.2f}")
-        for xyxy, label, right, score in zip(found_xyxy, labels, outcome.right, found["score"].tolist(), strict=True)
-    ]
-    file, size = short(dataset.path(outcome.image_index).name), {"width": width, "height": height}
-    return macros("detection.html").figure(outcome, uri, size, truth_boxes, found_boxes, MOST_BOXES, file)
-
-
-def _box(xyxy: np.ndarray, width: float, label: int, name: str, right: bool, score: str = "") -> dict:
-    """A box and its label, in the picture's units, as the template draws them."""
-    x1, y1, x2, y2 = (round(float(value), 1) for value in xyxy)
-    text = (name if len(name) <= 20 else name[:19] + "…") + score
-    long = 6.3 * len(text) + 6
-    return {
-        "name": short(name),
-        "text": text,
-        "colour": "rgb({},{},{})".format(*class_colour(label - 1)),
-        "right": right,
-        "x": x1,
-        "y": y1,
-        "width": max(x2 - x1, 0),
-        "height": max(y2 - y1, 0),
-        "label_x": round(min(max(x1, 0), max(width - long, 0)), 1),
-        "label_y": round(max(y1 - 14, 0), 1),
-        "label_width": round(long, 1),
-    }
-
-
-def class_colour(index: int) -> tuple[int, int, int]:
-    """A light colour for the class at `index`; neighbours differ by the golden angle, so any few look different."""
-    red, green, blue = colorsys.hls_to_rgb(index * 0.61803 % 1.0, 0.62, 0.95)
-    return round(red * 255), round(green * 255), round(blue * 255)

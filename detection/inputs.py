@@ -1,7 +1,6 @@
 """The inputs of tools/detect.py: images, folders, patterns, videos and cameras, and where their outputs go."""
 
 import glob
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -59,31 +58,22 @@ def frames_file(video_file: Path) -> Path:
 
 
 def output_files(inputs: Inputs, folder: Path) -> dict[Path | int, Path]:
-    """The output file in `folder` for each input, under the input's name; equal names are numbered.
+    """The output file in `folder` for each input, under the input's name; a name that is taken gets a number.
 
     Raises ValueError if an output would overwrite an input.
     """
-    stems = [f"camera-{source}" if isinstance(source, int) else source.stem for source in inputs.videos]
-    names = [f"{name}.png" for name in _distinct([path.stem for path in inputs.images])]
-    names += [f"{name}.mp4" for name in _distinct(stems)]
-    files = dict(zip([*inputs.images, *inputs.videos], (folder / name for name in names), strict=True))
-    given = {source.resolve() for source in files if isinstance(source, Path)}
-    for source, file in files.items():
-        if file.resolve() in given:
-            kind, what = ("picture", "image") if source in inputs.images else ("video", "video")
-            raise UserError(f"{folder}: a {kind} would replace the {what} {file}; choose another folder")
-    return files
-
-
-def _distinct(stems: list[str]) -> list[str]:
-    count, taken, names = Counter(stems), set(stems), []
-    for number, stem in enumerate(stems, 1):
-        name = stem
-        while count[stem] > 1 and name in taken:
-            name = f"{name}-{number}"
-        taken.add(name)
-        names.append(name)
-    return names
+    sources = [(source, ".png") for source in inputs.images] + [(source, ".mp4") for source in inputs.videos]
+    names: dict[str, Path | int] = {}
+    for number, (source, suffix) in enumerate(sources, 1):
+        stem = f"camera-{source}" if isinstance(source, int) else source.stem
+        while f"{stem}{suffix}" in names:
+            stem = f"{stem}-{number}"
+        names[f"{stem}{suffix}"] = source
+    given = {source.resolve() for source, _ in sources if isinstance(source, Path)}
+    for name in names:
+        if (folder / name).resolve() in given:
+            raise UserError(f"{folder}: an output would replace the input {folder / name}; choose another folder")
+    return {source: folder / name for name, source in names.items()}
 
 
 def image_ids_of(images: Sequence[Path], annotations: Path | None, categories: Mapping[int, str]) -> list[int]:

@@ -40,6 +40,11 @@ class Layout(NamedTuple):
             half = half if any(half) else (images, file)
         return half
 
+    def fit(self, folder: Path) -> tuple[bool, bool, bool]:
+        """Whether the folder has a whole split to train on, a whole one to validate on, any part of one."""
+        train, val = (self.paths(folder, split) for split in SPLIT_NAMES)
+        return all(train), all(val), any((*train, *val))
+
 
 LAYOUTS = (
     Layout("COCO's layout", ("annotations/instances_{}2017.json",), ("{}2017", "images/{}2017")),
@@ -70,25 +75,18 @@ def find_split(data: str | os.PathLike, split: str) -> Split:
     folder = Path(data)
     if not folder.is_dir():
         raise UserError(f"{data}: no such folder; it should contain {LAYOUT}")
-    layout = _layout_of(folder)
-    if layout is None:
+    layout = max(LAYOUTS, key=lambda layout: layout.fit(folder))  # the first of several that fit alike
+    if not any(layout.fit(folder)):
         raise UserError(f"{data}: no known data layout; it should contain {LAYOUT}")
-    train, found = layout.paths(folder, "train"), layout.paths(folder, split)
-    part = split if all(train) and not any(layout.paths(folder, "val")) else None
-    images, annotations = train if part else found
+    train, val = (layout.paths(folder, name) for name in SPLIT_NAMES)
+    part = split if all(train) and not any(val) else None
+    images, annotations = train if part or split == "train" else val
     if images is None or annotations is None:
         name = SPLIT_NAMES[split][0]
         wanted = {layout.annotations[0].format(name): annotations, layout.images[0].format(name): images}
         missing = " and no ".join(path for path, at in wanted.items() if at is None)
         raise UserError(f"{data}: {layout.title}, but no {missing}; it should contain {LAYOUT}")
     return Split(layout.title, images, annotations, part)
-
-
-def _layout_of(folder: Path) -> Layout | None:
-    candidates = [(layout, layout.paths(folder, split)) for split in SPLIT_NAMES for layout in LAYOUTS]
-    whole = (layout for layout, paths in candidates if all(paths))
-    half = (layout for layout, paths in candidates if any(paths))
-    return next(whole, None) or next(half, None)
 
 
 def describe_layout(data: str | os.PathLike) -> str:

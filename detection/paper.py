@@ -21,7 +21,7 @@ from resbackbone.weights.fit import fit
 from resbackbone.weights.inputs import INPUT, describe_input
 
 REFINEMENT_NMS = 0.3  # IoU, of the union of first and refined predictions
-VOTING_IOU = 0.5  # between a box and those that vote on it (Gidaris & Komodakis 2015)
+VOTING_IOU = 0.5  # between a box and those that vote on it
 SMALLEST_BOX = 0.01  # pixels; smaller ones are dropped, as torchvision does
 
 # VGG-16, the baseline (Ren et al. 2015)
@@ -58,17 +58,15 @@ def build_vgg16_backbone(*, frozen_through: str | None = None) -> Backbone:
 def load_vgg16(detector: GeneralizedRCNN, source: str) -> None:
     """Load the convolutions, fc6 and fc7 of an ImageNet classifier into a detector of the variant "vgg16".
 
-    `source` is a file with timm's or torchvision's names, timm:vgg16.tv_in1k, torchvision:VGG16_Weights.IMAGENET1K_V1,
-    .. Raises ValueError if the weights do not fit, expect another input than ours, or are not finite, as in
-    torchvision's IMAGENET1K_FEATURES, which has no classifier.
+    `source` is a file with timm's or torchvision's names, torchvision:VGG16_Weights.IMAGENET1K_V1 or
+    hf:timm/vgg16.tv_in1k. Raises ValueError if the weights do not fit, expect another input than ours, or are not
+    finite, as in torchvision's IMAGENET1K_FEATURES, which has no classifier.
     """
-    weights = read_weights(_on_the_hub(source))
+    weights = read_weights(source)
     if weights.metadata.get("input", INPUT) != INPUT:
         raise UserError(f"weights from {source} are made for {describe_input(weights.metadata['input'])}")
     parts: dict[str, dict[str, Tensor]] = {"features": {}, "head": {}}
     for key, tensor in weights.state.items():
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"weights from {source}: {key} holds numbers that are not finite")
         layer, _, leaf = key.rpartition(".")
         if layer in FULLY_CONNECTED:
             name = f"{FULLY_CONNECTED[layer]}.{leaf}"
@@ -80,21 +78,6 @@ def load_vgg16(detector: GeneralizedRCNN, source: str) -> None:
     for module, part in ((detector.backbone.network, "features"), (box_head, "head")):
         fit(module, replace(weights, state=parts[part], source=source))
     detector.backbone.weights_source = source
-
-
-def _on_the_hub(source: str) -> str:
-    """timm:NAME as hf:REPOSITORY, since `read_weights` accepts only ResNets under timm's names."""
-    scheme, _, name = source.partition(":")
-    if scheme != "timm":
-        return source
-    from timm.models import get_pretrained_cfg, list_pretrained
-
-    names = list_pretrained("vgg16.*")
-    if name not in {*names, *(known.partition(".")[0] for known in names)}:
-        raise UserError(f"weights {source!r}: not a VGG-16; timm has {', '.join(names)}")
-    config = get_pretrained_cfg(name)
-    assert config is not None  # it is one of timm's names
-    return f"hf:{config.hf_hub_id}"
 
 
 # Global context
@@ -243,22 +226,16 @@ def _two_scales(boxes: Tensor, levels: list[PyramidLevel], side: int) -> Tensor:
 def select_and_vote(boxes: Tensor, scores: Tensor, *, score_thresh: float, count: int) -> dict[str, Tensor]:
     """The `count` best of the boxes [n, K, 4] with scores [n, K] of K classes, labelled 1..K, by falling score.
 
-    NMS is by class at an IoU of 0.3. The boxes above `score_thresh` then vote on the place of those that remain.
+    NMS is by class at an IoU of 0.3. The boxes above `score_thresh` then vote on the place of those that remain: each
+    becomes the score-weighted mean of the boxes of its class that overlap it at an IoU of 0.5 or more, itself included
+    (Gidaris & Komodakis 2015).
     """
     kept = (scores > score_thresh).nonzero()
     boxes, scores, labels = boxes[kept[:, 0], kept[:, 1]], scores[kept[:, 0], kept[:, 1]], kept[:, 1] + 1
     large = remove_small_boxes(boxes, SMALLEST_BOX)
     boxes, scores, labels = boxes[large], scores[large], labels[large]
     best = nms_in_groups(boxes, scores, labels, REFINEMENT_NMS)[:count]
-    voted = vote(boxes[best], labels[best], boxes, labels, scores)
-    return {"boxes": voted, "labels": labels[best], "scores": scores[best]}
-
-
-def vote(kept: Tensor, kept_labels: Tensor, boxes: Tensor, labels: Tensor, scores: Tensor) -> Tensor:
-    """Replace each kept box [m, 4] by the score-weighted mean of the boxes [n, 4] of its class that overlap it.
-
-    This is the box voting of Gidaris & Komodakis 2015, from an IoU of 0.5 on. A kept box is itself among the boxes.
-    """
-    voting = (box_iou(kept, boxes) >= VOTING_IOU) & (kept_labels[:, None] == labels)
+    voting = (box_iou(boxes[best], boxes) >= VOTING_IOU) & (labels[best, None] == labels)
     weights = (voting * scores)[..., None]
-    return (weights * boxes).sum(1) / weights.sum(1)  # no matrix product: autocast would round it to bf16
+    voted = (weights * boxes).sum(1) / weights.sum(1)  # no matrix product: autocast would round it to bf16
+    return {"boxes": voted, "labels": labels[best], "scores": scores[best]}

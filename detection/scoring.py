@@ -2,6 +2,9 @@
 
 import contextlib
 import io
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -25,14 +28,7 @@ def entries(detections: np.ndarray) -> list[dict]:
 
 
 def score(annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco") -> dict:
-    """The results of `score_and_scorer` without the scorer."""
-    return score_and_scorer(annotations, detections, backend=backend)[0]
-
-
-def score_and_scorer(
-    annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco"
-) -> tuple[dict, hotcoco.COCOeval | COCOeval]:
-    """The 12 COCO box numbers and AP by class, as fractions 0..1 or None if undefined, and the scorer behind them.
+    """The 12 COCO box numbers and AP by class, as fractions 0..1 or None if undefined: the content of results.json.
 
     `detections`, DETECTION [n], may be in any order; of equal scores in an image the first ranks higher. Detections of
     unknown classes match nothing. `backend` is "hotcoco" (some hundred times faster) or "pycocotools", which always
@@ -40,7 +36,7 @@ def score_and_scorer(
     Without detections every defined number is 0, and `note` says why. Raises UserError if a detection is of an image
     that is not in the annotations.
     """
-    score_with = BACKENDS[one_of("COCO backend", backend, BACKENDS)]
+    one_of("COCO backend", backend, BACKENDS)
     unknown = ~np.isin(detections["image_id"], annotations.image_ids.numpy())
     if unknown.any():
         raise UserError(
@@ -50,10 +46,9 @@ def score_and_scorer(
     truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)
     known = detections[np.isin(detections["category_id"], list(annotations.categories))]
     if not (np.isfinite(known["bbox"]).all() and np.isfinite(known["score"]).all()):
-        score_with = _pycocotools
+        backend = "pycocotools"
     with contextlib.redirect_stdout(io.StringIO()):  # both print progress
-        scorer = score_with(annotations, truth, known)
-        scorer.evaluate()
+        scorer = evaluated(annotations, truth, known, backend=backend)
         scorer.accumulate()
         scorer.summarize()
     note = None
@@ -69,70 +64,62 @@ def score_and_scorer(
         ap, ap50 = (_mean(precision[which, :, k, 0, -1]) for which in (slice(None), 0))
         name = name if name not in per_class else f"{name} (id {category})"
         per_class[name] = {"AP": ap, "AP50": ap50, "boxes": int(boxes[k])}
-    results = {
+    return {
         "bbox": dict(zip(METRICS, (None if value < 0 else float(value) for value in scorer.stats), strict=True)),
         "per_class": per_class,
         "images": len(annotations.image_ids),
         "detections": len(detections),
         "note": note,
     }
-    return results, scorer
 
 
-def _hotcoco(annotations: Annotations, truth: np.ndarray, detections: np.ndarray) -> hotcoco.COCOeval:
-    """Ids become ranks from 1, since hotcoco stores them as floats, which are exact up to 2^53 only.
+def evaluated(annotations: Annotations, truth: np.ndarray, detections: np.ndarray, *, backend: str = "hotcoco") -> Any:
+    """The backend's COCOeval once it has matched `detections`, of known classes, with annotations: those of `truth`.
 
-    The order matters: detections of equal score rank by image id.
+    `truth` is bool [M]. Ids become ranks from 1, since both backends hold them in float arrays, which are exact up to
+    2^53 only. Their order matters: detections of equal score rank by image id.
     """
-    image_ids, category_ids = annotations.image_ids.numpy(), list(annotations.categories)
-    order = np.argsort(image_ids)
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(1, len(order) + 1)
-    wanted = hotcoco.COCO.from_arrays(
-        [{"id": i} for i in range(1, len(image_ids) + 1)],
-        [{"id": i, "name": str(i)} for i in range(1, len(category_ids) + 1)],
-        place[annotations.image_indices.numpy()[truth]],
+    image_ids, category_ids = np.sort(annotations.image_ids.numpy()), list(annotations.categories)
+    image_rank = np.argsort(np.argsort(annotations.image_ids.numpy())) + 1
+    columns = (
+        image_rank[annotations.image_indices.numpy()[truth]],
         annotations.labels.numpy()[truth].astype(np.int64),
         annotations.boxes_xywh.numpy()[truth],
-        area=annotations.areas.numpy()[truth],
-        iscrowd=annotations.crowds.numpy()[truth].astype(np.int64),
+        annotations.areas.numpy()[truth],
+        annotations.crowds.numpy()[truth].astype(np.int64),
     )
-    images = np.searchsorted(image_ids[order], detections["image_id"]) + 1
+    images = np.searchsorted(image_ids, detections["image_id"]) + 1
     categories = np.searchsorted(category_ids, detections["category_id"]) + 1
     found = np.column_stack([images, detections["bbox"], detections["score"], categories])
+    scorer = BACKENDS[backend](
+        [{"id": i} for i in range(1, len(image_ids) + 1)],
+        [{"id": i, "name": str(i)} for i in range(1, len(category_ids) + 1)],
+        columns,
+        found,
+    )
+    scorer.evaluate()
+    return scorer
+
+
+def _hotcoco(images: list[dict], categories: list[dict], columns: tuple, found: np.ndarray) -> hotcoco.COCOeval:
+    *places, areas, crowds = columns
+    wanted = hotcoco.COCO.from_arrays(images, categories, *places, area=areas, iscrowd=crowds)
     return hotcoco.COCOeval(wanted, wanted.load_res(found), "bbox")
 
 
-def _pycocotools(annotations: Annotations, truth: np.ndarray, detections: np.ndarray) -> COCOeval:
-    image_ids, category_ids = annotations.image_ids.numpy(), np.array(list(annotations.categories))
-    rows = zip(
-        image_ids[annotations.image_indices.numpy()[truth]].tolist(),
-        category_ids[annotations.labels.numpy()[truth] - 1].tolist(),
-        annotations.boxes_xywh.numpy()[truth].tolist(),
-        annotations.areas.numpy()[truth].tolist(),
-        annotations.crowds.int().numpy()[truth].tolist(),
-        strict=True,
-    )
-    content = {
-        "images": [{"id": i} for i in image_ids.tolist()],
-        "categories": [{"id": i, "name": name} for i, name in annotations.categories.items()],
-    }
+def _pycocotools(images: list[dict], categories: list[dict], columns: tuple, found: np.ndarray) -> COCOeval:
     # Numbered from 1: pycocotools treats an annotation with the id 0 as unmatched.
     names = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    wanted = _coco(content, [dict(zip(names, (i, *row), strict=True)) for i, row in enumerate(rows, 1)])
-    if not len(detections):  # loadRes takes no empty list
-        return COCOeval(wanted, _coco(content, []), "bbox")
-    return COCOeval(wanted, wanted.loadRes(entries(detections)), "bbox")
+    rows = zip(itertools.count(1), *(column.tolist() for column in columns), strict=False)
+    wanted, nothing = COCO(), COCO()
+    nothing.dataset = {"images": images, "categories": categories, "annotations": []}
+    wanted.dataset = {**nothing.dataset, "annotations": [dict(zip(names, row, strict=True)) for row in rows]}
+    wanted.createIndex()
+    nothing.createIndex()
+    return COCOeval(wanted, wanted.loadRes(found) if len(found) else nothing, "bbox")  # loadRes takes no empty list
 
 
-def _coco(content: dict, annotations: list[dict]) -> COCO:
-    coco = COCO()
-    coco.dataset = {**content, "annotations": annotations}
-    coco.createIndex()
-    return coco
-
-
-BACKENDS = {"hotcoco": _hotcoco, "pycocotools": _pycocotools}
+BACKENDS: dict[str, Callable] = {"hotcoco": _hotcoco, "pycocotools": _pycocotools}
 
 
 def _mean(values: np.ndarray) -> float | None:

@@ -7,10 +7,7 @@ frame; distractors of other forms, some striped or checked, belong to no class.
 import json
 import math
 import multiprocessing
-import os
-import shutil
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -20,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from resbackbone.atomic import folder_atomically
 from resbackbone.checks import UserError
 
 FORMAT = 2  # raise it when the same arguments draw other files, so that older folders are refused
@@ -140,25 +138,20 @@ def make_shapes(
 def draw_once(folder: Path, made_of: dict, draw: Callable[[Path], None]) -> Path:
     """Let `draw` fill `folder`, unless it already holds the set made of `made_of`, and return the folder.
 
-    `draw` writes into .<name>.<random>.partial beside `folder`, which is then renamed: a killed run leaves no half set,
-    and two runs at once both succeed. Raises UserError if the folder holds anything else, which stays as it is, or if
-    it cannot be written.
+    `folder` appears when it is complete. Raises UserError if it holds anything else, which stays as it is, or if it
+    cannot be written.
     """
     target = folder.resolve()
     if is_made(target, made_of):
         return folder
-    unfinished = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
-        unfinished.mkdir(parents=True)
-        draw(unfinished)
-        (unfinished / "shapes.json").write_text(json.dumps(made_of) + "\n")
-        os.rename(unfinished, target)
+        with folder_atomically(target) as unfinished:
+            draw(unfinished)
+            (unfinished / "shapes.json").write_text(json.dumps(made_of) + "\n")
     except OSError as error:
         if not is_made(target, made_of):  # if it is, another run was faster
             why = error.strerror or error
             raise UserError(f"{target}: cannot be drawn ({why}); free space there or use another folder") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection
-from detection.report import draw_boxes
+from detection.gallery import draw_boxes
 from detection.responses import Look, heat_map, look
 from detection.scoring import entries
 from resbackbone.checks import UserError, require

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from detection.evaluate import detect
 from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection, run_folder
+from detection.gallery import draw_boxes
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
-from detection.report import draw_boxes
 from detection.scoring import entries
 from detection.video import Video, video_file
 from resbackbone.atomic import write_atomically

@@ -28,7 +28,7 @@ from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 import torch
 from torch import Tensor, nn
 
-from detection.annotations import count_images
+from detection.annotations import read_annotations
 from detection.coco import CocoImages
 from detection.config import BACKBONE_OF, VARIANTS
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
@@ -43,10 +43,11 @@ from detection.faster_rcnn import (
     save_detector,
 )
 from detection.foreign import NOT_A_CLASS
+from detection.gallery import save_pictures
 from detection.layouts import LAYOUT, describe_layout, find_split
 from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
 from detection.recipes import RECIPES, Recipe, default_recipe
-from detection.report import save_pictures, write_report
+from detection.report import write_report
 from detection.sampler import TrainBatches
 from detection.scoring import BACKENDS
 from detection.transforms import TrainTransform
@@ -160,8 +161,7 @@ def train(rank: Rank, options: Options) -> None:
     scaled = options.precision == "fp16"
     state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad, scaled=scaled)
     task = Detection(session, detector, train_set, val_set)
-    fingerprint = train_set.fingerprint
-    run = session.train(task, state, schedule, train_annotations_sha256=fingerprint, validation=val_set.origin)
+    run = session.train(task, state, schedule, train_annotations_sha256=train_set.fingerprint)
 
     loop.evaluate(task, state, run, final=True)
     skipped = gather(session.skipped, rank)
@@ -291,7 +291,7 @@ def recipe_for(data: Path) -> str:
     if data == EMBEDDED:
         return "short"
     with from_option("--data"):
-        return default_recipe(count_images(find_split(data, "train").annotations))
+        return default_recipe(len(read_annotations(find_split(data, "train").annotations).image_ids))
 
 
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:

@@ -42,7 +42,7 @@ def test_the_embedded_data_is_drawn_once_and_opens_as_coco(monkeypatch):
     assert embedded_data() == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == drawn
     train, val = open_split(folder, "train"), open_split(folder, "val")
-    assert (len(train), len(val), train.class_names) == (3, 2, list(CLASSES))
+    assert (len(train), len(val), list(train.categories.values())) == (3, 2, list(CLASSES))
 
 
 def test_an_embedded_set_of_another_version_is_said_to_be_in_the_way():

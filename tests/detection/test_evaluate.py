@@ -52,7 +52,7 @@ def on_ranks(monkeypatch, ranks, *arguments):
         monkeypatch.setattr(evaluate_module, "gather", gathered)
         monkeypatch.setattr(evaluate_module, "broadcast", lambda value, _: value)
         answer = evaluate(*arguments, Rank(rank, ranks, CPU))
-        assert rank == 0 or (len(answer.detections) == 0 and answer.scorer is None)
+        assert rank == 0 or len(answer.detections) == 0
     return answer
 
 
@@ -62,16 +62,8 @@ def test_any_number_of_ranks_gives_what_one_does(tmp_path, monkeypatch, ranks):
     alone = evaluate(Stub(), dataset, Rank(0, 1, CPU))
     ids = alone.detections["image_id"].tolist()
     assert len(ids) > 5 and ids == sorted(ids) and set(ids) == {1, 2, 3, 4, 5}
-    results, detections, _ = on_ranks(monkeypatch, ranks, Stub(), dataset)
+    results, detections = on_ranks(monkeypatch, ranks, Stub(), dataset)
     assert results == alone.results and np.array_equal(detections, alone.detections)
-
-
-def test_an_image_that_several_ranks_detect_on_counts_once(tmp_path, monkeypatch):
-    dataset = data_set(tmp_path / "images")
-    _, alone, _ = evaluate(Stub(), dataset, Rank(0, 1, CPU))
-    monkeypatch.setattr(Rank, "share", lambda self, count: range(count - self.rank % 2))
-    results, detections, _ = on_ranks(monkeypatch, 3, Stub(), dataset)
-    assert np.array_equal(detections, alone) and results["detections"] == len(alone)
 
 
 def test_a_detection_is_written_in_the_terms_of_the_data_set(tmp_path):
@@ -99,7 +91,7 @@ def test_the_detectors_mode_is_as_it_was_afterwards_even_after_an_error(tmp_path
 def test_a_broken_image_counts_as_one_without_detections_where_it_may_be_skipped(tmp_path, workers):
     dataset = data_set(tmp_path / "images", skip_bad_images=True)
     (tmp_path / "images" / "3.png").write_bytes(b"")
-    results, detections, _ = evaluate(Stub(), dataset, Rank(0, 1, CPU), workers=workers)
+    results, detections = evaluate(Stub(), dataset, Rank(0, 1, CPU), workers=workers)
     assert set(detections["image_id"].tolist()) == {1, 2, 4, 5}
     assert results["images"] == 5 and "3.png: empty file" in results["skipped_images"][0]
 
@@ -157,7 +149,7 @@ def test_detections_of_what_the_data_set_has_not_are_left_out(tmp_path):
 
     dataset = data_set(tmp_path / "images")
     rank = Rank(0, 1, CPU)
-    _, everything, _ = evaluate(Stub(), dataset, rank)
-    _, real, _ = evaluate(Torchvisions(), dataset, rank)
+    _, everything = evaluate(Stub(), dataset, rank)
+    _, real = evaluate(Torchvisions(), dataset, rank)
     assert set(everything["category_id"].tolist()) == {3, 7}
     assert np.array_equal(real, everything[everything["category_id"] == 3])

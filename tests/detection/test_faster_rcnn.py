@@ -168,16 +168,9 @@ def test_a_label_that_is_not_a_category_is_refused_with_the_image_and_the_range(
     assert all(module.training == training for module in detector.modules())
 
 
-@pytest.mark.parametrize(
-    "box, says",
-    [
-        ((1, 1, float("nan"), 9), "a box has coordinates that are not finite"),
-        ((1, 1, float("inf"), 9), "a box has coordinates that are not finite"),
-        ((5, 5, 5, 9), "image 7: a box x1 y1 x2 y2 without width"),
-    ],
-)
-def test_a_box_that_is_none_is_refused_in_words(box, says):
-    with pytest.raises(ValueError, match=says):
+@pytest.mark.parametrize("box", [(1, 1, float("nan"), 9), (1, 1, float("inf"), 9), (5, 5, 5, 9)])
+def test_a_box_that_is_none_is_refused_in_words(box):
+    with pytest.raises(ValueError, match="image 7: a box x1 y1 x2 y2 is not finite, or has no width or height"):
         small_detector().train()(two_images(), [{**target(box), "image_id": 7}, target()])
 
 
@@ -187,25 +180,18 @@ def test_a_box_that_is_none_is_refused_in_words(box, says):
 @pytest.mark.parametrize(
     "variant, backbone, says",
     [
-        ("fpn", {}, "needs pyramid levels, the backbone gives c2, c3, c4, c5: use fpn=True"),
-        ("c4", {"fpn": True}, "build the backbone with fpn=False"),
-        ("c4", {"levels": ["c3"]}, "needs level c4, the backbone gives c3"),
-        ("dc5", {"levels": ["c4"]}, "needs level c5, the backbone gives c4"),
-        ("dc5", {"levels": ["c5"]}, "needs c5 at stride 16: build the backbone with dilate_c5=True"),
-        ("dc5", {"fpn": True}, "needs level c5, the backbone gives p2"),
+        ("fpn", {"levels": ["c2", "c5"]}, "of c2 at stride 4, c5 at stride 32: build it with fpn=True"),
+        ("c4", {"fpn": True}, r"build it with levels=\('c4', 'c5'\)"),
+        ("c4", {"levels": ["c4"]}, r"of c4 at stride 16: build it with levels=\('c4', 'c5'\)"),
+        ("dc5", {"levels": ["c4"]}, r"build it with levels=\('c5',\), dilate_c5=True"),
+        ("dc5", {"levels": ["c5"]}, "of c5 at stride 32: build it with"),
+        ("vgg16", {"fpn": True}, r"build it with levels=\('c4',\)"),
         ("c6", {}, "unknown variant 'c6'; choose from fpn, c4, dc5"),
     ],
 )
 def test_a_backbone_that_does_not_fit_the_variant_is_refused_in_words(variant, backbone, says):
     with pytest.raises(ValueError, match=says):
         build_faster_rcnn(build_resnet_backbone(18, **backbone), 3, variant=variant)
-
-
-def test_c4_refuses_to_invent_a_stage_5_beside_given_weights():
-    weights = build_resnet_backbone(18).state_dict()
-    backbone = build_resnet_backbone(18, levels=["c4"], weights=weights)
-    with pytest.raises(ValueError, match=r"needs stage 5 and its weights: .*levels=\('c4', 'c5'\)"):
-        build_faster_rcnn(backbone, 3, variant="c4")
 
 
 @pytest.mark.parametrize("num_classes", [0, -1, "3", 2.0, None, 3])

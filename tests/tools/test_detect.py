@@ -82,7 +82,7 @@ def test_the_threshold_decides_what_is_drawn_and_not_what_is_written(run, capsys
 def test_images_of_one_name_get_pictures_of_their_own(run):
     detected(run / "model.safetensors", "a.png", "other/a.png", "b.jpg")  # by default beside the detector
     found = run / "detected"
-    assert sorted(path.name for path in found.glob("*.png")) == ["a-1.png", "a-2.png", "b.png"]
+    assert sorted(path.name for path in found.glob("*.png")) == ["a-2.png", "a.png", "b.png"]
     detections = json.loads((found / "detections.json").read_text())
     assert {entry["image"] for entry in detections} == {"a.png", "other/a.png", "b.jpg"}
 
@@ -90,7 +90,7 @@ def test_images_of_one_name_get_pictures_of_their_own(run):
 @pytest.mark.parametrize("argv", [("other/a.png", "--output", "other"), ("a.png", "b.jpg", "--output", ".")])
 def test_the_images_themselves_are_never_written_over(run, argv):
     before = {path: path.read_bytes() for path in Path().rglob("*.*g")}
-    assert "a picture would replace the image" in error_of(run, *argv)
+    assert "an output would replace the input" in error_of(run, *argv)
     assert {path: path.read_bytes() for path in Path().rglob("*.*g")} == before
 
 
@@ -249,7 +249,7 @@ def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monke
 
 def test_a_video_is_not_written_over(run, clip):
     before = clip.read_bytes()
-    assert "a video would replace the video clip.mp4" in error_of(run, clip, "--output", ".")
+    assert "an output would replace the input clip.mp4" in error_of(run, clip, "--output", ".")
     assert clip.read_bytes() == before
 
 

@@ -219,7 +219,6 @@ def test_a_tenth_is_held_out_where_there_is_no_validation_split_and_found_again(
     assert "there is no validation split, so one image in 10 is held out for it" in said
     assert "train: 5 images" in said and "val:   1 images" in said
     config, results = Path("run/config.yaml").read_text(), json.loads(Path("run/results.json").read_text())
-    assert yaml.safe_load(config)["effective"]["validation"] == f"held out of {annotation_file(own_shapes)}"
     train_coco.main(["--output", "run", "--resume"])
     assert Path("run/config.yaml").read_text() == config
     assert json.loads(Path("run/results.json").read_text()) == results and results["images"] == 1
