@@ -40,7 +40,7 @@ def evaluate(
     backend: str = "hotcoco",
     progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
 ) -> Evaluation:
-    """Detect on every image of `dataset` and score with `backend`.
+    """Detect on every image of `dataset` and score with `backend`; leaves the detector in eval mode.
 
     `progress` wraps the loop over this rank's images and gets their number. Detections of classes absent from the data
     set are discarded (torchvision's detectors have the ids that COCO skips). Raises BadImage for an image that cannot
@@ -49,21 +49,17 @@ def evaluate(
     """
     share = rank.share(len(dataset))
     loader = DataLoader(dataset, batch_size=None, sampler=share, **worker_processes(workers))
-    was_training = detector.training
     detector.eval()
     found = [np.empty(0, DETECTION)]
     skipped: list[str] = []
-    try:
-        for sample in progress(iter(loader), len(share)):
-            if isinstance(sample, BadImage):
-                if not dataset.skip_bad_images:
-                    raise sample
-                skipped.append(str(sample))
-                continue
-            image, target = sample
-            found += detect(detector, [image], [target["image_id"]], rank.device, bf16=bf16)
-    finally:
-        detector.train(was_training)
+    for sample in progress(iter(loader), len(share)):
+        if isinstance(sample, BadImage):
+            if not dataset.skip_bad_images:
+                raise sample
+            skipped.append(str(sample))
+            continue
+        image, target = sample
+        found += detect(detector, [image], [target["image_id"]], rank.device, bf16=bf16)
     own = np.concatenate(found)
     parts = gather((own[np.isin(own["category_id"], list(dataset.categories))], skipped), rank)
     results, detections = None, np.empty(0, DETECTION)
