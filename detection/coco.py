@@ -58,10 +58,7 @@ class CocoImages(Dataset):
     ):
         self.annotations = read_annotations(annotations)
         if part is not None:
-            try:
-                for_validation = held_out(self.annotations.file_names())
-            except UserError as error:
-                raise UserError(f"{annotations}: {error}") from None
+            for_validation = held_out(self.annotations.file_names())
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
         self.folder, self.annotation_file = Path(images), Path(annotations)
         self.transform, self.skip_bad_images = transform, skip_bad_images

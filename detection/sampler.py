@@ -24,32 +24,20 @@ class TrainBatches(Sampler):
         if batch_size < ranks or batch_size % ranks:
             raise UserError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
         sizes = np.asarray(dataset.widths_heights)
-        self.portrait = sizes[:, 0] < sizes[:, 1]
+        self.portrait: list[bool] = (sizes[:, 0] < sizes[:, 1]).tolist()
         self.batch_size, self.seed, self.rank, self.ranks, self.start = batch_size, seed, rank, ranks, start
 
     def __iter__(self) -> Iterator[list[ImageRequest]]:
-        # Images left over from an epoch go into the next epoch's batches; with few images they wait several epochs.
-        waiting = [np.empty((0, 2), np.int64)] * 2  # landscape and portrait
-        skip = self.start
+        waiting: dict[bool, list[ImageRequest]] = {False: [], True: []}  # what an epoch leaves over, the next one uses
+        number = 0
         for epoch in count():
-            draws = self._draws(epoch)
-            ends, batches = [], []
-            for of in (0, 1):
-                places = np.flatnonzero(self.portrait[draws[:, 0]] == of)
-                before = len(waiting[of])
-                group = np.concatenate([waiting[of], draws[places]])
-                whole = len(group) // self.batch_size * self.batch_size
-                waiting[of] = group[whole:]
-                batches.append(group[:whole].reshape(-1, self.batch_size, 2))
-                ends.append(places[np.arange(self.batch_size, whole + 1, self.batch_size) - before - 1])
-            order = np.argsort(np.concatenate(ends))  # a batch is complete when its last image is drawn
-            of_epoch = np.concatenate(batches)
-            for which in order[skip:]:
-                yield [ImageRequest(*draw) for draw in of_epoch[which, self.rank :: self.ranks].tolist()]
-            skip = max(0, skip - len(order))
-
-    def _draws(self, epoch: int) -> np.ndarray:
-        """int64 [images, 2]: the epoch's order of the images, and a seed for the augmentation of each."""
-        random = np.random.default_rng((self.seed, epoch))
-        order = random.permutation(len(self.portrait))
-        return np.stack([order, random.integers(0, 2**62, len(order))], axis=1)
+            random = np.random.default_rng((self.seed, epoch))
+            order = random.permutation(len(self.portrait)).tolist()
+            for draw in zip(order, random.integers(0, 2**62, len(order)).tolist(), strict=True):
+                group = waiting[self.portrait[draw[0]]]
+                group.append(ImageRequest(*draw))
+                if len(group) == self.batch_size:
+                    if number >= self.start:
+                        yield group[self.rank :: self.ranks]
+                    group.clear()
+                    number += 1
