@@ -4,7 +4,6 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +13,6 @@ from torch.utils.data import Dataset
 
 from detection.annotations import Annotations, read_annotations, select_images
 from detection.layouts import held_out
-from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
 
@@ -85,11 +83,6 @@ class CocoImages(Dataset):
         self.offsets = torch.from_numpy(np.concatenate([[0], counts[kept].cumsum()]))  # image i: [i] to [i + 1]
         self.boxes = torch.from_numpy(boxes)  # float32 [boxes, 4]: x1, y1, x2, y2
         self.labels = self.annotations.labels[torch.from_numpy(rows)]  # int32 [boxes]
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """SHA-256 of the annotation file, in hex; a resumed run compares it."""
-        return file_digest(self.annotation_file)
 
     def __len__(self) -> int:
         return len(self.image_ids)

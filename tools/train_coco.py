@@ -52,6 +52,7 @@ from detection.sampler import TrainBatches
 from detection.scoring import BACKENDS
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
+from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine import loop
 from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
@@ -161,7 +162,7 @@ def train(rank: Rank, options: Options) -> None:
     scaled = options.precision == "fp16"
     state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad, scaled=scaled)
     task = Detection(session, detector, train_set, val_set)
-    run = session.train(task, state, schedule, train_annotations_sha256=train_set.fingerprint)
+    run = session.train(task, state, schedule, train_annotations_sha256=file_digest(train_set.annotation_file))
 
     loop.evaluate(task, state, run, final=True)
     skipped = gather(session.skipped, rank)
