@@ -176,27 +176,21 @@ BAD_ANNOTATIONS = {
     "half a file": (json.dumps(content())[:-9], "not JSON"),
     "deep nesting": ('{"info": ' + "[" * 200_000, "not JSON"),
     "a number of 5000 digits": ('{"images": ' + "9" * 5000 + "}", "Number out of range"),
-    "a list": ("[]", "Expected `object`, got `array`"),
     "no images": ({**content(), "images": None}, "Expected `array`, got `null` - at `[$].images`"),
     "no annotations": ({"images": [], "categories": []}, "missing required field `annotations`"),
     "no categories": ({"images": [], "annotations": []}, "missing required field `categories`"),
     "annotations that are a table": ({**content(), "annotations": {}}, "got `object` - at `[$].annotations`"),
-    "an image that is a number": ({**content(), "images": [3]}, r"Expected `object`, got `int` - at `\$.images\[0\]`"),
     **{
         f"no {key} in {section}": (without(section, key), rf"field `{key}` - at `\$.{section}\[0\]`")
         for section, keys in REQUIRED.items()
         for key in keys
     },
     "an id that is text": (with_value("images", "id", "7"), "Expected `int`, got `str` - at"),
-    "an id that is true": (with_value("images", "id", True), "Expected `int`, got `bool` - at"),
     "a number as file_name": (with_value("images", "file_name", 7), r"got `int` - at `\$.images\[0\].file_name`"),
     "a name of 1001 characters": (with_value("images", "file_name", "7" * 1001), "Expected `str` of length <= 1000"),
     "a width of 0": (with_value("images", "width", 0), "Expected `int` >= 1 - at"),
-    "a negative height": (with_value("images", "height", -5), "Expected `int` >= 1 - at"),
     "a box of three numbers": (with_value("annotations", "bbox", [1, 2, 3]), "Expected `array` of length 4"),
     "a box with text": (with_value("annotations", "bbox", [1, 2, 3, "4"]), r"- at `\$.annotations\[0\].bbox\[3\]`"),
-    "a box with null": (with_value("annotations", "bbox", [1, 2, 3, None]), "got `null` - at"),
-    "a box that is text": (with_value("annotations", "bbox", "1 2 3 4"), "Expected `array`, got `str` - at"),
     "a repeated image id": (with_value("images", "id", 7, images=2), r"images\[1\] repeats the id 7"),
     "a repeated box id": (
         with_value("annotations", "id", 1, boxes=[(0, 0, 5, 5)] * 2),

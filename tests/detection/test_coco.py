@@ -200,20 +200,6 @@ def test_unusable_boxes_are_dropped_and_counted(tmp_path):
     assert all(f"{count} {what}" in dataset.summary() for what, count in counts.items())
 
 
-def test_boxes_partly_outside_are_clipped_and_counted(tmp_path):
-    boxes = [(-4, 2, 10, 8), (1, -3, 10, 8), (30, 2, 10, 8), (1, 18, 10, 8), (-50, -50, 500, 500)]
-    dataset = opened(tmp_path, content(boxes=boxes))
-    clipped = [[0, 2, 6, 10], [1, 0, 11, 5], [30, 2, 33, 10], [1, 18, 11, 21], [0, 0, 33, 21]]
-    assert dataset[0][1]["boxes"].tolist() == clipped
-    assert dataset.report["boxes clipped to their image"] == 5
-
-
-def test_a_box_that_is_whole_is_neither_changed_nor_counted(tmp_path):
-    dataset = opened(tmp_path, content(boxes=[(0, 0, 33, 21), (32, 20, 1, 1), (0, 0, 33.3, 21.2)]))
-    assert dataset[0][1]["boxes"].tolist() == [[0, 0, 33, 21], [32, 20, 33, 21], [0, 0, 33, 21]]
-    assert not any(dataset.report.values()) and "left out" not in dataset.summary()
-
-
 EDGES = st.sampled_from([0, -0.0, 0.4, 0.5, 1, 1.4, 20.2, 21, 32.5, 33, 33.5, 40, -0.5, -3, 1e300, -1e300])
 ODD = st.sampled_from([math.nan, math.inf, -math.inf])
 PLAIN = (st.sampled_from([-0.55, -0.5, -0.45, 0, 3, 7.1]),) * 2 + (st.sampled_from([1, 2, 9.25, 50]),) * 2

@@ -316,17 +316,6 @@ def test_an_image_in_a_batch_of_one_may_have_any_size():
         assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
 
 
-def test_anchors_are_exact_where_the_maps_are_bf16():
-    detector = build_faster_rcnn(build_resnet_backbone(18, fpn=True), 3)
-    sizes = [(1, 8, -(-320 // s), -(-1312 // s)) for s in (4, 8, 16, 32, 64)]
-    images = ImageList(torch.zeros(1, 3, 320, 1312), [(320, 1312)])
-    low, full = (
-        detector.rpn.anchor_generator(images, [torch.zeros(size, dtype=dtype) for size in sizes])[0]
-        for dtype in (torch.bfloat16, torch.float32)
-    )
-    assert low.dtype == torch.float32 and torch.equal(low, full)
-
-
 @pytest.mark.parametrize("variant, options", [("c4", {"levels": ["c4", "c5"]}), ("dc5", {"dilate_c5": True})])
 def test_a_detector_leaves_its_backbone_as_it_was(variant, options):
     backbone = build_resnet_backbone(18, **options).eval()
