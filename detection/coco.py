@@ -131,8 +131,7 @@ class CocoImages(Dataset):
         if bad and not self.skip_bad_images:
             others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise BadImage(f"{bad[0]}{others}")
-        if bad:
-            self.report["images that cannot be read"] = len(bad)
+        self.report["images that cannot be read"] = len(bad)
 
     def summary(self) -> str:
         """One line: images, boxes and classes, and what was clipped or left out."""
@@ -163,8 +162,7 @@ class CocoImages(Dataset):
                 f"{self.folder} lacks {len(missing)} of {len(names)} images that {self.annotation_file} names: "
                 f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
             )
-        if missing:
-            self.report["images missing"] = len(missing)
+        self.report["images missing"] = len(missing)
 
 
 def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,7 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     """The "backbone" and "detector" that `load_detector` builds for foreign weights, in the layout of our own files.
 
     The format determines the geometry (mmdetection's is detectron2's), names and shapes most of the rest; what remains
-    is common to the formats: 800 pixels on the shorter side and at most 1333, a score of 0.05, 100 detections.
+    is common to the formats and the default here: shorter sides of 800 pixels, a score of 0.05, 100 detections.
     Categories are COCO's if there are 80, or 90 with the ids that COCO skips, else those the file names, else
     "class 1" and so on. Raises ValueError, naming the tensors, if this package builds no such Faster R-CNN.
     """
@@ -43,8 +43,6 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         "num_classes": len(scores) - 1,
         "variant": variant,
         "categories": list(_categories(len(scores) - 1, weights.metadata.get("classes")).items()),
-        "min_size": 800,
-        "max_size": 1333,
         "geometry": FORMATS[weights.format].geometry if weights.format in FORMATS else "torchvision",
     }
     if variant != "c4" and "roi_heads.box_head.fc6.weight" in state:
