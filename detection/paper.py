@@ -65,18 +65,18 @@ def load_vgg16(detector: GeneralizedRCNN, source: str) -> None:
     weights = read_weights(source)
     if weights.metadata.get("input", INPUT) != INPUT:
         raise UserError(f"weights from {source} are made for {describe_input(weights.metadata['input'])}")
-    parts: dict[str, dict[str, Tensor]] = {"features": {}, "head": {}}
+    state: dict[str, Tensor] = {}
     for key, tensor in weights.state.items():
         layer, _, leaf = key.rpartition(".")
         if layer in FULLY_CONNECTED:
-            name = f"{FULLY_CONNECTED[layer]}.{leaf}"
-            parts["head"][name] = tensor.flatten(1) if leaf == "weight" else tensor  # timm has them as convolutions
+            name = f"head.{FULLY_CONNECTED[layer]}.{leaf}"
+            state[name] = tensor.flatten(1) if leaf == "weight" else tensor  # timm has them as convolutions
         elif layer.startswith("features."):
-            parts["features"][f"{layer.replace('.', '_')}.{leaf}"] = tensor
+            state[f"trunk.{layer.replace('.', '_')}.{leaf}"] = tensor
     box_head = detector.roi_heads.box_head
     box_head = box_head.head if isinstance(box_head, ContextHead) else box_head
-    for module, part in ((detector.backbone.network, "features"), (box_head, "head")):
-        fit(module, replace(weights, state=parts[part], source=source))
+    network = nn.ModuleDict({"trunk": detector.backbone.network, "head": box_head})
+    fit(network, replace(weights, state=state, source=source))
     detector.backbone.weights_source = source
 
 

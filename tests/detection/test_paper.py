@@ -157,10 +157,10 @@ def without_a_bias():
 @pytest.mark.parametrize(
     "state, says",
     [
-        (without_a_bias, "other.safetensors do not fit: 1 missing: features_28.bias"),
+        (without_a_bias, "other.safetensors do not fit: 1 missing: trunk.features_28.bias"),
         (
             lambda: {**classifier_state(torchvision=True), "classifier.0.weight": torch.full((16, 25088), torch.nan)},
-            "1 with values that are not finite: fc6.weight",
+            "1 with values that are not finite: head.fc6.weight",
         ),
         (lambda: classifier_state(width=8), r"fc6.weight is \[8, 25088\], not \[16, 25088\]"),
     ],
