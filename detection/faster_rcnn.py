@@ -243,6 +243,8 @@ def detector_for(weights: Weights) -> FasterRCNN:
     """The detector that the metadata of `weights` describe, with random weights."""
     backbone = weights.metadata["backbone"]
     config = DetectorConfig.from_json(weights.metadata["detector"], weights.source)
+    if config.variant == "c4":
+        backbone = {**backbone, **BACKBONE_OF["c4"]}  # a detector's own has level c4 alone: stage 5 is the box head
     if "timm" not in backbone:
         return FasterRCNN(ResNetBackbone(BackboneConfig.from_json(backbone, weights.source)), config)
     require("train", "timm", user="a detector on a timm network")
