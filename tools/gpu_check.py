@@ -1,10 +1,9 @@
 """Check a GPU: whether this package computes correctly on it, resumes, and how fast it is beside its peers.
 
-python tools/gpu_check.py                                  every part, in 7.5 minutes on an H100; nothing is downloaded
-python tools/gpu_check.py --quick                          2 minutes
-python tools/gpu_check.py --parts equality waits           these parts alone
-python tools/gpu_check.py cifar --data cifar10 --minutes 12    the paper's CIFAR-10 networks, as many as fit
-python tools/gpu_check.py --device cpu --quick             the parts that need no GPU, at toy sizes: a smoke test
+python tools/gpu_check.py                             every part, in 15 minutes at most; nothing is downloaded
+python tools/gpu_check.py --quick                     machine, equality, waits and resume, in 4 minutes at most
+python tools/gpu_check.py --parts equality waits      these parts alone
+python tools/gpu_check.py --device cpu                the parts that need no GPU, at toy sizes: a smoke test
 
 Each part runs in its own process with a time limit. If one fails, its traceback is recorded and the next one starts.
 The output folder gets gpu_check.json, written after every part, and gpu_check.md with all rows.
@@ -21,8 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
 
@@ -38,88 +36,135 @@ from resbackbone.atomic import write_atomically  # noqa: E402
 from resbackbone.checks import UserError  # noqa: E402
 from resbackbone.engine.device import choose_device  # noqa: E402
 from resbackbone.tools import gpu_checks  # noqa: E402
-from resbackbone.tools.benchmarks.machine import describe, usable_cores  # noqa: E402
+from resbackbone.tools.benchmarks.machine import describe  # noqa: E402
 from resbackbone.tools.gpu_checks.record import Record, Setting  # noqa: E402
 
-ROOMY = {"cores": 8, "bytes": 70e9}  # what a machine must have to run parts side by side
-BAD = ("differs", "failed", "out of memory", "timed out", "interrupted")  # "skipped" and "out of time" are not
-SHORTEST = 20  # seconds; with less than this left, no part starts
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part: MODULE.FUNCTION in gpu_checks, and its time limit in seconds (on a CPU four times that)."""
-
-    function: str
-    seconds: int
-    gpu_only: bool = False
-    alone: bool = True  # timed: nothing else may run meanwhile
-    quick: bool = True  # part of --quick
-
-
-TOGETHER = 170  # seconds: the longest of the parts that run together sets how long they take
-PARTS = {
-    "machine": Part("machine.check", 45),
-    "equality": Part("equality.check", TOGETHER, alone=False),
-    "waits": Part("steps.waits", TOGETHER, gpu_only=True, alone=False),
-    "resume": Part("runs.resume", TOGETHER, alone=False),
-    "ranks": Part("runs.ranks", TOGETHER, alone=False),
-    "demo": Part("runs.demo", TOGETHER, alone=False),
-    "compile": Part("peers.compiled", TOGETHER, gpu_only=True, alone=False, quick=False),
-    "profile": Part("steps.profiled", 60),
-    "detector-training": Part("peers.detector_training", 80),
-    "detector-inference": Part("peers.detector_inference", 60),
-    "backbones": Part("peers.backbones", 50),
-    "imagenet": Part("peers.imagenet", 110),
-    "pretrain": Part("runs.pretrain", 100),
+PARTS = {  # by its name: MODULE.FUNCTION in gpu_checks
+    "machine": "speed.machine",
+    "equality": "equality.check",
+    "waits": "steps.waits",
+    "resume": "runs.resume",
+    "ranks": "runs.ranks",
+    "demo": "runs.demo",
+    "profile": "steps.profiled",
+    "detector-training": "speed.beside_peers",
+    "detector-inference": "speed.beside_peers",
+    "training": "speed.beside_peers",
+    "inference": "speed.beside_peers",
+    "imagenet": "speed.beside_peers",
+    "pretrain": "runs.pretrain",
 }
-CIFAR = {"cifar": Part("cifar.experiment", 0)}  # its limit is --minutes
+QUICK = ("machine", "equality", "waits", "resume")
+LIMIT = 150  # seconds of a part on a GPU; a CPU may be slow, or busy, and has four times that
+SHORTEST = 20  # seconds; with less than this left, no part starts
+BAD = ("differs", "failed", "timed out", "interrupted")  # "skipped" and "out of time" are not
 
 
-@dataclass
-class Running:
-    """A part whose process has been started."""
+def main(argv: list[str] | None = None) -> int:
+    """Parts -> gpu_check.json, gpu_check.md and a line each. Returns 1 if a part found something wrong, otherwise 0."""
+    options = parse(argv)
+    if options.part:
+        return run_part(Setting(options.part, options.device, options.output, time.time() + 60 * options.minutes))
+    options.output.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "tools/gpu_check.py", *(sys.argv[1:] if argv is None else argv)])
+    content: dict = {"command": command, "machine": {}, "seconds": 0.0, "parts": {}}
+    began = time.monotonic()
+    signals: list[int] = []  # received so far; a part is stopped between two polls so that none is lost
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, lambda received, _: signals.append(received))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        for name in options.parts or (QUICK if options.quick else PARTS):
+            left = began + 60 * options.minutes - time.monotonic()
+            found = isolated(name, options.device, Path(scratch) / name, left, signals)
+            content["machine"] = found.pop("machine", {}) or content["machine"]
+            content["parts"][name] = found
+            content["seconds"] = round(time.monotonic() - began, 1)
+            write_atomically(options.output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
+            print(line_of(name, found), flush=True)
+    write_atomically(options.output / "gpu_check.md", markdown(content))
+    print(summary(content))
+    print(f"all rows and measurements: {options.output / 'gpu_check.md'} and .json")
+    return int(any(found["status"] in BAD for found in content["parts"].values()))
 
-    name: str
-    process: subprocess.Popen
-    file: Path
-    log: Path
-    limit: float
-    by_deadline: bool  # whether the overall deadline set the limit
-    began: float = field(default_factory=time.monotonic)
 
-    @property
-    def is_over(self) -> bool:
-        return self.process.poll() is not None or time.monotonic() - self.began > self.limit
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options. argparse, not tyro: the machine may have torch and little else."""
+    lines = (__doc__ or "").splitlines()
+    parser = argparse.ArgumentParser(
+        prog="gpu_check.py",
+        description=lines[0],
+        epilog="\n".join(lines[1:]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, in 4 minutes")
+    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--device", default="cuda:0", metavar="NAME", help="cuda, cuda:N or cpu (default: cuda:0)")
+    parser.add_argument("--minutes", type=float, metavar="N", help="time limit (default: 15; 4 with --quick)")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu-check"), metavar="DIR", help="folder for results")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # starts a part's own process
+    options = parser.parse_args(argv)
+    if sys.platform == "win32":
+        sys.exit("error: gpu_check.py needs Linux or macOS")
+    try:
+        choose_device(options.device)
+    except UserError as error:
+        flag = "" if str(error).startswith("unknown ") else "--device "
+        sys.exit(f"error: {flag}{error}; --device cpu runs the parts that need no GPU")
+    if options.device == "cuda":
+        options.device = "cuda:0"  # commands would use all GPUs
+    if options.minutes is None:
+        options.minutes = 4 if options.quick else 15
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes}: must be more than 0")
+    return options
 
-    def stop(self) -> None:
-        """Kill its process and everything that it has started."""
-        kill_descendants(self.process.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver cannot be killed
-            self.process.wait(10)
 
-    def result(self, *, interrupted: bool) -> dict:
-        """Stop it; returns its results, which are partial if it had not ended."""
-        seconds, status = time.monotonic() - self.began, self.process.poll()
-        self.stop()
-        try:
-            found = json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            found = not_run("unfinished", "")
-        if found["status"] == "unfinished":
-            if status is not None:
-                found |= {"status": "failed", "reason": f"its process ended with {status}"}
-            elif interrupted:
-                found |= {"status": "interrupted", "reason": "by a signal"}
-            else:
-                found["status"] = "out of time" if self.by_deadline else "timed out"
-                found["reason"] = f"stopped after {self.limit:.0f} s"
-            found["traceback"] = self.log.read_text(errors="replace")[-4000:]
-        for file in (self.file, self.log):
-            file.unlink(missing_ok=True)
-        return {**found, "seconds": round(seconds, 1)}
+def isolated(name: str, device: str, folder: Path, left: float, signals: Sequence[int]) -> dict:
+    """Run a part in its own process, for `left` seconds at most; its results, which are partial if it was stopped.
+
+    `folder` is made for its files. The first of the `signals` received stops it.
+    """
+    on_gpu = device.startswith("cuda")
+    found: dict = {"status": "unfinished", "seconds": 0.0, "reason": "", "rows": [], "details": {}}
+    if signals:
+        return found | {"status": "interrupted", "reason": "by a signal"}
+    if name == "waits" and not on_gpu:
+        return found | {"status": "skipped", "reason": "needs a GPU"}
+    if left < SHORTEST:
+        return found | {"status": "out of time", "reason": "not started"}
+    folder.mkdir()
+    limit = min(LIMIT if on_gpu else 4 * LIMIT, left)
+    began = time.monotonic()
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            command_of(name, device, folder, limit), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    while process.poll() is None and not signals and time.monotonic() - began < limit:
+        time.sleep(0.1)
+    status = process.poll()
+    kill_descendants(process.pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver cannot be killed
+        process.wait(10)
+    with contextlib.suppress(OSError, ValueError):
+        found |= json.loads((folder / "record.json").read_text())
+    if found["status"] == "unfinished":
+        if status is not None:
+            found |= {"status": "failed", "reason": f"its process ended with {status}"}
+        elif signals:
+            found |= {"status": "interrupted", "reason": "by a signal"}
+        else:
+            found["status"] = "out of time" if limit == left else "timed out"
+            found["reason"] = f"stopped after {limit:.0f} s"
+        found["traceback"] = (folder / "log").read_text(errors="replace")[-4000:]
+    return found | {"seconds": round(time.monotonic() - began, 1)}
+
+
+def command_of(part: str, device: str, folder: Path, seconds: float) -> list[str]:
+    limit = ["--minutes", str(seconds / 60)]
+    return [sys.executable, __file__, "--part", part, "--device", device, "--output", str(folder), *limit]
 
 
 def kill_descendants(pid: int) -> None:
@@ -136,159 +181,20 @@ def kill_descendants(pid: int) -> None:
             os.kill(one, signal.SIGKILL)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parts -> gpu_check.json, gpu_check.md and a table. Returns 1 if a part found something wrong, otherwise 0."""
-    options = parse(argv)
-    if options.part:
-        return run_part(options.part, options.setting)
-    output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
-    parts = CIFAR if options.what == "cifar" else {name: PARTS[name] for name in options.parts or PARTS}
-    command = shlex.join(["python", "tools/gpu_check.py", *(sys.argv[1:] if argv is None else argv)])
-    content: dict = {"command": command, "machine": {}, "seconds": 0.0, "parts": {}}
-    began = time.monotonic()
-    signals: list[int] = []  # received so far; parts are stopped between two polls so that none is lost
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda received, _: signals.append(received))
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        device = "cuda:0" if options.device == "cuda" else options.device  # commands would use all GPUs
-        setting = Setting(device, options.quick, output, Path(scratch), data=options.data, minutes=options.minutes)
-        grace = 60 if options.what == "cifar" else 0  # to start, and to stop the net in training
-        for name, found in run(parts, setting, began + 60 * options.minutes + grace, signals):
-            content["machine"] = found.pop("machine", {}) or content["machine"]
-            content["parts"] |= {name: found}
-            content["parts"] = {name: content["parts"][name] for name in parts if name in content["parts"]}
-            content["seconds"] = round(time.monotonic() - began, 1)
-            write_atomically(output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
-            print(f"{name}: {found['status']}, {found['seconds']:.0f} s", flush=True)
-    write_atomically(output / "gpu_check.md", markdown(content))
-    print(table(content))
-    print(f"all rows: {output / 'gpu_check.md'}; all measurements: {output / 'gpu_check.json'}")
-    return int(any(found["status"] in BAD for found in content["parts"].values()))
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The options. argparse, not tyro: the machine may have torch and little else."""
-    lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
-        prog="gpu_check.py",
-        description=lines[0],
-        epilog="\n".join(lines[1:]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("what", nargs="?", default="all", choices=("all", "cifar"), help="default: all")
-    parser.add_argument("--quick", action="store_true", help="2 minutes instead of 7.5")
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--device", default="cuda", metavar="NAME", help="cuda, cuda:N or cpu (default: cuda)")
-    parser.add_argument("--minutes", type=float, metavar="N", help="time limit; with cifar, that of the nets")
-    parser.add_argument("--data", metavar="DIR", help="CIFAR-10, for cifar; or synthetic")
-    parser.add_argument("--output", default="runs/gpu-check", metavar="DIR", help="folder (default: runs/gpu-check)")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # these two start a part's own process
-    parser.add_argument("--setting", help=argparse.SUPPRESS)
-    options = parser.parse_args(argv)
-    if sys.platform == "win32":
-        sys.exit("error: gpu_check.py needs Linux or macOS")
-    try:
-        choose_device(options.device)
-    except UserError as error:
-        flag = "" if str(error).startswith("unknown ") else "--device "
-        sys.exit(f"error: {flag}{error}; --device cpu --quick runs the parts that need no GPU")
-    if options.what == "cifar" and options.data is None:
-        sys.exit("error: cifar needs --data DIR with cifar-10-batches-py/, or with train/<class>/ and test/<class>/")
-    if options.minutes is None:
-        on_gpu = options.device.startswith("cuda")
-        options.minutes = (5 if options.what == "cifar" else 2 if options.quick else 7.5) if on_gpu else 30
-    if not options.minutes > 0:
-        parser.error(f"--minutes {options.minutes}: must be more than 0")
-    return options
-
-
-def run(
-    parts: dict[str, Part], setting: Setting, deadline: float, signals: Sequence[int] = ()
-) -> Iterator[tuple[str, dict]]:
-    """Run every part; yields (name, result) as each ends. Parts that are not timed run together if they fit.
-
-    deadline: when to stop, in time.monotonic(). signals: those received so far; the first one stops everything.
-    """
-    for group in grouped(parts, side_by_side=setting.on_gpu and is_roomy(setting.device)):
-        running: list[Running] = []
-        try:
-            for name in group:
-                left = deadline - time.monotonic()
-                if signals:
-                    yield name, not_run("interrupted", "by a signal")
-                elif parts[name].gpu_only and not setting.on_gpu:
-                    yield name, not_run("skipped", "needs a GPU")
-                elif setting.quick and not parts[name].quick:
-                    yield name, not_run("skipped", "not in --quick")
-                elif left < SHORTEST:
-                    yield name, not_run("out of time", "not started")
-                else:
-                    running.append(start(name, parts[name], replace(setting, together=len(group) > 1), left))
-            while running:
-                time.sleep(0.1)
-                for one in [one for one in running if signals or one.is_over]:
-                    found = one.result(interrupted=bool(signals))
-                    if found["status"] == "out of memory":
-                        setting = replace(setting, share=setting.share / 2)
-                    yield one.name, found
-                    running.remove(one)
-        finally:
-            for one in running:
-                one.stop()
-
-
-def grouped(parts: dict[str, Part], *, side_by_side: bool) -> list[list[str]]:
-    groups: list[list[str]] = []
-    for name, part in parts.items():
-        together = side_by_side and groups and not part.alone and not parts[groups[-1][-1]].alone
-        groups[-1].append(name) if together else groups.append([name])
-    return groups
-
-
-def is_roomy(device: str) -> bool:
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return usable_cores() >= ROOMY["cores"] and memory >= ROOMY["bytes"]
-
-
-def start(name: str, part: Part, setting: Setting, left: float) -> Running:
-    """Start a part's process, with its own time limit or what is left until the deadline, whichever is less."""
-    seconds = part.seconds if setting.on_gpu else 4 * part.seconds  # a CPU may be slow, or busy
-    limit = min(seconds or left, left)
-    setting = replace(setting, scratch=setting.scratch / name, until=time.time() + limit)
-    setting.scratch.mkdir()
-    file, log = (setting.output / f".{name}.{kind}" for kind in ("json", "log"))
-    file.unlink(missing_ok=True)
-    words = json.dumps(asdict(setting), default=str)
-    argv = [sys.executable, __file__, "--device", setting.device, "--part", name, "--setting", words]
-    with open(log, "wb") as said:
-        process = subprocess.Popen(argv, stdout=said, stderr=subprocess.STDOUT, start_new_session=True)
-    return Running(name, process, file, log, limit, by_deadline=limit == left)
-
-
-def not_run(status: str, reason: str) -> dict:
-    return {"status": status, "seconds": 0.0, "reason": reason, "rows": [], "details": {}}
-
-
-def run_part(name: str, words: str) -> int:
-    """Run a part in its own process, and record the outcome."""
-    values = json.loads(words)
-    setting = Setting(**values | {name: Path(values[name]) for name in ("output", "scratch")})
-    record = Record(setting.output / f".{name}.json")
+def run_part(setting: Setting) -> int:
+    """Run a part in this process, and record the outcome."""
+    record = Record(setting.scratch / "record.json")
     try:
         if setting.on_gpu:
-            torch.cuda.set_device(torch.device(setting.device).index or 0)
+            torch.cuda.set_device(setting.device)
         record.content["machine"] = describe(setting.device, torch.get_num_threads())
         record.write()
-        function_of(name)(setting, record)
+        function_of(setting.part)(setting, record)
         status, reason = "differs" if record.differs else "ok", ""
     except ModuleNotFoundError as error:
         status, reason = "skipped", str(error)
     except Exception as error:  # noqa: BLE001 - any failure is recorded, and the next part starts
-        full = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-        status = "out of memory" if full else "failed"
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        status, reason = "failed", f"{type(error).__name__}: {' '.join(str(error).split())}"
         record.content["traceback"] = traceback.format_exc()
     record.content |= {"status": status, "reason": reason[:300]}
     record.write()
@@ -298,36 +204,29 @@ def run_part(name: str, words: str) -> int:
 
 
 def function_of(part: str) -> Callable[[Setting, Record], None]:
-    """The function of a part. Only what it may need is imported: the machine may lack packages of other parts."""
-    name = {**PARTS, **CIFAR}[part].function
-    if name.startswith(("machine.", "peers.")):
-        from resbackbone.tools.gpu_checks import machine, peers  # noqa: F401
-    elif name.startswith("cifar."):
-        from resbackbone.tools.gpu_checks import cifar  # noqa: F401
+    """The function of a part. What `speed` does not need is not imported for it: the machine may lack packages."""
+    if PARTS[part].startswith("speed."):
+        from resbackbone.tools.gpu_checks import speed  # noqa: F401
     else:
         from resbackbone.tools.gpu_checks import equality, runs, steps  # noqa: F401
-    return attrgetter(name)(gpu_checks)
+    return attrgetter(PARTS[part])(gpu_checks)
 
 
-def table(content: dict) -> str:
-    """One line per part: its status, then the failed checks or the number that passed."""
-    lines = [f"{'part':18} {'status':14} {'seconds':>7}  "]
+def line_of(name: str, found: dict) -> str:
+    """A part's status, and its failed checks or the number that passed."""
+    wrong = [f"{row['what']}: {shown(row['value'])}, {row['wanted']}" for row in found["rows"] if row["ok"] is False]
+    passed = f"{sum(row['ok'] is True for row in found['rows'])} checks passed"
+    note = found["reason"] or "; ".join(wrong) or passed
+    return f"{name}: {found['status']}, {found['seconds']:.0f} s, {note[:150]}"
+
+
+def summary(content: dict) -> str:
+    """The parts to look at, and those that did not run."""
+    named: dict[str, list[str]] = {}
     for name, found in content["parts"].items():
-        wrong = [
-            f"{row['what']}: {shown(row['value'])}, {row['wanted']}" for row in found["rows"] if row["ok"] is False
-        ]
-        right = sum(row["ok"] is True for row in found["rows"])
-        note = found.get("reason") or "; ".join(wrong) or (f"{right} checks passed" if right else "")
-        lines.append(f"{name:18} {found['status']:14} {found['seconds']:7.0f}  {note[:150]}")
-
-    def named(*statuses: str) -> str:
-        return ", ".join(name for name, found in content["parts"].items() if found["status"] in statuses)
-
-    bad, skipped, late = named(*BAD), named("skipped"), named("out of time")
-    last = f"look at: {bad}" if bad else "nothing wrong was found"
-    last += f"; skipped: {skipped}" if skipped else ""
-    lines.append(last + (f"; there was no time for {late} (--minutes, --parts)" if late else ""))
-    return "\n".join(lines)
+        named.setdefault("look at" if found["status"] in BAD else found["status"], []).append(name)
+    lines = [f"{kind}: {', '.join(names)}" for kind, names in named.items() if kind != "ok"]
+    return "; ".join(lines if "look at" in named else ["nothing wrong was found", *lines])
 
 
 def markdown(content: dict) -> str:

@@ -7,10 +7,16 @@ The subjects are a small Faster R-CNN (train_coco.py) and a small ResNet-18 (pre
 """
 
 import json
+import os
 import random
+import re
 import shutil
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +26,23 @@ import torch
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
+from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.tools.benchmarks.machine import describe
-from resbackbone.tools.soaking.faults import FAULTS
-from resbackbone.tools.soaking.subject import COMMANDS, Subject
+from resbackbone.tools.soaking.subject import (
+    COMMANDS,
+    PATIENCE,
+    TORCHRUN,
+    Subject,
+    differences,
+    last_step,
+    metrics,
+    stop,
+    wait_for,
+    workers,
+)
+
+Found = tuple[str, list[str]]
+STANDALONE = (*TORCHRUN, "2", "--standalone")
 
 
 @dataclass(frozen=True)
@@ -30,13 +50,11 @@ class Options:
     """Break trainings, resume them, and compare them with undisturbed runs."""
 
     faults: tuple[str, ...] = ()
-    """Of kill, terminate, damage, full-disk, restart, bad-rank, two-nodes and evaluation. Default: all."""
+    """Of kill, terminate, damage, full-disk, restart and two-nodes. Default: all."""
     kills: int = 50
     """Number of kills, half of them in a detector's training and half in a classifier's; other faults scale with it."""
     output: Path = Path("runs/soak")
     """Folder for the runs, reliability.json and reliability.md. Its content is replaced."""
-    seed: int = 0
-    """Of the moments at which faults happen."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,21 +64,20 @@ def main(argv: list[str] | None = None) -> None:
         one_of("fault", name, FAULTS)
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
-    moments = random.Random(options.seed)
+    moments = random.Random(0)
     detector, classifier = (Subject(name, options.output) for name in COMMANDS)
     rows: list[dict] = []
     for name in options.faults or FAULTS:
-        title, inject = FAULTS[name]
         times = max(1, options.kills // (2 if name == "kill" else 10))
         for subject in (detector, classifier) if name in ("kill", "terminate", "damage") else (detector,):
             try:
-                outcome, lost = inject(subject, times, moments)
+                outcome, lost = FAULTS[name](subject, times, moments)
             except RuntimeError as error:
                 outcome, lost = "not finished", [str(error)]
-            rows.append({"fault": title, "subject": subject.name, "times": times, "outcome": outcome, "lost": lost})
+            rows.append({"fault": name, "subject": subject.name, "times": times, "outcome": outcome, "lost": lost})
             print(f"{name}, {subject.name}: {outcome}; lost: {lost or 'nothing'}", flush=True)
             machine = describe("cpu", torch.get_num_threads())
-            content = {**machine, "kills": options.kills, "seed": options.seed, "rows": rows}
+            content = {**machine, "kills": options.kills, "rows": rows}
             write_atomically(options.output / "reliability.json", json.dumps(content, indent=2) + "\n")
             write_atomically(options.output / "reliability.md", table(rows))
     print(table(rows))
@@ -75,6 +92,153 @@ def table(rows: Sequence[dict]) -> str:
         cells = [str(row[name]) for name in ("fault", "subject", "times", "outcome")]
         lines.append(f"| {' | '.join(cells)} | {'; '.join(row['lost']) or 'nothing'} |")
     return "\n".join(lines) + "\n"
+
+
+# The faults. Each is injected several times; the training is resumed and compared with an undisturbed run. A fault
+# returns its outcome in words, and what was lost. It raises RuntimeError if a training hangs or cannot be resumed.
+
+
+def kill(subject: Subject, times: int, moments: random.Random) -> Found:
+    """SIGKILL at random moments: any, in the middle of a save, in the middle of an evaluation."""
+    hit: Counter[str] = Counter()
+    run, lost, runs = subject.new_run("kill"), [], 1
+
+    def moment() -> str:
+        if any((run / "checkpoints").glob(".step_*.tmp")):
+            return "save"
+        step = last_step(run)
+        due = step > 0 and step % 8 == 0 and step not in {line["step"] for line in metrics(run, "eval")}
+        return "evaluation" if due else "step"
+
+    while hit.total() < times:
+        trains = subject.trains(run)
+        process = subject.start(run, "--resume")
+        wanted = moments.choice(["startup", "step", "step", "save", "evaluation"])
+        if wanted != "startup":
+            wait_for(trains, process)
+            wait_for(lambda wanted=wanted: moment() == wanted, process)
+        time.sleep(moments.uniform(0, {"startup": 5, "step": 3}.get(wanted, 0.1)))
+        if process.poll() is None:
+            hit["startup" if wanted == "startup" else moment()] += 1
+            stop(process, signal.SIGKILL)
+        else:  # it has ended by itself: use another run
+            lost += differences(run, subject.undisturbed())
+            run, runs = subject.new_run("kill"), runs + 1
+    lost += lost_by(subject, run)
+    moments_hit = ", ".join(f"{count} during {what}" for what, count in sorted(hit.items()))
+    return f"{moments_hit}; {runs} runs ended like the undisturbed one", lost
+
+
+def lost_by(subject: Subject, run: Path) -> list[str]:
+    """Resume a run to its end; the files in which it differs from the undisturbed one."""
+    subject.finish(run)
+    return differences(run, subject.undisturbed())
+
+
+def terminate(subject: Subject, times: int, moments: random.Random) -> Found:
+    """SIGTERM to all its processes, as a scheduler sends it before it takes the machine away."""
+    run, lost, seconds = subject.new_run("terminate"), [], []
+    for _ in range(times):
+        trains = subject.trains(run)
+        process = subject.start(run, "--resume")
+        wait_for(trains, process)
+        time.sleep(moments.uniform(0, 1.5))
+        if process.poll() is not None:
+            break  # it has ended by itself
+        step, began = last_step(run), time.monotonic()
+        status = stop(process, signal.SIGTERM)
+        seconds.append(time.monotonic() - began)
+        saved = int(checkpoints(run)[-1].name[5:])
+        if status != 0 or saved < step:
+            lost.append(f"exit status {status}, step {step} done, step {saved} saved")
+    return f"{len(seconds)} times exit status 0 within {max(seconds):.1f} s, saved", lost + lost_by(subject, run)
+
+
+def damage(subject: Subject, times: int, moments: random.Random) -> Found:
+    """A file of the newest checkpoint truncated, or with a bit flipped."""
+    lost = []
+    for i in range(times):
+        run = subject.new_run("damage")
+        process = subject.start(run)
+        wait_for(lambda run=run: len(checkpoints(run)) >= 2, process)
+        time.sleep(moments.uniform(0, 1))
+        stop(process, signal.SIGKILL)
+        newest = checkpoints(run)[-1]
+        file = newest / moments.choice(["model.safetensors", "optimizer.safetensors", "state.json"])
+        content = bytearray(file.read_bytes())
+        place = moments.randrange(len(content))
+        content[place] ^= 1 << moments.randrange(8)
+        file.write_bytes(content[:place] if i % 2 else content)
+        lost += lost_by(subject, run)
+        if f"set aside as {newest.name}.damaged" not in subject.log(run):
+            lost.append(f"the damage of {file} was not reported")
+    return "reported, set aside, resumed from the previous one", lost
+
+
+def full_disk(subject: Subject, times: int, moments: random.Random) -> Found:
+    """A disk with room for only a part of a checkpoint, then with room again."""
+    lost: list[str] = []
+    disk = subject.folder / "small-disk"
+    disk.mkdir()
+    size = sum(path.stat().st_size for path in checkpoints(subject.undisturbed())[-1].iterdir())
+    for _ in range(times):
+        options = f"size={int(size * moments.uniform(2.2, 2.9))}"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(disk)], capture_output=True).returncode:
+            return "not tried: mounting a small file system needs root", lost
+        try:
+            moved = subject.new_run("full-disk")
+            run = disk / moved.name
+            status = subject.start(run).wait(PATIENCE)
+            said = re.search(r"error: checkpoint of step \d+: no space left .* MB are needed", subject.log(run))
+            if status != 1 or not said:
+                lost.append(failure(subject, run, status))
+            shutil.copytree(run, moved)
+        finally:
+            subprocess.run(["umount", "-l", str(disk)], check=True)
+        lost += lost_by(subject, moved)
+    return "one line with the bytes needed; the last checkpoint is kept", lost
+
+
+def restart(subject: Subject, times: int, moments: random.Random) -> Found:
+    """One of two workers killed, under torchrun --max-restarts, which starts both again."""
+    run = subject.new_run("restart")
+    process = subject.start(run, launcher=(*STANDALONE, "--max-restarts", str(times)))
+    for _ in range(times):
+        step = last_step(run)
+        wait_for(lambda step=step: last_step(run) > step + 4, process)
+        time.sleep(moments.uniform(0, 1))
+        os.kill(moments.choice(workers(process.pid)), signal.SIGKILL)
+        time.sleep(2)
+    status = process.wait(PATIENCE)
+    lost = [failure(subject, run, status)] * (status != 0)
+    return "restarted, ended like two undisturbed ranks", lost + differences(run, subject.undisturbed(2))
+
+
+def two_nodes(subject: Subject, times: int, moments: random.Random) -> Found:
+    """Two nodes, simulated on this machine, that meet through torchrun's c10d rendezvous."""
+    lost = []
+    for _ in range(times):
+        run, port = subject.new_run("two-nodes"), moments.randrange(20_000, 60_000)
+        meet = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "1"]
+        nodes = [subject.start(run, launcher=(*TORCHRUN, "1", *meet)) for _ in range(2)]
+        statuses = [node.wait(PATIENCE) for node in nodes]
+        lost += [failure(subject, run, statuses)] * (statuses != [0, 0])
+        lost += differences(run, subject.undisturbed(2))
+    return "ended like two ranks on one node", lost
+
+
+def failure(subject: Subject, run: Path, status) -> str:
+    return f"exit status {status}: {subject.log(run)[-300:]}"
+
+
+FAULTS: dict[str, Callable[[Subject, int, random.Random], Found]] = {
+    "kill": kill,
+    "terminate": terminate,
+    "damage": damage,
+    "full-disk": full_disk,
+    "restart": restart,
+    "two-nodes": two_nodes,
+}
 
 
 if __name__ == "__main__":

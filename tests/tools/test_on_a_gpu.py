@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available()
 
 @pytest.fixture
 def setting(tmp_path):
-    return records.Setting("cuda:0", False, tmp_path, tmp_path)
+    return records.Setting("", "cuda:0", tmp_path)
 
 
 @pytest.mark.parametrize(

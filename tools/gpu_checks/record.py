@@ -1,7 +1,6 @@
 """A part's input (`Setting`) and output (`Record`), which is saved after every row."""
 
 import json
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,39 +9,28 @@ import torch
 
 from resbackbone.atomic import write_atomically
 
+ENOUGH = 70e9  # bytes of a GPU's memory with which no batch is made smaller
+
 
 @dataclass(frozen=True)
 class Setting:
     """How a part is run."""
 
-    device: str  # "cuda", "cuda:1" or "cpu"
-    quick: bool
-    output: Path  # a folder for results
+    part: str
+    device: str  # "cuda:1" or "cpu"
     scratch: Path  # a folder that is removed at the end
-    share: float = 1.0  # of the usual batch sizes: halved after a part that ran out of memory
-    together: bool = False  # with other parts, which makes its times longer
     until: float = float("inf")  # the time (time.time()) at which it is stopped
-    data: str | None = None  # CIFAR-10
-    minutes: float = 0.0  # for training the nets of the part cifar
 
     @property
     def on_gpu(self) -> bool:
         return torch.device(self.device).type == "cuda"
 
-    @property
-    def beside(self) -> str:
-        """Suffix for times measured while other parts ran."""
-        return ", beside other parts" if self.together else ""
-
-    def left(self) -> float:
-        """Seconds until the part is stopped; an hour at most."""
-        return min(3600.0, self.until - time.time())
-
     def batches(self, *sizes: int) -> list[int]:
-        """These batch sizes on a GPU, scaled by `share`, without duplicates; on a CPU only the smallest, at most 2."""
+        """These batch sizes on a GPU, smaller if it has little memory; on a CPU only the first, at most 2."""
         if not self.on_gpu:
-            return [min(2, *sizes)]
-        return sorted({max(1, int(size * self.share)) for size in sizes})
+            return [min(2, sizes[0])]
+        share = min(1.0, torch.cuda.get_device_properties(self.device).total_memory / ENOUGH)
+        return sorted({max(1, int(size * share)) for size in sizes})
 
 
 class Record:

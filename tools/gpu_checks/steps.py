@@ -1,18 +1,14 @@
 """Where the host waits for the GPU in a detector's training step, and what the GPU spends its time on."""
 
-import re
 import time
-import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 from torch.utils.benchmark import timer
 
 from detection import build_faster_rcnn
@@ -28,17 +24,8 @@ from resbackbone.engine.state import TrainState
 from resbackbone.tools.benchmarks.networks import backbone_weights
 from resbackbone.tools.gpu_checks.record import Record, Setting
 
-ROOT = Path(__file__).resolve().parents[2]
-OWN = tuple(str(ROOT / package) for package in ("detection", "resbackbone"))
 MOST_WAITS = 30  # of a step of two images; torchvision's detector has 37
 WARM_UP, STEPS = 3, 5
-GROUPS = {  # of kernels, or of a CPU's operators, by name
-    "NMS": r"nms",
-    "RoIAlign and RPN gathers": r"embedding_?bag|sumcells",
-    "sorting": r"sort|topk|radix",
-    "copies from the host": r"memcpy htod",
-    "convolutions and matrix products": r"conv|gemm|xmma|cutlass|nvjet|wgrad|dgrad|::mm|addmm|linear",
-}
 
 
 class Training:
@@ -57,7 +44,7 @@ class Training:
         self.rank, self.precision = Rank(0, ranks, device), choose_precision(None, str(device))
         optimizer = build_optimizer(detector, "sgd", rate=1e-3, weight_decay=1e-4, decay_norms=True)
         self.state = TrainState(distributed(detector, self.rank), optimizer, self.rank)
-        data = make_shapes(setting.scratch / "shapes", train_images=8, val_images=1, size=640 if setting.on_gpu else 64)
+        data = make_shapes(setting.scratch / "scenes", train_images=8, val_images=1, size=640 if setting.on_gpu else 64)
         images = open_split(data, "train", transform=TrainTransform(sides, 1333), keep_empty=True)
         order = TrainBatches(images, batch_size=batch_size, seed=0)
         self.batches = train_batches(images, order, workers=4 if setting.on_gpu else 0, device=device)
@@ -76,36 +63,13 @@ class Training:
         return waited
 
 
-@contextmanager
-def count_waits(found: Counter) -> Iterator[None]:
-    """Count host-device synchronizations by the innermost line of this project and the line that synchronizes."""
-
-    def note(message, category, filename, lineno, *_) -> None:
-        if "called a synchronizing" not in str(message):
-            return
-        own = [frame for frame in traceback.extract_stack() if frame.filename.startswith(OWN)]
-        line = f"{Path(own[-1].filename).relative_to(ROOT)}:{own[-1].lineno}" if own else "elsewhere"
-        found[f"{line}, in {'/'.join(Path(filename).parts[-3:])}:{lineno}"] += 1
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = note  # type: ignore[assignment]
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-
 def waits(setting: Setting, record: Record) -> None:
-    """Count the host's waits in a step of 2 and of 16 images, by line."""
+    """Count the host-device synchronizations in a step of 2 and of 16 images, by line."""
     for size in setting.batches(2, 16):
         training = Training(setting, size)
-        found: Counter[str] = Counter()
         for _ in range(WARM_UP):
             training.step()
-        with count_waits(found):
-            training.step()
+        found = waits_of(training.step)
         what = f"host waits in a step of {size} images"
         record.detail(what, dict(found.most_common()))
         if size == 2:
@@ -114,8 +78,19 @@ def waits(setting: Setting, record: Record) -> None:
             record.row(what, found.total())
 
 
+def waits_of(run: Callable[[], object]) -> Counter[str]:
+    """How often each line of Python, by its path's last parts, makes the host wait for the GPU during `run`."""
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        run()
+        torch.cuda.set_sync_debug_mode("default")
+    waited = [line for line in raised if "called a synchronizing" in str(line.message)]
+    return Counter(f"{'/'.join(Path(line.filename).parts[-3:])}:{line.lineno}" for line in waited)
+
+
 def profiled(setting: Setting, record: Record) -> None:
-    """Profile steps of 2 and of 16 images: launches, idle share and time by kind of kernel."""
+    """Profile steps of 2 and of 16 images: launches and idle share; the longest kernels in the details."""
     for size in setting.batches(2, 16):
         training = Training(setting, size)
         for _ in range(WARM_UP):
@@ -123,43 +98,22 @@ def profiled(setting: Setting, record: Record) -> None:
         began = timer()  # synchronizes a GPU
         waited = sum(training.step() for _ in range(STEPS))
         seconds = timer() - began  # measured first: the profiler makes a step longer
-        kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setting.on_gpu else [])]
-        with profile(activities=kinds, acc_events=True) as profiler:
+        with profile(acc_events=True) as profiler:  # of the CPU, and of a GPU if there is one
             for _ in range(STEPS):
                 training.step()
             timer()
-        spans = device_spans(profiler, setting)
-        if not spans:
-            raise RuntimeError("the profiler recorded no kernel; a container may not let it read the GPU's counters")
-        busy = covered(spans)
+        averages = profiler.key_averages()
         record.row(f"{size} images: a step", f"{1000 * seconds / STEPS:.1f} ms")
-        record.row(f"{size} images: kernels and copies in a step", round(len(spans) / STEPS))
-        record.row(f"{size} images: device idle", f"{100 * max(0.0, 1 - busy / seconds):.0f} %")
         record.row(f"{size} images: waiting for data", f"{1000 * waited / STEPS:.2f} ms")
-        for group, pattern in GROUPS.items():
-            took = sum(end - start for name, start, end in spans if re.search(pattern, name, re.IGNORECASE))
-            record.row(f"{size} images: {group}", f"{1000 * took / STEPS:.2f} ms")
-        longest: Any = Counter()
-        for name, start, end in spans:
-            longest[name[:120]] += 1000 * (end - start) / STEPS
-        record.detail(f"{size} images: ms a step by kernel", dict(longest.most_common(25)))
+        sort_by = f"self_{'device' if setting.on_gpu else 'cpu'}_time_total"
+        record.detail(f"{size} images: profile", averages.table(sort_by=sort_by, row_limit=25).splitlines())
         if setting.on_gpu:
+            kernels = [e for e in averages if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+            if not kernels:
+                raise RuntimeError(
+                    "the profiler recorded no kernel; a container may not let it read the GPU's counters"
+                )
+            idle = 1 - sum(kernel.self_device_time_total for kernel in kernels) / 1e6 / seconds
+            record.row(f"{size} images: kernels and copies in a step", round(sum(k.count for k in kernels) / STEPS))
+            record.row(f"{size} images: device idle", f"{100 * max(0.0, idle):.0f} %")
             record.row(f"{size} images: peak memory", f"{torch.cuda.max_memory_allocated() / 2**20:,.0f} MiB")
-
-
-def device_spans(profiler: profile, setting: Setting) -> list[tuple[str, float, float]]:
-    """(name, start, end) in seconds of every kernel and copy on the device; on a CPU, of every outermost operator."""
-    kind = DeviceType.CUDA if setting.on_gpu else DeviceType.CPU
-    events = [event for event in profiler.events() or () if event.device_type == kind]
-    # On a GPU, annotations span kernels; on a CPU, operators contain others.
-    events = [e for e in events if not (e.is_user_annotation if setting.on_gpu else e.cpu_parent)]
-    return [(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6) for event in events]
-
-
-def covered(spans: list[tuple[str, float, float]]) -> float:
-    """Seconds in which at least one of the spans runs."""
-    total, reached = 0.0, float("-inf")
-    for _, start, end in sorted(spans, key=lambda span: span[1]):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total

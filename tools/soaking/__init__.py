@@ -1,1 +1,1 @@
-"""The parts of tools/soak.py: trainings, and the faults injected into them."""
+"""The trainings that tools/soak.py and tools/gpu_check.py start, kill and compare."""
