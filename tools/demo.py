@@ -6,8 +6,10 @@ python tools/demo.py torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1 --port 
 """
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from resbackbone.cli.command import console, main_of, parse
 from resbackbone.cli.errors import from_option
@@ -28,7 +30,6 @@ from resbackbone.report.page import jpeg, macros, short
 
 LOCAL = "127.0.0.1"
 MOST_ROWS = 100
-HEIGHT = 360  # pixels of the field for the image
 PICTURE_BYTES = 200_000
 
 
@@ -41,63 +42,24 @@ class Options:
     source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
     port: int = 7860
     """Port of the page: http://127.0.0.1:PORT."""
-    threshold: float = 0.5
-    """Initial score threshold of the boxes."""
     device: str | None = None
     """cuda, cuda:N, cpu or mps. Default: a GPU if there is one."""
-    precision: str | None = None
-    """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
-
-
-class Demo:
-    """What the page shows, without the page: a detector and its view of an image."""
-
-    def __init__(self, detector: FasterRCNN, device: torch.device, *, bf16: bool = False):
-        self.detector, self.device, self.bf16 = detector, device, bf16
-
-    def look(self, path: str | Path) -> Look:
-        """Run the network on an image file. Raises BadImage if it cannot be read."""
-        try:
-            image = read_image(path)
-        except BadImage as error:  # names the file, not the folder of uploads
-            raise BadImage(str(error).replace(str(path), Path(path).name)) from None
-        return look(self.detector, image, self.device, bf16=self.bf16)
-
-    def boxes(self, seen: Look, threshold: float) -> tuple[Image.Image, Markup]:
-        """The image with the boxes that score at least `threshold`, and a table of them; runs no network."""
-        names = self.detector.real_categories
-        found = [e for e in entries(seen.detections) if e["category_id"] in names and e["score"] >= threshold]
-        rows = [(names[e["category_id"]], e["score"], e["bbox"]) for e in found[:MOST_ROWS]]
-        listed = macros("demo.html").found(rows, len(found), len(seen.detections), threshold)
-        return draw_boxes(seen.image, found, names), listed
-
-    def levels(self, seen: Look) -> Markup:
-        """A heat map of every level, the trunk's (c) before the pyramid's (p)."""
-        figures = [
-            (level, response, jpeg(heat_map(seen.image, response), side=480, limit=PICTURE_BYTES)[0])
-            for level, response in seen.responses.items()
-        ]
-        return macros("demo.html").levels([[f for f in figures if f[0][0] == kind] for kind in "cp"])
 
 
 def main(argv: list[str] | None = None) -> None:
     """A detector -> a page that shows what it does, until Ctrl-C."""
     options = parse(Options, argv)
-    if not 0 <= options.threshold <= 1:
-        raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
     if not 0 < options.port < 65536:
         raise UserError(f"--port {options.port}: must be between 1 and 65535")
     with from_option("--device"):
         device = torch.device(choose_device(options.device))
-    with from_option("--precision"):
-        bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
+    bf16 = choose_precision(None, str(device), INFERENCE) == "bf16"
     use(device)
     gradio()
     file = detector_file(options.run)
-    detector = load_detector(file).to(device, memory_format=torch.channels_last)
-    demo = Demo(prepare_for_detection(detector, bf16=bf16), device, bf16=bf16)
+    detector = prepare_for_detection(load_detector(file).to(device, memory_format=torch.channels_last), bf16=bf16)
     title = f"{Path(options.run).name}: {len(detector.real_categories)} classes"
-    page = build_page(demo, title=title, threshold=options.threshold)
+    page = build_page(detector, device, bf16=bf16, title=title)
     serve(page, options.port)
     console.print(f"{file} on http://{LOCAL}:{options.port}, this machine only; Ctrl-C ends it")
     try:
@@ -106,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         page.close(verbose=False)
 
 
-def gradio():
+def gradio() -> Any:
     """The gradio module, with its telemetry off. Raises MissingPackage if it is not installed."""
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     require("demo", "gradio", user="the page")
@@ -115,9 +77,28 @@ def gradio():
     return gradio
 
 
-def build_page(demo: Demo, *, title: str, threshold: float):
+def boxes(seen: Look, threshold: float, names: Mapping[int, str]) -> tuple[Image.Image, Markup]:
+    """The image with the boxes that score at least `threshold`, and a table of them; `names` are the categories'."""
+    found = [e for e in entries(seen.detections) if e["category_id"] in names and e["score"] >= threshold]
+    rows = [(names[e["category_id"]], e["score"], e["bbox"]) for e in found[:MOST_ROWS]]
+    listed = macros("demo.html").found(rows, len(found), len(seen.detections), threshold)
+    return draw_boxes(seen.image, found, names), listed
+
+
+def levels(seen: Look) -> Markup:
+    """A heat map of every level, the trunk's (c) before the pyramid's (p)."""
+    figures = [
+        (level, response, jpeg(heat_map(seen.image, response), side=480, limit=PICTURE_BYTES)[0])
+        for level, response in seen.responses.items()
+    ]
+    return macros("demo.html").levels([[f for f in figures if f[0][0] == kind] for kind in "cp"])
+
+
+def build_page(
+    detector: FasterRCNN, device: torch.device, *, title: str, bf16: bool = False, threshold: float = 0.5
+) -> Any:
     """The page as gradio Blocks: an image and a threshold in, boxes and levels out."""
-    gr = gradio()
+    gr, names = gradio(), detector.real_categories
 
     class AnyFile(gr.Image):  # type: ignore[name-defined]  # gr.Image would open the file itself, with no helpful error
         is_template = True
@@ -129,34 +110,35 @@ def build_page(demo: Demo, *, title: str, threshold: float):
         if path is None:
             return None, None, "", ""
         try:
-            seen = demo.look(path)
+            seen = look(detector, read_image(path), device, bf16=bf16)
         except BadImage as error:
-            return None, None, macros("demo.html").unreadable(error), ""
-        return seen, *demo.boxes(seen, threshold), demo.levels(seen)
+            reason = str(error).replace(path, Path(path).name)  # without the folder of uploads
+            return None, None, macros("demo.html").unreadable(reason), ""
+        return seen, *boxes(seen, threshold, names), levels(seen)
 
     def move(seen: Look | None, threshold: float):
-        return (None, "") if seen is None else demo.boxes(seen, threshold)
+        return (None, "") if seen is None else boxes(seen, threshold, names)
 
     with gr.Blocks(title=short(title), analytics_enabled=False) as page:
         gr.HTML(Markup("<h1>{}</h1>").format(short(title)))
         seen = gr.State()
         with gr.Row():
             with gr.Column():
-                image = AnyFile(label="Image", sources=["upload", "clipboard"], height=HEIGHT, elem_id="image")
+                image = AnyFile(label="Image", sources=["upload", "clipboard"], height=360, elem_id="image")
                 score = gr.Slider(0, 1, threshold, step=0.01, label="Score threshold", elem_id="threshold")
             with gr.Column():  # without gradio's button that shares on the internet
                 options = {"format": "png", "buttons": ["download", "fullscreen"], "elem_id": "picture"}
                 picture = gr.Image(label="Boxes", interactive=False, **options)
         found = gr.HTML(elem_id="found")
         gr.HTML("<h2>What the levels respond to</h2>")
-        levels = gr.HTML(elem_id="levels")
-        image.change(show, [image, score], [seen, picture, found, levels], api_visibility="private")
+        responses = gr.HTML(elem_id="levels")
+        image.change(show, [image, score], [seen, picture, found, responses], api_visibility="private")
         quietly = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
         score.change(move, [seen, score], [picture, found], **quietly)
     return page
 
 
-def serve(page, port: int) -> None:
+def serve(page: Any, port: int) -> None:
     """Start to serve the page on this machine only, in the background. Raises UserError for a port that is taken."""
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # no font is fetched
     try:

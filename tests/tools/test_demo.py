@@ -8,8 +8,9 @@ from commands import error_line
 from PIL import Image
 
 from detection.faster_rcnn import build_faster_rcnn, save_detector
+from detection.responses import look
 from resbackbone import build_resnet_backbone
-from resbackbone.image_io import BadImage
+from resbackbone.image_io import read_image
 from resbackbone.tools import demo
 
 HOSTILE = {3: "<img src=x onerror=alert(1)>", 13: "${alert(2)} {{constructor}} </table>"}
@@ -24,9 +25,7 @@ def detector():
     return build_faster_rcnn(backbone, 2, categories=HOSTILE, **options).eval()
 
 
-@pytest.fixture(scope="module")
-def shown(detector):
-    return demo.Demo(detector, torch.device("cpu"))
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -39,41 +38,28 @@ def photo(tmp_path):
 # Without the page
 
 
-def test_moving_the_threshold_changes_boxes_and_table_without_the_network(shown, photo, monkeypatch):
-    seen = shown.look(photo)
-    monkeypatch.setattr(demo, "look", None)
-    monkeypatch.setattr(shown, "detector", shown.detector)
+def test_the_threshold_changes_boxes_and_table(detector, photo):
+    seen = look(detector, read_image(photo), CPU)
     scores = np.sort(seen.detections["score"])[::-1]
     pictures = []
     for count in (0, 3, len(scores)):
         threshold = 1.0 if count == 0 else float(scores[count - 1])
-        picture, listed = shown.boxes(seen, threshold)
+        picture, listed = demo.boxes(seen, threshold, detector.real_categories)
         pictures.append(np.asarray(picture))
         assert listed.count("<tr>") == (count and count + 1)
         assert listed.startswith(f"<p>{count} of {len(scores)} boxes score at least {threshold:g}")
     assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[1], pictures[2])
-
-
-def test_names_are_escaped_in_the_table(shown, photo):
-    _, listed = shown.boxes(shown.look(photo), 0.0)
     assert "&lt;img src=x onerror=alert(1)&gt;" in listed and "<img" not in listed
 
 
-def test_every_level_has_a_heat_map_with_a_caption(shown, photo):
-    html = shown.levels(shown.look(photo))
+def test_every_level_has_a_heat_map_with_a_caption(detector, photo):
+    html = demo.levels(look(detector, read_image(photo), CPU))
     assert html.count("<img ") == html.count('src="data:image/jpeg;base64,') == 9
     assert "<b>c2</b>: 64 channels of 20 x 16, stride 4" in html
     assert "<b>p6</b>: 16 channels of 2 x 1, stride 64" in html
 
 
-def test_an_unreadable_upload_is_named_without_its_folder(shown, tmp_path):
-    (tmp_path / "notes.png").write_text("no image")
-    with pytest.raises(BadImage, match="^image notes.png: not an image$"):
-        shown.look(tmp_path / "notes.png")
-
-
 def test_wrong_options_and_a_missing_gradio_are_one_line(detector, tmp_path, monkeypatch):
-    assert "--threshold 2.0: must be between 0 and 1" in error_line(demo.main, ["run", "--threshold", "2"])
     assert "--port 0: must be between 1 and 65535" in error_line(demo.main, ["run", "--port", "0"])
     assert "--device cuda:99: this " in error_line(demo.main, ["run", "--device", "cuda:99"])
     monkeypatch.setitem(sys.modules, "gradio", None)
@@ -91,9 +77,9 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def address(shown):
+def address(detector):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install gradio")
-    page, port = demo.build_page(shown, title="<b>run</b>: 2 classes", threshold=0.0), free_port()
+    page, port = demo.build_page(detector, CPU, title="<b>run</b>: 2 classes", threshold=0.0), free_port()
     demo.serve(page, port)
     yield f"http://127.0.0.1:{port}"
     page.close(verbose=False)
