@@ -21,7 +21,6 @@ def main(argv: list[str] | None = None) -> int:
     print(f"python {platform.python_version()} on {platform.platform()}")
     core = [
         check("packages", lambda: versions(None), "pip install resbackbone"),
-        check("torch computes", torch_computes, "pip install --force-reinstall torch"),
         check("torchvision nms", nms, TOGETHER),
         check("torchvision roi_align", roi_align, TOGETHER),
         check("backbone", backbone, "pip install --force-reinstall resbackbone"),
@@ -56,14 +55,6 @@ def versions(extra: str | None) -> str:
     wanted = [repr(extra), f'"{extra}"'] if extra else []
     names = [re.match(r"[\w.-]+", name)[0] for name, *of in requirements if (of[0] in wanted if of else not extra)]
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-
-
-def torch_computes() -> str:
-    import torch
-
-    product = torch.ones(8, 8) @ torch.ones(8, 8)
-    assert product[0, 0] == 8, "a matrix product is wrong"
-    return f"{torch.get_num_threads()} threads"
 
 
 def nms() -> str:
@@ -113,8 +104,7 @@ def devices() -> list[str]:
     for i in range(torch.cuda.device_count()):
         properties, precision = torch.cuda.get_device_properties(i), native_precision(f"cuda:{i}")
         size = f"{properties.total_memory / 2**30:.0f} GiB"
-        hint = "" if precision == "bf16" else "; it has no bf16, and --precision fp16 trains faster there"
-        lines.append(f"device   cuda:{i} {properties.name}, {size}, {precision} by default{hint}")
+        lines.append(f"device   cuda:{i} {properties.name}, {size}, {precision} by default")
     if torch.backends.mps.is_available():
         lines.append("device   mps, this Apple GPU: fp32, on request (--device mps); not tested by us")
     if torch.cuda.device_count() == 0:
