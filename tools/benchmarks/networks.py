@@ -159,31 +159,6 @@ def first_trained(module: nn.Module) -> Tensor:
     return next(parameter for name, parameter in module.named_parameters() if name.endswith(ends))
 
 
-def as_graph(run: Callable[[], Any], module: nn.Module, *, warm_up: int = 3) -> Callable[[], Any]:
-    """The run as one CUDA graph, recorded once and then replayed. It returns the same tensors each time.
-
-    As PyTorch's notes on CUDA graphs require, the first runs are on another stream, and gradients are cleared before
-    the recording, so that backward allocates them in the graph's memory. Autocast drops its cached weights at the end
-    of the run, so the graph reads none that were cast outside of it.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(warm_up):  # libraries choose their algorithms and allocate their workspaces
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    module.zero_grad(set_to_none=True)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):  # restores the stream on failure
-        outputs = run()
-
-    def replay() -> Any:
-        graph.replay()
-        return outputs
-
-    return replay
-
-
 def classifier(work: Workload, name: str) -> Contender:
     """A whole step of ImageNet training on random images: forward, cross-entropy, backward, SGD. Norms train too."""
     with torch.random.fork_rng(devices=[]):
