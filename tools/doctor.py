@@ -21,8 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"python {platform.python_version()} on {platform.platform()}")
     core = [
         check("packages", lambda: versions(None), "pip install resbackbone"),
-        check("torchvision nms", nms, TOGETHER),
-        check("torchvision roi_align", roi_align, TOGETHER),
+        check("torchvision operators", operators, TOGETHER),
         check("backbone", backbone, "pip install --force-reinstall resbackbone"),
         check("import detection", detection, "pip uninstall detection, then install resbackbone again"),
     ]
@@ -57,23 +56,16 @@ def versions(extra: str | None) -> str:
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
 
 
-def nms() -> str:
+def operators() -> str:
     import torch
     import torchvision
 
     boxes = torch.tensor([[0.0, 0, 10, 10], [1, 1, 11, 11], [20, 20, 30, 30]])
     kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5).tolist()
-    assert kept == [0, 2], f"kept {kept}, expected [0, 2]"
-    return f"kept {kept}"
-
-
-def roi_align() -> str:
-    import torch
-    import torchvision
-
+    assert kept == [0, 2], f"nms kept {kept}, expected [0, 2]"
     pooled = torchvision.ops.roi_align(torch.ones(1, 1, 8, 8), [torch.tensor([[0.0, 0, 8, 8]])], output_size=2)
-    assert torch.allclose(pooled, torch.ones(1, 1, 2, 2)), f"gave {pooled.tolist()}, expected ones"
-    return "pooled ones"
+    assert torch.allclose(pooled, torch.ones(1, 1, 2, 2)), f"roi_align gave {pooled.tolist()}, expected ones"
+    return "nms, roi_align"
 
 
 def backbone() -> str:
