@@ -98,14 +98,9 @@ def test_sigterm_to_the_loaders_too_as_torchrun_and_schedulers_send_it_saves_and
     data = make_shapes(tmp_path / "shapes", train_images=8, val_images=1, size=64)
     argv = ["--recipe", "short", "--data", data, "--depth", "18", "--batch-size", "2", "--max-steps", "2000"]
     argv += ["--pictures", "0", "--device", "cpu", "--workers", "2", "--log-period", "1", "--output", run]
-    process = subprocess.Popen(
-        [sys.executable, TOOLS / "train_coco.py", *map(str, argv)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        start_new_session=True,
-    )
+    process = subject.start_tool(["train_coco.py", *map(str, argv)], log=tmp_path / "log")
     subject.wait_for(lambda: subject.last_step(run) >= 2, process)
-    os.killpg(process.pid, signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert subject.stop(process, signal.SIGTERM) == 0
     assert len(checkpoints(run)) == 1 and int(checkpoints(run)[0].name[5:]) >= 2
 
 
@@ -169,12 +164,11 @@ def test_ranks_that_srun_starts_train_together(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_killed_under_torchrun_is_started_again_and_the_job_ends_as_if_left_alone(tmp_path):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    argv = [*CIFAR, "--steps", "40", "--checkpoint-period", "4", "--eval-period", "20"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = ["train_cifar10.py", *CIFAR, "--steps", "40", "--checkpoint-period", "4", "--eval-period", "20"]
     for name, flags in (("alone", []), ("killed", ["--max-restarts", "1"])):
-        command = [*launcher, *flags, TOOLS / "train_cifar10.py", *argv, "--output", tmp_path / name]
-        process = subprocess.Popen([str(word) for word in command], env=environment)
+        launcher = [*subject.TORCHRUN, "2", "--standalone", *flags]
+        words = [*argv, "--output", str(tmp_path / name)]
+        process = subject.start_tool(words, log=tmp_path / "log", launcher=launcher)
         if name == "killed":
             subject.wait_for(lambda: subject.last_step(tmp_path / "killed") > 10, process)
             os.kill(subject.workers(process.pid)[1], signal.SIGKILL)

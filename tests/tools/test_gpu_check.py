@@ -230,7 +230,7 @@ def test_batches_are_smaller_on_a_gpu_of_little_memory(monkeypatch):
         total_memory = records.ENOUGH / 4
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
-    assert Setting("waits", "cuda:0", Path()).batches(1, 2, 16, 256) == [1, 4, 64]
+    assert Setting("waits", "cuda:0", Path()).batches(1, 2, 16, 256) == [1, 2, 4, 64]
 
 
 def test_processes_in_sessions_of_their_own_are_killed_too():

@@ -26,11 +26,11 @@ class Setting:
         return torch.device(self.device).type == "cuda"
 
     def batches(self, *sizes: int) -> list[int]:
-        """These batch sizes on a GPU, smaller if it has little memory; on a CPU only the first, at most 2."""
+        """These batch sizes on a GPU, above 2 smaller if it has little memory; on a CPU only the first, up to 2."""
         if not self.on_gpu:
             return [min(2, sizes[0])]
         share = min(1.0, torch.cuda.get_device_properties(self.device).total_memory / ENOUGH)
-        return sorted({max(1, int(size * share)) for size in sizes})
+        return sorted({max(min(size, 2), int(size * share)) for size in sizes})
 
 
 class Record:
