@@ -1,6 +1,5 @@
 """A training in processes of its own: how it is started, watched, stopped and compared with an undisturbed run."""
 
-import filecmp
 import json
 import os
 import signal
@@ -10,6 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
 
 from detection.crops import make_shape_crops
 from detection.shapes import make_shapes
@@ -91,16 +93,21 @@ def stop(process: subprocess.Popen, number: signal.Signals) -> int:
 
 
 def differences(run: Path, undisturbed: Path) -> list[str]:
-    """The files in which two runs differ by a byte; metrics are compared without times."""
-    # The checksums are those of the last checkpoint's weights and optimizer.
-    names = ["model.safetensors", "results.json", "detections.json", f"checkpoints/step_{STEPS:07d}/checksums.json"]
-    names = [name for name in names if (undisturbed / name).exists()]
-    _, differing, missing = filecmp.cmpfiles(undisturbed, run, names, shallow=False)
+    """The files in which two runs differ: weights and optimizer bit for bit, results, metrics without times."""
+    found = []
+    files = [file.relative_to(undisturbed) for file in undisturbed.glob(f"checkpoints/step_{STEPS:07d}/*.safetensors")]
+    for file in [Path("model.safetensors"), *files]:
+        one, other = (load_file(folder / file) for folder in (run, undisturbed))  # metadata has no order
+        if one.keys() != other.keys() or not all(torch.equal(one[key], other[key]) for key in one):
+            found.append(f"{run.name}/{file}")
+    for name in ("results.json", "detections.json"):
+        if (undisturbed / name).exists() and (run / name).read_bytes() != (undisturbed / name).read_bytes():
+            found.append(f"{run.name}/{name}")
     mine, theirs = (
         sorted(json.dumps({k: v for k, v in line.items() if k not in CLOCK}) for line in metrics(folder, None))
         for folder in (run, undisturbed)
     )
-    return [f"{run.name}/{name}" for name in (*differing, *missing, *(["metrics.jsonl"] * (mine != theirs)))]
+    return [*found, *([f"{run.name}/metrics.jsonl"] * (mine != theirs))]
 
 
 def metrics(run: Path, kind: str | None = "train") -> list[dict]:
