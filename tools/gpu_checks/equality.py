@@ -134,7 +134,7 @@ def detections(make: Maker) -> Outputs:
     return [{name: values.double().cpu() for name, values in of_image.items()} for of_image in found]
 
 
-SUBJECTS: dict[str, Callable[[Maker], Outputs]] = {
+SUBJECTS: dict[str, Callable[[Maker], Any]] = {  # to outputs by name, or detections
     "FPN maps": pyramid,
     "RoIAlign": roi_align,
     "RoIAlign, aligned": partial(roi_align, aligned=True),
@@ -146,11 +146,14 @@ SUBJECTS: dict[str, Callable[[Maker], Outputs]] = {
 def error_of(subject: str, device: str, dtype: torch.dtype) -> float:
     """How far a subject computed on the device is from fp64 on the CPU; infinite if they cannot be compared."""
     with tf32(False):
-        return detectors.difference(SUBJECTS[subject](Maker(device, dtype)), _reference(subject))
+        got, wanted = SUBJECTS[subject](Maker(device, dtype)), _reference(subject)
+    if isinstance(wanted, list):
+        return detectors.difference(got, wanted)
+    return relative_difference(got, wanted)
 
 
 @lru_cache
-def _reference(subject: str) -> Outputs:
+def _reference(subject: str) -> Any:
     return SUBJECTS[subject](Maker("cpu", torch.float64))
 
 
