@@ -81,11 +81,8 @@ class TimmBackbone(Backbone):
         self.register_buffer("scale", None if same else ours[1] / theirs[1], persistent=False)
         self.register_buffer("shift", None if same else (ours[0] - theirs[0]) / theirs[1], persistent=False)
         self.fpn = FPN(self.trunk_features, **config.pyramid()) if config.fpn else None
+        self.features = self.trunk_features if self.fpn is None else self.fpn.features
         self.weights_source = f"timm:{name}" if pretrained else None
-
-    @property
-    def features(self) -> dict[str, Feature]:  # type: ignore[override]
-        return self.trunk_features if self.fpn is None else self.fpn.features
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, channels, H, W]
         height, width = images.shape[-2:]

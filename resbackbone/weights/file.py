@@ -24,8 +24,7 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata
     Files of this package hold, as far as they are known: "backbone" (the arguments of `build_resnet_backbone`:
     depth, shortcut, stride_in_1x1, groups, width_per_group, eps, norm, in_channels, ..), "detector" (those of
     `detection.build_faster_rcnn`), "cifar" (those of `cifar.build_cifar_resnet`), "num_classes", "classes" (their
-    names), "source", "licence", "recipe" and "accuracy": [{"data", "metric", "value", "published"}]; and always "input"
-    (`inputs.INPUT`, except for "cifar").
+    names), "source", "licence" and "recipe"; and always "input" (`inputs.INPUT`, except for "cifar").
     """
     metadata = {"format": "resbackbone", "input": INPUT, **metadata}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

@@ -34,8 +34,13 @@ LISTED = "resbackbone.weights.list_sources() names those that fit"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
-# Folders of its zoo whose configs keep the defaults: MSRA's input, and for R-50 and R-101 the stride in the 1x1.
-DETECTRON2_DEFAULT = ("ImageNetPretrained/MSRA/", "COCO-", "LVISv0.5-", "PascalVOC-", "Cityscapes/", "Detectron1-")
+# What its configs set for files of its zoo: MSRA's input, and the stride in the 1x1, where they keep the defaults.
+_DEFAULT = r"(?:ImageNetPretrained/MSRA/|COCO-|LVISv0\.5-|PascalVOC-|Cityscapes/|Detectron1-)"
+DETECTRON2_STATED = {
+    r"ImageNetPretrained/torchvision/": (STRIDE_IN_3X3, RGB_255),  # tools/convert-torchvision-to-d2.py
+    rf"ImageNetPretrained/FAIR/X-101-32x8d|{_DEFAULT}.*_X_101_32x8d_": (STRIDE_IN_3X3, BGR_255_WITH_STD),
+    rf"{_DEFAULT}.*R[-_](?:50|101)": (STRIDE_IN_1X1, BGR_255),
+}
 
 
 Located = tuple[Path, dict[str, Any]]  # a file on this machine, and what its publisher says about it
@@ -229,20 +234,11 @@ def _detectron2(name: str) -> Located:
     path = cache / "detectron2" / name
     md5 = re.search(r"/model_final_([0-9a-f]{6})\.pkl$", name)  # its MODEL_ZOO.md: the digits begin the file's md5
     download(DETECTRON2_URL + name, path, md5=md5[1] if md5 else "")
-    stated = {"source": f"detectron2:{name}", "licence": DETECTRON2_LICENCE}
-    return path, {**stated, **_stated_by_detectron2(name)}
-
-
-def _stated_by_detectron2(path: str) -> dict[str, Any]:
-    """The input and the stride that detectron2's configs set for a file (its configs/ and config/defaults.py)."""
-    if path.startswith("ImageNetPretrained/torchvision/"):  # its tools/convert-torchvision-to-d2.py
-        return {"backbone": dict(STRIDE_IN_3X3), "input": RGB_255}
-    default = path.startswith(DETECTRON2_DEFAULT)
-    if path.startswith("ImageNetPretrained/FAIR/X-101-32x8d") or (default and "_X_101_32x8d_" in path):
-        return {"backbone": dict(STRIDE_IN_3X3), "input": BGR_255_WITH_STD}
-    if default and re.search(r"R[-_](50|101)", path):
-        return {"backbone": dict(STRIDE_IN_1X1), "input": BGR_255}
-    return {}
+    stated: dict[str, Any] = {"source": f"detectron2:{name}", "licence": DETECTRON2_LICENCE}
+    for pattern, (backbone, given) in DETECTRON2_STATED.items():
+        if re.match(pattern, name):
+            return path, {**stated, "backbone": dict(backbone), "input": given}
+    return path, stated
 
 
 def _url(source: str) -> Located:

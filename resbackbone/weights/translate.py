@@ -69,8 +69,10 @@ def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> 
     """
     known = FORMATS[one_of("format", format, FORMATS)]
     state = _with_usual_eps(state, eps)
-    if format == "msra":
-        state = _with_msras_norms(state)
+    if format == "msra":  # scale and shift; readers add the statistics 0 and 1, and eps
+        norms, state = _norms(state), merged_norms(state)
+        for norm in norms:
+            state[f"{norm}.weight"] = (state[f"{norm}.weight"].double() * (1 + EPS) ** 0.5).float()
     network = {
         key.removeprefix("backbone."): tensor
         for key, tensor in state.items()
@@ -159,14 +161,6 @@ def _add_merged_statistics(state: dict[str, Tensor], giver: Mapping[str, str]) -
         if theirs.endswith("_bn_s") and f"{norm}.running_var" not in state:
             state[f"{norm}.running_mean"] = torch.zeros_like(state[key])
             state[f"{norm}.running_var"] = torch.ones_like(state[key])
-
-
-def _with_msras_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Norms as scale and shift that are right for readers with the statistics 0 and 1 (and eps)."""
-    merged = merged_norms(state)
-    for norm in _norms(state):
-        merged[f"{norm}.weight"] = (merged[f"{norm}.weight"].double() * (1 + EPS) ** 0.5).float()
-    return merged
 
 
 def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, Tensor]:

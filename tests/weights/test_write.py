@@ -20,7 +20,7 @@ def classifier(randomised):
 
 
 def test_our_file_says_everything_about_itself(classifier, tmp_path):
-    said = {"source": "here", "licence": "MIT", "recipe": "none", "classes": list("abcde"), "accuracy": []}
+    said = {"source": "here", "licence": "MIT", "recipe": "none", "classes": list("abcde")}
     write_as(tmp_path / "own.safetensors", weights_of(classifier, **said, backbone={"stride_in_1x1": True}))
     with safe_open(tmp_path / "own.safetensors", "pt") as file:
         metadata = {key: json.loads(value) for key, value in file.metadata().items()}
