@@ -67,17 +67,6 @@ def test_real_coco_is_read_whole_but_for_its_crowds(data, split, boxes, crowds):
     assert sum(dropped.values()) == dataset.report["boxes under a pixel or outside their image"]
 
 
-def test_every_real_image_has_its_annotated_size_and_boxes_inside(data):
-    dataset = open_split(data / "coco_tiny", "val")
-    for index in range(50):
-        image, target = dataset[index]
-        width, height = dataset.widths_heights[index]
-        assert image.dtype == torch.uint8 and image.shape == (3, height, width)
-        x1, y1, x2, y2 = target["boxes"].unbind(1)
-        assert (x1 >= 0).all() and (y1 >= 0).all() and (x2 <= width).all() and (y2 <= height).all()
-        assert (x2 > x1).all() and (y2 > y1).all()
-
-
 def test_images_without_objects_or_with_crowds_alone_are_kept_or_left_out(tmp_path):
     what = content(images=3, boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
     what["annotations"][1].update(iscrowd=1, image_id=8)

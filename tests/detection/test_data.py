@@ -45,12 +45,6 @@ def test_the_embedded_data_is_drawn_once_and_opens_as_coco(monkeypatch):
     assert (len(train), len(val), list(train.categories.values())) == (3, 2, list(CLASSES))
 
 
-def test_an_embedded_set_of_another_version_is_said_to_be_in_the_way():
-    make_shapes("datasets/shapes", train_images=1, val_images=1, size=64)
-    with pytest.raises(ValueError, match="datasets/shapes already holds .* remove it"):
-        embedded_data()
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_are_endless_floats_of_the_images_with_their_boxes(workers):
     make_shapes("shapes", train_images=3, val_images=1, size=64)

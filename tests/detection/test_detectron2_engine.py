@@ -188,12 +188,6 @@ def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(gaps, c
     assert list(Path().iterdir()) == []
 
 
-@needs_detectron2
-def test_a_run_of_the_other_engine_is_not_resumed(finished, capsys):
-    said = error_of(["--output", finished, "--resume", "--engine", "torchvision"], capsys)
-    assert "--engine torchvision: the run in" in said and "was made with detectron2" in said
-
-
 def test_without_detectron2_it_is_one_line_that_says_how_to_install_it(gaps, capsys, monkeypatch):
     monkeypatch.setattr(train_coco, "find_spec", lambda name: None)
     said = error_of([*QUICK, "--data", gaps], capsys)

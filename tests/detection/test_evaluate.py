@@ -88,12 +88,6 @@ def test_a_broken_image_counts_as_one_without_detections_where_it_may_be_skipped
     assert results["images"] == 5 and "3.png: empty file" in results["skipped_images"][0]
 
 
-def test_the_backend_asked_for_is_the_one_that_scores(tmp_path):
-    dataset = data_set(tmp_path / "images")
-    with pytest.raises(ValueError, match="unknown COCO backend 'fast'; choose from hotcoco, pycocotools"):
-        evaluate(Stub(), dataset, Rank(0, 1, CPU), backend="fast")
-
-
 # What is written, and what a person sees
 
 
