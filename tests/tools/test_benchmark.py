@@ -354,7 +354,7 @@ def test_detectron2_is_set_up_in_code_and_moves_as_a_whole():
     detector = detectors.build_detectron2(18, detectors.detector_weights(18)).to("meta")
     assert {tensor.device.type for tensor in (*detector.parameters(), *detector.buffers())} == {"meta"}
     assert not [name for m in detector.modules() for name, x in vars(m).items() if isinstance(x, torch.Tensor)]
-    assert detector.network.device.type == "meta"
+    assert detector.model.device.type == "meta"
 
 
 MEASURED = sorted((ROOT / "docs" / "benchmarks").glob("20*.json"))

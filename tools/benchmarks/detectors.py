@@ -27,12 +27,6 @@ from resbackbone.weights.translate import from_ours
 
 CLASSES = 80
 SHARPNESS = 60.0  # makes class scores differ as trained ones do
-LOSSES = {  # detectron2's names: torchvision's, which are ours too
-    "loss_cls": "loss_classifier",
-    "loss_box_reg": "loss_box_reg",
-    "loss_rpn_cls": "loss_objectness",
-    "loss_rpn_loc": "loss_rpn_box_reg",
-}
 # A Faster R-CNN with a pyramid. detectron2 has this in a YAML file, which its source tree keeps outside of the package.
 DETECTRON2 = """
     MODEL.DEVICE cpu   MODEL.BACKBONE.NAME build_resnet_fpn_backbone
@@ -67,29 +61,6 @@ def drawn(count: int, height: int, width: int, device: str, dtype=torch.float32)
     return images, targets
 
 
-class Detectron2Detector(nn.Module):
-    """detectron2's network, called as torchvision's and ours are."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network: Any = network
-
-    def forward(self, images: list[Tensor], targets: Targets | None = None) -> Outputs:
-        from detectron2.structures import Boxes, Instances
-        from detectron2.utils.events import EventStorage
-
-        entries: list[dict[str, Any]] = [{"image": pixels * 255} for pixels in images]
-        if targets is None:
-            found = [output["instances"] for output in self.network(entries)]
-            return [{"boxes": f.pred_boxes.tensor, "scores": f.scores, "labels": f.pred_classes + 1} for f in found]
-        for entry, target in zip(entries, targets, strict=True):
-            size, boxes = entry["image"].shape[1:], Boxes(target["boxes"])
-            entry["instances"] = Instances(size, gt_boxes=boxes, gt_classes=target["labels"] - 1)
-        with EventStorage():  # its losses log to it
-            losses = self.network(entries)
-        return {LOSSES[name]: loss for name, loss in losses.items()}
-
-
 @lru_cache(maxsize=1)
 def detector_weights(depth: int) -> dict[str, Tensor]:
     """A detector's state dict under our names, the same in every process."""
@@ -113,16 +84,21 @@ def build_torchvision(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
 
 def build_detectron2(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
     """Built on the CPU and then moved: every tensor that it holds is a parameter or a buffer."""
-    from detectron2.modeling import build_model
+    from detection.detectron2_engine import Detectron2Detector
+
+    class Unresized(Detectron2Detector):
+        def _entry(self, image: Tensor) -> dict:
+            return {"image": image * 255}
 
     config = detectron2_config(depth, DETECTRON2)
     config.MODEL.PIXEL_MEAN, config.MODEL.PIXEL_STD = [255 * x for x in MEAN], [255 * x for x in STD]
     config.MODEL.RPN.SMOOTH_L1_BETA = config.MODEL.ROI_BOX_HEAD.SMOOTH_L1_BETA = 1 / 9
     config.MODEL.ROI_HEADS.NUM_CLASSES = CLASSES
-    detector: Any = load(build_model(config), from_ours(state, "detectron2"))
-    for anchors in detector.proposal_generator.anchor_generator.cell_anchors:
+    detector = Unresized(config, categories={})
+    load(detector.model, from_ours(state, "detectron2"))
+    for anchors in detector.model.proposal_generator.anchor_generator.cell_anchors:
         anchors.round_()
-    return Detectron2Detector(detector)
+    return detector
 
 
 DETECTORS = {OWN: build_own, "torchvision": build_torchvision, "detectron2": build_detectron2}
