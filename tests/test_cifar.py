@@ -30,14 +30,6 @@ def test_residual_and_plain_nets_have_the_parameters_of_table_6(depth):
         assert round(counted / 1e6, len(str(published).split(".")[1])) == published
 
 
-@pytest.mark.parametrize("depth", CIFAR_DEPTHS)
-def test_the_depth_is_the_number_of_3x3_layers_and_fc(depth):
-    with torch.device("meta"):
-        model = build_cifar_resnet(depth)
-    layers = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
-    assert len(layers) + 1 == depth and {m.kernel_size for m in layers} == {(3, 3)}
-
-
 def test_shortcuts_b_and_c_project_where_they_should():
     def projections(shortcut):
         names = build_cifar_resnet(20, shortcut=shortcut).state_dict()

@@ -68,17 +68,6 @@ def test_every_combination_of_levels_advertises_what_it_returns_and_uses_every_p
         assert not unused, (levels, unused)  # DDP would wait for them for ever
 
 
-def test_the_number_of_a_level_is_the_logarithm_of_its_stride():
-    assert {level: stride for level, (_, stride) in FPN(TRUNK, PYRAMID_LEVELS).features.items()} == {
-        "p2": 4,
-        "p3": 8,
-        "p4": 16,
-        "p5": 32,
-        "p6": 64,
-        "p7": 128,
-    }
-
-
 @pytest.mark.parametrize("levels", [levels for levels in COMBINATIONS if "p7" not in levels or "p6" in levels])
 def test_a_level_is_the_same_whatever_else_is_asked_for(levels):
     # p7 makes p6 a convolution, so the whole is asked for with p7 exactly where the part is
@@ -119,17 +108,3 @@ def test_a_norm_takes_the_place_of_the_bias(norm, parameters):
         assert {name for name, _ in block[0].named_parameters()} == parameters
         assert len(block) == (1 if norm is None else 2)
     assert all(x.isfinite().all() for x in fpn(trunk_maps(TRUNK, 97, 130)).values())
-
-
-@pytest.mark.parametrize(
-    "levels, options, message",
-    [
-        (["p3", "c4"], {}, "unknown level 'c4'; choose from p2, p3, p4, p5, p6, p7"),
-        ([], {}, "no level asked for; choose from p2"),
-        (["p3"], {"p6_from": "p4"}, "unknown source of p6 'p4'; choose from c5, p5"),
-        (["p3"], {"norm": "LN"}, "unknown norm 'LN'; choose from BN"),
-    ],
-)
-def test_an_unknown_name_is_answered_with_the_choices(levels, options, message):
-    with pytest.raises(ValueError, match=message):
-        FPN(TRUNK, levels, **options)
