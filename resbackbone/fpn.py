@@ -5,9 +5,8 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.checks import one_of
 from resbackbone.layers import norm_layer
-from resbackbone.resnet import Feature, sorted_levels
+from resbackbone.resnet import Feature
 
 PYRAMID_LEVELS = ("p2", "p3", "p4", "p5", "p6", "p7")
 
@@ -40,10 +39,9 @@ class FPN(nn.Module):
         relu_before_p7: bool = True,
     ):
         super().__init__()
-        self.levels = sorted_levels(levels, PYRAMID_LEVELS)
+        self.levels = sorted(levels)
         self.trunk_levels = trunk_levels_for(self.levels)
-        self.relu_before_p7 = relu_before_p7
-        self.p6_from = one_of("source of p6", p6_from, ("c5", "p5"))
+        self.relu_before_p7, self.p6_from = relu_before_p7, p6_from
         needs_p5 = p6_from == "p5" if "p7" in self.levels else "p6" in self.levels  # p6 and p7 by convolutions, or not
         wanted = {*self.levels, *(["p5"] if needs_p5 else [])}
 

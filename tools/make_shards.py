@@ -16,17 +16,17 @@ enlarge an image of 320.
 import io
 import json
 import os
-from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
 
 from resbackbone.cli.command import Auto, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
@@ -98,38 +98,19 @@ def write_split(images: Images, split: str, options: Options) -> None:
     paths = [options.output / f"{split}-{i:06d}.tar" for i in range(len(parts))]
     side = options.shorter_side if split == "train" else 0
     make = partial(make_shard, images, side=side, quality=options.quality)
-    workers = 0 if options.workers == 1 else min(options.workers, len(parts))
-    made = DataLoader(Shards(make, list(zip(parts, paths, strict=True))), batch_size=None, num_workers=workers)
     shards, skipped = [], set(images.skipped)
-    for result in track(made, len(parts), f"{split} shards"):
-        if isinstance(result, Exception):
-            raise result
-        shard, messages = result
-        for message in messages:
-            console.print(f"skipped {message}")
-        shards.append(shard)
-        skipped.update(messages)
+    # Ctrl-C is for this process, which ends the others.
+    with ProcessPoolExecutor(options.workers, initializer=signal, initargs=(SIGINT, SIG_IGN)) as pool:
+        for shard, messages in track(pool.map(make, parts, paths), len(parts), f"{split} shards"):
+            for message in messages:
+                console.print(f"skipped {message}")
+            shards.append(shard)
+            skipped.update(messages)
     index = options.output / f"{split}.json"
     write_atomically(index, json.dumps({"classes": images.classes, "shards": shards}))
     count, size = (sum(numbers) for numbers in zip(*((len(s["labels"]), s["bytes"]) for s in shards), strict=True))
     without = f", without {len(skipped)} that cannot be read" if skipped else ""
     console.print(f"{split}: {count} images{without} in {len(shards)} shards, {size / 1e9:.3g} GB; index {index}")
-
-
-class Shards(Dataset):
-    """Makes a shard for each item, so that a DataLoader's processes share the work."""
-
-    def __init__(self, make: Callable[..., tuple[dict, list[str]]], shards: list[tuple[np.ndarray, Path]]):
-        self.make, self.shards = make, shards
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, i: int) -> tuple[dict, list[str]] | BadImage | OSError:
-        try:
-            return self.make(*self.shards[i])
-        except (BadImage, OSError) as error:  # returned, because one raised in a worker loses its message
-            return error
 
 
 def make_shard(images: Images, part: np.ndarray, path: Path, *, side: int, quality: int) -> tuple[dict, list[str]]:
