@@ -232,12 +232,6 @@ def test_the_list_has_every_source_in_a_line_of_its_own_that_begins_with_its_nam
     assert all("  " in row and row.index(row.split()[2]) == heading.index("what") for row in rows)
 
 
-def test_the_command_ends_with_status_1_and_one_line():
-    done = subprocess.run([sys.executable, TOOL, "nowhere.pth", "x.safetensors"], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and not list(Path().iterdir())
-    assert done.stderr.startswith("error: weights 'nowhere.pth': no such file") and done.stderr.count("\n") == 1
-
-
 def test_a_file_that_is_there_is_replaced_only_when_asked(classifier):
     torch.save(classifier, "r18.pth")
     Path("out.safetensors").write_text("precious")

@@ -138,7 +138,6 @@ def test_what_names_no_image_is_one_line(run):
     assert "set: holds no image (.jpg, " in error_of(run, "set")
     assert "image *.webp: no such file" in error_of(run, "*.webp")
     assert "--batch-size 0: must be at least 1" in error_of(run, "a.png", "--batch-size", "0")
-    assert "video clip.mp4: no such file" in error_of(run, "clip.mp4")
 
 
 # What is written
@@ -152,7 +151,7 @@ def test_in_batches_every_image_gets_the_boxes_that_it_gets_alone(run):
     for options in (["--output", "alone"], ["--output", "batches", "--batch-size", "4"]):
         detected(run, *names, "--no-pictures", "--precision", "fp32", *options)
     alone, batches = (json.loads(Path(folder, "detections.json").read_text()) for folder in ("alone", "batches"))
-    assert [e["image"] for e in alone] == [e["image"] for e in batches] and len(images_in("alone/detections.json")) == 6
+    assert [e["image"] for e in alone] == [e["image"] for e in batches] and {e["image"] for e in alone} == set(names)
     for one, other in zip(alone, batches, strict=True):
         assert one["category"] == other["category"] and one["score"] == pytest.approx(other["score"], abs=1e-4)
         assert one["bbox"] == pytest.approx(other["bbox"], abs=1e-2)
