@@ -237,9 +237,6 @@ class Classification(Task):
         self.session.warn_skipped(self.train_set.skipped)
         return {}
 
-    def bad_batch(self, batch: Batch) -> tuple[dict[str, Tensor], str]:
-        return dict(zip(("images", "labels"), batch, strict=True)), "its images"
-
     def save(self, folder: Path) -> None:
         write_weights(folder / "model.safetensors", self.model.state_dict(), self.metadata)
         if self.average is not None:

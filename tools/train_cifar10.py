@@ -120,16 +120,13 @@ def train(rank: Rank, options: Options) -> None:
     session.info(f"data:  {data.summary()} in {options.data}")
 
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
-    network: dict[str, Any] = {
-        "depth": options.depth,
-        "shortcut": shortcut_of(options),
-        "num_classes": len(data.classes),
-    }
+    shortcut = shortcut_of(options)
+    network: dict[str, Any] = {"depth": options.depth, "shortcut": shortcut, "num_classes": len(data.classes)}
     checkpoint = session.checkpoint and session.checkpoint / "model.safetensors"
     model = build_cifar_resnet(**network, weights=checkpoint)
     model.to(rank.device).to(memory_format=torch.channels_last).train()
     parameters = count_parameters(model)
-    session.info(f"{name_of(options)}, shortcut {network['shortcut']}, {parameters / 1e6:.2f} M parameters")
+    session.info(f"{name_of(options)}, shortcut {shortcut}, {parameters / 1e6:.2f} M parameters")
 
     schedule = schedule_of(options)
     optimizer = build_optimizer(model, "sgd", rate=schedule.rate, weight_decay=WEIGHT_DECAY, decay_norms=True)
@@ -176,9 +173,6 @@ class Cifar10Task(Task):
 
     def after_update(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, float]:
         return {"train_error": self.wrong.item()}
-
-    def bad_batch(self, batch: tuple[Tensor, Tensor]) -> tuple[dict[str, Tensor], str]:
-        return dict(zip(("images", "labels"), batch, strict=True)), "its images"
 
     def save(self, folder: Path) -> None:
         recipe = f"{PAPER} of {self.options.steps} updates of {self.options.batch_size} images"

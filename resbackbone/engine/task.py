@@ -27,9 +27,9 @@ class Task(ABC):
         """Called after every update. The numbers returned, with the same names every time, join the metrics."""
         return {}
 
-    @abstractmethod
     def bad_batch(self, batch: Any) -> tuple[Mapping[str, Tensor], str]:
         """For a batch whose loss is not finite: the tensors to save, and a name for its images: "images 7, 9"."""
+        return dict(zip(("images", "labels"), batch, strict=True)), "its images"
 
     @abstractmethod
     def save(self, folder: Path) -> None:
