@@ -139,19 +139,17 @@ def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ())
         if not any(key.startswith(prefix) for key in given):
             wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(prefix)}
 
-    both = [key for key in wanted if key in given]
-    misfits = {
-        "missing": [key for key in wanted if key not in given],
-        "unexpected": [key for key in given if key not in wanted],
-        "of another shape": [
-            f"{key} is {list(given[key].shape)}, not {list(wanted[key].shape)}"
-            for key in both
-            if given[key].shape != wanted[key].shape
-        ],
-        # A network would not always show them: on a CPU a ReLU that is fused to its convolution makes 0 of NaN.
-        "with values that are not finite": [key for key in both if not given[key].isfinite().all()],
-    }
-    problems = [f"{len(found)} {kind}: {', '.join(found)}" for kind, found in misfits.items() if found]
+    problems = []
+    if missing := [key for key in wanted if key not in given]:
+        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
+    if unexpected := [key for key in given if key not in wanted]:
+        problems.append(f"{len(unexpected)} unexpected: {', '.join(unexpected)}")
+    if misshapen := [key for key in wanted if key in given and given[key].shape != wanted[key].shape]:
+        shapes = (f"{key} is {list(given[key].shape)}, not {list(wanted[key].shape)}" for key in misshapen)
+        problems.append(f"{len(misshapen)} of another shape: {', '.join(shapes)}")
+    # A network would not always show them: on a CPU a ReLU that is fused to its convolution makes 0 of NaN.
+    if broken := [key for key in wanted if key in given and not given[key].isfinite().all()]:
+        problems.append(f"{len(broken)} with values that are not finite: {', '.join(broken)}")
     if problems:
         raise UserError(f"weights from {weights.source} do not fit: {'; '.join(problems)}")
     return given

@@ -61,7 +61,6 @@ class Format(NamedTuple):
     counts_batches: bool = True  # its batch norms have num_batches_tracked
     only_3x3_stride: bool = False  # its bottlenecks cannot stride in the 1x1
     relu_before_p7: bool = False  # its pyramids always have one
-    group_norm: bool = True  # its networks may have it
     geometry: str = "detectron2"  # whose RoIAlign and anchors its detectors have
     input: Mapping[str, Any] = INPUT
     stride_in_1x1: bool = False
@@ -152,7 +151,6 @@ MSRA = Format(
         ("fc.{leaf}", "pred_{leaf:w,b}"),
     ),
     counts_batches=False,
-    group_norm=False,
     input=BGR_255,
     stride_in_1x1=True,
 )
@@ -192,7 +190,6 @@ TRANSFORMERS = Format(
         "classifier.1.{leaf}",
     ),
     places=(("resnet.", ""),) * 4 + (("", ""),),
-    group_norm=False,
 )
 
 FORMATS: dict[str, Format] = {

@@ -170,6 +170,9 @@ def _stated_by_config(folder: Path) -> dict[str, Any]:
 
 
 def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str, Any]:
+    for key, ours in (("hidden_act", "relu"), ("downsample_in_first_stage", False)):
+        if config.get(key, ours) != ours:
+            raise UserError(f"its config.json has {key} {config[key]!r}; no network here does")
     stated: dict[str, Any] = {
         "backbone": {**STRIDE_IN_3X3, "stride_in_1x1": config.get("downsample_in_bottleneck") is True}
     }

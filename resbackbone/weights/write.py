@@ -103,21 +103,19 @@ def _comparable(weights: Weights) -> dict[str, Tensor]:
 
 
 def _check_network(backbone: Mapping[str, Any], format: str) -> None:
-    known, shortcut, channels = FORMATS[format], backbone["shortcut"], backbone["in_channels"]
-    in_1x1 = backbone["stride_in_1x1"] and DEPTHS[backbone["depth"]][0] is Bottleneck
-    no_relu = backbone.get("relu_before_p7") is False
-    wide = (backbone["groups"], backbone["width_per_group"]) != (1, 64)
-    group_norm = backbone["norm"] == "GN"
-    for refused, why in (
-        (shortcut != "B", f"shortcut={shortcut!r}: {format} only has networks with shortcut B"),
-        (in_1x1 and known.only_3x3_stride, f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3"),
-        (no_relu and known.relu_before_p7, f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7"),
-        (wide and format == "transformers", "transformers' ResNet has neither groups nor other widths"),
-        (group_norm and not known.group_norm, f"norm='GN': {format} only has networks with batch norms"),
-        (known.input != INPUT and channels != 3, f"in_channels={channels}: {format}'s networks take three colours"),
-    ):
-        if refused:
-            raise UserError(why)
+    known = FORMATS[format]
+    if backbone["shortcut"] != "B":
+        raise UserError(f"shortcut={backbone['shortcut']!r}: {format} only has networks with shortcut B")
+    if backbone["stride_in_1x1"] and backbone["depth"] >= 50 and known.only_3x3_stride:
+        raise UserError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3")
+    if backbone.get("relu_before_p7") is False and known.relu_before_p7:
+        raise UserError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7")
+    if format == "transformers" and (backbone["groups"], backbone["width_per_group"]) != (1, 64):
+        raise UserError("transformers' ResNet has neither groups nor other widths")
+    if format in ("transformers", "msra") and backbone["norm"] == "GN":
+        raise UserError(f"norm='GN': {format} only has networks with batch norms")
+    if known.input != INPUT and backbone["in_channels"] != 3:
+        raise UserError(f"in_channels={backbone['in_channels']}: {format}'s networks take three colours")
 
 
 def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:

@@ -202,10 +202,18 @@ def test_a_timm_repository_states_its_pretrained_cfg(hub, nested):
     assert (stated["licence"], stated["classes"], stated["backbone"]) == ("mit", ["a", "b"], STRIDE_IN_3X3)
 
 
-@pytest.mark.parametrize("architecture", ["resnetblur50", "resnetaa50"])
-def test_a_timm_repository_of_a_network_that_only_looks_like_a_resnet_is_refused(hub, architecture):
-    hub["me/net"] = {"model.safetensors": "tensors", "config.json": {"architecture": architecture}}
-    assert "blurs its maps" in refusal("hf:me/net")
+@pytest.mark.parametrize(
+    "config, why",
+    [
+        ({"architecture": "resnetblur50"}, "blurs its maps"),
+        ({"architecture": "resnetaa50"}, "blurs its maps"),
+        ({"model_type": "resnet", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"model_type": "resnet", "downsample_in_first_stage": True}, "downsample_in_first_stage True"),
+    ],
+)
+def test_a_repository_of_a_network_that_only_looks_like_a_resnet_is_refused(hub, config, why):
+    hub["me/net"] = {"model.safetensors": "tensors", "config.json": config}
+    assert why in refusal("hf:me/net")
 
 
 def test_a_folder_that_timm_wrote_is_described_by_its_config(tmp_path):
