@@ -48,8 +48,7 @@ class ResBackbone(Backbone):
     def __init__(self, body: ResNetBackbone):
         super().__init__()
         self.body = body
-        ours = {level: name for name, level in LEVELS.items()}
-        self.names = {level: ours.get(level, level) for level in body.features}
+        self.names = {level: level.replace("c", "res") for level in body.features}
         self.register_load_state_dict_pre_hook(_refuse_another_model)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:

@@ -54,8 +54,11 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
             raise UserError(f"{giver.get(ours, ours)} and {theirs} both mean {ours}")
         renamed[ours] = convert(state[theirs])
         giver[ours] = theirs
-    if format == "msra":
-        _add_merged_statistics(renamed, giver)
+    for ours, theirs in giver.items():
+        mean, variance = (ours.removesuffix("weight") + leaf for leaf in ("running_mean", "running_var"))
+        if theirs.endswith("_bn_s") and not {mean, variance} & renamed.keys():
+            # MSRA's are merged, so 0 and 1, as detectron2 reads them. It adds eps to the 1: scales fall by 5e-6.
+            renamed[mean], renamed[variance] = torch.zeros_like(renamed[ours]), torch.ones_like(renamed[ours])
     renamed |= {f"backbone.{key}" if key.startswith("neck.") else key: state[key] for key in unknown}
     return Translated(renamed, format, unknown, constants)
 
@@ -149,18 +152,6 @@ def _with_usual_eps(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor
         scale = state[f"{norm}.weight"].double() * ((variance + EPS) / (variance + eps)).sqrt()
         state[f"{norm}.weight"] = scale.float()
     return state
-
-
-def _add_merged_statistics(state: dict[str, Tensor], giver: Mapping[str, str]) -> None:
-    """Give norms that have only scale and shift the statistics 0 and 1, as detectron2 does when it reads them.
-
-    Its eps is added to that 1, so its scales are smaller by 5e-6 than Caffe2's.
-    """
-    for key, theirs in giver.items():
-        norm = key.removesuffix(".weight")
-        if theirs.endswith("_bn_s") and f"{norm}.running_var" not in state:
-            state[f"{norm}.running_mean"] = torch.zeros_like(state[key])
-            state[f"{norm}.running_var"] = torch.ones_like(state[key])
 
 
 def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, Tensor]:
