@@ -9,6 +9,7 @@ from commands import error_line
 from PIL import Image
 
 from detection.data import open_split
+from detection.layouts import find_split
 from resbackbone.tools import voc_to_coco
 
 error_of = partial(error_line, voc_to_coco.main)
@@ -85,7 +86,7 @@ def test_other_lists_and_several_years_are_taken_together(voc):
     voc_to_coco.main(["VOCdevkit", "coco", "--train", "trainval", "--val", "nothing"])
     assert [image["file_name"] for image in content("train")["images"]] == ["000012.jpg", "000007.jpg", "2012_1.jpg"]
     assert not Path("coco/val").exists() and not Path("coco/annotations/instances_val.json").exists()
-    assert open_split(Path("coco"), "val").part == "val"
+    assert find_split(Path("coco"), "val").part == "val"
 
 
 def test_without_lists_every_annotated_image_is_for_training(voc):
