@@ -15,14 +15,16 @@ TRAIN = [
     *("huggingface_hub>=0.30", "matplotlib>=3.8", "rich>=14.1", "tensorboard>=2.15", "timm>=1.0.15", "tyro>=1.0"),
 ]
 ALL = [*DETECTION, *TRAIN]
-SCALE = ["webdataset>=0.2.100"]
 DEMO = ["gradio>=6"]
 VIDEO = ["opencv-python-headless>=4.10"]
 EXPORT = ["onnx>=1.17", "onnxscript>=0.3", "onnxruntime>=1.20"]
 DOCS = ["mkdocs-material>=9.5.50", "mkdocstrings[python]>=1.0"]
 # What the tests and `make check` use; versions of ruff and mypy are written here and nowhere else.
 LINT = ["ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "pre-commit>=4"]
-DEV = [*EXPORT, *SCALE, *DOCS, *LINT, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "transformers>=4.50"]
+DEV = [
+    *(*EXPORT, *DOCS, *LINT, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"),
+    *("transformers>=4.50", "webdataset>=0.2.100"),
+]
 
 COMMANDS = ("train_coco", "pretrain", "detect", "evaluate_coco", "convert_weights", "doctor")
 
@@ -56,7 +58,6 @@ setup(
         "demo": DEMO,
         "video": VIDEO,
         "export": EXPORT,
-        "scale": SCALE,
         "docs": DOCS,
         "dev": DEV,
     },

@@ -10,7 +10,7 @@ import re
 import sys
 from collections.abc import Callable
 
-EXTRAS = ("detection", "train", "video", "export", "scale", "demo")
+EXTRAS = ("detection", "train", "video", "export", "demo")
 TOGETHER = "install torch and torchvision together, of one build: pip install --force-reinstall torch torchvision"
 
 
