@@ -73,8 +73,6 @@ def main(argv: list[str] | None = None) -> None:
             with from_option("--data"):
                 images = open_images(options.data, split, skip_bad_images=options.skip_bad_images)
             progress_console.print(f"{split}: {images.summary()}")
-            for message in sorted(images.skipped):
-                console.print(f"skipped {message}")
             write_split(images, split, options)
 
 
@@ -98,7 +96,7 @@ def write_split(images: Images, split: str, options: Options) -> None:
     paths = [options.output / f"{split}-{i:06d}.tar" for i in range(len(parts))]
     side = options.shorter_side if split == "train" else 0
     make = partial(make_shard, images, side=side, quality=options.quality)
-    shards, skipped = [], set(images.skipped)
+    shards, skipped = [], set()
     # Ctrl-C is for this process, which ends the others.
     with ProcessPoolExecutor(options.workers, initializer=signal, initargs=(SIGINT, SIG_IGN)) as pool:
         for shard, messages in track(pool.map(make, parts, paths), len(parts), f"{split} shards"):

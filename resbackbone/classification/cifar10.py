@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from resbackbone.checks import UserError
-from resbackbone.classification.images import FolderImages, find_split
+from resbackbone.classification.images import FolderImages, find_split, shuffled
 from resbackbone.image_io import BadImage, decode
 
 SYNTHETIC = "synthetic"
@@ -55,20 +54,13 @@ def open_cifar10(data: str | os.PathLike) -> Cifar10:
 
     data: a folder of LAYOUT, or "synthetic": random patterns of ten classes that can be learnt. Raises UserError if the
     folder is missing or has another layout, if batches are damaged, if classes are empty or differ between the splits,
-    and, naming the files, if images cannot be read or have another size.
+    and, naming the file, if an image cannot be read or has another size.
     """
     if str(data) == SYNTHETIC:
         return make_synthetic()
-    path = Path(data)
-    if path.is_file():
-        unpack = f"; unpack it first: mkdir -p FOLDER && tar -xf {path} -C FOLDER" if ".t" in path.name else ""
-        raise UserError(f"{data}: a file, not a folder{unpack}")
-    for root in (path, path.parent):
-        if (root / CIFAR10.base_folder).is_dir() and (root == path or path.name == CIFAR10.base_folder):
-            return _open_batches(root)
-    train, test = (
-        FolderImages(find_split(path, split, LAYOUT), skip_bad_images=True, check=False) for split in ("train", "val")
-    )
+    if (Path(data) / CIFAR10.base_folder).is_dir():
+        return _open_batches(Path(data))
+    train, test = (FolderImages(find_split(data, split, LAYOUT), skip_bad_images=True) for split in ("train", "val"))
     return Cifar10(_decoded(train), _decoded(test), train.classes)
 
 
@@ -107,10 +99,9 @@ def train_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless augmented batches, ([b, 3, 32, 32] channels last, labels [b]) on `device`, from the `start`-th on.
 
-    The ranks' batches together hold `batch_size` images, of which this rank makes every `ranks`-th. Every image is
-    drawn once an epoch, in an order that depends on the seed and the epoch; the next epoch may begin within a batch.
-    A batch's augmentation depends on the seed, its number and the rank. Raises UserError if `batch_size` does not
-    divide by `ranks`.
+    Batches have `batch_size` images of this rank, which makes every `ranks`-th. Every image is drawn once an epoch, in
+    an order that depends on the seed and the epoch; the next epoch may begin within a batch. A batch's augmentation
+    depends on the seed, its number and the rank.
     """
     images, labels, mean_image = (tensor.to(device) for tensor in (*split, mean_image))
     for indices, random in draws(len(labels), batch_size=batch_size, seed=seed, rank=rank, ranks=ranks, start=start):
@@ -119,22 +110,13 @@ def train_batches(
         yield crop(to_model_input(images[chosen[:, 0]], mean_image), top, left, flipped), labels[chosen[:, 0]]
 
 
-@lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
-
-
 def draws(
     count: int, *, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, start: int = 0
 ) -> Iterator[tuple[list[int], torch.Generator]]:
     """The images, of `count`, in each of `train_batches`' batches, and the generator of its augmentation."""
-    if batch_size < ranks or batch_size % ranks:
-        raise UserError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
+    samples = shuffled(count, seed=seed, rank=rank, ranks=ranks, start=start * batch_size)
     for number in itertools.count(start):
-        positions = np.arange(number * batch_size + rank, (number + 1) * batch_size, ranks)
-        epoch_of, place = np.divmod(positions, count)
-        orders = {e: _order(seed, e, count) for e in np.unique(epoch_of).tolist()}
-        indices = [orders[e][i] for e, i in zip(epoch_of.tolist(), place.tolist(), strict=True)]
+        indices = [index for index, _ in itertools.islice(samples, batch_size)]
         # Three numbers: no epoch, seeded by two, has the same seed.
         yield indices, torch.Generator().manual_seed(int(np.random.default_rng((seed, number, rank)).integers(2**62)))
 
@@ -176,17 +158,15 @@ def _open_batches(root: Path) -> Cifar10:
 
 
 def _decoded(files: FolderImages) -> Split:
-    pixels, wrong = [], []
+    pixels = []
     for i in range(len(files)):
         try:
             image = decode(files.file(i), files.name(i))
-            if image.shape != (32, 32, 3):
-                raise BadImage(f"image {files.name(i)}: {image.shape[1]} x {image.shape[0]} pixels; must be 32 x 32")
-            pixels.append(image)
         except BadImage as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
+            raise UserError(str(error)) from None  # of a BadImage, commands say that --skip-bad-images skips it
+        if image.shape != (32, 32, 3):
+            raise UserError(f"image {files.name(i)}: {image.shape[1]} x {image.shape[0]} pixels; must be 32 x 32")
+        pixels.append(image)
     return Split(_channels_first(np.stack(pixels)), torch.from_numpy(files.labels))
 
 

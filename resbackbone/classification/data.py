@@ -11,14 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from resbackbone.checks import one_of
-from resbackbone.classification.images import (
-    SPLIT_FOLDERS,
-    CropRequest,
-    FolderImages,
-    Images,
-    SyntheticImages,
-    find_split,
-)
+from resbackbone.classification.images import SPLIT_FOLDERS, FolderImages, Images, SyntheticImages, find_split, shuffled
 from resbackbone.classification.shards import open_shards
 from resbackbone.classification.transforms import TrainAugment
 from resbackbone.engine.termination import worker_processes
@@ -34,13 +27,13 @@ def open_images(data: str | os.PathLike, split: str, *, skip_bad_images: bool = 
 
     data: a folder of LAYOUT; shards, as `shards.open_shards` takes them ('path/train-{000000..000146}.tar'); or
     "synthetic". Raises UserError if the folder is missing, if class folders are empty or differ between the splits, if
-    files are not images or are broken, and if shards lack labels. With `skip_bad_images` broken files are left out, now
-    and in training, and `skipped` holds their messages.
+    files are not images by their names, and if shards do not match their index. With `skip_bad_images` training and
+    evaluation skip files that cannot be read, and `skipped` holds their messages.
     """
     one_of("split", split, SPLIT_FOLDERS)
     if data == SYNTHETIC:
         return SyntheticImages(split)
-    if ".tar" in str(data) and not Path(data).is_dir():
+    if ".tar" in Path(data).name and not Path(data).is_dir():
         return open_shards(str(data), split, skip_bad_images=skip_bad_images)
     folder = find_split(data, split, f"{LAYOUT}, or be shards, or {SYNTHETIC!r}")
     return FolderImages(folder, skip_bad_images=skip_bad_images)
@@ -74,11 +67,12 @@ def train_batches(
     """
     if isinstance(images, SyntheticImages):
         yield from _synthetic_batches(images, batch_size, transform.size, device)
-    draws = images.draws(seed=seed, rank=rank, ranks=ranks, start=start * batch_size, repeats=repeats)
+    order = {"seed": seed, "rank": rank, "ranks": ranks, "start": start * batch_size, "repeats": repeats}
+    draws = shuffled(len(images), **order)
     loader = DataLoader(
-        _Samples(images, transform),
-        batch_sampler=iter(lambda: list(islice(draws, batch_size)), []),
-        collate_fn=_as_it_is,
+        _Batches(images, transform),
+        batch_size=None,
+        sampler=iter(lambda: list(islice(draws, batch_size)), []),
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         **worker_processes(workers),
@@ -95,37 +89,32 @@ def train_batches(
     yield from moved(loader, move, device)
 
 
-class _Samples(Dataset):
-    """Makes the samples of a whole batch at once."""
+class _Batches(Dataset):
+    """Makes a whole batch at once."""
 
     def __init__(self, images: Images, transform: TrainAugment):
         self.images, self.transform = images, transform
 
-    def __getitems__(self, draws: list[CropRequest]) -> tuple[Tensor, Tensor, list[str]] | BadImage:
+    def __getitem__(self, draws: list[tuple[int, int]]) -> tuple[Tensor, Tensor, list[str]] | BadImage:
         size = self.transform.size
         # The pixels of an image are adjacent, as decoders and networks in channels_last want them.
         pixels = torch.empty(len(draws), size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(self.images.labels[[draw.index for draw in draws]])
-        good, bad, messages = [], [], []
-        for place, draw in enumerate(draws):
+        labels = torch.from_numpy(self.images.labels[[index for index, _ in draws]])
+        bad: dict[int, str] = {}
+        for place, (index, seed) in enumerate(draws):
             try:
-                file = self.images.file(draw.index) if draw.file is None else draw.file
-                pixels[place] = self.transform(decode(file, self.images.name(draw.index)), draw.seed)
-                good.append(place)
+                image = decode(self.images.file(index), self.images.name(index))
+                pixels[place] = self.transform(image, seed)
             except BadImage as error:
                 if not self.images.skip_bad_images:
                     return error  # returned: an exception raised in a worker would lose its message
-                bad.append(place)
-                messages.append(str(error))
-        if not good:
-            return BadImage(f"none of the {len(draws)} images of a batch can be read; the first: {messages[0]}")
+                bad[place] = str(error)
+        if len(bad) == len(draws):
+            return BadImage(f"none of the {len(draws)} images of a batch can be read; the first: {bad[0]}")
+        good = [place for place in range(len(draws)) if place not in bad]
         for place, other in zip(bad, good * len(bad), strict=False):
             pixels[place], labels[place] = pixels[other], labels[other]
-        return pixels, labels, messages
-
-
-def _as_it_is(batch):
-    return batch
+        return pixels, labels, list(bad.values())
 
 
 def _synthetic_batches(images: Images, batch_size: int, size: int, device: torch.device) -> Iterator[tuple]:

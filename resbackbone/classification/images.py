@@ -1,11 +1,10 @@
-"""Labelled images of one split: folders of classes, checked before training, or synthetic images."""
+"""Labelled images of one split, in folders of classes or synthetic, and the order in which a training sees them."""
 
 import hashlib
 import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -14,15 +13,6 @@ from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES, BadImage, open_rgb, read_file
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
-SMALL_SET = 64_000_000  # bytes; smaller sets are decoded before training starts
-
-
-class CropRequest(NamedTuple):
-    """One training sample to make: which image, the seed of its augmentation, and its file if it was streamed."""
-
-    index: int  # type: ignore[assignment]  # not the method of a tuple
-    seed: int
-    file: bytes | None = None
 
 
 class Images:
@@ -50,17 +40,6 @@ class Images:
         """The image in RGB, decoded by PIL as in torchvision's evaluation. Raises BadImage, naming it."""
         return open_rgb(self.file(index), self.name(index))
 
-    def draws(self, *, seed: int, rank: int, ranks: int, start: int, repeats: int) -> Iterator[CropRequest]:
-        """This rank's endless training samples from the `start`-th on: see `data.train_batches`."""
-        position = start * ranks + rank
-        while True:
-            epoch, first = divmod(position, len(self))
-            random = np.random.default_rng((seed, epoch))
-            order = np.repeat(random.permutation(len(self)), repeats)[first : len(self) : ranks]
-            seeds = random.integers(0, 2**62, len(self))[first::ranks]
-            yield from map(CropRequest, order.tolist(), seeds.tolist())
-            position += ranks * len(order)
-
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, in hex, of the classes and the labels in their order; a resumed run compares it."""
@@ -74,12 +53,11 @@ class Images:
 class FolderImages(Images):
     """Images in folders named after their class, in the order of torchvision's ImageFolder.
 
-    Raises UserError for missing or empty class folders and, unless `skip_bad_images`, BadImage for the first broken
-    image. With `check` the images of a small set are decoded now. For a large one that would take minutes; training
-    names what it meets.
+    Raises UserError for missing or empty class folders and, unless `skip_bad_images`, BadImage for files that are not
+    images by their names. Their content is checked when they are read.
     """
 
-    def __init__(self, folder: Path, *, skip_bad_images: bool = False, check: bool = True):
+    def __init__(self, folder: Path, *, skip_bad_images: bool = False):
         self.folder = folder
         names = class_folders(folder)
         files = [_files_below(folder / name) for name in names]
@@ -94,9 +72,6 @@ class FolderImages(Images):
         pairs = [(file, label) for file, label in pairs if file.lower().endswith(SUFFIXES)]
         self._files = np.array([os.fsencode(file) for file, _ in pairs])  # flat: workers share it
         super().__init__(names, np.array([label for _, label in pairs]), skip_bad_images=skip_bad_images)
-        paths = map(self.name, range(len(self)))  # a link may be broken
-        if check and sum(os.path.getsize(path) for path in paths if os.path.exists(path)) <= SMALL_SET:
-            self._leave_out_broken()
 
     def file(self, index: int) -> bytes:
         return read_file(self.name(index))
@@ -105,22 +80,7 @@ class FolderImages(Images):
         return os.path.join(self.folder, os.fsdecode(self._files[index]))
 
     def summary(self) -> str:
-        without = f", without {len(self.skipped)} files that cannot be read" if self.skipped else ""
-        return f"{super().summary()} in {self.folder}{without}"
-
-    def _leave_out_broken(self) -> None:
-        broken = {}
-        for i in range(len(self)):
-            try:
-                self.read(i)
-            except BadImage as error:
-                broken[i] = str(error)
-        if broken and (not self.skip_bad_images or len(broken) == len(self)):
-            others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-            raise BadImage(f"{next(iter(broken.values()))}{others}")
-        self.skipped.update(broken.values())
-        kept = np.setdiff1d(np.arange(len(self)), list(broken))
-        self._files, self.labels = self._files[kept], self.labels[kept]
+        return f"{super().summary()} in {self.folder}"
 
 
 class SyntheticImages(Images):
@@ -129,14 +89,26 @@ class SyntheticImages(Images):
     def __init__(self, split: str):
         super().__init__([str(i) for i in range(1000)], np.arange({"train": 1_281_167, "val": 50_000}[split]) % 1000)
 
-    def name(self, index: int) -> str:
-        return f"synthetic {index}"
-
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8))
-
     def summary(self) -> str:
         return f"{super().summary()}, synthetic: no file is read or decoded, and nothing is learnt"
+
+
+def shuffled(
+    count: int, *, seed: int, rank: int, ranks: int, start: int, repeats: int = 1
+) -> Iterator[tuple[int, int]]:
+    """Endless samples of `count` images, in a new order each epoch: every `ranks`-th, from this rank's `start`-th on.
+
+    A sample is an image's index and the seed of its augmentation. With `repeats` an image comes that often in a row,
+    and an epoch has fewer images.
+    """
+    position = start * ranks + rank
+    while True:
+        epoch, first = divmod(position, count)
+        random = np.random.default_rng((seed, epoch))
+        order = np.repeat(random.permutation(count), repeats)[first:count:ranks]
+        seeds = random.integers(0, 2**62, count)[first::ranks]
+        yield from zip(order.tolist(), seeds.tolist(), strict=True)
+        position += ranks * len(order)
 
 
 def split_folder(data: str | os.PathLike, split: str) -> Path | None:

@@ -29,7 +29,7 @@ class Recipe:
     decay_norms: bool = True  # False: neither norms nor biases
     size: int = 224
     shorter_side: tuple[int, int] | None = None
-    colour: str = "none"  # or "pca"
+    pca: bool = False  # noise in the colours
     auto_augment: str | None = None  # "trivial", or RandAugment in timm's words
     erase: float = 0.0  # probability of a blank rectangle
     repeats: int = 1  # copies of an image, augmented differently, among those that are drawn together
@@ -70,7 +70,7 @@ PAPER = Recipe(
     rate=0.1,
     drops=(30, 60, 90),  # the paper drops it when the error plateaus; Fig. 4 falls after about 15e4 and 30e4 updates
     shorter_side=(256, 480),
-    colour="pca",
+    pca=True,
 )
 
 TORCHVISION_V1 = Recipe(

@@ -70,9 +70,8 @@ def test_class_folders_become_tensors_in_the_order_of_their_names(folder, name):
     assert torch.equal(data.test.images, as_tensor(PIXELS[6:])) and data.test.labels.tolist() == [0, 1, 1]
 
 
-@pytest.mark.parametrize("given", ["the folder above", "the folder itself"])
-def test_cifars_own_batches_become_tensors(batches, given):
-    data = open_cifar10(batches if given == "the folder above" else batches / CIFAR10.base_folder)
+def test_cifars_own_batches_become_tensors(batches):
+    data = open_cifar10(batches)
     assert torch.equal(data.train.images, as_tensor(PIXELS[:8]))
     assert data.train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6]
     assert torch.equal(data.test.images, as_tensor(PIXELS[8:])) and data.test.labels.tolist() == [5]
@@ -109,16 +108,9 @@ def test_bad_data_is_one_sentence_that_names_it(folder, harm, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_several_bad_images_are_counted(folder):
-    for i in range(4):
-        (folder / f"train/cat/{i}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"0.png: empty file; .*1.png: empty file; .*2.png: empty file; and 1 more"):
-        open_cifar10(folder)
-
-
-def test_an_archive_and_a_missing_folder_are_answered_with_what_to_do(tmp_path):
+def test_a_file_and_a_missing_folder_are_answered_with_what_to_give(tmp_path):
     (tmp_path / "cifar.tar.xz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"a file, not a folder; unpack it first: mkdir -p FOLDER && tar -xf .*cifar"):
+    with pytest.raises(ValueError, match=r"cifar.tar.xz: a file, not a folder; it should hold cifar-10-batches-py/"):
         open_cifar10(tmp_path / "cifar.tar.xz")
     with pytest.raises(ValueError, match="nowhere: no such folder; it should hold cifar-10-batches-py/"):
         open_cifar10("nowhere")
@@ -195,7 +187,7 @@ def test_a_start_later_gives_the_batches_that_would_have_come(numbered):
 
 
 def test_ranks_share_a_batch_out_among_them(numbered):
-    parts = [labels_of(numbered, 6, rank=rank, ranks=2) for rank in (0, 1)]
+    parts = [labels_of(numbered, 6, batch_size=2, rank=rank, ranks=2) for rank in (0, 1)]
     for whole, even, odd in zip(labels_of(numbered, 6), *parts, strict=True):
         assert whole[0::2] == even and whole[1::2] == odd
 
@@ -211,8 +203,3 @@ def test_augmentation_follows_from_seed_step_and_rank(numbered, monkeypatch):
     for seed, start, rank in [(3, 1, 0), (3, 1, 0), (4, 1, 0), (3, 2, 0), (3, 1, 1)]:
         labels_of(numbered, 1, seed=seed, start=start, rank=rank, ranks=2)
     assert seeds[0] == seeds[1] and len(set(seeds)) == 4
-
-
-def test_a_batch_that_does_not_divide_over_the_ranks_is_refused(numbered):
-    with pytest.raises(ValueError, match="batch size 5 does not divide evenly over 2 processes"):
-        labels_of(numbered, 1, batch_size=5, ranks=2)

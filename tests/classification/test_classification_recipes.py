@@ -54,6 +54,6 @@ def test_with_fewer_epochs_drops_and_warm_up_come_earlier_in_proportion():
 def test_every_recipe_names_its_source_and_its_result_and_has_an_augmentation_that_exists(name):
     recipe = RECIPES[name]
     assert recipe.source and recipe.published
-    kept = {key: getattr(recipe, key) for key in ("shorter_side", "colour", "auto_augment", "erase")}
+    kept = {key: getattr(recipe, key) for key in ("shorter_side", "pca", "auto_augment", "erase")}
     assert TrainAugment(recipe.size, **kept).size == recipe.size
     assert recipe.crop <= recipe.resize
