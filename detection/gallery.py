@@ -19,7 +19,7 @@ from resbackbone.report.page import Section, jpeg, macros, short
 
 IOU, SCORE = 0.5, 0.5  # detections from this score on count, and are right from this IoU on
 SHOWN = 6  # worst images, and as many best ones
-SIDE, PICTURE_LIMIT = 1024, 130_000  # pixels and characters of a figure's picture; twelve fit into a page of 2 MB
+SIDE = 800  # pixels of a figure's picture
 MIN_SIDE = 480  # pixels; smaller pictures are enlarged so that labels can be read
 GAP = 12
 
@@ -173,7 +173,7 @@ def _figures(dataset: CocoImages, ranked: Sequence[Outcome]) -> dict[int, Markup
             for entry, right in zip(entries(outcome.found), outcome.right, strict=True)
         ]
         image, target = sample
-        picture, _ = jpeg(beside_truth(dataset, image, target, found, outcome.seen), side=SIDE, limit=PICTURE_LIMIT)
+        picture = jpeg(beside_truth(dataset, image, target, found, outcome.seen), side=SIDE)
         file = short(dataset.path(outcome.image_index).name)
         figures[outcome.image_index] = macros("detection.html").figure(outcome, picture, file)
     return figures

@@ -22,11 +22,3 @@ def finite(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None
-
-
-def duration(seconds: float) -> str:
-    """8 s, 3:20 min, 5:07 h."""
-    minutes, left = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{left} s"
-    return f"{minutes}:{left:02} min" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02} h"

@@ -1,12 +1,9 @@
 """The part of a report that every run has: curves, timing and configuration; and the file it is written to."""
 
-import platform
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 
-import torch
 from markupsafe import Markup
 
 from resbackbone.atomic import write_atomically
@@ -18,16 +15,6 @@ from resbackbone.report.numbers import finite, number
 from resbackbone.report.page import Cell, Section, fraction, macros, page, short
 
 FILE = "report.html"
-PACKAGES = (  # those that are installed
-    *("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors"),
-    *("pycocotools", "hotcoco", "detectron2"),
-)
-PARTS = {  # of an update, as metrics.jsonl and the page call them
-    "data_seconds": "waiting for data",
-    "forward_seconds": "forward",
-    "backward_seconds": "backward",
-    "optimizer_seconds": "optimizer",
-}
 
 
 class RunLog:
@@ -56,6 +43,30 @@ class RunLog:
         """The sum over all updates of a value that `train` records for each, such as its `seconds`."""
         return sum(updates * (finite(line.get(name)) or 0) for updates, line in self.spans())
 
+    def evaluation_seconds(self) -> float:
+        return sum(value or 0 for _, value in self.curve("seconds", evaluations=True))
+
+    def facts(self) -> dict[str, float]:
+        """What the run did so far, from its first update: counts, times in seconds, memory in MiB and the last loss."""
+        spans, seconds = self.spans(), self.total("seconds")
+        if not seconds:
+            return {"updates recorded": 0}
+        updates = sum(count for count, _ in spans)
+        images = sum(n * (finite(line.get("images_per_second")) or 0) * line["seconds"] for n, line in spans)
+        facts = {
+            "updates recorded": updates,
+            "seconds of updates": round(seconds, 1),
+            "seconds per update": seconds / updates,
+            "images per second": images / seconds,
+            "percent of the time waiting for data": 100 * self.total("data_seconds") / seconds,
+            "seconds of evaluation": round(self.evaluation_seconds(), 1),
+        }
+        if memory := [value for _, value in self.curve("memory_mib") if value]:  # not on Windows
+            facts["peak memory of the main process or its GPU, MiB"] = round(max(memory))
+        if (loss := finite(self.train[-1].get("loss"))) is not None:
+            facts[f"loss in the last {spans[-1][0]} updates"] = loss
+        return facts
+
     def data_name(self) -> str:
         path = Path(str(self.config.get("data", "unknown data")))
         return short((path.parent if ".tar" in path.name else path).name or path)
@@ -71,6 +82,18 @@ def report_page(
     first = [Section("Summary", summary), training_section(log, over_time)]
     last = [timing_section(log), configuration_section(log)]
     return page(f"{network} on {log.data_name()}", ", ".join(subtitle), [*first, *sections, *last])
+
+
+def summary(folder: Path, results: Mapping[str, str], files: Mapping[str, str]) -> str:
+    """What a command prints at the end of the training in `folder`: its facts, `results`, and where its `files` are.
+
+    `files` are paths in `folder` by name; missing ones are left out. A resumed run counts from its first update.
+    """
+    facts = {name: number(value) for name, value in RunLog(folder).facts().items()} | dict(results)
+    width = max(map(len, facts))
+    lines = ["Summary", *(f"  {name:{width}}  {value}" for name, value in facts.items())]
+    lines += [f"{name}: {folder / path}" for name, path in files.items() if (folder / path).exists()]
+    return "\n".join(lines)
 
 
 def write_report(folder: Path, make_page: Callable[[], str], say: Callable[[str], object] = print) -> Path | None:
@@ -90,57 +113,27 @@ def training_section(log: RunLog, over_time: Markup) -> Section:
     """Losses, learning rate and gradient norm over updates, and the chart of the evaluations."""
     names = dict.fromkeys(name for line in log.train for name in line if name.startswith("loss_"))
     parts = {name.removeprefix("loss_"): log.curve(name) for name in names}
-    last_loss = finite(log.train[-1].get("loss")) if log.train else None
-    return Section("Training", macros("run.html").training(log, last_loss, parts, over_time))
+    return Section("Training", macros("run.html").training(log, parts, over_time))
 
 
 def timing_section(log: RunLog) -> Section:
-    """Where the time went: parts of the updates, and evaluations; images per second and memory."""
-    spans, seconds = log.spans(), log.total("seconds")
-    evaluations = [value or 0 for _, value in log.curve("seconds", evaluations=True)]
-    recorded = [name for name in PARTS if any(name in line for _, line in spans)]
-    facts: list[tuple[str, float]] = []
-    spent: dict[str, float] = {}
-    if seconds > 0:
-        updates = sum(n for n, _ in spans)
-        facts += [("updates recorded", updates), ("seconds per update", seconds / updates)]
-        if batch := finite(log.config.get("batch_size")):
-            facts.append(("images per second", batch * updates / seconds))
-        spent = {PARTS[name]: log.total(name) for name in recorded}
-        spent["rest of the updates"] = max(seconds - sum(spent.values()), 0)
-    if evaluations:
-        facts.append(("evaluations", len(evaluations)))
-        spent["evaluations"] = sum(evaluations)
-    if memory := [finite(line.get("memory_mib")) or 0 for line in log.train]:
-        facts.append(("peak memory of the main process or its GPU, MiB", round(max(memory))))
+    """Where the time went: waiting for data, computing and evaluating; images per second and memory."""
+    data, evaluations = log.total("data_seconds"), log.evaluation_seconds()
+    spent = {"waiting for data": data, "computing": log.total("seconds") - data, "evaluating": evaluations}
     whole = sum(spent.values())
     shares = [
         (name, Cell(f"{value:,.1f}", value), fraction(value / whole), bar(value / whole))
         for name, value in spent.items()
-        if whole
+        if value
     ]
-    curves = {
-        PARTS[name]: [(line["step"], 100 * (finite(line.get(name)) or 0) / line["seconds"]) for _, line in spans]
-        for name in recorded
-    }
-    return Section("Timing", macros("run.html").timing(log, facts, shares, curves, "forward_seconds" in recorded))
+    return Section("Timing", macros("run.html").timing(log, list(log.facts().items()), shares))
 
 
 def configuration_section(log: RunLog) -> Section:
-    """Every option and what came of it, as in config.yaml, and the versions of the software."""
+    """Every option and what came of it, as in config.yaml."""
     config = dict(log.config)
     effective = config.pop("effective", None)
     rows = [*config.items(), *(effective.items() if isinstance(effective, Mapping) else ())]
     options = [(short(name), "–" if value is None else str(value)[:500]) for name, value in rows]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    versions = [("Python", platform.python_version()), ("system", platform.platform()), ("device", device)]
-    versions += [(name, version) for name in PACKAGES if (version := _version(name))]
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return Section("Configuration", macros("run.html").configuration(options, versions, written))
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    return Section("Configuration", macros("run.html").configuration(options, written))
