@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from resbackbone.cli.command import Auto, be_quiet, console, main_of, parse, refuse_command
+from resbackbone.cli.command import Auto, be_quiet, console, main_of, parse
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MAY_DIFFER,
@@ -181,7 +181,6 @@ def open_data(session: Session) -> tuple[Images, Images]:
     if train_set.classes != val_set.classes:
         raise UserError(f"--data {options.data}: the classes of its training and validation images differ")
     session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
-    session.warn_skipped(train_set.skipped | val_set.skipped, shared=True)
     return train_set, val_set
 
 
@@ -211,7 +210,7 @@ class Classification(Task):
             transform=TrainAugment(
                 recipe.size,
                 shorter_side=recipe.shorter_side,
-                colour=recipe.colour,
+                pca=recipe.pca,
                 auto_augment=recipe.auto_augment,
                 erase=recipe.erase,
             ),
@@ -245,12 +244,10 @@ class Classification(Task):
 
     def evaluate(self, *, final: bool) -> dict:
         share_buffers(self.tested, self.rank)
-        predicted: list[Tensor] = []
         protocol, val_set = self.options.eval if final else "1crop", self.val_set
-        results = score_of(self.tested, val_set, self.session, self.recipe, protocol=protocol, seen=predicted.append)
-        if self.rank.is_main:
-            best = predicted[0].numpy()
-            self.predictions = Predictions(val_set.classes, val_set.labels, best, None, val_set.read, val_set.name)
+        results, best = score_of(self.tested, val_set, self.session, self.recipe, protocol=protocol)
+        if best is not None:
+            self.predictions = Predictions(val_set.classes, val_set.labels, best.numpy(), val_set.read, val_set.name)
         return results
 
     def summary(self, result: Mapping) -> str:
@@ -308,8 +305,7 @@ def evaluate_only(rank: Rank, options: Options) -> None:
         raise UserError(f"{file}: was trained on other classes than those of {options.data}")
     model.to(rank.device).to(memory_format=torch.channels_last)
     session.info(f"{file} on {val_set.summary()}, {options.precision}")
-    session.warn_skipped(val_set.skipped, shared=True)
-    results = score_of(model, val_set, session, recipe_of(options), protocol=options.eval)
+    results, _ = score_of(model, val_set, session, recipe_of(options), protocol=options.eval)
     if rank.is_main:
         console.print(described(results))
         options.output.mkdir(parents=True, exist_ok=True)
@@ -319,8 +315,10 @@ def evaluate_only(rank: Rank, options: Options) -> None:
         session.info(f"results: {path}")
 
 
-def score_of(model: nn.Module, val_set: Images, session: Session, recipe: Recipe, **protocol) -> dict:
-    """The accuracy of a network; prints which images it skips."""
+def score_of(
+    model: nn.Module, val_set: Images, session: Session, recipe: Recipe, *, protocol: str
+) -> tuple[dict, Tensor | None]:
+    """`evaluate` of a network; prints which images it skips."""
     results = evaluate(
         model,
         val_set,
@@ -331,7 +329,7 @@ def score_of(model: nn.Module, val_set: Images, session: Session, recipe: Recipe
         workers=session.options.workers,
         bf16=session.options.precision == "bf16",
         progress=session.track,
-        **protocol,
+        protocol=protocol,
     )
     session.warn_skipped(val_set.skipped)
     return results
@@ -396,8 +394,6 @@ def complete_for_evaluation(options: Options) -> Options:
         path = Path(options.eval_only)
         folder = path if path.is_dir() else path.parent
         config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    if options.data is None:
-        refuse_command("data", config.get("data"), folder)
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
     if given["precision"] not in INFERENCE and not options.precision:
         given["precision"] = "fp32"  # publishers of weights evaluate in fp32

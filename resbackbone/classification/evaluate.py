@@ -20,19 +20,13 @@ SCALES = (224, 256, 384, 480, 640)  # shorter sides, for a network trained on cr
 
 
 def evaluate(
-    model: nn.Module,
-    images: Images,
-    rank: Rank,
-    *,
-    protocol: str = "1crop",
-    seen: Callable[[Tensor], object] = lambda predicted: None,
-    **options,
-) -> dict:
+    model: nn.Module, images: Images, rank: Rank, *, protocol: str = "1crop", **options
+) -> tuple[dict, Tensor | None]:
     """Classify every image and count: {"top1", "top5", "images", "unreadable", "protocol"}, the same on every rank.
 
     `top1` and `top5` are the fractions, 0..1, of images whose class is the first, or among the first five, that
-    `predict` returns; arguments (also `options`) and errors are those of `predict`. With `images.skip_bad_images` an
-    unreadable image counts as wrong. `seen` is called on rank 0 with the result of `predict`.
+    `predict` returns; arguments (also `options`) and errors are those of `predict`, whose result comes second. With
+    `images.skip_bad_images` an unreadable image counts as wrong.
     """
     predicted = predict(model, images, rank, protocol=protocol, **options)
     results = None
@@ -42,8 +36,7 @@ def evaluate(
         unreadable = int((predicted[:, 0] < 0).sum())
         counts = {"images": len(predicted), "unreadable": unreadable}
         results = {"top1": top1, "top5": top5, **counts, "protocol": protocol}
-        seen(predicted)
-    return broadcast(results, rank)
+    return broadcast(results, rank), predicted
 
 
 @torch.inference_mode()

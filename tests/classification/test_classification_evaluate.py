@@ -141,9 +141,9 @@ def test_on_a_whole_image_the_classifier_averages_the_score_map_of_its_last_laye
 
 def test_what_is_counted_is_the_best_class_and_the_best_five():
     images = Drawn(classes=7)  # two images of each, and every image is said to be 6, 5, 4, 3, 2, 1, 0
-    results = evaluate(Says(*map(float, range(7))), images, ALONE, **SMALL)
+    results, _ = evaluate(Says(*map(float, range(7))), images, ALONE, **SMALL)
     assert results == {"top1": 1 / 7, "top5": 5 / 7, "images": 14, "unreadable": 0, "protocol": "1crop"}
-    results = evaluate(Says(1.0, 2.0, 0.0), Drawn(classes=3), ALONE, protocol="10crop", **SMALL)  # fewer than five
+    results, _ = evaluate(Says(1.0, 2.0, 0.0), Drawn(classes=3), ALONE, protocol="10crop", **SMALL)  # fewer than five
     assert results == {"top1": 1 / 3, "top5": 1.0, "images": 6, "unreadable": 0, "protocol": "10crop"}
 
 
@@ -191,10 +191,10 @@ def test_an_image_that_cannot_be_read_is_named_and_ends_it_or_counts_as_wrong(pr
     with pytest.raises(BadImage, match="^image 5: empty file$"):
         evaluate(model, Drawn(broken=(5, 6)), ALONE, **options)
     images = Drawn(broken=(5, 8), skip_bad_images=True)
-    results = evaluate(model, images, ALONE, **options)
+    results, predicted = evaluate(model, images, ALONE, **options)
     assert results["top1"] == 1 / 14 and results["images"] == 14 and results["unreadable"] == 2
     assert images.skipped == {"image 5: empty file", "image 8: empty file"}
-    assert [i for i, row in enumerate(predict(model, images, ALONE, **options).tolist()) if row == [-1] * 5] == [5, 8]
+    assert [i for i, row in enumerate(predicted.tolist()) if row == [-1] * 5] == [5, 8]
 
 
 @pytest.mark.parametrize(
@@ -220,15 +220,14 @@ def test_several_ranks_share_the_images_and_end_with_the_results_of_one(monkeypa
 
     images, model = Drawn(), Watched()
     images.labels = images.labels[:13]
-    alone, results = predict(model, images, ALONE, **options), evaluate(model, images, ALONE, **options)
+    results, alone = evaluate(model, images, ALONE, **options)
     monkeypatch.setattr("resbackbone.classification.evaluate.gather", gather)
     monkeypatch.setattr("resbackbone.classification.evaluate.broadcast", lambda value, rank: (value, rank.rank))
     looked_at = []
     for rank in (2, 1, 0):
         model.seen.clear()
-        shared = evaluate(model, images, Rank(rank, 3, torch.device("cpu")), **options)
+        shared, predicted = evaluate(model, images, Rank(rank, 3, torch.device("cpu")), **options)
         assert shared == (None if rank else results, rank)  # what is broadcast from here
+        assert predicted is None if rank else torch.equal(predicted, alone)
         looked_at.append(sum(map(len, model.seen)))
     assert looked_at == [4, 4, 5]
-    assert torch.equal(predict(model, images, Rank(0, 3, torch.device("cpu")), **options), alone)
-    assert predict(model, images, Rank(1, 3, torch.device("cpu")), **options) is None
