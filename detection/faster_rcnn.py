@@ -314,7 +314,7 @@ def detector_file(run: str | Path) -> str | Path:
         return run
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder or file")
-    folder = run if (run / "model.safetensors").is_file() else last_whole_checkpoint(run)[0]
+    folder = run if (run / "model.safetensors").is_file() else last_whole_checkpoint(run)
     if folder is None:
         raise UserError(f"{run} holds no detector: it has neither model.safetensors nor a complete checkpoint")
     return folder / "model.safetensors"

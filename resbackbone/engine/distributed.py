@@ -4,9 +4,8 @@ import logging
 import os
 import signal
 import sys
-import tempfile
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -25,7 +24,6 @@ from resbackbone.engine.rendezvous import store_of_this_start
 from resbackbone.engine.termination import EXIT_STATUS, Terminated, quick_exit, termination
 
 T = TypeVar("T")
-REPORTED = "RESBACKBONE_ERROR_REPORTED"  # names a file that exists once rank 0 has reported an error
 Guard = Callable[[], AbstractContextManager]  # wraps the work of a process and turns errors into messages
 TIMEOUT = timedelta(minutes=60)  # ranks wait for rank 0 while it scores
 
@@ -75,14 +73,18 @@ def launch(
     Under torchrun this process is one of them. Otherwise several are spawned, so `function` must be importable; `guard`
     wraps each of them. If one fails, the others are stopped and this process exits with status 1.
     """
-    if "RANK" in os.environ:
-        rank = int(os.environ["RANK"])
-        _join_and_call(function, Rank(rank, processes, _place(rank, processes, device)), arguments)
-    elif processes > 1:
+    if "RANK" not in os.environ and processes > 1:
         _spawn(function, arguments, device=device, processes=processes, guard=guard)
-    else:
-        use(torch.device(device))
-        _call(function, Rank(0, 1, torch.device(device)), arguments)
+        return
+    number, joined = int(os.environ.get("RANK", "0")), "RANK" in os.environ
+    place = _place(number, processes, device) if joined else torch.device(device)
+    rank = Rank(number, processes, place)
+    use(place)
+    with _process_group(rank) if joined else nullcontext(), termination.handled():
+        try:
+            function(rank, *arguments)
+        finally:
+            release_all_folders()
 
 
 def _place(rank: int, ranks: int, device: str) -> torch.device:
@@ -105,42 +107,33 @@ def _place(rank: int, ranks: int, device: str) -> torch.device:
 
 def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, processes: int, guard: Guard) -> None:
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs every process it stops
-    with tempfile.TemporaryDirectory() as folder:
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(get_free_port()), REPORTED: f"{folder}/reported"}
-        call = partial(launch, function, arguments, device=device, processes=processes)
-        started = mp.spawn(_spawned, (shared, guard, call), nprocs=processes, join=False)
-        before = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started.processes])
-        try:
-            while not started.join():
-                pass
-        except mp.ProcessExitedException as error:
-            sys.exit(EXIT_STATUS if error.exit_code == EXIT_STATUS else 1)  # the guard has reported it
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    call = partial(launch, function, arguments, device=device, processes=processes)
+    started = mp.spawn(_spawned, (get_free_port(), guard, call), nprocs=processes, join=False)
+    before = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started.processes])
+    try:
+        while not started.join():
+            pass
+    except mp.ProcessExitedException as error:
+        sys.exit(EXIT_STATUS if error.exit_code == EXIT_STATUS else 1)  # the guard has reported it
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
-    with termination.handled():
-        try:
-            function(rank, *arguments)
-        finally:
-            release_all_folders()
-
-
-def _spawned(rank: int, shared: dict[str, str], guard: Guard, call: Callable[[], None]) -> None:
-    os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+def _spawned(rank: int, port: int, guard: Guard, call: Callable[[], None]) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
     with quick_exit(), guard():
         call()
 
 
-def _join_and_call(function: Callable[..., None], rank: Rank, arguments: tuple) -> None:
-    use(rank.device)
+@contextmanager
+def _process_group(rank: Rank) -> Iterator[None]:
+    """Join the other ranks for the block, and wait for them at its end unless the block fails."""
     backend = "cpu:gloo,cuda:nccl" if rank.device.type == "cuda" else "gloo"
     store = store_of_this_start(rank.rank, rank.ranks, TIMEOUT)
     dist.init_process_group(backend, store=store, rank=rank.rank, world_size=rank.ranks, timeout=TIMEOUT)
     together = None
     try:
-        _call(function, rank, arguments)
+        yield
     except Terminated as stop:
         if not stop.together:
             raise

@@ -14,7 +14,7 @@ from torch import Tensor
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.device import autocast
-from resbackbone.engine.distributed import broadcast, gather
+from resbackbone.engine.distributed import gather
 from resbackbone.engine.run import Run
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import NonFinite, TrainState, mean_of, seed_step
@@ -39,16 +39,17 @@ class Plan:
     eval_period: int
 
 
-@dataclass(frozen=True)
-class Observer:
-    """Shows the progress of a training: the step with a line of metrics or None, and messages."""
-
-    progress: Callable[[int, str | None], None]
-    info: Callable[[str], None]
-
-
-def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observer) -> None:
+def train(
+    task: Task,
+    state: TrainState,
+    plan: Plan,
+    run: Run,
+    progress: Callable[[int, str | None], None],
+    info: Callable[[str], None],
+) -> None:
     """Update `state` from its step to the plan's last, with one batch of the task for each update.
+
+    `progress` gets every step, with a line of metrics or None, and `info` each evaluation's result.
 
     Randomness depends on the seed, the step and the rank alone, so resumed runs repeat it. If a loss or gradient is not
     finite, raises UserError on every rank before any weight changes. After SIGTERM on any rank, all save a checkpoint
@@ -72,12 +73,11 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
         except Terminated:
             checkpoint()
             termination.stop()
-        observer.info(f"step {state.step}: {result}")
+        info(f"step {state.step}: {result}")
 
     batches = task.batches(state.step)
     with termination.deferred():
-        if not broadcast(run.evaluated, rank):  # the run was killed during an evaluation
-            evaluate_if_due()
+        evaluate_if_due()  # of a resumed run, which was saved before it was evaluated
         recent, began = [], time.monotonic()
         while state.step < plan.steps:
             asked = time.monotonic()  # `began` is earlier: a checkpoint may lie between
@@ -100,16 +100,13 @@ def train(task: Task, state: TrainState, plan: Plan, run: Run, observer: Observe
             values |= task.after_update(batch, state.step)
             now = time.monotonic()
             recent.append({**values, "seconds": now - began, "data_seconds": loaded - asked})
-            began = now
+            began, line = now, None
             if state.step % plan.log_period == 0 or state.step == plan.steps:
-                parts = state.stopwatch.take(len(recent))
-                record = {**mean_of(recent), **parts, "lr": rate, **memory(rank.device)}
+                record = {**mean_of(recent), "lr": rate, **memory(rank.device)}
                 record["images_per_second"] = plan.batch_size / record["seconds"]
                 run.record(state.step, record)
-                observer.progress(state.step, describe(record, result))
-                recent = []
-            else:
-                observer.progress(state.step, None)
+                line, recent = describe(record, result), []
+            progress(state.step, line)
             stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks agree in an update
             if state.step % plan.checkpoint_period == 0 or state.step == plan.steps or stopping:
                 checkpoint()

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 from resbackbone.checks import one_of
-from resbackbone.engine.state import parameter_groups
 
 OPTIMIZERS = ("sgd", "adamw", "lamb")
 
@@ -16,8 +15,12 @@ def build_optimizer(
 
     Without `decay_norms`, norms and biases have no weight decay. LAMB clips the gradient to a norm of 1, as published.
     """
-    groups = parameter_groups(model, weight_decay, decay_norms=decay_norms)
-    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trainable if decay_norms or parameter.ndim > 1]
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if not decay_norms:
+        groups += [{"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0}]
+    on_gpu = all(parameter.is_cuda for parameter in trainable)
     if one_of("optimizer", name, OPTIMIZERS) == "sgd":
         return torch.optim.SGD(groups, lr=rate, momentum=0.9, fused=on_gpu)
     if name == "adamw":

@@ -12,13 +12,10 @@ def commit() -> str | None:
 
     Where there is no checkout or no git: $RESBACKBONE_COMMIT, or None.
     """
-
-    def git(*words: str) -> str:
-        # Naming the directory excludes a repository around an installed package.
-        command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
+    # Naming the directory excludes a repository around an installed package.
+    command = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "describe", "--always", "--exclude=*"]
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        run = subprocess.run([*command, "--abbrev=12", "--dirty=+"], capture_output=True, text=True, check=True)
+        return run.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("RESBACKBONE_COMMIT")

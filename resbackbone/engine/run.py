@@ -16,46 +16,41 @@ from resbackbone.engine.lock import lock_folder, release_folder
 from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.state import TrainState
 
-CLOCK = {  # metrics that differ between equal runs
-    *("seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"),
-    *("images_per_second", "memory_mib"),
-}
+CLOCK = {"seconds", "data_seconds", "images_per_second", "memory_mib"}  # metrics that differ between equal runs
 
 
 class Run:
     """The folder of one training run, which only one process writes (rank 0: `writes`; see `lock_folder`).
 
     It holds `config.yaml`, the run's whole configuration; `metrics.jsonl`, one JSON object a line, and the same for
-    TensorBoard in `events.out.tfevents.*`; and the last three `checkpoints/step_NNNNNNN/`. `evaluated` is whether the
-    step at which the run resumes has been evaluated already.
+    TensorBoard in `events.out.tfevents.*`; and the last three `checkpoints/step_NNNNNNN/`. A resumed run drops the
+    metrics after `resumed_step` and its evaluation, which comes again.
     """
 
     def __init__(self, folder: str | os.PathLike, config: Mapping, *, resumed_step: int = 0, writes: bool = True):
         self.folder, self.writes = Path(folder), writes
         self._events: Any = None  # TensorBoard's SummaryWriter, where this process writes
-        self.evaluated = False
         if not writes:
             return
         lock_folder(self.folder)
         remove_unfinished(self.folder)
         remove_unfinished(self.folder / "checkpoints")
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-        self._resumed_step = resumed_step
-        self._drop_metrics(lambda line: line["step"] > resumed_step)
+        path, kept = self.folder / "metrics.jsonl", []
+        if path.exists():
+            last = {"train": resumed_step, "eval": resumed_step - 1}
+            kept = [line for line in read_metrics(self.folder) if line["step"] <= last.get(line.get("kind", ""), 0)]
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._events = SummaryWriter(str(self.folder), purge_step=resumed_step + 1 if resumed_step else None)
-        self._open_metrics()
 
     def record(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
-        """Append a line to the metrics, and its numbers to TensorBoard under `kind/`."""
+        """Append a line to the metrics, and its numbers to TensorBoard under `kind/`; `kind` is "train" or "eval"."""
         if not self.writes:
             return
         try:
-            if kind == "eval" and self.evaluated and step == self._resumed_step:  # the same one again
-                self._metrics.close()
-                self._drop_metrics(lambda line: line["step"] == step and line.get("kind") == "eval")
-                self._open_metrics()
             self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._metrics.flush()
             for name, value in values.items():
@@ -74,7 +69,7 @@ class Run:
             state.save(folder)
 
         os.fsync(self._metrics.fileno())
-        save_checkpoint(self.folder, state.step, write, nbytes=state.nbytes)
+        save_checkpoint(self.folder, state.step, write)
 
     def close(self) -> None:
         if self._events is not None:
@@ -82,17 +77,6 @@ class Run:
             self._metrics.close()
             self._events = None
             release_folder(self.folder)
-
-    def _open_metrics(self) -> None:
-        self._metrics = open(self.folder / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-
-    def _drop_metrics(self, dropped: Callable[[dict], bool]) -> None:
-        self.evaluated, path = False, self.folder / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = [line for line in read_metrics(self.folder) if not dropped(line)]
-        self.evaluated = any(line["step"] == self._resumed_step and line.get("kind") == "eval" for line in kept)
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def read_yaml(path: str | os.PathLike) -> dict:

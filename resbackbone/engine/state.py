@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resbackbone.checks import UserError
 from resbackbone.engine.distributed import Rank, any_rank
-from resbackbone.engine.stopwatch import Stopwatch
 
 
 class NonFinite(UserError):
@@ -33,7 +32,7 @@ class TrainState:
     alone and halves the scale.
 
     After an update, `gradient_norm` is the norm of the last finite gradient before clipping, and `stopping` whether any
-    rank asked to stop. `stopwatch` measures forward, backward and optimizer (checks, clipping and step).
+    rank asked to stop.
     """
 
     def __init__(
@@ -48,7 +47,6 @@ class TrainState:
         self.model, self.optimizer, self.rank, self.clip_grad = model, optimizer, rank, clip_grad
         self.step, self.gradient_norm, self.stopping = 0, 0.0, False
         self.scaler = torch.amp.GradScaler(rank.device.type, enabled=scaled)
-        self.stopwatch = Stopwatch(rank.device)
 
     def update(
         self,
@@ -64,7 +62,6 @@ class TrainState:
         stop after the update. Raises NonFinite on every rank, before any weight changes, if a loss term or the gradient
         is not finite on any of them. When `scaled`, a gradient may overflow until the scale is 1.
         """
-        self.stopwatch.start()
         self.optimizer.zero_grad(set_to_none=True)
         terms: list[dict[str, Tensor]] = []
         for i, part in enumerate(parts):
@@ -73,9 +70,7 @@ class TrainState:
                 losses = losses_of(part)
                 terms.append({name: loss.detach().float() for name, loss in losses.items()})
                 total = cast(Tensor, sum(losses.values()) / len(parts))
-                self.stopwatch.lap("forward")
                 self.scaler.scale(total).backward()
-                self.stopwatch.lap("backward")
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -86,7 +81,6 @@ class TrainState:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.stopwatch.lap("optimizer")
         self.step += 1
         return mean_of(values)
 
@@ -113,13 +107,6 @@ class TrainState:
         wrong = [name for name, gradient in named if not gradient.isfinite().all()]
         return [*wrong[:3], *([f"{len(wrong) - 3} more"] if len(wrong) > 3 else [])]
 
-    @property
-    def nbytes(self) -> int:
-        """Size of a checkpoint: the model's tensors and the optimizer's."""
-        state = [value for entries in self.optimizer.state.values() for value in entries.values()]
-        tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in state if isinstance(v, Tensor))]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
     def save(self, folder: Path) -> None:
         """Write the optimizer's state and the step into `folder`: tensors as safetensors, the rest as JSON."""
         content = self.optimizer.state_dict()
@@ -139,13 +126,10 @@ class TrainState:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         try:
             described = json.loads((folder / "state.json").read_text())
-            if not isinstance(described, dict) or not described.keys() >= {"step", "param_groups", "state", "scaler"}:
-                raise UserError("state.json holds something else")
+            step, scaler = described["step"], described["scaler"]
             state: dict[int, dict] = {}
             for key, value in {**load_file(folder / "optimizer.safetensors"), **described["state"]}.items():
                 index, name = key.split(".", 1)
-                if int(index) >= len(parameters):
-                    raise UserError(f"it has more than {len(parameters)} parameters")
                 parameter = parameters[int(index)]
                 if isinstance(value, Tensor) and value.ndim:
                     if value.shape != parameter.shape:
@@ -154,22 +138,11 @@ class TrainState:
                     value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
                 state.setdefault(int(index), {})[name] = value
             self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"checkpoint {folder}: cannot be read ({error})") from None
+        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+            raise UserError(f"checkpoint {folder}: cannot be read ({type(error).__name__}: {error})") from None
         if self.scaler.is_enabled():
-            self.scaler.load_state_dict(described["scaler"])
-        self.step = described["step"]
-
-
-def parameter_groups(model: nn.Module, weight_decay: float, *, decay_norms: bool = True) -> list[dict]:
-    """The trainable parameters for an optimizer; without `decay_norms`, norms and biases have no weight decay."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if decay_norms:
-        return [{"params": trainable, "weight_decay": weight_decay}]
-    return [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+            self.scaler.load_state_dict(scaler)
+        self.step = step
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -177,7 +150,6 @@ def seed_step(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(((seed * 1_000_003 + step) * 4_099 + rank) % 2**63)  # primes keep different keys apart
 
 
-def mean_of(records: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def mean_of(records: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each entry over records with the same names."""
-    records = list(records)
     return {name: sum(record[name] for record in records) / len(records) for name in records[0]}
