@@ -1,29 +1,25 @@
 """What every command shares: options from a dataclass, one line for a user's mistake, progress on the terminal."""
 
-import argparse
 import contextlib
 import dataclasses
 import io
 import re
 import sys
 import time
-import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import rich.progress
 import tyro
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
+from rich.console import Console
 
 from resbackbone.checks import UserError
 from resbackbone.cli.errors import one_line_errors
 from resbackbone.engine.run import read_yaml
 from resbackbone.engine.termination import quick_exit
-from resbackbone.report.numbers import duration
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
 # An option whose default is chosen later. Its help says how, so tyro must not add "(default: None)".
@@ -47,8 +43,20 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
     fit, such as a whole number below LEAST or a file as --output.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if "config" in option_names(options) and (path := _value_of("--config", argv)) is not None:
-        default = from_config(options, path, argv)
+    parsed = _parse(options, argv, default)
+    if getattr(parsed, "config", None) is not None:
+        parsed = _parse(options, argv, from_config(options, parsed.config))
+    be_quiet(parsed)
+    for name, value in vars(parsed).items():
+        if type(value) is int and value < (least := LEAST.get(name, 1)):
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+    output = getattr(parsed, "output", None)
+    if output is not None and output.is_file():
+        raise UserError(f"--output {output}: is a file; give a folder")
+    return parsed
+
+
+def _parse(options: type[T], argv: list[str], default: T | None = None) -> T:
     groups = {group.__name__.removesuffix("Options"): group for group in _groups(options)}
     nested: Any = dataclasses.make_dataclass("Options", groups.items()) if groups else options
     if groups and default is not None:
@@ -71,13 +79,6 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
         raise UserError(f"{_message_in(stderr.getvalue())} (--help lists the options)") from None
     if groups:
         parsed = options(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
-    be_quiet(parsed)
-    for name, value in vars(parsed).items():
-        if type(value) is int and value < (least := LEAST.get(name, 1)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    output = getattr(parsed, "output", None)
-    if output is not None and output.is_file():
-        raise UserError(f"--output {output}: is a file; give a folder")
     return parsed
 
 
@@ -117,12 +118,6 @@ def be_quiet(options) -> None:
     progress_console.quiet = getattr(options, "quiet", False)
 
 
-def _value_of(flag: str, argv: Sequence[str]) -> str | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(flag, nargs="?", dest="value")
-    return parser.parse_known_args(argv)[0].value
-
-
 def main_of(command: Callable[[], object]) -> None:
     """Run a command to its exit status: 0, or 1 with one line on stderr."""
     with quick_exit(), one_line_errors():
@@ -138,82 +133,64 @@ def track(items: Iterable, total: int | None, label: str, *, shown: bool = True)
 
 
 class Progress:
-    """A bar on a terminal; in a log, a line every 20 seconds and for every `note`. `total` is None if unknown."""
+    """A bar on a terminal; in a log, a line every 20 seconds. `total` is None if unknown.
+
+    Both get a line for every `note`; on a terminal it is above the bar.
+    """
 
     def __init__(self, label: str, total: int | None, *, start: int = 0, shown: bool = True):
-        self.label, self.total, self.start, self.shown = label, total, start, shown and not progress_console.quiet
-        self.on_terminal = self.shown and progress_console.is_terminal
-        self.began = self.printed = time.monotonic()
+        self.label, self.shown, self.printed = label, shown and not progress_console.quiet, time.monotonic()
+        left = rich.progress.TextColumn("left"), rich.progress.TimeRemainingColumn()
+        self.bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=20),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            *([] if total is None else left),
+            console=progress_console,
+            speed_estimate_period=600,
+            disable=not (self.shown and progress_console.is_terminal),
+        )
+        self.bar.add_task(label, total=total, completed=start)
+        [self.task] = self.bar.tasks
 
     def __enter__(self) -> "Progress":
-        if self.on_terminal:
-            left = rich.progress.TextColumn("left"), rich.progress.TimeRemainingColumn()
-            self.bar = rich.progress.Progress(
-                rich.progress.TextColumn("{task.description}"),
-                rich.progress.BarColumn(bar_width=20),
-                rich.progress.MofNCompleteColumn(),
-                rich.progress.TimeElapsedColumn(),
-                *([] if self.total is None else left),
-                console=progress_console,
-            )
-            self.note = Text(no_wrap=False, overflow="fold")  # on its own line, because it would squeeze the bar
-            self.live = Live(Group(self.bar, self.note), console=progress_console, refresh_per_second=5)
-            self.task = self.bar.add_task(self.label, total=self.total, completed=self.start)
-            self.live.start()
+        self.bar.start()
         return self
 
     def __exit__(self, *_) -> None:
-        if self.on_terminal:
-            self.live.stop()
+        self.bar.stop()
 
     def update(self, done: int, note: str | None = None) -> None:
         """Show that `done` of the total are done; `note` describes the latest."""
-        if self.on_terminal:
-            self.bar.update(self.task, completed=done)
-            if note is not None:
-                self.note.plain = note
-        elif self.shown and (note is not None or time.monotonic() - self.printed > SECONDS_BETWEEN_LINES):
+        self.bar.update(self.task.id, completed=done)
+        due = self.bar.disable and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES
+        if self.shown and (note is not None or due):
             self.printed = time.monotonic()
-            of = ""
-            if self.total is not None:
-                left = (self.printed - self.began) / max(done - self.start, 1) * (self.total - done)
-                of = f"/{self.total}, {duration(left)} left"
-            progress_console.print(f"{self.label} {done}{of}{'' if note is None else ', ' + note}")
+            parts = [f"{self.label} {done}" if self.task.total is None else f"{self.label} {done}/{self.task.total}"]
+            if self.task.time_remaining is not None:
+                parts.append(f"{timedelta(seconds=self.task.time_remaining)} left")
+            progress_console.print(", ".join([*parts, *([] if note is None else [note])]))
 
 
-def from_config(options: type[T], path: str | Path, argv: Sequence[str] = ()) -> T:
+def from_config(options: type[T], path: str | Path) -> T:
     """Read options from a YAML file, such as a run's config.yaml; its section `effective` is ignored.
 
-    Raises ValueError if an option is unknown or has the wrong type, and if its value is a `pipe:` command, unless
-    `argv` has that option too.
+    Raises ValueError if an option is unknown or its value does not fit.
     """
-    types = typing.get_type_hints(options)
-    values = read_yaml(path)
-    values.pop("effective", None)
-    for name, value in values.items():
-        if name not in types:
-            raise UserError(f"{path}: unknown option {name!r}; choose from {', '.join(option_names(options))}")
-        if _value_of(f"--{name.replace('_', '-')}", argv) is None:
-            refuse_command(name, value, path)
-        kinds = typing.get_args(types[name]) or (types[name],)
-        if typing.get_origin(types[name]) is tuple:
-            if not isinstance(value, list) or any(type(item) is not kinds[0] for item in value):
-                raise UserError(f"{path}: {name} is {value!r}; it must be a list of {kinds[0].__name__}")
-            values[name] = tuple(value)
-        elif Path in kinds and isinstance(value, str):
-            values[name] = Path(value)
-        elif float in kinds and type(value) is int:
-            values[name] = float(value)
-        elif type(value) not in kinds:
-            wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-            raise UserError(f"{path}: {name} is {value!r}; it must be {wanted}")
-    return options(**values)
-
-
-def refuse_command(name: str, value, path: str | Path) -> None:
-    """Raise ValueError if an option in the file `path` is a command, because a stranger may have written the file."""
-    if isinstance(value, str) and value.startswith("pipe:"):
-        raise UserError(f"{path}: {name} is a command, {value!r}; if you mean to run it, give it as --{name}")
+    flags = []
+    for name, value in read_yaml(path).items():
+        flag = f"--{name}".replace("_", "-")
+        if isinstance(value, list):
+            flags += [flag, *map(str, value)]
+        elif isinstance(value, bool):
+            flags.append(flag if value else flag.replace("--", "--no-", 1))
+        elif value is not None and name != "effective":
+            flags.append(f"{flag}={value}")
+    try:
+        return _parse(options, flags)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def to_config(options) -> dict:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from pathlib import Path
@@ -91,27 +90,21 @@ def training_options(
     default_folder: Callable[[T], Path],
     may_differ: Collection[str] = MAY_DIFFER,
 ) -> T:
-    """Fill in every option with `complete`; when resuming, those that are not given come from the run."""
-    # torchrun sets the variable when it has restarted this process (--max-restarts)
-    if options.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        default = options.output or default_folder(complete(options))
-        options = resumed(options, argv, default=default, may_differ=may_differ)
-    return complete(options)
-
-
-def resumed(options: T, argv: list[str] | None, *, default: Path, may_differ: Collection[str]) -> T:
-    """The options of the run in --output, or of the latest named `default`, overridden by the flags.
+    """Fill in every option with `complete`; when resuming, those that are not given come from the run.
 
     Raises ValueError if a flag other than those in `may_differ` contradicts the run.
     """
-    folder = options.output or latest_folder(default)
-    if not (folder / "config.yaml").is_file():
+    # torchrun sets the variable when it has restarted this process (--max-restarts)
+    if not options.resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+        return complete(options)
+    folder = options.output or latest_folder(default_folder(complete(options)))
+    if (folder / "config.yaml").is_file():
+        saved = from_config(type(options), folder / "config.yaml")
+        options = parse(type(options), argv, default=saved)
+        check_same_run(options, saved, folder, may_differ)
+    else:
         console.print(f"nothing to resume in {folder}: starting at step 0")
-        return dataclasses.replace(options, output=folder, resume=True)
-    saved = from_config(type(options), folder / "config.yaml", sys.argv[1:] if argv is None else argv)
-    options = parse(type(options), argv, default=saved)
-    check_same_run(options, saved, folder, may_differ)
-    return dataclasses.replace(options, output=folder, resume=True)
+    return complete(dataclasses.replace(options, output=folder, resume=True))
 
 
 def check_same_run(options: T, saved: T, folder: Path, may_differ: Collection[str] = MAY_DIFFER) -> None:

@@ -18,7 +18,7 @@ from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import TrainState
 from resbackbone.engine.task import Task
 from resbackbone.engine.termination import Terminated
-from resbackbone.report.summary import summary
+from resbackbone.report.run import summary
 
 FILES = {  # that a training writes, as its summary names them
     "weights": "model.safetensors",
@@ -47,9 +47,9 @@ class Session:
     def warn(self, message: str) -> None:
         console.print(message)
 
-    def warn_skipped(self, messages: set[str], *, shared: bool = False) -> None:
-        """Print each message about a skipped image once; rank 0 alone prints what is `shared` by all ranks."""
-        for message in sorted(messages - self.skipped) if self.rank.is_main or not shared else ():
+    def warn_skipped(self, messages: set[str]) -> None:
+        """Print each message about a skipped image once."""
+        for message in sorted(messages - self.skipped):
             self.warn(f"skipped {message}")
         self.skipped |= messages
 
@@ -100,7 +100,7 @@ class Session:
         )
         with Progress("train", plan.steps, start=state.step, shown=self.rank.is_main) as progress:
             try:
-                loop.train(task, state, plan, run, loop.Observer(progress.update, self.info))
+                loop.train(task, state, plan, run, progress.update, self.info)
             except Terminated:
                 if self.rank.is_main:
                     self.warn(f"terminated at step {state.step} and saved; continue with --resume")
