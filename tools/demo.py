@@ -87,8 +87,7 @@ def boxes(seen: Look, threshold: float, names: Mapping[int, str]) -> tuple[Image
 def levels(seen: Look) -> Markup:
     """A heat map of every level, the trunk's (c) before the pyramid's (p)."""
     figures = [
-        (level, response, jpeg(heat_map(seen.image, response), side=480))
-        for level, response in seen.responses.items()
+        (level, response, jpeg(heat_map(seen.image, response), side=480)) for level, response in seen.responses.items()
     ]
     return macros("demo.html").levels([[f for f in figures if f[0][0] == kind] for kind in "cp"])
 
