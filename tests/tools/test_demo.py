@@ -60,7 +60,7 @@ def test_every_level_has_a_heat_map_with_a_caption(detector, photo):
 
 
 def test_wrong_options_and_a_missing_gradio_are_one_line(detector, tmp_path, monkeypatch):
-    assert "--port 0: must be between 1 and 65535" in error_line(demo.main, ["run", "--port", "0"])
+    assert "--port 70000: must be between 1 and 65535" in error_line(demo.main, ["run", "--port", "70000"])
     assert "--device cuda:99: this " in error_line(demo.main, ["run", "--device", "cuda:99"])
     monkeypatch.setitem(sys.modules, "gradio", None)
     said = error_line(demo.main, [tmp_path, "--device", "cpu"])
