@@ -61,7 +61,7 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Folders -> shards and indices."""
+    """Folders -> shards and indices. Run the same command again to resume."""
     options = parse(Options, argv)
     if options.index is not None:
         write_index_of(options.index)
@@ -84,17 +84,23 @@ def check(options: Options) -> None:
         raise UserError(f"--data {options.data}: no images; it should hold {LAYOUT}")
     if options.quality > 95:
         raise UserError(f"--quality {options.quality}: must be 1 to 95")
-    for index in (options.output / "train.json", options.output / "val.json"):
-        if index.exists():
-            raise UserError(f"{index} already exists; give another --output, or remove it")
 
 
 def write_split(images: Images, split: str, options: Options) -> None:
-    """Write the shards of a split, then the index that makes them usable."""
+    """Write the missing shards of a split, each whole or not at all, then the index that makes them usable."""
     order = np.random.default_rng(0).permutation(len(images))  # because reading shuffles only within a window
     parts = [order[i : i + options.images_per_shard] for i in range(0, len(order), options.images_per_shard)]
     paths = [options.output / f"{split}-{i:06d}.tar" for i in range(len(parts))]
     side = options.shorter_side if split == "train" else 0
+    index, unfinished = options.output / f"{split}.json", options.output / f"{split}-unfinished.json"
+    content = {"classes": images.classes, "made_of": [images.fingerprint, side, options.quality, len(parts)]}
+    for path in filter(Path.exists, (index, unfinished)):
+        if json.loads(path.read_bytes()).get("made_of") != content["made_of"]:
+            raise UserError(f"{path} belongs to other images or settings; give another --output, or remove it")
+    if index.exists():
+        progress_console.print(f"{split}: {index} already exists")
+        return
+    write_atomically(unfinished, json.dumps(content))
     make = partial(make_shard, images, side=side, quality=options.quality)
     shards, skipped = [], set()
     # Ctrl-C is for this process, which ends the others.
@@ -104,15 +110,17 @@ def write_split(images: Images, split: str, options: Options) -> None:
                 console.print(f"skipped {message}")
             shards.append(shard)
             skipped.update(messages)
-    index = options.output / f"{split}.json"
-    write_atomically(index, json.dumps({"classes": images.classes, "shards": shards}))
+    write_atomically(index, json.dumps({**content, "shards": shards}))
+    unfinished.unlink()
     count, size = (sum(numbers) for numbers in zip(*((len(s["labels"]), s["bytes"]) for s in shards), strict=True))
     without = f", without {len(skipped)} that cannot be read" if skipped else ""
     console.print(f"{split}: {count} images{without} in {len(shards)} shards, {size / 1e9:.3g} GB; index {index}")
 
 
 def make_shard(images: Images, part: np.ndarray, path: Path, *, side: int, quality: int) -> tuple[dict, list[str]]:
-    """Write one shard; return its entry in the index and the messages of skipped images."""
+    """Write one shard, unless it is there; return its entry in the index and the messages of skipped images."""
+    if path.exists():
+        return describe_shard(path, io.BytesIO(path.read_bytes())), []
     files, messages = [], []
     for i in part.tolist():
         try:

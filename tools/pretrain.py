@@ -4,7 +4,7 @@ python tools/pretrain.py                                              the built-
 python tools/pretrain.py --depth 101 --data imagenet --recipe paper --eval 10crop
 python tools/pretrain.py --depth 50 --data 'imagenet/train-{000000..000146}.tar' --recipe a3 --accumulate 2
 python tools/pretrain.py --depth 50 --output runs/mine --resume       resumes where it stopped
-python tools/pretrain.py --eval-only runs/r101 --eval multiscale
+python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      an ensemble of two
 """
 
 import json
@@ -36,7 +36,7 @@ from detection.crops import make_shape_crops
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.classification.data import LAYOUT, SYNTHETIC, open_images, train_batches
-from resbackbone.classification.evaluate import PROTOCOLS, evaluate
+from resbackbone.classification.evaluate import PROTOCOLS, Ensemble, evaluate
 from resbackbone.classification.images import Images
 from resbackbone.classification.recipes import RECIPES, Recipe
 from resbackbone.classification.report import Predictions, write_report
@@ -79,11 +79,13 @@ class NetworkOptions:
     depth: Auto[int] = None
     """18, 34, 50, 101 or 152. Default: the recipe's (50; demo: 18)."""
     norm: Auto[str] = None
-    """BN, SyncBN or GN. Default: BN."""
+    """BN, SyncBN or GN. Default: that of the weights, else BN."""
     shortcut: Auto[str] = None
-    """A, B or C (the paper's Sec. 4.1). Default: B."""
+    """A, B or C (the paper's Sec. 4.1). Default: that of the weights, else B."""
     plain: bool = False
     """Without shortcuts: the paper's plain nets."""
+    weights: Auto[str] = None
+    """Start from these instead of random ones: a file or a named source (see convert_weights.py --list)."""
     stride_in_1x1: bool = False
     """Stride in a bottleneck's first 1x1, as in the paper, instead of its 3x3, as in torchvision."""
 
@@ -111,9 +113,9 @@ class TrainingOptions:
 class EvaluationOptions:
     eval: str = "1crop"
     """Final evaluation: 1crop, 10crop or multiscale."""
-    eval_only: Auto[str] = None
-    """Run, weight file or named source to evaluate instead of training. --data, --recipe (for the image sizes) and
-    --precision default to those of the run; without a run, fp32. Default: none."""
+    eval_only: tuple[str, ...] = ()
+    """Runs, weight files or named sources to evaluate instead of training; the scores of several are averaged. --data,
+    --recipe (for the image sizes) and --precision default to those of the first; without a run, fp32."""
     eval_period: int = 0
     """Updates between evaluations (1crop); 0 evaluates at the end only."""
 
@@ -179,7 +181,8 @@ def open_data(session: Session) -> tuple[Images, Images]:
     with from_option("--data"):
         train_set, val_set = (from_main(partial(opened, split), rank) for split in ("train", "val"))
     if train_set.classes != val_set.classes:
-        raise UserError(f"--data {options.data}: the classes of its training and validation images differ")
+        differing = ", ".join(sorted({*train_set.classes} ^ {*val_set.classes})) or "their order"
+        raise UserError(f"--data {options.data}: the classes of train and val differ: {differing}")
     session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
     return train_set, val_set
 
@@ -275,7 +278,8 @@ def build(
         "shortcut": "none" if options.plain else options.shortcut,
         "stride_in_1x1": options.stride_in_1x1 or None,
     }
-    weights = None if checkpoint is None else read_weights(checkpoint)
+    source = checkpoint or options.weights
+    weights = None if source is None else read_weights(source)
     if checkpoint and weights.metadata.get("classes") != classes:
         raise UserError(f"{checkpoint}: was trained on other classes than those of {options.data}")
     zero_init = recipe.zero_init_residual and not options.plain
@@ -292,25 +296,28 @@ def build(
 
 
 def evaluate_only(rank: Rank, options: Options) -> None:
-    """Classifier and images -> accuracy, in every process; rank 0 writes."""
+    """Classifiers and images -> accuracy, in every process; rank 0 writes."""
     be_quiet(options)
-    session, source = Session(options, rank), Path(options.eval_only)
-    file = str(source / "model.safetensors") if source.is_dir() else options.eval_only
+    session = Session(options, rank)
+    files = [str(Path(run) / "model.safetensors") if Path(run).is_dir() else run for run in options.eval_only]
     with from_option("--data"):
         val_set = from_main(lambda: open_images(options.data, "val", skip_bad_images=options.skip_bad_images), rank)
-    weights = read_weights(file)
-    model = build_resnet_classifier(num_classes=len(val_set.classes), weights=weights)
-    ours = "recipe" in weights.metadata  # only our files name the classes by their folders
-    if ours and weights.metadata["classes"] != val_set.classes:
-        raise UserError(f"{file}: was trained on other classes than those of {options.data}")
+    models = []
+    for file in files:
+        weights = read_weights(file)
+        models.append(build_resnet_classifier(num_classes=len(val_set.classes), weights=weights))
+        ours = "recipe" in weights.metadata  # only our files name the classes by their folders
+        if ours and weights.metadata["classes"] != val_set.classes:
+            raise UserError(f"{file}: was trained on other classes than those of {options.data}")
+    model = models[0] if len(models) == 1 else Ensemble(models)
     model.to(rank.device).to(memory_format=torch.channels_last)
-    session.info(f"{file} on {val_set.summary()}, {options.precision}")
+    session.info(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
     results, _ = score_of(model, val_set, session, recipe_of(options), protocol=options.eval)
     if rank.is_main:
         console.print(described(results))
         options.output.mkdir(parents=True, exist_ok=True)
         path = options.output / f"results-{options.eval}.json"
-        recorded = {"model": options.eval_only, "skipped_images": sorted(val_set.skipped)}
+        recorded = {"models": options.eval_only, "skipped_images": sorted(val_set.skipped)}
         write_results(path, {**results, **recorded})
         session.info(f"results: {path}")
 
@@ -366,7 +373,8 @@ def complete(options: Options) -> Options:
     size = options.size or recipe.size
     if left:
         raise UserError(f"--batch-size {batch_size} does not divide evenly over {in_parts}")
-    if per_part == 1 and size <= 32 and options.norm != "GN":  # a channel of c5 is one number then
+    batch_norm = options.norm in ("BN", "SyncBN") or options.norm is None and options.weights is None
+    if per_part == 1 and size <= 32 and batch_norm:  # a channel of c5 is one number then
         raise UserError(
             f"--batch-size {batch_size}: batch norm has no statistics of one image of {size} pixels; use at least 2 "
             "images, a larger --size or --norm GN"
@@ -388,10 +396,10 @@ def complete(options: Options) -> Options:
 
 
 def complete_for_evaluation(options: Options) -> Options:
-    """Fill in the options for --eval-only; those that are not given come from its run."""
-    folder, config = Path(), {}
-    if not is_named(options.eval_only):
-        path = Path(options.eval_only)
+    """Fill in the options for --eval-only; those that are not given come from its first run."""
+    first, folder, config = options.eval_only[0], Path(), {}
+    if not is_named(first):
+        path = Path(first)
         folder = path if path.is_dir() else path.parent
         config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
@@ -400,7 +408,7 @@ def complete_for_evaluation(options: Options) -> Options:
     if given["data"] == SYNTHETIC:
         raise UserError(f"--data {SYNTHETIC}: synthetic images show only the speed; give --data DIR to evaluate on")
     if given["data"] is None and not usual_folder(*IMAGENET):
-        raise UserError(f"{options.eval_only} does not say what it was trained on (no config.yaml); give --data DIR")
+        raise UserError(f"{first} does not say what it was trained on (no config.yaml); give --data DIR")
     if options.recipe:
         given["size"] = options.size
     return complete(replace(options, **given, output=options.output or folder, batch_size=None, accumulate=1))

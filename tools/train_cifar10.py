@@ -66,6 +66,8 @@ class DataOptions:
     data: Auto[Path] = None
     """Folder with cifar-10-batches-py/, or with train/<class>/ and test/<class>/; or synthetic: patterns drawn on the
     spot. Default: $CIFAR10_DIR or ./datasets/cifar10."""
+    validation: bool = False
+    """Hold out a tenth of the training images (the paper's 45k/5k) and test on them instead of the test images."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,9 @@ def train(rank: Rank, options: Options) -> None:
     session = prepare_run(rank, options, default=default_folder(options))
     with from_option("--data"):
         data = from_main(lambda: open_cifar10(options.data), rank)
-    session.info(f"data:  {data.summary()} in {options.data}")
+    if options.validation:
+        data = data.held_out()
+    session.info(f"data:  {data.summary()} in {options.data}{', a tenth held out to test on' * options.validation}")
 
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     shortcut = shortcut_of(options)

@@ -20,6 +20,7 @@ from resbackbone.image_io import BadImage, decode
 SYNTHETIC = "synthetic"
 SYNTHETIC_IMAGES = {"train": 2000, "test": 500}
 LAYOUT = "cifar-10-batches-py/, or train/<class>/ and test/<class>/ (or val/<class>/) with 32 x 32 images"
+HELD_OUT = 0.1  # of the training images are held out for validation: 5,000 of 50,000, as in the paper
 PADDING = 4  # pixels on each side
 
 
@@ -47,6 +48,13 @@ class Cifar10(NamedTuple):
         for tensor in self.train:
             digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
+
+    def held_out(self) -> "Cifar10":
+        """The training images split in two: a fixed random tenth of them to test on (the paper's 45k/5k)."""
+        order = torch.randperm(len(self.train.labels), generator=torch.Generator().manual_seed(0))
+        held, kept = (part.sort().values for part in order.tensor_split([round(HELD_OUT * len(order))]))
+        train, test = (Split(self.train.images[part], self.train.labels[part]) for part in (kept, held))
+        return self._replace(train=train, test=test)
 
 
 def open_cifar10(data: str | os.PathLike) -> Cifar10:

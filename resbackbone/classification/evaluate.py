@@ -1,6 +1,6 @@
 """Top-1 and top-5 by the protocols of He et al. 2015 (Sec. 3.4), every image once on any number of ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from PIL import Image
@@ -17,6 +17,17 @@ from resbackbone.image_io import BadImage
 
 PROTOCOLS = ("1crop", "10crop", "multiscale")
 SCALES = (224, 256, 384, 480, 640)  # shorter sides, for a network trained on crops of 224
+
+
+class Ensemble(nn.Module):
+    """The log of the mean softmax of several classifiers (He et al. 2015, Table 5): [B, 3, H, W] to [B, classes]."""
+
+    def __init__(self, models: Iterable[nn.Module]):
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.stack([model(images).double().softmax(1) for model in self.models]).mean(0).log()
 
 
 def evaluate(

@@ -126,6 +126,15 @@ def test_synthetic_images_are_the_same_each_time_and_of_ten_classes():
     assert (nearest == one.test.labels).float().mean() > 0.9  # there is something to learn
 
 
+def test_a_tenth_of_the_training_images_is_held_out_and_trains_no_more():
+    data = cifar10.Cifar10(Split(torch.arange(40).view(40, 1), torch.arange(40) % 4), Split(*torch.zeros(2, 3)), [])
+    kept = data.held_out()
+    assert len(kept.test.images) == 4 and len(kept.train.images) == 36
+    assert sorted(torch.cat((kept.train.images, kept.test.images)).flatten().tolist()) == list(range(40))
+    assert torch.equal(kept.test.labels, kept.test.images.flatten() % 4)
+    assert torch.equal(data.held_out().test.images, kept.test.images)
+
+
 def test_the_fingerprint_follows_the_training_images(folder):
     before = open_cifar10(folder).fingerprint()
     Image.fromarray(PIXELS[8]).save(folder / "train/cat/3.png")

@@ -8,7 +8,7 @@ from torchvision.transforms import functional as F
 from torchvision.transforms._presets import ImageClassification
 
 from resbackbone import build_resnet_classifier
-from resbackbone.classification.evaluate import evaluate, predict
+from resbackbone.classification.evaluate import Ensemble, evaluate, predict
 from resbackbone.classification.images import Images
 from resbackbone.engine.distributed import Rank
 from resbackbone.image_io import BadImage
@@ -137,6 +137,14 @@ def test_on_a_whole_image_the_classifier_averages_the_score_map_of_its_last_laye
     score_map = torch.nn.functional.conv2d(maps[0], model.fc.weight[:, :, None, None], model.fc.bias)
     assert score_map.shape == (2, 5, 4, 6)
     torch.testing.assert_close(logits, score_map.mean((2, 3)))
+
+
+def test_an_ensemble_averages_softmax_scores():
+    images = Drawn(classes=3)
+    sure, other = Says(9.0, 0.0, 5.0), Says(0.0, 1.9, 1.7)  # of 1 and 2 the logits' mean prefers 2, the scores' 1
+    assert predict(Ensemble([sure, other]), images, ALONE, **SMALL)[0].tolist() == [0, 1, 2]
+    assert predict(sure, images, ALONE, **SMALL)[0].tolist() == [0, 2, 1]
+    assert predict(Ensemble([sure, sure, other]), images, ALONE, **SMALL)[0].tolist() == [0, 1, 2]
 
 
 def test_what_is_counted_is_the_best_class_and_the_best_five():

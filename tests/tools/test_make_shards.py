@@ -69,18 +69,27 @@ def test_two_processes_write_what_one_does(folder, tmp_path):
     assert contents(tmp_path / "two") == one
 
 
-def test_a_killed_run_is_run_again_and_one_that_ended_is_not_written_over(folder, monkeypatch):
-    def killed(*_):
-        raise KeyboardInterrupt
+def test_a_killed_run_goes_on_with_its_shards_unless_settings_differ(folder, monkeypatch, capsys):
+    whole, output = contents(run(folder)), folder.parent / "shards"
+    for path in output.iterdir():
+        path.unlink()
+
+    def killed_after_two(path, file, describe=make_shards.describe_shard):
+        if len(list(output.glob("*.tar"))) == 2:
+            raise KeyboardInterrupt
+        return describe(path, file)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(make_shards, "describe_shard", killed)
-        run(folder)
-    assert "train.json" not in contents(folder.parent / "shards")
-    whole = contents(run(folder))
-    with pytest.raises(ValueError, match="train.json already exists; give another --output, or remove it"):
-        run(folder, "--quality", "80")
-    assert contents(folder.parent / "shards") == whole
+        patch.setattr(make_shards, "describe_shard", killed_after_two)
+        run(folder, "--workers", "1")
+    before = {path: path.stat().st_ino for path in output.glob("*.tar")}
+    assert before and not (output / "train.json").exists()
+    for _ in range(2):  # before it is finished, and after
+        with pytest.raises(ValueError, match="other images or settings; give another --output, or remove it"):
+            run(folder, "--quality", "80")
+        assert contents(run(folder)) == whole
+    assert "train.json already exists" in capsys.readouterr().out
+    assert all(path.stat().st_ino == inode for path, inode in before.items())
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from detection import crops
 from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.classification.data import open_images
-from resbackbone.classification.evaluate import evaluate
+from resbackbone.classification.evaluate import Ensemble, evaluate
 from resbackbone.cli.command import main_of
 from resbackbone.engine.distributed import Rank
 from resbackbone.tools import make_shards, pretrain
@@ -181,6 +181,18 @@ def test_blocks_start_as_their_shortcuts_where_the_recipe_has_it_and_there_are_a
     assert all((not block.bn2.weight.any()) == zero for block in (model.layer1[1], model.layer4[0]))
 
 
+def test_a_run_starts_from_weights_it_is_given(straight, photos):
+    path = straight / "a2" / "model.safetensors"
+    argv = [*QUICK, "--data", str(photos), "--recipe", "paper", "--batch-size", "2", "--max-steps", "1"]
+    pretrain.main([*argv, "--weights", str(path), "--output", "run"])
+    pretrain.main([*argv, "--seed", "1", "--output", "random"])
+    far, start = (
+        (load_file(f"{run}/model.safetensors")["fc.weight"] - load_file(path)["fc.weight"]).norm()
+        for run in ("random", "run")
+    )
+    assert start < far / 10
+
+
 def test_a_smaller_size_shrinks_all_that_is_seen_in_proportion(photos):
     argv = ["--data", str(photos), "--device", "cpu", "--recipe", "paper", "--size", "112"]
     recipe = pretrain.recipe_of(pretrain.complete(pretrain.parse(pretrain.Options, argv)))
@@ -276,14 +288,15 @@ def test_two_processes_train_one_classifier_and_both_hold_it(photos):
 # Evaluation alone
 
 
-def test_a_run_or_its_file_is_evaluated_alone_on_its_data_by_any_protocol(straight, photos, capsys):
+def test_runs_and_files_are_evaluated_together_and_alone_on_their_data_by_any_protocol(straight, photos, capsys):
     shutil.copytree(straight / "a2", "run")  # data, sizes and recipe are known from the run
     argv = ["--device", "cpu", "--precision", "fp32"]
-    pretrain.main(["--eval-only", "run", *argv, "--eval", "10crop", "--output", "out"])
+    runs = ["run", str(straight / next(name for name in RUNS if name != "a2"))]
+    pretrain.main(["--eval-only", *runs, *argv, "--eval", "10crop", "--output", "out"])
     found = json.loads(Path("out/results-10crop.json").read_text())
-    model, images = build_resnet_classifier(weights="run/model.safetensors"), open_images(photos, "val")
+    model = Ensemble(build_resnet_classifier(weights=f"{run}/model.safetensors") for run in runs)
     rank = Rank(0, 1, torch.device("cpu"))
-    wanted, _ = evaluate(model, images, rank, protocol="10crop", crop=32, resize=34)
+    wanted, _ = evaluate(model, open_images(photos, "val"), rank, protocol="10crop", crop=32, resize=34)
     assert {name: found[name] for name in wanted} == wanted
     pretrain.main(["--eval-only", "run/model.safetensors", *argv])
     again = json.loads(Path("run/results-1crop.json").read_text())
@@ -317,6 +330,7 @@ def test_a_run_or_its_file_is_evaluated_alone_on_its_data_by_any_protocol(straig
         (["--batch-size", "2", "--accumulate", "2"], "--batch-size 2: batch norm has no statistics of one image"),
         (["--accumulate", "0"], "--accumulate 0: must be at least 1"),
         (["--size", "8"], "--size 8: must be at least 32"),
+        (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--eval-only", "nowhere", "--data", "."], "no folder val or test in it"),
         (["--eval-only", "nowhere", "--data", "synthetic"], "synthetic images show only the speed"),
@@ -348,7 +362,7 @@ def test_what_is_not_given_for_an_evaluation_is_that_of_its_run_and_of_no_other_
     Path("config.yaml").write_text("recipe: demo\nsize: 64\n")  # not of what is evaluated
     named, run = "torchvision:ResNet18_Weights.IMAGENET1K_V1", str(straight / "a2")
     alone, of_run = (
-        pretrain.complete_for_evaluation(pretrain.Options(eval_only=source, data=data, device="cpu"))
+        pretrain.complete_for_evaluation(pretrain.Options(eval_only=(source,), data=data, device="cpu"))
         for source, data in ((named, str(photos)), (run, None))
     )
     assert (alone.recipe, alone.size, alone.precision) == ("torchvision-v1", 224, "fp32")  # as its publisher does
@@ -361,6 +375,14 @@ def test_a_classifier_of_other_classes_than_the_images_is_refused(straight, phot
         shutil.copytree(other / split / "blue", other / split / "yellow")
     path = straight / "a2" / "model.safetensors"
     assert "num_classes=3, but you asked for num_classes=4" in error_of(["--eval-only", path, "--data", other], capsys)
+    assert list(Path().iterdir()) == []
+
+
+def test_classes_that_differ_between_the_splits_are_named(photos, tmp_path, capsys):
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "val" / "blue").rename(other / "val" / "violet")
+    said = error_of([*QUICK, "--data", other, "--max-steps", "1"], capsys)
+    assert "blue" in said and "violet" in said
     assert list(Path().iterdir()) == []
 
 
