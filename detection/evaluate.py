@@ -1,7 +1,7 @@
 """Evaluate a detector: detect on every image once, on any number of ranks, score on rank 0, write the results."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from resbackbone.engine.termination import worker_processes
 from resbackbone.image_io import BadImage
 from resbackbone.report.numbers import percent
 
-AT_ONCE = 10_000  # detections turned into JSON at a time
 CLASSES_SHOWN = 30  # in the table
 
 
@@ -104,16 +103,21 @@ def detect(
 
 def write_results(folder: Path, results: dict, detections: np.ndarray) -> None:
     """Write `detections.json` (COCO's results format) and `results.json` into the run's folder."""
-    write_atomically(folder / "detections.json", _as_json(detections))
+    write_json_list(folder / "detections.json", entries(detections))
     write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def _as_json(detections: np.ndarray) -> Iterator[str]:
-    yield "["
-    for start in range(0, len(detections), AT_ONCE):
-        text = json.dumps(entries(detections[start : start + AT_ONCE]))
-        yield f"{', ' if start else ''}{text[1:-1]}"
-    yield "]"
+def write_json_list(path: Path, items: Iterable[dict]) -> None:
+    """Write a JSON list as its items come, one per line; the file appears when it is complete."""
+
+    def lines() -> Iterator[str]:
+        start = "[\n"
+        for item in items:
+            yield f"{start}{json.dumps(item)}"
+            start = ",\n"
+        yield "[]\n" if start == "[\n" else "\n]\n"
+
+    write_atomically(path, lines())
 
 
 def results_table(results: dict) -> str:

@@ -37,7 +37,7 @@ def save_pictures(folder: Path, dataset: CocoImages, detections: np.ndarray, *, 
         if isinstance(sample, BadImage):
             continue
         image, target = sample
-        found = entries(confident[confident["image_id"] == target["image_id"]])
+        found = list(entries(confident[confident["image_id"] == target["image_id"]]))
         path = folder / f"{target['image_id']:012d}.png"
         beside_truth(dataset, image, target, found).save(path)
         written.append(path)

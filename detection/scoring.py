@@ -3,7 +3,7 @@
 import contextlib
 import io
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import hotcoco
@@ -20,11 +20,11 @@ DETECTION = np.dtype(  # COCO's results format; bbox is x, y, width, height in p
 )
 
 
-def entries(detections: np.ndarray) -> list[dict]:
-    """DETECTION [n] as the dictionaries of COCO's results format."""
+def entries(detections: np.ndarray) -> Iterator[dict]:
+    """DETECTION [n] as the dictionaries of COCO's results format, one after another."""
     names = DETECTION.names or ()
     columns = (detections[name].tolist() for name in names)
-    return [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+    return (dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True))
 
 
 def score(annotations: Annotations, detections: np.ndarray, *, backend: str = "hotcoco") -> dict:

@@ -7,7 +7,6 @@ python tools/detect.py torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1 clip.
 python tools/detect.py runs/mine 0                                    the first camera, until Ctrl-C
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from detection.evaluate import detect
+from detection.evaluate import detect, write_json_list
 from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection, run_folder
 from detection.gallery import draw_boxes
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
 from detection.scoring import entries
 from detection.video import Video, video_file
-from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.image_io import BadImage, read_image
@@ -184,16 +182,8 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def write_list(path: Path, entries: Iterator[dict]) -> None:
-    """Write a JSON list as its entries come, one per line; the file appears when it is complete."""
-
-    def lines() -> Iterator[str]:
-        start = "[\n"
-        for entry in entries:
-            yield f"{start}{json.dumps(entry)}"
-            start = ",\n"
-        yield "[]\n" if start == "[\n" else "\n]\n"
-
-    write_atomically(path, lines())
+    """Write what was found as a JSON list, as its entries come, and name the file."""
+    write_json_list(path, entries)
     console.print(f"all detections: {path}")
 
 

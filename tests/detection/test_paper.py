@@ -495,7 +495,7 @@ def test_evaluation_with_improvements_is_that_of_the_improved_detector_in_a_fold
     improved = ImprovedTesting(prepared(run), box_refinement=True, scales=(48, 64, 80))
     _, wanted = evaluate(improved, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
     assert len(wanted) > 10
-    assert evaluated(run, tmp_path, "--box-refinement", "--scales", 48, 64, 80) == [entries(wanted)]
+    assert evaluated(run, tmp_path, "--box-refinement", "--scales", 48, 64, 80) == [list(entries(wanted))]
     assert (tmp_path / "run" / "eval-refined-48-64-80" / "results.json").is_file()
     assert not (tmp_path / "run" / "results.json").exists()  # the run's own are not written over
     line = error_of(lambda: evaluate_coco.main([str(run), "--device", "cpu", "--scales", "0"]))

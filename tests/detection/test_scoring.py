@@ -232,4 +232,4 @@ def test_the_numbers_are_those_of_pycocotools_on_the_files(tmp_path_factory, pro
 
 def test_entries_are_what_json_takes(tmp_path):
     rows = [found((1, 2.5, 3, 4)), found((5, 6, 7, 8), image_id=2**60 + 1, score=0.125)]
-    assert entries(as_rows(rows)) == json.loads(json.dumps(rows)) and entries(as_rows([])) == []
+    assert list(entries(as_rows(rows))) == json.loads(json.dumps(rows)) and list(entries(as_rows([]))) == []
