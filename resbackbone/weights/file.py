@@ -65,10 +65,10 @@ def read_notes(text: str) -> dict[str, Any]:
     """Our metadata in a file of a foreign format. Raises ValueError if this package did not write them."""
     try:
         notes = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"weights: the {NOTES} entry is not JSON ({error})") from None
+    except (ValueError, RecursionError):
+        notes = None
     if not isinstance(notes, dict) or not isinstance(notes.get("backbone", {}), dict):
-        raise UserError(f"weights: the {NOTES} entry is not a table of metadata")
+        raise UserError(f"weights: the {NOTES} entry is not a table of metadata in JSON")
     return notes
 
 
