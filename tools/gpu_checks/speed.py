@@ -20,7 +20,6 @@ JOBS = {  # of benchmark.py: batch sizes and modes
     "inference": ((8,), (BF16, TF32)),
     "imagenet": ((256,), (BF16, COMPILED)),
 }
-
 TOY = ["--rounds", "1", "--height", "64", "--width", "96", "--depth", "18"]
 
 
@@ -49,10 +48,11 @@ def beside_peers(setting: Setting, record: Record) -> None:
         for mode in modes if setting.on_gpu else modes[:1]:
             words = ["--jobs", setting.part, "--batch-sizes", str(size), "--modes", mode]
             budget = ["--budget", str(max(1, setting.until - SPARE - time.time()))]
-            place = ["--device", setting.device, "--output", str(setting.scratch), "--quiet"]
+            output = setting.scratch / f"{mode}-{size}"
+            place = ["--device", setting.device, "--output", str(output), "--quiet"]
             with contextlib.suppress(UserError):  # it names the failures, which benchmark.json has too
                 benchmark.main([*words, *effort, *budget, *place])
-            content = json.loads((setting.scratch / "benchmark.json").read_text())
+            content = json.loads((output / "benchmark.json").read_text())
             record.detail(shlex.join(words), content)
             for result in content["contests"]:
                 add_rows(result, record)
