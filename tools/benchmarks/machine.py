@@ -30,7 +30,7 @@ def describe(device: str, threads: int) -> dict:
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     hardware = {
         "cpu": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": usable_cores(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "memory_gib": None,
         "system": platform.platform(terse=True),
@@ -49,10 +49,6 @@ def fields_of(path: Path) -> dict[str, str]:
     """A file of /proc with lines such as "VmRSS:  1024 kB"; empty where there is none."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_in_fresh_process(build: Callable) -> int | None:
