@@ -8,12 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, one_of
 from resbackbone.config import BackboneConfig, CommonConfig, ordered_levels
 from resbackbone.export import export_maps
 from resbackbone.fpn import FPN
 from resbackbone.layers import BATCH_NORMS, fuse
-from resbackbone.resnet import Feature, ResNet, sorted_levels
+from resbackbone.resnet import DEPTHS, Feature, ResNet, sorted_levels
 from resbackbone.weights.fit import backbone_part, fit, resolve_architecture, resolve_pyramid
 from resbackbone.weights.inputs import INPUT
 from resbackbone.weights.read import WeightSource, read_weights
@@ -179,6 +179,8 @@ def build_resnet_backbone(
     Raises ValueError for an unknown name or level, for frozen layers without weights, and for weights that are of
     another network than is asked or do not fit, listing every missing, unexpected and mis-shaped key.
     """
+    if depth is not None:
+        one_of("depth", depth, DEPTHS)  # before weights are downloaded
     if frozen_through == "auto":
         frozen_through = None if weights is None else "c2"
     loaded = None if weights is None else read_weights(weights)

@@ -22,10 +22,10 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))  # by number: 9999999 before 10000000
 
 
-def save_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> None:
-    """Let `write` fill the folder of a checkpoint, then delete all but the last three checkpoints.
+def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbytes: int) -> None:
+    """Let `write` fill the folder of a checkpoint of about `nbytes`, then delete all but the last three checkpoints.
 
-    If that fails, as on a full disk, raises ValueError with the space left and keeps the earlier checkpoints.
+    If that fails, as on a full disk, raises ValueError with the space needed and keeps the earlier checkpoints.
     """
     try:
         with folder_atomically(run / "checkpoints" / f"step_{step:07d}") as folder:
@@ -36,7 +36,7 @@ def save_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> None
         before = checkpoints(run)
         kept = f"the run can be resumed from {before[-1].name}" if before else "there is no earlier one"
         raise UserError(
-            f"checkpoint of step {step}: cannot be written to {run} ({error}); "
+            f"checkpoint of step {step}: cannot be written to {run} ({error}); {nbytes / 1e6:.0f} MB are needed, "
             f"{shutil.disk_usage(run).free / 1e6:.0f} MB are free; {kept}"
         ) from None
     for old in checkpoints(run)[:-KEPT]:

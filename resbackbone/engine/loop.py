@@ -102,7 +102,8 @@ def train(
             recent.append({**values, "seconds": now - began, "data_seconds": loaded - asked})
             began, line = now, None
             if state.step % plan.log_period == 0 or state.step == plan.steps:
-                record = {**mean_of(recent), "lr": rate, **memory(rank.device)}
+                parts = state.stopwatch.take(len(recent))
+                record = {**mean_of(recent), **parts, "lr": rate, **memory(rank.device)}
                 record["images_per_second"] = plan.batch_size / record["seconds"]
                 run.record(state.step, record)
                 line, recent = describe(record, result), []

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from resbackbone.checks import UserError
 from resbackbone.engine.distributed import Rank, any_rank
+from resbackbone.engine.stopwatch import Stopwatch
 
 
 class NonFinite(UserError):
@@ -32,7 +33,7 @@ class TrainState:
     alone and halves the scale.
 
     After an update, `gradient_norm` is the norm of the last finite gradient before clipping, and `stopping` whether any
-    rank asked to stop.
+    rank asked to stop. `stopwatch` measures forward, backward and optimizer (checks, clipping and step).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class TrainState:
         self.model, self.optimizer, self.rank, self.clip_grad = model, optimizer, rank, clip_grad
         self.step, self.gradient_norm, self.stopping = 0, 0.0, False
         self.scaler = torch.amp.GradScaler(rank.device.type, enabled=scaled)
+        self.stopwatch = Stopwatch(rank.device)
 
     def update(
         self,
@@ -62,6 +64,7 @@ class TrainState:
         stop after the update. Raises NonFinite on every rank, before any weight changes, if a loss term or the gradient
         is not finite on any of them. When `scaled`, a gradient may overflow until the scale is 1.
         """
+        self.stopwatch.start()
         self.optimizer.zero_grad(set_to_none=True)
         terms: list[dict[str, Tensor]] = []
         for i, part in enumerate(parts):
@@ -70,7 +73,9 @@ class TrainState:
                 losses = losses_of(part)
                 terms.append({name: loss.detach().float() for name, loss in losses.items()})
                 total = cast(Tensor, sum(losses.values()) / len(parts))
+                self.stopwatch.lap("forward")
                 self.scaler.scale(total).backward()
+                self.stopwatch.lap("backward")
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
@@ -81,6 +86,7 @@ class TrainState:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.stopwatch.lap("optimizer")
         self.step += 1
         return mean_of(values)
 
@@ -106,6 +112,13 @@ class TrainState:
         named = [(n.removeprefix("module."), p.grad) for n, p in self.model.named_parameters() if p.grad is not None]
         wrong = [name for name, gradient in named if not gradient.isfinite().all()]
         return [*wrong[:3], *([f"{len(wrong) - 3} more"] if len(wrong) > 3 else [])]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of a checkpoint: the model's tensors and the optimizer's."""
+        state = [value for entries in self.optimizer.state.values() for value in entries.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in state if isinstance(v, Tensor))]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def save(self, folder: Path) -> None:
         """Write the optimizer's state and the step into `folder`: tensors as safetensors, the rest as JSON."""

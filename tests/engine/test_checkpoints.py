@@ -20,7 +20,7 @@ def save(run, step, content="weights"):
         (folder / "model.safetensors").write_text(f"{content} {step}")
         (folder / "state.json").write_text("{}")
 
-    save_checkpoint(run, step, write)
+    save_checkpoint(run, step, write, nbytes=2_500_000)
 
 
 def names(paths):
@@ -43,7 +43,7 @@ def test_a_checkpoint_that_was_not_finished_is_none(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(tmp_path, 2, killed)
+        save_checkpoint(tmp_path, 2, killed, nbytes=1)
     (tmp_path / "checkpoints" / ".step_0000003.77.tmp").mkdir()  # what a kill without an exception leaves
     (tmp_path / "checkpoints" / "step_0000004.damaged").mkdir()
     (tmp_path / "checkpoints" / "step_0000005").touch()
@@ -53,7 +53,7 @@ def test_a_checkpoint_that_was_not_finished_is_none(tmp_path):
 def test_a_checkpoint_of_the_same_step_is_written_over(tmp_path):
     assert checkpoints(tmp_path) == [] and resume_point(tmp_path) is None
     save(tmp_path, 1)
-    save_checkpoint(tmp_path, 1, lambda folder: (folder / "other").write_text("new"))
+    save_checkpoint(tmp_path, 1, lambda folder: (folder / "other").write_text("new"), nbytes=3)
     assert sorted(names(checkpoints(tmp_path)[0].iterdir())) == [CHECKSUMS, "other"]
 
 
@@ -109,15 +109,17 @@ FULL = {
 
 
 @pytest.mark.parametrize("error", FULL.values(), ids=FULL)
-def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_what_space_is_left(tmp_path, error):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_says_what_space_is_needed(tmp_path, error):
     def full(folder):
         (folder / "model.safetensors").write_text("hal")
         raise error
 
-    with pytest.raises(ValueError, match=r"step 1: cannot be written to .* \d+ MB are free; there is no earlier one"):
-        save_checkpoint(tmp_path, 1, full)
+    with pytest.raises(
+        ValueError, match=r"step 1: cannot be written .* 2 MB are needed, \d+ MB .*; there is no earlier one"
+    ):
+        save_checkpoint(tmp_path, 1, full, nbytes=2_400_000)
     save(tmp_path, 10)
     with pytest.raises(ValueError, match=r"MB are free; the run can be resumed from step_0000010"):
-        save_checkpoint(tmp_path, 20, full)
+        save_checkpoint(tmp_path, 20, full, nbytes=2_400_000)
     assert names((tmp_path / "checkpoints").iterdir()) == ["step_0000010"]
     assert resume_point(tmp_path).name == "step_0000010"

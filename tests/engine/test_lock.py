@@ -33,8 +33,10 @@ def another(tmp_path):
     process.wait()
 
 
-def test_a_second_process_is_refused(another, tmp_path):
-    with pytest.raises(ValueError, match="run is being written by another process; choose another folder"):
+def test_a_second_process_is_refused_and_learns_who_writes(another, tmp_path):
+    with pytest.raises(
+        ValueError, match=rf"run is being written by process {another.pid} on .+ since 20.+; choose another"
+    ):
         claim_folder(tmp_path / "run", default=tmp_path)
 
 

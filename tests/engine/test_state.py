@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
+from resbackbone.engine import stopwatch
 from resbackbone.engine.distributed import Rank
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import NonFinite, TrainState, seed_step
@@ -75,6 +77,26 @@ def test_several_parts_make_the_update_of_their_mean_and_earlier_gradients_do_no
         assert torch.allclose(got, expected, atol=1e-6)
 
 
+def test_forward_backward_and_optimizer_are_timed_apart_and_over_all_parts(monkeypatch):
+    state = train_state()
+    clock = {"now": 0.0}
+    monkeypatch.setattr(stopwatch.time, "monotonic", lambda: clock["now"])
+
+    def passes(seconds):
+        clock["now"] += seconds
+
+    def losses(part):
+        passes(1)
+        loss = losses_of(state.model)["a"]
+        loss.register_hook(lambda gradient: passes(10))
+        return {"a": loss}
+
+    step = state.optimizer.step
+    monkeypatch.setattr(state.optimizer, "step", lambda: (passes(100), step()))
+    state.update(losses, [None, None], learning_rate=0.1)
+    assert state.stopwatch.take(1) == {"forward_seconds": 2, "backward_seconds": 20, "optimizer_seconds": 100}
+
+
 def test_clipping_bounds_the_length_of_the_update():
     state = train_state(OPTIMIZERS["plain SGD"], clip_grad=0.01)
     before = [p.detach().clone() for p in state.model.parameters()]
@@ -110,6 +132,16 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_raises_names_its_weig
         update(state, {"a": state.model[3].bias.sum() + state.model[0].weight.sum()}, 1)
     assert state.step == 0
     assert_same_weights(state.model, weights)
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_the_bytes_of_a_checkpoint_are_those_of_its_files_but_for_their_headers(make, tmp_path):
+    state = train_state(make)
+    update(state)
+    state.save(tmp_path)
+    save_file(state.model.state_dict(), tmp_path / "model.safetensors")
+    size = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert size - 4000 < state.nbytes <= size
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
