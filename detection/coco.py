@@ -37,7 +37,8 @@ class CocoImages(Dataset):
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
     int64 [n], "image_id": int}. An index gives the image as it is, an `ImageRequest` the image augmented by `transform`
     with its seed. The item of a broken image is its BadImage (an exception raised in a worker would lose its message).
-    With `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the messages.
+    With `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the messages;
+    `broken` holds those that `check_files` found.
 
     Raises UserError if `categories` are given and differ, if no image is left or if no image file exists, and BadImage
     if some are missing and `skip_bad_images` is off.
@@ -64,6 +65,7 @@ class CocoImages(Dataset):
         if categories is not None and dict(categories) != self.categories:
             raise UserError(_category_difference(annotations, self.categories, categories))
         self.report: Counter[str] = Counter()
+        self.broken: list[str] = []
         for name in self.annotations.grouping.values():
             self.report[f"category without boxes that only groups the others, {name!r}"] += 1
 
@@ -122,7 +124,7 @@ class CocoImages(Dataset):
         """Find broken images before training, in a set of up to 64 MB: decoding a larger one would take minutes.
 
         Raises BadImage with the first message and the number of the others; with `skip_bad_images`, counts them in
-        `report` instead.
+        `report` instead, and `broken` gets their messages and those of missing files.
         """
         there = [i for i in range(len(self)) if self.path(i).is_file()]  # missing files were counted before
         if sum(self.path(i).stat().st_size for i in there) > SMALL_SET:
@@ -131,7 +133,9 @@ class CocoImages(Dataset):
         if bad and not self.skip_bad_images:
             others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise BadImage(f"{bad[0]}{others}")
-        self.report["images that cannot be read"] = len(bad)
+        self.report["images that cannot be used"] = len(bad)
+        lost = [f"{self.path(i)}: no such file" for i in set(range(len(self))).difference(there)]
+        self.broken = sorted([*map(str, bad), *lost])
 
     def summary(self) -> str:
         """One line: images, boxes and classes, and what was clipped or left out."""

@@ -5,6 +5,8 @@ python tools/evaluate_coco.py runs/mine --data coco --output scores
 python tools/evaluate_coco.py runs/mine --box-refinement --scales 200 400 600 800 1000     as the ResNet paper tests
 """
 
+import contextlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +109,9 @@ def score(rank: Rank, options: Options) -> None:
     names += ["refined"] * options.box_refinement + [str(scale) for scale in options.scales]
     target = options.output or (folder / f"eval-{'-'.join(names)}" if names else folder)
     target.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, ValueError):  # a training's own results, which these replace
+        skipped = json.loads((target / "results.json").read_bytes()).get("skipped_training_images", [])
+        evaluation.results["skipped_training_images"] = skipped
     write_results(target, evaluation.results, evaluation.detections)
     session.info(results_table(evaluation.results))
     console.print(results_summary(evaluation.results))

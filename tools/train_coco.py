@@ -165,10 +165,9 @@ def train(rank: Rank, options: Options) -> None:
     run = session.train(task, state, schedule, train_annotations_sha256=file_digest(train_set.annotation_file))
 
     loop.evaluate(task, state, run, final=True)
-    skipped = gather(session.skipped, rank)
     if rank.is_main:
         task.save(session.folder)
-        finish(session, task.evaluation, val_set, skipped=sorted(set().union(*skipped)))
+        finish(session, task.evaluation, val_set)
     run.close()
 
 
@@ -187,6 +186,9 @@ def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]
         train_set = from_main(partial(opened, "train", transform=transform, keep_empty=options.keep_empty), rank)
         val_set = from_main(partial(opened, "val", keep_empty=True, categories=train_set.categories), rank)
     session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
+    if rank.is_main:
+        session.warn_skipped({*train_set.broken})
+    session.skipped.update(train_set.broken)
     return train_set, val_set
 
 
@@ -235,6 +237,9 @@ class Detection(Task):
             backend=self.options.coco_backend,
             progress=self.session.track,
         )
+        skipped = gather(self.session.skipped, self.rank)
+        if skipped is not None:
+            self.evaluation.results["skipped_training_images"] = sorted(set().union(*skipped))
         return self.evaluation.results["bbox"]
 
     def summary(self, result: Mapping) -> str:
@@ -244,10 +249,9 @@ class Detection(Task):
         write_report(folder, self.val_set, self.evaluation)
 
 
-def finish(session: Session, evaluation: Evaluation, val_set: CocoImages, *, skipped: list[str]) -> None:
-    """Write the results and pictures of a training, and print the results; `skipped` is about training images."""
+def finish(session: Session, evaluation: Evaluation, val_set: CocoImages) -> None:
+    """Write the results and pictures of a training, and print the results."""
     folder, results = session.folder, evaluation.results
-    results["skipped_training_images"] = skipped
     write_results(folder, results, evaluation.detections)
     save_pictures(folder / "pictures", val_set, evaluation.detections, count=session.options.pictures)
     ap, ap50 = (percent(results["bbox"][name]) for name in ("AP", "AP50"))

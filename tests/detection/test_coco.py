@@ -297,7 +297,8 @@ def test_broken_images_are_found_before_training_or_counted(tmp_path):
         open_split(folder, "train").check_files()
     skipping = open_split(folder, "train", skip_bad_images=True)
     skipping.check_files()
-    assert skipping.report["images that cannot be read"] == 2
+    assert skipping.report["images that cannot be used"] == len(skipping.broken) == 2
+    assert "000000000003.jpg: cannot be decoded" in skipping.broken[1]
     open_split(folder, "val").check_files()
 
 

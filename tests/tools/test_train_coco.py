@@ -34,7 +34,7 @@ from detection.shapes import make_shapes
 from resbackbone.cli import options as options_module
 from resbackbone.cli import training
 from resbackbone.engine.lock import release_all_folders
-from resbackbone.tools import train_coco
+from resbackbone.tools import evaluate_coco, train_coco
 
 error_of = partial(error_line, train_coco.main)
 
@@ -434,7 +434,7 @@ def test_a_broken_training_image_stops_with_its_name_or_is_skipped_and_named(own
     assert metrics(Path("other"))[-1]["step"] == 4
 
 
-def test_missing_and_broken_images_are_counted_where_they_are_skipped(own_shapes, capsys):
+def test_missing_and_broken_images_are_named_in_the_results_and_the_report(own_shapes, capsys):
     first_image_lost(own_shapes)
     half(own_shapes / "val2017" / "000001000002.jpg")
     argv = [*QUICK, "--data", str(own_shapes), "--max-steps", "1", "--output", "run"]
@@ -443,6 +443,11 @@ def test_missing_and_broken_images_are_counted_where_they_are_skipped(own_shapes
     assert "1 images missing" in said and "val2017/000001000002.jpg" in said
     results = json.loads(Path("run/results.json").read_text())
     assert results["images"] == 3 and len(results["skipped_images"]) == 1
+    [lost] = results["skipped_training_images"]
+    assert lost.endswith(": no such file") and lost in Path("run/report.html").read_text()
+    train_coco.main([*argv, "--skip-bad-images", "--resume", "--max-steps", "2"])
+    evaluate_coco.main(["run", "--skip-bad-images"])
+    assert json.loads(Path("run/results.json").read_text())["skipped_training_images"] == [lost]
     assert len(list(Path("run/pictures").iterdir())) == 2
 
 
