@@ -19,6 +19,7 @@ from PIL import Image
 
 from resbackbone.report.numbers import number, percent
 
+LIMIT = 2_000_000  # bytes of a page
 MAX_NAME = 80  # characters of a name; longer ones are cut
 MAX_ROWS = 2000  # of a table
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]")
@@ -70,22 +71,37 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]], *, sortable: 
     return macros("table.html").table(list(zip(header, numeric, strict=True)), cells, len(rows) - MAX_ROWS, sortable)
 
 
-def jpeg(image: Image.Image, *, side: int) -> str:
-    """A picture as a data: URI, scaled down to at most `side` pixels a side."""
+def jpeg(image: Image.Image, *, side: int, limit: int = LIMIT) -> str:
+    """A picture as a data: URI of at most `limit` characters, scaled down to at most `side` pixels a side."""
     image = image.convert("RGB")
-    image.thumbnail((side, side))
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=75, optimize=True)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    while True:
+        image.thumbnail((side, side))
+        for quality in (85, 70, 50):
+            file = io.BytesIO()
+            image.save(file, "JPEG", quality=quality, optimize=True)
+            uri = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+            if len(uri) <= limit or side <= 16:
+                return uri
+        side = side * 2 // 3
 
 
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
-    """The page with its sections, in order."""
+    """The page. Over LIMIT bytes its largest sections are left out, and a sentence in their place says so."""
+    sections = list(sections)
     style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("style.css", "sort.js"))
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
-    return ENVIRONMENT.get_template("page.html").render(
-        title=short(title), subtitle=short(subtitle), sections=sections, policy=policy, style=style, script=script
-    )
+    template = ENVIRONMENT.get_template("page.html")
+    for _ in range(len(sections) + 1):
+        html = template.render(
+            title=short(title), subtitle=short(subtitle), sections=sections, policy=policy, style=style, script=script
+        )
+        if len(html.encode()) <= LIMIT:
+            break
+        sizes = [len(section.content.encode()) for section in sections]
+        largest = sizes.index(max(sizes))
+        why = f"Left out: its {sizes[largest] / 1e6:.1f} MB would take the page over {LIMIT / 1e6:g} MB."
+        sections[largest] = Section(sections[largest].title, absent(why))
+    return html
 
 
 def _hash(content: str) -> str:

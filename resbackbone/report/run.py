@@ -1,9 +1,12 @@
 """The part of a report that every run has: curves, timing and configuration; and the file it is written to."""
 
+import platform
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 
+import torch
 from markupsafe import Markup
 
 from resbackbone.atomic import write_atomically
@@ -15,6 +18,16 @@ from resbackbone.report.numbers import finite, number
 from resbackbone.report.page import Cell, Section, fraction, macros, page, short
 
 FILE = "report.html"
+PACKAGES = (  # those that are installed
+    *("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors"),
+    *("pycocotools", "hotcoco", "detectron2"),
+)
+PARTS = {  # of an update, as metrics.jsonl and the page call them
+    "data_seconds": "waiting for data",
+    "forward_seconds": "forward",
+    "backward_seconds": "backward",
+    "optimizer_seconds": "optimizer",
+}
 
 
 class RunLog:
@@ -113,27 +126,48 @@ def training_section(log: RunLog, over_time: Markup) -> Section:
     """Losses, learning rate and gradient norm over updates, and the chart of the evaluations."""
     names = dict.fromkeys(name for line in log.train for name in line if name.startswith("loss_"))
     parts = {name.removeprefix("loss_"): log.curve(name) for name in names}
-    return Section("Training", macros("run.html").training(log, parts, over_time))
+    last_loss = finite(log.train[-1].get("loss")) if log.train else None
+    return Section("Training", macros("run.html").training(log, last_loss, parts, over_time))
 
 
 def timing_section(log: RunLog) -> Section:
-    """Where the time went: waiting for data, computing and evaluating; images per second and memory."""
-    data, evaluations = log.total("data_seconds"), log.evaluation_seconds()
-    spent = {"waiting for data": data, "computing": log.total("seconds") - data, "evaluating": evaluations}
+    """Where the time went: parts of the updates, and evaluations; images per second and memory."""
+    spans, evaluations = log.spans(), len(log.evaluations)
+    facts = [*(log.facts().items() if spans else ()), *([("evaluations", evaluations)] if evaluations else ())]
+    recorded = [name for name in PARTS if any(name in line for _, line in spans)]
+    spent = {PARTS[name]: log.total(name) for name in recorded}
+    if spans:
+        spent["rest of the updates"] = max(log.total("seconds") - sum(spent.values()), 0)
+    if evaluations:
+        spent["evaluations"] = log.evaluation_seconds()
     whole = sum(spent.values())
     shares = [
         (name, Cell(f"{value:,.1f}", value), fraction(value / whole), bar(value / whole))
         for name, value in spent.items()
-        if value
+        if whole
     ]
-    return Section("Timing", macros("run.html").timing(log, list(log.facts().items()), shares))
+    curves = {
+        PARTS[name]: [(line["step"], 100 * (finite(line.get(name)) or 0) / line["seconds"]) for _, line in spans]
+        for name in recorded
+    }
+    return Section("Timing", macros("run.html").timing(log, facts, shares, curves, "forward_seconds" in recorded))
 
 
 def configuration_section(log: RunLog) -> Section:
-    """Every option and what came of it, as in config.yaml."""
+    """Every option and what came of it, as in config.yaml, and the versions of the software."""
     config = dict(log.config)
     effective = config.pop("effective", None)
     rows = [*config.items(), *(effective.items() if isinstance(effective, Mapping) else ())]
     options = [(short(name), "–" if value is None else str(value)[:500]) for name, value in rows]
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    versions = [("Python", platform.python_version()), ("system", platform.platform()), ("device", device)]
+    versions += [(name, version) for name in PACKAGES if (version := _version(name))]
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return Section("Configuration", macros("run.html").configuration(options, written))
+    return Section("Configuration", macros("run.html").configuration(options, versions, written))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
