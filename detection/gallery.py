@@ -2,11 +2,12 @@
 
 import colorsys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -19,7 +20,9 @@ from resbackbone.report.page import Section, jpeg, macros, short
 
 IOU, SCORE = 0.5, 0.5  # detections from this score on count, and are right from this IoU on
 SHOWN = 6  # worst images, and as many best ones
-SIDE = 800  # pixels of a figure's picture
+SIDE, PICTURE_LIMIT = 512, 100_000  # pixels and characters of a picture; twelve fit into a page of 2 MB
+DRAWN = 400  # SVG units of a picture's longer side; text is 11 high
+MOST_BOXES = 100  # in a picture
 MIN_SIDE = 480  # pixels; smaller pictures are enlarged so that labels can be read
 GAP = 12
 
@@ -31,38 +34,28 @@ def save_pictures(folder: Path, dataset: CocoImages, detections: np.ndarray, *, 
     images are skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    confident, written = detections[detections["score"] >= SCORE], []
+    confident = detections[detections["score"] >= SCORE]
+    ids, written = list(dataset.categories), []
     for index in sorted(set(np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int).tolist())):
         sample = dataset[index]
         if isinstance(sample, BadImage):
             continue
         image, target = sample
+        boxes = box_convert(target["boxes"], "xyxy", "xywh").tolist()
+        truth = [
+            {"category_id": ids[label - 1], "bbox": box}
+            for box, label in zip(boxes, target["labels"].tolist(), strict=True)
+        ]
         found = list(entries(confident[confident["image_id"] == target["image_id"]]))
+        left = draw_boxes(image, truth, dataset.categories, title="ground truth")
+        right = draw_boxes(image, found, dataset.categories, title=f"detections, score >= {SCORE:g}")
+        both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
+        both.paste(left, (0, 0))
+        both.paste(right, (left.width + GAP, 0))
         path = folder / f"{target['image_id']:012d}.png"
-        beside_truth(dataset, image, target, found).save(path)
+        both.save(path)
         written.append(path)
     return written
-
-
-def beside_truth(
-    dataset: CocoImages, image: Tensor, target: dict, found: Sequence[dict], seen: Iterable[bool] | None = None
-) -> Image.Image:
-    """An item of the data set twice: left with its ground truth, right with the detections `found`.
-
-    The objects whose `seen` is False are marked as missed.
-    """
-    ids, boxes = list(dataset.categories), box_convert(target["boxes"], "xyxy", "xywh").tolist()
-    seen = [True] * len(boxes) if seen is None else seen
-    truth = [
-        {"category_id": ids[label - 1], "bbox": box, "note": "" if was_seen else " missed"}
-        for box, label, was_seen in zip(boxes, target["labels"].tolist(), seen, strict=True)
-    ]
-    left = draw_boxes(image, truth, dataset.categories, title="ground truth")
-    right = draw_boxes(image, found, dataset.categories, title=f"detections, score >= {SCORE:g}")
-    both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
-    both.paste(left, (0, 0))
-    both.paste(right, (left.width + GAP, 0))
-    return both
 
 
 def draw_boxes(
@@ -70,8 +63,7 @@ def draw_boxes(
 ) -> Image.Image:
     """uint8 [3, H, W] with the boxes of `entries` (COCO annotations or detections), one colour per class.
 
-    Boxes are [x, y, width, height] in the image's pixels; an entry's "note" ends its label. A small image is enlarged;
-    a title goes above it.
+    Boxes are [x, y, width, height] in the image's pixels. A small image is enlarged; a title goes above it.
     """
     picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
     zoom = max(1, min(-(-MIN_SIDE // min(picture.size)), 4 * MIN_SIDE // max(picture.size)))  # less for narrow images
@@ -83,7 +75,7 @@ def draw_boxes(
         colour = class_colour(order[entry["category_id"]])
         draw.rectangle((x, y, x + w, y + h), outline=colour, width=max(2, min(picture.size) // 240))
         score = f" {entry['score']:.2f}" if "score" in entry else ""
-        text = f"{categories[entry['category_id']]}{score}{entry.get('note', '')}"
+        text = f"{categories[entry['category_id']]}{score}"
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         height, width = bottom + 4, right - left + 6
         corner = min(max(x, 0), max(picture.width - width, 0)), max(y - height, 0)
@@ -166,14 +158,46 @@ def _figures(dataset: CocoImages, ranked: Sequence[Outcome]) -> dict[int, Markup
         if len(figures) == SHOWN:
             break
         sample = dataset[outcome.image_index]
-        if isinstance(sample, BadImage):
-            continue
-        found = [
-            {**entry, "note": "" if right else " wrong"}
-            for entry, right in zip(entries(outcome.found), outcome.right, strict=True)
-        ]
-        image, target = sample
-        picture = jpeg(beside_truth(dataset, image, target, found, outcome.seen), side=SIDE)
-        file = short(dataset.path(outcome.image_index).name)
-        figures[outcome.image_index] = macros("detection.html").figure(outcome, picture, file)
+        if not isinstance(sample, BadImage):
+            image, target = sample
+            figures[outcome.image_index] = _figure(dataset, image, target, outcome)
     return figures
+
+
+def _figure(dataset: CocoImages, image: Tensor, target: dict, outcome: Outcome) -> Markup:
+    uri = jpeg(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), side=SIDE, limit=PICTURE_LIMIT)
+    scale = DRAWN / max(image.shape[1:])
+    height, width = (round(side * scale, 1) for side in image.shape[1:])
+    found, names, ids = outcome.found, list(dataset.categories.values()), list(dataset.categories)
+    found_xyxy = box_convert(torch.tensor(found["bbox"]), "xywh", "xyxy").numpy()
+    labels = [ids.index(category) + 1 for category in found["category_id"].tolist()]
+    truth_boxes = [
+        _box(xyxy * scale, width, label, names[label - 1], seen)
+        for xyxy, label, seen in zip(target["boxes"].numpy(), target["labels"].tolist(), outcome.seen, strict=True)
+    ]
+    found_boxes = [
+        _box(xyxy * scale, width, label, names[label - 1], right, f" {score:.2f}")
+        for xyxy, label, right, score in zip(found_xyxy, labels, outcome.right, found["score"].tolist(), strict=True)
+    ]
+    file, size = short(dataset.path(outcome.image_index).name), {"width": width, "height": height}
+    return macros("detection.html").figure(outcome, uri, size, truth_boxes, found_boxes, MOST_BOXES, file)
+
+
+def _box(xyxy: np.ndarray, width: float, label: int, name: str, right: bool, score: str = "") -> dict:
+    """A box and its label, in the picture's units, as the template draws them."""
+    x1, y1, x2, y2 = (round(float(value), 1) for value in xyxy)
+    text = (name if len(name) <= 20 else name[:19] + "…") + score
+    long = 6.3 * len(text) + 6
+    return {
+        "name": short(name),
+        "text": text,
+        "colour": "rgb({},{},{})".format(*class_colour(label - 1)),
+        "right": right,
+        "x": x1,
+        "y": y1,
+        "width": max(x2 - x1, 0),
+        "height": max(y2 - y1, 0),
+        "label_x": round(min(max(x1, 0), max(width - long, 0)), 1),
+        "label_y": round(max(y1 - 14, 0), 1),
+        "label_width": round(long, 1),
+    }

@@ -24,6 +24,20 @@ ERRORS = {  # Bolya et al. 2020, Sec. 2.2
     "Bkg": ("background", "IoU below 0.1 with every object"),
     "Miss": ("missed", "undetected object that no other error accounts for"),
 }
+MEANING = {  # of COCO's 12 numbers: IoU, area in pixels, detections per image
+    "AP": ("0.50:0.95", "all", 100),
+    "AP50": ("0.50", "all", 100),
+    "AP75": ("0.75", "all", 100),
+    "APs": ("0.50:0.95", "< 32²", 100),
+    "APm": ("0.50:0.95", "32²–96²", 100),
+    "APl": ("0.50:0.95", "> 96²", 100),
+    "AR1": ("0.50:0.95", "all", 1),
+    "AR10": ("0.50:0.95", "all", 10),
+    "AR100": ("0.50:0.95", "all", 100),
+    "ARs": ("0.50:0.95", "< 32²", 100),
+    "ARm": ("0.50:0.95", "32²–96²", 100),
+    "ARl": ("0.50:0.95", "> 96²", 100),
+}
 
 
 def write_report(folder: Path, dataset: CocoImages | None = None, evaluation: Evaluation | None = None) -> Path | None:
@@ -41,10 +55,12 @@ def _report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | N
     variant = config.get("variant", "?")
     network = "VGG-16" if variant == "vgg16" else f"R{config.get('depth', '?')}-{variant}"
     ap = {name: log.curve(name, evaluations=True, scale=100) for name in METRICS[:3]}
-    summary, sections = absent("No evaluation yet."), []
+    summary = absent("No evaluation yet.")
+    titles = ("The 12 numbers", "Classes", "Precision and recall", "Errors", "Worst and best images")
+    sections = [Section(title, summary) for title in titles]
     if dataset is not None and evaluation is not None:
         results = evaluation.results
-        numbers = [(name, fraction(results["bbox"][name])) for name in METRICS]
+        numbers = [(name, fraction(results["bbox"][name]), *MEANING[name]) for name in METRICS]
         classes = [
             (short(name), fraction(entry["AP"]), fraction(entry["AP50"]), entry["boxes"])
             for name, entry in results["per_class"].items()
