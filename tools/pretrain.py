@@ -60,6 +60,7 @@ EMBEDDED = Path("datasets/shape-crops")
 IMAGENET = ("IMAGENET_DIR", "datasets/imagenet")
 NORMS = ("BN", "SyncBN", "GN")
 Batch = tuple[Tensor, Tensor]  # uint8 images [B, 3, H, W], labels [B]
+NOT_EVALUATED = "nothing is evaluated: synthetic images show only the speed"
 
 
 @dataclass(frozen=True)
@@ -160,7 +161,7 @@ def train(rank: Rank, options: Options) -> None:
     run = session.train(task, state, schedule, parts=options.accumulate, train_set_sha256=train_set.fingerprint)
 
     if options.data == SYNTHETIC:
-        session.info("nothing is evaluated: synthetic images show only the speed")
+        session.info(NOT_EVALUATED)
         session.finish({})
     else:
         results = loop.evaluate(task, state, run, final=True)
@@ -257,7 +258,8 @@ class Classification(Task):
         return described(result)
 
     def write_report(self, folder: Path) -> None:
-        write_report(folder, network=self.metadata["architecture"], predictions=self.predictions)
+        why_not = {"why_not": NOT_EVALUATED} if self.options.data == SYNTHETIC else {}
+        write_report(folder, network=self.metadata["architecture"], predictions=self.predictions, **why_not)
 
 
 def finish(session: Session, task: Classification, results: dict) -> None:

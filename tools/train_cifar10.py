@@ -186,14 +186,14 @@ class Cifar10Task(Task):
     def evaluate(self, *, final: bool) -> dict:
         share_buffers(self.model, self.rank)
         bf16 = self.options.precision == "bf16"
-        results, best = test(self.model, self.data.test, self.mean_image, self.rank, bf16=bf16)
+        results, best, losses = test(self.model, self.data.test, self.mean_image, self.rank, bf16=bf16)
         images, labels = self.data.test
 
         def picture(index: int) -> Image.Image:
             return Image.fromarray(images[index].permute(1, 2, 0).contiguous().numpy())
 
         if best is not None:
-            self.predictions = Predictions(self.data.classes, labels.numpy(), best, picture, "image {}".format)
+            self.predictions = Predictions(self.data.classes, labels.numpy(), best, picture, "image {}".format, losses)
         return results
 
     def summary(self, result: Mapping) -> str:
@@ -256,10 +256,10 @@ def default_folder(options: Options) -> Path:
 @torch.inference_mode()
 def test(
     model: CifarResNet, split: Split, mean_image: Tensor, rank: Rank, *, bf16: bool
-) -> tuple[dict, np.ndarray | None]:
+) -> tuple[dict, np.ndarray | None, np.ndarray | None]:
     """Test on every image once: {"error": fraction, "loss": mean, "images": count}, the same on every rank.
 
-    Rank 0 also gets the five best classes of each image, [N, 5], the best first; the other ranks get None.
+    Rank 0 also gets the predicted class, [N, 1], and the loss, [N], of each image; the other ranks get None.
     """
     model.eval()
     mean_image = mean_image.to(rank.device)
@@ -270,17 +270,16 @@ def test(
         with torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16):
             logits = model(images).float()
         losses = F.cross_entropy(logits, labels, reduction="none")
-        best = logits.argsort(dim=1, descending=True, stable=True)[:, :5]
-        own.append((begin, best.cpu().numpy(), losses.cpu().double().numpy()))
+        own.append((begin, logits.argmax(1).cpu().numpy(), losses.cpu().double().numpy()))
     model.train()
     parts = gather(own, rank)
     if parts is None:
-        return broadcast(None, rank), None
+        return broadcast(None, rank), None, None
     ordered = sorted((batch for part in parts for batch in part), key=lambda batch: batch[0])
-    ranked, every_loss = (np.concatenate(column) for column in list(zip(*ordered, strict=True))[1:])
-    wrong = ranked[:, 0] != split.labels.numpy()
+    best, every_loss = (np.concatenate(column) for column in list(zip(*ordered, strict=True))[1:])
+    wrong = best != split.labels.numpy()
     results = {"error": float(wrong.mean()), "loss": float(every_loss.mean()), "images": len(wrong)}
-    return broadcast(results, rank), ranked
+    return broadcast(results, rank), best[:, None], every_loss
 
 
 if __name__ == "__main__":

@@ -5,28 +5,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from resbackbone.classification.report import PAIRS, WORST, Predictions, write_report
+from resbackbone.classification.report import PAIRS, WHOLE_MATRIX, WORST, Predictions, write_report
 from resbackbone.image_io import BadImage
+from resbackbone.report.page import LIMIT
 
 SECTIONS = ["Summary", "Training", "Classes", "Confusions", "Worst images", "Timing", "Configuration"]
 
 
-def predictions(labels, best, *, classes=("cat", "dog", "owl"), size=(32, 32), bad=()):
+def predictions(labels, best, *, losses=None, classes=("cat", "dog", "owl"), size=(32, 32), bad=()):
     def image(index):
         if index in bad:
             raise BadImage(f"image {index}: empty file")
         return Image.effect_noise(size, 60)
 
     best = np.array(best).reshape(len(labels), -1)
-    return Predictions(classes, np.array(labels), best, image, "folder/{}.png".format)
+    losses = None if losses is None else np.array(losses, float)
+    return Predictions(classes, np.array(labels), best, image, "folder/{}.png".format, losses)
 
 
-def report_of(folder, shown=None, results=None, *, lines=(), network="resnet-20"):
+def report_of(folder, shown=None, results=None, *, lines=(), network="resnet-20", **why):
     folder.mkdir(exist_ok=True)
     evaluations = [] if results is None else [{"kind": "eval", "step": 9, "seconds": 1.0, **results}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *evaluations]))
     (folder / "config.yaml").write_text("data: a/photos\nbatch_size: 2\n")
-    path = write_report(folder, network=network, predictions=shown)
+    path = write_report(folder, network=network, predictions=shown, **why)
     assert path == folder / "report.html"
     return path.read_text()
 
@@ -65,8 +67,12 @@ def test_each_class_has_its_accuracy(tmp_path):
     ]
 
 
-def test_the_most_confused_pairs_count_every_image(tmp_path):
-    assert rows(part(report_of(tmp_path, predictions(LABELS, BEST)), "Confusions")) == [
+def test_the_matrix_and_the_most_confused_pairs_count_every_image(tmp_path):
+    confusions = part(report_of(tmp_path, predictions(LABELS, BEST)), "Confusions")
+    [matrix] = re.findall(r'<table class="matrix">.*?</table>', confusions, re.DOTALL)
+    counts = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall("<tr>(<td.*?)</tr>", matrix)]
+    assert counts == [["cat", "1", "2", ""], ["dog", "1", "1", ""], ["owl", "", "1", ""]]
+    assert rows(confusions) == [
         ["cat", "dog", "2", "66.7"],
         ["dog", "cat", "1", "50.0"],
         ["owl", "dog", "1", "100.0"],
@@ -80,6 +86,7 @@ def test_of_many_classes_only_the_most_confused_pairs_are_shown(tmp_path):
     shown = predictions(np.append(labels, 3), np.append(best, 7), classes=[str(i) for i in range(n)])
     confusions = part(report_of(tmp_path, shown), "Confusions")
     assert len(rows(confusions)) == PAIRS and rows(confusions)[0] == ["3", "7", "2", "100.0"]
+    assert "matrix" not in confusions.replace("whole matrix", "") and n > WHOLE_MATRIX
 
 
 @pytest.mark.parametrize("best", [LABELS, [-1] * 6])
@@ -93,11 +100,17 @@ def shown_images(html):
     return [int(name) for name in re.findall(r"(\d+)\.png", part(html, "Worst images"))]
 
 
-def test_the_worst_images_are_readable_wrong_ones_whose_class_ranks_last(tmp_path):
-    best = [[1, 0, 2], [2, 1, 0], [0, 1, 2], [1, 2, 3], [2, 1, 3]]
-    shown = predictions([0, 0, 0, 0, 0], best, classes=["cat", "dog", "owl", "elk"], bad=[4])
-    html = report_of(tmp_path, shown)
-    assert shown_images(html) == [3, 1, 0] and "<b>cat</b>, predicted as dog. 3.png" in html
+def test_the_worst_images_are_wrong_ones_with_the_largest_loss(tmp_path):
+    losses = [9.0, 1.0, 3.0, 0.1, 2.0, 0.5]
+    html = report_of(tmp_path, predictions(LABELS, BEST, losses=losses, bad=[4]))
+    assert shown_images(html) == [2, 1, 5]  # 0 and 3 are right, 4 cannot be read
+    assert "<b>cat</b>, predicted as dog, loss 3. 2.png" in html
+
+
+def test_without_losses_the_worst_are_those_whose_class_ranks_last(tmp_path):
+    best = [[1, 0, 2], [2, 1, 0], [0, 1, 2], [1, 2, 3]]
+    shown = predictions([0, 0, 0, 0], best, classes=["cat", "dog", "owl", "elk"])
+    assert shown_images(report_of(tmp_path, shown)) == [3, 1, 0]
 
 
 def test_equally_bad_images_are_drawn_from_the_data_set(tmp_path):
@@ -105,11 +118,12 @@ def test_equally_bad_images_are_drawn_from_the_data_set(tmp_path):
     assert len(chosen) == WORST and min(chosen) < 100 and max(chosen) > 900
 
 
-def test_a_run_without_evaluation_says_so(tmp_path):
-    html = report_of(tmp_path)
+def test_a_run_without_evaluation_says_why(tmp_path):
+    html = report_of(tmp_path, why_not="Nothing is evaluated: synthetic.")
     assert re.findall("<h2>([^<]*)</h2>", html) == SECTIONS
     for title in ("Summary", "Classes", "Confusions", "Worst images"):
-        assert "No evaluation yet." in part(html, title)
+        assert "Nothing is evaluated: synthetic." in part(html, title)
+    assert "No evaluation yet." in report_of(tmp_path)
 
 
 def test_the_error_over_time_is_drawn_with_that_of_the_training_batches(tmp_path):
@@ -125,10 +139,10 @@ def test_the_error_over_time_is_drawn_with_that_of_the_training_batches(tmp_path
 def test_hostile_names_are_escaped_and_large_images_stay_within_two_megabytes(tmp_path):
     names = ["<script>alert(1)</script>", *(f"class {i} {'<&' * 60}" for i in range(1, 500))]
     labels = np.arange(500)
-    shown = predictions(labels, (labels + 1) % 500, classes=names, size=(500, 400))
+    shown = predictions(labels, (labels + 1) % 500, losses=-labels, classes=names, size=(500, 400))
     html = report_of(tmp_path, shown, network="<script>alert(2)</script>")
-    assert html.count("<script>") == 1 and "&lt;script&gt;alert(1)&lt;/script&gt;" in part(html, "Classes")
-    assert len(html.encode()) < 2_000_000 and html.count("data:image/jpeg") == WORST
+    assert html.count("<script>") == 1 and "&lt;script&gt;alert(1)&lt;/script&gt;" in part(html, "Worst images")
+    assert len(html.encode()) < LIMIT and "Left out" not in html and html.count("data:image/jpeg") == WORST
 
 
 @pytest.mark.parametrize("width", [390, 1280])
@@ -138,6 +152,6 @@ def test_a_browser_shows_every_section_and_fetches_nothing(opened, tmp_path, wid
     shown = opened(html, width=width)
     assert shown.locator("h2").all_inner_texts() == SECTIONS and shown.said == []
     assert shown.evaluate("document.documentElement.scrollWidth") == width
-    assert shown.locator("#confusions td").nth(0).inner_text() in classes
+    assert shown.locator(".matrix th").nth(1).inner_text() == classes[0]
     assert shown.locator(".thumbs img").count() == 2
     assert all(shown.locator(".thumbs img").nth(i).evaluate("image => image.naturalWidth") == 32 for i in range(2))
