@@ -1,7 +1,8 @@
 """One table of tensor names for each foreign format; `translate.py` reads them in both directions.
 
 To add a format, add a `Format` and its entry in `FORMATS`. `convert_weights.py` and the round trips in
-`tests/weights/test_translate.py` then include it; add a row to `test_write.py` for the files it is written to.
+`tests/weights/test_translate.py` then include it; add a row to `test_write.py` for the files it is written to. What its
+networks cannot be (`_check_network`) and the containers of its files (`_packed`) are in `write.py`.
 """
 
 from collections.abc import Mapping
@@ -43,7 +44,8 @@ EPS = 1e-5  # of the norms of every format
 class Format(NamedTuple):
     """One format.
 
-    `names` are in the order of NAMES; a format without names for heads or pyramids ends early. In them `{level+first}`
+    `names` are in the order of NAMES; a format without names for heads or pyramids ends early. `names.rename` says how
+    placeholders change (`{i+1}`, `{k-1:a,b,c}`); the first name that matches is taken. In them `{level+first}`
     counts a pyramid's levels from the image, and `{count}` is the number behind its last level. `places` are the
     prefixes of trunk and pyramid in the files of a trunk, of one with a pyramid, of a detector on one map and of one
     with a pyramid; further ones are read only. `aliases` are pairs (ours, theirs) that are read only. `constants` are

@@ -251,8 +251,8 @@ def _usual(weights: Weights) -> tuple[Mapping, bool]:
     detectron2's zoo trained from them). Only X-101-32x8d divides by a standard deviation.
     """
     known, state = FORMATS[weights.format or ""], backbone_part(weights.state)
-    if not known.stride_in_1x1:
-        return known.input, False
+    if weights.format not in ("detectron2", "msra"):
+        return known.input, known.stride_in_1x1
     conv2 = state.get("layer1.0.conv2.weight")
     groups = conv2.shape[0] // max(1, conv2.shape[1]) if conv2 is not None and conv2.dim() == 4 else 1
     divides = groups == 32 and "layer3.35.conv1.weight" not in state  # X-152-32x8d has no deviation
