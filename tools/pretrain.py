@@ -308,7 +308,8 @@ def evaluate_only(rank: Rank, options: Options) -> None:
     for file in files:
         weights = read_weights(file)
         models.append(build_resnet_classifier(num_classes=len(val_set.classes), weights=weights))
-        ours = "recipe" in weights.metadata  # only our files name the classes by their folders
+        # Only files of this command name the classes by their folders.
+        ours = str(weights.metadata.get("source")).startswith("tools/pretrain.py ")
         if ours and weights.metadata["classes"] != val_set.classes:
             raise UserError(f"{file}: was trained on other classes than those of {options.data}")
     model = models[0] if len(models) == 1 else Ensemble(models)

@@ -63,7 +63,7 @@ def locate(source: str) -> Located:
     FILE                                    as it is
 
     What is stated has the layout of our own files' metadata: source and licence (perhaps "unknown") of a named source,
-    and backbone (stride_in_1x1, eps), input and classes if they are known.
+    and backbone (stride_in_1x1, eps), input, classes and recipe if they are known.
 
     Raises ValueError if the source does not exist or cannot be downloaded; then it says what to put where.
     """
@@ -106,8 +106,9 @@ def _torchvision(name: str) -> Located:
         preset = weights.transforms()  # a detector's has no mean and std: the detector normalizes, with ImageNet's
         mean, std = getattr(preset, "mean", INPUT["mean"]), getattr(preset, "std", INPUT["std"])
         stated["input"] = {**INPUT, "mean": list(mean), "std": list(std)}
-    if "categories" in weights.meta:
-        stated["classes"] = weights.meta["categories"]
+    for ours, theirs in (("classes", "categories"), ("recipe", "recipe")):
+        if theirs in weights.meta:
+            stated[ours] = weights.meta[theirs]
     return path, stated
 
 
@@ -142,6 +143,9 @@ def _stated_by_timm(config: Mapping) -> dict[str, Any]:
         stated["licence"] = config["license"]
     if isinstance(config.get("label_names"), list | tuple):
         stated["classes"] = [str(name) for name in config["label_names"]]
+    if config.get("tag") and config.get("paper_ids"):
+        papers = config["paper_ids"]
+        stated["recipe"] = f"{config['tag']} ({papers if isinstance(papers, str) else ', '.join(map(str, papers))})"
     return stated
 
 
@@ -208,7 +212,9 @@ def _on_hub(repository: str, revision: str | None, files: Sequence[str]) -> tupl
             raise UserError(f"{page} could not be read: {reason}") from None
         if (folder / file).is_file():
             return folder, folder / file
-    raise UserError(f"{page} (offline: its part in the cache) holds no {' and no '.join(files)}")
+    raise UserError(
+        f"{page} holds no {' and no '.join(files)}, or this machine is offline and only other files are in its cache"
+    )
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -238,6 +244,8 @@ def _detectron2(name: str) -> Located:
     md5 = re.search(r"/model_final_([0-9a-f]{6})\.pkl$", name)  # its MODEL_ZOO.md: the digits begin the file's md5
     download(DETECTRON2_URL + name, path, md5=md5[1] if md5 else "")
     stated: dict[str, Any] = {"source": f"detectron2:{name}", "licence": DETECTRON2_LICENCE}
+    if name.count("/") == 3:  # FOLDER/CONFIG/ID/model_final_MD5.pkl
+        stated["recipe"] = f"detectron2 configs/{'/'.join(name.split('/')[:2])}.yaml"
     for pattern, (backbone, given) in DETECTRON2_STATED.items():
         if re.match(pattern, name):
             return path, {**stated, "backbone": dict(backbone), "input": given}

@@ -364,6 +364,9 @@ def test_a_classifier_of_other_classes_than_the_images_is_refused(straight, phot
         shutil.copytree(other / split / "blue", other / split / "yellow")
     path = straight / "a2" / "model.safetensors"
     assert "num_classes=3, but you asked for num_classes=4" in error_of(["--eval-only", path, "--data", other], capsys)
+    for split in ("train", "val"):
+        shutil.rmtree(other / split / "blue")
+    assert "was trained on other classes" in error_of(["--eval-only", path, "--data", other], capsys)
     assert list(Path().iterdir()) == []
 
 

@@ -87,6 +87,7 @@ def test_torchvision_weights_lie_where_torchvision_keeps_them_and_say_what_it_sa
     assert stated["source"] == "torchvision:ResNet50_Weights.IMAGENET1K_V2" and stated["licence"] == "BSD-3-Clause"
     assert stated["backbone"] == STRIDE_IN_3X3 and stated["input"] == INPUT
     assert len(stated["classes"]) == 1000 and stated["classes"][0] == "tench"
+    assert stated["recipe"].startswith("https://github.com/pytorch/vision/")
     json.dumps(stated)  # as metadata of a file
     assert locate("torchvision:ResNet50_Weights.DEFAULT")[1] == stated  # an alias
 
@@ -122,7 +123,7 @@ def test_timm_weights_come_from_its_hub_and_say_what_its_registry_says(hub):
     hub["timm/resnet50.a1_in1k"] = {"model.safetensors": "tensors"}
     path, stated = locate("timm:resnet50.a1_in1k")
     assert path.name == "model.safetensors" and path.read_text() == "tensors"
-    assert stated["licence"] == "apache-2.0"
+    assert stated["licence"] == "apache-2.0" and stated["recipe"] == "a1_in1k (arXiv:2110.00476)"
     assert stated["backbone"] == STRIDE_IN_3X3 and stated["input"] == INPUT
     assert locate("timm:resnet50")[1]["source"] == "timm:resnet50.a1_in1k"  # its default tag
 
@@ -306,6 +307,7 @@ def test_a_config_of_detectron2s_zoo_stands_for_its_file(downloads):
     name = "COCO-Detection/faster_rcnn_R_50_FPN_1x/137257794/model_final_b275ba.pkl"
     assert downloads == [(f"https://dl.fbaipublicfiles.com/detectron2/{name}", path, "", "b275ba")]  # md5: MODEL_ZOO
     assert stated["source"] == f"detectron2:{name}" and stated["input"] == BGR_255
+    assert stated["recipe"] == "detectron2 configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml"
     assert locate(f"detectron2:{name}") == locate("detectron2:COCO-Detection/faster_rcnn_R_50_FPN_1x") == (path, stated)
 
 
