@@ -84,6 +84,8 @@ def _check_archive(file: BinaryIO) -> None:
 def _reason(error: Exception) -> str:
     if found := re.search(r"GLOBAL (\S+) (was not|whose)", str(error)):
         return _would_run(found[1])
+    if "Unsupported operand" in str(error):  # as of pickle_protocol=4
+        return "PyTorch's safe loader does not know its kind of pickle; save the state_dict() again with torch.save"
     return "a damaged file, or not a PyTorch or pickle file; download it again, or save it with torch.save"
 
 

@@ -69,6 +69,7 @@ REFUSED = {
     "damaged": (lambda: damaged(saved(CHECKPOINT)), "the checksum of"),
     "encrypted": (lambda: with_flag_of_encryption(STORED), "not a PyTorch or pickle file"),
     "TorchScript": (script, "a TorchScript archive"),
+    "pickle protocol 4": (lambda: saved(CHECKPOINT, pickle_protocol=4), "save the state_dict() again"),
     "tar": (tar, "not a PyTorch or pickle file"),
     "legacy of two sizes": (
         lambda: torch_legacy(
