@@ -169,8 +169,9 @@ class ResNet(nn.Module):
         maps = {}
         for level, stage in self.stages():
             for block in stage:
-                trains = self.training and any(p.requires_grad for p in block.parameters())
-                x = checkpointed(block, x) if self.checkpoint_activations and trains else block(x)
+                recompute = self.checkpoint_activations and self.training
+                recompute = recompute and any(p.requires_grad for p in block.parameters())
+                x = checkpointed(block, x) if recompute else block(x)
             if level in self.levels:
                 maps[level] = x
         return maps
