@@ -62,7 +62,7 @@ def test_every_image_gets_a_picture_and_all_detections_are_written(run, capsys):
 
 
 def test_what_a_run_that_still_trains_finds_is_in_its_folder_and_not_in_the_checkpoints(run, tmp_path):
-    save_checkpoint(tmp_path / "run", 2, lambda folder: shutil.copy(run / "model.safetensors", folder))
+    save_checkpoint(tmp_path / "run", 2, lambda folder: shutil.copy(run / "model.safetensors", folder), nbytes=1)
     detected("run", "a.png")
     assert (tmp_path / "run" / "detected" / "detections.json").is_file()
 

@@ -96,7 +96,7 @@ def test_other_data_and_another_place_for_the_results_can_be_given(run, model, s
 
 def test_a_run_that_still_trains_is_scored_by_its_last_checkpoint(run):
     model = run / "model.safetensors"
-    save_checkpoint(run, 2, lambda folder: model.rename(folder / model.name))
+    save_checkpoint(run, 2, lambda folder: model.rename(folder / model.name), nbytes=model.stat().st_size)
     evaluated(run)
     assert json.loads((run / "results.json").read_text())["images"] == 5
 
