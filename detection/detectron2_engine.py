@@ -3,6 +3,7 @@
 Importing this needs detectron2.
 """
 
+import io
 from pathlib import Path
 
 import detectron2
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from detection.recipes import Recipe
 from resbackbone import Backbone, build_resnet_backbone
 from resbackbone.adapters.detectron2 import INPUT, NORMS
-from resbackbone.checks import one_of
+from resbackbone.atomic import write_atomically
+from resbackbone.checks import UserError, one_of
 from resbackbone.config import FREEZABLE
 from resbackbone.resnet import DEPTHS
 
@@ -59,8 +61,11 @@ class Detectron2Detector(nn.Module):
         """Resized images [3, H, W] and targets -> losses in training; in eval mode images of any size -> detections."""
         if targets is not None:
             entries = [_training_entry(*sample) for sample in zip(images, targets, strict=True)]
-            with EventStorage():  # detectron2 counts regions in it
-                return {LOSSES[name]: loss for name, loss in self.model(entries).items()}
+            try:
+                with EventStorage():  # detectron2 counts regions in it
+                    return {LOSSES[name]: loss for name, loss in self.model(entries).items()}
+            except FloatingPointError as error:
+                raise UserError(f"detectron2: {error}") from None
         outputs = self.model([self._entry(image) for image in images])
         found = [output["instances"] for output in outputs]
         return [{"boxes": x.pred_boxes.tensor, "labels": x.pred_classes + 1, "scores": x.scores} for x in found]
@@ -73,12 +78,18 @@ class Detectron2Detector(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write model_final.pth and detectron2.yaml, the weights and settings as detectron2 reads them."""
-        torch.save({"model": self.model.state_dict()}, folder / MODEL_FILE)
-        (folder / "detectron2.yaml").write_text(self.cfg.dump())
+        buffer = io.BytesIO()
+        torch.save({"model": self.model.state_dict()}, buffer)
+        write_atomically(folder / MODEL_FILE, buffer.getvalue())
+        write_atomically(folder / "detectron2.yaml", self.cfg.dump())
 
     def load(self, folder: Path) -> None:
-        """Load the weights that `save` wrote."""
-        self.model.load_state_dict(torch.load(folder / MODEL_FILE, weights_only=True, map_location="cpu")["model"])
+        """Load the weights that `save` wrote. Raises UserError if they are of another number of classes."""
+        state = torch.load(folder / MODEL_FILE, weights_only=True, map_location="cpu")["model"]
+        try:
+            self.model.load_state_dict(state)
+        except RuntimeError:
+            raise UserError(f"{folder}: was trained on other categories than those of the data") from None
 
 
 def _training_entry(image: Tensor, target: dict[str, Tensor]) -> dict:

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from detection.recipes import RECIPES
 from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.cli.command import main_of
-from resbackbone.tools import train_coco
+from resbackbone.tools import evaluate_coco, train_coco
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -186,6 +187,41 @@ def test_every_recipe_can_be_said_in_detectron2s_words():
 def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(gaps, capsys, argv, says):
     assert says in error_of([*QUICK, "--data", gaps, "--max-steps", "1", *argv], capsys)
     assert list(Path().iterdir()) == []
+
+
+@needs_detectron2
+@pytest.mark.usefixtures("finished")  # after which the imports have warned of what they warn of
+def test_a_loss_or_proposals_that_are_not_finite_end_the_run_in_one_line(gaps, monkeypatch, capsys):
+    from detectron2.modeling import GeneralizedRCNN
+
+    def diverged(self, batch):
+        raise FloatingPointError("Predicted boxes or scores contain Inf/NaN.\nTraining has diverged.")
+
+    forward = GeneralizedRCNN.forward
+    infinite = lambda self, batch: {name: loss * math.inf for name, loss in forward(self, batch).items()}  # noqa: E731
+    for wrong, says in ((infinite, "loss_classifier is inf"), (diverged, "detectron2: Predicted boxes or scores")):
+        monkeypatch.setattr(GeneralizedRCNN, "forward", wrong)
+        argv = [*QUICK, "--data", gaps, "--max-steps", "1", "--output", wrong.__name__.strip("<>")]
+        assert says in error_of(argv, capsys)
+    assert not list(Path().glob("*/model_final.pth"))
+
+
+@needs_detectron2
+def test_a_run_of_the_other_engine_or_on_other_classes_is_not_resumed(finished, gaps, tmp_path, capsys):
+    said = error_of(["--output", finished, "--resume", "--engine", "torchvision"], capsys)
+    assert "--engine torchvision: the run in" in said and "was made with detectron2" in said
+    shutil.copytree(gaps, tmp_path / "other")
+    for path in (tmp_path / "other" / "annotations").iterdir():
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "categories": [*content["categories"], {"id": 99, "name": "new"}]}))
+    said = error_of(["--output", finished, "--resume", "--data", tmp_path / "other", "--max-steps", "3"], capsys)
+    assert "was trained on other categories" in said
+
+
+@needs_detectron2
+def test_its_run_holds_no_detector_of_this_package(finished, capsys):
+    with pytest.raises(SystemExit, match="holds no detector"):
+        main_of(lambda: evaluate_coco.main([str(finished)]))
 
 
 def test_without_detectron2_it_is_one_line_that_says_how_to_install_it(gaps, capsys, monkeypatch):
