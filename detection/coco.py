@@ -121,20 +121,21 @@ class CocoImages(Dataset):
         }
 
     def check_files(self) -> None:
-        """Find broken images before training, in a set of up to 64 MB: decoding a larger one would take minutes.
+        """Find broken images before training: empty files, and in a set of up to 64 MB those that cannot be decoded.
 
         Raises BadImage with the first message and the number of the others; with `skip_bad_images`, counts them in
-        `report` instead, and `broken` gets their messages and those of missing files.
+        `report` instead, and `broken` gets their messages and, in a small set, those of missing
+        files. Decoding a larger set would take minutes.
         """
-        there = [i for i in range(len(self)) if self.path(i).is_file()]  # missing files were counted before
-        if sum(self.path(i).stat().st_size for i in there) > SMALL_SET:
-            return
-        bad = [sample for i in there if isinstance(sample := self._load(i), BadImage)]
+        sizes = {i: self.path(i).stat().st_size for i in range(len(self)) if self.path(i).is_file()}
+        small = sum(sizes.values()) <= SMALL_SET
+        suspects = [i for i, size in sizes.items() if small or size == 0]  # missing files were counted before
+        bad = [sample for i in suspects if isinstance(sample := self._load(i), BadImage)]
         if bad and not self.skip_bad_images:
             others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
             raise BadImage(f"{bad[0]}{others}")
         self.report["images that cannot be used"] = len(bad)
-        lost = [f"{self.path(i)}: no such file" for i in set(range(len(self))).difference(there)]
+        lost = [f"{self.path(i)}: no such file" for i in range(len(self)) if small and i not in sizes]
         self.broken = sorted([*map(str, bad), *lost])
 
     def summary(self) -> str:

@@ -288,7 +288,7 @@ def test_categories_that_differ_from_the_detectors_are_an_error_that_names_the_f
         CocoImages(*files, categories={**table, 1: "person"})
 
 
-def test_broken_images_are_found_before_training_or_counted(tmp_path):
+def test_broken_images_are_found_before_training_or_counted(tmp_path, monkeypatch):
     folder = make_shapes(tmp_path / "shapes", train_images=4, val_images=1, size=64)
     (folder / "train2017" / "000000000002.jpg").write_bytes(b"")
     whole = (folder / "train2017" / "000000000003.jpg").read_bytes()
@@ -300,6 +300,9 @@ def test_broken_images_are_found_before_training_or_counted(tmp_path):
     assert skipping.report["images that cannot be used"] == len(skipping.broken) == 2
     assert "000000000003.jpg: cannot be decoded" in skipping.broken[1]
     open_split(folder, "val").check_files()
+    monkeypatch.setattr("detection.coco.SMALL_SET", 0)  # of a large set, the empty files alone
+    with pytest.raises(BadImage, match="000000000002.jpg: empty file$"):
+        open_split(folder, "train").check_files()
 
 
 def test_the_annotations_of_the_other_split_are_refused_on_the_embedded_set(tmp_path):
