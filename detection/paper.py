@@ -62,6 +62,8 @@ def load_vgg16(detector: GeneralizedRCNN, source: str) -> None:
     hf:timm/vgg16.tv_in1k. Raises ValueError if the weights do not fit, expect another input than ours, or are not
     finite, as in torchvision's IMAGENET1K_FEATURES, which has no classifier.
     """
+    if source.startswith("timm:"):  # `read_weights` accepts only ResNets under timm's names
+        raise UserError(f"weights {source!r}: give torchvision:VGG16_Weights.IMAGENET1K_V1 or hf:timm/vgg16.tv_in1k")
     weights = read_weights(source)
     if weights.metadata.get("input", INPUT) != INPUT:
         raise UserError(f"weights from {source} are made for {describe_input(weights.metadata['input'])}")

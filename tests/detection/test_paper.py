@@ -169,6 +169,8 @@ def test_weights_that_are_not_of_a_vgg16_are_refused_in_words(tmp_path, vgg16, s
     save_file(state(), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=says):
         load_vgg16(vgg16, str(tmp_path / "other.safetensors"))
+    with pytest.raises(ValueError, match="'timm:vgg16': give torchvision:VGG16_Weights.IMAGENET1K_V1 or hf:timm/vgg16"):
+        load_vgg16(vgg16, "timm:vgg16")
 
 
 def test_a_backbone_of_several_levels_is_refused_for_vgg16():
