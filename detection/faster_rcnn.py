@@ -315,8 +315,8 @@ def detector_file(run: str | Path) -> str | Path:
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder or file")
     folder = run if (run / "model.safetensors").is_file() else last_whole_checkpoint(run)
-    if folder is None:
-        raise UserError(f"{run} holds no detector: it has neither model.safetensors nor a complete checkpoint")
+    if folder is None or not (folder / "model.safetensors").is_file():  # --engine detectron2 writes model_final.pth
+        raise UserError(f"{run} holds no detector: it has neither model.safetensors nor a complete checkpoint of one")
     return folder / "model.safetensors"
 
 

@@ -263,7 +263,7 @@ def test_a_runs_detector_is_its_final_one_or_that_of_its_last_checkpoint(tmp_pat
     with pytest.raises(ValueError, match="holds no detector"):
         detector_file(tmp_path)
     for step in (900, 10_000_000, 1000):
-        save_checkpoint(tmp_path, step, lambda folder: (folder / "model.safetensors").write_text("weights"))
+        save_checkpoint(tmp_path, step, lambda folder: (folder / "model.safetensors").write_text("weights"), nbytes=7)
     assert detector_file(tmp_path).parent.name == "step_10000000"
     (tmp_path / "checkpoints" / "step_10000000" / "model.safetensors").write_text("weight")
     assert detector_file(tmp_path).parent.name == "step_0001000"
@@ -314,6 +314,17 @@ def test_an_image_in_a_batch_of_one_may_have_any_size():
     for height, width in [(1, 1), (7, 3), (33, 97), (400, 50)]:
         boxes = detector([torch.rand(3, height, width)])[0]["boxes"]
         assert (boxes >= 0).all() and (boxes[:, 2] <= width).all() and (boxes[:, 3] <= height).all()
+
+
+def test_anchors_are_exact_where_the_maps_are_bf16():
+    detector = build_faster_rcnn(build_resnet_backbone(18, fpn=True), 3)
+    sizes = [(1, 8, -(-320 // s), -(-1312 // s)) for s in (4, 8, 16, 32, 64)]
+    images = ImageList(torch.zeros(1, 3, 320, 1312), [(320, 1312)])
+    low, full = (
+        detector.rpn.anchor_generator(images, [torch.zeros(size, dtype=dtype) for size in sizes])[0]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert low.dtype == torch.float32 and torch.equal(low, full)
 
 
 @pytest.mark.parametrize("variant, options", [("c4", {"levels": ["c4", "c5"]}), ("dc5", {"dilate_c5": True})])
