@@ -1,7 +1,8 @@
 """Evaluate a detector: detect on every image once, on any number of ranks, score on rank 0, write the results."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from detection.coco import CocoImages
 from detection.faster_rcnn import FasterRCNN
 from detection.scoring import DETECTION, METRICS, entries, score
 from detection.transforms import to_model_input
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import open_atomically, write_atomically
 from resbackbone.engine.distributed import Rank, broadcast, gather
 from resbackbone.engine.termination import worker_processes
 from resbackbone.image_io import BadImage
@@ -103,21 +104,25 @@ def detect(
 
 def write_results(folder: Path, results: dict, detections: np.ndarray) -> None:
     """Write `detections.json` (COCO's results format) and `results.json` into the run's folder."""
-    write_json_list(folder / "detections.json", entries(detections))
+    with json_list(folder / "detections.json") as add:
+        for entry in entries(detections):
+            add(entry)
     write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
 
 
-def write_json_list(path: Path, items: Iterable[dict]) -> None:
-    """Write a JSON list as its items come, one per line; the file appears when it is complete."""
-
-    def lines() -> Iterator[str]:
+@contextmanager
+def json_list(path: Path) -> Iterator[Callable[[dict], None]]:
+    """Yield a function that appends an item to a JSON list, one per line; the file appears when it is complete."""
+    with open_atomically(path) as file:
         start = "[\n"
-        for item in items:
-            yield f"{start}{json.dumps(item)}"
-            start = ",\n"
-        yield "[]\n" if start == "[\n" else "\n]\n"
 
-    write_atomically(path, lines())
+        def add(item: dict) -> None:
+            nonlocal start
+            file.write(f"{start}{json.dumps(item)}".encode())
+            start = ",\n"
+
+        yield add
+        file.write(b"[]\n" if start == "[\n" else b"\n]\n")
 
 
 def results_table(results: dict) -> str:

@@ -6,18 +6,25 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 PIECE = 1 << 20  # bytes
 
 
-def write_atomically(path: str | os.PathLike, data: str | bytes | Iterator[str]) -> None:
-    """Write `data`, or its pieces, to `path`. Readers see the old file or the new one, even after a crash."""
+def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
+    """Write `data` to `path`. Readers see the old file or the new one, even after a crash."""
+    with open_atomically(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def open_atomically(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Yield a temporary file to write to, then sync it and move it to `path`; after an error `path` is unchanged."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            for piece in data if isinstance(data, Iterator) else [data]:
-                file.write(piece.encode() if isinstance(piece, str) else piece)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -22,7 +22,7 @@ import tyro
 from PIL import Image
 from torch import Tensor
 
-from detection.evaluate import detect, write_json_list
+from detection.evaluate import detect, json_list
 from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection, run_folder
 from detection.gallery import draw_boxes
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
@@ -117,24 +117,27 @@ def main(argv: list[str] | None = None) -> None:
     finder = Finder(prepare_for_detection(detector, bf16=bf16), device, bf16, options.threshold)
     folder.mkdir(parents=True, exist_ok=True)
     if images:
-        write_list(folder / "detections.json", detect_images(finder, images, image_ids, pictures, options))
+        detect_images(finder, images, image_ids, pictures, folder / "detections.json", options)
     for source in videos:
-        write_list(frames_file(pictures[source]), detect_video(finder, source, pictures[source], options))
+        detect_video(finder, source, pictures[source], options)
 
 
 def detect_images(
-    finder: Finder, images: list[Path], image_ids: list[int], pictures: dict, options: Options
-) -> Iterator[dict]:
-    """Image files -> pictures, and the detections, each with the file's name."""
+    finder: Finder, images: list[Path], image_ids: list[int], pictures: dict, out: Path, options: Options
+) -> None:
+    """Image files -> pictures, and the list `out` of detections, each with the file's name."""
     readable = read_images(track(images, len(images), "detect"), image_ids, skip_bad=options.skip_bad_images)
-    for batch in batches(readable, options.batch_size):
-        paths, tensors, ids = zip(*batch, strict=True)
-        for path, image, found in zip(paths, tensors, finder.find(tensors, ids), strict=True):
-            yield from ({"image": str(path), **entry} for entry in found)
-            if options.pictures:
-                finder.picture(image, found).save(pictures[path])
-            where = f", {pictures[path]}" if options.pictures else ""
-            progress_console.print(f"{path}: {len(finder.sure(found))} found{where}")
+    with json_list(out) as add:
+        for batch in batches(readable, options.batch_size):
+            paths, tensors, ids = zip(*batch, strict=True)
+            for path, image, found in zip(paths, tensors, finder.find(tensors, ids), strict=True):
+                for entry in found:
+                    add({"image": str(path), **entry})
+                if options.pictures:
+                    finder.picture(image, found).save(pictures[path])
+                where = f", {pictures[path]}" if options.pictures else ""
+                progress_console.print(f"{path}: {len(finder.sure(found))} found{where}")
+    console.print(f"all detections: {out}")
 
 
 def read_images(
@@ -150,13 +153,14 @@ def read_images(
             console.print(f"skipped {error}")
 
 
-def detect_video(finder: Finder, source: Path | int, out: Path, options: Options) -> Iterator[dict]:
-    """Video -> video with boxes, and the frames as {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
+def detect_video(finder: Finder, source: Path | int, out: Path, options: Options) -> None:
+    """Video -> video with boxes, and a list of {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
     video = Video(source)
     total = min(filter(None, (video.count, options.max_frames)), default=None)
     frames = track(islice(video, options.max_frames), total, f"detect {video.name}")
     number = boxes = 0
-    with video_file(out, video.rate) if options.pictures else nullcontext() as add_picture:
+    pictures = video_file(out, video.rate) if options.pictures else nullcontext()
+    with json_list(frames_file(out)) as add, pictures as add_picture:
         try:
             for batch in batches(frames, options.batch_size):
                 for frame, found in zip(batch, finder.find(batch, range(len(batch))), strict=True):
@@ -164,7 +168,7 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
                         add_picture(finder.picture(frame, found))
                     for entry in found:
                         del entry["image_id"]
-                    yield {"frame": number, "seconds": round(number / video.rate, 3), "detections": found}
+                    add({"frame": number, "seconds": round(number / video.rate, 3), "detections": found})
                     number, boxes = number + 1, boxes + len(finder.sure(found))
         except KeyboardInterrupt:
             if isinstance(source, Path):
@@ -172,6 +176,7 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
         if not number:
             raise UserError(f"{video.name}: no frame can be read")
     progress_console.print(f"{video.name}: {boxes} found in {number} frames{f', {out}' if options.pictures else ''}")
+    console.print(f"all detections: {frames_file(out)}")
 
 
 def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
@@ -179,12 +184,6 @@ def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
     items = iter(items)
     while batch := list(islice(items, size)):
         yield batch
-
-
-def write_list(path: Path, entries: Iterator[dict]) -> None:
-    """Write what was found as a JSON list, as its entries come, and name the file."""
-    write_json_list(path, entries)
-    console.print(f"all detections: {path}")
 
 
 def run() -> None:

@@ -1,6 +1,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -244,6 +245,9 @@ def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monke
     assert "camera 3: " in capsys.readouterr().out
     detected(run, "3", "--output", "found", "--no-pictures", "--max-frames", "1")
     assert len(json.loads(Path("found/camera-3-frames.json").read_text())) == 1
+    monkeypatch.setattr("detection.evaluate.json.dumps", Mock(side_effect=['{"frame": 0}', KeyboardInterrupt]))
+    detected(run, "3", "--output", "found", "--no-pictures")  # interrupted while it writes the second frame
+    assert json.loads(Path("found/camera-3-frames.json").read_text()) == [{"frame": 0}]
 
 
 def test_a_video_is_not_written_over(run, clip):
