@@ -35,7 +35,7 @@ def main() -> None:
         "MODEL.BACKBONE.FREEZE_AT": 2 if options.weights else 0,  # do not freeze random layers
         "MODEL.RESNETS.NORM": "FrozenBN" if options.weights else "BN",
         "MODEL.RESNETS.DEPTH": options.depth,
-        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if options.depth < 50 else 256,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 64 if options.depth in (18, 34) else 256,
         "MODEL.ROI_HEADS.NUM_CLASSES": 3,  # labels 0, 1 and 2
         "MODEL.DEVICE": "cpu",
     }

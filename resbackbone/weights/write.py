@@ -106,7 +106,7 @@ def _check_network(backbone: Mapping[str, Any], format: str) -> None:
     known = FORMATS[format]
     if backbone["shortcut"] != "B":
         raise UserError(f"shortcut={backbone['shortcut']!r}: {format} only has networks with shortcut B")
-    if backbone["stride_in_1x1"] and backbone["depth"] >= 50 and known.only_3x3_stride:
+    if backbone["stride_in_1x1"] and DEPTHS[backbone["depth"]][0] is Bottleneck and known.only_3x3_stride:
         raise UserError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3")
     if backbone.get("relu_before_p7") is False and known.relu_before_p7:
         raise UserError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7")

@@ -4,8 +4,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from resbackbone.resnet import DEPTHS
+
 # torchvision's and timm's names of the trunks that this package builds, and in them the depth
-TRUNK = re.compile(r"(?:wide_)?resnex?t(18|34|50|101|152)(?:_2|_\d+x\d+d)?")
+TRUNK = re.compile(rf"(?:wide_)?resnex?t({'|'.join(map(str, DEPTHS))})(?:_2|_\d+x\d+d)?")
 
 TORCHVISION_LICENCE = "BSD-3-Clause"
 TIMM_RESULTS = "https://github.com/huggingface/pytorch-image-models/tree/main/results"

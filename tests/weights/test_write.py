@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
+from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights import INPUT, Weights, read_weights
 from resbackbone.weights.write import architecture_name, largest_difference, only_part, write_as
 
@@ -72,7 +73,15 @@ def test_the_largest_difference_is_found_and_named(classifier):
     "format, options, message",
     [
         ("torchvision", {"shortcut": "C"}, "shortcut='C': torchvision only has networks with shortcut B"),
-        ("timm", {"stride_in_1x1": True}, "timm's networks have the stride in the 3x3"),
+        *(
+            (
+                "timm",
+                {"stride_in_1x1": True, "depth": depth, "levels": ["c3"]},
+                "timm's networks have the stride in the 3x3",
+            )
+            for depth, (block, _) in DEPTHS.items()
+            if block is Bottleneck
+        ),
         ("transformers", {"groups": 32, "width_per_group": 4}, "neither groups nor other widths"),
         ("transformers", {"norm": "GN"}, "norm='GN': transformers only has networks with batch norms"),
         ("msra", {"norm": "GN"}, "norm='GN': msra only has networks with batch norms"),
@@ -81,7 +90,7 @@ def test_the_largest_difference_is_found_and_named(classifier):
     ],
 )
 def test_a_network_that_a_format_has_not_got_is_refused(format, options, message, tmp_path):
-    weights = weights_of(build_resnet_backbone(50, **options), backbone=options)
+    weights = weights_of(build_resnet_backbone(**{"depth": 50, **options}), backbone=options)
     with pytest.raises(ValueError, match=message):
         write_as(tmp_path / "out", weights, format)
     assert not list(tmp_path.iterdir())

@@ -82,7 +82,7 @@ def detectron2_config(depth: int, settings: str):
 
     resnet = f"""
         MODEL.BACKBONE.FREEZE_AT 2   MODEL.RESNETS.DEPTH {depth}   MODEL.RESNETS.STRIDE_IN_1X1 False
-        MODEL.RESNETS.RES2_OUT_CHANNELS {64 if depth < 50 else 256}
+        MODEL.RESNETS.RES2_OUT_CHANNELS {64 if depth in (18, 34) else 256}
         MODEL.RESNETS.OUT_FEATURES ['res2','res3','res4','res5']
     """
     config = get_cfg()
