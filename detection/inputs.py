@@ -22,21 +22,21 @@ def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) 
     """The inputs that `words` name, in order and without duplicates; those of a folder or pattern sorted by name.
 
     A number is a camera. Images of a folder that are below `output` are left out: an earlier call drew them. Files that
-    do not exist and patterns that match none are taken for images or videos, which fail when they are read. Raises
-    UserError if a folder holds no image.
+    do not exist fail when they are read. Raises UserError if a folder holds no image or a pattern matches no file.
     """
     images: dict[Path, None] = {}
     videos: dict[Path | int, None] = {}
     for word in words:
-        path = Path(word)
+        path, files = Path(word), [Path(word)]
         if word.isdecimal() and not path.exists():
             videos[int(word)] = None
             continue
         if path.is_dir():
             files = _images_in(path, output, recursive=recursive)
-        else:
-            matching = [] if path.exists() else sorted(glob.glob(word, recursive=True))  # a name may contain brackets
-            files = [file for file in map(Path, matching) if file.is_file()] or [path]
+        elif glob.has_magic(word) and not path.exists():  # a name may contain brackets
+            files = [file for file in map(Path, sorted(glob.glob(word, recursive=True))) if file.is_file()]
+            if not files:
+                raise UserError(f"{word}: no file matches this pattern")
         for file in files:
             (videos if file.suffix.lower() in video.SUFFIXES else images)[file] = None
     return Inputs(list(images), list(videos))

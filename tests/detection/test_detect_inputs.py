@@ -41,12 +41,12 @@ def test_patterns_files_videos_and_cameras_keep_their_order_without_duplicates()
 
 
 def test_missing_files_are_kept_and_a_file_named_by_digits_is_no_camera():
-    assert found("nowhere.jpg", "*.webp", "nowhere.mp4") == (["nowhere.jpg", "*.webp"], ["nowhere.mp4"])
+    assert found("nowhere.jpg", "nowhere.mp4") == (["nowhere.jpg"], ["nowhere.mp4"])
     Path("7").touch()
     assert found("7") == (["7"], [])
 
 
-def test_a_folder_without_images_is_rejected():
+def test_a_folder_without_images_and_a_pattern_without_files_are_rejected():
     Path("empty").mkdir()
     Path("above/deep").mkdir(parents=True)
     Path("above/deep/x.png").touch()
@@ -54,6 +54,8 @@ def test_a_folder_without_images_is_rejected():
         found("empty", recursive=True)
     with pytest.raises(ValueError, match="^above: holds no image .*; try --recursive$"):
         found("above")
+    with pytest.raises(ValueError, match=r"\*.gif: no file matches this pattern"):
+        found("*.gif")
 
 
 def test_outputs_are_named_after_their_inputs_and_are_distinct():

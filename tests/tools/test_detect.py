@@ -137,7 +137,7 @@ def test_folders_and_patterns_are_looked_at_beside_files(run):
 def test_what_names_no_image_is_one_line(run):
     Path("set").mkdir()
     assert "set: holds no image (.jpg, " in error_of(run, "set")
-    assert "image *.webp: no such file" in error_of(run, "*.webp")
+    assert "*.webp: no file matches this pattern" in error_of(run, "*.webp")
     assert "--batch-size 0: must be at least 1" in error_of(run, "a.png", "--batch-size", "0")
 
 
