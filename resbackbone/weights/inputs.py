@@ -43,9 +43,8 @@ def _factor(given: Mapping) -> Tensor:
     """[1, 3, 1, 1], in the order of `given`: its units in one unit of INPUT."""
     top = given["range"][1]
     mean, std = (torch.tensor(given[key], dtype=torch.float64) for key in ("mean", "std"))
-    our_mean, our_std = torch.tensor((MEAN, STD), dtype=torch.float64).flip(
-        1 if given["channel_order"] == "BGR" else ()
-    )
+    ours = torch.tensor((MEAN, STD), dtype=torch.float64)
+    our_mean, our_std = ours.flip(1) if given["channel_order"] == "BGR" else ours
     if not torch.allclose(mean / top, our_mean, rtol=1e-6, atol=0):
         raise UserError(
             f"weights made for an input of {describe_input(given)} cannot be converted exactly: padding would stand "
