@@ -65,7 +65,7 @@ class TimmClassifier(ResNetClassifier):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh last layer; 0 classes leave the pooled features."""
-        one_of("global_pool", global_pool, (None, "avg"))
+        one_of("global_pool", global_pool, (None, "avg"), " (forward_features gives maps that are not pooled)")
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
         self.fc.to(self.conv1.weight.device)
