@@ -369,7 +369,9 @@ def test_no_url_leads_out_of_the_cache(downloads, url):
     [
         ("resnet50-0676ba61.pth", "0676ba61"),
         ("faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth", "047c8118"),
+        ("resnet34-43635321.pth", "43635321"),  # timm's, and no date
         (f"net-{'a1' * 32}.pt", "a1" * 32),
+        ("net-20200130.pth", ""),  # a date
         ("resnet18_fbgemm_16fa66dd.pth", ""),
         ("net-0676ba6.pth", ""),
         ("net-0676ba61.pkl", ""),
