@@ -4,7 +4,7 @@ python tools/benchmark.py                                             on the CPU
 python tools/benchmark.py --jobs training --modes fp32 --rounds 9 --output runs/benchmark
 python tools/benchmark.py --device cuda --budget 500                  within 9 minutes
 python tools/benchmark.py --device cuda --jobs detector-training --batch-sizes 1 2 16
-python tools/benchmark.py --height 64 --width 96 --depth 18 --rounds 1      to see that it works; figures of no use
+python tools/benchmark.py --height 64 --width 96 --depth 18 --rounds 1      a quick check; ignore its figures
 
 All packages get the same weights, inputs and settings, and their outputs are compared before anything is timed. They
 take turns in an order that is shuffled each round. A ratio is the median over the rounds of time / time of the fastest
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from resbackbone.cli.command import console, main_of, parse, progress_console
+from resbackbone.cli.command import Several, console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
 
 import torch
@@ -88,28 +88,28 @@ JOBS = {
 class Options:
     """This package beside torchvision, timm, detectron2 and pycocotools: time and memory of the same jobs."""
 
-    jobs: tuple[str, ...] = ()
-    """Of inference, training, detector-inference, detector-training, imagenet, scoring. Default: on a GPU all but
+    jobs: Several[str] = ()
+    """inference, training, detector-inference, detector-training, imagenet or scoring. Default: on a GPU all but
     scoring, on a CPU all but imagenet."""
-    modes: tuple[str, ...] = ()
-    """Of fp32, fp32-channels-last, bf16-channels-last, on a GPU tf32-channels-last and bf16-compiled, and for scoring
-    fp64. Default: all that suit the job."""
+    modes: Several[str] = ()
+    """fp32, fp32-channels-last or bf16-channels-last, on a GPU also tf32-channels-last or bf16-compiled; fp64 for
+    scoring. Default: all that suit the job."""
     depth: int = 50
-    """Of every network: 18, 34, 50, 101 or 152."""
+    """Depth of every network: 18, 34, 50, 101 or 152."""
     height: int = 800
-    """Pixels."""
+    """Height of the images in pixels."""
     width: int = 1216
-    """Pixels."""
-    batch_sizes: tuple[int, ...] = ()
-    """Images in a run; each size is measured by itself. Default: 1, for imagenet 256, for scoring 1000."""
+    """Width of the images in pixels."""
+    batch_sizes: Several[int] = ()
+    """Images in a run; each size is measured by itself. Default: 1 (imagenet: 256; scoring: 1000)."""
     rounds: int = 5
-    """Rounds in which all packages take their turns."""
+    """Number of rounds; in each, every package takes one turn."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     output: Path = Path("runs/benchmark")
-    """Folder for benchmark.json (every round) and benchmark.md, both written after each contest."""
+    """Folder for benchmark.json (every round) and benchmark.md, both written after each comparison."""
     budget: float = math.inf
-    """Seconds after which nothing more is started."""
+    """Seconds after which no new measurement starts."""
     quiet: bool = False
     """Print only warnings, errors and the tables."""
 

@@ -10,7 +10,7 @@ import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from resbackbone.cli.command import console, main_of, parse
+from resbackbone.cli.command import Auto, console, main_of, parse
 
 import torch
 import tyro
@@ -37,25 +37,25 @@ TRANSFORMERS_FILES = {"config.json", "preprocessor_config.json", "model.safetens
 class Options:
     """Convert weights between this package, torchvision, timm, detectron2, MSRA, mmdetection and transformers."""
 
-    source: tyro.conf.Positional[str] = ""
+    source: tyro.conf.Positional[Auto[str]] = None
     """A weight file, a folder of transformers, or a named source (torchvision:, timm:, hf:, detectron2:, a URL)."""
-    destination: tyro.conf.Positional[Path | None] = None
+    destination: tyro.conf.Positional[Auto[Path]] = None
     """The file to write (.safetensors; for other formats .pth or .pkl too), or a folder for transformers."""
     to: str = OURS
     """resbackbone, torchvision, timm, detectron2, msra, mmdetection or transformers."""
-    part: str | None = None
-    """backbone: without a detector's heads; trunk: without pyramid and classifier too. Default: everything."""
-    entry: str | None = None
-    """Part of a checkpoint to read if it holds several: model, model_ema, .. Default: the average."""
-    input: str | None = None
+    part: Auto[str] = None
+    """backbone (drops a detector's heads) or trunk (drops the pyramid and classifier too). Default: everything."""
+    entry: Auto[str] = None
+    """Part of a checkpoint to read if it holds several: model, model_ema, .. Default: the averaged weights."""
+    input: Auto[str] = None
     """Input of the weights: rgb (0..1, ImageNet mean and std), bgr-255 (std 1, as MSRA's) or bgr-255-std. Default:
     what the file says, or what is usual for its names."""
-    stride_in_1x1: bool | None = None
-    """Whether its bottlenecks stride in the 1x1. Default: what the file says, or what is usual for its names."""
-    depth: int | None = None
-    """Depth of the network if its tensors do not tell: a trunk that ends early may be of several depths."""
+    stride_in_1x1: Auto[bool] = None
+    """Whether the bottlenecks stride in the 1x1. Default: what the file says, or what is usual for its names."""
+    depth: Auto[int] = None
+    """Depth of the network. Needed only for a trunk whose tensors fit several depths."""
     overwrite: bool = False
-    """Replace an existing file or folder of transformers."""
+    """Replace an existing file or transformers folder."""
     list: bool = False
     """List all named weights with depth, published accuracy and licence, and stop."""
 
@@ -162,7 +162,9 @@ def print_found(weights: Weights, kind: str) -> None:
     console.print(f"input   {describe_input(given)}{said}{converted}")
     if weights.left_out:
         some = ", ".join(weights.left_out[:3]) + (", .." if len(weights.left_out) > 3 else "")
-        console.print(f"left    out {len(weights.left_out)} tensors that training needs or the network implies: {some}")
+        console.print(
+            f"omitted {some} ({len(weights.left_out)} in all): the network implies them, or only training needs them"
+        )
 
 
 def write_checked(path: Path, weights: Weights, format: str) -> float:

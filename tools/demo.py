@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resbackbone.cli.command import console, main_of, parse
+from resbackbone.cli.command import Auto, console, main_of, parse
 from resbackbone.cli.errors import from_option
 
 import torch
@@ -41,8 +41,8 @@ class Options:
     source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
     port: int = 7860
     """Port of the page: http://127.0.0.1:PORT."""
-    device: str | None = None
-    """cuda, cuda:N, cpu or mps. Default: a GPU if there is one."""
+    device: Auto[str] = None
+    """cuda, cuda:N, cpu or mps. Default: a GPU, or the CPU if there is none."""
 
 
 def main(argv: list[str] | None = None) -> None:

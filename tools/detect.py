@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from resbackbone.cli.command import Auto, console, main_of, parse, progress_console, track
+from resbackbone.cli.command import Auto, Several, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
 
 import torch
@@ -42,7 +42,7 @@ class Options:
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
     source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
-    inputs: tyro.conf.Positional[tuple[str, ...]]
+    inputs: tyro.conf.Positional[Several[str]]
     """Images, folders of images, quoted patterns such as 'photos/**/*.jpg', video files, or a camera's number."""
     output: Auto[Path] = None
     """Folder for pictures and JSON. Default: detected/ in the run's folder, or beside the weight file."""

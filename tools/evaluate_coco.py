@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import Auto, be_quiet, console, main_of, parse
+from resbackbone.cli.command import Auto, Several, be_quiet, console, main_of, parse
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import launch_command
 from resbackbone.cli.training import Session
@@ -43,7 +43,7 @@ class Options:
     option changes the detections."""
     box_refinement: bool = False
     """Score and regress once more from the regressed boxes, and vote (He et al. 2015, appendix B)."""
-    scales: tuple[int, ...] = ()
+    scales: Several[int] = ()
     """Shorter sides in pixels of an image pyramid: a region's features are the larger of those on its two best scales
     (appendix B, with 200 400 600 800 1000). Default: the detector's own size."""
     coco_backend: str = "hotcoco"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import Auto, console, main_of, parse, progress_console
+from resbackbone.cli.command import Auto, Several, console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import usual_folder
 
@@ -38,7 +38,7 @@ class Options:
 
     networks: tuple[str, ...] = ("plain-20", "plain-56", "resnet-20", "resnet-56", "resnet-110")
     """Networks to measure at initialisation."""
-    runs: tuple[Path, ...] = ()
+    runs: Several[Path] = ()
     """Runs of tools/train_cifar10.py, or single checkpoint folders; every checkpoint is measured."""
     data: Auto[Path] = None
     """CIFAR-10 as train_cifar10.py takes it. Default: the data of the first run; without runs $CIFAR10_DIR or

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from resbackbone.cli.command import Auto, be_quiet, console, main_of, parse
+from resbackbone.cli.command import Auto, Several, be_quiet, console, main_of, parse
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MAY_DIFFER,
@@ -114,7 +114,7 @@ class TrainingOptions:
 class EvaluationOptions:
     eval: str = "1crop"
     """Final evaluation: 1crop, 10crop or multiscale."""
-    eval_only: tuple[str, ...] = ()
+    eval_only: Several[str] = ()
     """Runs, weight files or named sources to evaluate instead of training; the scores of several are averaged. --data,
     --recipe (for the image sizes) and --precision default to those of the first; without a run, fp32."""
     eval_period: int = 0
@@ -283,7 +283,7 @@ def build(
     source = checkpoint or options.weights
     weights = None if source is None else read_weights(source)
     if checkpoint and weights.metadata.get("classes") != classes:
-        raise UserError(f"{checkpoint}: was trained on other classes than those of {options.data}")
+        raise UserError(f"{checkpoint}: was trained on other classes than those of {options.data}; give its data")
     zero_init = recipe.zero_init_residual and not options.plain
     model = build_resnet_classifier(num_classes=len(classes), weights=weights, zero_init_residual=zero_init, **asked)
     trunk = resolve_architecture(weights, **asked)
@@ -311,7 +311,7 @@ def evaluate_only(rank: Rank, options: Options) -> None:
         # Only files of this command name the classes by their folders.
         ours = str(weights.metadata.get("source")).startswith("tools/pretrain.py ")
         if ours and weights.metadata["classes"] != val_set.classes:
-            raise UserError(f"{file}: was trained on other classes than those of {options.data}")
+            raise UserError(f"{file}: was trained on other classes than those of {options.data}; give its data")
     model = models[0] if len(models) == 1 else Ensemble(models)
     model.to(rank.device).to(memory_format=torch.channels_last)
     session.info(f"{' and '.join(files)} on {val_set.summary()}, {options.precision}")
@@ -372,10 +372,10 @@ def complete(options: Options) -> Options:
     default_size = recipe.batch_size if on_gpu else 32
     batch_size = options.batch_size or max(1, default_size // (2 * shares)) * 2 * shares  # of pairs, for mixing
     per_part, left = divmod(batch_size, shares)
-    in_parts = f"{processes} processes and {options.accumulate} parts (--accumulate)"
+    in_parts = f"{shares} (processes times --accumulate)"
     size = options.size or recipe.size
     if left:
-        raise UserError(f"--batch-size {batch_size} does not divide evenly over {in_parts}")
+        raise UserError(f"--batch-size {batch_size}: must be a multiple of {in_parts}")
     batch_norm = options.norm in ("BN", "SyncBN") or options.norm is None and options.weights is None
     if per_part == 1 and size <= 32 and batch_norm:  # a channel of c5 is one number then
         raise UserError(
@@ -383,7 +383,9 @@ def complete(options: Options) -> Options:
             "images, a larger --size or --norm GN"
         )
     if per_part % 2 and (recipe.mixup or recipe.cutmix):
-        raise UserError(f"--batch-size {batch_size}: recipe {recipe_name} mixes pairs; over {in_parts} it must be even")
+        raise UserError(
+            f"--batch-size {batch_size}: recipe {recipe_name} mixes pairs: must be a multiple of {2 * shares}"
+        )
     return replace(
         options,
         data=data,
@@ -401,6 +403,11 @@ def complete(options: Options) -> Options:
 def complete_for_evaluation(options: Options) -> Options:
     """Fill in the options for --eval-only; those that are not given come from its first run."""
     first, folder, config = options.eval_only[0], Path(), {}
+    for run in options.eval_only:
+        if not is_named(run) and not Path(run).exists():
+            raise UserError(
+                f"--eval-only {run}: no such run folder or file; give one, or a named source (torchvision:..)"
+            )
     if not is_named(first):
         path = Path(first)
         folder = path if path.is_dir() else path.parent

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import main_of, parse
+from resbackbone.cli.command import Several, main_of, parse
 
 import torch
 
@@ -49,8 +49,8 @@ STANDALONE = (*TORCHRUN, "2", "--standalone")
 class Options:
     """Break trainings, resume them, and compare them with undisturbed runs."""
 
-    faults: tuple[str, ...] = ()
-    """Of kill, terminate, damage, full-disk, restart and two-nodes. Default: all."""
+    faults: Several[str] = ()
+    """kill, terminate, damage, full-disk, restart or two-nodes. Default: all."""
     kills: int = 50
     """Number of kills, half of them in a detector's training and half in a classifier's; other faults scale with it."""
     output: Path = Path("runs/soak")

@@ -17,13 +17,14 @@ import tyro
 from rich.console import Console
 
 from resbackbone.checks import UserError
-from resbackbone.cli.errors import one_line_errors
+from resbackbone.cli.errors import from_option, one_line_errors
 from resbackbone.engine.run import read_yaml
 from resbackbone.engine.termination import quick_exit
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
-# An option whose default is chosen later. Its help says how, so tyro must not add "(default: None)".
+# Options whose defaults are chosen later. Their help says how, so tyro must not add "(default: None)" or "(default: )".
 Auto = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
+Several = Annotated[tuple[T, ...], tyro.conf.arg(help_behavior_hint="")]
 # Markup is off because paths and class names may contain [brackets].
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 console = Console(**PLAIN)  # for warnings and results
@@ -45,7 +46,9 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
     argv = list(sys.argv[1:] if argv is None else argv)
     parsed = _parse(options, argv, default)
     if getattr(parsed, "config", None) is not None:
-        parsed = _parse(options, argv, from_config(options, parsed.config))
+        with from_option("--config"):
+            saved = from_config(options, parsed.config)
+        parsed = _parse(options, argv, saved)
     be_quiet(parsed)
     for name, value in vars(parsed).items():
         if type(value) is int and value < (least := LEAST.get(name, 1)):
@@ -110,7 +113,10 @@ def _message_in(box: str) -> str:
     title, *sections = re.split("[─-]{3,}", box)
     message = " ".join(word for word in (sections or [title])[0].split() if word not in "╮│|+")
     message = re.sub(r"^Missing from \S+: (\S+) (.*?)\.? \(required\).*", r"\1 is missing: \2", message)
-    return re.sub(r"^Error parsing (\S+): no type matching (\S+) .* from \['(.*?)'\].*", r"\1 \3: must be \2", message)
+    message = re.sub(
+        r"^Error parsing (\S+): no type matching (\S+) .* from \['(.*?)'\].*", r"\1 \3: must be \2", message
+    )
+    return message.replace("must be INT", "must be a whole number").replace("must be FLOAT", "must be a number")
 
 
 def be_quiet(options) -> None:

@@ -55,6 +55,8 @@ def from_option(name: str) -> Iterator[None]:
 
 def _exit(error: Exception) -> NoReturn:
     message, rank = str(error), os.environ.get("RANK", "0")
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        message = f"{error.filename}: {error.strerror}"
     if isinstance(error, torch.OutOfMemoryError):
         message = ". ".join(message.split(". ")[:2]) + "; lower --batch-size, or for classifiers raise --accumulate"
     elif isinstance(error, BadImage):

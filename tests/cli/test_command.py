@@ -88,10 +88,10 @@ def test_options_are_the_defaults_and_over_them_the_flags():
     [
         (["--no-such-option", "1"], "Unrecognized options: --no-such-option"),
         (["--depth", "fifty"], "Error parsing --depth: invalid literal for int() with base 10: 'fifty'"),
-        (["--max-steps", "many"], "--max-steps many: must be INT"),
+        (["--max-steps", "many"], "--max-steps many: must be a whole number"),
         (["--depth"], "Missing value for argument '--depth'"),
         (["stray"], "stray"),
-        (["--config", "no.yaml"], "no.yaml: cannot be read (No such file or directory)"),
+        (["--config", "no.yaml"], "--config no.yaml: cannot be read (No such file or directory)"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line_that_names_it(argv, message, capsys):
@@ -139,7 +139,7 @@ def test_what_a_run_wrote_comes_back(tmp_path):
         ("depth: 18.5", "Error parsing --depth: .*'18.5'"),
         ("depth: true", "Missing value for argument '--depth'"),
         ("resume: 1", "Unrecognized options: 1"),
-        ("max_steps: many", "--max-steps many: must be INT"),
+        ("max_steps: many", "--max-steps many: must be a whole number"),
         ("rate: [1, 2]", "Unrecognized options: 2"),
     ],
 )
@@ -155,7 +155,7 @@ def test_a_config_with_an_unknown_option_or_a_wrong_type_is_refused_by_name(text
     "error, line",
     [
         (UserError("two\n  lines"), "error: two lines"),
-        (FileNotFoundError(2, "No such file", "x.json"), "error: [Errno 2] No such file: 'x.json'"),
+        (FileNotFoundError(2, "No such file", "x.json"), "error: x.json: No such file"),
         (KeyboardInterrupt(), "interrupted"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity .."),

@@ -133,7 +133,7 @@ def test_wrong_input_is_one_line_that_names_it(run, shapes, tmp_path):
     assert "no known data layout" in error_of(run, "--data", tmp_path)
     assert "unknown precision 'fp8'; choose from fp32, bf16" in error_of(run, "--precision", "fp8")
     assert "--depth" in error_of(run, "--depth", "18")
-    assert "--workers many: must be INT" in error_of(run, "--workers", "many")
+    assert "--workers many: must be a whole number" in error_of(run, "--workers", "many")
     assert "--scales 200, 200: must be distinct sizes in pixels" in error_of(run, "--scales", "200", "200")
     assert f"--output {__file__}: is a file; give a folder" in error_of(run, "--output", __file__)
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")

@@ -312,7 +312,7 @@ def test_runs_and_files_are_evaluated_together_and_alone_on_their_data_by_any_pr
         (["--plain", "--shortcut", "B"], "--plain has no shortcuts, --shortcut B asks for them; leave one out"),
         (
             ["--batch-size", "5", "--accumulate", "2"],
-            "--batch-size 5 does not divide evenly over 1 processes and 2 parts",
+            "--batch-size 5: must be a multiple of 2 (processes times --accumulate)",
         ),
         (["--recipe", "a3", "--batch-size", "6", "--accumulate", "2"], "recipe a3 mixes pairs"),
         (["--batch-size", "1"], "batch norm has no statistics of one image of 32 pixels"),
