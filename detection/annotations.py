@@ -123,7 +123,7 @@ def _decoded(path: str | os.PathLike) -> tuple[list[_Image], list[_Category], It
     except msgspec.ValidationError as error:
         raise UserError(f"not a COCO instances file: {error}") from None
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors, integers of over 4300 digits
-        raise UserError(f"not JSON ({error})") from None
+        raise UserError(f"not JSON ({error}); export or download it again") from None
     return lenient.images, lenient.categories, lenient.annotations, len(lenient.annotations)
 
 

@@ -139,10 +139,10 @@ class CocoImages(Dataset):
         self.broken = sorted([*map(str, bad), *lost])
 
     def summary(self) -> str:
-        """One line: images, boxes and classes, and what was clipped or left out."""
-        done = ", ".join(f"{count} {what}" for what, count in self.report.items() if count)
+        """One line: images, boxes and classes, and what was dropped or clipped."""
+        done = ", ".join(f"{what} ({count})" for what, count in self.report.items() if count)
         line = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.categories)} classes in {self.folder}"
-        return f"{line}; left out or mended: {done}" if done else line
+        return f"{line}; dropped or clipped: {done}" if done else line
 
     def _load(self, index: int):
         try:
@@ -160,7 +160,7 @@ class CocoImages(Dataset):
         if len(missing) == len(names):
             raise UserError(
                 f"{self.annotation_file}: none of its {len(names)} images (the first is {names[0]}) is in "
-                f"{self.folder}; is it the file of another split?"
+                f"{self.folder}; check that both belong to the same split"
             )
         if missing and not self.skip_bad_images:
             raise BadImage(

@@ -313,10 +313,10 @@ def detector_file(run: str | Path) -> str | Path:
     if run.is_file():
         return run
     if not run.is_dir():
-        raise UserError(f"{run}: no such run folder or file")
+        raise UserError(f"{run}: no such run folder or file; give one, or a named source (torchvision:..)")
     folder = run if (run / "model.safetensors").is_file() else last_whole_checkpoint(run)
     if folder is None or not (folder / "model.safetensors").is_file():  # --engine detectron2 writes model_final.pth
-        raise UserError(f"{run} holds no detector: it has neither model.safetensors nor a complete checkpoint of one")
+        raise UserError(f"{run} holds no detector: neither model.safetensors nor a complete checkpoint of one")
     return folder / "model.safetensors"
 
 

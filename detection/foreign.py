@@ -35,7 +35,10 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         )
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
     if scores is None or scores.dim() != 2:
-        raise UserError(f"weights from {weights.source} hold no Faster R-CNN: roi_heads.box_predictor is missing")
+        raise UserError(
+            f"weights from {weights.source} hold no Faster R-CNN: roi_heads.box_predictor is missing; "
+            "train a detector that starts from them"
+        )
     pyramid = any(key.startswith("backbone.fpn.") for key in state)
     at_c4 = any(key.startswith(f"{STAGE5}layer4.") for key in state)
     variant = "fpn" if pyramid else "c4" if at_c4 else "dc5"

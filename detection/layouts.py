@@ -11,9 +11,9 @@ import numpy as np
 from resbackbone.checks import UserError
 
 LAYOUT = (
-    "annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/ and val2017/ (COCO's "
-    "layout); train/_annotations.coco.json and valid/_annotations.coco.json, images beside them (Roboflow's); "
-    "or annotations/instances_train.json, annotations/instances_val.json, train/ and val/"
+    "annotations/instances_{train,val}2017.json with train2017/ and val2017/ (COCO's layout), "
+    "{train,valid}/_annotations.coco.json beside the images (Roboflow's), "
+    "or annotations/instances_{train,val}.json with train/ and val/"
 )
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid")}
 HELD_OUT = 10  # without a validation split, one image in this many is held out
@@ -109,5 +109,8 @@ def held_out(file_names: Sequence[str]) -> np.ndarray:
     originals = np.array([name.partition(".rf.")[0] for name in file_names])
     distinct = sorted(set(originals.tolist()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(distinct) < 2:
-        raise UserError(f"there is no validation split, and holding an image out takes at least 2, not {len(distinct)}")
+        raise UserError(
+            f"there is no validation split, and holding one out takes at least 2 images, not {len(distinct)}; "
+            "add images or a second annotation file"
+        )
     return np.isin(originals, distinct[: -(-len(distinct) // HELD_OUT)])

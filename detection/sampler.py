@@ -22,7 +22,7 @@ class TrainBatches(Sampler):
         self, dataset: CocoImages, *, batch_size: int, seed: int, rank: int = 0, ranks: int = 1, start: int = 0
     ):
         if batch_size < ranks or batch_size % ranks:
-            raise UserError(f"batch size {batch_size} does not divide evenly over {ranks} processes")
+            raise UserError(f"batch size {batch_size}: must be a multiple of {ranks}, the number of processes")
         sizes = np.asarray(dataset.widths_heights)
         self.portrait: list[bool] = (sizes[:, 0] < sizes[:, 1]).tolist()
         self.batch_size, self.seed, self.rank, self.ranks, self.start = batch_size, seed, rank, ranks, start

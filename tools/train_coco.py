@@ -149,7 +149,10 @@ def train(rank: Rank, options: Options) -> None:
     else:
         detector = load_detector(session.checkpoint / "model.safetensors")
         if dict(detector.categories) != train_set.categories:
-            raise UserError(f"{session.checkpoint}: was trained on other categories than those of {options.data}")
+            raise UserError(
+                f"{session.checkpoint}: was trained on other categories than those of {options.data}; "
+                "give its data, or another --output"
+            )
     detector.to(rank.device, memory_format=torch.channels_last).train()
     session.info(detector.backbone.summary())
 
@@ -316,13 +319,13 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
 def check_detectron2(options: Options, variant: str, recipe: str) -> None:
     """Raise ValueError if detectron2 is not installed or does not support an option."""
     if variant not in BACKBONE_OF or "anchor_sides" in RECIPES[recipe].detector:
-        raise UserError(f"--engine detectron2 trains no {variant} of --recipe {recipe}; leave the engine out")
+        raise UserError(f"--engine detectron2 cannot train {variant} with --recipe {recipe}; leave --engine out")
     if options.precision not in (None, "fp32"):
         raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
     if find_spec("detectron2") is None:
         raise UserError(
-            "--engine detectron2: detectron2 is not installed; pip install --no-build-isolation "
-            "git+https://github.com/facebookresearch/detectron2 builds it"
+            "--engine detectron2: detectron2 is not installed; build it with pip install "
+            "--no-build-isolation git+https://github.com/facebookresearch/detectron2"
         )
 
 
@@ -343,7 +346,7 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
         if options.norm is not None:
             raise UserError(f"--norm {options.norm}: VGG-16 has no norms; leave the option out")
         if not options.weights and frozen_through not in ("auto", "none"):
-            raise UserError(f"--frozen-through {frozen_through} without --weights would freeze random layers")
+            raise UserError(f"--frozen-through {frozen_through} without --weights freezes random layers; leave it out")
         if frozen_through == "auto":
             frozen_through = "stem" if options.weights else None
         backbone = build_vgg16_backbone(frozen_through=frozen_through)
@@ -382,7 +385,9 @@ def build_from_detector(
     trunk = resolve_architecture(weights, depth=options.depth, norm=options.norm)
     source = weights.metadata["detector"]
     if options.variant != source["variant"]:
-        raise UserError(f"--variant {options.variant}: the detector in {options.weights} is a {source['variant']}")
+        raise UserError(
+            f"--variant {options.variant}: the detector in {options.weights} is {source['variant']}; leave it out"
+        )
     parts["backbone"]["norm"] = options.norm or ("GN" if trunk["norm"] == "GN" else "FrozenBN")
     built, new = retarget_detector(weights, categories, **parts)
     count = sum(name != NOT_A_CLASS for _, name in source["categories"])

@@ -66,7 +66,10 @@ class Session:
         if step and self.rank.is_main:
             recorded = read_yaml(self.folder / "config.yaml").get("effective", {})
             if any(recorded.get(name) != effective[name] for name in effective if name.endswith("sha256")):
-                raise UserError(f"--data {self.options.data}: the run in {self.folder} was trained on other data")
+                raise UserError(
+                    f"--data {self.options.data}: the run in {self.folder} was trained on other data; "
+                    "give that data, or another --output"
+                )
         # Without these options, --config with this file starts a new run.
         config = to_config(replace(self.options, output=None, resume=False, config=None))
         return Run(self.folder, {**config, "effective": effective}, resumed_step=step, writes=self.rank.is_main)
@@ -81,7 +84,9 @@ class Session:
             state.load(self.checkpoint)
             start = f"resumed at step {state.step}"
         if options.batch_size % ranks:
-            raise UserError(f"--batch-size {options.batch_size} does not divide evenly over {ranks} processes")
+            raise UserError(
+                f"--batch-size {options.batch_size}: must be a multiple of {ranks}, the number of processes"
+            )
         plan = loop.Plan(
             schedule,
             steps=schedule.steps if options.max_steps is None else options.max_steps,
@@ -121,7 +126,7 @@ def prepare_run(rank: Rank, options, *, default: Path) -> Session:
     def claim() -> Path:
         folder = claim_folder(options.output, default=default)
         if not options.resume and (folder / "config.yaml").exists():
-            raise UserError(f"{folder} already holds a run; add --resume to continue it")
+            raise UserError(f"{folder} already holds a run; add --resume to continue it, or give another folder")
         return folder
 
     with from_option("--output"):
@@ -133,6 +138,6 @@ def prepare_run(rank: Rank, options, *, default: Path) -> Session:
 
 def about_built_in_data(folder: Path, layout: str) -> str:
     """The lines that a training on the built-in data set prints first."""
-    drawing = "" if folder.exists() else "\ndrawing it first (a few thousand images)"
+    drawing = "" if folder.exists() else "\ndrawing its images first"
     where = f"data:  the built-in data set in {folder}; to train on yours, give --data DIR"
     return f"{where}, which should hold {layout}{drawing}"

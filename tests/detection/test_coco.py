@@ -71,7 +71,7 @@ def test_images_without_objects_or_with_crowds_alone_are_kept_or_left_out(tmp_pa
     what = content(images=3, boxes=[(0, 0, 5, 5), (0, 0, 30, 20)])
     what["annotations"][1].update(iscrowd=1, image_id=8)
     kept = opened(tmp_path, what)
-    assert len(kept) == 3 and kept.report["crowds"] == 1 and "1 crowds" in kept.summary()
+    assert len(kept) == 3 and kept.report["crowds"] == 1 and "crowds (1)" in kept.summary()
     assert all(kept[i][1]["boxes"].shape == (0, 4) and kept[i][1]["labels"].shape == (0,) for i in (1, 2))
     left = opened(tmp_path, what, keep_empty=False)
     assert left.image_ids.tolist() == [7]
@@ -156,7 +156,7 @@ def test_missing_images_are_named_at_once_or_counted(tmp_path):
     with pytest.raises(BadImage, match="lacks 4 of 6 images.*8.png, 9.png, 10.png, [.]"):
         CocoImages(*files)
     dataset = CocoImages(*files, skip_bad_images=True)
-    assert dataset.report["images missing"] == 4 and "4 images missing" in dataset.summary()
+    assert dataset.report["images missing"] == 4 and "images missing (4)" in dataset.summary()
     assert dataset[ImageRequest(1, 0)][1]["image_id"] == 11
 
 
@@ -186,7 +186,7 @@ def test_unusable_boxes_are_dropped_and_counted(tmp_path):
     counts = {"boxes that are not finite": 3, "boxes of zero or negative size": 4}
     counts["boxes under a pixel or outside their image"] = 4
     assert dataset.report == Counter(counts)
-    assert all(f"{count} {what}" in dataset.summary() for what, count in counts.items())
+    assert all(f"{what} ({count})" in dataset.summary() for what, count in counts.items())
 
 
 EDGES = st.sampled_from([0, -0.0, 0.4, 0.5, 1, 1.4, 20.2, 21, 32.5, 33, 33.5, 40, -0.5, -3, 1e300, -1e300])
@@ -307,5 +307,5 @@ def test_broken_images_are_found_before_training_or_counted(tmp_path, monkeypatc
 
 def test_the_annotations_of_the_other_split_are_refused_on_the_embedded_set(tmp_path):
     folder = make_shapes(tmp_path / "shapes", train_images=2, val_images=2, size=64)
-    with pytest.raises(ValueError, match="is it the file of another split"):
+    with pytest.raises(ValueError, match="check that both belong to the same split"):
         CocoImages(folder / "train2017", folder / "annotations" / "instances_val2017.json")

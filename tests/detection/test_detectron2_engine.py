@@ -179,7 +179,7 @@ def test_every_recipe_can_be_said_in_detectron2s_words():
         (["--precision", "bf16"], "--precision bf16: --engine detectron2 trains in fp32"),
         (["--norm", "LN"], "unknown norm 'LN'"),
         (["--norm", "FrozenBN"], "norm='FrozenBN' without weights would freeze random layers"),
-        (["--frozen-through", "c9"], "unknown part to freeze through 'c9'"),
+        (["--frozen-through", "c9"], "unknown frozen_through 'c9'"),
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--engine", "mmdet"], "unknown engine 'mmdet'; choose from torchvision, detectron2"),
     ],
@@ -227,5 +227,5 @@ def test_its_run_holds_no_detector_of_this_package(finished, capsys):
 def test_without_detectron2_it_is_one_line_that_says_how_to_install_it(gaps, capsys, monkeypatch):
     monkeypatch.setattr(train_coco, "find_spec", lambda name: None)
     said = error_of([*QUICK, "--data", gaps], capsys)
-    assert "detectron2 is not installed; pip install --no-build-isolation git+https://github.com/" in said
+    assert "detectron2 is not installed; build it with pip install --no-build-isolation git+https://github.com/" in said
     assert list(Path().iterdir()) == []

@@ -63,7 +63,11 @@ def test_a_folder_without_a_known_layout_is_one_line_that_lists_them(tmp_path, s
         with pytest.raises(ValueError) as error:
             find_split(folder, split)
         assert str(error.value) == f"{folder}: {says}; it should contain {LAYOUT}"
-    for part in ("instances_train2017.json", "valid/_annotations.coco.json", "instances_val.json"):
+    for part in (
+        "instances_{train,val}2017.json",
+        "{train,valid}/_annotations.coco.json",
+        "instances_{train,val}.json",
+    ):
         assert part in LAYOUT
 
 
@@ -117,5 +121,5 @@ def test_augmented_copies_of_an_image_are_held_out_together():
 def test_of_one_image_none_can_be_held_out(tmp_path):
     put(tmp_path, "annotations/instances_train.json", "train", count=1)
     for split in ("train", "val"):
-        with pytest.raises(ValueError, match="no validation split, and holding an image out takes at least 2, not 1"):
+        with pytest.raises(ValueError, match="no validation split, and holding one out takes at least 2 images, not 1"):
             open_split(tmp_path, split)

@@ -465,7 +465,7 @@ def test_vgg16_trains_from_scratch_and_refuses_what_it_has_not_got(small_recipes
         return error_of(lambda: trained(shapes, tmp_path / "other", *argv, *more))
 
     assert "--norm GN: VGG-16 has no norms" in refusal("--norm", "GN")
-    assert "--frozen-through stem without --weights would freeze random layers" in refusal("--frozen-through", "stem")
+    assert "--frozen-through stem without --weights freezes random layers" in refusal("--frozen-through", "stem")
     assert "unknown depth 50; choose from 16" in refusal("--depth", "50")
 
 

@@ -84,5 +84,7 @@ def test_the_order_and_the_augmentation_are_functions_of_the_seed():
 
 @pytest.mark.parametrize("batch_size, ranks", [(4, 3), (2, 4), (1, 2)])
 def test_a_batch_size_that_does_not_divide_over_the_processes_is_refused(batch_size, ranks):
-    with pytest.raises(ValueError, match=f"batch size {batch_size} does not divide evenly over {ranks} processes"):
+    with pytest.raises(
+        ValueError, match=f"batch size {batch_size}: must be a multiple of {ranks}, the number of processes"
+    ):
         TrainBatches(images(), batch_size=batch_size, seed=0, ranks=ranks)

@@ -128,7 +128,7 @@ def test_real_images_train_and_evaluate(data, capsys):
     assert results["images"] == 50 and len(results["per_class"]) == 80
     assert rescored(data / "coco_tiny", Path("run")) == [results["bbox"][name] for name in METRICS]
     said = capsys.readouterr().out
-    assert "6 crowds" in said and "AP " in said
+    assert "crowds (6)" in said and "AP " in said
 
 
 def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_own(monkeypatch, capsys):
@@ -357,7 +357,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--weights", "torchvision:ResNet51"], "torchvision has no such weights"),
         (["--coco-backend", "fast"], "unknown COCO backend 'fast'; choose from hotcoco, pycocotools"),
-        (["--gpus", "2"], "--gpus 2 with device cpu: start several CPU processes with torchrun"),
+        (["--gpus", "2"], "--gpus 2: the device is cpu; leave it out"),
         (["--pictures", "-1"], "--pictures -1: must be at least 0"),
         (["--output", __file__], f"--output {__file__}: is a file; give a folder"),
         (["--data", "nowhere"], "--data nowhere: no such folder; it should contain annotations/instances_train2017.js"),
@@ -418,7 +418,12 @@ def test_unusable_boxes_are_counted_and_printed_once_and_training_goes_on(own_sh
     annotation_file(own_shapes).write_text(json.dumps(content))
     train_coco.main([*QUICK, "--data", str(own_shapes), "--max-steps", "4", "--output", "run"])
     said = capsys.readouterr().out
-    counts = ("2 boxes that are not finite", "2 boxes of zero or negative size", "1 boxes clipped", "1 boxes under")
+    counts = (
+        "boxes that are not finite (2)",
+        "boxes of zero or negative size (2)",
+        "boxes under a pixel or outside their image (1)",
+        "boxes clipped to their image (1)",
+    )
     assert [said.count(count) for count in counts] == [1, 1, 1, 1]
     assert all(math.isfinite(line["loss"]) for line in metrics(Path("run")))
 
@@ -440,7 +445,7 @@ def test_missing_and_broken_images_are_named_in_the_results_and_the_report(own_s
     argv = [*QUICK, "--data", str(own_shapes), "--max-steps", "1", "--output", "run"]
     train_coco.main([*argv, "--skip-bad-images"])
     said = capsys.readouterr().out
-    assert "1 images missing" in said and "val2017/000001000002.jpg" in said
+    assert "images missing (1)" in said and "val2017/000001000002.jpg" in said
     results = json.loads(Path("run/results.json").read_text())
     assert results["images"] == 3 and len(results["skipped_images"]) == 1
     [lost] = results["skipped_training_images"]
@@ -496,7 +501,7 @@ def test_a_batch_that_does_not_divide_over_the_processes_leaves_no_run_behind(sh
     for module in (train_coco, training):
         monkeypatch.setattr(module, "from_main", lambda make, rank: make())
     options = train_coco.complete(train_coco.parse(train_coco.Options, [*QUICK, "--data", str(shapes)]))
-    with pytest.raises(ValueError, match="--batch-size 2 does not divide evenly over 3 processes"):
+    with pytest.raises(ValueError, match="--batch-size 2: must be a multiple of 3, the number of processes"):
         train_coco.train(train_coco.Rank(0, 3, torch.device("cpu")), options)
     release_all_folders()  # as `launch` does
     assert files() == {}
