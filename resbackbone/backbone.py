@@ -231,4 +231,6 @@ def _refuse_frozen_random_layers(config: BackboneConfig) -> None:
     for name in ("norm", "frozen_through", "fpn_norm"):
         value = getattr(config, name)
         if value == "FrozenBN" or (name == "frozen_through" and value is not None):
-            raise UserError(f"{name}={value!r} without weights would freeze random layers; give weights, or drop it")
+            raise UserError(
+                f"{name}={value!r} without weights would freeze random layers; give weights, or leave it out"
+            )

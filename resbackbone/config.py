@@ -120,7 +120,7 @@ class CommonConfig(Config):
         super().__post_init__()
         if self.frozen_through == "none":
             object.__setattr__(self, "frozen_through", None)
-        one_of("part to freeze through", self.frozen_through, FREEZABLE)
+        one_of("frozen_through", self.frozen_through, FREEZABLE)
         one_of("norm", self.norm, NORMS)
         one_of("norm of the pyramid", self.fpn_norm, (None, *NORMS))
         one_of("source of p6", self.p6_from, ("c5", "p5"))

@@ -178,7 +178,7 @@ class ResNet(nn.Module):
 
     def freeze(self, through: str) -> None:
         """Freeze the stem and every stage up to `through`: "stem", "c2", .. "c5" (see `layers.freeze`)."""
-        one_of("part to freeze through", through, ("stem", *TRUNK_LEVELS))
+        one_of("frozen_through", through, ("stem", *TRUNK_LEVELS))
         self.conv1, self.bn1 = freeze(self.conv1), freeze(self.bn1)
         for level, stage in self.stages():
             if through != "stem" and level <= through:

@@ -72,7 +72,7 @@ def test_what_goes_to_json_comes_back_equal(config):
         (BackboneConfig, {"depth": "50"}, "backbone setting depth must be int, not '50'"),
         (BackboneConfig, {"fpn": 1}, "backbone setting fpn must be bool, not 1"),
         (BackboneConfig, {"levels": "c5"}, "backbone setting levels must be tuple.*, not 'c5'"),
-        (BackboneConfig, {"frozen_through": "c6"}, "unknown part to freeze through 'c6'"),
+        (BackboneConfig, {"frozen_through": "c6"}, "unknown frozen_through 'c6'"),
         (DetectorConfig, {"variant": "yolo"}, "unknown variant 'yolo'"),
         (DetectorConfig, {"categories": [["3", "cat"], [7, "dog"]]}, "detector setting categories must be"),
         (DetectorConfig, {"box_score_thresh": None}, "detector setting box_score_thresh must be float, not None"),

@@ -159,7 +159,7 @@ def test_an_unknown_name_is_answered_with_the_choices(arguments, message):
 
 
 def test_a_part_to_freeze_through_that_is_not_there_is_answered_with_the_choices():
-    with pytest.raises(ValueError, match="unknown part to freeze through 'c6'; choose from stem, c2, c3, c4, c5"):
+    with pytest.raises(ValueError, match="unknown frozen_through 'c6'; choose from stem, c2, c3, c4, c5"):
         resnet(18).freeze("c6")
 
 

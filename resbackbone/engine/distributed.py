@@ -55,7 +55,7 @@ def count_processes(device: str, gpus: int | None) -> int:
         if gpus is not None and not 1 <= gpus <= available:
             raise UserError(f"{gpus}: this machine has {available} GPUs")
     elif gpus not in (None, 0, 1):
-        raise UserError(f"{gpus} with device {device}: start several CPU processes with torchrun")
+        raise UserError(f"{gpus}: the device is {device}; leave it out, or start several CPU processes with torchrun")
     if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
         raise UserError("RANK is set and WORLD_SIZE is not: set both, as docs/scaling.md shows, or neither")
     if "WORLD_SIZE" in os.environ:

@@ -77,7 +77,8 @@ class RunLog:
         if memory := [value for _, value in self.curve("memory_mib") if value]:  # not on Windows
             facts["peak memory of the main process or its GPU, MiB"] = round(max(memory))
         if (loss := finite(self.train[-1].get("loss"))) is not None:
-            facts[f"loss in the last {spans[-1][0]} updates"] = loss
+            count = spans[-1][0]
+            facts[f"loss in the last {f'{count} updates' if count > 1 else 'update'}"] = loss
         return facts
 
     def data_name(self) -> str:

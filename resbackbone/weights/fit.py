@@ -87,7 +87,8 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     for name, value in asked.items():
         if name in known and (_family(known[name]) != _family(value) if name == "norm" else known[name] != value):
             raise UserError(
-                f"weights from {weights.source} are for {name}={known[name]}, but you asked for {name}={value}"
+                f"weights from {weights.source} are for {name}={known[name]}, but you asked for {name}={value}; "
+                f"leave {name} out to use theirs"
             )
     resolved = {**DEFAULTS, **weights.assumed, **known, **asked}
     if "depth" not in resolved:
@@ -95,8 +96,7 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
             names = ", ".join([*list(weights.state)[:3], ".."])
             raise UserError(f"weights from {weights.source} hold no ResNet under known names ({names})")
         raise UserError(
-            f"weights from {weights.source} have no known depth ({', '.join(map(str, DEPTHS))}); give it if it is one "
-            "of these"
+            f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, DEPTHS))}"
         )
     return {name: resolved[name] for name in ARCHITECTURE}
 

@@ -134,7 +134,7 @@ DETECTRON2 = Format(
 # A norm's weight, bias, running_mean and running_var. MSRA's files merge the statistics into scale and shift.
 _NORM = "{leaf:s,b,rm,riv}"
 MSRA = Format(
-    title="Caffe2 names, as MSRA's",
+    title="MSRA's Caffe2 names",
     names=(
         "conv1_w",
         f"res_conv1_bn_{_NORM}",

@@ -46,7 +46,7 @@ def _read(file: BinaryIO) -> object:
     start = file.read(64)
     file.seek(0)
     if not start:
-        raise UserError("an empty file")
+        raise UserError("an empty file; download or save it again")
     if start.lstrip().startswith((b"<", b"version https://git-lfs")):
         raise UserError("a web page or a Git LFS pointer, not the file itself; download it again")
     try:
@@ -74,7 +74,7 @@ def _check_archive(file: BinaryIO) -> None:
         if any(record.filename.endswith("/constants.pkl") for record in records):
             raise UserError("a TorchScript archive, which holds code; save the module's state_dict() instead")
         if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
-            raise UserError("a compressed zip archive; torch.save writes uncompressed ones")
+            raise UserError("a compressed zip archive; save it again with torch.save, which does not compress")
         if sum(record.file_size for record in records) > os.fstat(file.fileno()).st_size:
             raise UserError("a damaged file: its records are larger than the file")
         if damaged := archive.testzip():

@@ -63,7 +63,12 @@ class Weights:
             said.append("no ReLU between p6 and p7")
         if said:
             title = FORMATS[self.format].title if self.format in FORMATS else "names like ours"
-            _log.warning("weights from %s have %s and state no more: assuming %s", self.source, title, ", ".join(said))
+            _log.warning(
+                "weights from %s do not state all settings; assuming %s, as usual for %s",
+                self.source,
+                ", ".join(said),
+                title,
+            )
 
 
 WeightSource = str | os.PathLike | Mapping[str, Tensor] | Weights  # what `read_weights` takes
@@ -155,7 +160,7 @@ def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, 
         at.append(nested[0])
         content = content[nested[0]]
     if entry is not None:
-        raise UserError(f"weights {name!r}: no part {entry!r} in the file")
+        raise UserError(f"weights {name!r}: no part {entry!r} in the file; leave the part out to read the usual one")
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"weights {name!r}: holds no state dict (tensors by name)")
     others = [

@@ -50,7 +50,7 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         metadata["num_classes"] = len(weights.state["fc.weight"])
     if format == OURS:
         if path.suffix != ".safetensors":
-            raise UserError(f"{path}: files of this package are .safetensors")
+            raise UserError(f"{path}: unknown suffix {path.suffix!r} for resbackbone; choose .safetensors")
         write_weights(path, weights.state, metadata)
         return
     _check_network(metadata["backbone"], format)

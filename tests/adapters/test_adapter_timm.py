@@ -280,7 +280,7 @@ def test_another_input_than_ours_is_met_exactly(pretrained):
         ("resnet10t", {"norm": "FrozenBN"}, "random weights"),
         ("resnet10t", {"fpn": True, "fpn_norm": "FrozenBN"}, "random weights"),
         ("resnet10t", {"frozen_through": "c2"}, "random weights"),
-        ("resnet10t", {"frozen_through": "c6"}, "unknown part to freeze through 'c6'"),
+        ("resnet10t", {"frozen_through": "c6"}, "unknown frozen_through 'c6'"),
         ("resnet10t", {"norm": "SyncBN"}, "unknown norm 'SyncBN'"),
         ("resnet10t", {"wings": 2}, "cannot make feature maps of 'resnet10t': .*wings"),
         ("resnet10t", {"checkpoint_path": "x.pth"}, "pretrained_cfg_overlay"),

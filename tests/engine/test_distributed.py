@@ -253,7 +253,7 @@ def test_a_launcher_must_set_the_number_of_ranks_which_then_counts(no_torchrun, 
         ("cuda", 5, 4, "5: this machine has 4 GPUs"),
         ("cuda", 0, 4, "0: this machine has 4 GPUs"),
         ("cuda:4", None, 4, "cuda:4: this machine has 4 GPUs, cuda:0 to cuda:3"),
-        ("cpu", 2, 4, "2 with device cpu: start several CPU processes with torchrun"),
+        ("cpu", 2, 4, "2: the device is cpu; leave it out"),
     ],
 )
 def test_gpus_that_this_machine_lacks_are_refused(device, gpus, there, message, no_torchrun, monkeypatch):

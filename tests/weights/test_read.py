@@ -172,8 +172,8 @@ def test_what_is_assumed_is_said_in_one_line(tmp_path, resnet50, caplog):
     caffe2_file(tmp_path / "R-50.pkl", resnet50)
     build_resnet_backbone(50, weights=tmp_path / "R-50.pkl", levels=["c2"])
     assert caplog.messages == [
-        f"weights from {tmp_path / 'R-50.pkl'} have Caffe2 names, as MSRA's and state no more: assuming an input of "
-        "BGR 0..255, mean 103.53 116.28 123.675, std 1 1 1, the stride in the 1x1"
+        f"weights from {tmp_path / 'R-50.pkl'} do not state all settings; assuming an input of BGR 0..255, mean "
+        "103.53 116.28 123.675, std 1 1 1, the stride in the 1x1, as usual for MSRA's Caffe2 names"
     ]
 
 

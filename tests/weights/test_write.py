@@ -115,7 +115,7 @@ def test_a_pyramid_without_relu_before_p7_goes_only_where_there_is_one(format, t
         ("torchvision", "out.pkl", r"unknown suffix '.pkl' for torchvision; choose from .safetensors, .pth, .pt, .bin"),
         ("detectron2", "out.npz", r"choose from .safetensors, .pth, .pt, .bin, .pkl"),
         ("transformers", "out.pth", "transformers reads a folder"),
-        ("resbackbone", "out.pth", "files of this package are .safetensors"),
+        ("resbackbone", "out.pth", "unknown suffix '.pth' for resbackbone"),
     ],
 )
 def test_a_suffix_that_a_format_has_not_got_is_refused(classifier, format, name, message, tmp_path):
