@@ -321,8 +321,9 @@ def test_runs_and_files_are_evaluated_together_and_alone_on_their_data_by_any_pr
         (["--size", "8"], "--size 8: must be at least 32"),
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
-        (["--eval-only", "nowhere", "--data", "."], "no folder val or test in it"),
-        (["--eval-only", "nowhere", "--data", "synthetic"], "synthetic images show only the speed"),
+        (["--eval-only", "nowhere"], "--eval-only nowhere: no such run folder or file"),
+        (["--eval-only", ".", "--data", "."], "no folder val or test in it"),
+        (["--eval-only", ".", "--data", "synthetic"], "synthetic images show only the speed"),
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(photos, capsys, argv, says):

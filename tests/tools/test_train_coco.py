@@ -360,7 +360,10 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--gpus", "2"], "--gpus 2: the device is cpu; leave it out"),
         (["--pictures", "-1"], "--pictures -1: must be at least 0"),
         (["--output", __file__], f"--output {__file__}: is a file; give a folder"),
-        (["--data", "nowhere"], "--data nowhere: no such folder; it should contain annotations/instances_train2017.js"),
+        (
+            ["--data", "nowhere"],
+            "--data nowhere: no such folder; it should contain annotations/instances_{train,val}2017.js",
+        ),
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(shapes, capsys, argv, says):
