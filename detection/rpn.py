@@ -43,7 +43,7 @@ class Anchors(AnchorGenerator):
         device, image_size = feature_maps[0].device, image_list.tensors.shape[-2:]
         cells = [x.shape[-2:] for x in feature_maps]
         if self.last[0] != (cells, image_size, device):
-            with torch.inference_mode(False):  # they may serve a training step after a call under inference_mode
+            with torch.inference_mode(False):  # a training step may reuse them after a call under inference_mode
                 self.last = (cells, image_size, device), self._made(cells, image_size, device)
         return [self.last[1]] * len(image_list.image_sizes)
 

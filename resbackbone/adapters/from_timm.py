@@ -21,13 +21,13 @@ from resbackbone.layers import BATCH_NORMS
 from resbackbone.resnet import TRUNK_LEVELS, Feature
 from resbackbone.weights import MEAN, STD
 
-SOURCE_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # say where weights are, not what is built
-IN_ORDER = (FeatureDictNet, EfficientNetFeatures, MobileNetV3Features)  # register their parts as they run
+SOURCE_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # where weights are, not what is built
+IN_ORDER = (FeatureDictNet, EfficientNetFeatures, MobileNetV3Features)  # register their parts in running order
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimmConfig(CommonConfig):
-    """A timm network's: its name, timm.create_model's options, and the mean and std it normalizes images by."""
+    """A timm network: its name, the options of timm.create_model, and the mean and std of its normalization."""
 
     timm: str
     options: dict = field(default_factory=dict)
@@ -39,9 +39,9 @@ class TimmBackbone(Backbone):
     """A timm network as a Backbone, with random weights unless `pretrained`; `from_timm` makes it.
 
     The image is padded at its right and bottom, with zeros, to the coarsest stride, and the maps are cropped. On
-    images padded already, as detectors feed them, they are what timm's network gives.
+    images that are already padded, as in detectors, the maps equal those of timm's network.
 
-    Levels that `config` leaves out are all that the network has maps for. `source` goes to timm.create_model only.
+    If `config` names no levels, all that the network has maps for are used. `source` goes to timm.create_model only.
     """
 
     config: TimmConfig
@@ -93,7 +93,9 @@ class TimmBackbone(Backbone):
         if not torch.compiler.is_compiling():
             for y, stride in zip(outputs, self.map_strides, strict=True):
                 if tuple(y.shape[-2:]) != (x.shape[-2] // stride, x.shape[-1] // stride):
-                    raise UserError(f"a map said to have stride {stride} is {list(y.shape)} for {list(x.shape)}")
+                    raise UserError(
+                        f"timm states stride {stride} for a map of {list(y.shape)} from an image of {list(x.shape)}"
+                    )
         maps = {}
         for level, (_, stride) in self.trunk_features.items():
             y = _at_stride(stride, outputs[self.outputs[level]], self.map_strides[self.outputs[level]])
@@ -101,7 +103,7 @@ class TimmBackbone(Backbone):
         return maps if self.fpn is None else self.fpn(maps)
 
     def fuse(self) -> "TimmBackbone":
-        """Eval mode alone: which norm belongs to which convolution is not known of every timm network."""
+        """Only switch to eval mode: not every timm network shows which norm follows which convolution."""
         return self.eval()
 
 
@@ -118,24 +120,25 @@ def from_timm(
     p6_from: str = "c5",
     **options,
 ) -> TimmBackbone:
-    """Make a Backbone of any timm network that gives feature maps: `from_timm("vgg16", fpn=True)`.
+    """Turn any timm network with feature maps into a Backbone: `from_timm("vgg16", fpn=True)`.
 
     Its last map of stride 4, 8, 16 and 32 is c2, c3, c4 and c5; input and output are those of `build_resnet_backbone`,
-    weights that were trained on images normalized otherwise included. A network whose maps all have one stride (a
+    even if the weights were trained with another normalization. A network whose maps all have one stride (a
     plain ViT) gives its last one resampled to c2..c5, bilinearly upwards and by max pooling downwards: ViTDet's simple
     pyramid (Li et al. 2022, Sec. 3) without its deconvolutions.
 
-    levels: of the maps there are, or with `fpn` which of p2..p7, to return. Default: c2..c5, or p2..p6, as far as
-        there are maps for them.
-    pretrained: with the weights that timm has for `name`, tag included ("vgg16.tv_in1k").
-    norm: "BN" or "FrozenBN", for the batch norms there are. Default: FrozenBN with weights, BN without.
-    frozen_through: None freezes no part; "stem", "c2" .. "c5" all up to that map (for VGG, "stem" is what Ren et al.
-        2015 froze: conv1 and conv2). For networks that timm runs part after part.
-    fpn_channels, fpn_norm, p6_from: of the pyramid, as in `build_resnet_backbone`.
-    options: timm.create_model's (output_stride, img_size, patch_size, pretrained_cfg_overlay, ..).
+    levels: which of c2..c5, or with `fpn` of p2..p7, to return. Default: c2..c5, or p2..p6, if the network has maps
+        for them.
+    pretrained: load the weights that timm has for `name`, which may include a tag ("vgg16.tv_in1k").
+    norm: "BN" or "FrozenBN", for the network's batch norms. Default: FrozenBN with weights, BN without.
+    frozen_through: None freezes nothing; "stem", "c2" .. "c5" everything up to that map (for VGG, "stem" is conv1 and
+        conv2, as in Ren et al. 2015). Only for networks that timm runs part after part.
+    fpn_channels, fpn_norm, p6_from: settings of the pyramid, as in `build_resnet_backbone`.
+    options: those of timm.create_model (output_stride, img_size, patch_size, pretrained_cfg_overlay, ..).
 
     Raises ValueError for an unknown name, level or option, and for weights that cannot be loaded. A network of fixed
-    input size that timm cannot lift (Hiera, MaxViT, MLP-Mixer) takes only that size (`img_size`, if it has it).
+    input size that timm cannot change (Hiera, MaxViT, MLP-Mixer) takes only that size (or `img_size`, if it has that
+    option).
     """
     one_of("norm", norm, (None, "BN", "FrozenBN"))
     source = {key: options.pop(key) for key in SOURCE_OPTIONS if key in options}
@@ -151,12 +154,14 @@ def from_timm(
         options=options,
     )
     if not pretrained and ("FrozenBN" in (config.norm, fpn_norm) or config.frozen_through is not None):
-        raise UserError(f"from_timm({name!r}) without pretrained=True would freeze random weights")
+        raise UserError(
+            f"from_timm({name!r}) without pretrained=True would freeze random weights; set it, or freeze nothing"
+        )
     return TimmBackbone(config, pretrained=pretrained, **source)
 
 
 def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tuple[Any, dict]:
-    """timm's network of maps, and `options` with what lets it take images of any size, where it needs that."""
+    """timm's network with feature maps, and `options`, with dynamic_img_size where it needs that."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise UserError(f"timm has no network {name!r}; timm.list_models() names those it has")
@@ -174,7 +179,7 @@ def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tu
 
 
 def _levels_of(name: str, info: list[dict]) -> tuple[dict[str, int], dict[str, Feature]]:
-    """Which of a network's maps is which level, and what the level holds."""
+    """The index of each level's map, and the level's channels and stride."""
     last = {entry["reduction"]: index for index, entry in enumerate(info)}  # of each stride
     strides = {level: 2 ** int(level[1]) for level in TRUNK_LEVELS}
     if len(last) == 1:
@@ -195,9 +200,9 @@ def _at_stride(stride: int, x: Tensor, given: int) -> Tensor:
 
 
 def _freeze(name: str, network: nn.Module, through: str) -> None:
-    """Freeze, in place, the parts that run before the map `through` is there; "stem": before those of stride 4."""
+    """Freeze, in place, the parts that run up to the map `through`; with "stem", those before stride 4."""
     if not isinstance(network, IN_ORDER):
-        raise UserError(f"frozen_through={through!r}: which parts of {name} come first is not known; leave it out")
+        raise UserError(f"frozen_through={through!r}: timm does not show the order of {name}'s parts; leave it out")
     modules = list(network.named_modules())
     names = [key.replace("_", ".") + "." for key, _ in modules]  # timm flattens stages.0 to stages_0
 

@@ -27,7 +27,7 @@ def open_images(data: str | os.PathLike, split: str, *, skip_bad_images: bool = 
 
     data: a folder of LAYOUT; shards, as `shards.open_shards` takes them ('path/train-{000000..000146}.tar'); or
     "synthetic". Raises UserError if the folder is missing, if class folders are empty or differ between the splits, if
-    files are not images by their names, and if shards do not match their index. With `skip_bad_images` training and
+    file names have no image suffix, and if shards do not match their index. With `skip_bad_images` training and
     evaluation skip files that cannot be read, and `skipped` holds their messages.
     """
     one_of("split", split, SPLIT_FOLDERS)
@@ -52,11 +52,11 @@ def train_batches(
     repeats: int = 1,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless (uint8 [batch_size, 3, size, size] RGB, int64 labels [batch_size]) on `device`, for this rank.
+    """Yield (uint8 [batch_size, 3, size, size] RGB, int64 labels [batch_size]) on `device`, for this rank, without end.
 
-    Every epoch is a permutation of the images, a function of seed and epoch, dealt out to the ranks image by image; an
-    image's augmentation is a function of the same and its place. So batches from `start` on equal those of a run that
-    was not interrupted, whatever the number of `workers` (processes that load).
+    Seed and epoch determine a permutation of the images, which the ranks share image by image; seed, epoch and position
+    determine an image's augmentation. So batches from `start` on equal those of an uninterrupted run, whatever the
+    number of `workers` (processes that load).
 
     repeats: how often an image appears in a row, augmented differently each time, so that it falls to different ranks;
     an epoch still has as many samples as there are images, so some images are left out (Hoffer et al. 2020; as in

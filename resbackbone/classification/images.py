@@ -23,7 +23,7 @@ class Images:
 
     def __init__(self, classes: list[str], labels: np.ndarray, *, skip_bad_images: bool = False):
         self.classes, self.labels, self.skip_bad_images = classes, labels, skip_bad_images
-        self.skipped: set[str] = set()  # the message of each BadImage that was left out
+        self.skipped: set[str] = set()  # the message of each image that was skipped
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,8 +53,8 @@ class Images:
 class FolderImages(Images):
     """Images in folders named after their class, in the order of torchvision's ImageFolder.
 
-    Raises UserError for missing or empty class folders and, unless `skip_bad_images`, BadImage for files that are not
-    images by their names. Their content is checked when they are read.
+    Raises UserError for missing or empty class folders and, unless `skip_bad_images`, BadImage for files
+    without an image suffix. Their content is checked when they are read.
     """
 
     def __init__(self, folder: Path, *, skip_bad_images: bool = False):
@@ -96,10 +96,10 @@ class SyntheticImages(Images):
 def shuffled(
     count: int, *, seed: int, rank: int, ranks: int, start: int, repeats: int = 1
 ) -> Iterator[tuple[int, int]]:
-    """Endless samples of `count` images, in a new order each epoch: every `ranks`-th, from this rank's `start`-th on.
+    """Yield samples of `count` images without end, reordered each epoch: this rank's share, from its `start`-th on.
 
-    A sample is an image's index and the seed of its augmentation. With `repeats` an image comes that often in a row,
-    and an epoch has fewer images.
+    A sample is an image's index and the seed of its augmentation. Each image comes `repeats` times in a row; an epoch
+    then has fewer images.
     """
     position = start * ranks + rank
     while True:

@@ -52,7 +52,7 @@ def test_a_report_has_every_section_and_the_results(tmp_path):
     html = report_of(tmp_path, predictions(LABELS, BEST), results)
     assert re.findall("<h2>([^<]*)</h2>", html) == SECTIONS
     assert "<b>33.33</b><span>top-1" in html and "<b>87.50</b><span>top-5" in html
-    assert "On 6 images, 10crop." in html and "1 images could not be read" in html
+    assert "On 6 images, 10crop." in html and "Unreadable images, which count as wrong: 1." in html
     assert "<title>resnet-20 on photos</title>" in html and "http://" not in html and "https://" not in html
     html = report_of(tmp_path, predictions(LABELS, BEST), {"error": 0.0875, "loss": 0.5, "images": 6})
     assert "<b>8.75</b><span>error" in html and "top-1, percent" not in html
