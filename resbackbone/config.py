@@ -94,7 +94,7 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 def ordered_levels(levels: Iterable[str], *, fpn: bool) -> tuple[str, ...]:
     """The levels, finest first, each once. Raises ValueError for an unknown one, and for none."""
-    note = " (a pyramid's levels, with fpn=True)" if fpn else ""
+    note = " (a pyramid's levels, with fpn=True)" if fpn else " (p2..p7 need fpn=True)"
     return tuple(sorted_levels(levels, PYRAMID_LEVELS if fpn else TRUNK_LEVELS, note))
 
 

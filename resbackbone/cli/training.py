@@ -82,7 +82,7 @@ class Session:
         options, ranks, start = self.options, self.rank.ranks, "from step 0"
         if self.checkpoint is not None:
             state.load(self.checkpoint)
-            start = f"resumed at step {state.step}"
+            start = f"resumed from step {state.step}"
         if options.batch_size % ranks:
             raise UserError(
                 f"--batch-size {options.batch_size}: must be a multiple of {ranks}, the number of processes"

@@ -60,7 +60,7 @@ def test_started_again_it_leaves_what_is_finished_and_goes_on_with_what_is_not(c
     capsys.readouterr()
     degradation.main(argv)
     said = capsys.readouterr().out
-    assert "all/plain-20 is finished" in said and "resumed at step 1 to 2" in said
+    assert "all/plain-20 is finished" in said and "resumed from step 1 to 2" in said
     assert finished == {p: p.stat().st_mtime_ns for p in Path("all/plain-20").rglob("*")}
     assert json.loads(Path("all/resnet-20/results.json").read_text())["steps"] == 2
     said = error_of([*argv, "--steps", "3"], capsys)

@@ -126,7 +126,7 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_run_goes_on_from_the_one_be
     train_cifar10.main([*SIX_STEPS, "--output", str(run), "--resume", "--max-steps", "6"])
     said = capsys.readouterr().out
     assert "step_0000004 does not match its checksums; set aside as step_0000004.damaged" in said
-    assert "resumed at step 2 to 6" in said
+    assert "resumed from step 2 to 6" in said
     assert differences(run) == []
 
 

@@ -161,7 +161,7 @@ def test_validation_tests_on_a_tenth_of_the_training_images():
 def test_three_steps_and_three_resumed_are_six_steps(straight, capsys):
     train_cifar10.main([*SIX_STEPS, "--output", "run", "--max-steps", "3", "--eval-period", "0"])
     train_cifar10.main(["--output", "run", "--resume", "--max-steps", "6", "--eval-period", "3"])
-    assert "resumed at step 3 to 6" in capsys.readouterr().out
+    assert "resumed from step 3 to 6" in capsys.readouterr().out
     assert_ended_alike(Path("run"), straight)
 
 

@@ -268,7 +268,7 @@ def test_three_steps_and_three_resumed_are_six_steps(shapes, straight, capsys):
     train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", "run", "--max-steps", "3"])
     assert (Path("run") / "checkpoints" / "step_0000003" / "state.json").is_file()
     train_coco.main(["--output", "run", "--resume", "--max-steps", "6"])  # the rest is known from the run
-    assert "resumed at step 3 to 6" in capsys.readouterr().out
+    assert "resumed from step 3 to 6" in capsys.readouterr().out
     assert_ended_alike(Path("run"), straight)
 
 
