@@ -140,7 +140,7 @@ def test_a_folder_that_another_process_writes_is_refused_and_left_as_it_is(run, 
         for flags in ([], ["--resume"]):
             with pytest.raises(SystemExit) as exit:
                 main_of(lambda flags=flags: train_cifar10.main([*SIX_STEPS, "--output", str(run), *flags]))
-            assert exit.value.code.startswith(f"error: --output {run} is being written by another process")
+            assert exit.value.code.startswith(f"error: --output {run} is being written by process {another.pid} on ")
         assert sorted(path.name for path in run.iterdir()) == before and LOCK in before
         another.kill()
 
