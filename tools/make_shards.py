@@ -93,9 +93,10 @@ def write_split(images: Images, split: str, options: Options) -> None:
     paths = [options.output / f"{split}-{i:06d}.tar" for i in range(len(parts))]
     side = options.shorter_side if split == "train" else 0
     index, unfinished = options.output / f"{split}.json", options.output / f"{split}-unfinished.json"
-    content = {"classes": images.classes, "made_of": [images.fingerprint, side, options.quality, len(parts)]}
+    made_of = [images.fingerprint, side, options.quality, options.images_per_shard]
+    content = {"classes": images.classes, "made_of": made_of}
     for path in filter(Path.exists, (index, unfinished)):
-        if json.loads(path.read_bytes()).get("made_of") != content["made_of"]:
+        if json.loads(path.read_bytes()).get("made_of") != made_of:
             raise UserError(f"{path} belongs to other images or settings; give another --output, or remove it")
     if index.exists():
         progress_console.print(f"{split}: {index} already exists")

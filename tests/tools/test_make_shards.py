@@ -84,9 +84,9 @@ def test_a_killed_run_goes_on_with_its_shards_unless_settings_differ(folder, mon
         run(folder, "--workers", "1")
     before = {path: path.stat().st_ino for path in output.glob("*.tar")}
     assert before and not (output / "train.json").exists()
-    for _ in range(2):  # before it is finished, and after
+    for changed in (("--images-per-shard", "6"), ("--quality", "80")):  # before it is finished, and after
         with pytest.raises(ValueError, match="other images or settings; give another --output, or remove it"):
-            run(folder, "--quality", "80")
+            run(folder, *changed)
         assert contents(run(folder)) == whole
     assert "train.json already exists" in capsys.readouterr().out
     assert all(path.stat().st_ino == inode for path, inode in before.items())
