@@ -189,7 +189,7 @@ def full_disk(subject: Subject, times: int, moments: random.Random) -> Found:
             moved = subject.new_run("full-disk")
             run = disk / moved.name
             status = subject.start(run).wait(PATIENCE)
-            said = re.search(r"error: checkpoint of step \d+: no space left .* MB are needed", subject.log(run))
+            said = re.search(r"error: checkpoint of step \d+: cannot be written .* MB are needed", subject.log(run))
             if status != 1 or not said:
                 lost.append(failure(subject, run, status))
             shutil.copytree(run, moved)
