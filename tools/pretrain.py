@@ -318,6 +318,7 @@ def evaluate_only(rank: Rank, options: Options) -> None:
     results, _ = score_of(model, val_set, session, recipe_of(options), protocol=options.eval)
     if rank.is_main:
         console.print(described(results))
+    if rank.is_main and options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         path = options.output / f"results-{options.eval}.json"
         recorded = {"models": options.eval_only, "skipped_images": sorted(val_set.skipped)}
@@ -402,7 +403,7 @@ def complete(options: Options) -> Options:
 
 def complete_for_evaluation(options: Options) -> Options:
     """Fill in the options for --eval-only; those that are not given come from its first run."""
-    first, folder, config = options.eval_only[0], Path(), {}
+    first, output, config = options.eval_only[0], options.output, {}
     for run in options.eval_only:
         if not is_named(run) and not Path(run).exists():
             raise UserError(
@@ -411,6 +412,8 @@ def complete_for_evaluation(options: Options) -> Options:
     if not is_named(first):
         path = Path(first)
         folder = path if path.is_dir() else path.parent
+        if len(options.eval_only) == 1:  # the results of several belong to none of their folders
+            output = output or folder
         config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
     if given["precision"] not in INFERENCE and not options.precision:
@@ -421,7 +424,7 @@ def complete_for_evaluation(options: Options) -> Options:
         raise UserError(f"{first} does not say what it was trained on (no config.yaml); give --data DIR")
     if options.recipe:
         given["size"] = options.size
-    return complete(replace(options, **given, output=options.output or folder, batch_size=None, accumulate=1))
+    return complete(replace(options, **given, output=output, batch_size=None, accumulate=1))
 
 
 def recipe_of(options: Options) -> Recipe:

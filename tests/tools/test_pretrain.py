@@ -351,10 +351,11 @@ def test_images_that_cannot_be_read_are_named_and_counted(photos, tmp_path, caps
 def test_what_is_not_given_for_an_evaluation_is_that_of_its_run_and_of_no_other_file(straight, photos):
     Path("config.yaml").write_text("recipe: demo\nsize: 64\n")  # not of what is evaluated
     named, run = "torchvision:ResNet18_Weights.IMAGENET1K_V1", str(straight / "a2")
-    alone, of_run = (
-        pretrain.complete_for_evaluation(pretrain.Options(eval_only=(source,), data=data, device="cpu"))
-        for source, data in ((named, str(photos)), (run, None))
+    alone, of_run, both = (
+        pretrain.complete_for_evaluation(pretrain.Options(eval_only=sources, data=data, device="cpu"))
+        for sources, data in (((named,), str(photos)), ((run,), None), ((run, named), None))
     )
+    assert (alone.output, of_run.output, both.output) == (None, Path(run), None)
     assert (alone.recipe, alone.size, alone.precision) == ("torchvision-v1", 224, "fp32")  # as its publisher does
     assert (of_run.recipe, of_run.size, of_run.data) == ("a2", 32, str(photos))
 
