@@ -57,7 +57,7 @@ class Session:
         """Yield the items of an evaluation under a progress bar."""
         return track(items, total, "evaluate", shown=self.rank.is_main)
 
-    def open_run(self, step: int, effective: Mapping[str, Any]) -> Run:
+    def open_run(self, step: int, effective: Mapping[str, Any], *, evaluates_again: bool) -> Run:
         """Start writing the run's folder; config.yaml gets the options and `effective`.
 
         Raises ValueError if the checksum of the data in `effective` is not the one that the run was started with.
@@ -72,7 +72,8 @@ class Session:
                 )
         # Without these options, --config with this file starts a new run.
         config = to_config(replace(self.options, output=None, resume=False, config=None))
-        return Run(self.folder, {**config, "effective": effective}, resumed_step=step, writes=self.rank.is_main)
+        content, writes = {**config, "effective": effective}, self.rank.is_main
+        return Run(self.folder, content, resumed_step=step, evaluates_again=evaluates_again, writes=writes)
 
     def train(self, task: Task, state: TrainState, schedule: Schedule, *, parts: int = 1, **effective: str) -> Run:
         """Load the checkpoint, open the run, and train to the end of the schedule or to --max-steps.
@@ -98,7 +99,8 @@ class Session:
             eval_period=options.eval_period,
         )
         recorded = {**asdict(schedule), "milestones": list(schedule.milestones), **effective}
-        run = self.open_run(state.step, recorded | arithmetic(self.rank.device))
+        again = state.step >= plan.steps or plan.evaluates(state.step)
+        run = self.open_run(state.step, recorded | arithmetic(self.rank.device), evaluates_again=again)
         self.info(
             f"{start} to {plan.steps}: {plan.batch_size} images per update{f' in {parts} parts' if parts > 1 else ''} "
             f"on {ranks} {self.rank.device.type}, {plan.precision}, learning rate {schedule.rate:g}"

@@ -38,6 +38,10 @@ class Plan:
     checkpoint_period: int
     eval_period: int
 
+    def evaluates(self, step: int) -> bool:
+        """Whether `train` evaluates at this step; the last one is for the final evaluation."""
+        return bool(self.eval_period) and step % self.eval_period == 0 and step not in (0, self.steps)
+
 
 def train(
     task: Task,
@@ -65,7 +69,7 @@ def train(
 
     def evaluate_if_due() -> None:
         nonlocal result
-        if not plan.eval_period or state.step % plan.eval_period or state.step in (0, plan.steps):
+        if not plan.evaluates(state.step):
             return
         try:
             with termination.deferred(False):

@@ -27,10 +27,18 @@ class Run:
 
     It holds `config.yaml`, the run's whole configuration; `metrics.jsonl`, one JSON object a line, and the same for
     TensorBoard in `events.out.tfevents.*`; and the last three `checkpoints/step_NNNNNNN/`. A resumed run drops the
-    metrics after `resumed_step` and its evaluation, which comes again.
+    metrics after `resumed_step` and, if it `evaluates_again` there, that step's evaluation.
     """
 
-    def __init__(self, folder: str | os.PathLike, config: Mapping, *, resumed_step: int = 0, writes: bool = True):
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        config: Mapping,
+        *,
+        resumed_step: int = 0,
+        evaluates_again: bool = True,
+        writes: bool = True,
+    ):
         self.folder, self.writes = Path(folder), writes
         self._events: Any = None  # TensorBoard's SummaryWriter, where this process writes
         if not writes:
@@ -41,7 +49,7 @@ class Run:
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         path, kept = self.folder / "metrics.jsonl", []
         if path.exists():
-            last = {"train": resumed_step, "eval": resumed_step - 1}
+            last = {"train": resumed_step, "eval": resumed_step - evaluates_again}
             kept = [line for line in read_metrics(self.folder) if line["step"] <= last.get(line.get("kind", ""), 0)]
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()

@@ -72,6 +72,9 @@ def test_the_evaluation_of_the_resumed_step_comes_again_and_those_before_stay(tm
         run.record(4, {"AP": 0.5}, kind="eval")
     lines = [(line["kind"], line["step"], line.get("AP")) for line in metrics(tmp_path)]
     assert lines == [("train", 2, None), ("eval", 2, 0.2), ("train", 4, None), ("eval", 4, 0.5)]
+    kept = metrics(tmp_path)
+    Run(tmp_path, {}, resumed_step=4, evaluates_again=False).close()
+    assert metrics(tmp_path) == kept
 
 
 def test_a_rank_that_does_not_write_leaves_no_trace(tmp_path):
