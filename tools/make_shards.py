@@ -101,6 +101,9 @@ def write_split(images: Images, split: str, options: Options) -> None:
     if index.exists():
         progress_console.print(f"{split}: {index} already exists")
         return
+    if not unfinished.exists():
+        for path in paths:  # of unknown images and settings
+            path.unlink(missing_ok=True)
     write_atomically(unfinished, json.dumps(content))
     make = partial(make_shard, images, side=side, quality=options.quality)
     shards, skipped = [], set()

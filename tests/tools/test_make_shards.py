@@ -90,6 +90,10 @@ def test_a_killed_run_goes_on_with_its_shards_unless_settings_differ(folder, mon
         assert contents(run(folder)) == whole
     assert "train.json already exists" in capsys.readouterr().out
     assert all(path.stat().st_ino == inode for path, inode in before.items())
+    for index in output.glob("*.json"):
+        index.unlink()
+    changed = contents(run(folder, "--quality", "80"))  # and no shard of the former settings is left
+    assert all(changed[path.name] != whole[path.name] for path in before)
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
