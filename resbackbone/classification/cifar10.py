@@ -66,8 +66,9 @@ def open_cifar10(data: str | os.PathLike) -> Cifar10:
     """
     if str(data) == SYNTHETIC:
         return make_synthetic()
-    if (Path(data) / CIFAR10.base_folder).is_dir():
-        return _open_batches(Path(data))
+    root = Path(data).parent if Path(data).name == CIFAR10.base_folder else Path(data)
+    if (root / CIFAR10.base_folder).is_dir():
+        return _open_batches(root)
     train, test = (FolderImages(find_split(data, split, LAYOUT), skip_bad_images=True) for split in ("train", "val"))
     return Cifar10(_decoded(train), _decoded(test), train.classes)
 

@@ -70,8 +70,9 @@ def test_class_folders_become_tensors_in_the_order_of_their_names(folder, name):
     assert torch.equal(data.test.images, as_tensor(PIXELS[6:])) and data.test.labels.tolist() == [0, 1, 1]
 
 
-def test_cifars_own_batches_become_tensors(batches):
-    data = open_cifar10(batches)
+@pytest.mark.parametrize("below", ["", CIFAR10.base_folder])
+def test_cifars_own_batches_become_tensors(batches, below):
+    data = open_cifar10(batches / below)
     assert torch.equal(data.train.images, as_tensor(PIXELS[:8]))
     assert data.train.labels.tolist() == [0, 9, 1, 8, 2, 7, 3, 6]
     assert torch.equal(data.test.images, as_tensor(PIXELS[8:])) and data.test.labels.tolist() == [5]
