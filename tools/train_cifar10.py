@@ -143,9 +143,13 @@ def train(rank: Rank, options: Options) -> None:
         task.save(session.folder)
         content = {**results, **network, "parameters": parameters, "steps": state.step}
         write_atomically(session.folder / "results.json", json.dumps(content, indent=2) + "\n")
-        session.finish({"test error": f"{100 * results['error']:.2f}%"})
+        session.finish({f"{split_name(options)} error": f"{100 * results['error']:.2f}%"})
         console.print(task.summary(results))
     run.close()
+
+
+def split_name(options: Options) -> str:
+    return "validation" if options.validation else "test"
 
 
 class Cifar10Task(Task):
@@ -197,7 +201,7 @@ class Cifar10Task(Task):
         return results
 
     def summary(self, result: Mapping) -> str:
-        return f"test error {100 * result['error']:.2f}%"
+        return f"{split_name(self.options)} error {100 * result['error']:.2f}%"
 
     def write_report(self, folder: Path) -> None:
         write_report(folder, network=name_of(self.options), predictions=self.predictions)

@@ -150,9 +150,10 @@ def test_plain_nets_and_other_shortcuts_train_and_say_so():
     }
 
 
-def test_validation_tests_on_a_tenth_of_the_training_images():
+def test_validation_tests_on_a_tenth_of_the_training_images_and_says_so(capsys):
     train_cifar10.main([*CIFAR, "--steps", "1", "--validation", "--output", "run"])
     assert json.loads(Path("run/results.json").read_text())["images"] == 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("validation error ")
 
 
 # Interrupted and resumed
