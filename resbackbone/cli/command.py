@@ -182,13 +182,15 @@ class Progress:
 def from_config(options: type[T], path: str | Path) -> T:
     """Read options from a YAML file, such as a run's config.yaml; its section `effective` is ignored.
 
-    Raises ValueError if an option is unknown or its value does not fit.
+    Raises ValueError if an option is unknown, unless it is off, or if its value does not fit.
     """
     flags = []
     for name, value in read_yaml(path).items():
         flag = f"--{name}".replace("_", "-")
         if isinstance(value, list):
             flags += [flag, *map(str, value)]
+        elif value is False and name not in option_names(options):
+            continue  # a run of an earlier version without an option that is removed
         elif isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
         elif value is not None and name != "effective":

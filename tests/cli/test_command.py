@@ -129,6 +129,8 @@ def test_what_a_run_wrote_comes_back(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**to_config(options), "effective": {"rate": 3}}))
     assert from_config(Options, path) == options
+    path.write_text(path.read_text() + "removed_since: false\n")
+    assert from_config(Options, path) == options
 
 
 @pytest.mark.parametrize(
