@@ -84,6 +84,8 @@ def check(options: Options) -> None:
         raise UserError(f"--data {options.data}: no images; it should hold {LAYOUT}")
     if options.quality > 95:
         raise UserError(f"--quality {options.quality}: must be 1 to 95")
+    if options.workers < 1:  # other commands take 0
+        raise UserError(f"--workers {options.workers}: must be at least 1")
 
 
 def write_split(images: Images, split: str, options: Options) -> None:

@@ -142,6 +142,7 @@ def test_an_index_can_be_written_for_shards_that_are_there(folder):
         ([], "give --data and --output, or --index"),
         (["--data", "nowhere", "--output", "x"], "--data nowhere: no images; it should hold train/<class>/"),
         (["--data", "data", "--output", "x", "--quality", "96"], "--quality 96: must be 1 to 95"),
+        (["--data", "data", "--output", "x", "--workers", "0"], "--workers 0: must be at least 1"),
         (["--data", "data", "--output", "data/val/c0/0.jpg"], "--output data/val/c0/0.jpg: is a file; give a folder"),
     ],
 )
