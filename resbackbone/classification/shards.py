@@ -117,6 +117,8 @@ def describe_shard(path: Path, file: BinaryIO) -> dict:
                 if not member.isfile() or not stem:
                     continue
                 if f".{suffix.lower()}".endswith(SUFFIXES):
+                    if key in images:
+                        raise UserError(f"{path}: {key} has two images; each should have a name of its own")
                     images[key] = member.offset_data, member.size
                 elif suffix == "cls":
                     content = tar.extractfile(member)

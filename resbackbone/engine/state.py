@@ -152,7 +152,8 @@ class TrainState:
                 state.setdefault(int(index), {})[name] = value
             self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
         except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
-            raise UserError(f"checkpoint {folder}: cannot be read ({type(error).__name__}: {error})") from None
+            reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            raise UserError(f"checkpoint {folder}: cannot be read ({reason})") from None
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
         self.step = step

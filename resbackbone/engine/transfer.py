@@ -11,26 +11,33 @@ Moved = TypeVar("Moved")
 
 
 def moved(batches: Iterable[T], move: Callable[[T], Moved], device: torch.device) -> Iterator[Moved]:
-    """move(batch) for each of endless batches, in order; `move` starts copying the batch's tensors to `device`.
+    """move(batch) for each batch, in order; `move` starts copying the batch's tensors to `device`.
 
     On a GPU `move` runs one batch ahead on its own stream, so that copies from pinned memory overlap computation.
+    Its exceptions are raised when the batch is due.
     """
-    coming = map(move, batches)
     if device.type != "cuda":
-        yield from coming
+        yield from map(move, batches)
         return
-    stream = torch.cuda.Stream(device)
-    with torch.cuda.stream(stream):
-        current = next(coming)
-    while True:
-        computing = torch.cuda.current_stream(device)
+    source, stream = iter(batches), torch.cuda.Stream(device)
+
+    def fetch() -> Moved | Exception:
+        try:
+            with torch.cuda.stream(stream):
+                return move(next(source))
+        except Exception as error:  # noqa: BLE001 - raised below
+            return error
+
+    following = fetch()
+    while not isinstance(following, StopIteration):
+        if isinstance(following, Exception):
+            raise following
+        current, computing = following, torch.cuda.current_stream(device)
         computing.wait_stream(stream)
         for tensor in _tensors(current):
             tensor.record_stream(computing)  # else its memory may be reused while it is read
-        with torch.cuda.stream(stream):
-            following = next(coming)
+        following = fetch()
         yield current
-        current = following
 
 
 def _tensors(value: object) -> Iterator[Tensor]:

@@ -99,6 +99,7 @@ def test_a_shard_made_elsewhere_may_hold_other_things_beside_image_and_label(pat
         (lambda f: add(f, "n01/x.jpg"), "train-001.tar: n01/x has no label; n01/x.cls should"),
         (lambda f: (add(f, "x.jpg"), add(f, "x.cls", b"cat")), "x has no label"),
         (lambda f: add(f, "x.cls"), "train-001.tar: x has no image; there should be"),
+        (lambda f: (add(f, "x.jpg"), add(f, "x.cls", b"1"), add(f, "x.png")), "train-001.tar: x has two images"),
         (lambda f: f.write_bytes(f.read_bytes()[:900]), "not a whole tar"),
         (lambda f: f.write_bytes(write_shard([])), "train-001.tar: no image in it and 0 more shards"),
     ],
