@@ -251,7 +251,7 @@ def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shape
     "argv, says",
     [
         (["--depth", "34"], "are for depth=18, but you asked for depth=34"),
-        (["--variant", "c4"], "--variant c4: the detector in {} is a fpn"),
+        (["--variant", "c4"], "--variant c4: the detector in {} is fpn; leave it out"),
         (["--norm", "GN"], "are for norm=BN, but you asked for norm=GN"),
     ],
 )
