@@ -113,7 +113,7 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
     model = cfg.MODEL
     model.DEVICE = str(device)
     model.BACKBONE.NAME = "build_resbackbone_fpn" if options.variant == "fpn" else "build_resbackbone"
-    model.BACKBONE.FREEZE_AT = FREEZABLE.index(one_of("part to freeze through", frozen_through, FREEZABLE))
+    model.BACKBONE.FREEZE_AT = FREEZABLE.index(one_of("frozen_through", frozen_through, FREEZABLE))
     model.RESBACKBONE.WEIGHTS = options.weights or ""
     model.RESNETS.DEPTH, model.RESNETS.NORM = options.depth, one_of("norm", norm, NORMS)
     model.RESNETS.RES2_OUT_CHANNELS = 64 if basic else 256
