@@ -28,7 +28,7 @@ from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 import torch
 from torch import Tensor, nn
 
-from detection.annotations import read_annotations
+from detection.annotations import count_images
 from detection.coco import CocoImages
 from detection.config import BACKBONE_OF, VARIANTS
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
@@ -299,7 +299,7 @@ def recipe_for(data: Path) -> str:
     if data == EMBEDDED:
         return "short"
     with from_option("--data"):
-        return default_recipe(len(read_annotations(find_split(data, "train").annotations).image_ids))
+        return default_recipe(count_images(find_split(data, "train").annotations))
 
 
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:

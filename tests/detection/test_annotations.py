@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made import content
 
-from detection.annotations import Annotations, read_annotations, select_images
+from detection.annotations import Annotations, count_images, read_annotations, select_images
 from resbackbone.checks import UserError
 
 
@@ -73,6 +73,15 @@ def test_some_of_the_images_are_selected_with_their_annotations(tmp_path):
     assert found.boxes_xywh[:, 0].tolist() == [0, 2, 3] and found.image_indices.tolist() == [1, 0, 1]
     assert found.labels.tolist() == [3, 2, 3] and len(found.categories) == len(found.crowds) == 3
     assert found.areas.tolist() == [80, 80, 80] and found.widths_heights.tolist() == [[33, 21]] * 2
+
+
+def test_images_are_counted_in_a_file_of_any_kind_that_is_read(tmp_path):
+    for text in (json.dumps(content(images=4)), json.dumps({**content(images=4), "info": math.nan})):
+        (tmp_path / "instances.json").write_text(text)
+        assert count_images(tmp_path / "instances.json") == 4
+    (tmp_path / "instances.json").write_text("{")
+    with pytest.raises(ValueError, match="instances.json: not JSON"):
+        count_images(tmp_path / "instances.json")
 
 
 def test_iscrowd_area_and_annotation_ids_may_be_absent_or_null_but_for_the_id(tmp_path):
