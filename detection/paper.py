@@ -169,8 +169,13 @@ class ImprovedTesting(nn.Module):
         maps = detector.backbone(resized.tensors)
         (proposals,), _ = detector.rpn(resized, maps)
         [size] = resized.image_sizes
-        levels = [self._level(image, cast(InputTransform, resize), size) for resize in self.resizes]
-        levels = levels or [PyramidLevel(maps, size, proposals.new_ones(4))]
+        own = PyramidLevel(maps, size, proposals.new_ones(4))
+        levels = [
+            own
+            if resize.min_size == detector.transform.min_size
+            else self._level(image, cast(InputTransform, resize), size)
+            for resize in self.resizes
+        ] or [own]
         if self.box_refinement:
             found = self._refined(levels, proposals, size)
         else:
