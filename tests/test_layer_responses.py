@@ -91,6 +91,14 @@ def test_a_cifar_network_has_a_response_of_each_of_its_3x3_layers():
         assert [std for std, _ in found.values()] == pytest.approx([1] * (depth - 1), abs=2e-3)  # batch norm's doing
 
 
+def test_responses_follow_what_a_norm_has_learned():
+    model = build_cifar_resnet(20)
+    nn.init.constant_(model.layer2[1].bn2.weight, 0.25)
+    stds = {entry["layer"]: entry["std"] for entry in layer_responses(model, torch.randn(4, 3, 32, 32))}
+    assert stds.pop("layer2.1.conv2") == pytest.approx(0.25, rel=1e-2)
+    assert min(stds.values()) > 0.99
+
+
 def test_the_gradient_grows_from_layer_to_layer_in_a_plain_network_and_hardly_in_a_residual_one():
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     first = {}

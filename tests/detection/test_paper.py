@@ -493,6 +493,14 @@ def evaluated(run, tmp_path, *argv):
     return [json.loads(path.read_text()) for path in (tmp_path / "run").rglob("detections.json")]
 
 
+def test_evaluation_without_options_is_the_detectors_own_bit_for_bit(run, shapes, tmp_path):
+    detector = prepared(run)
+    _, wanted = evaluate(detector, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
+    assert len(wanted) > 10
+    assert evaluated(run, tmp_path) == [list(entries(wanted))]
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
 def test_evaluation_with_improvements_is_that_of_the_improved_detector_in_a_folder_of_its_own(run, shapes, tmp_path):
     improved = ImprovedTesting(prepared(run), box_refinement=True, scales=(48, 64, 80))
     _, wanted = evaluate(improved, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
