@@ -15,7 +15,7 @@ from resbackbone.weights.file import NOTES, read_notes, read_safetensors
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
 from resbackbone.weights.pickles import read_pickle
-from resbackbone.weights.sources import locate
+from resbackbone.weights.sources import locate, recognised
 from resbackbone.weights.translate import to_ours
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
@@ -39,6 +39,8 @@ class Weights:
     unknown: keys that the format does not know; they keep their names.
     left_out: tensors that the network implies or only training needs.
     entry: the part of the file that held the tensors.
+    origins: where each fact is from, by its name in `metadata` or its "backbone", and each assumption:
+        {"input": "config.json", "stride_in_1x1": "assumed, as usual for torchvision / timm names"}.
     """
 
     state: dict[str, Tensor]
@@ -50,6 +52,7 @@ class Weights:
     unknown: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     entry: str = ""
+    origins: dict[str, str] = field(default_factory=dict)
 
     def announce_assumptions(self, **asked: object) -> None:
         """Log, in one line, what is assumed and was not asked for."""
@@ -130,20 +133,32 @@ def has_bottlenecks(state: Mapping[str, Tensor]) -> bool:
 
 def _read_file(name: str, entry: str | None) -> Weights:
     path, stated = locate(name)
+    origins = _origins(stated)
     try:
         if path.suffix == ".safetensors":
             state, metadata = read_safetensors(path)
             if metadata.get("format") == "resbackbone":
-                return Weights(state, metadata, name, format="resbackbone")
-            return Weights(state, {**metadata, **stated}, name)
-        content = read_pickle(path)
+                return Weights(state, metadata, name, format="resbackbone", origins=_origins(metadata, "the file"))
+            return Weights(state, {**metadata, **stated}, name, origins=_origins(metadata, "the file") | origins)
+        content, known = read_pickle(path), recognised(path)
     except UserError:
         # Without a published hash, a cut-off download is noticed only here.
         if name.lower().startswith(("http:", "https:", "detectron2:")):
             path.unlink(missing_ok=True)  # another process may have been faster
         raise
     state, at = _entry_of(content, entry, name)
-    return Weights(state, {**_notes_in(content), **stated}, name, entry=".".join(at))
+    notes = _notes_in(content)
+    origins = _origins(notes, "the file") | origins | _origins(known)
+    return Weights(state, {**notes, **stated, **known}, name, entry=".".join(at), origins=origins)
+
+
+def _origins(stated: dict[str, Any], by: str = "its publisher") -> dict[str, str]:
+    """{name: who states it} of the facts in `stated`, those of its "backbone" by their own names.
+
+    "stated_by" names who does, and leaves `stated`.
+    """
+    by = stated.pop("stated_by", by)
+    return dict.fromkeys([*stated, *stated.get("backbone", {})], by)
 
 
 def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -225,8 +240,13 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
     state, stated = dict(weights.state), weights.metadata.get("backbone", {})
     assumed: dict[str, Any] = {}
     usual_input, stride_in_1x1 = _usual(weights)
+    origins = dict(weights.origins)
     given = given_input or weights.metadata.get("input") or _input_of_detectron2(constants)
-    if given is None:
+    if given_input:
+        origins["input"] = "the caller"
+    elif given is not None:
+        origins.setdefault("input", "pixel_mean and pixel_std in the file")
+    else:
         given = assumed["input"] = usual_input
     check_input(given)
     if weights.format == "detectron2" and "input" not in assumed:  # MSRA's networks; its other ones take torchvision's
@@ -241,7 +261,9 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
             raise UserError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, not for three colours")
         state[key] = for_canonical_input(state[key], given)
     known = {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
-    return replace(weights, state=state, metadata={**weights.metadata, **known}, assumed=assumed)
+    usual = f"assumed, as usual for {FORMATS[weights.format or ''].title}"
+    origins |= dict.fromkeys(assumed, usual)
+    return replace(weights, state=state, metadata={**weights.metadata, **known}, assumed=assumed, origins=origins)
 
 
 def conv1_of(state: Mapping[str, Tensor]) -> str:

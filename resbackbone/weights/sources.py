@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, require
 from resbackbone.weights.download import download
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, RGB_255, check_input
@@ -26,6 +27,15 @@ TORCHVISION_WITHOUT_EPS = (
     "keypointrcnn_resnet50_fpn_coco-fc266e95.pth",
     "retinanet_resnet50_fpn_coco-eeacb38b.pth",
 )
+# Published files that are recognised by their content, whatever they are called: the first digits of their sha256,
+# which torch.hub's convention puts into their names, and what their publisher's code does that tensors do not show.
+AKAMASTER = {
+    "licence": "BSD-2-Clause",
+    "cifar": {"shortcut": "A", "shortcut_padding": "both"},
+    "input": INPUT,
+    "stated_by": "github.com/akamaster/pytorch_resnet_cifar10, whose file this is by its sha256",
+}
+RECOGNISED = dict.fromkeys(("12fca82f", "d509ac18", "014dd654", "4bfd9763", "1d1ed7c2", "f3b1deed"), AKAMASTER)
 # timm's networks that blur before they subsample. Their tensors have the names and shapes of a ResNet's.
 TIMM_ANTI_ALIASED = ("resnetaa", "resnetblur")
 STRIDE_IN_3X3 = {"stride_in_1x1": False, "eps": 1e-5}
@@ -63,7 +73,7 @@ def locate(source: str) -> Located:
     FILE                                    as it is
 
     What is stated has the layout of our own files' metadata: source and licence (perhaps "unknown") of a named source,
-    and backbone (stride_in_1x1, eps), input, classes and recipe if they are known.
+    and backbone (stride_in_1x1, eps), input, classes and recipe if they are known. "stated_by" is who states it.
 
     Raises ValueError if the source does not exist or cannot be downloaded; then it says what to put where.
     """
@@ -91,6 +101,11 @@ def locate(source: str) -> Located:
     return path, stated
 
 
+def recognised(path: Path) -> dict[str, Any]:
+    """What the publisher of a file states, if the file's content is one of RECOGNISED; else nothing."""
+    return dict(RECOGNISED.get(file_digest(path)[:8], {}))
+
+
 def _torchvision(name: str) -> Located:
     import torchvision
 
@@ -101,6 +116,7 @@ def _torchvision(name: str) -> Located:
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     download(weights.url, path, sha256=published_sha256(path.name))
     stated: dict[str, Any] = {"source": f"torchvision:{weights}", "licence": TORCHVISION_LICENCE}
+    stated["stated_by"] = "torchvision's registry"
     if "ResNe" in str(weights):  # other networks have another eps
         stated["backbone"] = dict(STRIDE_IN_3X3)
         preset = weights.transforms()  # a detector's has no mean and std: the detector normalizes, with ImageNet's
@@ -129,7 +145,7 @@ def _timm(name: str) -> Located:
     repository, _, revision = config.hf_hub_id.partition("@")
     _, path = _on_hub(repository, revision or None, [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES)
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
-    return path, {"source": f"timm:{name}", "licence": "unknown", **said}
+    return path, {"source": f"timm:{name}", "licence": "unknown", **said, "stated_by": "timm's registry"}
 
 
 def _stated_by_timm(config: Mapping) -> dict[str, Any]:
@@ -165,12 +181,13 @@ def _hugging_face(name: str) -> Located:
 def _stated_by_config(folder: Path) -> dict[str, Any]:
     """What the config.json beside weights says; nothing if neither transformers nor timm wrote it."""
     config = _json(folder / "config.json")
+    said_by = {"stated_by": "config.json"}
     if config.get("model_type") == "resnet":
-        return _stated_by_transformers(config, _json(folder / "preprocessor_config.json"))
+        return _stated_by_transformers(config, _json(folder / "preprocessor_config.json")) | said_by
     if "architecture" not in config:
         return {}
     inner = config.get("pretrained_cfg")  # older files have its content at the top
-    return _stated_by_timm({**config, **(inner if isinstance(inner, Mapping) else {})})
+    return _stated_by_timm({**config, **(inner if isinstance(inner, Mapping) else {})}) | said_by
 
 
 def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str, Any]:
@@ -244,6 +261,7 @@ def _detectron2(name: str) -> Located:
     md5 = re.search(r"/model_final_([0-9a-f]{6})\.pkl$", name)  # its MODEL_ZOO.md: the digits begin the file's md5
     download(DETECTRON2_URL + name, path, md5=md5[1] if md5 else "")
     stated: dict[str, Any] = {"source": f"detectron2:{name}", "licence": DETECTRON2_LICENCE}
+    stated["stated_by"] = "detectron2's model zoo"
     if name.count("/") == 3:  # FOLDER/CONFIG/ID/model_final_MD5.pkl
         stated["recipe"] = f"detectron2 configs/{'/'.join(name.split('/')[:2])}.yaml"
     for pattern, (backbone, given) in DETECTRON2_STATED.items():
