@@ -1,10 +1,12 @@
 """COCO instances files, checked and read into flat arrays: the only module that reads annotation files."""
 
+import contextlib
 import json
+import math
 import mmap
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -44,9 +46,12 @@ def read_annotations(path: str | os.PathLike) -> Annotations:
     """Read and check a COCO instances file. Missing `iscrowd` and `area` become 0 and width * height.
 
     Unused fields such as segmentations are skipped, and so is the category 0 that Roboflow puts first: it has no boxes,
-    and its name is the others' supercategory. Raises UserError, with the path and the place in the file, if the file is
-    not JSON, lacks a field, has a value of the wrong type, repeats an id, refers to an unknown image or category, or
-    names an image outside its folder.
+    and its name is the others' supercategory. Numbers may be spelled as text ("3"), whole ones as floats (3.0), and
+    names of categories as numbers. File names are as in the file and may lead out of a folder (`leaves_its_folder`).
+
+    Raises UserError, with the path, the place in the file, the id and the value, if the file is not JSON, lacks a
+    field, has a value of another type, an `iscrowd` besides 0 and 1 or an `area` that is not finite, repeats an id, or
+    refers to an unknown image or category.
     """
     try:
         return _flat(*_decoded(path))
@@ -74,6 +79,16 @@ def select_images(annotations: Annotations, chosen: np.ndarray) -> Annotations:
     return annotations._replace(**of_images, image_indices=image_indices, **of_boxes)
 
 
+def packed(names: Sequence[str]) -> Tensor:
+    """`Annotations.names` of these names."""
+    return torch.from_numpy(np.array([name.encode() for name in names], bytes)[:, None].view(np.uint8))
+
+
+def leaves_its_folder(name: str) -> bool:
+    """Whether a file name is absolute or leads upwards, so that it must not be opened as it stands."""
+    return os.path.isabs(name) or (".." in name and ".." in Path(name).parts)
+
+
 _Id = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 _Side = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
 _Name = Annotated[str, msgspec.Meta(max_length=1000)]  # one long name would take its bytes for every image
@@ -97,7 +112,7 @@ class _Annotation(msgspec.Struct, gc=False):
 
 class _Category(msgspec.Struct, gc=False):
     id: _Id
-    name: str
+    name: str | int
     supercategory: object = None
 
 
@@ -124,29 +139,42 @@ def _decoded(path: str | os.PathLike) -> tuple[list[_Image], list[_Category], It
     """The file's three lists, types checked, and the number of annotations. Raises UserError without the path."""
     text = _mapped(path)
     try:
-        file = msgspec.json.decode(text, type=_File)
+        file = msgspec.json.decode(text, type=_File, strict=False)
         return file.images, file.categories, _one_by_one(file.annotations), len(file.annotations)
     except msgspec.ValidationError as error:
-        raise UserError(f"not a COCO instances file: {error}") from None
+        raise _refusal(error, text) from None
     except (msgspec.DecodeError, RecursionError):
         pass  # strict JSON has no NaN, Infinity or UTF-16; Python's reader accepts them or names the error
     try:
-        lenient = msgspec.convert(json.loads(bytes(text)), type=_LenientFile)
+        lenient = msgspec.convert(json.loads(bytes(text)), type=_LenientFile, strict=False)
     except msgspec.ValidationError as error:
-        raise UserError(f"not a COCO instances file: {error}") from None
+        raise _refusal(error, text) from None
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors, integers of over 4300 digits
         raise UserError(f"not JSON ({error}); export or download it again") from None
     return lenient.images, lenient.categories, lenient.annotations, len(lenient.annotations)
 
 
 def _one_by_one(annotations: list[msgspec.Raw]) -> Iterator[_Annotation]:
-    decode = msgspec.json.Decoder(_Annotation).decode
+    decode = msgspec.json.Decoder(_Annotation, strict=False).decode
     for i, text in enumerate(annotations):
         try:
             yield decode(text)
         except msgspec.ValidationError as error:
             what, _, inside = str(error).partition(" - at `$")
-            raise UserError(f"not a COCO instances file: {what} - at `$.annotations[{i}]{inside or '`'}") from None
+            raise _refusal(f"{what} - at `$.annotations[{i}]{inside or '`'}", text) from None
+
+
+def _refusal(error: object, text: bytes | mmap.mmap | msgspec.Raw) -> UserError:
+    """The error for a value of another type. `text`, of the file or of the record alone, shows its id and value."""
+    message = f"not a COCO instances file: {error}"
+    if place := re.search(r"`\$\.(\w+)\[(\d+)\]\.?(\w*)", message):
+        section, i, key = place.groups()
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            record = json.loads(bytes(text))
+            record = record if isinstance(text, msgspec.Raw) else record[section][int(i)]
+            named = {name: record[name] for name in dict.fromkeys(("id", key)) if name in record}
+            message += f" ({', '.join(f'{name} {repr(value)[:100]}' for name, value in named.items())})"
+    return UserError(message)
 
 
 def _mapped(path: str | os.PathLike) -> mmap.mmap | bytes:
@@ -160,8 +188,8 @@ def _flat(
     images: list[_Image], categories: list[_Category], annotations: Iterable[_Annotation], count: int
 ) -> Annotations:
     for i, image in enumerate(images):
-        if _leaves_its_folder(image.file_name):
-            raise UserError(f"images[{i}] has the file_name {image.file_name!r}, which leaves its folder")
+        if re.search("[\0\ud800-\udfff]", image.file_name):
+            raise UserError(f"images[{i}] has the file_name {image.file_name!r}, which no file can have")
     if not categories:
         raise UserError("the list of categories is empty")
     numbers = np.array([(image.id, image.width, image.height) for image in images], np.int64).reshape(-1, 3)
@@ -169,7 +197,7 @@ def _flat(
     rows = np.fromiter(map(_row, range(1, count + 1), annotations), _ROW, count)
     for section, ids in (("images", image_ids), ("categories", category_ids), ("annotations", rows["id"])):
         _check_unique(section, ids)
-    by_id = {category.id: category.name for category in sorted(categories, key=lambda category: category.id)}
+    by_id = {category.id: str(category.name) for category in sorted(categories, key=lambda category: category.id)}
     image_indices = _places("image_id", rows["image_id"], "images", image_ids)
     _places("category_id", rows["category_id"], "categories", category_ids)
     groups = [category.supercategory for category in categories if category.id != 0]
@@ -177,12 +205,11 @@ def _flat(
     if 0 in by_id and by_id[0] in groups and not (rows["category_id"] == 0).any():
         grouping[0] = by_id.pop(0)
     labels = np.searchsorted(list(by_id), rows["category_id"]) + 1
-    names = np.array([image.file_name.encode() for image in images], bytes)[:, None].view(np.uint8)
     boxes, areas, crowds = (torch.from_numpy(rows[name].copy()) for name in ("box", "area", "crowd"))
     return Annotations(
         torch.from_numpy(image_ids),
         torch.from_numpy(numbers[:, 1:].astype(np.int32)),
-        torch.from_numpy(names),
+        packed([image.file_name for image in images]),
         by_id,
         torch.from_numpy(image_indices.astype(np.int32)),
         torch.from_numpy(labels.astype(np.int32)),
@@ -194,14 +221,22 @@ def _flat(
 
 
 def _row(number: int, annotation: _Annotation) -> tuple:
-    box, area = annotation.bbox, annotation.area
+    box, area, crowd = annotation.bbox, annotation.area, annotation.iscrowd
+    identity = number if annotation.id is msgspec.UNSET else annotation.id
+    if crowd not in (0, 1, None):
+        raise UserError(f"annotations[{number - 1}] (id {identity}) has the iscrowd {crowd}, which is 0 or 1")
+    if area is not None and not math.isfinite(area):
+        raise UserError(
+            f"annotations[{number - 1}] (id {identity}) has the area {area}; give a number, or leave it out for "
+            "width * height"
+        )
     return (
-        number if annotation.id is msgspec.UNSET else annotation.id,
+        identity,
         annotation.image_id,
         annotation.category_id,
         box,
         box[2] * box[3] if area is None else area,
-        bool(annotation.iscrowd),
+        bool(crowd),
     )
 
 
@@ -220,8 +255,3 @@ def _places(key: str, wanted: np.ndarray, section: str, ids: np.ndarray) -> np.n
         raise UserError(f"annotations[{i}] has the {key} {wanted[i]}, which is not in {section} ({len(ids)} ids)")
     order = np.argsort(ids)
     return order[np.searchsorted(ids, wanted, sorter=order)]
-
-
-def _leaves_its_folder(name: str) -> bool:
-    unusable = re.search("[\0\ud800-\udfff]", name)  # characters that no file name can have
-    return os.path.isabs(name) or unusable is not None or (".." in name and ".." in Path(name).parts)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detection.annotations import Annotations, read_annotations, select_images
+from detection.annotations import Annotations, leaves_its_folder, packed, read_annotations, select_images
+from detection.file_names import match_names
 from detection.layouts import held_out
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
@@ -40,8 +41,11 @@ class CocoImages(Dataset):
     With `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the messages;
     `broken` holds those that `check_files` found.
 
-    Raises UserError if `categories` are given and differ, if no image is left or if no image file exists, and BadImage
-    if some are missing and `skip_bad_images` is off.
+    File names with other folders, backslashes, percent-encoding or another Unicode form mean the file below `images`
+    that they or that ends in them (`file_names.match_names`); `summary` counts them. Nothing outside is read.
+
+    Raises UserError if `categories` are given and differ, if no image is left, if no image file exists or if one lies
+    outside the folder, and BadImage if some are missing and `skip_bad_images` is off.
     """
 
     def __init__(
@@ -77,7 +81,9 @@ class CocoImages(Dataset):
         if not len(kept):
             raise UserError(f"{annotations}: no image{'' if keep_empty else ' with a usable box'} in it")
         names = self.annotations.file_names()
-        self._check_files_exist([names[i] for i in kept.tolist()])
+        self.matched = self._find_files([names[i] for i in kept.tolist()])
+        if self.matched:
+            self.annotations = self.annotations._replace(names=packed([self.matched.get(name, name) for name in names]))
 
         self.kept = torch.from_numpy(kept)  # int64 [n]: which of the file's images these are
         self.image_ids = self.annotations.image_ids[self.kept]  # int64 [n]
@@ -142,6 +148,8 @@ class CocoImages(Dataset):
         """One line: images, boxes and classes, and what was dropped or clipped."""
         done = ", ".join(f"{what} ({count})" for what, count in self.report.items() if count)
         line = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.categories)} classes in {self.folder}"
+        for name, file in list(self.matched.items())[:1]:
+            line += f"; file names found by their ends: {len(self.matched)} ({name} is {file})"
         return f"{line}; dropped or clipped: {done}" if done else line
 
     def _load(self, index: int):
@@ -151,23 +159,40 @@ class CocoImages(Dataset):
             return error
         return image, self.target(index)
 
-    def _check_files_exist(self, names: list[str]) -> None:
+    def _find_files(self, names: list[str]) -> dict[str, str]:
+        """Check that the images are there; returns the names that mean a file of another name, and that file."""
         there = set()
-        for below in {os.path.dirname(name) for name in names}:  # checking 118,000 files one by one is slow
+        inside = [name for name in names if not leaves_its_folder(name)]
+        for below in {os.path.dirname(name) for name in inside}:  # checking 118,000 files one by one is slow
             with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(self.folder / below) as entries:
                 there |= {f"{below}/{entry.name}" if below else entry.name for entry in entries}
-        missing = [name for name in names if name not in there]
-        if len(missing) == len(names):
+        known = there.intersection(inside)
+        missing = [name for name in names if name not in known]
+        if not missing:
+            return {}
+        files = {
+            Path(path, file).relative_to(self.folder).as_posix() for path, _, of in os.walk(self.folder) for file in of
+        }
+        matched, several = match_names(missing, files - known)
+        missing = [name for name in missing if name not in matched]
+        hint = next((f"; {name} may be {' or '.join(sorted(of)[:2])}" for name, of in several.items()), "")
+        if missing and len(missing) == len(names):
             raise UserError(
                 f"{self.annotation_file}: none of its {len(names)} images (the first is {names[0]}) is in "
-                f"{self.folder}; check that both belong to the same split"
+                f"{self.folder}{hint or '; check that both belong to the same split'}"
+            )
+        if outside := [name for name in missing if leaves_its_folder(name)]:
+            raise UserError(
+                f"{self.annotation_file}: {outside[0]} is outside {self.folder} and is not read; put the image there, "
+                "or remove it from the annotations"
             )
         if missing and not self.skip_bad_images:
             raise BadImage(
                 f"{self.folder} lacks {len(missing)} of {len(names)} images that {self.annotation_file} names: "
-                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+                f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}{hint}"
             )
         self.report["images missing"] = len(missing)
+        return matched
 
 
 def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from detection import video
 from detection.annotations import read_annotations
+from detection.file_names import match_names
 from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES
 
@@ -78,8 +79,9 @@ def output_files(inputs: Inputs, folder: Path) -> dict[Path | int, Path]:
 def image_ids_of(images: Sequence[Path], annotations: Path | None, categories: Mapping[int, str]) -> list[int]:
     """The image files' ids in a COCO annotation file, found by file name; without one they count from 1.
 
-    If file names in the annotations include folders, the longest match counts. Raises ValueError if the annotations
-    lack an image or have other categories than `categories`.
+    If file names in the annotations include folders, the longest match counts (`file_names.match_names`). Raises
+    ValueError if the annotations lack an image, name several that it may be, or have other categories than
+    `categories`.
     """
     if annotations is None:
         return list(range(1, len(images) + 1))
@@ -87,11 +89,13 @@ def image_ids_of(images: Sequence[Path], annotations: Path | None, categories: M
     if content.categories != categories:
         raise UserError(f"{annotations}: its categories differ from the detector's")
     known = dict(zip(content.file_names(), content.image_ids.tolist(), strict=True))
-    ids = []
+    matched, several = match_names(map(_absolute, images), known)
     for path in images:
-        parts = path.absolute().parts
-        names = ["/".join(parts[start:]) for start in range(len(parts))]
-        if (name := next((name for name in names if name in known), None)) is None:
-            raise UserError(f"{annotations}: has no image named {path}")
-        ids.append(known[name])
-    return ids
+        if (name := _absolute(path)) not in matched:
+            may_be = f"; it may be {' or '.join(several[name][:2])}" if name in several else ""
+            raise UserError(f"{annotations}: has no image named {path}{may_be}")
+    return [known[matched[_absolute(path)]] for path in images]
+
+
+def _absolute(path: Path) -> str:
+    return path.absolute().as_posix()

@@ -13,14 +13,18 @@ from resbackbone.checks import UserError
 LAYOUT = (
     "annotations/instances_{train,val}2017.json with train2017/ and val2017/ (COCO's layout), "
     "{train,valid}/_annotations.coco.json beside the images (Roboflow's), "
-    "or annotations/instances_{train,val}.json with train/ and val/"
+    "annotations/instances_{train,val}.json with train/ and val/, annotations/instances_default.json with images/ "
+    "(CVAT's), result.json with images/ (Label Studio's), or labels.json with data/ (FiftyOne's)"
 )
-SPLIT_NAMES = {"train": ("train",), "val": ("val", "valid")}
+SPLIT_NAMES = {"train": ("train", "default"), "val": ("val", "valid", "validation")}
 HELD_OUT = 10  # without a validation split, one image in this many is held out
 
 
 class Layout(NamedTuple):
-    """Paths below the data folder, with {} for the split's name; of several, the first that exists counts."""
+    """Paths below the data folder, with {} for the split's name; of several, the first that exists counts.
+
+    An annotation file without a split's name in its path is that of "train".
+    """
 
     title: str
     annotations: tuple[str, ...]
@@ -30,7 +34,7 @@ class Layout(NamedTuple):
         """(image folder, annotation file) of "train" or "val", None for a missing one."""
         half: tuple[Path | None, Path | None] = (None, None)
         for name in SPLIT_NAMES[split]:
-            files = [folder / path.format(name) for path in self.annotations]
+            files = [folder / path.format(name) for path in self.annotations if "{}" in path or split == "train"]
             file = next((path for path in files if path.is_file()), None)
             # If all splits share a folder of images, only the annotation file shows that a split exists.
             folders = [folder / path.format(name) for path in self.images if file or "{}" in path]
@@ -54,6 +58,8 @@ LAYOUTS = (
         ("annotations/instances_{}.json", "annotations/{}.json"),
         ("{}", "images/{}", "images"),
     ),
+    Layout("Label Studio's layout", ("{}/result.json", "result.json", "result_coco.json"), ("{}/images", "images")),
+    Layout("FiftyOne's layout", ("{}/labels.json", "labels.json"), ("{}/data", "data")),
 )
 
 
@@ -90,13 +96,21 @@ def find_split(data: str | os.PathLike, split: str) -> Split:
 
 
 def describe_layout(data: str | os.PathLike) -> str:
-    """One line on `data`: its layout, its annotation files and whether a part is held out. Raises as `find_split`."""
+    """One line on `data`: its layout, the annotation files that are read and those beside them that are not, and
+    whether a part is held out. Raises as `find_split`."""
     train, val = (find_split(data, split) for split in SPLIT_NAMES)
-    files = [str(split.annotations.relative_to(data)) for split in ((train,) if val.part else (train, val))]
-    line = f"{data} in {train.layout}: {' and '.join(files)}"
+    read = [split.annotations for split in ((train,) if val.part else (train, val))]
+    line = f"{data} in {train.layout}: {' and '.join(_below(data, read))}"
     if val.part:
         line += f"; there is no validation split, so one image in {HELD_OUT} is held out for it"
+    if unread := sorted({path for file in read for path in file.parent.glob("*.json")} - {*read}):
+        others = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+        line += f"; not read: {', '.join(_below(data, unread[:3]))}{others}"
     return line
+
+
+def _below(data: str | os.PathLike, paths: Sequence[Path]) -> list[str]:
+    return [str(path.relative_to(data)) for path in paths]
 
 
 def held_out(file_names: Sequence[str]) -> np.ndarray:

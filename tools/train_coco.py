@@ -73,9 +73,9 @@ Batch = tuple[list[Tensor], list[dict]]  # images, targets
 class DataOptions:
     data: Auto[Path] = None
     """Folder with COCO's annotations/instances_{train,val}2017.json, train2017/ and val2017/, Roboflow's
-    {train,valid}/_annotations.coco.json, or annotations/instances_{train,val}.json, train/ and val/; without a
-    validation split, one image in ten is held out for it. Default: $DETECTRON2_DATASETS/coco, $COCO_DIR or
-    ./datasets/coco, else the built-in data set."""
+    {train,valid}/_annotations.coco.json, annotations/instances_{train,val}.json, train/ and val/, or an export of CVAT,
+    Label Studio or FiftyOne; without a validation split, one image in ten is held out for it. Default:
+    $DETECTRON2_DATASETS/coco, $COCO_DIR or ./datasets/coco, else the built-in data set."""
     keep_empty: bool = False
     """Train on images without objects too."""
     skip_bad_images: bool = False

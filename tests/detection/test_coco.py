@@ -173,6 +173,83 @@ def test_images_may_lie_in_folders_of_their_own(tmp_path):
         CocoImages(*files)
 
 
+# File names
+
+
+def renamed(folder, names, **options):
+    """A data set whose file names are `names`, with images 7.png, 8.png, .. in it."""
+    what = content(images=len(names))
+    files = write(folder, what)
+    for image, name in zip(what["images"], names, strict=True):
+        image["file_name"] = name
+    files[1].write_text(json.dumps(what))
+    return CocoImages(*files, **options)
+
+
+ODD_NAMES = [
+    *(r"images\7.png", r"..\..\data\7.png", "images/7.png", "train/7.png", "../7.png", "a/../../7.png"),
+    *(r"C:\me\7.png", "/home/me/7.png", "7.PNG", "%37.png", "1a2b3c4d-7.png", "upload/1/1a2b3c4d-7.png"),
+    *("/data/local-files/?d=images/7.png", "s3://bucket/7.png"),
+]
+
+
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_an_image_is_found_by_the_end_of_its_name_and_a_line_says_so(tmp_path, name):
+    dataset = renamed(tmp_path, [name, "8.png"])
+    assert dataset.path(0) == dataset.folder / "7.png" and dataset[0][1]["boxes"].tolist() == [[1, 2, 11, 10]]
+    assert dataset.path(1) == dataset.folder / "8.png"
+    assert dataset.summary().endswith(f"; file names found by their ends: 1 ({name} is 7.png)")
+    assert "by their ends" not in renamed(tmp_path, ["7.png", "8.png"]).summary()
+
+
+@pytest.mark.parametrize(
+    "name, file", [("für.png", "fu\u0308r.png"), ("fu\u0308r.png", "für.png"), ("a%20b.png", "a b.png")]
+)
+def test_an_image_is_found_under_another_spelling_of_its_name(tmp_path, name, file):
+    files = write(tmp_path, content(images=2))
+    (files[0] / "7.png").rename(files[0] / file)
+    files[1].write_text(files[1].read_text().replace("7.png", name))
+    assert CocoImages(*files).path(0).name == file
+
+
+def test_the_longest_end_decides_and_what_stays_ambiguous_is_named(tmp_path):
+    files = write(tmp_path, content(images=4))
+    for number, place in ((7, "a/1.png"), (8, "b/1.png"), (9, "c/b/1.png"), (10, "2.png")):
+        (files[0] / place).parent.mkdir(parents=True, exist_ok=True)
+        (files[0] / f"{number}.png").rename(files[0] / place)
+    names = {7: r"x\a\1.png", 8: r"b\1.png", 9: r"y\c\b\1.png", 10: "sub/2.png"}
+    text = files[1].read_text()
+
+    def opened_with(names):
+        what = json.loads(text)
+        for image in what["images"]:
+            image["file_name"] = names[image["id"]]
+        files[1].write_text(json.dumps(what))
+        return CocoImages(*files)
+
+    dataset = opened_with(names)
+    paths = [dataset.path(i).relative_to(dataset.folder).as_posix() for i in range(4)]
+    assert paths == ["a/1.png", "b/1.png", "c/b/1.png", "2.png"] and len(dataset.matched) == 4
+    with pytest.raises(BadImage, match=r"lacks 1 of 4 images .*: 1.png; 1.png may be a/1.png or b/1.png"):
+        opened_with({**names, 7: "1.png"})
+    with pytest.raises(BadImage, match="lacks 1 of 4 images .*: other/1.png$"):  # in no folder of that name
+        opened_with({**names, 7: "other/1.png"})
+    with pytest.raises(BadImage, match="lacks 2 of 4 images .*: q/2.png, sub/2.png$"):  # two cannot be one file
+        opened_with({**names, 9: "q/2.png"})
+
+
+@pytest.mark.parametrize("skip", [False, True])
+@pytest.mark.parametrize(
+    "name", ["../secret.png", "{}/secret.png", "a/../../secret.png", "../train2017x/../secret.png"]
+)
+def test_an_image_outside_the_folder_is_never_read(tmp_path, name, skip):
+    tmp_path.joinpath("data").mkdir()
+    for place in (tmp_path, tmp_path / "data"):
+        Image.fromarray(noise(21, 33)).save(place / "secret.png")
+    with pytest.raises(ValueError, match="secret.png is outside .*train2017 and is not read"):
+        renamed(tmp_path / "data", [name.format(tmp_path), "8.png"], skip_bad_images=skip)
+
+
 # Boxes
 
 NOT_FINITE = [(math.nan, 2, 5, 5), (1, 2, math.inf, 5), (1, -math.inf, 5, 5)]

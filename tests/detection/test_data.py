@@ -25,13 +25,22 @@ def test_coco_is_looked_for_in_the_usual_places_in_their_order(tmp_path, monkeyp
     Path("datasets/coco").mkdir(parents=True)
     assert find_coco() == Path("datasets/coco")
     monkeypatch.setenv("COCO_DIR", str(tmp_path / "mine"))
-    assert find_coco() == Path("datasets/coco")  # there is nothing at $COCO_DIR yet
     (tmp_path / "mine").mkdir()
     assert find_coco() == tmp_path / "mine"
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
     assert find_coco() == tmp_path / "mine"
     (tmp_path / "sets" / "coco").mkdir(parents=True)
     assert find_coco() == tmp_path / "sets" / "coco"
+
+
+@pytest.mark.parametrize("variable, looked_for", [("DETECTRON2_DATASETS", "ds/coco"), ("COCO_DIR", "ds")])
+def test_a_variable_that_leads_nowhere_is_an_error_that_names_it(tmp_path, monkeypatch, variable, looked_for):
+    Path("datasets/coco").mkdir(parents=True)
+    monkeypatch.setenv(variable, "ds")
+    with pytest.raises(ValueError) as error:
+        find_coco()
+    says = f"${variable} is 'ds', but there is no folder {tmp_path / looked_for}; correct or unset the variable"
+    assert str(error.value) == f"{says}, or give --data"
 
 
 def test_the_embedded_data_is_drawn_once_and_opens_as_coco(monkeypatch):

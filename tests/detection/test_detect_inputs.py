@@ -92,6 +92,12 @@ def test_image_ids_come_from_the_longest_matching_name_or_count_from_1():
     assert image_ids_of(images, None, CATEGORIES) == [1, 2, 3]
 
 
+def test_image_ids_are_found_under_names_with_backslashes_and_ambiguous_ones_refused():
+    assert image_ids_of([Path("deep/a.png")], annotations(r"deep\a.png", "a.png"), CATEGORIES) == [70]
+    with pytest.raises(ValueError, match="^truth.json: has no image named a.png; it may be A.png or a.PNG$"):
+        image_ids_of([Path("a.png")], annotations("A.png", "a.PNG"), CATEGORIES)
+
+
 def test_annotations_of_other_images_or_categories_are_rejected():
     with pytest.raises(ValueError, match="^truth.json: has no image named a.png$"):
         image_ids_of([Path("a.png")], annotations("b.jpg"), CATEGORIES)

@@ -17,6 +17,15 @@ LAYOUTS = {  # annotation file and image folder of each split
     "plain": ("annotations/instances_{}.json", "{}"),
     "plain below images": ("annotations/instances_{}.json", "images/{}"),
     "one folder of images": ("annotations/{}.json", "images"),
+    "Label Studio": ("{}/result.json", "{}/images"),
+    "FiftyOne": ("{}/labels.json", "{}/data"),
+}
+UNSPLIT = {  # layouts that have one annotation file
+    "CVAT": ("annotations/instances_default.json", "images"),
+    "CVAT with a subset": ("annotations/instances_default.json", "images/default"),
+    "Label Studio": ("result.json", "images"),
+    "newer Label Studio": ("result_coco.json", "images"),
+    "FiftyOne": ("labels.json", "data"),
 }
 
 
@@ -35,7 +44,7 @@ def put(folder: Path, file: str, images: str, *, first=1, count=2, names="{:03}.
     (folder / file).write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("val", ["val", "valid"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_splits_are_found_in_every_layout(tmp_path, layout, val):
     file, images = LAYOUTS[layout]
@@ -67,6 +76,7 @@ def test_a_folder_without_a_known_layout_is_one_line_that_lists_them(tmp_path, s
         "instances_{train,val}2017.json",
         "{train,valid}/_annotations.coco.json",
         "instances_{train,val}.json",
+        *("instances_default.json", "result.json", "labels.json"),
     ):
         assert part in LAYOUT
 
@@ -103,6 +113,31 @@ def test_without_a_validation_split_a_tenth_is_held_out_of_training(tmp_path, la
             x = target["image_id"] % 10
             assert torch.equal(target["boxes"], torch.tensor([[x, 0.0, x + 5, 5]]))
     assert "one image in 10 is held out" in describe_layout(tmp_path)
+
+
+@pytest.mark.parametrize("layout", UNSPLIT)
+def test_a_layout_of_one_annotation_file_is_split_by_holding_out_a_tenth(tmp_path, layout):
+    file, images = UNSPLIT[layout]
+    put(tmp_path, file, images, count=21)
+    for split, count in (("train", 18), ("val", 3)):
+        found = find_split(tmp_path, split)
+        assert (found.annotations, found.images, found.part) == (tmp_path / file, tmp_path / images, split)
+        assert len(open_split(tmp_path, split)) == count
+    assert file in describe_layout(tmp_path)
+
+
+def test_annotation_files_that_are_not_read_are_named(tmp_path):
+    put(tmp_path, "annotations/instances_train.json", "images", count=21)
+    assert "not read" not in describe_layout(tmp_path)
+    names = [
+        f"annotations/{name}.json" for name in ("instances_dev", "instances_holdout", "person_keypoints_train", "x")
+    ]
+    for name in names[:1]:
+        (tmp_path / name).write_text("{}")
+    assert describe_layout(tmp_path).endswith("held out for it; not read: annotations/instances_dev.json")
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    assert describe_layout(tmp_path).endswith(f"; not read: {', '.join(names[:3])} and 1 more")
 
 
 def test_which_images_are_held_out_is_settled_by_their_names_and_not_by_their_order():

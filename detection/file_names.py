@@ -1,0 +1,49 @@
+"""Which files the names in an annotation file mean, if exporters added folders, backslashes or escapes to them."""
+
+import posixpath
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from urllib.parse import unquote
+
+LABEL_STUDIO = re.compile(r"[0-9a-f]{8}-(?=.)")  # what it puts in front of the name of an upload
+
+
+def match_names(names: Iterable[str], files: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
+    r"""Find the file that each name means: ({name: file}, {name: the files it may mean} where there are several).
+
+    A name and a file match if one ends in all of the other, part by part: `C:\data\a\1.png` and `a/1.png`, or `1.png`
+    and `a/1.png`. The longest match counts. Both are compared without percent-encoding and upper case, with `/` for
+    `\` and in Unicode's NFC. A name that matches no file is tried again without Label Studio's `1a2b3c4d-`. A file that
+    several names mean is none of theirs.
+    """
+    by_end: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
+    for file in files:
+        if parts := _parts(file):
+            by_end[parts[-1]].append((parts, file))
+    found, several = {}, {}
+    for name in dict.fromkeys(names):
+        parts = _parts(name)
+        best = _best(parts, by_end) or _best((*parts[:-1], LABEL_STUDIO.sub("", "".join(parts[-1:]), count=1)), by_end)
+        if len(best) == 1:
+            found[name] = best[0]
+        elif best:
+            several[name] = best
+    claims = Counter(found.values())
+    return {name: file for name, file in found.items() if claims[file] == 1}, several
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    text = unicodedata.normalize("NFC", unquote(name)).casefold().replace("\\", "/")
+    return tuple(part for part in posixpath.normpath(text).split("/") if part not in ("", ".", ".."))
+
+
+def _best(parts: tuple[str, ...], by_end: dict[str, list[tuple[tuple[str, ...], str]]]) -> list[str]:
+    """The files that match the longest part of a name."""
+    matches: dict[tuple[int, bool], list[str]] = defaultdict(list)
+    for of_file, file in by_end.get(parts[-1], ()) if parts else ():
+        shared = min(len(parts), len(of_file))
+        if parts[-shared:] == of_file[-shared:]:
+            matches[shared, parts == of_file].append(file)
+    return matches[max(matches)] if matches else []
