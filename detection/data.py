@@ -1,7 +1,6 @@
 """The data of a run (a folder, COCO in its usual places, or the built-in set) and their batches."""
 
 import math
-import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +15,7 @@ from detection.layouts import find_split
 from detection.sampler import TrainBatches
 from detection.shapes import make_shapes
 from detection.transforms import to_model_input
+from resbackbone.checks import usual_folder
 from resbackbone.engine.termination import worker_processes
 from resbackbone.engine.transfer import moved
 from resbackbone.image_io import BadImage
@@ -25,10 +25,8 @@ EMBEDDED_SET = {"train_images": 3000, "val_images": 200, "size": 128}
 
 
 def find_coco() -> Path | None:
-    """The first of $DETECTRON2_DATASETS/coco, $COCO_DIR and ./datasets/coco that exists, or None."""
-    variables = {"DETECTRON2_DATASETS": "coco", "COCO_DIR": ""}
-    places = [Path(os.environ[name]) / below for name, below in variables.items() if os.environ.get(name)]
-    return next((place for place in [*places, Path("datasets/coco")] if place.is_dir()), None)
+    """$DETECTRON2_DATASETS/coco, $COCO_DIR, without these ./datasets/coco, or None. Raises as `usual_folder` does."""
+    return usual_folder({"DETECTRON2_DATASETS": "coco", "COCO_DIR": ""}, "datasets/coco")
 
 
 def embedded_data() -> Path:

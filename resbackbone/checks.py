@@ -1,6 +1,7 @@
 """What a caller or a file did wrong, in one sentence: what was given, what is accepted, what to do."""
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,6 +17,25 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
         return value
     listed = ", ".join(str(choice) for choice in choices)
     raise UserError(f"unknown {kind} {value!r}; choose from {listed}{note}")
+
+
+def usual_folder(variables: Mapping[str, str], default: str) -> Path | None:
+    """The first of $variable/below, for `variables` {variable: below}, that is a folder; without one set, `default`.
+
+    None if `default` is no folder either. Raises UserError if variables are set and none leads to a folder: another
+    data set is not what they ask for.
+    """
+    places = [(name, Path(os.environ[name]) / below) for name, below in variables.items() if os.environ.get(name)]
+    if places:
+        for _, place in places:
+            if place.is_dir():
+                return place
+        name, place = places[0]
+        raise UserError(
+            f"${name} is {os.environ[name]!r}, but there is no folder {place.absolute()}; correct or unset the "
+            "variable, or give --data"
+        )
+    return Path(default) if Path(default).is_dir() else None
 
 
 class MissingPackage(ModuleNotFoundError, UserError):

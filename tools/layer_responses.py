@@ -12,7 +12,6 @@ from pathlib import Path
 
 from resbackbone.cli.command import Auto, Several, console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
-from resbackbone.cli.options import usual_folder
 
 import matplotlib
 import numpy as np
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from resbackbone.analysis import gradient_norms, layer_responses
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, one_of, usual_folder
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
 from resbackbone.engine.checkpoints import checkpoints

@@ -24,7 +24,6 @@ from resbackbone.cli.options import (
     choose_machine,
     launch_command,
     training_options,
-    usual_folder,
 )
 from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from detection.crops import make_shape_crops
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, one_of, usual_folder
 from resbackbone.classification.data import LAYOUT, SYNTHETIC, open_images, train_batches
 from resbackbone.classification.evaluate import PROTOCOLS, Ensemble, evaluate
 from resbackbone.classification.images import Images
@@ -57,7 +56,7 @@ from resbackbone.weights.sources import is_named
 from resbackbone.weights.write import architecture_name
 
 EMBEDDED = Path("datasets/shape-crops")
-IMAGENET = ("IMAGENET_DIR", "datasets/imagenet")
+IMAGENET = ({"IMAGENET_DIR": ""}, "datasets/imagenet")
 NORMS = ("BN", "SyncBN", "GN")
 Batch = tuple[Tensor, Tensor]  # uint8 images [B, 3, H, W], labels [B]
 NOT_EVALUATED = "nothing is evaluated: synthetic images show only the speed"

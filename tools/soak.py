@@ -112,7 +112,7 @@ def kill(subject: Subject, times: int, moments: random.Random) -> Found:
 
     while hit.total() < times:
         trains = subject.trains(run)
-        process = subject.start(run, "--resume")
+        process = subject.resume(run)
         wanted = moments.choice(["startup", "step", "step", "save", "evaluation"])
         if wanted != "startup":
             wait_for(trains, process)
@@ -140,7 +140,7 @@ def terminate(subject: Subject, times: int, moments: random.Random) -> Found:
     run, lost, seconds = subject.new_run("terminate"), [], []
     for _ in range(times):
         trains = subject.trains(run)
-        process = subject.start(run, "--resume")
+        process = subject.resume(run)
         wait_for(trains, process)
         time.sleep(moments.uniform(0, 1.5))
         if process.poll() is not None:

@@ -21,7 +21,6 @@ from resbackbone.cli.options import (
     choose_machine,
     launch_command,
     training_options,
-    usual_folder,
 )
 from resbackbone.cli.training import prepare_run
 
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, one_of, usual_folder
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet, save_cifar_resnet
 from resbackbone.classification.cifar10 import (
     LAYOUT,
@@ -54,7 +53,7 @@ from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
 
 PAPER = "He et al. 2015, Sec. 4.2: SGD 0.1, momentum 0.9, weight decay 1e-4, a tenth of the rate at 1/2 and at 3/4"
-CIFAR10_FOLDERS = ("CIFAR10_DIR", "datasets/cifar10")
+CIFAR10_FOLDERS = ({"CIFAR10_DIR": ""}, "datasets/cifar10")
 RATE, BATCH_SIZE, STEPS = 0.1, 128, 64_000
 WEIGHT_DECAY = 1e-4
 WARMUP_DEPTH, WARMUP_STEPS = 110, 400

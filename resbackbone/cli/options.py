@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import Auto, console, from_config, option_names, parse
+from resbackbone.cli.command import Auto, from_config, option_names, parse
 from resbackbone.cli.errors import from_option, one_line_errors
 from resbackbone.engine.device import PRECISIONS, choose_device, choose_precision
 from resbackbone.engine.distributed import count_processes, launch
@@ -27,7 +27,7 @@ class RunOptions:
     output: Auto[Path] = None
     """The run's folder. Default: a new one under runs/."""
     resume: bool = False
-    """Continue the run in --output, or the latest run of this name, from its last checkpoint."""
+    """Continue the run in --output, or the latest run of this name, from its last checkpoint; without a run, stop."""
     config: Auto[Path] = None
     """YAML file with options, such as another run's config.yaml; flags override it."""
     max_steps: Auto[int] = None
@@ -51,12 +51,6 @@ class MachineOptions:
     """Seed of initial weights, image order, augmentation and sampling."""
     deterministic: bool = False
     """Use only deterministic algorithms, so that a GPU repeats a run bit for bit (slower). A CPU always does."""
-
-
-def usual_folder(variable: str, default: str) -> Path | None:
-    """The first of $variable and `default` that is a folder, or None."""
-    places = (os.environ.get(variable), default)
-    return next((Path(place) for place in places if place and Path(place).is_dir()), None)
 
 
 def check_shortcut(options) -> None:
@@ -95,15 +89,16 @@ def training_options(
     Raises ValueError if a flag other than those in `may_differ` contradicts the run.
     """
     # torchrun sets the variable when it has restarted this process (--max-restarts)
-    if not options.resume and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0:
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if not options.resume and not restarted:
         return complete(options)
     folder = options.output or latest_folder(default_folder(complete(options)))
     if (folder / "config.yaml").is_file():
         saved = from_config(type(options), folder / "config.yaml")
         options = parse(type(options), argv, default=saved)
         check_same_run(options, saved, folder, may_differ)
-    else:
-        console.print(f"nothing to resume in {folder}: starting at step 0")
+    elif options.resume and not restarted:
+        raise UserError(f"--resume: there is no run in {folder}; give its folder as --output, or leave --resume out")
     return complete(dataclasses.replace(options, output=folder, resume=True))
 
 

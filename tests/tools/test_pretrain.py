@@ -390,3 +390,11 @@ def test_the_embedded_crops_are_drawn_once_and_alike_and_not_over_other_files(tm
     assert crops.make_shape_crops(one, **drawn) == one and (one / files[0]).stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="already holds"):
         crops.make_shape_crops(one, **{**drawn, "size": 96})
+
+
+def test_resume_without_a_run_and_a_variable_that_leads_nowhere_stop(capsys, monkeypatch):
+    assert "--resume: there is no run in runs/typo;" in error_of(["--output", "runs/typo", "--resume"], capsys)
+    monkeypatch.setenv("IMAGENET_DIR", "nowhere")
+    said = error_of(["--device", "cpu"], capsys)
+    assert f"$IMAGENET_DIR is 'nowhere', but there is no folder {Path.cwd() / 'nowhere'}; correct or unset" in said
+    assert list(Path().iterdir()) == []

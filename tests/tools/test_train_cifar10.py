@@ -245,3 +245,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_saves_the_batch(s
     assert "step 2 is not finite: loss_class is nan on rank 0, its images are saved in run/bad_batch" in said
     saved = load_file("run/bad_batch_step_2_rank_0.safetensors")
     assert torch.equal(saved["images"], calls[2]) and len(saved["labels"]) == 8
+
+
+def test_resume_without_a_run_and_a_variable_that_leads_nowhere_stop(capsys, monkeypatch):
+    assert "--resume: there is no run in runs/typo;" in error_of([*CIFAR, "--output", "runs/typo", "--resume"], capsys)
+    monkeypatch.setenv("CIFAR10_DIR", "nowhere")
+    assert "$CIFAR10_DIR is 'nowhere', but there is no folder" in error_of(["--device", "cpu"], capsys)
+    assert list(Path().iterdir()) == []

@@ -294,10 +294,13 @@ def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(straight
     assert timeless(Path("run"), "eval") == timeless(straight, "eval")
 
 
-def test_resume_without_a_run_starts_one_and_says_so(shapes, capsys):
-    train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--pictures", "0", "--resume"])
-    assert "nothing to resume in runs/shapes-r18-fpn-short: starting at step 0" in capsys.readouterr().out
-    assert [line["step"] for line in metrics(Path("runs/shapes-r18-fpn-short"))] == [1]
+@pytest.mark.parametrize("folder", [None, "runs/typo"])
+def test_resume_without_a_run_stops_and_writes_nothing(shapes, capsys, folder):
+    output = [] if folder is None else ["--output", folder]
+    said = error_of([*QUICK, "--data", shapes, "--resume", *output], capsys)
+    name = folder or "runs/shapes-r18-fpn-short"
+    assert said == f"error: --resume: there is no run in {name}; give its folder as --output, or leave --resume out"
+    assert list(Path().iterdir()) == []
 
 
 def test_resume_without_a_folder_goes_on_with_the_latest_run_of_the_name(shapes):

@@ -46,9 +46,14 @@ class Subject:
         """The training in a process of its own, with the run folder `run`."""
         return start_tool([*self.argv, "--output", str(run), *flags], log=self.log_file(run), launcher=launcher)
 
+    def resume(self, run: Path, *, launcher: Sequence[str] = PYTHON) -> subprocess.Popen:
+        """The same, resumed; a run that has not begun yet starts."""
+        flags = ["--resume"] if (run / "config.yaml").is_file() else []
+        return self.start(run, *flags, launcher=launcher)
+
     def finish(self, run: Path, *, launcher: Sequence[str] = PYTHON) -> None:
         """Start or resume a run, and wait for its end. Raises RuntimeError if it fails."""
-        if self.start(run, "--resume", launcher=launcher).wait(PATIENCE):
+        if self.resume(run, launcher=launcher).wait(PATIENCE):
             raise RuntimeError(f"{run} could not be resumed: {self.log(run)[-500:]}")
 
     def log_file(self, run: Path) -> Path:
