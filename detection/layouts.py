@@ -16,7 +16,10 @@ LAYOUT = (
     "annotations/instances_{train,val}.json with train/ and val/, annotations/instances_default.json with images/ "
     "(CVAT's), result.json with images/ (Label Studio's), or labels.json with data/ (FiftyOne's)"
 )
-SPLIT_NAMES = {"train": ("train", "default"), "val": ("val", "valid", "validation")}
+SPLIT_NAMES = {  # CVAT's single split is "default", and the splits that it suggests have capitals
+    "train": ("train", "Train", "default"),
+    "val": ("val", "valid", "validation", "Validation"),
+}
 HELD_OUT = 10  # without a validation split, one image in this many is held out
 
 

@@ -42,6 +42,10 @@ class MissingPackage(ModuleNotFoundError, UserError):
     """A package of an extra is not installed; the message says which, and how to install it."""
 
 
+class BrokenPackage(ImportError, UserError):
+    """A package is installed and cannot be imported."""
+
+
 def require(extra: str, *modules: str, user: str) -> None:
     """Raise MissingPackage if one of these modules is not installed: `detection needs hotcoco: pip install ..`.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from resbackbone.checks import UserError
+from resbackbone.checks import BrokenPackage, UserError
 
 
 def is_transformed() -> bool:
@@ -60,6 +60,20 @@ def forget_sparse_tensors() -> None:
     `torch._utils._sparse_tensors_to_validate`. Without it: nothing to drop.
     """
     getattr(torch._utils, "_sparse_tensors_to_validate", []).clear()
+
+
+def check_torchvision() -> None:
+    """Raise BrokenPackage if torchvision cannot be imported: `operator torchvision::nms does not exist`, with a torch
+    of another build."""
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:  # RuntimeError, ImportError, OSError: what its build and torch's disagree in
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise BrokenPackage(
+            f"torchvision cannot be imported ({reason}); run resbackbone-doctor (python tools/doctor.py), which names "
+            "the fix",
+            name="torchvision",
+        ) from error
 
 
 def torchvision_detection_utils() -> Any:

@@ -22,7 +22,7 @@ from resbackbone.classifier import ResNetClassifier
 from resbackbone.config import BackboneConfig
 from resbackbone.resnet import DEPTHS, STAGES, TRUNK_LEVELS, ResNet
 
-TRUNK_ARGUMENTS = ("norm", "eps", "shortcut", "stride_in_1x1", "groups", "width_per_group")
+TRUNK_ARGUMENTS = ("norm", "eps", "shortcut", "stride_in_1x1", "groups", "width_per_group", "frozen_through")
 DILATE_C5 = {32: False, 16: True}  # by timm's output_stride
 
 
@@ -33,7 +33,9 @@ class TimmFeatures(ResNet):
         indices = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices
         self.out_indices = sorted({one_of("out index", i, range(-5, 5)) % 5 for i in indices})
         levels = [level for i, level in enumerate(TRUNK_LEVELS, 1) if i in self.out_indices]
-        super().__init__(**_config(depth, arguments, levels=levels or ["c2"]).trunk())
+        config = _config(depth, arguments, levels=levels or ["c2"])
+        super().__init__(**config.trunk())
+        _freeze(self, config)
         info = [{"num_chs": 64, "reduction": 2, "module": "bn1"}]
         for level, (channels, stride) in self.stage_features.items():
             info.append({"num_chs": channels, "reduction": stride, "module": STAGES[level]})
@@ -56,7 +58,9 @@ class TimmClassifier(ResNetClassifier):
     fc: nn.Module  # type: ignore[assignment]
 
     def __init__(self, depth: int, num_classes: int = 1000, global_pool: str = "avg", **arguments):
-        super().__init__(_config(depth, arguments))
+        config = _config(depth, arguments)
+        super().__init__(config)
+        _freeze(self, config)
         self.num_features = self.head_hidden_size = self.features["c5"].channels
         self.reset_classifier(num_classes, global_pool)
 
@@ -92,12 +96,18 @@ def _config(depth: int, given: Mapping, **more) -> BackboneConfig:
     return BackboneConfig(depth=depth, **trunk, **more)
 
 
+def _freeze(network: ResNet, config: BackboneConfig) -> None:
+    if config.frozen_through is not None:
+        network.freeze(config.frozen_through)
+
+
 def _register(depth: int) -> None:
     """Make `timm.create_model("resbackbone_50", ..)` known, its parameters named as those of timm's resnet50.
 
     features_only=True gives a `TimmFeatures`, otherwise it is a `TimmClassifier`. pretrained=True loads what timm has
     for its own network, and a tag chooses as it does there (`resbackbone_50.a1_in1k`). A file (`checkpoint_path`)
-    goes by its names alone: for one with strides in the 1x1, say stride_in_1x1=True.
+    goes by its names alone: for one with strides in the 1x1, say stride_in_1x1=True. timm loads weights after it has
+    made a network, so frozen_through ("stem", "c2" .. "c5") is taken without pretrained=True too.
     """
     name = f"resbackbone_{depth}"
 

@@ -7,7 +7,7 @@ the name of ours, is one line and not a traceback.
 import sys
 from types import TracebackType
 
-from resbackbone.checks import MissingPackage, detection_clash, require
+from resbackbone.checks import UserError, detection_clash, require
 
 TRAIN = ("huggingface_hub", "jinja2", "matplotlib", "rich", "simplejpeg", "tensorboard", "timm", "tyro", "yaml")
 
@@ -18,7 +18,7 @@ def import_error_in_one_line(kind: type[BaseException], error: BaseException, tr
     if isinstance(error, ImportError):
         name = (error.name or "").partition(".")[0]
         needed = f"a command needs {name}: pip install 'resbackbone[train]'" if name in TRAIN else None
-        line = detection_clash() or (str(error) if isinstance(error, MissingPackage) else needed)
+        line = detection_clash() or (str(error) if isinstance(error, UserError) else needed)
     if line:
         print(f"error: {line}", file=sys.stderr)
     else:

@@ -19,7 +19,8 @@ NOTES = "resbackbone"  # the entry of foreign files that holds our metadata, as 
 
 
 def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write a safetensors file atomically. Metadata values are stored as JSON; the input is added to them.
+    """Write a safetensors file atomically. Metadata values are stored as JSON; the input is added to them. Of tied
+    weights, each name gets a copy.
 
     Files of this package hold, as far as they are known: "backbone" (the arguments of `build_resnet_backbone`:
     depth, shortcut, stride_in_1x1, groups, width_per_group, eps, norm, in_channels, ..), "detector" (those of
@@ -27,8 +28,18 @@ def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata
     names), "source", "licence" and "recipe"; and always "input" (`inputs.INPUT`, except for "cifar").
     """
     metadata = {"format": "resbackbone", "input": INPUT, **metadata}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    write_atomically(path, save(tensors, {key: json.dumps(value) for key, value in metadata.items()}))
+    write_atomically(path, save(apart(state), {key: json.dumps(value) for key, value in metadata.items()}))
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, each in memory of its own: safetensors refuses tied weights."""
+    tensors, memories = {}, set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in memories else tensor
+        memories.add(memory)
+    return tensors
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,6 +12,7 @@ import torch
 
 from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, require
+from resbackbone.compat import check_torchvision
 from resbackbone.weights.download import download
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, RGB_255, check_input
 from resbackbone.weights.zoo import (
@@ -107,6 +108,7 @@ def recognised(path: Path) -> dict[str, Any]:
 
 
 def _torchvision(name: str) -> Located:
+    check_torchvision()
     import torchvision
 
     try:
@@ -130,6 +132,7 @@ def _torchvision(name: str) -> Located:
 
 def _timm(name: str) -> Located:
     require("train", "timm", user="a timm: source")
+    check_torchvision()  # timm imports it
     from timm.models import get_pretrained_cfg, is_model_in_modules
 
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 from resbackbone.atomic import folder_atomically, write_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS, Bottleneck
-from resbackbone.weights.file import NOTES, write_weights
+from resbackbone.weights.file import NOTES, apart, write_weights
 from resbackbone.weights.fit import backbone_part, resolve_architecture
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import INPUT, for_given_input
@@ -58,7 +58,7 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
     if given != INPUT:
         key = conv1_of(state)
         state[key] = for_given_input(state[key], given)
-    state = {name: tensor.contiguous() for name, tensor in from_ours(state, format, eps=trunk["eps"]).items()}
+    state = apart(from_ours(state, format, eps=trunk["eps"]))
     notes = json.dumps({**metadata, "backbone": {**metadata["backbone"], "eps": 1e-5}, "input": given})
     if format == "transformers":
         _write_transformers_folder(path, state, trunk, metadata, notes)

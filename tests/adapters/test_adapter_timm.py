@@ -67,6 +67,25 @@ def test_the_classifier_equals_timms(depth, randomised):
         assert_equal([ours.forward_head(maps, pre_logits=True)], [theirs.forward_head(maps, pre_logits=True)])
 
 
+@pytest.mark.parametrize("features_only", [True, False])
+def test_frozen_through_freezes_these_parts_and_changes_no_map(features_only, randomised):
+    make = {"features_only": True} if features_only else {"num_classes": 3}
+    theirs = randomised(timm.create_model("resnet18", **make))
+    ours = timm.create_model("resbackbone_18", frozen_through="c2", **make)
+    ours.load_state_dict(theirs.state_dict())
+    x = images(65, 97)
+    with torch.no_grad():
+        given, expected = ours.eval()(x), theirs(x)
+        assert_equal(*((given, expected) if features_only else ([given], [expected])))
+    trainable = {name.partition(".")[0] for name, parameter in ours.named_parameters() if parameter.requires_grad}
+    assert trainable == {"layer2", "layer3", "layer4", *(() if features_only else ("fc",))}
+    before = ours.layer1[0].bn1.running_mean.clone()
+    ours.train()(x)
+    assert torch.equal(ours.layer1[0].bn1.running_mean, before)
+    with pytest.raises(ValueError, match="unknown frozen_through 'layer1'; choose from None, stem, c2"):
+        timm.create_model("resbackbone_18", frozen_through="layer1", **make)
+
+
 def test_a_classifier_is_reset_to_other_classes_and_to_none():
     model = timm.create_model("resbackbone_18", num_classes=3, drop_rate=0.0)
     model.reset_classifier(5)

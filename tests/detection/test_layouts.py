@@ -44,7 +44,7 @@ def put(folder: Path, file: str, images: str, *, first=1, count=2, names="{:03}.
     (folder / file).write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("val", ["val", "valid", "validation"])
+@pytest.mark.parametrize("val", ["val", "valid", "validation", "Validation"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_both_splits_are_found_in_every_layout(tmp_path, layout, val):
     file, images = LAYOUTS[layout]

@@ -1,4 +1,5 @@
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -78,3 +79,39 @@ def test_help_and_an_unknown_option_check_nothing(capsys, word, status):
     said = capsys.readouterr()
     assert exit.value.code == status and "ok  " not in said.out
     assert "Check this machine" in said.out or "unrecognized arguments: --gpus" in said.err
+
+
+@pytest.mark.parametrize("words", [[f"{name}.py", "--help"] for name in ("train_coco", "train_cifar10", "pretrain")])
+def test_with_a_torchvision_that_cannot_be_imported_a_command_points_to_it_in_one_line(tmp_path, words):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    tool, *words = words
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    process = subprocess.run([sys.executable, TOOLS / tool, *words], capture_output=True, text=True, env=environment)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert process.stderr == (
+        "error: torchvision cannot be imported (operator torchvision::nms does not exist); run resbackbone-doctor "
+        "(python tools/doctor.py), which names the fix\n"
+    )
+
+
+def test_with_a_torchvision_that_cannot_be_imported_detection_and_sources_say_so_and_the_doctor_names_the_fix(tmp_path):
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    program = """
+from resbackbone import build_resnet_backbone
+for code in ("import detection", "build_resnet_backbone(18, weights='torchvision:ResNet18_Weights.IMAGENET1K_V1')"):
+    try:
+        exec(code)
+    except ValueError as error:
+        print(type(error).__name__, isinstance(error, ImportError), error)
+from resbackbone.tools import doctor
+doctor.main([])
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{TOOLS.parent}"}
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    said = process.stdout.splitlines()
+    assert said[0].startswith("BrokenPackage True torchvision cannot be imported (operator torchvision::nms does not")
+    assert said[1].startswith(
+        "UserError False weights 'torchvision:ResNet18_Weights.IMAGENET1K_V1': torchvision cannot be"
+    )
+    assert "  FAILED   torchvision operators: operator torchvision::nms does not exist" in said
+    assert "           fix: install torch and torchvision together, of one build" in process.stdout

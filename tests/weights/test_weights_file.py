@@ -34,6 +34,13 @@ def test_our_own_file_keeps_tensors_and_metadata(tmp_path):
     assert weights.source == str(path)
 
 
+def test_tied_weights_and_views_of_one_tensor_are_written_each_by_its_name(tmp_path):
+    whole = torch.arange(12.0).view(4, 3)
+    state = {"a": whole, "b": whole, "head": whole[:2], "rest": whole[2:], "void": torch.zeros(0), "x": torch.zeros(0)}
+    write_weights(tmp_path / "tied.safetensors", state, {})
+    assert_same_state(dict(sorted(read_weights(tmp_path / "tied.safetensors").state.items())), state)
+
+
 def test_a_foreign_safetensors_file_says_nothing_about_itself(tmp_path):
     save_file(STATE, tmp_path / "timm.safetensors", {"format": "pt"})
     weights = read_weights(str(tmp_path / "timm.safetensors"))
