@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.config import Config
+from resbackbone.layers import NORMS
 
 BACKBONE_OF: dict[str, dict] = {  # each variant's arguments of `build_resnet_backbone`
     "fpn": {"fpn": True},
@@ -14,7 +15,16 @@ BACKBONE_OF: dict[str, dict] = {  # each variant's arguments of `build_resnet_ba
 VARIANTS = (*BACKBONE_OF, "vgg16")
 GEOMETRIES = ("torchvision", "detectron2")
 # What the weights of a detector's trunk, RPN and box head were trained for.
-SHAPE = ("variant", "anchor_scale", "anchor_sides", "representation_size", "geometry", "global_context")
+SHAPE = (
+    "variant",
+    "anchor_scale",
+    "anchor_sides",
+    "rpn_conv_depth",
+    "box_conv_layers",
+    "representation_size",
+    "geometry",
+    "global_context",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +42,11 @@ class DetectorConfig(Config):
     anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
         to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
     anchor_sides: other sides for a single map's anchors, stated at an anchor_scale of 8.
-    representation_size: width of the two fully connected layers of the fpn and dc5 (1024) and vgg16 heads (4096).
+    rpn_conv_depth: 3x3 convolutions of the RPN's head (1; torchvision's V2 detectors have 2).
+    box_conv_layers: channels of the box head's 3x3 convolutions, which one fully connected layer follows (torchvision's
+        V2 detectors: 256, 256, 256, 256); default none, but two fully connected layers. For fpn and dc5.
+    box_norm: the norm behind each of these convolutions: "BN", "FrozenBN", "SyncBN", "GN", or None (default).
+    representation_size: width of the fully connected layers of the fpn and dc5 (1024) and vgg16 heads (4096).
     geometry: "torchvision": anchors on whole pixels at inferred strides, RoIAlign with 2 x 2 samples a bin;
         "detectron2": unrounded anchors, aligned RoIAlign with as many samples as cells, and single maps not padded
         to their stride. Weights trained with one detect about as well, but not the same, with the other.
@@ -49,6 +63,9 @@ class DetectorConfig(Config):
     resize_in_training: bool = True
     anchor_scale: float = 8.0
     anchor_sides: tuple[float, ...] | None = None
+    rpn_conv_depth: int = 1
+    box_conv_layers: tuple[int, ...] = ()
+    box_norm: str | None = None
     representation_size: int | None = None
     geometry: str = "torchvision"
     global_context: bool = False
@@ -82,6 +99,15 @@ class DetectorConfig(Config):
         super().__post_init__()
         one_of("variant", self.variant, VARIANTS)
         one_of("geometry", self.geometry, GEOMETRIES)
+        one_of("norm of the box head", self.box_norm, (None, *NORMS))
+        if self.rpn_conv_depth < 1 or min(self.box_conv_layers, default=1) < 1:
+            raise UserError(
+                f"rpn_conv_depth={self.rpn_conv_depth}, box_conv_layers={self.box_conv_layers}: must be at least 1"
+            )
+        if self.box_conv_layers and self.variant not in ("fpn", "dc5"):
+            raise UserError(f"box_conv_layers are for fpn and dc5: the box head of {self.variant} has its own layers")
+        if self.box_norm and not self.box_conv_layers:
+            raise UserError(f"box_norm={self.box_norm!r}: only a box head with box_conv_layers has norms; give both")
         if (distinct := len(dict(self.categories))) != self.num_classes:
             raise UserError(f"num_classes is {self.num_classes}, but there are {distinct} categories")
         if self.anchor_sides is not None and self.variant == "fpn":

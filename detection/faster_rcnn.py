@@ -7,7 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
 
@@ -22,7 +22,7 @@ from detection.transforms import InputTransform
 from resbackbone import Backbone, BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, require
 from resbackbone.engine.checkpoints import last_whole_checkpoint
-from resbackbone.layers import fuse
+from resbackbone.layers import fuse, norm_layer, same_kind
 from resbackbone.weights import MEAN, STD, Weights, read_weights, write_weights
 from resbackbone.weights.fit import fit
 from resbackbone.weights.sources import is_named
@@ -30,6 +30,13 @@ from resbackbone.weights.sources import is_named
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the single map that a variant uses
 PREDICTOR = "roi_heads.box_predictor."  # the layers whose size depends on the number of classes
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels
+TORCHVISIONS = {  # arguments of its FasterRCNN that are modules, and what sets the same here
+    "rpn_anchor_generator": "anchor_scale (side over stride, on a pyramid) or anchor_sides (pixels, on a single map)",
+    "rpn_head": "rpn_conv_depth",
+    "box_roi_pool": "geometry and anchor_scale",
+    "box_head": "box_conv_layers, box_norm and representation_size",
+    "box_predictor": "num_classes",
+}
 AnyDetector = TypeVar("AnyDetector", bound=nn.Module)
 
 
@@ -63,13 +70,18 @@ class FasterRCNN(GeneralizedRCNN):
             box_head: nn.Module = Stage5Head(trunk.layer4)
         else:
             channels = cast(int, config.representation_size)
-            fully_connected = VGGHead if config.variant == "vgg16" else TwoMLPHead
-            box_head = fully_connected(backbone.out_channels * 7 * 7, channels)
+            if config.box_conv_layers:
+                norm = norm_layer(config.box_norm) if config.box_norm else None
+                shape = (backbone.out_channels, 7, 7)
+                box_head = FastRCNNConvFCHead(shape, list(config.box_conv_layers), [channels], norm)
+            else:
+                fully_connected = VGGHead if config.variant == "vgg16" else TwoMLPHead
+                box_head = fully_connected(backbone.out_channels * 7 * 7, channels)
         if config.global_context:
             box_head, channels = ContextHead(box_head), 2 * channels
         rpn = SampledRPN(
             anchors,
-            FP32RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0]),
+            FP32RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], config.rpn_conv_depth),
             config.rpn_fg_iou_thresh,
             config.rpn_bg_iou_thresh,
             config.rpn_batch_size_per_image,
@@ -195,6 +207,15 @@ def build_faster_rcnn(
 
     Raises ValueError for a backbone that does not fit the variant, and for a setting that is not accepted.
     """
+    for name, instead in TORCHVISIONS.items():
+        if settings.get(name) is not None:
+            raise UserError(
+                f"{name} is an argument of torchvision's FasterRCNN; here give {instead}, or plug the backbone into "
+                f"torchvision's own: FasterRCNN(as_torchvision(backbone), {num_classes + 1}, {name}=..)"
+            )
+    if settings.get("box_norm") == "FrozenBN":
+        raise UserError("box_norm='FrozenBN' without weights would freeze random layers; choose BN, SyncBN or GN")
+    settings = {name: value for name, value in settings.items() if name not in TORCHVISIONS}
     pairs = tuple((categories or {}).items())
     return FasterRCNN(backbone, DetectorConfig(num_classes=num_classes, categories=pairs, **settings))
 
@@ -269,15 +290,20 @@ def retarget_detector(
 
     Trunk, pyramid, RPN and box head start from the weights. The box predictor does if the categories are the same;
     otherwise it is new. The weights determine the settings in SHAPE; `options` are the other settings of
-    `build_faster_rcnn`, and `backbone` overrides the backbone's configuration (norm, frozen_through).
+    `build_faster_rcnn`, and `backbone` overrides the backbone's configuration (norm, frozen_through). Batch norms of
+    pyramid and box head become the trunk's kind: all frozen, or all trainable.
     """
-    described = weights.metadata["detector"]
+    described = DetectorConfig.from_json(weights.metadata["detector"], weights.source)
     pairs = tuple(categories.items())
-    same = pairs == DetectorConfig.from_json(described, weights.source).categories
-    shape = {name: described[name] for name in SHAPE if name in described}
+    same = pairs == described.categories
+    shape = {name: getattr(described, name) for name in SHAPE}
+    backbone = {**weights.metadata["backbone"], **backbone}
+    norm = backbone.get("norm", BackboneConfig.norm)
+    backbone["fpn_norm"] = same_kind(backbone.get("fpn_norm"), norm)
+    shape["box_norm"] = same_kind(described.box_norm, norm)
     retargeted = {"num_classes": len(categories), "categories": pairs, **options, **shape}
     weights.announce_assumptions()
-    configs = {"backbone": {**weights.metadata["backbone"], **backbone}, "detector": retargeted}
+    configs = {"backbone": backbone, "detector": retargeted}
     detector = detector_for(replace(weights, metadata=configs))
     kept = {key: tensor for key, tensor in weights.state.items() if same or not key.startswith(PREDICTOR)}
     fit(detector, replace(weights, state=kept), fresh=() if same else (PREDICTOR,))
@@ -294,7 +320,7 @@ def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDe
     for module in detector.modules():
         if isinstance(module, Backbone):
             module.fuse()
-        elif isinstance(module, Stage5Head):
+        elif isinstance(module, Stage5Head | FastRCNNConvFCHead):
             fuse(module)
     for module in detector.modules() if bf16 else ():
         if type(module) in (nn.Conv2d, nn.Linear):

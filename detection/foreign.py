@@ -1,5 +1,9 @@
 """Recognise which detector of this package fits Faster R-CNN weights that others published."""
 
+import itertools
+from collections.abc import Mapping
+
+from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detection.config import BACKBONE_OF
@@ -18,6 +22,16 @@ SINGLE_MAP_PROPOSALS = {
     "rpn_post_nms_top_n_test": 1000,
 }
 
+# Parts of names that only these detectors' heads have, and what torchvision's builder of the detector begins with.
+OTHER_DETECTORS = (
+    (("box_head.0.fc", "bbox_head.0."), "Cascade R-CNN", ""),
+    (("sem_seg_head.",), "Panoptic FPN", ""),
+    (("mask_head.",), "Mask R-CNN", "maskrcnn"),
+    (("keypoint_head.",), "Keypoint R-CNN", "keypointrcnn"),
+    (("bbox_ctrness", "head.ctrness", "bbox_head.conv_centerness"), "FCOS", "fcos"),
+    (("head.classification_head.", "head.cls_subnet.", "bbox_head.retina_"), "RetinaNet", "retinanet"),
+)
+
 
 def describe_detector(weights: Weights) -> dict[str, dict]:
     """The "backbone" and "detector" that `load_detector` builds for foreign weights, in the layout of our own files.
@@ -29,10 +43,7 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     """
     state = weights.state
     if weights.unknown:
-        raise UserError(
-            f"weights from {weights.source} hold {len(weights.unknown)} tensors that no Faster R-CNN of this package "
-            f"has (their trunk and pyramid can be read alone): {', '.join(weights.unknown)}"
-        )
+        raise UserError(f"weights from {weights.source} {_what_they_are(weights)}")
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
     if scores is None or scores.dim() != 2:
         raise UserError(
@@ -47,12 +58,53 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         "variant": variant,
         "categories": list(_categories(len(scores) - 1, weights.metadata.get("classes")).items()),
         "geometry": FORMATS[weights.format].geometry if weights.format in FORMATS else "torchvision",
+        "rpn_conv_depth": max(1, len(_numbered(state, "rpn.head.conv.{}.0.weight"))),
     }
-    if variant != "c4" and "roi_heads.box_head.fc6.weight" in state:
-        detector["representation_size"] = len(state["roi_heads.box_head.fc6.weight"])
+    if variant != "c4":
+        detector |= _box_head(state)
     if variant != "fpn":
         detector |= SINGLE_MAP_PROPOSALS
     return {"backbone": _backbone_config(weights, variant).to_json(), "detector": detector}
+
+
+def _box_head(state: Mapping[str, Tensor]) -> dict[str, object]:
+    """The settings of a box head that names and shapes show."""
+    convolutions = _numbered(state, "roi_heads.box_head.{}.0.weight")
+    linear = f"roi_heads.box_head.{len(convolutions) + 1 if convolutions else 'fc6'}.weight"
+    found: dict[str, object] = {"representation_size": len(state[linear])} if linear in state else {}
+    if convolutions:
+        found["box_conv_layers"] = [len(weight) for weight in convolutions]
+    if "roi_heads.box_head.0.1.weight" in state:
+        found["box_norm"] = "FrozenBN" if "roi_heads.box_head.0.1.running_var" in state else "GN"
+    return found
+
+
+def _numbered(state: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """The tensors `name` with 0, 1, .. in the place of {}, up to the first that is missing."""
+    return [state[key] for key in itertools.takewhile(state.__contains__, map(name.format, itertools.count()))]
+
+
+def _what_they_are(weights: Weights) -> str:
+    """What weights with unknown tensors are, and what to do with them."""
+    unknown = weights.unknown
+    for marks, kind, builder in OTHER_DETECTORS:
+        name = next((key for mark in marks for key in unknown if mark in key), None)
+        if name is None:
+            continue
+        package = "torchvision" if weights.format in ("torchvision", "timm") else weights.format
+        if package == "torchvision" and builder:
+            version = "_v2" if any(".0.1." in key for key in unknown) else ""  # its heads have norms
+            package = f"torchvision.models.detection.{builder}_resnet50_fpn{version}"
+        own = f"torchvision's {kind.replace(' ', '').replace('-', '')}" if builder else "detectron2's"
+        return (
+            f"are of a {kind} ({name} and {len(unknown) - 1} more tensors), and this package builds Faster R-CNNs "
+            f"only: load them with {package}, or train {own} on their trunk and pyramid, which "
+            f"build_resnet_backbone reads and {'as_torchvision' if builder else 'adapters.detectron2'} plugs in"
+        )
+    return (
+        f"hold {len(unknown)} tensors that no Faster R-CNN of this package has (their trunk and pyramid can be read "
+        f"alone): {', '.join(unknown)}"
+    )
 
 
 def _backbone_config(weights: Weights, variant: str) -> BackboneConfig:

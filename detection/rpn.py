@@ -1,5 +1,6 @@
 """Region proposal network (Ren et al. 2015, Sec. 3): torchvision's, with gradients computed at sampled anchors only."""
 
+import itertools
 from typing import Any, cast
 
 import torch
@@ -64,10 +65,17 @@ class FP32RPNHead(RPNHead):
         objectness, deltas = super().forward(maps)
         return [at_least_fp32(x) for x in objectness], [at_least_fp32(x) for x in deltas]
 
-    def at(self, cells: Tensor) -> tuple[Tensor, Tensor]:
-        """The outputs [n, A] and [n, A, 4] at n cells, from the 3x3 of the map around each, [n, 3 * 3 * C]."""
-        [[conv, _relu]] = self.conv
-        hidden = F.relu(F.linear(cells, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias))
+    def at(self, around: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """The outputs [n, A] and [n, A, 4] at n cells, from the map around each.
+
+        around: [n, S, S, C], S = 3 for one 3x3 convolution, 5 for two, ..; inside: [n, S, S], False outside the map.
+        """
+        for conv, _relu in self.conv:
+            windows = around.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
+            around = F.relu(F.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias))
+            inside = inside[:, 1:-1, 1:-1]
+            around = around * inside[..., None]  # the next convolution pads with zeros
+        hidden = around.flatten(1)
         objectness, deltas = (
             at_least_fp32(F.linear(hidden, layer.weight.flatten(1), layer.bias))
             for layer in (self.cls_logits, self.bbox_pred)
@@ -144,28 +152,33 @@ class SampledRPN(RegionProposalNetwork):
 
         Every level contributes to all n, zeros to those of other levels: sorting by level would wait for the GPU.
         """
-        shapes = self.head.cls_logits.out_channels
+        shapes, reach = self.head.cls_logits.out_channels, len(self.head.conv)
         cells = sum(x.shape[-2] * x.shape[-1] for x in maps)
         image, anchor = sampled // (cells * shapes), sampled % (cells * shapes)
         cell, shape = anchor // shapes, anchor % shapes
-        around: Tensor | float = 0.0
-        for x in maps:
-            around = around + _surroundings(x, image, cell)
-            cell = cell - x.shape[-2] * x.shape[-1]
-        objectness, deltas = self.head.at(around)
+        around, inside = _surroundings(maps[0], image, cell, reach)
+        for finer, x in itertools.pairwise(maps):
+            cell = cell - finer.shape[-2] * finer.shape[-1]
+            of_level, inside_level = _surroundings(x, image, cell, reach)
+            around, inside = around + of_level, inside | inside_level
+        objectness, deltas = self.head.at(around, inside)
         every = torch.arange(len(sampled), device=sampled.device)
         return objectness[every, shape], deltas[every, shape]
 
 
-def _surroundings(feature: Tensor, image: Tensor, cell: Tensor) -> Tensor:
-    """[B, C, H, W] and the image and cell [n] of each -> [n, 3 * 3 * C], zeros outside the map."""
+def _surroundings(feature: Tensor, image: Tensor, cell: Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    """[B, C, H, W] and the image and cell [n] of each -> [n, S, S, C], zeros outside the map, and [n, S, S], inside.
+
+    S = 2 * reach + 1. A cell of another level is outside with all its surroundings.
+    """
     height, width = feature.shape[-2:]
-    step = torch.arange(-1, 2, device=cell.device)
+    step = torch.arange(-reach, reach + 1, device=cell.device)
     rows, columns = ((at[:, None] + step) for at in (cell // width, cell % width))
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
     inside &= ((cell >= 0) & (cell < height * width))[:, None, None]
     cells = (image[:, None, None] * height + rows[:, :, None]) * width + columns[:, None]
-    return sum_cells(rows_of(feature), (cells * inside).view(-1, 1), inside.view(-1, 1)).view(len(cell), -1)
+    values = sum_cells(rows_of(feature), (cells * inside).view(-1, 1), inside.view(-1, 1))
+    return values.view(*cells.shape, -1), inside
 
 
 def box_iou(boxes: Tensor, anchors: Tensor) -> Tensor:

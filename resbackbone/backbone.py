@@ -12,7 +12,7 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.config import BackboneConfig, CommonConfig, ordered_levels
 from resbackbone.export import export_maps
 from resbackbone.fpn import FPN
-from resbackbone.layers import BATCH_NORMS, fuse
+from resbackbone.layers import BATCH_NORMS, fuse, same_kind
 from resbackbone.resnet import DEPTHS, Feature, ResNet, sorted_levels
 from resbackbone.weights.fit import backbone_part, fit, resolve_architecture, resolve_pyramid
 from resbackbone.weights.inputs import INPUT
@@ -174,7 +174,8 @@ def build_resnet_backbone(
     zero_init_residual: start the last norm of each block at zero (Goyal et al. 2017).
     checkpoint_activations: compute each block's activations again in backward instead of keeping them.
     relu_before_p7: whether p7 starts from p6's positive part (True), which mmdetection's RetinaNets leave out.
-    fpn_channels, fpn_norm: channels of the pyramid (256) and the norm behind its convolutions (none).
+    fpn_channels, fpn_norm: channels of the pyramid (256) and the norm behind its convolutions (none). Batch norms in
+        the weights' pyramid become `norm`, unless another kind is given.
 
     Raises ValueError for an unknown name or level, for frozen layers without weights, and for weights that are of
     another network than is asked or do not fit, listing every missing, unexpected and mis-shaped key.
@@ -205,6 +206,8 @@ def build_resnet_backbone(
         p6_from=p6_from,
         relu_before_p7=relu_before_p7,
     )
+    if fpn_norm is None:
+        pyramid["fpn_norm"] = same_kind(pyramid.get("fpn_norm"), trunk["norm"])
     config = BackboneConfig(
         **trunk,
         **pyramid,

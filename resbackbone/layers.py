@@ -34,6 +34,11 @@ def norm_layer(name: str, eps: float = 1e-5) -> Norm:
     return partial(NORMS[one_of("norm", name, NORMS)], eps=eps)
 
 
+def same_kind(norm: str | None, wanted: str) -> str | None:
+    """`wanted` in place of `norm` if both are batch norms, which hold the same tensors; otherwise `norm`."""
+    return norm if norm is None or "GN" in (norm, wanted) else wanted
+
+
 def conv(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1):
     """A convolution that keeps H and W up to its stride, without bias: a norm follows."""
     padding = dilation * (kernel - 1) // 2

@@ -35,6 +35,10 @@ NAMES = (
     "roi_heads.box_head.fc{n}.{leaf}",
     "roi_heads.box_predictor.cls_score.{leaf}",
     "roi_heads.box_predictor.bbox_pred.{leaf}",
+    # The deeper heads of torchvision's V2 detectors: two convolutions in the RPN, four and one fully connected layer
+    "rpn.head.conv.{j}.0.{leaf}",
+    "roi_heads.box_head.{j}.{k}.{leaf}",
+    "roi_heads.box_head.{n}.{leaf}",
 )
 STAGE5 = "roi_heads.box_head."  # where a C4 detector has its layer4
 ANCHOR_RATIOS = 3
@@ -44,12 +48,13 @@ EPS = 1e-5  # of the norms of every format
 class Format(NamedTuple):
     """One format.
 
-    `names` are in the order of NAMES; a format without names for heads or pyramids ends early. `names.rename` says how
-    placeholders change (`{i+1}`, `{k-1:a,b,c}`); the first name that matches is taken. In them `{level+first}`
-    counts a pyramid's levels from the image, and `{count}` is the number behind its last level. `places` are the
-    prefixes of trunk and pyramid in the files of a trunk, of one with a pyramid, of a detector on one map and of one
-    with a pyramid; further ones are read only. `aliases` are pairs (ours, theirs) that are read only. `constants` are
-    tensors in files that follow from the network. `input` and `stride_in_1x1` are usual for networks with these names.
+    `names` are in the order of NAMES; a format without names for pyramids, heads or deeper heads ends early.
+    `names.rename` says how placeholders change (`{i+1}`, `{k-1:a,b,c}`); the first name that matches is taken. In them
+    `{level+first}` counts a pyramid's levels from the image, and `{count}` is the number behind its last level.
+    `places` are the prefixes of trunk and pyramid in the files of a trunk, of one with a pyramid, of a detector on one
+    map and of one with a pyramid; further ones are read only. `aliases` are pairs (ours, theirs) that are read only.
+    `constants` are tensors in files that follow from the network. `input` and `stride_in_1x1` are usual for networks
+    with these names.
     """
 
     title: str

@@ -1,13 +1,21 @@
+import copy
+
 import pytest
 import torch
-from made import FEW, small_detector
+from made import FEW, lively, small_detector
 from torch import nn
-from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 from torchvision.models.detection.image_list import ImageList
 
 from detection.config import BACKBONE_OF
 from detection.data import open_split
-from detection.faster_rcnn import build_faster_rcnn, detector_file, load_detector, save_detector
+from detection.faster_rcnn import (
+    build_faster_rcnn,
+    detector_file,
+    load_detector,
+    prepare_for_detection,
+    save_detector,
+)
 from resbackbone import build_resnet_backbone
 from resbackbone.engine.checkpoints import save_checkpoint
 
@@ -28,12 +36,18 @@ def two_images():
 # Beside torchvision
 
 
-@pytest.fixture(scope="module")
-def torchvisions_and_ours():
+V2 = {"rpn_conv_depth": 2, "box_conv_layers": (256,) * 4, "box_norm": "BN"}
+
+
+@pytest.fixture(scope="module", params=["v1", "v2"])
+def torchvisions_and_ours(request):
     """torchvision's R50-FPN with weights under which boxes, classes and scores vary, and ours with its state dict."""
     torch.manual_seed(0)
-    options = {"min_size": 200, "max_size": 333, "box_score_thresh": 0.0}
-    theirs = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **options)
+    options = {"min_size": 200, "max_size": 333, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 200}
+    build, fpn_norm, heads = fasterrcnn_resnet50_fpn, None, {}
+    if request.param == "v2":
+        build, fpn_norm, heads = fasterrcnn_resnet50_fpn_v2, "BN", V2
+    theirs = build(weights=None, weights_backbone=None, box_batch_size_per_image=64, **options)
     for module in theirs.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = None  # statistics of what is seen now, so that activations keep their size
@@ -44,7 +58,8 @@ def torchvisions_and_ours():
         theirs([torch.rand(3, 200, 301)], [target((5, 5, 90, 90))])
         for layer in (theirs.rpn.head.bbox_pred, theirs.rpn.head.cls_logits, theirs.roi_heads.box_predictor.cls_score):
             layer.weight.mul_(5)
-    ours = build_faster_rcnn(build_resnet_backbone(50, fpn=True), 90, **options)
+    backbone = build_resnet_backbone(50, fpn=True, fpn_norm=fpn_norm)
+    ours = build_faster_rcnn(backbone, 90, box_batch_size_per_image=64, **options, **heads)
     ours.load_state_dict(theirs.state_dict())
     return theirs.eval(), ours.eval()
 
@@ -83,7 +98,9 @@ def test_r50_fpn_has_torchvisions_losses_and_gradients(torchvisions_and_ours):
     assert losses[0].keys() == losses[1].keys()
     for name, wanted in losses[0].items():
         torch.testing.assert_close(losses[1][name], wanted, atol=1e-6, rtol=1e-6)
-    for name in ("rpn.head.conv.0.0.weight", "roi_heads.box_head.fc6.weight", "backbone.fpn.layer_blocks.0.0.weight"):
+    same = gradients[0].keys() & gradients[1].keys()  # all but the trunk's, which theirs calls `body`
+    assert len(same) == len([name for name in gradients[0] if "backbone.body." not in name])
+    for name in same:
         torch.testing.assert_close(gradients[1][name], gradients[0][name], atol=1e-6, rtol=1e-6)
 
 
@@ -201,6 +218,31 @@ def test_a_class_count_that_is_none_or_contradicts_the_categories_is_refused(num
         build_faster_rcnn(build_resnet_backbone(18, fpn=True), num_classes, categories={1: "a", 7: "b"})
 
 
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (
+            {"rpn_anchor_generator": object()},
+            r"here give anchor_scale .*FasterRCNN\(as_torchvision\(backbone\), 4, rpn",
+        ),
+        ({"box_head": object()}, "box_head is an argument of torchvision's FasterRCNN; here give box_conv_layers"),
+        ({"box_norm": "FrozenBN", "box_conv_layers": (8,)}, "box_norm='FrozenBN' without weights would freeze random"),
+        ({"box_norm": "BN"}, "only a box head with box_conv_layers has norms; give both"),
+        ({"box_norm": "LN"}, "unknown norm of the box head 'LN'; choose from None, BN"),
+        ({"box_conv_layers": (8, 0)}, "must be at least 1"),
+        ({"rpn_conv_depth": 0}, "must be at least 1"),
+    ],
+)
+def test_heads_that_cannot_be_built_are_refused_in_words(settings, says):
+    with pytest.raises(ValueError, match=says):
+        build_faster_rcnn(build_resnet_backbone(18, fpn=True), 3, **settings)
+
+
+def test_only_a_box_head_of_fully_connected_layers_can_have_convolutions():
+    with pytest.raises(ValueError, match="box_conv_layers are for fpn and dc5: the box head of c4 has its own layers"):
+        small_detector("c4", box_conv_layers=(8,))
+
+
 @pytest.mark.parametrize("levels, scale", [(None, 8.0), (["p3", "p4", "p5", "p6", "p7"], 4.0), (["p2", "p3"], 2.0)])
 def test_anchors_and_regions_follow_the_levels_and_the_scale(levels, scale):
     backbone = build_resnet_backbone(18, fpn=True, levels=levels, fpn_channels=16)
@@ -242,10 +284,10 @@ def test_a_single_map_has_all_anchor_sides_and_stride_16(variant, level):
 # Use
 
 
-@pytest.mark.parametrize("variant", BACKBONE_OF)
-def test_a_saved_detector_loads_to_bit_equal_outputs(tmp_path, variant):
+@pytest.mark.parametrize("variant, heads", [*((variant, {}) for variant in BACKBONE_OF), ("fpn", V2), ("dc5", V2)])
+def test_a_saved_detector_loads_to_bit_equal_outputs(tmp_path, variant, heads):
     categories = {3: "car", 13: "stop sign", 90: "[b]猫[/b]"}
-    detector = small_detector(variant, categories=categories).train()
+    detector = small_detector(variant, categories=categories, **heads).train()
     detector(two_images(), [target(*SOME_BOXES), target()])  # moves the statistics
     save_detector(detector.eval(), tmp_path / "model.safetensors")
     loaded = load_detector(tmp_path / "model.safetensors")
@@ -255,6 +297,17 @@ def test_a_saved_detector_loads_to_bit_equal_outputs(tmp_path, variant):
         for wanted, found in zip(detector(images), loaded(images), strict=True):
             assert len(wanted["boxes"]) > 0
             assert all(torch.equal(found[name], wanted[name]) for name in ("boxes", "labels", "scores"))
+
+
+@pytest.mark.parametrize("heads", [V2, {**V2, "box_norm": "GN"}, {**V2, "box_norm": None}])
+def test_a_detector_prepared_for_inference_has_no_batch_norm_left_and_the_same_boxes(heads):
+    detector = lively(small_detector(**heads))
+    fused = prepare_for_detection(copy.deepcopy(detector))
+    assert not any(hasattr(module, "running_var") for module in fused.modules())
+    image = torch.rand(3, 64, 97)
+    with torch.inference_mode():
+        [wanted], [found] = (network([image]) for network in (detector, fused))
+    torch.testing.assert_close(found["boxes"], wanted["boxes"], atol=1e-3, rtol=1e-4)
 
 
 def test_a_runs_detector_is_its_final_one_or_that_of_its_last_checkpoint(tmp_path):

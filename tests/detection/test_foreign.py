@@ -1,6 +1,7 @@
 """Faster R-CNN weights of torchvision and detectron2 detect here what they detect there."""
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,19 +25,44 @@ def assert_same_detections(got, scores, boxes, labels):
     assert torch.equal(got["labels"][top], labels[top])
 
 
+def torchvisions(kind):
+    options = {"box_score_thresh": 0.0, "min_size": 160, "rpn_post_nms_top_n_test": 200}
+    build = getattr(torchvision.models.detection, kind)
+    return lively(build(weights=None, weights_backbone=None, **options))
+
+
+@pytest.mark.parametrize("kind", ["fasterrcnn_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
 @torch.inference_mode()
-def test_a_torchvision_checkpoint_is_a_detector_with_the_classes_of_its_ninety_ids(tmp_path):
-    theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(
-        weights=None, weights_backbone=None, box_score_thresh=0.0, min_size=160
-    )
-    lively(theirs)
+def test_a_torchvision_checkpoint_is_a_detector_with_the_classes_of_its_ninety_ids(kind, tmp_path):
+    theirs = torchvisions(kind)
     torch.save({"model": theirs.state_dict(), "epoch": 25}, tmp_path / "model_25.pth")
     ours = load_detector(tmp_path / "model_25.pth")
     assert (ours.categories[1], ours.categories[90], ours.categories[12]) == ("person", "toothbrush", "N/A")
     ours.roi_heads.score_thresh, ours.transform.min_size = 0.0, (160,)
+    ours.rpn._post_nms_top_n["testing"] = 200
     image = torch.rand(3, 140, 210)  # 160 x 240, padded to 160 x 256: p6 is 3 x 4, and its stride is taken for 53
     expected = theirs([image])[0]
     assert_same_detections(ours([image])[0], expected["scores"], expected["boxes"], expected["labels"])
+
+
+@torch.inference_mode()
+def test_torchvisions_v2_detector_loads_by_its_name_and_goes_back_as_it_came(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    name = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
+    path = tmp_path / "hub" / "checkpoints" / Path(torchvision.models.get_weight(name.split(":")[1]).url).name
+    path.parent.mkdir(parents=True)
+    state = torchvisions("fasterrcnn_resnet50_fpn_v2").state_dict()
+    torch.save(state, path)
+    ours = load_detector(name)
+    heads, backbone = ours.config, ours.backbone.config
+    assert (heads.rpn_conv_depth, heads.box_conv_layers, backbone.eps) == (2, (256,) * 4, 1e-5)
+    assert heads.box_norm == backbone.fpn_norm == backbone.norm == "FrozenBN"
+    save_detector(ours, tmp_path / "ours.safetensors")
+    for source in (read_weights(name), read_weights(tmp_path / "ours.safetensors")):
+        write_as(tmp_path / "back.pth", source, "torchvision")
+        back = torch.load(tmp_path / "back.pth")
+        torchvisions("fasterrcnn_resnet50_fpn_v2").load_state_dict(back)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in back.items())
 
 
 @pytest.mark.parametrize(
@@ -103,13 +129,51 @@ def test_classes_that_a_file_names_are_the_detectors(small):
     assert dict(describe_detector(named)["detector"]["categories"]) == {1: "cat", 2: "dog", 3: "cow"}
 
 
-@pytest.mark.parametrize("kind", ["maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
-def test_a_detector_of_another_kind_is_refused_by_the_names_of_its_heads(kind, tmp_path):
-    state = getattr(torchvision.models.detection, kind)(weights=None, weights_backbone=None).state_dict()
+@pytest.mark.parametrize(
+    "builder, kind",
+    [
+        ("maskrcnn_resnet50_fpn", "Mask R-CNN"),
+        ("maskrcnn_resnet50_fpn_v2", "Mask R-CNN"),
+        ("keypointrcnn_resnet50_fpn", "Keypoint R-CNN"),
+        ("retinanet_resnet50_fpn", "RetinaNet"),
+        ("retinanet_resnet50_fpn_v2", "RetinaNet"),
+        ("fcos_resnet50_fpn", "FCOS"),
+    ],
+)
+def test_another_detector_of_torchvision_is_refused_with_its_builder_and_its_trunk_is_read(builder, kind, tmp_path):
+    state = getattr(torchvision.models.detection, builder)(weights=None, weights_backbone=None).state_dict()
     torch.save(state, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"tensors that no Faster R-CNN of this package has .*head"):
+    with pytest.raises(ValueError) as error:
         load_detector(tmp_path / "other.pth")
+    said = str(error.value)
+    assert f"other.pth are of a {kind} (" in said and "\n" not in said
+    assert f"load them with torchvision.models.detection.{builder}, or train" in said
+    assert f"torchvision's {kind.replace(' ', '').replace('-', '')} on their trunk" in said
     assert build_resnet_backbone(weights=tmp_path / "other.pth", fpn=True).config.depth == 50
+
+
+@pytest.mark.parametrize(
+    "format, name, says",
+    [
+        ("detectron2", "roi_heads.mask_head.mask_fcn1.weight", "a Mask R-CNN .* with detectron2, .*as_torchvision"),
+        ("detectron2", "roi_heads.box_head.0.fc1.weight", "a Cascade R-CNN .* with detectron2, .*adapters.detectron2"),
+        ("detectron2", "head.cls_subnet.0.weight", "a RetinaNet .* load them with detectron2, "),
+        ("detectron2", "roi_heads.keypoint_head.conv_fcn1.weight", "a Keypoint R-CNN "),
+        ("detectron2", "sem_seg_head.p2.0.weight", "a Panoptic FPN "),
+        ("mmdetection", "roi_head.mask_head.convs.0.conv.weight", "a Mask R-CNN .* load them with mmdetection, "),
+        ("mmdetection", "roi_head.bbox_head.0.shared_fcs.0.weight", "a Cascade R-CNN "),
+        ("mmdetection", "bbox_head.retina_cls.weight", "a RetinaNet "),
+        (
+            "mmdetection",
+            "roi_head.other.weight",
+            "1 tensors that no Faster R-CNN of this package has .*: roi_head.other",
+        ),
+    ],
+)
+def test_other_detectors_of_other_packages_are_refused_by_their_kind(small, format, name, says):
+    weights = read_weights({**from_ours(small.state_dict(), format), name: torch.zeros(1)})
+    with pytest.raises(ValueError, match=says):
+        describe_detector(weights)
 
 
 def test_a_classifier_is_no_detector(tmp_path):

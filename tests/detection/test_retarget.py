@@ -14,7 +14,7 @@ from detection.faster_rcnn import (
     save_detector,
 )
 from resbackbone import build_resnet_backbone
-from resbackbone.layers import FrozenBatchNorm2d
+from resbackbone.layers import NORMS, FrozenBatchNorm2d
 
 FROZEN = {"norm": "FrozenBN", "frozen_through": "c2"}
 PETS = {3: "cat", 7: "dog", 9: "fish"}
@@ -68,6 +68,32 @@ def test_a_torchvision_detector_of_other_classes_is_started_from(tmp_path):
     assert len(new) == 4 and torch.equal(built.backbone.conv1.weight, theirs.backbone.body.conv1.weight)
     assert torch.equal(built.roi_heads.box_head.fc6.weight, theirs.roi_heads.box_head.fc6.weight)
     assert torch.equal(built.rpn.head.cls_logits.weight, theirs.rpn.head.cls_logits.weight)
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
+def test_batch_norms_of_trunk_pyramid_and_box_head_are_all_frozen_or_all_trainable(norm, tmp_path):
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=8, fpn_norm="BN")
+    heads = {"rpn_conv_depth": 2, "box_conv_layers": (8, 4), "box_norm": "BN", "representation_size": 16}
+    save_detector(build_faster_rcnn(backbone, 3, **heads), tmp_path / "v2.safetensors")
+    weights = read_described_weights(tmp_path / "v2.safetensors")
+    built, new = retarget_detector(weights, PETS, backbone={"norm": norm, "frozen_through": "c2"})
+    assert len(new) == 4 and (built.config.rpn_conv_depth, built.config.box_conv_layers) == (2, (8, 4))
+    norms = [built.backbone.layer4[0].bn1, built.backbone.fpn.layer_blocks["0"][1], built.roi_heads.box_head[1][1]]
+    assert {type(module) for module in norms} == {NORMS[norm]}
+    assert isinstance(built.backbone.bn1, FrozenBatchNorm2d)  # below c2
+    again = load_detector(tmp_path / "v2.safetensors")  # as it was saved
+    assert again.config.box_norm == again.backbone.config.fpn_norm == again.backbone.config.norm == "BN"
+    maps = build_resnet_backbone(weights=tmp_path / "v2.safetensors", fpn=True, norm=norm, frozen_through=None)
+    assert maps.config.fpn_norm == norm
+
+
+def test_the_anchors_of_a_foreign_detector_are_torchvisions_whatever_the_recipe_has(tmp_path):
+    theirs = TorchvisionFasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None), num_classes=3)
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    built, _ = retarget_detector(
+        read_described_weights(tmp_path / "theirs.pth"), PETS, backbone=FROZEN, anchor_scale=4.0
+    )
+    assert tuple(built.rpn.anchor_generator.sizes) == tuple(theirs.rpn.anchor_generator.sizes)
 
 
 def test_a_backbones_weights_describe_no_detector(tmp_path):

@@ -16,10 +16,10 @@ BOXES = [[3.0, 4, 40, 50], [20, 10, 96, 60], [5, 5, 12, 14], [90, 60, 124, 96]]
 TARGETS = {"boxes": [BOXES, BOXES[:2]], "boxes on one image": [[], BOXES], "no boxes": [[], []]}
 
 
-def rpn(kind, levels, *, sampled=32, geometry="torchvision", top=50):
+def rpn(kind, levels, *, sampled=32, geometry="torchvision", top=50, depth=1):
     sides = [(8.0 * stride,) for stride in levels] if len(levels) > 1 else [(16.0, 32.0, 64.0, 96.0, 128.0)]
     anchors = Anchors(sides, list(levels), as_torchvision=geometry == "torchvision")
-    head = FP32RPNHead(CHANNELS, anchors.num_anchors_per_location()[0])
+    head = FP32RPNHead(CHANNELS, anchors.num_anchors_per_location()[0], depth)
     before, after = {"training": top, "testing": top // 2}, {"training": top, "testing": 30}
     return kind(anchors, head, 0.7, 0.3, sampled, 0.5, before, after, 0.7)
 
@@ -29,7 +29,7 @@ def pair(levels, dtype=torch.float64, **options):
     theirs = rpn(RegionProposalNetwork, levels, **options).to(dtype)
     with torch.no_grad():
         for parameter in theirs.parameters():
-            parameter.normal_(0, 0.3)
+            parameter.normal_(0, 0.3 / len(theirs.head.conv))
     ours = rpn(SampledRPN, levels, **options).to(dtype)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
@@ -65,9 +65,11 @@ def run(network, levels, maps, targets, *, layout=torch.contiguous_format):
 @pytest.mark.parametrize("boxes", TARGETS)
 @pytest.mark.parametrize("geometry", ["torchvision", "detectron2"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_proposals_losses_and_gradients_are_torchvisions(levels, boxes, geometry, layout):
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_proposals_losses_and_gradients_are_torchvisions(levels, boxes, geometry, layout, depth):
     maps, targets = maps_of(levels), targets_of(boxes)
-    results = [run(network, levels, maps, targets, layout=layout) for network in pair(levels, geometry=geometry)]
+    networks = pair(levels, geometry=geometry, depth=depth)
+    results = [run(network, levels, maps, targets, layout=layout) for network in networks]
     (wanted_proposals, wanted, wanted_gradients), (proposals, losses, gradients) = results
     assert [len(boxes) for boxes in proposals] == [len(boxes) for boxes in wanted_proposals] and len(proposals[0]) > 20
     for found, expected in zip(proposals, wanted_proposals, strict=True):
@@ -121,16 +123,17 @@ def test_proposals_below_the_score_threshold_are_left_out_as_by_torchvision():
 
 
 @pytest.mark.parametrize("boxes", TARGETS)
-@pytest.mark.parametrize("sampled", [1, 2, 32])
-def test_every_parameter_and_map_has_a_gradient_whatever_is_sampled(boxes, sampled):
+@pytest.mark.parametrize("sampled, depth", [(1, 1), (2, 1), (32, 1), (1, 2)])
+def test_every_parameter_and_map_has_a_gradient_whatever_is_sampled(boxes, sampled, depth):
     """DDP waits for all of them; with one sample an image, most levels have none."""
-    _, ours = pair(PYRAMID, sampled=sampled)
+    _, ours = pair(PYRAMID, sampled=sampled, depth=depth)
     *_, gradients = run(ours, PYRAMID, maps_of(PYRAMID), targets_of(boxes))
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients.values())
     assert gradients["head.cls_logits.weight"].abs().sum() > 0
 
 
-def test_backward_keeps_nothing_of_the_size_of_a_map():
+@pytest.mark.parametrize("depth, share", [(1, 0.2), (2, 0.4)])
+def test_backward_keeps_nothing_of_the_size_of_a_map(depth, share):
     def kept(network):
         sizes = {}
 
@@ -145,8 +148,8 @@ def test_backward_keeps_nothing_of_the_size_of_a_map():
 
     levels = {stride: (4 * height, 4 * width) for stride, (height, width) in PYRAMID.items()}
     images = images_of(levels)
-    theirs, ours = (kept(network) for network in pair(levels, sampled=8))
-    assert ours < 0.2 * theirs
+    theirs, ours = (kept(network) for network in pair(levels, sampled=8, depth=depth))
+    assert ours < share * theirs
 
 
 def test_anchors_are_made_once_for_a_size_and_anew_for_another():

@@ -6,7 +6,7 @@ import torchvision
 
 from detection import build_faster_rcnn
 from resbackbone import build_resnet_backbone, build_resnet_classifier
-from resbackbone.weights.formats import FORMATS, NAMES
+from resbackbone.weights.formats import CLASSIFIER, FORMATS
 from resbackbone.weights.translate import from_ours, merged_norms, to_ours
 
 
@@ -19,11 +19,15 @@ def numbered(module):
     return state
 
 
-def detector(variant, depth=18, **options):
-    backbones = {"fpn": {"fpn": True, "fpn_channels": 8}, "c4": {"levels": ["c4", "c5"]}}
+def detector(variant, *, fpn_norm=None, **heads):
+    backbones = {"fpn": {"fpn": True, "fpn_channels": 8, "fpn_norm": fpn_norm}, "c4": {"levels": ["c4", "c5"]}}
     backbones["dc5"] = {"levels": ["c5"], "dilate_c5": True}
-    backbone = build_resnet_backbone(depth, **backbones[variant], **options)
-    return build_faster_rcnn(backbone, 3, variant=variant, representation_size=4)
+    backbone = build_resnet_backbone(18, **backbones[variant])
+    return build_faster_rcnn(backbone, 3, variant=variant, representation_size=4, **heads)
+
+
+def v2_detector():
+    return detector("fpn", fpn_norm="BN", rpn_conv_depth=2, box_conv_layers=(8, 4, 8), box_norm="BN")
 
 
 NETWORKS = {
@@ -37,15 +41,16 @@ NETWORKS = {
     "c4 detector": lambda: detector("c4"),
     "dc5 detector": lambda: detector("dc5"),
 }
-NAMELESS = [
-    name for name, known in FORMATS.items() if len(known.names) < len(NAMES)
-]  # without names for pyramids and heads
+# without names for pyramids and heads
+NAMELESS = [name for name, known in FORMATS.items() if len(known.names) <= len(CLASSIFIER)]
 PAIRS = [
     (format, network)
     for format in FORMATS
     for network in NETWORKS
     if format not in NAMELESS or network in ("classifier", "bottlenecks", "trunk")
 ]
+NETWORKS["V2 detector"] = v2_detector
+PAIRS.append(("torchvision", "V2 detector"))
 
 
 def without_counters(state):
@@ -82,7 +87,7 @@ def test_a_round_trip_gives_back_every_tensor(format, network):
 @pytest.mark.parametrize("format", NAMELESS)
 def test_what_a_format_has_no_names_for_is_refused_by_name(format):
     with pytest.raises(
-        ValueError, match=rf"the format {format} has no name for \d+ tensors: fpn\.inner_blocks\.0\.0\.weight"
+        ValueError, match=rf"the format {format} has no name for \d+ tensors, .*: fpn\.inner_blocks\.0\.0\.weight"
     ):
         from_ours(build_resnet_backbone(18, fpn=True).state_dict(), format)
     with pytest.raises(ValueError, match="unknown format 'caffe'; choose from torchvision"):
@@ -115,7 +120,15 @@ def test_anchors_of_several_sizes_are_ordered_by_ratio_here_and_by_size_in_detec
     assert deltas.tolist() == [100.0 * s + 10 * r + n for s, r in expected for n in range(4)]
 
 
-@pytest.mark.parametrize("kind", ["maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
+@pytest.mark.parametrize("format", ["detectron2", "mmdetection"])
+def test_deeper_heads_are_written_with_torchvisions_names_only(format):
+    with pytest.raises(
+        ValueError, match=rf"{format} has no name for \d+ tensors, .*: rpn.head.conv.1.0.weight, .*roi_"
+    ):
+        from_ours(v2_detector().state_dict(), format)
+
+
+@pytest.mark.parametrize("kind", ["maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
 def test_heads_of_other_detectors_stay_unknown_and_their_backbone_is_read(kind):
     with torch.device("meta"):
         state = getattr(torchvision.models.detection, kind)(weights=None, weights_backbone=None).state_dict()
@@ -195,6 +208,16 @@ def test_another_eps_goes_into_the_scales(format):
     for name, tensor in merged_norms(state, eps=1e-3).items():
         got = merged_norms(theirs).get(name, tensor)
         assert (got - tensor).abs().max() <= 2e-6 * tensor.abs().max(), name
+
+
+def test_another_eps_is_that_of_the_trunk_and_pyramid_and_box_head_keep_theirs():
+    state = numbered(v2_detector())
+    theirs = from_ours(state, "torchvision", eps=1e-3)
+    changed = [key for key in theirs if not torch.equal(theirs[key], state[key.replace("backbone.body", "backbone")])]
+    assert changed and all(key.startswith("backbone.body.") and key.endswith("weight") for key in changed)
+    merged = merged_norms(state, eps=1e-3)
+    usual = {key.replace("backbone.body", "backbone"): x for key, x in merged_norms(theirs).items()}
+    assert all(torch.allclose(merged[key], usual[key], rtol=1e-5, atol=1e-6) for key in merged)
 
 
 def test_msras_merged_norms_get_the_statistics_zero_and_one():
