@@ -10,7 +10,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "own_data.md"
-PUBLISHED = "torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1"  # a download
+PUBLISHED = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"  # a download
 
 
 OBJECT = "<object><name>{}</name><bndbox><xmin>5</xmin><ymin>9</ymin><xmax>40</xmax><ymax>30</ymax></bndbox></object>"

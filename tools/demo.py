@@ -2,7 +2,7 @@
 
 pip install -e '.[demo]'                                              gradio, which serves the page
 python tools/demo.py runs/shapes-r18-fpn-short
-python tools/demo.py torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1 --port 8000
+python tools/demo.py torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1 --port 8000
 """
 
 import os
@@ -38,7 +38,7 @@ class Options:
 
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
-    source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
+    source: torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1."""
     port: int = 7860
     """Port of the page: http://127.0.0.1:PORT."""
     device: Auto[str] = None

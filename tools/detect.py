@@ -3,7 +3,7 @@
 python tools/detect.py runs/shapes-r18-fpn-short photo.jpg other.png
 python tools/detect.py runs/mine photos 'more/**/*.jpg' --batch-size 8 --no-pictures
 python tools/detect.py runs/mine coco/val2017 --annotations coco/annotations/instances_val2017.json
-python tools/detect.py torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1 clip.mp4 --output found
+python tools/detect.py torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1 clip.mp4 --output found
 python tools/detect.py runs/mine 0                                    the first camera, until Ctrl-C
 """
 
@@ -41,7 +41,7 @@ class Options:
 
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
-    source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
+    source: torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1."""
     inputs: tyro.conf.Positional[Several[str]]
     """Images, folders of images, quoted patterns such as 'photos/**/*.jpg', video files, or a camera's number."""
     output: Auto[Path] = None

@@ -35,7 +35,7 @@ class Options:
 
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
-    source: torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1."""
+    source: torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1."""
     data: Auto[Path] = None
     """Folder of COCO-format data, as tools/train_coco.py takes it. Default: the one the run was trained on."""
     output: Auto[Path] = None

@@ -1,7 +1,7 @@
 """Train Faster R-CNN on COCO-format data and evaluate it; without --data, on the built-in data set.
 
 python tools/train_coco.py                                            the built-in data set, minutes on a CPU
-python tools/train_coco.py --data my_folder --weights torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1   own classes
+python tools/train_coco.py --data my_folder --weights torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1  own data
 python tools/train_coco.py --data coco --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V1
 python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     resumes where it stopped
 """
@@ -65,7 +65,7 @@ from resbackbone.weights import Weights
 from resbackbone.weights.fit import architecture_of, backbone_part, resolve_architecture
 
 ENGINES = ("torchvision", "detectron2")
-A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1"
+A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
 
@@ -94,9 +94,10 @@ class NetworkOptions:
     weights: Auto[str] = None
     """Initial weights: a file (.safetensors, .pth, ..) or named source (torchvision:ResNet50_Weights.IMAGENET1K_V1) of
     a backbone, a classifier or a Faster R-CNN with any classes: a run's model.safetensors,
-    torchvision:FasterRCNN_ResNet50_FPN_Weights.COCO_V1. Default: random."""
+    torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1. Default: random."""
     norm: Auto[str] = None
-    """BN, FrozenBN, SyncBN or GN. Default: FrozenBN with weights, else the recipe's (BN)."""
+    """BN, FrozenBN, SyncBN or GN, also for the pyramid and box head of weights that have batch norms there. Default:
+    FrozenBN with weights, else the recipe's (BN)."""
     frozen_through: Auto[str] = None
     """stem, c2 .. c5, or none. Default: none without weights; with them the recipe's (c2; vgg16: stem)."""
 
