@@ -78,7 +78,7 @@ def read_notes(text: str) -> dict[str, Any]:
         notes = json.loads(text)
     except (ValueError, RecursionError):
         notes = None
-    if not isinstance(notes, dict) or not isinstance(notes.get("backbone", {}), dict):
+    if not isinstance(notes, dict) or not all(isinstance(notes.get(key, {}), dict) for key in ("backbone", "cifar")):
         raise UserError(f"weights: the {NOTES} entry is not a table of metadata in JSON")
     return notes
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from resbackbone.checks import UserError
+from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.file import NOTES, read_notes, read_safetensors
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
@@ -246,7 +247,11 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
         origins["input"] = "the caller"
     elif given is not None:
         origins.setdefault("input", "pixel_mean and pixel_std in the file")
-    else:
+    if is_for_cifar(state):  # these keep the input that they were trained with, and nothing is usual for them
+        if given is not None:
+            check_input(given)
+        return replace(weights, metadata={**weights.metadata, **({"input": given} if given else {})}, origins=origins)
+    if given is None:
         given = assumed["input"] = usual_input
     check_input(given)
     if weights.format == "detectron2" and "input" not in assumed:  # MSRA's networks; its other ones take torchvision's

@@ -311,7 +311,7 @@ def test_a_network_for_cifar_is_none_of_these_depths():
     state = {"conv1.weight": torch.zeros(16, 3, 3, 3), "linear.weight": torch.zeros(10, 64)}
     state |= {f"layer{i}.{j}.conv1.weight": torch.zeros(16, 16, 3, 3) for i in (1, 2, 3) for j in range(3)}
     torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "best": 91.6}, "resnet20.th")
-    assert "resnet20.th do not show their depth" in error_of("resnet20.th", "x.safetensors")
+    assert "resnet20.th are of a network for small images" in error_of("resnet20.th", "x.safetensors")
 
 
 def test_a_cifar_variant_of_resnet18_is_refused_by_the_names_of_its_shortcuts(classifier):
