@@ -14,7 +14,7 @@ from resbackbone.export import export_maps
 from resbackbone.fpn import FPN
 from resbackbone.layers import BATCH_NORMS, fuse, same_kind
 from resbackbone.resnet import DEPTHS, Feature, ResNet, sorted_levels
-from resbackbone.weights.fit import backbone_part, fit, resolve_architecture, resolve_pyramid
+from resbackbone.weights.fit import backbone_part, fit, resolve_architecture, resolve_dilation, resolve_pyramid
 from resbackbone.weights.inputs import INPUT
 from resbackbone.weights.read import WeightSource, read_weights
 
@@ -137,7 +137,7 @@ def build_resnet_backbone(
     stride_in_1x1: bool | None = None,
     eps: float | None = None,
     shortcut: str | None = None,
-    dilate_c5: bool = False,
+    dilate_c5: bool | None = None,
     groups: int | None = None,
     width_per_group: int | None = None,
     in_channels: int | None = None,
@@ -168,7 +168,7 @@ def build_resnet_backbone(
     stride_in_1x1: where a bottleneck strides. False (default) is torchvision's 3x3, True the paper's first 1x1.
     eps: of the norms (1e-5).
     shortcut: "A", "B" (default), "C" (Sec. 4.1), or "none" for the plain networks of Sec. 3.3.
-    dilate_c5: c5 at stride 16, its later 3x3 convolutions dilated by 2 (DC5).
+    dilate_c5: c5 at stride 16, its later 3x3 convolutions dilated by 2 (DC5). None: as the weights say.
     groups, width_per_group: ResNeXt (32, 4) and wide (1, 128) bottlenecks; default 1, 64.
     in_channels: of the images (3).
     zero_init_residual: start the last norm of each block at zero (Goyal et al. 2017).
@@ -213,7 +213,7 @@ def build_resnet_backbone(
         **pyramid,
         fpn=fpn,
         frozen_through=frozen_through,
-        dilate_c5=dilate_c5,
+        dilate_c5=resolve_dilation(loaded, dilate_c5),
         zero_init_residual=zero_init_residual,
         checkpoint_activations=checkpoint_activations,
     )

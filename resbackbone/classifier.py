@@ -8,7 +8,7 @@ from resbackbone.checks import UserError
 from resbackbone.config import BackboneConfig
 from resbackbone.resnet import ResNet
 from resbackbone.weights import WeightSource, read_weights
-from resbackbone.weights.fit import fit, resolve_architecture
+from resbackbone.weights.fit import fit, resolve_architecture, resolve_dilation
 
 
 class ResNetClassifier(ResNet):
@@ -58,7 +58,10 @@ def build_resnet_classifier(
         norm=norm,
     )
     config = BackboneConfig(
-        **trunk, zero_init_residual=zero_init_residual, checkpoint_activations=checkpoint_activations
+        **trunk,
+        dilate_c5=resolve_dilation(loaded, None),
+        zero_init_residual=zero_init_residual,
+        checkpoint_activations=checkpoint_activations,
     )
     if loaded is None:
         return ResNetClassifier(config, 1000 if num_classes is None else num_classes)

@@ -72,6 +72,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, metadata
 
 
+def is_ours(path: Path) -> bool:
+    """Whether `write_weights` wrote the file, so that it describes itself."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == json.dumps("resbackbone")
+    except (SafetensorError, OSError):
+        return False
+
+
 def read_notes(text: str) -> dict[str, Any]:
     """Our metadata in a file of a foreign format. Raises ValueError if this package did not write them."""
     try:

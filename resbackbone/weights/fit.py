@@ -88,9 +88,16 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     stated = weights.metadata.get("backbone", {})
     stated = {name: stated[name] for name in ARCHITECTURE if name in stated}
     BackboneConfig.from_json({"depth": 50, **stated}, weights.source)
-    known = {**stated, **architecture_of(backbone_part(weights.state))}
+    shown = architecture_of(backbone_part(weights.state))
+    for name in stated.keys() & shown.keys():
+        if not _agree(name, stated[name], shown[name]):
+            raise UserError(
+                f"weights from {weights.source} are said to be for {name}={stated[name]} by "
+                f"{weights.origins.get(name, 'their metadata')}, but their tensors are for {name}={shown[name]}"
+            )
+    known = {**stated, **shown}
     for name, value in asked.items():
-        if name in known and (_family(known[name]) != _family(value) if name == "norm" else known[name] != value):
+        if name in known and not _agree(name, known[name], value):
             raise UserError(
                 f"weights from {weights.source} are for {name}={known[name]}, but you asked for {name}={value}; "
                 f"leave {name} out to use theirs"
@@ -106,6 +113,12 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     return {name: resolved[name] for name in ARCHITECTURE}
 
 
+def resolve_dilation(weights: Weights | None, asked: bool | None) -> bool:
+    """`dilate_c5`: what is asked, else what the weights state. No tensor shows it."""
+    stated = {} if weights is None else weights.metadata.get("backbone", {})
+    return stated.get("dilate_c5", False) if asked is None else asked
+
+
 def resolve_pyramid(weights: Weights | None, **asked: Any) -> dict[str, Any]:
     """The pyramid's fields of a BackboneConfig: what is asked (not None), else what the weights state or show."""
     asked = {name: value for name, value in asked.items() if value is not None}
@@ -117,8 +130,10 @@ def resolve_pyramid(weights: Weights | None, **asked: Any) -> dict[str, Any]:
     return {"relu_before_p7": relu, **known, **asked}
 
 
-def _family(norm: str) -> str:
-    return "GN" if norm == "GN" else "BN"  # frozen and synchronised batch norms hold the same tensors
+def _agree(name: str, one: object, other: object) -> bool:
+    if name == "norm":  # frozen and synchronised batch norms hold the same tensors
+        return (one == "GN") == (other == "GN")
+    return one == other
 
 
 def fit(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ()) -> None:

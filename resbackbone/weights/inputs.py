@@ -47,7 +47,7 @@ def _factor(given: Mapping) -> Tensor:
     our_mean, our_std = ours.flip(1) if given["channel_order"] == "BGR" else ours
     if not torch.allclose(mean / top, our_mean, rtol=1e-6, atol=0):
         raise UserError(
-            f"weights made for an input of {describe_input(given)} cannot be converted exactly: padding would stand "
+            f"made for an input of {describe_input(given)} cannot be converted exactly: padding would stand "
             f"for another colour at the borders, as the mean is not {' '.join(map(str, MEAN))} (RGB, of 0..1)"
         )
     return (top * our_std / std).view(1, 3, 1, 1)

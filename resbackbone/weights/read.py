@@ -264,7 +264,10 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
         key = conv1_of(state)
         if state[key].dim() != 4 or state[key].shape[1] != 3:
             raise UserError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, not for three colours")
-        state[key] = for_canonical_input(state[key], given)
+        try:
+            state[key] = for_canonical_input(state[key], given)
+        except UserError as error:
+            raise UserError(f"weights from {weights.source}: {error}") from None
     known = {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
     usual = f"assumed, as usual for {FORMATS[weights.format or ''].title}"
     origins |= dict.fromkeys(assumed, usual)

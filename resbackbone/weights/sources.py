@@ -1,10 +1,9 @@
 """Where weights lie: a file, a folder, or a named source to download, with what its publisher says about it."""
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,10 @@ import torch
 from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, require
 from resbackbone.compat import check_torchvision
+from resbackbone.weights.configs import TIMM_ANTI_ALIASED, stated_by_config, stated_by_timm
 from resbackbone.weights.download import download
-from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, RGB_255, check_input
+from resbackbone.weights.file import is_ours
+from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, RGB_255
 from resbackbone.weights.zoo import (
     DETECTRON2_FASTER_RCNN,
     DETECTRON2_LICENCE,
@@ -37,8 +38,6 @@ AKAMASTER = {
     "stated_by": "github.com/akamaster/pytorch_resnet_cifar10, whose file this is by its sha256",
 }
 RECOGNISED = dict.fromkeys(("12fca82f", "d509ac18", "014dd654", "4bfd9763", "1d1ed7c2", "f3b1deed"), AKAMASTER)
-# timm's networks that blur before they subsample. Their tensors have the names and shapes of a ResNet's.
-TIMM_ANTI_ALIASED = ("resnetaa", "resnetblur")
 STRIDE_IN_3X3 = {"stride_in_1x1": False, "eps": 1e-5}
 STRIDE_IN_1X1 = {"stride_in_1x1": True, "eps": 1e-5}
 LISTED = "resbackbone.weights.list_sources() names those that fit"
@@ -71,7 +70,7 @@ def locate(source: str) -> Located:
     detectron2:PATH.pkl or CONFIG.yaml      detectron2's model zoo, in the folder detectron2 itself uses
     http(s)://HOST/PATH[#sha256=HEX]        anything else, in torch.hub's folder
     FOLDER                                  as transformers and timm write them, with a config.json
-    FILE                                    as it is
+    FILE                                    as it is, with the config.json beside it if these wrote one
 
     What is stated has the layout of our own files' metadata: source and licence (perhaps "unknown") of a named source,
     and backbone (stride_in_1x1, eps), input, classes and recipe if they are known. "stated_by" is who states it.
@@ -89,17 +88,34 @@ def locate(source: str) -> Located:
             files = [path / name for name in HUB_FILES if (path / name).is_file()]
             if not files:
                 raise UserError(f"the folder holds no {' and no '.join(HUB_FILES)}")
-            path, stated = files[0], _stated_by_config(path)
-        elif not path.is_file():
+            path, stated = files[0], _stated_beside(files[0])
+        elif path.is_file():
+            stated = _stated_beside(path)
+        else:
             raise UserError(
                 "no such file; give a weight file (.safetensors, .pth, .pkl, ..), a named source such as "
                 "torchvision:ResNet50_Weights.IMAGENET1K_V2, or a URL"
             )
+        _refuse_blurring_names(source, path)
     except UserError as error:
         raise UserError(f"weights {source!r}: {error}") from None
     if path.name in TORCHVISION_WITHOUT_EPS:
         stated["backbone"] = {**STRIDE_IN_3X3, "eps": 0.0}
     return path, stated
+
+
+def _stated_beside(path: Path) -> dict[str, Any]:
+    """What the config.json beside a file says. One that other programs wrote is of no concern to other names."""
+    return {} if is_ours(path) else stated_by_config(path.parent, required=path.name in HUB_FILES)
+
+
+def _refuse_blurring_names(*names: str | Path) -> None:
+    for name in names:
+        if found := re.search(rf"(?:^|[/:\\])((?:{'|'.join(TIMM_ANTI_ALIASED)})\d\w*)[^/]*$", str(name)):
+            raise UserError(
+                f"by its name this is timm's {found[1]}, which blurs its maps before it subsamples them; no network "
+                "here does"
+            )
 
 
 def recognised(path: Path) -> dict[str, Any]:
@@ -133,39 +149,20 @@ def _torchvision(name: str) -> Located:
 def _timm(name: str) -> Located:
     require("train", "timm", user="a timm: source")
     check_torchvision()  # timm imports it
-    from timm.models import get_pretrained_cfg, is_model_in_modules
+    from timm.models import get_pretrained_cfg
 
     try:
         config = get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:
         raise UserError(f"timm has no such weights; {LISTED}") from None
-    if not is_model_in_modules(name, ("resnet",)):
-        raise UserError("not one of timm's ResNets (timm/models/resnet.py); this package reads no others")
     assert config is not None  # allow_unregistered=False raises instead
-    said = _stated_by_timm(config.to_dict())
     if not config.hf_hub_id:
         raise UserError("timm publishes no weights for it")
+    said = stated_by_timm(config.to_dict())
     repository, _, revision = config.hf_hub_id.partition("@")
     _, path = _on_hub(repository, revision or None, [config.hf_hub_filename] if config.hf_hub_filename else HUB_FILES)
     name = f"{config.architecture}.{config.tag}" if config.tag else str(config.architecture)
     return path, {"source": f"timm:{name}", "licence": "unknown", **said, "stated_by": "timm's registry"}
-
-
-def _stated_by_timm(config: Mapping) -> dict[str, Any]:
-    """What a pretrained_cfg with its architecture says, from timm's registry or from a config.json."""
-    if str(config["architecture"]).startswith(TIMM_ANTI_ALIASED):
-        raise UserError(
-            f"timm's {config['architecture']} blurs its maps before it subsamples them; no network here does"
-        )
-    stated = {"backbone": dict(STRIDE_IN_3X3), **_input(config.get("mean"), config.get("std"))}
-    if isinstance(config.get("license"), str):
-        stated["licence"] = config["license"]
-    if isinstance(config.get("label_names"), list | tuple):
-        stated["classes"] = [str(name) for name in config["label_names"]]
-    if config.get("tag") and config.get("paper_ids"):
-        papers = config["paper_ids"]
-        stated["recipe"] = f"{config['tag']} ({papers if isinstance(papers, str) else ', '.join(map(str, papers))})"
-    return stated
 
 
 def _hugging_face(name: str) -> Located:
@@ -178,36 +175,7 @@ def _hugging_face(name: str) -> Located:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     licence = re.match(r"---\n(?:(?!---).*\n)*?license:[ \t]*[\"']?([\w.+-]+)", text)  # in the YAML at its head
     stated = {"source": f"hf:{name}", "licence": licence[1] if licence else "unknown"}
-    return path, {**stated, **_stated_by_config(folder)}
-
-
-def _stated_by_config(folder: Path) -> dict[str, Any]:
-    """What the config.json beside weights says; nothing if neither transformers nor timm wrote it."""
-    config = _json(folder / "config.json")
-    said_by = {"stated_by": "config.json"}
-    if config.get("model_type") == "resnet":
-        return _stated_by_transformers(config, _json(folder / "preprocessor_config.json")) | said_by
-    if "architecture" not in config:
-        return {}
-    inner = config.get("pretrained_cfg")  # older files have its content at the top
-    return _stated_by_timm({**config, **(inner if isinstance(inner, Mapping) else {})}) | said_by
-
-
-def _stated_by_transformers(config: Mapping, preprocessor: Mapping) -> dict[str, Any]:
-    for key, ours in (("hidden_act", "relu"), ("downsample_in_first_stage", False)):
-        if config.get(key, ours) != ours:
-            raise UserError(f"its config.json has {key} {config[key]!r}; no network here does")
-    stated: dict[str, Any] = {
-        "backbone": {**STRIDE_IN_3X3, "stride_in_1x1": config.get("downsample_in_bottleneck") is True}
-    }
-    if preprocessor.get("do_normalize", True):
-        stated |= _input(preprocessor.get("image_mean"), preprocessor.get("image_std"))
-    labels = config.get("id2label")
-    if isinstance(labels, Mapping) and set(labels) == {str(i) for i in range(len(labels))}:
-        names = [str(labels[str(i)]) for i in range(len(labels))]
-        if names and names != [f"LABEL_{i}" for i in range(len(names))]:  # what transformers writes for unnamed ones
-            stated["classes"] = names
-    return stated
+    return path, {**stated, **stated_by_config(folder)}
 
 
 def _on_hub(repository: str, revision: str | None, files: Sequence[str]) -> tuple[Path, Path]:
@@ -235,19 +203,6 @@ def _on_hub(repository: str, revision: str | None, files: Sequence[str]) -> tupl
     raise UserError(
         f"{page} holds no {' and no '.join(files)}, or this machine is offline and only other files are in its cache"
     )
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        content = None
-    if not isinstance(content, dict):
-        raise UserError(f"its {path.name} is not readable JSON with an object in it")
-    return content
 
 
 def _detectron2(name: str) -> Located:
@@ -299,16 +254,6 @@ def published_sha256(file: str) -> str:
     date = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
     match = re.search(rf"-(?!{date}\.)([0-9a-f]{{64}}|[0-9a-f]{{8}})\.pth?$", file)
     return match[1] if match else ""
-
-
-def _input(mean: Any, std: Any) -> dict[str, Any]:
-    """{"input": RGB in 0..1 with this mean and deviation}, or nothing if they are not three numbers each."""
-    given = {**INPUT, "mean": mean, "std": std}
-    try:
-        check_input(given)
-    except UserError:
-        return {}
-    return {"input": {**given, "mean": list(map(float, mean)), "std": list(map(float, std))}}
 
 
 _SOURCES: dict[str, Callable[[str], Located]] = {

@@ -124,7 +124,7 @@ def test_timm_weights_come_from_its_hub_and_say_what_its_registry_says(hub):
     path, stated = locate("timm:resnet50.a1_in1k")
     assert path.name == "model.safetensors" and path.read_text() == "tensors"
     assert stated["licence"] == "apache-2.0" and stated["recipe"] == "a1_in1k (arXiv:2110.00476)"
-    assert stated["backbone"] == STRIDE_IN_3X3 and stated["input"] == INPUT
+    assert stated["backbone"] == {**STRIDE_IN_3X3, "depth": 50} and stated["input"] == INPUT
     assert locate("timm:resnet50")[1]["source"] == "timm:resnet50.a1_in1k"  # its default tag
 
 
@@ -180,16 +180,12 @@ def test_what_a_repository_does_not_say_is_not_stated(hub):
     hub["me/net"] = {
         "pytorch_model.bin": "tensors",
         "config.json": {"model_type": "resnet", "id2label": {"0": "LABEL_0", "1": "LABEL_1"}},
-        "preprocessor_config.json": {"image_mean": list(MEAN), "image_std": [1.0, "1", None]},
         "README.md": "# Net\nlicense: gpl\n",
     }
     path, stated = locate("hf:me/net")
     assert path.name == "pytorch_model.bin"
     assert stated["licence"] == "unknown" and not {"input", "classes"} & set(stated)
     assert stated["backbone"] == STRIDE_IN_3X3  # transformers' default
-    for std, more in (([1.0, float("nan"), 1.0], {}), ([1.0, 1.0, 1.0], {"do_normalize": False})):
-        hub["me/net"]["preprocessor_config.json"] = {"image_mean": list(MEAN), "image_std": std, **more}
-        assert "input" not in locate("hf:me/net")[1]
     hub["me/net"] = {"model.safetensors": "tensors"}
     assert not {"backbone", "input"} & set(locate("hf:me/net")[1])
 
@@ -201,7 +197,11 @@ def test_a_timm_repository_states_its_pretrained_cfg(hub, nested):
     hub["timm/resnet18.a1_in1k"] = {"model.safetensors": "tensors", "config.json": config}
     stated = locate("hf:timm/resnet18.a1_in1k")[1]
     assert stated["input"] == {**INPUT, "mean": [0.5] * 3, "std": [0.25] * 3}
-    assert (stated["licence"], stated["classes"], stated["backbone"]) == ("mit", ["a", "b"], STRIDE_IN_3X3)
+    assert (stated["licence"], stated["classes"], stated["backbone"]) == (
+        "mit",
+        ["a", "b"],
+        {**STRIDE_IN_3X3, "depth": 18},
+    )
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_folder_that_timm_wrote_is_described_by_its_config(tmp_path):
     (tmp_path / "config.json").write_text('{"architecture": "resnet18", "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}')
     (tmp_path / "pytorch_model.bin").touch()
     path, stated = locate(str(tmp_path))
-    assert path.name == "pytorch_model.bin" and stated["backbone"] == STRIDE_IN_3X3
+    assert path.name == "pytorch_model.bin" and stated["backbone"]["depth"] == 18
     assert stated["input"] == {**INPUT, "mean": [0.5] * 3, "std": [1.0] * 3}
 
 

@@ -1,0 +1,237 @@
+"""What the config.json beside weights says: that of transformers, of timm, and of this package in transformers.
+
+Each key that can change the network is in a table with the values that this package computes. Another value, and a key
+that is in no table, is refused by its name: a file with the names and shapes of a ResNet may be another network.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from resbackbone.checks import UserError
+from resbackbone.resnet import DEPTHS, Bottleneck
+from resbackbone.weights.inputs import INPUT, MEAN, STD
+from resbackbone.weights.zoo import TRUNK
+
+ANY = ()  # of the accepted values: the tensors' shapes, or code below, check the value
+
+
+def _harmless(names: str) -> dict[str, Sequence]:
+    return dict.fromkeys(names.split(), ANY)
+
+
+TRANSFORMERS: dict[str, Sequence] = {
+    "model_type": ("resnet",),
+    "hidden_act": ("relu",),
+    "downsample_in_first_stage": (False,),
+    "downsample_in_bottleneck": (False, True),
+    "embedding_size": (64,),
+    "layer_type": ("bottleneck", "basic"),
+    "depths": ANY,
+    "hidden_sizes": ANY,
+    "num_channels": ANY,
+    # Of every PreTrainedConfig, and of backbones; a ResNet does not compute with them.
+    **_harmless(
+        "_name_or_path architectures dtype torch_dtype transformers_version id2label label2id num_labels problem_type "
+        "return_dict use_return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss "
+        "finetuning_task task_specific_params chunk_size_feed_forward is_encoder_decoder is_decoder pruned_heads "
+        "add_cross_attention cross_attention_hidden_size tie_encoder_decoder tie_word_embeddings tokenizer_class "
+        "prefix bos_token_id pad_token_id eos_token_id sep_token_id decoder_start_token_id _commit_hash "
+        "_attn_implementation_autoset stage_names out_features out_indices"
+    ),
+}
+PROCESSOR: dict[str, Sequence] = {
+    "do_normalize": (True, False),
+    "do_rescale": (True, False),
+    "do_flip_channel_order": (False, True),
+    "rescale_factor": ANY,
+    "image_mean": ANY,
+    "image_std": ANY,
+    # Sizes and files
+    **_harmless(
+        "image_processor_type feature_extractor_type processor_class do_resize size resample crop_pct do_center_crop "
+        "crop_size default_to_square do_convert_rgb do_pad pad_size size_divisor data_format input_data_format "
+        "return_tensors device disable_grouping _processor_class _valid_processor_keys"
+    ),
+}
+TIMM_ARGUMENTS: dict[str, Sequence] = {
+    "output_stride": (32, 16),
+    "act_layer": ("relu",),
+    "norm_layer": ("batchnorm", "batchnorm2d", "frozenbatchnorm2d", "groupnorm"),
+    "aa_layer": ("",),
+    "stem_type": ("",),
+    "stem_width": (64,),
+    "replace_stem_pool": (False,),
+    "block_reduce_first": (1,),
+    "down_kernel_size": (1,),
+    "avg_down": (False,),
+    "channels": ([64, 128, 256, 512],),
+    "block_args": ({},),
+    "global_pool": ("avg", "fast", ""),
+    # Shapes show them, or only training uses them
+    **_harmless(
+        "in_chans num_classes layers cardinality base_width drop_rate drop_path_rate drop_block_rate zero_init_last "
+        "device dtype"
+    ),
+}
+TIMM: dict[str, Sequence] = {
+    "global_pool": TIMM_ARGUMENTS["global_pool"],
+    "mean": ANY,
+    "std": ANY,
+    **_harmless(
+        "architecture model_args pretrained_cfg num_classes num_features label_names label_descriptions labels "
+        "label_offset url file hf_hub_id hf_hub_filename hf_hub_revision source tag custom_load input_size "
+        "test_input_size min_input_size fixed_input_size interpolation test_interpolation crop_pct test_crop_pct "
+        "crop_mode pool_size test_pool_size first_conv classifier license license_link library_name description "
+        "origin_url paper_name paper_ids notes"
+    ),
+}
+# zoo.TRUNK with the prefixes and suffixes of the same networks in timm before 0.9, and the one with group norm
+TIMM_NETWORKS = re.compile(rf"(?:(?:tv|gluon|ssl|swsl|ig)_)?{TRUNK.pattern}(?:_v1b|_gn)?")
+# timm's networks that blur before they subsample. Their tensors have the names and shapes of a ResNet's.
+TIMM_ANTI_ALIASED = ("resnetaa", "resnetblur")
+
+
+def stated_by_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
+    """What the config.json in `folder` says, in the layout of our own files' metadata; {} if there is none.
+
+    Raises ValueError that names a key or value which this package does not compute with, and for a config.json that
+    neither transformers nor timm wrote, unless it is not `required` to be theirs.
+    """
+    config = _json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind == "resbackbone":  # `adapters.transformers`
+        return {"backbone": {"depth": config.get("depth", 50), **(config.get("trunk") or {})}, "input": INPUT}
+    if kind == "resnet":
+        stated = _stated_by_transformers(config) | _stated_by_processor(_json(folder / "preprocessor_config.json"))
+    elif kind is None and "architecture" in config:
+        stated = stated_by_timm(config)
+    elif config and (required or kind is not None):
+        what = "neither model_type nor architecture" if kind is None else f"model_type {kind!r}"
+        raise UserError(
+            f"its config.json has {what}; this package reads the ResNets of transformers (model_type 'resnet') and "
+            "timm (architecture): to load the tensors by their names alone, give the file in a folder without it"
+        )
+    else:
+        return {}
+    return {**stated, "stated_by": "config.json"}
+
+
+def check_known(where: str, values: Mapping, accepted: Mapping[str, Sequence]) -> None:
+    """Raise ValueError for a key of `values` that is not in the table, or a value that it does not accept."""
+    for key, value in values.items():
+        said = f"its {where} has {key} {str(value)[:80] if isinstance(value, Mapping) else repr(value)[:80]}"
+        if value is None:  # as good as absent
+            continue
+        if key not in accepted:
+            raise UserError(f"{said}, which this package does not know; remove it if it does not change the network")
+        if accepted[key] and value not in accepted[key]:
+            known = " or ".join(repr(choice) for choice in accepted[key])
+            raise UserError(f"{said}; networks of this package have {known}")
+
+
+def stated_input(where: str, mean: Any, std: Any, *, order: str = "RGB", top: float = 1.0) -> dict[str, Any]:
+    """An input in the layout of `inputs.INPUT`, for values in 0..`top`. Raises ValueError if it is unreadable."""
+    for name, numbers in (("mean", mean), ("std", std)):
+        readable = isinstance(numbers, list | tuple) and len(numbers) == 3
+        readable = readable and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+        if not readable or (name == "std" and min(numbers) <= 0):
+            positive = " above 0" if name == "std" else ""
+            raise UserError(f"its {where} has {name} {str(numbers)[:80]}, not three numbers{positive}, one a colour")
+    numbers = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
+    return {"channel_order": order, "range": [0.0, float(top)], **numbers}
+
+
+def _stated_by_transformers(config: Mapping) -> dict[str, Any]:
+    check_known("config.json", config, TRANSFORMERS)
+    backbone: dict[str, Any] = {"stride_in_1x1": bool(config.get("downsample_in_bottleneck")), "eps": 1e-5}
+    bottleneck = config.get("layer_type", "bottleneck") == "bottleneck"
+    if (depths := config.get("depths")) is not None:
+        found = [d for d, (block, n) in DEPTHS.items() if [*n] == depths and (block is Bottleneck) == bottleneck]
+        backbone |= {"depth": found[0]} if found else {}
+    if (channels := config.get("num_channels")) is not None:
+        backbone["in_channels"] = channels
+    usual = [width * (4 if bottleneck else 1) for width in (64, 128, 256, 512)]
+    if config.get("hidden_sizes", usual) != usual:
+        raise UserError(f"its config.json has hidden_sizes {config['hidden_sizes']!r}; only {usual} are supported")
+    stated: dict[str, Any] = {"backbone": backbone}
+    labels = config.get("id2label")
+    if isinstance(labels, Mapping) and set(labels) == {str(i) for i in range(len(labels))}:
+        names = [str(labels[str(i)]) for i in range(len(labels))]
+        if names and names != [f"LABEL_{i}" for i in range(len(names))]:  # what transformers writes for unnamed ones
+            stated["classes"] = names
+    return stated
+
+
+def _stated_by_processor(processor: Mapping) -> dict[str, Any]:
+    """{"input": ..} of a preprocessor_config.json: (value * rescale_factor - image_mean) / image_std."""
+    where = "preprocessor_config.json"
+    check_known(where, processor, PROCESSOR)
+    if not processor:
+        return {}
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
+    if type(factor) not in (int, float) or not 0 < factor < math.inf:
+        raise UserError(f"its {where} has rescale_factor {factor!r}, not a number above 0")
+    mean, std = (processor.get(key) for key in ("image_mean", "image_std"))
+    if not processor.get("do_normalize", True):
+        mean, std = [0.0] * 3, [1.0] * 3
+    order = "BGR" if processor.get("do_flip_channel_order") else "RGB"
+    if abs(factor * 255 - 1) < 1e-6:
+        return {"input": stated_input(where, mean, std, order=order)}
+    given = stated_input(where, mean, std, order=order, top=255)
+    return {"input": {**given, **{key: [x / factor for x in given[key]] for key in ("mean", "std")}}}
+
+
+def stated_by_timm(config: Mapping) -> dict[str, Any]:
+    """What a pretrained_cfg with its architecture says, from timm's registry or from a config.json."""
+    inner, arguments = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
+    for name, values, accepted in (
+        ("config.json", config, TIMM),
+        ("pretrained_cfg", inner, TIMM),
+        ("model_args", arguments, TIMM_ARGUMENTS),
+    ):
+        if not isinstance(values, Mapping):
+            raise UserError(f"its config.json has {name} {values!r}, not a table")
+        check_known(name, values, accepted)
+    config = {**config, **inner}  # older files have the content of pretrained_cfg at the top
+    name = str(config["architecture"])
+    if name.startswith(TIMM_ANTI_ALIASED):
+        raise UserError(f"timm's {name} blurs its maps before it subsamples them; no network here does")
+    if (network := TIMM_NETWORKS.fullmatch(name)) is None:
+        raise UserError(f"{name} is not one of timm's ResNets that this package builds; list_sources() names those")
+    backbone: dict[str, Any] = {"stride_in_1x1": False, "eps": 1e-5, "depth": int(network[1])}
+    if (channels := arguments.get("in_chans")) is not None:
+        backbone["in_channels"] = channels
+    if arguments.get("output_stride") == 16:
+        backbone["dilate_c5"] = True
+    if norm := arguments.get("norm_layer", "groupnorm" if name.endswith("_gn") else None):
+        backbone["norm"] = "GN" if norm == "groupnorm" else "BN"
+    stated: dict[str, Any] = {"backbone": backbone}
+    mean, std = config.get("mean"), config.get("std")
+    if mean is not None or std is not None:
+        mean, std = (list(usual) if x is None else x for x, usual in ((mean, MEAN), (std, STD)))
+        stated["input"] = stated_input("pretrained_cfg", mean, std)
+    if isinstance(config.get("license"), str):
+        stated["licence"] = config["license"]
+    if isinstance(config.get("label_names"), list | tuple):
+        stated["classes"] = [str(name) for name in config["label_names"]]
+    if config.get("tag") and config.get("paper_ids"):
+        papers = config["paper_ids"]
+        stated["recipe"] = f"{config['tag']} ({papers if isinstance(papers, str) else ', '.join(map(str, papers))})"
+    return stated
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"its {path.name} is not readable JSON with an object in it")
+    return content

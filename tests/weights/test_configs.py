@@ -1,0 +1,284 @@
+"""What a config.json beside weights says is what the network computes, wherever the two files lie; or it is refused."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from resbackbone import build_resnet_backbone, build_resnet_classifier
+from resbackbone.weights import MEAN, read_weights
+from resbackbone.weights.file import write_weights
+
+transformers = pytest.importorskip("transformers")
+RESNET_50 = {  # of microsoft/resnet-50
+    "architectures": ["ResNetForImageClassification"],
+    "depths": [3, 4, 6, 3],
+    "downsample_in_first_stage": False,
+    "embedding_size": 64,
+    "hidden_act": "relu",
+    "hidden_sizes": [256, 512, 1024, 2048],
+    "id2label": {"0": "tench", "1": "goldfish"},
+    "label2id": {"tench": 0, "goldfish": 1},
+    "layer_type": "bottleneck",
+    "model_type": "resnet",
+    "num_channels": 3,
+    "torch_dtype": "float32",
+    "transformers_version": "4.18.0.dev0",
+}
+PROCESSOR_50 = {
+    "crop_pct": 0.875,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "ConvNextFeatureExtractor",
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 3,
+    "size": 224,
+}
+TIMM_50 = {  # of timm/resnet50.a1_in1k
+    "architecture": "resnet50",
+    "num_classes": 1000,
+    "num_features": 2048,
+    "pretrained_cfg": {
+        "tag": "a1_in1k",
+        "custom_load": False,
+        "input_size": [3, 224, 224],
+        "test_input_size": [3, 288, 288],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": 0.95,
+        "test_crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+        "num_classes": 1000,
+        "pool_size": [7, 7],
+        "first_conv": "conv1",
+        "classifier": "fc",
+        "origin_url": "https://github.com/huggingface/pytorch-image-models",
+        "paper_ids": "arXiv:2110.00476",
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A ResNet-18 of transformers, saved with each config by `folder`."""
+    config = transformers.ResNetConfig(layer_type="basic", depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512])
+    return transformers.ResNetModel(config)
+
+
+@pytest.fixture
+def folder(tmp_path, small):
+    """Writes a folder of transformers with changes to its config; returns the paths by which it is given."""
+
+    def write(processor=None, **changes):
+        small.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**config, **changes}))
+        if processor is not None:
+            (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+        return tmp_path, tmp_path / "model.safetensors"
+
+    return write
+
+
+def refusal(source):
+    with pytest.raises(ValueError) as error:
+        read_weights(source)
+    message = str(error.value)
+    assert "\n" not in message and str(source) in message
+    return message
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("depth, settings", [(18, {}), (50, {}), (50, {"downsample_in_bottleneck": True})])
+def test_what_transformers_saves_computes_the_same_from_folder_and_file(tmp_path, randomised, depth, settings):
+    blocks = {18: ("basic", [2, 2, 2, 2], 1), 50: ("bottleneck", [3, 4, 6, 3], 4)}[depth]
+    sizes = [width * blocks[2] for width in (64, 128, 256, 512)]
+    config = transformers.ResNetConfig(layer_type=blocks[0], depths=blocks[1], hidden_sizes=sizes, **settings)
+    theirs = randomised(transformers.ResNetModel(config))
+    theirs.save_pretrained(tmp_path)
+    images = torch.randn(1, 3, 65, 97)
+    expected = theirs(images).last_hidden_state
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        weights = read_weights(source)
+        assert list(weights.assumed) == ["input"] and weights.origins["stride_in_1x1"] == "config.json"
+        got = build_resnet_backbone(weights=weights).eval()(images)["c5"]
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'; networks of this package have 'relu'"),
+        ({"downsample_in_first_stage": True}, "downsample_in_first_stage True"),
+        ({"downsample_in_bottleneck": "yes"}, "downsample_in_bottleneck 'yes'"),
+        ({"layer_type": "preactivation"}, "layer_type 'preactivation'"),
+        ({"embedding_size": 32}, "embedding_size 32"),
+        ({"hidden_sizes": [64, 128, 256, 500]}, "hidden_sizes [64, 128, 256, 500]"),
+        ({"dilation": 2}, "dilation 2, which this package does not know"),
+        ({"auto_map": {"AutoModel": "net.Net"}}, "auto_map {'AutoModel': 'net.Net'}, which this package does not know"),
+        ({"model_type": "detr"}, "model_type 'detr'; this package reads the ResNets of transformers"),
+        ({"model_type": None}, "neither model_type nor architecture"),
+    ],
+)
+def test_a_value_that_changes_the_network_is_refused_by_its_name(folder, changes, named):
+    for source in folder(**changes):
+        assert f"config.json has {named}" in refusal(source)
+
+
+@pytest.mark.parametrize(
+    "changes, named", [({"depths": [3, 4, 6, 3]}, "depth=34"), ({"num_channels": 1}, "in_channels=1")]
+)
+def test_a_config_of_another_network_than_the_tensors_is_refused(folder, changes, named):
+    for source in folder(**changes):
+        with pytest.raises(ValueError, match=f"are said to be for {named} by config.json, but their tensors are for"):
+            build_resnet_backbone(weights=source)
+
+
+@pytest.mark.parametrize(
+    "changes, given",
+    [
+        ({}, {}),
+        ({"image_std": [0.5, 0.5, 0.25]}, {"std": [0.5, 0.5, 0.25]}),
+        ({"do_rescale": True, "rescale_factor": 0.00392156862745098}, {}),
+        ({"do_flip_channel_order": True, "image_mean": list(MEAN[::-1])}, {"channel_order": "BGR", "mean": MEAN[::-1]}),
+        (
+            {"do_rescale": False, "image_mean": [123.675, 116.28, 103.53]},
+            {"mean": [123.675, 116.28, 103.53], "top": 255},
+        ),
+    ],
+)
+def test_the_preprocessor_tells_the_input(folder, changes, given):
+    for source in folder(processor={**PROCESSOR_50, **changes}):
+        found = read_weights(source).metadata["converted_from"]["input"]
+        assert found["range"][1] == given.get("top", 1)
+        assert found["channel_order"] == given.get("channel_order", "RGB")
+        for key, usual in (("mean", PROCESSOR_50["image_mean"]), ("std", PROCESSOR_50["image_std"])):
+            assert found[key] == pytest.approx(given.get(key, usual))
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"image_std": [1.0, "1", 1.0]}, "has std [1.0, '1', 1.0], not three numbers above 0, one a colour"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "has std [0.2, 0.0, 0.2], not three numbers above 0"),
+        ({"image_mean": 0.5}, "has mean 0.5, not three numbers"),
+        ({"image_mean": None}, "has mean None"),
+        ({"rescale_factor": "1/255"}, "has rescale_factor '1/255', not a number above 0"),
+        ({"do_normalize": "no"}, "has do_normalize 'no'"),
+        ({"do_normalize": False}, "cannot be converted exactly"),
+        ({"rescale_offset": True}, "has rescale_offset True, which this package does not know"),
+    ],
+)
+def test_a_preprocessor_that_cannot_be_followed_is_refused(folder, changes, named):
+    for source in folder(processor={**PROCESSOR_50, **changes}):
+        assert named in refusal(source)
+
+
+@pytest.mark.parametrize(
+    "config, processor, depth", [(RESNET_50, PROCESSOR_50, 50), (TIMM_50, None, 50)], ids=["transformers", "timm"]
+)
+def test_published_configs_are_read_without_assumptions(tmp_path, config, processor, depth):
+    theirs = timm.create_model("resnet50", num_classes=2)
+    if config is RESNET_50:
+        theirs = transformers.ResNetForImageClassification(transformers.ResNetConfig(num_labels=2))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    if processor:
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        weights = read_weights(source)
+        assert weights.assumed == {} and weights.metadata["backbone"]["depth"] == depth
+        build_resnet_classifier(weights=weights)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_what_timm_saves_computes_the_same_from_folder_and_file(tmp_path, randomised, file):
+    overlay = {"std": (0.5, 0.25, 0.5)}
+    theirs = randomised(timm.create_model("resnet18", num_classes=3, pretrained_cfg_overlay=overlay))
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=file == "model.safetensors")
+    images = torch.rand(1, 3, 65, 97)
+    mean, ours, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, (0.229, 0.224, 0.225), overlay["std"]))
+    expected = theirs((images - mean) / std)
+    for source in (tmp_path, tmp_path / file):
+        got = build_resnet_classifier(weights=source).eval()((images - mean) / ours)
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.inference_mode()
+def test_timms_output_stride_of_16_is_a_dilated_c5(tmp_path, randomised):
+    theirs = randomised(timm.create_model("resnet50", num_classes=3, output_stride=16))
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True, model_args={"output_stride": 16})
+    images = torch.randn(1, 3, 65, 97)
+    backbone = build_resnet_backbone(weights=tmp_path).eval()
+    assert backbone.features["c5"].stride == 16
+    for got, expected in (
+        (backbone(images)["c5"], theirs.forward_features(images)),
+        (build_resnet_classifier(weights=tmp_path).eval()(images), theirs(images)),
+    ):
+        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert build_resnet_backbone(weights=tmp_path, dilate_c5=False).features["c5"].stride == 32
+
+
+@pytest.mark.parametrize(
+    "config, named",
+    [
+        (
+            {"model_args": {"act_layer": "silu"}},
+            "model_args has act_layer 'silu'; networks of this package have 'relu'",
+        ),
+        ({"model_args": {"aa_layer": "blurpool"}}, "model_args has aa_layer 'blurpool'"),
+        ({"model_args": {"output_stride": 8}}, "model_args has output_stride 8"),
+        ({"model_args": {"stem_type": "deep"}}, "model_args has stem_type 'deep'"),
+        ({"model_args": {"norm_layer": "layernorm2d"}}, "model_args has norm_layer 'layernorm2d'"),
+        ({"model_args": {"block_args": {"attn_layer": "se"}}}, "model_args has block_args {'attn_layer': 'se'}"),
+        ({"model_args": {"padding": "same"}}, "model_args has padding 'same', which this package does not know"),
+        ({"model_args": "none"}, "has model_args 'none', not a table"),
+        ({"global_pool": "max"}, "global_pool 'max'"),
+        ({"architecture": "seresnet18"}, "seresnet18 is not one of timm's ResNets that this package builds"),
+        ({"architecture": "resnetblur18"}, "resnetblur18 blurs its maps before it subsamples"),
+        ({"pretrained_cfg": {"mean": "imagenet"}}, "pretrained_cfg has mean imagenet, not three numbers"),
+        ({"pretrained_cfg": {"std": [1, 1]}}, "pretrained_cfg has std [1, 1], not three numbers above 0"),
+        ({"pretrained_cfg": {"channel_order": "bgr"}}, "pretrained_cfg has channel_order 'bgr', which this package"),
+    ],
+)
+def test_timms_settings_of_another_network_are_refused_by_their_names(tmp_path, config, named):
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", **config}))
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        assert named in refusal(source)
+
+
+@torch.inference_mode()
+def test_a_backbone_of_this_package_comes_back_from_transformers(tmp_path, randomised):
+    from resbackbone.adapters.transformers import as_transformers
+
+    ours = randomised(build_resnet_backbone(50, stride_in_1x1=True, eps=1e-3))
+    as_transformers(ours).save_pretrained(tmp_path)
+    images = torch.randn(1, 3, 65, 97)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        back = build_resnet_backbone(weights=source).eval()
+        assert (back.config.stride_in_1x1, back.config.eps) == (True, 1e-3)
+        for got, expected in zip(back(images).values(), ours(images).values(), strict=True):
+            assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_another_programs_config_json_concerns_neither_other_files_nor_our_own(tmp_path):
+    state = timm.create_model("resnet18").state_dict()
+    torch.save(state, tmp_path / "best.pth")
+    (tmp_path / "config.json").write_text('{"lr": 0.1, "arch": "resnet18"}')
+    assert build_resnet_backbone(weights=tmp_path / "best.pth").config.depth == 18
+    write_weights(tmp_path / "model.safetensors", state, {"backbone": {"depth": 18}})
+    assert read_weights(tmp_path / "model.safetensors").format == "resbackbone"
+    assert read_weights(tmp_path).format == "resbackbone"
+
+
+@pytest.mark.parametrize("name", ["resnetblur50-84f4748f.pth", "resnetaa50_a1h-4cf422b3.pth"])
+def test_a_file_with_the_name_of_a_blurring_network_is_refused(tmp_path, name):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / name)
+    assert "which blurs its maps before it subsamples them; no network here does" in refusal(tmp_path / name)
