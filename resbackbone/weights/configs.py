@@ -19,7 +19,8 @@ from resbackbone.weights.zoo import TRUNK
 ANY = ()  # of the accepted values: the tensors' shapes, or code below, check the value
 
 
-def _harmless(names: str) -> dict[str, Sequence]:
+def harmless(names: str) -> dict[str, Sequence]:
+    """Keys whose values do not matter, for a table."""
     return dict.fromkeys(names.split(), ANY)
 
 
@@ -34,7 +35,7 @@ TRANSFORMERS: dict[str, Sequence] = {
     "hidden_sizes": ANY,
     "num_channels": ANY,
     # Of every PreTrainedConfig, and of backbones; a ResNet does not compute with them.
-    **_harmless(
+    **harmless(
         "_name_or_path architectures dtype torch_dtype transformers_version id2label label2id num_labels problem_type "
         "return_dict use_return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss "
         "finetuning_task task_specific_params chunk_size_feed_forward is_encoder_decoder is_decoder pruned_heads "
@@ -51,7 +52,7 @@ PROCESSOR: dict[str, Sequence] = {
     "image_mean": ANY,
     "image_std": ANY,
     # Sizes and files
-    **_harmless(
+    **harmless(
         "image_processor_type feature_extractor_type processor_class do_resize size resample crop_pct do_center_crop "
         "crop_size default_to_square do_convert_rgb do_pad pad_size size_divisor data_format input_data_format "
         "return_tensors device disable_grouping _processor_class _valid_processor_keys"
@@ -72,7 +73,7 @@ TIMM_ARGUMENTS: dict[str, Sequence] = {
     "block_args": ({},),
     "global_pool": ("avg", "fast", ""),
     # Shapes show them, or only training uses them
-    **_harmless(
+    **harmless(
         "in_chans num_classes layers cardinality base_width drop_rate drop_path_rate drop_block_rate zero_init_last "
         "device dtype"
     ),
@@ -81,7 +82,7 @@ TIMM: dict[str, Sequence] = {
     "global_pool": TIMM_ARGUMENTS["global_pool"],
     "mean": ANY,
     "std": ANY,
-    **_harmless(
+    **harmless(
         "architecture model_args pretrained_cfg num_classes num_features label_names label_descriptions labels "
         "label_offset url file hf_hub_id hf_hub_filename hf_hub_revision source tag custom_load input_size "
         "test_input_size min_input_size fixed_input_size interpolation test_interpolation crop_pct test_crop_pct "

@@ -15,6 +15,7 @@ from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.file import NOTES, read_notes, read_safetensors
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
+from resbackbone.weights.mmengine import stated_by_meta
 from resbackbone.weights.pickles import read_pickle
 from resbackbone.weights.sources import locate, recognised
 from resbackbone.weights.translate import to_ours
@@ -148,7 +149,10 @@ def _read_file(name: str, entry: str | None) -> Weights:
             path.unlink(missing_ok=True)  # another process may have been faster
         raise
     state, at = _entry_of(content, entry, name)
-    notes = _notes_in(content)
+    try:
+        notes = _notes_in(content)
+    except UserError as error:
+        raise UserError(f"weights from {name}: {error}") from None
     origins = _origins(notes, "the file") | origins | _origins(known)
     return Weights(state, {**notes, **stated, **known}, name, entry=".".join(at), origins=origins)
 
@@ -202,25 +206,7 @@ def _notes_in(content: object) -> dict[str, Any]:
     if content.get("__author__") == "torchvision":  # detectron2's own conversion keeps torchvision's input and stride
         return {"input": INPUT, "backbone": {"stride_in_1x1": False}}
     meta = content.get("meta")
-    if not isinstance(meta, dict):
-        return {}
-    config = next((value for value in meta.values() if isinstance(value, str) and "backbone" in value), "")
-    style, to_rgb = re.search(r"style='(caffe|pytorch)'", config), re.search(r"to_rgb=(True|False)", config)
-    mean, std = (re.search(rf"\b{name}=\[([\d., ]+)\]", config) for name in ("mean", "std"))
-    notes: dict[str, Any] = {}
-    relu = re.search(r"relu_before_extra_convs=(True|False)", config)
-    backbone = {"stride_in_1x1": style and style[1] == "caffe", "relu_before_p7": relu and relu[1] == "True"}
-    if backbone := {name: value for name, value in backbone.items() if value is not None}:
-        notes["backbone"] = backbone
-    if to_rgb and mean and std:
-        numbers = [[float(number) for number in found[1].split(",") if number.strip()] for found in (mean, std)]
-        order = "RGB" if to_rgb[1] == "True" else "BGR"
-        notes["input"] = {"channel_order": order, "range": [0.0, 255.0], "mean": numbers[0], "std": numbers[1]}
-    data = meta["dataset_meta"] if isinstance(meta.get("dataset_meta"), dict) else meta  # of mmdetection 3, and 2
-    classes = data.get("CLASSES", data.get("classes"))
-    if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
-        notes["classes"] = list(classes)
-    return notes
+    return stated_by_meta(meta) if isinstance(meta, dict) else {}
 
 
 def _in_fp32(weights: Weights) -> Weights:

@@ -226,29 +226,6 @@ def test_detectron2s_own_conversion_of_torchvision_keeps_torchvisions_input(tmp_
     assert torch.equal(weights.state["conv1.weight"], resnet50["conv1.weight"])
 
 
-@pytest.mark.parametrize(
-    "style, config_input, given",
-    [
-        ("pytorch", "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True", "RGB"),
-        ("caffe", "mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False", "BGR"),
-    ],
-)
-def test_mmdetections_config_tells_style_input_and_classes(tmp_path, resnet50, style, config_input, given):
-    state = {f"backbone.{name}": tensor for name, tensor in resnet50.items() if not name.startswith("fc.")}
-    state |= {f"neck.lateral_convs.{i}.conv.bias": torch.zeros(256) for i in range(4)}
-    config = f"model = dict(backbone=dict(type='ResNet', depth=50, style='{style}'))\nnorm = dict({config_input})"
-    path = tmp_path / "faster_rcnn.pth"
-    torch.save({"meta": {"config": config, "CLASSES": ("a", "b")}, "state_dict": state}, path)
-    weights = read_weights(path)
-    assert weights.format == "mmdetection" and weights.assumed == {}
-    assert weights.metadata["backbone"] == {"stride_in_1x1": style == "caffe"}
-    assert weights.metadata["converted_from"]["input"]["channel_order"] == given
-    assert weights.metadata["classes"] == ["a", "b"]
-    expected = resnet50["conv1.weight"]
-    expected = for_canonical_input(expected, BGR_255) if given == "BGR" else expected
-    assert torch.allclose(weights.state["conv1.weight"], expected, rtol=1e-6)
-
-
 def test_a_folder_of_transformers_says_its_stride_and_classes(tmp_path, resnet50):
     save_file(from_ours(resnet50, "transformers"), tmp_path / "model.safetensors", {"format": "pt"})
     config = {"model_type": "resnet", "downsample_in_bottleneck": True, "id2label": {str(i): f"n{i}" for i in range(3)}}
@@ -301,14 +278,16 @@ def test_a_cut_off_download_is_fetched_again_the_next_time(tmp_path, monkeypatch
     assert_same_state({key: expected[key] for key in STATE})  # safetensors orders them differently
 
 
-def retinanet_of_mmdetection(config=""):
+def retinanet_of_mmdetection(neck):
+    config = f"model = dict(backbone=dict(type='ResNet', depth=18), neck=dict(type='FPN', {neck}))\n"
+    config += "img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)"
     backbone = build_resnet_backbone(18, fpn=True, fpn_channels=8, levels=["p3", "p4", "p5", "p6", "p7"])
     return {"meta": {"config": config}, "state_dict": from_ours(backbone.state_dict(), "mmdetection")}
 
 
-@pytest.mark.parametrize("config, relu", [("", False), ("backbone=1, neck=dict(relu_before_extra_convs=True)", True)])
-def test_mmdetections_p7_has_no_relu_before_it_unless_its_config_says_so(tmp_path, config, relu):
-    torch.save(retinanet_of_mmdetection(config), tmp_path / "retinanet.pth")
+@pytest.mark.parametrize("neck, relu", [("num_outs=5", False), ("relu_before_extra_convs=True", True)])
+def test_mmdetections_p7_has_no_relu_before_it_unless_its_config_says_so(tmp_path, neck, relu):
+    torch.save(retinanet_of_mmdetection(neck), tmp_path / "retinanet.pth")
     backbone = build_resnet_backbone(weights=tmp_path / "retinanet.pth", fpn=True).eval()
     assert backbone.config.relu_before_p7 is relu
     maps = backbone(torch.rand(1, 3, 65, 97))

@@ -1,0 +1,255 @@
+"""What the config in a checkpoint of mmengine says (mmdetection, mmpretrain, ..); it is parsed, and nothing of it runs.
+
+As in `configs`, each setting that can change the network has a table of the values that this package computes.
+"""
+
+import ast
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from resbackbone.checks import UserError
+from resbackbone.weights.configs import ANY, check_known, harmless, stated_input
+from resbackbone.weights.inputs import describe_input
+
+WHERE = "mmengine config"
+LONGEST = 2_000_000  # characters of a config; published ones have 20,000
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
+
+BACKBONE: dict[str, Sequence] = {
+    "type": ("ResNet", "ResNeXt"),
+    "stem_channels": (64,),
+    "base_channels": (64,),
+    "style": ("pytorch", "caffe"),
+    "deep_stem": (False,),
+    "avg_down": (False,),
+    "contract_dilation": (False,),
+    "conv_cfg": ({"type": "Conv"}, {"type": "Conv2d"}),
+    "act_cfg": ({"type": "ReLU"}, {"type": "ReLU", "inplace": True}),
+    "norm_cfg": ANY,
+    "strides": ANY,
+    "dilations": ANY,
+    # Shapes show them, or only training uses them
+    **harmless(
+        "depth in_channels expansion num_stages out_indices groups base_width frozen_stages norm_eval with_cp "
+        "zero_init_residual pretrained init_cfg drop_path_rate stage_with_dcn _scope_ _delete_"
+    ),
+}
+NECK: dict[str, Sequence] = {
+    "type": ("FPN", "GlobalAveragePooling"),
+    "add_extra_convs": (False, True, "on_input", "on_output"),  # "on_lateral" has on_output's tensors
+    "relu_before_extra_convs": (False, True),
+    "upsample_cfg": ({"mode": "nearest"}, {"mode": "nearest", "scale_factor": 2}),
+    "conv_cfg": BACKBONE["conv_cfg"],
+    "end_level": (-1, 3),
+    "norm_cfg": ANY,
+    **harmless("in_channels out_channels num_outs start_level no_norm_on_lateral init_cfg dim _scope_ _delete_"),
+}
+NORM: dict[str, Sequence] = {
+    "type": ("BN", "BN2d", "SyncBN", "MMSyncBN", "GN"),
+    "num_groups": (32,),
+    "eps": ANY,
+    **harmless("requires_grad momentum _scope_"),
+}
+PIXELS: dict[str, Sequence] = {
+    "mean": ANY,
+    "std": ANY,
+    **dict.fromkeys(("bgr_to_rgb", "rgb_to_bgr", "to_rgb"), (False, True)),
+    **harmless(
+        "type pad_size_divisor pad_value pad_mask mask_pad_value pad_seg seg_pad_value boxtype2tensor non_blocking "
+        "batch_augments size size_divisor test_cfg num_classes to_onehot _scope_ _delete_"
+    ),
+}
+DILATED_C5 = ([1, 2, 2, 1], [1, 1, 1, 2])  # strides and dilations of a caffe-style ResNet with DC5
+
+
+class Unreadable(NamedTuple):
+    """What stands where the config has no plain value: code, or a name that the text does not define."""
+
+    text: str
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def stated_by_meta(meta: Mapping) -> dict[str, Any]:
+    """What a checkpoint's "meta" says: backbone and input of its config, classes of its data set.
+
+    Raises ValueError that names the part if the config cannot be read, or is of a network that this package has not.
+    """
+    stated: dict[str, Any] = {}
+    config = meta.get("cfg", meta.get("config"))
+    if config not in (None, ""):
+        stated = stated_by_mmengine(parse_config(config) if isinstance(config, str) else config)
+    data = meta["dataset_meta"] if isinstance(meta.get("dataset_meta"), dict) else meta  # of mmdetection 3, and 2
+    classes = data.get("CLASSES", data.get("classes"))
+    if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+        stated["classes"] = list(classes)
+    return stated
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """The values that the assignments of a Python config give, as far as they are plain: the rest is Unreadable."""
+    values: dict[str, Any] = {}
+    # mmcv 1 puts paths of files between the lines.
+    lines = [line for line in text.splitlines() if not line.strip().endswith(".py")]
+    try:
+        if len(text) > LONGEST:
+            raise ValueError(f"{len(text)} characters long")
+        for statement in ast.parse("\n".join(lines)).body:
+            if isinstance(statement, ast.Assign) and all(isinstance(name, ast.Name) for name in statement.targets):
+                value = _value(statement.value, values)
+                values |= {name.id: value for name in statement.targets if isinstance(name, ast.Name)}
+            elif not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Constant):
+                names = {node.id for node in ast.walk(statement) if isinstance(node, ast.Name)}
+                values |= dict.fromkeys(names, Unreadable(ast.unparse(statement)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        raise UserError(f"its {WHERE} is not readable ({' '.join(str(error).split())[:80]})") from None
+    if "_base_" in values:
+        raise UserError(f"its {WHERE} refers to other files (_base_), which are not in the checkpoint")
+    return values
+
+
+def stated_by_mmengine(config: Any) -> dict[str, Any]:
+    """The backbone and the input of a config as `parse_config` gives it."""
+    backbone = _part(_part(config, "", "model"), "model.", "backbone")
+    where = f"{WHERE}'s model.backbone"
+    backbone = {**backbone, "type": _type(backbone)}
+    check_known(where, backbone, BACKBONE)
+    caffe = backbone.get("style") == "caffe"
+    facts: dict[str, Any] = {"stride_in_1x1": caffe}
+    if backbone.get("depth") is not None:
+        facts["depth"] = backbone["depth"]
+    facts |= _stated_by_norm(where, backbone.get("norm_cfg"))
+    layout = [backbone.get(key) or usual for key, usual in (("strides", [1, 2, 2, 2]), ("dilations", [1] * 4))]
+    layout = [list(numbers) if isinstance(numbers, list | tuple) else [numbers] for numbers in layout]
+    if layout == [*DILATED_C5] and caffe:  # else the first block is dilated too, which only caffe style is here
+        facts["dilate_c5"] = True
+    elif layout[0] != [1, 2, 2, 2][: len(layout[0])] or layout[1] != [1] * len(layout[1]):
+        raise UserError(f"its {where} has strides {layout[0]} and dilations {layout[1]}; no network here does")
+    neck = config["model"].get("neck")
+    if neck is not None:
+        facts |= _stated_by_neck(neck)
+    return {"backbone": facts, "input": _input(config), "stated_by": f"the {WHERE} in the file"}
+
+
+def _stated_by_neck(neck: Any) -> dict[str, Any]:
+    where = f"{WHERE}'s model.neck"
+    if not isinstance(neck, Mapping):
+        raise UserError(f"its {where} is {_short(neck)}; this package builds FPN alone")
+    neck = {**neck, "type": _type(neck)}
+    if neck["type"] == "GlobalAveragePooling":
+        return {}
+    check_known(where, neck, NECK)
+    if _stated_by_norm(where, neck.get("norm_cfg")).get("eps", 1e-5) != 1e-5:
+        raise UserError(f"its {where} has norm_cfg {_short(neck['norm_cfg'])}; pyramids here have an eps of 1e-5")
+    facts: dict[str, Any] = {"relu_before_p7": bool(neck.get("relu_before_extra_convs"))}
+    if extra := neck.get("add_extra_convs"):
+        facts["p6_from"] = "p5" if extra == "on_output" else "c5"
+    return facts
+
+
+def _stated_by_norm(where: str, norm: Any) -> dict[str, Any]:
+    if norm is None:
+        return {}
+    if not isinstance(norm, Mapping):
+        raise UserError(f"its {where} has norm_cfg {_short(norm)}, which is not readable")
+    norm = {**norm, "type": _type(norm)}
+    check_known(f"{where}.norm_cfg", norm, NORM)
+    eps = norm.get("eps", 1e-5)
+    if type(eps) not in (int, float) or eps < 0:
+        raise UserError(f"its {where}.norm_cfg has eps {_short(eps)}, not a number")
+    return {"norm": "GN" if norm["type"] == "GN" else "BN", "eps": float(eps)}
+
+
+def _input(config: Mapping) -> dict[str, Any]:
+    """The one input that the config describes, in a data_preprocessor (mmdetection 3) or an img_norm_cfg (2)."""
+    inputs = []
+    for part in _dicts(config):
+        kind = _type(part)
+        if kind == "LoadImageFromFile":
+            for key, usual in (("color_type", ("color", "color_ignore_orientation")), ("channel_order", ("bgr",))):
+                if part.get(key, usual[0]) not in usual:
+                    raise UserError(f"its {WHERE}'s LoadImageFromFile has {key} {_short(part[key])}, not {usual[0]!r}")
+        if "mean" in part and (kind in (None, "Normalize") or str(kind).lower().endswith("preprocessor")):
+            where = f"{WHERE}'s {kind or 'dict with mean and std'}"
+            check_known(where, part, PIXELS)
+            swaps = [part[key] for key in ("bgr_to_rgb", "rgb_to_bgr", "to_rgb") if part.get(key) is not None]
+            default = kind in (None, "Normalize")  # mmcv's
+            order = "RGB" if any(swaps or [default]) else "BGR"  # files are read as BGR
+            inputs.append(stated_input(where, part.get("mean"), part.get("std"), order=order, top=255))
+    if not inputs:
+        raise UserError(f"its {WHERE} has no mean and std that can be read: no data_preprocessor and no img_norm_cfg")
+    if any(other != inputs[0] for other in inputs):
+        described = sorted({describe_input(given) for given in inputs})
+        raise UserError(f"its {WHERE} describes more than one input: {'; '.join(described)}")
+    return inputs[0]
+
+
+def _part(values: Any, path: str, name: str) -> Mapping:
+    value = values.get(name) if isinstance(values, Mapping) else None
+    if not isinstance(value, Mapping):
+        raise UserError(f"its {WHERE} has {path}{name} {_short(value)}, not a dict that can be read")
+    return value
+
+
+def _type(values: Any) -> Any:
+    """The type of a part, without the packages that it may name: mmdet.ResNet is ResNet."""
+    kind = values.get("type") if isinstance(values, Mapping) else None
+    return kind.rpartition(".")[2] if isinstance(kind, str) else kind
+
+
+def _dicts(value: Any) -> Iterator[Mapping]:
+    if isinstance(value, Mapping):
+        yield value
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _dicts(part)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
+    match node:
+        case ast.Constant():
+            return node.value
+        case ast.List() | ast.Tuple() | ast.Set():
+            return [_value(item, known) for item in node.elts]
+        case ast.Dict():
+            return _dict(
+                [
+                    (key and _value(key, known), _value(item, known))
+                    for key, item in zip(node.keys, node.values, strict=True)
+                ]
+            )
+        case ast.Call(func=ast.Name(id="dict"), args=[]):
+            return _dict([(word.arg, _value(word.value, known)) for word in node.keywords])
+        case ast.Call(func=ast.Name(id="dict"), args=[ast.Dict() as only]) if not node.keywords:
+            return _value(only, known)
+        case ast.Name(id=name) if name in known:
+            return known[name]
+        case ast.UnaryOp(op=ast.USub(), operand=operand) if type(x := _value(operand, known)) in (int, float):
+            return -x
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
+            x, y = _value(left, known), _value(right, known)
+            numbers = all(type(number) in (int, float) for number in (x, y))
+            if numbers and not (isinstance(op, ast.Div) and y == 0):
+                return OPERATORS[type(op)](x, y)
+    return Unreadable(ast.unparse(node))
+
+
+def _dict(pairs: list[tuple[Any, Any]]) -> Any:
+    """A dict of (key, value); a value without a key is `**value`."""
+    values: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key is None and isinstance(value, Mapping):
+            values |= value
+        elif isinstance(key, str):
+            values[key] = value
+        elif key is None or isinstance(key, list | Mapping | Unreadable):
+            return Unreadable(f"**{_short(value)}")
+        else:
+            values[str(key)] = value
+    return values

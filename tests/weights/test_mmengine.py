@@ -1,0 +1,149 @@
+"""The config in a checkpoint of mmengine decides stride, input and pyramid; what cannot be read or built is refused."""
+
+import pytest
+import torch
+import torchvision
+
+from resbackbone import build_resnet_backbone
+from resbackbone.weights import read_weights
+from resbackbone.weights.inputs import BGR_255, for_canonical_input
+from resbackbone.weights.mmengine import parse_config
+
+CAFFE = """
+data_preprocessor = dict(
+    bgr_to_rgb=False,
+    mean=[
+        103.53,
+        116.28,
+        123.675,
+    ],
+    pad_size_divisor=32,
+    std=[
+        1.0,
+        1.0,
+        1.0,
+    ],
+    type='DetDataPreprocessor')
+"""
+RGB = CAFFE.replace("False", "True").replace("103.53", "x").replace("123.675", "103.53").replace("x", "123.675")
+RGB = RGB.replace("1.0,\n        1.0,\n        1.0,", "58.395, 57.12, 57.375")
+PLAIN_RGB = "img_norm_cfg = dict(mean=(123.675, 116.28, 103.53), std=(58.395, 57.12, 57.375))"
+NECK = "neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5)"
+MMDET_2 = """/home/u/faster_rcnn_r50_fpn_1x.py
+# model settings
+norm_cfg = dict(type='BN', requires_grad=False)
+model = dict(
+    type='FasterRCNN',
+    pretrained='open-mmlab://detectron2/resnet18_caffe',
+    backbone=dict(type='ResNet', depth=18, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=1, norm_cfg=norm_cfg,
+                  norm_eval=True, style='caffe'),
+    neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, num_outs=5))
+img_norm_cfg = dict(mean=[103.530, 116.280, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)
+train_pipeline = [dict(type='LoadImageFromFile'), dict(type='Normalize', **img_norm_cfg)]
+data = dict(samples_per_gpu=2, train=dict(pipeline=train_pipeline))
+optimizer = dict(type='SGD', lr=0.02 / 8, hooks=make_hooks(1))
+"""
+
+
+def config(backbone="", neck=NECK, pixels=CAFFE):
+    return (
+        f"{pixels}\nmodel = dict(\n    backbone=dict(type='ResNet', depth=18{backbone}),\n    {neck},\n    type='X')\n"
+    )
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return {k: x for k, x in torchvision.models.resnet18().state_dict().items() if not k.startswith("fc.")}
+
+
+@pytest.fixture
+def saved(tmp_path, state):
+    def save(text, key="cfg"):
+        path = tmp_path / "epoch_12.pth"
+        named = {f"backbone.{name}": tensor for name, tensor in state.items()}
+        torch.save({"meta": {key: text}, "state_dict": named}, path)
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "text, key, bgr, style",
+    [
+        (config(", style='caffe'"), "cfg", True, True),
+        (config(pixels=RGB), "cfg", False, False),
+        (MMDET_2, "config", True, True),
+        (config(neck="neck=None", pixels=PLAIN_RGB + RGB), "config", False, False),
+    ],
+    ids=["one number a line", "bgr_to_rgb", "mmdetection 2", "both kinds"],
+)
+def test_stride_and_input_are_the_configs(saved, state, text, key, bgr, style):
+    weights = read_weights(saved(text, key))
+    assert weights.assumed == {} and weights.origins["input"] == "the mmengine config in the file"
+    assert weights.metadata["backbone"]["stride_in_1x1"] is style
+    expected = for_canonical_input(state["conv1.weight"], BGR_255) if bgr else state["conv1.weight"]
+    assert torch.allclose(weights.state["conv1.weight"], expected, rtol=1e-6)
+    assert build_resnet_backbone(weights=weights).config.depth == 18
+
+
+@pytest.mark.parametrize(
+    "backbone, neck, key, value",
+    [
+        ("", NECK.replace("num_outs=5", "num_outs=5, relu_before_extra_convs=True"), "relu_before_p7", True),
+        ("", NECK, "relu_before_p7", False),
+        ("", NECK.replace("num_outs=5", "num_outs=5, add_extra_convs='on_output'"), "p6_from", "p5"),
+        ("", NECK.replace("num_outs=5", "num_outs=5, add_extra_convs=True"), "p6_from", "c5"),
+        (", norm_cfg=dict(type='SyncBN', eps=1e-3)", NECK, "eps", 1e-3),
+        (", style='caffe', strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)", NECK, "dilate_c5", True),
+    ],
+)
+def test_other_settings_that_change_maps_are_the_configs_too(saved, backbone, neck, key, value):
+    assert read_weights(saved(config(backbone, neck))).metadata["backbone"][key] == value
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        (config(", dcn=dict(type='DCNv2')"), "model.backbone has dcn {'type': 'DCNv2'}, which this package does not"),
+        (config(", plugins=[dict(cfg=dict(type='ContextBlock'))]"), "model.backbone has plugins"),
+        (config(", deep_stem=True"), "model.backbone has deep_stem True; networks of this package have False"),
+        (config(", avg_down=True"), "model.backbone has avg_down True"),
+        (config(", act_cfg=dict(type='GELU')"), "model.backbone has act_cfg {'type': 'GELU'}"),
+        (config(", norm_cfg=dict(type='IN')"), "model.backbone.norm_cfg has type 'IN'"),
+        (config(", norm_cfg=dict(type='GN', num_groups=16)"), "model.backbone.norm_cfg has num_groups 16"),
+        (config(", style=STYLE"), "model.backbone has style STYLE; networks of this package have 'pytorch' or 'caffe'"),
+        (config(", strides=(1, 2, 1, 1)"), "model.backbone has strides [1, 2, 1, 1] and dilations [1, 1, 1, 1]"),
+        (
+            config(", strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)"),
+            "has strides [1, 2, 2, 1] and dilations [1, 1, 1, 2]",
+        ),
+        (config().replace("'ResNet'", "'ResNetV1d'"), "model.backbone has type 'ResNetV1d'"),
+        (config(neck="neck=[dict(type='FPN'), dict(type='BFP')]"), "model.neck is [{'type': 'FPN'}, {'type': 'BFP'}]"),
+        (config(neck=NECK.replace("FPN", "PAFPN")), "model.neck has type 'PAFPN'"),
+        (config(neck=NECK.replace("num_outs=5", "add_extra_convs='on_lateral'")), "add_extra_convs 'on_lateral'"),
+        (config(pixels=CAFFE.replace("103.53", "blue")), "DetDataPreprocessor has mean [blue, 116.28, 123.675]"),
+        (config(pixels=CAFFE.replace("False", "FLAG")), "DetDataPreprocessor has bgr_to_rgb FLAG"),
+        (config(pixels=""), "has no mean and std that can be read"),
+        (config(pixels="data_preprocessor = make(mean=[1, 2, 3])"), "has no mean and std that can be read"),
+        (config(pixels=CAFFE + "img_norm_cfg = dict(mean=[1, 2, 3], std=[1, 1, 1])"), "describes more than one input"),
+        (config(pixels=RGB + "p = [dict(type='LoadImageFromFile', channel_order='rgb')]"), "has channel_order 'rgb'"),
+        (config() + "model['backbone'] = make()", "has model model['backbone'] = make(), not a dict that can be read"),
+        (config() + "_base_ = ['a.py']", "refers to other files (_base_)"),
+        ("model = dict(", "is not readable"),
+        (CAFFE, "has model None, not a dict that can be read"),
+        (7, "has model None, not a dict"),
+    ],
+)
+def test_what_changes_the_network_or_cannot_be_read_is_refused_by_its_name(saved, text, named):
+    path = saved(text)
+    with pytest.raises(ValueError) as error:
+        read_weights(path)
+    assert named in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_only_plain_values_are_read_and_nothing_runs(tmp_path):
+    code = f"open({str(tmp_path / 'trace')!r}, 'w')"
+    values = parse_config(f"import os\na = -0.5 * 4\nb = {code}\nc = dict(x=[{code}, 1], **a)\nd = a ** 9\nos.abort()")
+    assert values["a"] == -2.0 and list(tmp_path.iterdir()) == []
+    assert repr(values["b"]) == code and repr(values["c"]) == "**-2.0" and repr(values["d"]) == "a ** 9"
