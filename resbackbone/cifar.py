@@ -203,11 +203,11 @@ def save_cifar_resnet(
     write_weights(path, tensors, {**metadata, **known})
 
 
-def save_for_akamaster(model: CifarResNet, path: str | os.PathLike) -> None:
+def save_for_akamaster(model: CifarResNet, path: str | os.PathLike, **metadata: Any) -> None:
     """Write `model` for github.com/akamaster/pytorch_resnet_cifar10: its names, zero channels on both sides.
 
-    The file also states shortcut and input, for `build_cifar_resnet`. Raises ValueError for shortcuts that its code
-    does not have, and unless the model's input has a mean and deviation for each channel, as its code has.
+    The file also states shortcut, input and `metadata`, for `build_cifar_resnet`. Raises ValueError for shortcuts that
+    its code does not have, and unless the model's input has a mean and deviation for each channel, as its code has.
     """
     shortcut = one_of("shortcut of akamaster's networks", model.config["shortcut"], ("A", "B"))
     if model.input is None or model.input == INPUT:
@@ -219,7 +219,7 @@ def save_for_akamaster(model: CifarResNet, path: str | os.PathLike) -> None:
     config = {**model.config, "shortcut_padding": "both"}
     content = {
         "state_dict": {f"module.{key}": tensor for key, tensor in theirs.items()},
-        NOTES: json.dumps({"cifar": config, "input": model.input}),
+        NOTES: json.dumps({**metadata, "cifar": config, "input": model.input}),
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)

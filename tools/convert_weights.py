@@ -4,11 +4,15 @@ python tools/convert_weights.py --list                                          
 python tools/convert_weights.py detectron2:ImageNetPretrained/MSRA/R-50.pkl r50.safetensors
 python tools/convert_weights.py fasterrcnn_resnet50_fpn_coco.pth detector.safetensors
 python tools/convert_weights.py runs/mine/model.safetensors mine.pkl --to detectron2
+python tools/convert_weights.py --explain r50.pth             what is known of it and from where; nothing is written
+python tools/convert_weights.py resnet20.th r20.safetensors --shortcut A --shortcut-padding both    a CIFAR network
 """
 
 import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from resbackbone.cli.command import Auto, console, main_of, parse
 
@@ -16,20 +20,32 @@ import torch
 import tyro
 from torch import nn
 
+from detection.config import DetectorConfig
 from detection.faster_rcnn import detector_for
 from detection.foreign import describe_detector
 from resbackbone import BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, one_of
+from resbackbone.cifar import (
+    CHOICES,
+    build_cifar_resnet,
+    cifar_facts,
+    describe_fact,
+    save_cifar_resnet,
+    save_for_akamaster,
+)
 from resbackbone.classifier import ResNetClassifier
 from resbackbone.resnet import STAGES
 from resbackbone.weights import Weights, list_sources, read_weights
-from resbackbone.weights.fit import fitting, pyramid_of, resolve_architecture
+from resbackbone.weights.cifar import is_for_cifar
+from resbackbone.weights.fit import architecture_of, fitting, pyramid_of, resolve_architecture
 from resbackbone.weights.formats import FORMATS
-from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, describe_input
-from resbackbone.weights.read import has_bottlenecks
+from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, check_input, describe_input
+from resbackbone.weights.read import backbone_part, has_bottlenecks
 from resbackbone.weights.write import OURS, TARGETS, architecture_name, largest_difference, only_part, write_as
 
 INPUTS = {"rgb": INPUT, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}
+CIFAR_TARGETS: dict[str, Callable] = {OURS: save_cifar_resnet, "akamaster": save_for_akamaster}
+NOT_FOR_CIFAR = ("part", "stride_in_1x1")  # options
 TRANSFORMERS_FILES = {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
@@ -42,18 +58,29 @@ class Options:
     destination: tyro.conf.Positional[Auto[Path]] = None
     """The file to write (.safetensors; for other formats .pth or .pkl too), or a folder for transformers."""
     to: str = OURS
-    """resbackbone, torchvision, timm, detectron2, msra, mmdetection or transformers."""
+    """resbackbone, torchvision, timm, detectron2, msra, mmdetection or transformers; of CIFAR networks, resbackbone or
+    akamaster."""
     part: Auto[str] = None
     """backbone (drops a detector's heads) or trunk (drops the pyramid and classifier too). Default: everything."""
     entry: Auto[str] = None
     """Part of a checkpoint to read if it holds several: model, model_ema, .. Default: the averaged weights."""
     input: Auto[str] = None
     """Input of the weights: rgb (0..1, ImageNet mean and std), bgr-255 (std 1, as MSRA's) or bgr-255-std. Default:
-    what the file says, or what is usual for its names."""
+    what the file says, or what is usual for its names. A CIFAR network keeps its input."""
+    mean: Auto[tuple[float, float, float]] = None
+    """Mean of each channel, in the order and range of --input (default: rgb). CIFAR networks have various ones."""
+    std: Auto[tuple[float, float, float]] = None
+    """Standard deviation of each channel, likewise."""
     stride_in_1x1: Auto[bool] = None
     """Whether the bottlenecks stride in the 1x1. Default: what the file says, or what is usual for its names."""
     depth: Auto[int] = None
     """Depth of the network. Needed only for a trunk whose tensors fit several depths."""
+    shortcut: Auto[str] = None
+    """A, B, C or none, of a CIFAR network. Default: what the file says. Tensors show only B and C."""
+    shortcut_padding: Auto[str] = None
+    """Where shortcut A of a CIFAR network has its zero channels: end, or both (half of them on each side)."""
+    explain: bool = False
+    """Print what is known of SRC, where each fact comes from and what is assumed, and stop. DST is not needed."""
     overwrite: bool = False
     """Replace an existing file or transformers folder."""
     list: bool = False
@@ -66,15 +93,25 @@ def main(argv: list[str] | None = None) -> None:
     if options.list:
         print_sources()
         return
-    if not options.source or options.destination is None:
-        raise UserError("give SRC and DST: python tools/convert_weights.py SRC DST [--to FORMAT], or --list")
-    one_of("format", options.to, TARGETS)
-    given = None if options.input is None else INPUTS[one_of("input", options.input, INPUTS)]
-    check_destination(options)
+    if not options.source or (options.destination is None and not options.explain):
+        raise UserError(
+            "give SRC and DST: python tools/convert_weights.py SRC DST [--to FORMAT], or --explain SRC, or --list"
+        )
+    one_of("format", options.to, dict.fromkeys((*TARGETS, *CIFAR_TARGETS)))
+    given = input_of(options)
+    if not options.explain:
+        check_destination(options)
 
     weights = read_weights(options.source, entry=options.entry, given_input=given)
-    if weights.format == OURS and given not in (None, INPUT):
-        raise UserError(f"{options.source} is a file of this package, for {describe_input(INPUT)}; leave out --input")
+    if weights.format == OURS and given not in (None, weights.metadata.get("input", INPUT)):
+        raise UserError(f"{options.source} is a file of this package, which states its input; leave out yours")
+    if options.explain:
+        explain(weights, options)
+        return
+    if is_for_cifar(weights.state):
+        convert_cifar(weights, options)
+        return
+    one_of(f"format for {options.source}", options.to, TARGETS)
     weights = described(weights, options)
     kind, network = network_of(weights)
     fitting(network, weights)
@@ -85,6 +122,18 @@ def main(argv: list[str] | None = None) -> None:
         f"largest relative difference {difference:.1g}"
     )
     print_advice(weights, options)
+
+
+def input_of(options: Options) -> dict | None:
+    """The input that --input, --mean and --std give, or None."""
+    given = None if options.input is None else INPUTS[one_of("input", options.input, INPUTS)]
+    if options.mean is None and options.std is None:
+        return given
+    if options.mean is None or options.std is None:
+        raise UserError("--mean and --std belong together: give three numbers for each")
+    given = {**(given or INPUT), "mean": list(options.mean), "std": list(options.std)}
+    check_input(given)
+    return given
 
 
 def check_destination(options: Options) -> None:
@@ -149,10 +198,9 @@ def network_of(weights: Weights) -> tuple[str, nn.Module]:
 def print_found(weights: Weights, kind: str) -> None:
     """Print what the source holds, what it says and what is assumed."""
     trunk, state = weights.metadata["backbone"], weights.state
-    title = FORMATS[weights.format].title if weights.format in FORMATS else "a file of this package"
     where = f", in its part {weights.entry}" if weights.entry else ""
     name = architecture_name(trunk) + (" with GN" if trunk["norm"] == "GN" else "")
-    console.print(f"found   {title}{where}: {name}, {kind}, {len(state)} tensors")
+    console.print(f"found   {title_of(weights)}{where}: {name}, {kind}, {len(state)} tensors")
     if has_bottlenecks({key.removeprefix("backbone."): value for key, value in state.items()}):
         said = ", assumed" if "stride_in_1x1" in weights.assumed else ""
         console.print(f"stride  in the {'1x1' if trunk['stride_in_1x1'] else '3x3'}{said}")
@@ -160,6 +208,10 @@ def print_found(weights: Weights, kind: str) -> None:
     said = ", assumed" if "input" in weights.assumed else ""
     converted = "" if given == INPUT else f"; converted to {describe_input(INPUT)}"
     console.print(f"input   {describe_input(given)}{said}{converted}")
+    print_left_out(weights)
+
+
+def print_left_out(weights: Weights) -> None:
     if weights.left_out:
         some = ", ".join(weights.left_out[:3]) + (", .." if len(weights.left_out) > 3 else "")
         console.print(
@@ -186,6 +238,93 @@ def write_checked(path: Path, weights: Weights, format: str) -> float:
             raise UserError(problem + str(error).replace(str(trial), str(path))) from None
     write_as(path, weights, format)
     return difference
+
+
+def convert_cifar(weights: Weights, options: Options) -> None:
+    """Write a CIFAR network, after a trial file read back as the same network."""
+    for name in NOT_FOR_CIFAR:
+        if getattr(options, name) is not None:
+            raise UserError(
+                f"--{name.replace('_', '-')} is for ImageNet's networks; {weights.source} has one for CIFAR"
+            )
+    write = CIFAR_TARGETS[one_of("format of a CIFAR network", options.to, CIFAR_TARGETS)]
+    path, suffixes = options.destination, (".safetensors",) if options.to == OURS else (".th", ".pth", ".pt")
+    if path.suffix not in suffixes:
+        raise UserError(f"{path}: unknown suffix {path.suffix!r} for {options.to}; choose from {', '.join(suffixes)}")
+    asked = {name: getattr(options, name) for name in ("depth", "shortcut", "shortcut_padding")}
+    model = build_cifar_resnet(weights=replace(weights, is_file=False), **asked)
+    if model.input is None:
+        raise UserError(f"{weights.source} does not state its input; give --mean and --std of its training, for 0..1")
+    print_facts({"format": (title_of(weights), "the names of the tensors"), **cifar_facts(weights, **asked)})
+    said = {"source": weights.source, **weights.metadata}
+    said = {name: said[name] for name in ("source", "licence", "classes", "recipe") if name in said}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as scratch:
+        trial = Path(scratch) / path.name
+        write(model, trial, **said)
+        back = build_cifar_resnet(weights=replace(read_weights(trial), is_file=False))
+        ours, theirs = model.state_dict(), back.state_dict()
+        if back.config != model.config or any(not torch.equal(ours[key], theirs[key]) for key in ours):
+            raise UserError(f"{path} is not written: it does not read back as the same network")
+    write(model, path, **said)
+    console.print(f"wrote   {path} ({options.to}), read back: {len(ours)} tensors, the same")
+
+
+def explain(weights: Weights, options: Options) -> None:
+    """Print the facts about weights and where each is from. Then raises ValueError if they do not fit their network."""
+    if is_for_cifar(weights.state):
+        asked = {name: getattr(options, name) for name in ("depth", "shortcut", "shortcut_padding")}
+        facts = cifar_facts(weights, **asked)
+        unknown = f"not known; needed to convert or build it: {CHOICES}"
+        facts.setdefault("shortcut", ("?", unknown))
+        if facts["shortcut"][0] == "A":
+            facts.setdefault("shortcut_padding", ("?", unknown))
+        facts.setdefault("input", ("?", "not known; needed to convert it: --mean and --std"))
+        print_facts({"format": (title_of(weights), "the names of the tensors"), **facts})
+        print_left_out(weights)
+        return
+    backbone = backbone_part(weights.state)
+    shown = architecture_of(backbone) | pyramid_of(backbone)
+    weights = described(weights, options)
+    kind, network = network_of(weights)
+    print_found(weights, kind)
+    trunk = weights.metadata["backbone"]
+    origins = dict.fromkeys(trunk, "default") | weights.origins | dict.fromkeys(shown, "the tensors")
+    if trunk["norm"] != shown.get("norm"):
+        origins["norm"] = weights.origins.get("norm", "default for BN that is loaded")
+    for name in trunk.keys() & vars(options).keys():
+        if getattr(options, name) is not None:
+            origins[name] = "the caller"
+    for name in weights.assumed.keys() & vars(options).keys():
+        origins[name] += f"; --{name.replace('_', '-')} changes it"
+    facts = {name: (value, origins[name]) for name, value in trunk.items() if name != "version"}
+    given = weights.metadata.get("converted_from", {}).get("input", INPUT)
+    facts["input"] = describe_input(given), origins.get("input", "the file")
+    if "detector" in weights.metadata:
+        detector, foreign = weights.metadata["detector"], weights.format != OURS
+        by = f"the tensors, and what is usual for {title_of(weights)}" if foreign else "the file"
+        config = DetectorConfig.from_json(detector, weights.source).to_json()
+        facts |= {name: (config[name], by if name in detector else "default") for name in config if name != "version"}
+    for name in ("classes", "source", "licence", "recipe"):
+        if name in weights.metadata:
+            facts[name] = weights.metadata[name], origins.get(name, "the file" if name != "source" else "the caller")
+    print_facts(facts)
+    fitting(network, weights)
+
+
+def title_of(weights: Weights) -> str:
+    return FORMATS[weights.format].title if weights.format in FORMATS else "a file of this package"
+
+
+def print_facts(facts: Mapping[str, tuple[Any, str]]) -> None:
+    """A line for each fact: its name, its value, and where it is from."""
+    rows = []
+    for name, (value, origin) in facts.items():
+        if name in ("classes", "categories"):
+            value = f"{len(value)} names"
+        rows.append((name, describe_fact(name, value) if isinstance(value, Mapping) else str(value), origin))
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    for name, value, origin in rows:
+        console.print(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}")
 
 
 def print_advice(weights: Weights, options: Options) -> None:

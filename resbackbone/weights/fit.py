@@ -79,8 +79,8 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     asked = {name: value for name, value in asked.items() if value is not None}
     if weights is not None and backbone_part(weights.state).get("conv1.weight", Tensor()).shape[2:] == (3, 3):
         raise UserError(
-            f"weights from {weights.source} are of a network for small images: conv1 is 3 x 3, not 7 x 7 as in the "
-            "ones built here; of the former, build_cifar_resnet builds the paper's for CIFAR-10 and no others (kuangliu's, ..)"
+            f"weights from {weights.source} are of a network for small images: conv1 is 3 x 3, and networks built here "
+            "have 7 x 7; build_cifar_resnet builds the paper's for CIFAR-10, and none of others, such as kuangliu's"
         )
     if weights is None:
         one_of("depth", asked.get("depth"), DEPTHS)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from safetensors import safe_open
 
 from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
 from resbackbone import build_resnet_backbone
+from resbackbone.cifar import build_cifar_resnet, save_for_akamaster
 from resbackbone.tools import convert_weights
+from resbackbone.weights import INPUT as RGB
 from resbackbone.weights import read_weights
 from resbackbone.weights.file import write_weights
 from resbackbone.weights.sources import is_named
@@ -145,7 +148,7 @@ def test_files_that_say_their_stride_and_input_are_not_told_others(bottlenecks):
     convert("r50.pth", "ours.safetensors", "--stride-in-1x1")
     said = error_of("ours.safetensors", "other.safetensors", "--no-stride-in-1x1")
     assert "ours.safetensors are for stride_in_1x1=True, but you asked for stride_in_1x1=False; leave" in said
-    assert f"ours.safetensors is a file of this package, for {INPUT}" in error_of(
+    assert "ours.safetensors is a file of this package, which states its input; leave out yours" in error_of(
         "ours.safetensors", "other.safetensors", "--input", "bgr-255"
     )
     assert "torchvision's networks have the stride in the 3x3" in error_of(
@@ -307,11 +310,126 @@ def test_weights_that_are_not_a_whole_network_are_refused_by_name(classifier, ch
     assert told in said and "bad.pth" in said
 
 
-def test_a_network_for_cifar_is_none_of_these_depths():
-    state = {"conv1.weight": torch.zeros(16, 3, 3, 3), "linear.weight": torch.zeros(10, 64)}
-    state |= {f"layer{i}.{j}.conv1.weight": torch.zeros(16, 16, 3, 3) for i in (1, 2, 3) for j in range(3)}
-    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}, "best": 91.6}, "resnet20.th")
-    assert "resnet20.th are of a network for small images" in error_of("resnet20.th", "x.safetensors")
+@pytest.fixture
+def cifar(randomised):
+    """Writes a CIFAR network as akamaster's code does, and returns it with zero channels at the end."""
+
+    def write(file, shortcut="A"):
+        model = randomised(build_cifar_resnet(20, shortcut=shortcut, num_classes=3))
+        model.input = INPUT_OF_CIFAR
+        save_for_akamaster(model, "described.th") if shortcut in "AB" else torch.save(model.state_dict(), file)
+        if shortcut in "AB":
+            torch.save({"state_dict": torch.load("described.th")["state_dict"], "best_prec1": 91.6}, file)
+        return model
+
+    return write
+
+
+GIVEN_OF_CIFAR = ["--mean", ".4914", ".4822", ".4465", "--std", ".2023", ".1994", ".201"]
+INPUT_OF_CIFAR = {**RGB, "mean": [0.4914, 0.4822, 0.4465], "std": [0.2023, 0.1994, 0.201]}
+PADDED = ["--shortcut", "A", "--shortcut-padding", "both"]
+
+
+def assert_same_cifar_network(file, model):
+    back = build_cifar_resnet(weights=file)
+    assert back.config == model.config and back.input == INPUT_OF_CIFAR
+    assert_same_tensors(back.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("shortcut, given", [("A", PADDED), ("B", []), ("none", ["--shortcut", "none"])])
+def test_cifar_networks_come_in_with_what_tensors_do_not_show_and_go_out_again(cifar, capsys, shortcut, given):
+    model = cifar("theirs.th", shortcut)
+    said = said_by(capsys, "theirs.th", "ours.safetensors", *given, *GIVEN_OF_CIFAR)
+    assert re.search(rf"^shortcut +{shortcut} +{'the caller' if given else 'the tensors'}$", said, re.M)
+    assert re.search(r"^input +RGB 0..1, mean 0.4914 0.4822 0.4465, std 0.2023 0.1994 0.201 +the caller$", said, re.M)
+    assert "wrote   ours.safetensors (resbackbone), read back: " in said
+    assert_same_cifar_network("ours.safetensors", model)
+    assert metadata_of("ours.safetensors")["source"] == "theirs.th"
+    if shortcut == "none":
+        assert "unknown shortcut of akamaster's networks 'none'; choose from A, B" in error_of(
+            "ours.safetensors", "again.th", "--to", "akamaster"
+        )
+        return
+    convert("ours.safetensors", "again.th", "--to", "akamaster")
+    assert_same_tensors(torch.load("again.th")["state_dict"], torch.load("theirs.th")["state_dict"])
+    convert("again.th", "last.safetensors")  # the file says what it is
+    assert "ours.safetensors is a file of this package" in error_of(
+        "ours.safetensors", "x.safetensors", "--input", "rgb"
+    )
+    assert_same_cifar_network("last.safetensors", model)
+
+
+def test_what_a_cifar_file_does_not_say_is_asked_for(cifar):
+    cifar("theirs.th")
+    assert "theirs.th do not show which shortcuts they were trained with; give shortcut='A' with" in error_of(
+        "theirs.th", "x.safetensors"
+    )
+    said = error_of("theirs.th", "x.safetensors", *PADDED)
+    assert "theirs.th does not state its input; give --mean and --std of its training" in said
+    assert "--mean and --std belong together" in error_of("theirs.th", "x.safetensors", *PADDED, *GIVEN_OF_CIFAR[:4])
+
+
+def test_cifar_networks_are_not_written_as_imagenets(cifar, classifier):
+    cifar("theirs.th")
+    given = [*PADDED, *GIVEN_OF_CIFAR]
+    assert "unknown format of a CIFAR network 'timm'; choose from resbackbone, akamaster" in error_of(
+        "theirs.th", "x.pth", "--to", "timm", *given
+    )
+    assert "--part is for ImageNet's networks" in error_of("theirs.th", "x.safetensors", "--part", "trunk", *given)
+    assert "x.pkl: unknown suffix '.pkl' for akamaster; choose from .th, .pth, .pt" in error_of(
+        "theirs.th", "x.pkl", "--to", "akamaster", *given
+    )
+    torch.save(classifier, "r18.pth")
+    assert "unknown format for r18.pth 'akamaster'; choose from" in error_of("r18.pth", "x.th", "--to", "akamaster")
+
+
+def explained(capsys, *argv):
+    """{fact: its value and where it is from} of --explain, which writes nothing."""
+    before = everything()
+    said = said_by(capsys, "--explain", *argv)
+    assert everything() == before
+    return {line.split()[0]: " ".join(line.split()[1:]) for line in said.splitlines()}
+
+
+def test_explain_says_where_each_fact_is_from_and_writes_nothing(bottlenecks, cifar, capsys):
+    torch.save({"model": bottlenecks, "epoch": 3}, "r50.pth")
+    facts = explained(capsys, "r50.pth")
+    assert facts["found"].startswith("torchvision / timm names, in its part model: resnet50, trunk, ")
+    assert facts["depth"] == "50 the tensors" and facts["width_per_group"] == "4 the tensors"
+    usual = "assumed, as usual for torchvision / timm names"
+    assert facts["stride_in_1x1"] == f"False {usual}; --stride-in-1x1 changes it"
+    assert facts["input"] == f"{INPUT} {usual}; --input changes it"
+    facts = explained(capsys, "r50.pth", "--stride-in-1x1", "--input", "bgr-255")
+    assert facts["stride_in_1x1"] == "True the caller" and facts["input"] == f"{MSRA_INPUT} the caller"
+    convert("r50.pth", "ours.safetensors", "--stride-in-1x1")
+    facts = explained(capsys, "ours.safetensors")
+    assert facts["stride_in_1x1"] == "True the file" and facts["input"] == f"{INPUT} the file"
+
+    cifar("theirs.th")
+    facts = explained(capsys, "theirs.th")
+    assert facts["shortcut"].startswith("? not known; needed to convert or build it: shortcut='A' with")
+    assert (
+        facts["input"] == "? not known; needed to convert it: --mean and --std" and facts["depth"] == "20 the tensors"
+    )
+    facts = explained(capsys, "theirs.th", *PADDED)
+    assert facts["shortcut"] == "A the caller" and facts["shortcut_padding"] == "both the caller"
+
+
+def test_explain_lists_a_detectors_settings_and_what_is_left_out(detector, capsys):
+    torch.save(from_ours(detector.state_dict(), "torchvision") | {"lr": torch.zeros(())}, "theirs.pth")
+    facts = explained(capsys, "theirs.pth")
+    assert facts["variant"].startswith("fpn the tensors") and facts["fpn_channels"] == "8 the tensors"
+    assert facts["box_score_thresh"] == "0.05 default" and facts["norm"] == "FrozenBN default for BN that is loaded"
+    assert facts["omitted"].startswith("lr (1 in all)")
+    save_detector(detector, "ours.safetensors")
+    facts = explained(capsys, "ours.safetensors")
+    assert facts["min_size"] == "64 the file" and facts["categories"] == "2 names the file"
+
+
+def test_explain_of_what_cannot_be_built_is_one_line_after_the_facts(classifier, capsys):
+    torch.save({**classifier, "layer2.0.conv9.weight": torch.zeros(3, 3)}, "bad.pth")
+    assert "do not fit: 1 unexpected: layer2.0.conv9.weight" in error_of("bad.pth", "--explain")
+    assert "give SRC and DST" in error_of("--explain")
 
 
 def test_a_cifar_variant_of_resnet18_is_refused_by_the_names_of_its_shortcuts(classifier):
@@ -359,7 +477,9 @@ def test_wrong_arguments_are_one_line_that_names_them(classifier):
     assert "give SRC and DST" in error_of("r18.pth")
     assert "give SRC and DST" in error_of()
     assert "weights 'empty': the folder holds no model.safetensors" in error_of("empty", "x.safetensors")
-    assert f"unknown format 'caffe'; choose from {', '.join(TARGETS)}" in error_of("none.pth", "x.pkl", "--to", "caffe")
+    assert f"unknown format 'caffe'; choose from {', '.join(TARGETS)}, akamaster" in error_of(
+        "none.pth", "x.pkl", "--to", "caffe"
+    )
     assert "nowhere: no such folder to write into" in error_of("r18.pth", "nowhere/x.safetensors")
     assert "r18.pth: no such folder to write into" in error_of("r18.pth", "r18.pth/x.safetensors")
     assert "unknown input 'bgr'; choose from rgb, bgr-255" in error_of("r18.pth", "x.safetensors", "--input", "bgr")
