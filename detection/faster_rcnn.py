@@ -200,7 +200,8 @@ def build_faster_rcnn(
 
     num_classes: real categories, without background; a target's labels are 1..num_classes.
     categories: the data set's {category id: name}, in the order of the labels; default {1: "class 1", ..}.
-    settings: the other fields of `DetectorConfig`: variant, min_size, anchor_scale, box_score_thresh, ..
+    settings: the other fields of `DetectorConfig`: variant, min_size, anchor_scale, box_score_thresh, .. torchvision's
+        arguments that are modules (rpn_anchor_generator, box_head, ..) are refused; the message names what is taken.
 
     The detector runs on the layers of `backbone`, which are not copied: training one trains both. Nothing else of
     `backbone` changes; variant "c4" takes its stage 5 as box head, and the backbone keeps it.
@@ -211,7 +212,7 @@ def build_faster_rcnn(
         if settings.get(name) is not None:
             raise UserError(
                 f"{name} is an argument of torchvision's FasterRCNN; here give {instead}, or plug the backbone into "
-                f"torchvision's own: FasterRCNN(as_torchvision(backbone), {num_classes + 1}, {name}=..)"
+                f"torchvision's own: FasterRCNN(as_torchvision(backbone), {name}=.., ..)"
             )
     if settings.get("box_norm") == "FrozenBN":
         raise UserError("box_norm='FrozenBN' without weights would freeze random layers; choose BN, SyncBN or GN")

@@ -343,6 +343,9 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
     if weights is not None and "detector" in weights.metadata:
         frozen = {"frozen_through": "c2" if frozen_through == "auto" else frozen_through}
         return build_from_detector(options, weights, categories, say, backbone=frozen, **sizes, **recipe.detector)
+    if weights is not None and (others := heads_of(weights)):
+        some = f"{', '.join(others[:3])}, .. ({len(others)})"
+        say(f"weights: only the backbone's, from {options.weights}; left out: {some}")
     if options.variant == "vgg16":
         if options.norm is not None:
             raise UserError(f"--norm {options.norm}: VGG-16 has no norms; leave the option out")
@@ -365,6 +368,13 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
     if options.variant == "vgg16" and options.weights:
         load_vgg16(detector, options.weights)
     return detector
+
+
+def heads_of(weights: Weights) -> list[str]:
+    """The tensors of a detector that are not its backbone's; none if the weights are of no detector."""
+    if not any(key.startswith("backbone.") for key in weights.state):
+        return []
+    return [key for key in weights.state if not key.startswith("backbone.")]
 
 
 def build_with_detectron2(session: Session, recipe: Recipe, categories: dict[int, str]):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 import yaml
 from commands import (
     TOOLS,
@@ -25,6 +26,10 @@ from commands import (
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
+from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 
 from detection import data as data_module
 from detection.evaluate import METRICS
@@ -34,7 +39,7 @@ from detection.shapes import make_shapes
 from resbackbone.cli import options as options_module
 from resbackbone.cli import training
 from resbackbone.engine.lock import release_all_folders
-from resbackbone.tools import evaluate_coco, train_coco
+from resbackbone.tools import convert_weights, evaluate_coco, train_coco
 
 error_of = partial(error_line, train_coco.main)
 
@@ -245,6 +250,51 @@ def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shape
     assert after["roi_heads.box_predictor.cls_score.weight"].shape[0] == 2
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert (config["depth"], config["variant"]) == (18, "fpn")  # the weights'; nothing asked for them
+
+
+def v2_of_torchvision(channels=16):
+    """torchvision's V2 detector, smaller."""
+    trunk = torchvision.models.resnet18(weights=None)
+    backbone = _resnet_fpn_extractor(trunk, 5, norm_layer=torch.nn.BatchNorm2d)
+    head = FastRCNNConvFCHead((256, 7, 7), [channels] * 4, [channels], norm_layer=torch.nn.BatchNorm2d)
+    predictor = FastRCNNPredictor(channels, 3)
+    rpn_head = RPNHead(256, 3, conv_depth=2)
+    return TorchvisionFasterRCNN(backbone, rpn_head=rpn_head, box_head=head, box_predictor=predictor)
+
+
+def test_torchvisions_v2_detector_is_fine_tuned_resumed_evaluated_and_converted_back(
+    shapes, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    torch.save(v2_of_torchvision().state_dict(), "v2.pth")
+    argv = [*QUICK[:2], *QUICK[4:], "--data", str(shapes), "--weights", "v2.pth", "--output", "run", "--pictures", "0"]
+    train_coco.main([*argv, "--max-steps", "1"])
+    said = capsys.readouterr().out
+    assert "weights: a detector of 2 classes, from v2.pth; new, for 10 others: roi_heads.box_predictor." in said
+    assert "frozen BN 28, trainable BN 0, " in said  # 20 of the trunk and 8 of the pyramid
+    train_coco.main(["--output", "run", "--resume", "--max-steps", "2"])
+    evaluate_coco.main(["run", "--device", "cpu"])
+    convert_weights.main(["run/model.safetensors", "back.pth", "--to", "torchvision"])
+    theirs = v2_of_torchvision()
+    theirs.roi_heads.box_predictor = FastRCNNPredictor(16, 11)
+    theirs.load_state_dict(torch.load("back.pth"))
+    assert torch.equal(
+        theirs.rpn.head.conv[1][0].weight, load_file("run/model.safetensors")["rpn.head.conv.1.0.weight"]
+    )
+    train_coco.main([*argv[:-4], "--output", "trainable", "--norm", "BN", "--max-steps", "1", "--pictures", "0"])
+    assert "frozen BN 5, trainable BN 23, " in capsys.readouterr().out  # frozen: those up to c2
+    moved = load_file("trainable/model.safetensors")["roi_heads.box_head.3.1.running_var"]
+    assert not torch.equal(moved, torch.ones(16))
+
+
+def test_of_another_detectors_weights_the_backbone_is_taken_and_the_rest_is_named(tmp_path):
+    torch.save(
+        v2_of_torchvision().state_dict() | {"roi_heads.mask_head.0.0.weight": torch.zeros(1)}, tmp_path / "m.pth"
+    )
+    options, said = train_coco.Options(weights=str(tmp_path / "m.pth"), depth=18, variant="fpn"), []
+    built = train_coco.build(options, RECIPES["1x"], {1: "cat"}, said.append)
+    assert built.backbone.config.fpn_norm == "FrozenBN" and built.config.rpn_conv_depth == 1
+    assert len(said) == 1 and "m.pth; left out: rpn.head.conv.0.0.weight, rpn.head" in said[0] and "(39)" in said[0]
 
 
 @pytest.mark.parametrize(
