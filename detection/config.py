@@ -24,6 +24,8 @@ SHAPE = (
     "representation_size",
     "geometry",
     "global_context",
+    "image_mean",
+    "image_std",
 )
 
 
@@ -39,6 +41,8 @@ class DetectorConfig(Config):
         through fc6 and fc7, which `detection.paper.load_vgg16` fills.
     min_size, max_size: images are resized to this shorter side in pixels, and at most this longer one.
     resize_in_training: False if training images are resized already.
+    image_mean, image_std: of the images, channel by channel, which the detector normalizes. Default: ImageNet's, for
+        RGB in 0..1; a backbone of other than three channels needs both.
     anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
         to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
     anchor_sides: other sides for a single map's anchors, stated at an anchor_scale of 8.
@@ -61,6 +65,8 @@ class DetectorConfig(Config):
     min_size: int = 800
     max_size: int = 1333
     resize_in_training: bool = True
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
     anchor_scale: float = 8.0
     anchor_sides: tuple[float, ...] | None = None
     rpn_conv_depth: int = 1
@@ -110,5 +116,7 @@ class DetectorConfig(Config):
             raise UserError(f"box_norm={self.box_norm!r}: only a box head with box_conv_layers has norms; give both")
         if (distinct := len(dict(self.categories))) != self.num_classes:
             raise UserError(f"num_classes is {self.num_classes}, but there are {distinct} categories")
+        if min(self.image_std or (1,)) <= 0:
+            raise UserError(f"image_std {self.image_std}: each must be above 0")
         if self.anchor_sides is not None and self.variant == "fpn":
             raise UserError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")

@@ -24,7 +24,7 @@ from resbackbone.checks import UserError, require
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse, norm_layer, same_kind
 from resbackbone.weights import MEAN, STD, Weights, read_weights, write_weights
-from resbackbone.weights.fit import fit
+from resbackbone.weights.fit import fit, with_eps
 from resbackbone.weights.sources import is_named
 
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the single map that a variant uses
@@ -108,8 +108,7 @@ class FasterRCNN(GeneralizedRCNN):
         transform = InputTransform(
             config.min_size,
             config.max_size,
-            list(MEAN),
-            list(STD),
+            *_normalization(config, backbone),
             size_divisible=backbone.size_divisibility if fpn or as_torchvision else 1,
             resize_in_training=config.resize_in_training,
         )
@@ -136,6 +135,7 @@ class FasterRCNN(GeneralizedRCNN):
             self._check_targets(targets)
         elif self.training:
             raise UserError('training needs targets: {"boxes": [n, 4] x1 y1 x2 y2, "labels": [n]} for each image')
+        self.transform.check(images)
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)
         maps = self.backbone(batch.tensors)
@@ -239,18 +239,41 @@ def _with_levels_of(variant: str, backbone: Backbone) -> Backbone:
     return backbone if level is None or resnet is None else resnet.with_levels([level])
 
 
+def _normalization(config: DetectorConfig, backbone: Backbone) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the images. Raises UserError if they are not those of the backbone's channels."""
+    settings: Any = backbone.config
+    channels = getattr(settings, "in_channels", None) or getattr(settings, "options", {}).get(
+        "in_chans", 3
+    )  # or timm's
+    colours = channels == 3
+    mean = config.image_mean or (MEAN if colours else ())
+    std = config.image_std or (STD if colours else ())
+    if not len(mean) == len(std) == channels:
+        given = [None if value is None else list(value) for value in (config.image_mean, config.image_std)]
+        raise UserError(
+            f"this backbone takes images of {channels} channels: give image_mean and image_std with {channels} numbers "
+            f"each, not {given[0]} and {given[1]}"
+        )
+    return list(mean), list(std)
+
+
 def save_detector(detector: FasterRCNN, path: str | Path) -> None:
     """Write a safetensors file with the weights and everything that `load_detector` needs to rebuild the detector."""
     configs = {"backbone": detector.backbone.config.to_json(), "detector": detector.config.to_json()}
     write_weights(path, detector.state_dict(), configs)
 
 
-def load_detector(path: str | Path) -> FasterRCNN:
+def load_detector(path: str | Path, *, eps: float | None = None) -> FasterRCNN:
     """Load the detector that `save_detector` wrote to `path`, or one in a foreign format, in eval mode.
 
-    Raises ValueError if the weights are not of a Faster R-CNN that this package builds.
+    eps: of the norms, where the file does not state it. Of a torchvision detector's file the default is 1e-5, which a
+        message says; those that torchvision publishes, and what was trained from them, have 0.
+
+    Raises ValueError if the weights are not of a Faster R-CNN that this package builds, or state another eps.
     """
     weights = read_weights(path)
+    if eps is not None:
+        weights = with_eps(weights, eps)
     if "detector" not in weights.metadata:
         if weights.format == "resbackbone":
             raise UserError(f"{path} does not hold a detector of this package: its metadata describe none")

@@ -161,6 +161,7 @@ class ImprovedTesting(nn.Module):
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """[3, H, W] RGB floats in 0..1 -> boxes, labels and scores an image."""
+        cast(InputTransform, self.detector.transform).check(images)
         return [self._detect(image) for image in images]
 
     def _detect(self, image: Tensor) -> dict[str, Tensor]:

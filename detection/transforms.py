@@ -1,5 +1,7 @@
 """Augmentation of training images and boxes (torchvision's transforms v2), and a detector's own input transform."""
 
+import logging
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,6 +9,14 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import v2
+
+from resbackbone.checks import UserError
+from resbackbone.compat import is_transformed
+from resbackbone.weights import MEAN, STD
+
+_log = logging.getLogger("resbackbone")
+SLACK = 0.25  # that resampling and augmentation may leave 0..1 by
+MOST_NORMALIZED = 10.0  # ImageNet's mean and deviation make 2.64 of white
 
 
 class TrainTransform:
@@ -37,15 +47,50 @@ class TrainTransform:
 class InputTransform(GeneralizedRCNNTransform):
     """torchvision's normalisation, resizing and padding, with mean and std kept on the device."""
 
+    warned = looked = False  # whether `check` has warned, and whether it has looked at pixels
+
     def __init__(self, min_size, max_size, image_mean, image_std, *, size_divisible=32, resize_in_training=True):
         super().__init__(min_size, max_size, image_mean, image_std, size_divisible)
         self.resize_in_training = resize_in_training
         self.sent: dict[tuple, tuple[Tensor, ...]] = {}  # mean and std on the device
 
+    def check(self, images: Sequence[Tensor]) -> None:
+        """Raise UserError for what is no list of images, and for pixels in 0..255; warn once about normalized ones.
+
+        Pixels are looked at where the mean and standard deviation are ImageNet's, whose images are in 0..1: every
+        time on a CPU, and once on a GPU, which would have to be waited for.
+        """
+        channels = len(self.image_mean)
+        counts = (1, 3) if channels == 3 else (channels,)  # a grey image serves as three equal colours
+        for image in images:
+            if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] not in counts:
+                given = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+                raise UserError(f"an image is a tensor [{channels}, H, W] of floats in 0..1, not {given}")
+            if not image.is_floating_point():
+                raise UserError(f"images are floats in 0..1, not {image.dtype}: divide uint8 images by 255")
+        images = [image for image in images if image.numel()]
+        own_range = (tuple(self.image_mean), tuple(self.image_std)) != (MEAN, STD)
+        watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
+        if own_range or watched or not images or (self.looked and images[0].device.type != "cpu"):
+            return
+        self.looked = True
+        ends = torch.stack([torch.stack(image.detach().aminmax()) for image in images])
+        low, high = (float(end) for end in (ends[:, 0].min(), ends[:, 1].max()))
+        if not math.isfinite(high - low):
+            raise UserError(f"images hold values from {low:g} to {high:g}; they are floats in 0..1")
+        if high > MOST_NORMALIZED:
+            raise UserError(f"images hold values up to {high:g}; they are floats in 0..1: divide them by 255")
+        if (low < -SLACK or high > 1 + SLACK) and not self.warned:
+            self.warned = True
+            _log.warning(
+                "images hold values from %.3g to %.3g, and a detector takes RGB floats in 0..1, which it normalizes "
+                "itself: leave out your own normalization",
+                low,
+                high,
+            )
+
     def normalize(self, image: Tensor) -> Tensor:
         """[3, H, W] floats in 0..1, less the mean, over the standard deviation."""
-        if not image.is_floating_point():
-            raise TypeError(f"images are floats in 0..1, not {image.dtype}: divide uint8 images by 255")
         key = image.dtype, image.device, tuple(self.image_mean), tuple(self.image_std)
         if torch.compiler.is_compiling():  # tensors of a trace hold no numbers to keep
             mean, std = self._constants(image)

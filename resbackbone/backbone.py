@@ -1,9 +1,11 @@
 """Backbone = trunk (+ FPN), and build_resnet_backbone(), the one way to make it."""
 
+import inspect
 import os
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +43,7 @@ class Backbone(nn.Module):
 
     @property
     def out_channels(self) -> int:
+        _refuse_torchvisions_usual_names(inspect.currentframe())
         return list(self.features.values())[-1].channels
 
     def fuse(self) -> "Backbone":
@@ -85,6 +88,22 @@ class Backbone(nn.Module):
             f"frozen BN {frozen}, trainable BN {trainable}, "
             f"parameters {counts[True] / 1e6:.1f} M trainable, {counts[False] / 1e6:.1f} M frozen"
         )
+
+
+def _refuse_torchvisions_usual_names(frame: FrameType | None) -> None:
+    """Raise UserError if a detector of torchvision asks for `out_channels` and would look for maps called "0", "1", ..
+
+    It finds none, and says so by an IndexError in its first forward. Given pooling with our names, it works.
+    """
+    caller = frame and frame.f_back
+    if caller and str(caller.f_globals.get("__name__")).startswith("torchvision.models.detection."):
+        pools = [name for name, value in caller.f_locals.items() if name.endswith("_roi_pool") and value is None]
+        if pools:
+            raise UserError(
+                "torchvision's detectors look for maps called '0', '1', .. unless told otherwise: give them "
+                "as_torchvision(backbone), from resbackbone.adapters.torchvision, or "
+                f"{' and '.join(pools)} with featmap_names=['p2', ..]"
+            )
 
 
 class ResNetBackbone(Backbone, ResNet):
@@ -220,7 +239,7 @@ def build_resnet_backbone(
     if loaded is None:
         _refuse_frozen_random_layers(config)
         return ResNetBackbone(config)
-    loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
+    loaded.announce_assumptions(stride_in_1x1=stride_in_1x1, eps=eps)
     loaded = replace(loaded, state=backbone_part(loaded.state))
     if fpn_norm == "FrozenBN" and not any(key.startswith("fpn.") for key in loaded.state):
         raise UserError(f"fpn_norm='FrozenBN', but weights from {loaded.source} hold no pyramid to freeze")

@@ -1,5 +1,6 @@
 """ResNet-18/34/50/101/152: an image to the feature maps c2..c5 (He et al. 2015, Table 1)."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.layers import (
+    BATCH_NORMS,
     Norm,
     checkpointed,
     conv,
@@ -16,6 +18,8 @@ from resbackbone.layers import (
     norm_layer,
     shortcut,
 )
+
+_log = logging.getLogger("resbackbone")
 
 
 class Feature(NamedTuple):
@@ -204,3 +208,11 @@ def sorted_levels(levels: Iterable[str], choices: tuple[str, ...], note: str = "
 
 def _adapt_before_loading(module: ResNet, state_dict, prefix, *_):
     module.adapt_state_dict(state_dict, prefix)
+    names = [f"{prefix}{name}." for name, part in module.named_modules() if isinstance(part, BATCH_NORMS)]
+    held = [name for name in names if f"{name}running_var" in state_dict]
+    if held and not any(f"{name}num_batches_tracked" in state_dict for name in held):
+        _log.warning(
+            "these weights are of frozen batch norms (num_batches_tracked is missing), and the %d batch norms here "
+            "train: in training mode they use and change their own statistics; norm='FrozenBN' keeps the weights'",
+            len(held),
+        )

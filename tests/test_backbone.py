@@ -386,3 +386,19 @@ def test_other_levels_of_the_same_layers_leave_the_backbone_as_it_was(resnet18, 
     view.load_state_dict(backbone.state_dict())  # the stages that it does not have are left out
     with pytest.raises(ValueError, match="unknown level 'c3'; choose from c2"):
         build_resnet_backbone(18, levels=["c2"]).with_levels(["c3"])
+
+
+def test_weights_of_frozen_norms_in_norms_that_train_are_announced(caplog):
+    trained = build_resnet_backbone(18)
+    frozen = build_resnet_backbone(18, weights=trained.state_dict())
+    trained.load_state_dict(trained.state_dict())
+    frozen.load_state_dict(trained.state_dict())
+    frozen.load_state_dict(frozen.state_dict())
+    build_resnet_backbone(18, weights=trained.state_dict(), norm="BN")
+    assert not caplog.messages
+    trained.load_state_dict(frozen.state_dict())
+    build_resnet_backbone(18, weights=frozen.state_dict(), norm="BN")
+    said = "these weights are of frozen batch norms (num_batches_tracked is missing), and the"
+    assert [message.partition(":")[0] for message in caplog.messages] == [
+        f"{said} {count} batch norms here train" for count in (20, 15)
+    ]

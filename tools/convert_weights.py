@@ -73,6 +73,8 @@ class Options:
     """Standard deviation of each channel, likewise."""
     stride_in_1x1: Auto[bool] = None
     """Whether the bottlenecks stride in the 1x1. Default: what the file says, or what is usual for its names."""
+    eps: Auto[float] = None
+    """eps of the norms. Default: what the file says, else 1e-5 (detectors trained from torchvision's published: 0)."""
     depth: Auto[int] = None
     """Depth of the network. Needed only for a trunk whose tensors fit several depths."""
     shortcut: Auto[str] = None
@@ -163,7 +165,7 @@ def described(weights: Weights, options: Options) -> Weights:
     if options.part is not None:
         weights = only_part(weights, options.part)
     metadata = {"source": weights.source, **weights.metadata}
-    trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1)
+    trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1, eps=options.eps)
     assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name, None) is None}
     metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}
     weights = replace(weights, metadata=metadata, assumed=assumed)
@@ -204,6 +206,10 @@ def print_found(weights: Weights, kind: str) -> None:
     if has_bottlenecks({key.removeprefix("backbone."): value for key, value in state.items()}):
         said = ", assumed" if "stride_in_1x1" in weights.assumed else ""
         console.print(f"stride  in the {'1x1' if trunk['stride_in_1x1'] else '3x3'}{said}")
+    if "eps" in weights.assumed:
+        console.print(
+            f"eps     {trunk['eps']:g}, assumed (--eps 0 if it was trained from torchvision's published detector)"
+        )
     given = weights.metadata.get("converted_from", {}).get("input", INPUT)
     said = ", assumed" if "input" in weights.assumed else ""
     converted = "" if given == INPUT else f"; converted to {describe_input(INPUT)}"

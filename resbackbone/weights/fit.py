@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -117,6 +118,19 @@ def resolve_dilation(weights: Weights | None, asked: bool | None) -> bool:
     """`dilate_c5`: what is asked, else what the weights state. No tensor shows it."""
     stated = {} if weights is None else weights.metadata.get("backbone", {})
     return stated.get("dilate_c5", False) if asked is None else asked
+
+
+def with_eps(weights: Weights, eps: float) -> Weights:
+    """The weights, stating this eps of their norms. Raises ValueError if they state another."""
+    stated = weights.metadata.get("backbone", {})
+    if weights.format == "resbackbone" and stated.get("eps") != eps or stated.get("eps", eps) != eps:
+        raise UserError(
+            f"weights from {weights.source} are for eps={stated.get('eps')}, but you asked for eps={eps}; "
+            "leave eps out to use theirs"
+        )
+    metadata = {**weights.metadata, "backbone": {**stated, "eps": eps}}
+    assumed = {name: value for name, value in weights.assumed.items() if name != "eps"}
+    return replace(weights, metadata=metadata, assumed=assumed, origins={**weights.origins, "eps": "the caller"})
 
 
 def resolve_pyramid(weights: Weights | None, **asked: Any) -> dict[str, Any]:

@@ -66,6 +66,11 @@ class Weights:
             said.append(f"the stride in the {'1x1' if assumed['stride_in_1x1'] else '3x3'}")
         if "relu_before_p7" in assumed:
             said.append("no ReLU between p6 and p7")
+        if "eps" in assumed:
+            said.append(
+                f"eps {assumed['eps']:g} (0 if it was trained from torchvision's published detector: then give eps=0.0 "
+                "to load_detector or build_resnet_backbone, or convert the file with convert_weights.py --eps 0)"
+            )
         if said:
             title = FORMATS[self.format].title if self.format in FORMATS else "names like ours"
             _log.warning(
@@ -246,6 +251,8 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
         assumed["stride_in_1x1"] = stride_in_1x1
     if weights.format == "mmdetection" and "relu_before_p7" not in stated and any(".p7." in key for key in state):
         assumed["relu_before_p7"] = False  # mmdetection's default
+    if weights.format == "torchvision" and "eps" not in stated and _has_frozen_norms_of_a_detector(state):
+        assumed["eps"] = 1e-5  # torchvision's FrozenBatchNorm2d; it sets 0 where it loads its published detectors
     if given != INPUT:
         key = conv1_of(state)
         if state[key].dim() != 4 or state[key].shape[1] != 3:
@@ -258,6 +265,12 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
     usual = f"assumed, as usual for {FORMATS[weights.format or ''].title}"
     origins |= dict.fromkeys(assumed, usual)
     return replace(weights, state=state, metadata={**weights.metadata, **known}, assumed=assumed, origins=origins)
+
+
+def _has_frozen_norms_of_a_detector(state: Mapping[str, Tensor]) -> bool:
+    """Whether these tensors are a whole detector's whose batch norms do not count their batches."""
+    norms = [key for key in state if key.startswith("backbone.") and key.endswith(".running_var")]
+    return bool(norms) and not any(f"{key[:-11]}num_batches_tracked" in state for key in norms)
 
 
 def conv1_of(state: Mapping[str, Tensor]) -> str:

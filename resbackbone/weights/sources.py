@@ -37,7 +37,16 @@ AKAMASTER = {
     "input": INPUT,
     "stated_by": "github.com/akamaster/pytorch_resnet_cifar10, whose file this is by its sha256",
 }
-RECOGNISED = dict.fromkeys(("12fca82f", "d509ac18", "014dd654", "4bfd9763", "1d1ed7c2", "f3b1deed"), AKAMASTER)
+DETECTOR_WITHOUT_EPS = {
+    "licence": TORCHVISION_LICENCE,
+    "backbone": {"stride_in_1x1": False, "eps": 0.0},
+    "input": INPUT,
+    "stated_by": "torchvision, whose file this is by its sha256",
+}
+RECOGNISED = {
+    **dict.fromkeys(("12fca82f", "d509ac18", "014dd654", "4bfd9763", "1d1ed7c2", "f3b1deed"), AKAMASTER),
+    **dict.fromkeys((name[-12:-4] for name in TORCHVISION_WITHOUT_EPS), DETECTOR_WITHOUT_EPS),
+}
 STRIDE_IN_3X3 = {"stride_in_1x1": False, "eps": 1e-5}
 STRIDE_IN_1X1 = {"stride_in_1x1": True, "eps": 1e-5}
 LISTED = "resbackbone.weights.list_sources() names those that fit"

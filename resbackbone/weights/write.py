@@ -54,6 +54,10 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         write_weights(path, weights.state, metadata)
         return
     _check_network(metadata["backbone"], format)
+    if any(metadata.get("detector", {}).get(name) for name in ("image_mean", "image_std")):
+        raise UserError(
+            f"image_mean and image_std: {format}'s files hold none; keep the detector in a file of this package"
+        )
     state, given = dict(weights.state), FORMATS[format].input
     if given != INPUT:
         key = conv1_of(state)

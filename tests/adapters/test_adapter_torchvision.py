@@ -103,6 +103,25 @@ def test_a_backbone_as_it_is_serves_where_its_level_names_are_given():
     assert_trains_its_trainable_part(model, "FasterRCNN", backbone)
 
 
+POOLING = {"FasterRCNN": "box", "MaskRCNN": "box_roi_pool and mask", "KeypointRCNN": "box_roi_pool and keypoint"}
+
+
+@pytest.mark.parametrize("kind", POOLING)
+@pytest.mark.parametrize("arguments", [{"fpn": True}, {"levels": ["c4"]}])
+def test_a_detector_that_would_look_for_torchvisions_names_is_refused_and_as_torchvision_named(kind, arguments):
+    with pytest.raises(ValueError) as error:
+        getattr(detection, kind)(build_resnet_backbone(18, **arguments), 3, **SIZES)
+    assert "give them as_torchvision(backbone), from resbackbone.adapters.torchvision," in str(error.value)
+    assert f"or {POOLING[kind]}_roi_pool with featmap_names=['p2', ..]" in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["RetinaNet", "FCOS"])
+def test_a_detector_that_looks_for_no_names_takes_a_backbone_as_it_is(kind):
+    backbone = frozen_backbone(levels=["p3", "p4", "p5", "p6", "p7"])
+    model = getattr(detection, kind)(backbone, 3, **SIZES)
+    assert_trains_its_trainable_part(model, kind, backbone)
+
+
 def test_torchvisions_own_detector_gives_its_state_dict_and_gets_the_same_boxes(randomised):
     settings = {"num_classes": 4, **SIZES, "rpn_nms_thresh": 1.0, "box_nms_thresh": 1.0, "box_score_thresh": 0.0}
     theirs = randomised(detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings))

@@ -14,10 +14,14 @@ from detection.faster_rcnn import (
     detector_file,
     load_detector,
     prepare_for_detection,
+    retarget_detector,
     save_detector,
 )
 from resbackbone import build_resnet_backbone
+from resbackbone.checks import UserError
 from resbackbone.engine.checkpoints import save_checkpoint
+from resbackbone.weights import MEAN, STD, read_weights
+from resbackbone.weights.write import write_as
 
 
 def target(*boxes, labels=None):
@@ -189,6 +193,110 @@ def test_a_label_that_is_not_a_category_is_refused_with_the_image_and_the_range(
 def test_a_box_that_is_none_is_refused_in_words(box):
     with pytest.raises(ValueError, match="image 7: a box x1 y1 x2 y2 is not finite, or has no width or height"):
         small_detector().train()(two_images(), [{**target(box), "image_id": 7}, target()])
+
+
+# Images
+
+
+def normalized(image):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    return (image - mean) / std
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_images_that_are_normalized_already_are_warned_about_once_and_others_never(caplog, training):
+    detector, images = small_detector().train(training), two_images()
+    targets = [target(*SOME_BOXES), target()]
+    for given in (images, [1.2 * images[0] - 0.1, images[1]], [torch.zeros(3, 40, 30), torch.ones(3, 40, 30)]):
+        detector(given, targets)
+    assert not caplog.messages
+    for _ in range(2):
+        detector([images[0], normalized(images[1])], targets)
+    [message] = caplog.messages
+    assert message.startswith(
+        "images hold values from -2.12 to 2.64, and a detector takes RGB floats in 0..1, which it"
+    )
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda image: image * 255, r"images hold values up to 25\d.*; they are floats in 0..1: divide them by 255"),
+        (lambda image: (image * 255).byte(), "images are floats in 0..1, not torch.uint8: divide uint8 images by 255"),
+        (lambda image: (image * 255).long(), "images are floats in 0..1, not torch.int64"),
+        (lambda image: image.fill_(float("nan")), "images hold values from nan to nan"),
+        (lambda image: image[0], r"a tensor \[3, H, W\] of floats in 0..1, not \[50, 61\]"),
+        (lambda image: image.permute(1, 2, 0), r"a tensor \[3, H, W\] of floats in 0..1, not \[50, 61, 3\]"),
+        (lambda image: torch.cat([image, image[:1]]), r"\[3, H, W\] of floats in 0..1, not \[4, 50, 61\]"),
+        (lambda image: "photo.png", r"a tensor \[3, H, W\] of floats in 0..1, not str"),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_images_of_another_range_kind_or_shape_are_refused_in_words(change, says, training):
+    detector, (first, second) = small_detector().train(training), two_images()
+    detector([first, second], [target(*SOME_BOXES), target()])
+    with pytest.raises(UserError, match=says):
+        detector([first, change(second)], [target(*SOME_BOXES), target()])
+
+
+def test_a_grey_image_serves_as_three_equal_colours_as_in_torchvision():
+    detector, image = small_detector().eval(), torch.rand(1, 50, 61)
+    with torch.inference_mode():
+        [grey], [colours] = detector([image]), detector([image.expand(3, -1, -1)])
+    assert len(grey["boxes"]) > 0 and torch.equal(grey["boxes"], colours["boxes"])
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_on_a_gpu_the_pixels_of_the_first_batch_alone_are_looked_at():
+    detector = small_detector().eval().cuda()
+    with torch.inference_mode():
+        detector([image.cuda() for image in two_images()])
+        assert detector.transform.looked
+        detector([255 * image.cuda() for image in two_images()])
+        with pytest.raises(UserError, match="divide them by 255"):
+            small_detector().eval().cuda()([255 * image.cuda() for image in two_images()])
+
+
+FOUR = {"image_mean": [0.5, 0.4, 0.3, 2.0], "image_std": [0.2, 0.3, 0.4, 1.5]}
+
+
+def test_a_backbone_of_four_channels_gets_its_mean_and_deviation_and_keeps_them(tmp_path):
+    backbone = build_resnet_backbone(18, in_channels=4, fpn=True, fpn_channels=16)
+    detector = build_faster_rcnn(backbone, 3, **FEW, **FOUR)
+    images = [torch.cat([image, 9 * image[:1]]) for image in two_images()]  # of a range of its own
+    sum(detector(images, [target(*SOME_BOXES), target()]).values()).backward()
+    assert backbone.conv1.weight.grad[:, 3].abs().sum() > 0
+    plain = (images[0] - torch.tensor(FOUR["image_mean"])[:, None, None]) / torch.tensor(FOUR["image_std"])[
+        :, None, None
+    ]
+    assert torch.equal(detector.transform.normalize(images[0]), plain)
+    save_detector(detector.eval(), tmp_path / "model.safetensors")
+    with torch.inference_mode():
+        for wanted, found in zip(detector(images), load_detector(tmp_path / "model.safetensors")(images), strict=True):
+            assert len(wanted["boxes"]) > 0 and torch.equal(found["boxes"], wanted["boxes"])
+    with pytest.raises(UserError, match=r"a tensor \[4, H, W\] of floats in 0..1, not \[3, 64, 97\]"):
+        detector(two_images())
+    with pytest.raises(UserError, match="image_mean and image_std: torchvision's files hold none"):
+        write_as(tmp_path / "theirs.pth", read_weights(tmp_path / "model.safetensors"), "torchvision")
+    built, _ = retarget_detector(read_weights(tmp_path / "model.safetensors"), {1: "a"}, backbone={})
+    assert built.transform.image_mean == FOUR["image_mean"]
+
+
+@pytest.mark.parametrize(
+    "channels, settings, says",
+    [
+        (4, {}, "takes images of 4 channels: give image_mean and image_std with 4 numbers each, not None and None"),
+        (4, {**FOUR, "image_std": [1, 1, 1]}, r"4 numbers each, not \[0.5, 0.4, 0.3, 2.0\] and \[1, 1, 1\]"),
+        (1, {"image_mean": [0.5]}, r"1 channels: .* not \[0.5\] and None"),
+        (3, FOUR, "takes images of 3 channels"),
+        (3, {"image_std": [1, 0, 1]}, r"image_std \(1, 0, 1\): each must be above 0"),
+    ],
+)
+def test_a_mean_or_deviation_that_does_not_fit_is_refused_when_the_detector_is_built(channels, settings, says):
+    backbone = build_resnet_backbone(18, in_channels=channels, fpn=True, fpn_channels=16)
+    with pytest.raises(UserError, match=says):
+        build_faster_rcnn(backbone, 2, **settings)
 
 
 # What fits together

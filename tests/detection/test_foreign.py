@@ -7,12 +7,16 @@ import pytest
 import torch
 import torchvision
 from made import lively
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.ops import FrozenBatchNorm2d
 
 from detection import build_faster_rcnn
 from detection.faster_rcnn import load_detector, save_detector
 from detection.foreign import describe_detector
 from resbackbone import build_resnet_backbone
+from resbackbone.atomic import file_digest
 from resbackbone.weights import Weights, read_weights
+from resbackbone.weights.sources import RECOGNISED
 from resbackbone.weights.translate import from_ours
 from resbackbone.weights.write import write_as
 
@@ -63,6 +67,59 @@ def test_torchvisions_v2_detector_loads_by_its_name_and_goes_back_as_it_came(tmp
         back = torch.load(tmp_path / "back.pth")
         torchvisions("fasterrcnn_resnet50_fpn_v2").load_state_dict(back)
         assert all(torch.equal(tensor, state[key]) for key, tensor in back.items())
+
+
+@pytest.fixture(scope="module")
+def without_eps():
+    """torchvision's detector with frozen norms of small variances and an eps of 0, as its COCO_V1 was trained."""
+    torch.manual_seed(0)
+    trunk = resnet_fpn_backbone(backbone_name="resnet18", weights=None, norm_layer=FrozenBatchNorm2d)
+    theirs = torchvision.models.detection.FasterRCNN(trunk, 91, box_score_thresh=0.0, min_size=160)
+    for module in lively(theirs).modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.eps = 0.0
+            module.weight.mul_(1e-3)
+            module.running_var.mul_(1e-5)
+    return theirs
+
+
+EPS = "eps 1e-05 (0 if it was trained from torchvision's published detector: then give eps=0.0 to load_detector"
+
+
+@torch.inference_mode()
+def test_the_eps_of_a_plain_detector_is_announced_and_can_be_given(without_eps, tmp_path, caplog):
+    torch.save(without_eps.state_dict(), path := tmp_path / "mine.pth")
+    assert load_detector(path).backbone.bn1.eps == 1e-5 and EPS in caplog.text
+    caplog.clear()
+    ours = load_detector(path, eps=0.0)
+    assert len(caplog.messages) == 1 and "eps 1e-05" not in caplog.text
+    image = torch.rand(3, 140, 210)
+    images = without_eps.transform([image])[0].tensors
+    for found, wanted in zip(ours.backbone(images).values(), without_eps.backbone(images).values(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
+    trunk = build_resnet_backbone(weights=path, eps=0.0, fpn=True)
+    assert trunk.bn1.eps == 0 and "eps 1e-05" not in caplog.text
+    save_detector(ours, tmp_path / "ours.safetensors")
+    assert load_detector(tmp_path / "ours.safetensors").backbone.bn1.eps == 0
+    with pytest.raises(
+        ValueError, match="ours.safetensors are for eps=0.0, but you asked for eps=1e-05; leave eps out"
+    ):
+        load_detector(tmp_path / "ours.safetensors", eps=1e-5)
+
+
+def test_torchvisions_published_detector_is_recognised_by_its_content(without_eps, tmp_path, caplog, monkeypatch):
+    torch.save(without_eps.state_dict(), path := tmp_path / "mine.pth")
+    assert RECOGNISED["258fb6c6"]["backbone"]["eps"] == 0
+    monkeypatch.setitem(RECOGNISED, file_digest(path)[:8], RECOGNISED["258fb6c6"])
+    assert load_detector(path).backbone.bn1.eps == 0 and not caplog.messages
+    with pytest.raises(ValueError, match="mine.pth are for eps=0.0, but you asked for eps=1e-05"):
+        load_detector(path, eps=1e-5)
+
+
+def test_trained_batch_norms_have_torchs_eps_of_which_nothing_is_said(tmp_path, caplog):
+    theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    torch.save(theirs.state_dict(), tmp_path / "mine.pth")
+    assert load_detector(tmp_path / "mine.pth").backbone.bn1.eps == 1e-5 and "eps 1e-05" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -486,3 +486,19 @@ def test_wrong_arguments_are_one_line_that_names_them(classifier):
     assert "unknown part 'head'" in error_of("r18.pth", "x.safetensors", "--part", "head")
     assert "depth=18, but you asked for depth=34" in error_of("r18.pth", "x.safetensors", "--depth", "34")
     assert "--overwrit" in error_of("r18.pth", "x.safetensors", "--overwrit")
+
+
+def test_the_eps_of_a_detector_with_frozen_norms_is_assumed_in_words_or_given(detector, tmp_path, capsys):
+    state = from_ours(detector.state_dict(), "torchvision")
+    frozen = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    torch.save(frozen, tmp_path / "frozen.pth")
+    said = said_by(capsys, tmp_path / "frozen.pth", tmp_path / "assumed.safetensors")
+    assert "eps     1e-05, assumed (--eps 0 if it was trained from torchvision's published detector)" in said
+    said = said_by(capsys, tmp_path / "frozen.pth", tmp_path / "given.safetensors", "--eps", "0")
+    assert "assumed (--eps" not in said
+    for name, eps in (("assumed", 1e-5), ("given", 0.0)):
+        assert load_detector(tmp_path / f"{name}.safetensors").backbone.bn1.eps == eps
+    said = error_line(
+        convert_weights.main, [tmp_path / "given.safetensors", tmp_path / "x.safetensors", "--eps", "1e-5"]
+    )
+    assert "are for eps=0.0, but you asked for eps=1e-05" in said
