@@ -54,14 +54,6 @@ def any_size_in_exports() -> AbstractContextManager:
         return nullcontext()
 
 
-def forget_sparse_tensors() -> None:
-    """Drop the sparse tensors of a file that torch.load refused; the next torch.load would check them, and refuse too.
-
-    `torch._utils._sparse_tensors_to_validate`. Without it: nothing to drop.
-    """
-    getattr(torch._utils, "_sparse_tensors_to_validate", []).clear()
-
-
 def check_torchvision() -> None:
     """Raise BrokenPackage if torchvision cannot be imported: `operator torchvision::nms does not exist`, with a torch
     of another build."""

@@ -1,14 +1,20 @@
 """PyTorch and pickle files give what torch.load, and numpy through pickle, give."""
 
-import argparse
+import enum
 import pickle
-from collections import Counter, OrderedDict, defaultdict
+from argparse import Namespace
+from collections import Counter, OrderedDict, defaultdict, deque
+from datetime import datetime, timedelta
+from decimal import Decimal
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 
-from resbackbone.weights.pickles import read_pickle
+from resbackbone.weights.pickles import Foreign, read_pickle
 
 FORMATS = {"zip": {}, "legacy": {"_use_new_zipfile_serialization": False}}
 
@@ -40,7 +46,7 @@ def test_parameters_and_buffers_of_a_module_come_back_as_plain_tensors(through_t
         assert type(got[name]) is torch.Tensor and not got[name].requires_grad and torch.equal(got[name], state[name])
 
 
-def test_a_training_checkpoint_comes_back_as_plain_content(through_torch):
+def test_a_training_checkpoint_comes_back_as_tensors_numbers_texts_and_names_of_the_rest(through_torch):
     weight = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
@@ -50,21 +56,63 @@ def test_a_training_checkpoint_comes_back_as_plain_content(through_torch):
         {
             "state_dict": OrderedDict(w=weight), "optimizer": optimizer.state_dict(), "epoch": 3,
             "best": np.float64(0.5), "schedule": schedule.state_dict(),
-            "args": argparse.Namespace(lr=0.1, layers=[1, 2], model="r50"),
-            "size": torch.Size([2, 3]), "device": torch.device("cuda", 1), "dtype": torch.float16, "names": {"a", "b"},
-            "raw": b"\x00\xff", "buffer": bytearray(b"ab"), "version": torch.__version__, "none": None, "yes": True,
+            "raw": b"\x00\xff", "none": None, "yes": True,
             "later": defaultdict(dict, {1: {}}), "mean": (0.5, 0.25), "random": torch.get_rng_state(), "big": 2**100,
         }
     )  # fmt: skip
     assert torch.equal(got["state_dict"]["w"], weight) and got["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
     assert torch.equal(got["optimizer"]["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
-    assert got["schedule"]["milestones"] == Counter([2, 2, 5]) and got["best"] == 0.5 and type(got["best"]) is float
-    assert got["args"] == argparse.Namespace(lr=0.1, layers=[1, 2], model="r50")
-    assert got["size"] == (2, 3) and got["device"] == torch.device("cuda", 1) and got["dtype"] is torch.float16
-    assert got["names"] == {"a", "b"} and got["raw"] == b"\x00\xff" and got["buffer"] == bytearray(b"ab")
-    assert type(got["version"]) is str and got["version"] == str(torch.__version__) and got["later"] == {1: {}}
+    assert got["schedule"]["milestones"].name == "collections.Counter"
+    assert got["best"] == 0.5 and type(got["best"]) is float
+    assert got["raw"] == b"\x00\xff" and got["later"] == {1: {}} and torch.equal(got["random"], torch.get_rng_state())
     assert (got["none"], got["yes"], got["mean"], got["big"], got["epoch"]) == (None, True, (0.5, 0.25), 2**100, 3)
-    assert torch.equal(got["random"], torch.get_rng_state())
+
+
+class Settings(dict):
+    """A dict with attributes, as many libraries have for their settings."""
+
+
+class Kind(enum.Enum):
+    SMALL = 1
+
+
+def test_objects_of_other_classes_become_their_names_wherever_they_are(through_torch):
+    settings = Settings(lr=0.1, nested=Settings(a=[1]))
+    settings.frozen = True
+    objects = {
+        "pathlib.PosixPath": Path("/a/b"), "argparse.Namespace": Namespace(lr=0.1),
+        "functools.partial": partial(print, 1),
+        "datetime.datetime": datetime(2020, 1, 2), "datetime.timedelta": timedelta(3),
+        "decimal.Decimal": Decimal("0.1"),
+        f"{__name__}.Kind": Kind.SMALL, f"{__name__}.Settings": settings, "collections.deque": deque([1, 2], 3),
+        "collections.Counter": Counter("aab"), "torch.Size": torch.Size([2]), "torch.device": torch.device("cuda", 1),
+        "array of dtype O8": np.array(["a", None], object), "array of dtype M8": np.array("2020-01-02", "M8[D]"),
+        "array of dtype U2": np.array(["ab"]), "numpy.random._pickle.__generator_ctor": np.random.default_rng(0),
+        "torch.torch_version.TorchVersion": torch.__version__,
+        "torch._utils._rebuild_sparse_tensor": torch.ones(2).to_sparse(),
+        "torchvision.models.resnet.ResNet": torchvision.models.resnet18(num_classes=2),
+    }  # fmt: skip
+    objects = {name.replace("PosixPath", type(Path()).__name__): value for name, value in objects.items()}
+    got = through_torch({"rest": objects, "listed": [Path("/"), {Kind.SMALL: {1, 2}}], "w": torch.ones(2)})
+    for name, value in got["rest"].items():
+        assert type(value) is Foreign and value.name in (name, name.replace("Kind", "getattr"))
+    assert type(got["listed"][0]) is Foreign and torch.equal(got["w"], torch.ones(2))
+
+
+def test_tensors_that_share_memory_or_come_from_devices_without_storages_are_read(through_torch):
+    x = torch.arange(24.0).view(2, 3, 4)
+    given = {
+        "x": x, "part": x[:, 1], "swapped": x.transpose(0, 2), "expanded": torch.ones(1).expand(3),
+        "0d": torch.tensor(7),
+        "none": torch.ones(0, 3), "bf16": x.bfloat16(), "fp8": torch.ones(3).to(torch.float8_e4m3fn),
+        "complex": torch.ones(2, dtype=torch.complex64), "u16": torch.ones(2).to(torch.uint16),
+        "i8": torch.ones(2).char(),
+    }  # fmt: skip
+    got = through_torch(given)
+    for name, tensor in given.items():
+        assert got[name].dtype == tensor.dtype and got[name].stride() == tensor.stride()
+        assert got[name].tolist() == tensor.tolist()
+    assert got["part"].untyped_storage().data_ptr() == got["x"].untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pkl", ".safetensors", ""])

@@ -69,7 +69,7 @@ REFUSED = {
     "damaged": (lambda: damaged(saved(CHECKPOINT)), "the checksum of"),
     "encrypted": (lambda: with_flag_of_encryption(STORED), "not a PyTorch or pickle file"),
     "TorchScript": (script, "a TorchScript archive"),
-    "pickle protocol 4": (lambda: saved(CHECKPOINT, pickle_protocol=4), "save the state_dict() again"),
+    "a zip of something else": (lambda: repacked(saved(CHECKPOINT)).replace(b"data.pkl", b"data.txt"), "not a PyTorch"),
     "tar": (tar, "not a PyTorch or pickle file"),
     "legacy of two sizes": (
         lambda: torch_legacy(
@@ -91,6 +91,24 @@ def test_an_archive_that_torch_does_not_write_is_refused_in_a_sentence(tmp_path,
 def test_an_archive_repacked_without_compression_is_read(tmp_path):
     (tmp_path / "good.pth").write_bytes(repacked(saved(CHECKPOINT)))
     assert torch.equal(read_pickle(tmp_path / "good.pth")["w"], CHECKPOINT["w"])
+
+
+@pytest.mark.parametrize("protocol", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_of_every_pickle_protocol_are_read(tmp_path, protocol, zipped):
+    torch.save(CHECKPOINT, tmp_path / "w.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
+    assert torch.equal(read_pickle(tmp_path / "w.pth")["w"], CHECKPOINT["w"])
+
+
+def test_a_file_of_a_big_endian_machine_is_read(tmp_path):
+    torch.save(CHECKPOINT, tmp_path / "w.pth")
+    with zipfile.ZipFile(tmp_path / "w.pth") as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "w.pth", "w") as archive:
+        for name, data in records.items():
+            data = CHECKPOINT["w"].numpy().astype(">f4").tobytes() if name.endswith("/0") else data
+            archive.writestr(name, b"big" if name.endswith("byteorder") else data)
+    assert torch.equal(read_pickle(tmp_path / "w.pth")["w"], CHECKPOINT["w"])
 
 
 def test_a_file_that_is_missing_or_a_folder_is_refused_in_a_sentence(tmp_path):
