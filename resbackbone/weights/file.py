@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.weights.inputs import INPUT, describe_input
+from resbackbone.weights.pickles import read_pickle
 
 NOTES = "resbackbone"  # the entry of foreign files that holds our metadata, as JSON
 
@@ -79,6 +81,46 @@ def is_ours(path: Path) -> bool:
             return (file.metadata() or {}).get("format") == json.dumps("resbackbone")
     except (SafetensorError, OSError):
         return False
+
+
+def is_index(path: Path) -> bool:
+    return path.name.endswith(".index.json")
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of the files that an index of transformers names (model.safetensors.index.json, pytorch_model.bin's).
+
+    Raises ValueError if a file is missing or not beside the index, or holds other tensors than the index says.
+    """
+    name = f"weights {str(index)!r}"
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+        places = content["weight_map"]
+        files = sorted(set(places.values()))
+        if not all(re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", file) for file in files):
+            raise UserError(
+                f"{name}: names files that are not .safetensors or .bin beside it: {', '.join(files)[:200]}"
+            )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f'{name}: not a readable index, which is JSON with a "weight_map" of tensors to files'
+        ) from None
+    if missing := [file for file in files if not (index.parent / file).is_file()]:
+        raise UserError(f"{name}: {', '.join(missing)[:200]} missing beside it; download all {len(files)} files")
+    state: dict[str, Tensor] = {}
+    for file in files:
+        path = index.parent / file
+        shard: Any = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+        stated = {key for key in places if places[key] == file}
+        if differing := sorted(map(str, stated ^ set(shard if isinstance(shard, dict) else ()))):
+            some = ", ".join(differing[:3]) + (", .." if len(differing) > 3 else "")
+            raise UserError(
+                f"{name}: {file} and it disagree about {len(differing)} tensors: {some}; download both again"
+            )
+        state |= shard
+    return state
 
 
 def read_notes(text: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def read_pickle(path: str | os.PathLike) -> object:
         with open(name, "rb") as file:
             content = _read(file)
         if isinstance(content, Foreign):
-            raise UserError(f"{content.whole}, which is not run; save its state_dict() where its code is")
+            raise UserError(f"it is {content.whole}")
         return content
     except OSError as error:
         raise UserError(f"weights {name!r}: cannot be read ({error.strerror or error})") from None
@@ -98,7 +98,7 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
     if sum(record.file_size for record in records) > size:
         raise UserError("a damaged file: its records are larger than the file")
     if damaged := archive.testzip():
-        raise UserError(f"a damaged file: the checksum of {_short(damaged)} is wrong")
+        raise UserError(f"a damaged file: the checksum of {short(damaged)} is wrong")
 
 
 def _read_legacy(file: io.BytesIO) -> object:
@@ -139,7 +139,8 @@ def _numbers(data: Tensor, dtype: torch.dtype, count: int) -> Tensor:
     return data[: count * dtype.itemsize].view(dtype)
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
+    """`text`, which a file holds, on one line of a message."""
     text = text if text.isprintable() else ascii(text)[1:-1]
     return text if len(text) <= 120 else f"{text[:120]}..."
 
@@ -151,7 +152,7 @@ class Foreign:
     """
 
     def __init__(self, name: str):
-        self.name = _short(name)
+        self.name = short(name)
 
     def ignore(self, *_: object) -> "Foreign":
         return self
@@ -160,8 +161,8 @@ class Foreign:
 
     @property
     def whole(self) -> str:
-        """What an entry that is one says of itself in a message."""
-        return f"it is a whole {self.name}, not tensors by name"
+        """What to say where one is instead of tensors."""
+        return f"a whole {self.name}, which is not run; where its code is, save its state_dict() with torch.save"
 
 
 class Dtype:
@@ -197,7 +198,7 @@ def _tensor(data: Any, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
     if type(data) not in (bytes, bytearray) or type(dtype) is not Dtype:
         raise UserError("an array whose content is not the bytes of plain numbers")
     if any(length < 0 for length in shape):
-        raise UserError(f"an array of shape {_short(str(shape))}")
+        raise UserError(f"an array of shape {short(str(shape))}")
     array = np.frombuffer(data, dtype.numpy).reshape(shape, order="F" if order == "F" else "C")
     return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))  # a copy, in this machine's byte order
 
@@ -225,7 +226,7 @@ def _scalar(dtype: Any, data: Any) -> int | float | bool | Foreign:
 
 def _latin1(text: str, encoding: str = "latin1") -> bytes:  # protocols 0 to 2 write bytes as encoded text
     if encoding != "latin1":
-        raise UserError(f"bytes in the encoding {_short(str(encoding))!r} instead of latin1")
+        raise UserError(f"bytes in the encoding {short(str(encoding))!r} instead of latin1")
     return text.encode("latin1")
 
 
@@ -349,7 +350,7 @@ class Unpickler(_Unpickler):
         elif type(target) in (dict, Foreign):  # attributes of an OrderedDict
             self.stack.pop()
         else:
-            raise UserError(f"it would set attributes of {_short(str(type(target).__name__))}")
+            raise UserError(f"it would set attributes of {short(str(type(target).__name__))}")
 
     dispatch = {
         **_Unpickler.dispatch,

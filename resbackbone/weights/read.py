@@ -12,22 +12,19 @@ from torch import Tensor
 
 from resbackbone.checks import UserError
 from resbackbone.weights.cifar import is_for_cifar
-from resbackbone.weights.file import NOTES, read_notes, read_safetensors
+from resbackbone.weights.containers import HEADS, find_trunk, module_of
+from resbackbone.weights.file import NOTES, is_index, read_notes, read_safetensors, read_shards
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
 from resbackbone.weights.mmengine import stated_by_meta
 from resbackbone.weights.pickles import read_pickle
 from resbackbone.weights.sources import locate, recognised
-from resbackbone.weights.translate import to_ours
+from resbackbone.weights.translate import HEADS as DETECTOR_HEADS
+from resbackbone.weights.translate import Translated, to_ours
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
-
-# Where checkpoints keep a state dict, the averaged one first: published figures belong to the average.
-AVERAGES = ("model_ema", "state_dict_ema", "ema")
-ENTRIES = (*AVERAGES, "state_dict", "model_state_dict", "model", "net", "blobs")
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
-MAX_DEPTH = 8  # of nested state dicts: a damaged file may hold itself
-BOOKKEEPING = re.compile(r"(.*_momentum|n_averaged|lr|model_iter|weight_order)")  # of the training that made a file
+GIVEN = "the given state dict"
+MOST_NAMES = 12  # in one line
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,8 @@ class Weights:
     format: the one whose names the tensors had ("resbackbone" for ours), or None if no format knows them.
     unknown: keys that the format does not know; they keep their names.
     left_out: tensors that the network implies or only training needs.
-    entry: the part of the file that held the tensors.
+    entry, prefix: the part of the file that held the tensors, and how their names began there.
+    beside: what else the file holds, by name: other entries, a projection head.
     origins: where each fact is from, by its name in `metadata` or its "backbone", and each assumption:
         {"input": "config.json", "stride_in_1x1": "assumed, as usual for torchvision / timm names"}.
     """
@@ -54,6 +52,8 @@ class Weights:
     unknown: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     entry: str = ""
+    prefix: str = ""
+    beside: tuple[str, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)
 
     def announce_assumptions(self, **asked: object) -> None:
@@ -88,41 +88,58 @@ def read_weights(
     source: WeightSource,
     *,
     entry: str | None = None,
+    prefix: str | None = None,
     given_input: Mapping | None = None,
 ) -> Weights:
     """Read weights of any known format (`formats.FORMATS`) and convert them to our names and our input.
 
     source: a file (safetensors, PyTorch, or a pickle of arrays), a folder that transformers or timm wrote, a named
-        source or a URL (`sources.locate`), a state dict, or what this function returned before.
-    entry: the part of a checkpoint to take if it holds several ("model", "model_ema").
+        source or a URL (`sources.locate`), a state dict or checkpoint, or what this function returned before.
+    entry, prefix: which trunk to take if a checkpoint holds several: its entry ("teacher", "ema.module"), or how its
+        names begin ("module.encoder_q."). By default the only one, or the averaged one (model_ema, state_dict_ema,
+        ema); what is left out is named in one line.
     given_input: the input that the weights were trained with, in the layout of `inputs.INPUT`, if the file does not
         state it. Ours is RGB in 0..1 with ImageNet's mean and std.
 
-    No file can run code (`pickles`). Raises ValueError if the source does not exist or is unreadable, if a tensor does
-    not hold floating point numbers, and if the input cannot be converted exactly.
+    No file can run code (`pickles`). Raises ValueError if the source does not exist or is unreadable, if it holds
+    several trunks, if a tensor does not hold floating point numbers, and if the input cannot be converted exactly.
     """
     if isinstance(source, Weights):
         return source
+    content: object
     if isinstance(source, Mapping):
-        weights = Weights(dict(source), {}, "the given state dict", is_file=False)
+        content, weights = dict(source), Weights({}, _notes_in(source, GIVEN), GIVEN, is_file=False)
+    elif isinstance(source, str | os.PathLike):
+        content, weights = _read_file(os.fspath(source))
     else:
-        weights = _read_file(os.fspath(source), entry)
+        raise UserError(f"weights of type {type(source).__name__}; give a file, a named source or a state_dict()")
     if weights.format == "resbackbone":
         return weights
-    left_out = [key for key in weights.state if BOOKKEEPING.fullmatch(key)]
-    state = {key: tensor for key, tensor in weights.state.items() if key not in left_out}
-    while prefix := next((p for p in WRAPPERS if state and all(key.startswith(p) for key in state)), None):
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    part = find_trunk(content, weights.source, entry=entry, prefix=prefix)
+    beside = part.beside
     try:
-        translated = to_ours(state)
+        translated = to_ours(part.state)
+        if heads := _heads_of_others(translated, part.root):
+            beside += dict.fromkeys(part.prefix + module_of(key, part.root or "") for key in heads)
+            translated = to_ours({key: tensor for key, tensor in part.state.items() if key not in heads})
     except UserError as error:
         raise UserError(f"weights from {weights.source}: {error}") from None
+    if beside:
+        _log.warning(
+            "weights from %s: left out %s%s",
+            weights.source,
+            ", ".join(beside[:MOST_NAMES]),
+            f" and {len(beside) - MOST_NAMES} more" if len(beside) > MOST_NAMES else "",
+        )
     weights = replace(
         weights,
         state=translated.state,
         format=translated.format,
         unknown=tuple(translated.unknown),
-        left_out=(*left_out, *translated.constants),
+        left_out=(*part.training, *translated.constants),
+        entry=part.entry,
+        prefix=part.prefix,
+        beside=tuple(beside),
     )
     return weights if weights.format is None else _for_our_input(_in_fp32(weights), given_input, translated.constants)
 
@@ -138,28 +155,41 @@ def has_bottlenecks(state: Mapping[str, Tensor]) -> bool:
     return any(key.endswith("layer1.0.conv3.weight") for key in state)
 
 
-def _read_file(name: str, entry: str | None) -> Weights:
+def _heads_of_others(translated: Translated, root: str | None) -> list[str]:
+    """The unknown names beside a trunk at `root` that are not a part of it: a projection head, a loss, a decoder.
+
+    There are none in a detector or a pyramid, which keep what they do not know.
+    """
+    detector = (*DETECTOR_HEADS, "fpn.", "backbone.fpn.")
+    if root is None or any(key.startswith(detector) or ".lateral_convs." in key for key in translated.state):
+        return []
+    return [
+        key
+        for key in translated.unknown
+        if not key.startswith(root) or HEADS.fullmatch(key.removeprefix(root).split(".")[0])
+    ]
+
+
+def _read_file(name: str) -> tuple[object, Weights]:
+    """What a file holds, and what is known about it; its weights, if this package wrote it."""
     path, stated = locate(name)
     origins = _origins(stated)
     try:
         if path.suffix == ".safetensors":
             state, metadata = read_safetensors(path)
             if metadata.get("format") == "resbackbone":
-                return Weights(state, metadata, name, format="resbackbone", origins=_origins(metadata, "the file"))
-            return Weights(state, {**metadata, **stated}, name, origins=_origins(metadata, "the file") | origins)
-        content, known = read_pickle(path), recognised(path)
+                own = Weights(state, metadata, name, format="resbackbone", origins=_origins(metadata, "the file"))
+                return state, own
+            return state, Weights({}, {**metadata, **stated}, name, origins=_origins(metadata, "the file") | origins)
+        content, known = read_shards(path) if is_index(path) else read_pickle(path), recognised(path)
     except UserError:
         # Without a published hash, a cut-off download is noticed only here.
         if name.lower().startswith(("http:", "https:", "detectron2:")):
             path.unlink(missing_ok=True)  # another process may have been faster
         raise
-    state, at = _entry_of(content, entry, name)
-    try:
-        notes = _notes_in(content)
-    except UserError as error:
-        raise UserError(f"weights from {name}: {error}") from None
+    notes = _notes_in(content, name)
     origins = _origins(notes, "the file") | origins | _origins(known)
-    return Weights(state, {**notes, **stated, **known}, name, entry=".".join(at), origins=origins)
+    return content, Weights({}, {**notes, **stated, **known}, name, origins=origins)
 
 
 def _origins(stated: dict[str, Any], by: str = "its publisher") -> dict[str, str]:
@@ -171,47 +201,18 @@ def _origins(stated: dict[str, Any], by: str = "its publisher") -> dict[str, str
     return dict.fromkeys([*stated, *stated.get("backbone", {})], by)
 
 
-def _entry_of(content: object, entry: str | None, name: str) -> tuple[dict[str, Tensor], list[str]]:
-    """The state dict in a checkpoint, and the keys that lead to it."""
-    at: list[str] = []
-    while isinstance(content, dict) and len(at) < MAX_DEPTH:
-        nested = [key for key in ENTRIES if isinstance(content.get(key), dict) and content[key]]
-        if entry is not None and isinstance(content.get(entry), dict):
-            nested, entry = [entry], None
-        if not nested:
-            break
-        if entry is None and len(nested) > 1 and nested[0] in AVERAGES:
-            _log.warning("weights from %s hold %s: took %s", name, " and ".join(nested), nested[0])
-        at.append(nested[0])
-        content = content[nested[0]]
-    if entry is not None:
-        raise UserError(f"weights {name!r}: no part {entry!r} in the file; leave the part out to read the usual one")
-    if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"weights {name!r}: holds no state dict (tensors by name)")
-    others = [
-        str(key)
-        for key, value in content.items()
-        if not isinstance(key, str) or not (_has_shape(value) or BOOKKEEPING.fullmatch(key))
-    ]
-    if others:
-        raise UserError(f"weights {name!r}: {len(others)} entries are not tensors: {', '.join(others)[:200]}")
-    return content, at
-
-
-def _has_shape(value: object) -> bool:
-    return isinstance(value, Tensor) and not value.is_nested
-
-
-def _notes_in(content: object) -> dict[str, Any]:
+def _notes_in(content: object, source: str) -> dict[str, Any]:
     """What a checkpoint says about its tensors: this package's notes, detectron2's author, mmdetection's config."""
-    if not isinstance(content, dict):
+    if not isinstance(content, Mapping):
         return {}
     if isinstance(content.get(NOTES), str):
         return read_notes(content[NOTES])
     if content.get("__author__") == "torchvision":  # detectron2's own conversion keeps torchvision's input and stride
         return {"input": INPUT, "backbone": {"stride_in_1x1": False}}
-    meta = content.get("meta")
-    return stated_by_meta(meta) if isinstance(meta, dict) else {}
+    try:
+        return stated_by_meta(content["meta"]) if isinstance(content.get("meta"), dict) else {}
+    except UserError as error:
+        raise UserError(f"weights from {source}: {error}") from None
 
 
 def _in_fp32(weights: Weights) -> Weights:

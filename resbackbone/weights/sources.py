@@ -51,6 +51,7 @@ STRIDE_IN_3X3 = {"stride_in_1x1": False, "eps": 1e-5}
 STRIDE_IN_1X1 = {"stride_in_1x1": True, "eps": 1e-5}
 LISTED = "resbackbone.weights.list_sources() names those that fit"
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+FOLDER_FILES = tuple(name for file in HUB_FILES for name in (file, f"{file}.index.json"))  # whole, or in shards
 
 DETECTRON2_URL = "https://dl.fbaipublicfiles.com/detectron2/"
 # What its configs set for files of its zoo: MSRA's input, and the stride in the 1x1, where they keep the defaults.
@@ -80,6 +81,7 @@ def locate(source: str) -> Located:
     http(s)://HOST/PATH[#sha256=HEX]        anything else, in torch.hub's folder
     FOLDER                                  as transformers and timm write them, with a config.json
     FILE                                    as it is, with the config.json beside it if these wrote one
+    NAME.index.json                         the shards beside it that this index of transformers lists
 
     What is stated has the layout of our own files' metadata: source and licence (perhaps "unknown") of a named source,
     and backbone (stride_in_1x1, eps), input, classes and recipe if they are known. "stated_by" is who states it.
@@ -94,9 +96,9 @@ def locate(source: str) -> Located:
             find = _SOURCES[scheme.lower()]
             path, stated = find(source if find is _url else name)
         elif path.is_dir():
-            files = [path / name for name in HUB_FILES if (path / name).is_file()]
+            files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
             if not files:
-                raise UserError(f"the folder holds no {' and no '.join(HUB_FILES)}")
+                raise UserError(f"the folder holds no {' and no '.join(FOLDER_FILES)}")
             path, stated = files[0], _stated_beside(files[0])
         elif path.is_file():
             stated = _stated_beside(path)
@@ -115,7 +117,7 @@ def locate(source: str) -> Located:
 
 def _stated_beside(path: Path) -> dict[str, Any]:
     """What the config.json beside a file says. One that other programs wrote is of no concern to other names."""
-    return {} if is_ours(path) else stated_by_config(path.parent, required=path.name in HUB_FILES)
+    return {} if is_ours(path) else stated_by_config(path.parent, required=path.name in FOLDER_FILES)
 
 
 def _refuse_blurring_names(*names: str | Path) -> None:

@@ -109,7 +109,7 @@ def test_what_a_file_would_call_is_kept_as_its_name_and_not_run(
         b"\x80\x02" + by_line + b"0K\x01.",  # named, not called
         b"ccollections\nOrderedDict\n)R}" + text("hook") + by_line + inner(arguments) + b"Rsb.",  # in what BUILD drops
     ]
-    whole = f"it is a whole {module}.{name}, not tensors by name, which is not run"
+    whole = f"it is a whole {module}.{name}, which is not run"
     for program in programs:
         (tmp_path / "hostile.pth").write_bytes(CONTAINERS[container](program))
         try:

@@ -1,0 +1,237 @@
+"""Where a checkpoint has the trunk: in which entry, under which prefix of names; and what there is beside it."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from resbackbone.checks import UserError
+from resbackbone.weights.formats import FORMATS, NAMES
+from resbackbone.weights.names import rename
+from resbackbone.weights.pickles import Foreign, short
+
+_log = logging.getLogger("resbackbone")
+
+AVERAGES = {"model_ema", "state_dict_ema", "ema"}  # taken before others: published figures belong to the average
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+BOOKKEEPING = re.compile(r"(.*_momentum|n_averaged|lr|model_iter|weight_order)")  # of the training that made a file
+REMARKS = {"meta", "__author__", "matching_heuristics", "resbackbone"}  # `read` looks at these
+MAX_DEPTH = 8  # of nested entries
+# Heads that others put beside a trunk in one module. Nothing else there is left out: it may be a part of the trunk.
+HEADS = re.compile(
+    r"(classifier|criterion|fc|heads?|linear|loss|mlp|predictor|prediction_head|proj|projection|projection_head|"
+    r"projector|prototypes|queue|queue_ptr)(_?\d+)?"
+)
+# {(name of the first convolution, of one in the first block): the prefixes that they have in files of these formats}
+SIGNS: dict[tuple[str, str], set[str]] = {}
+for _known in FORMATS.values():
+    _block = rename("layer1.0.conv1.weight", NAMES[2], _known.names[2])
+    SIGNS.setdefault((_known.names[0], str(_block)), set()).update(trunk for trunk, _ in _known.places)
+
+
+class Part(NamedTuple):
+    """The part of a checkpoint with the trunk.
+
+    `state` holds its tensors; `root` is the prefix of the trunk's names in it, None if there is no complete trunk.
+    `entry` and `prefix` lead to it. `training` are keys that only training needs, `beside` names what else there is.
+    """
+
+    state: dict[str, Tensor]
+    root: str | None
+    entry: str
+    prefix: str
+    training: list[str]
+    beside: list[str]
+
+
+class _Trunk(NamedTuple):
+    at: tuple[str, ...]
+    state: dict[Any, Any]
+    root: str
+    places: set[str]
+
+
+def find_trunk(content: object, source: str, *, entry: str | None = None, prefix: str | None = None) -> Part:
+    """The part of `content`, a checkpoint, that holds its one complete trunk, or the averaged one.
+
+    A trunk is complete if it has a first convolution and a first block under the names of one of FORMATS. If there is
+    none, the entry with most tensors is returned. `entry` and `prefix` choose: an entry by its keys ("ema.module"), a
+    prefix of names ("module.encoder_q."). `source` names the weights in messages.
+
+    Raises ValueError if there are no tensors by name, if several trunks are complete, if `entry` or `prefix` leads to
+    none, or if what has the name of a tensor is none.
+    """
+    dicts = [(at, state) for at, state in _dicts(content) if entry is None or _leads_to(entry, at)]
+    if entry is not None and not dicts:
+        there = ", ".join(short(".".join(at)) for at, _ in _dicts(content) if at)
+        raise UserError(f"weights {source!r}: no part {entry!r} in the file; it has {there or 'one part only'}")
+    trunks = [_Trunk(at, state, *found) for at, state in dicts for found in _roots(state).items()]
+    if prefix:
+        prefix = prefix.rstrip(".") + "."
+    if prefix is not None:
+        under = [t for t in trunks if t.root == prefix] or [t for t in trunks if prefix and t.root.startswith(prefix)]
+        if not under:
+            there = _listed(trunks) or "there is none"
+            raise UserError(f"weights {source!r}: no complete trunk under the prefix {prefix!r}; complete: {there}")
+        trunks = under
+    announced: set[str] = set()
+    averaged = [trunk for trunk in trunks if AVERAGES & {*trunk.at, *trunk.root.split(".")}]
+    if averaged and len(averaged) < len(trunks):
+        others = [trunk for trunk in trunks if trunk not in averaged]
+        entries = {trunk.at for trunk in trunks}
+        names = [".".join(t.at) if len(entries) > 1 else f"{t.root}*" for t in (*averaged, *others)]
+        _log.warning("weights from %s hold %s: took %s", source, " and ".join(names), names[0])
+        trunks, announced = averaged, {".".join(trunk.at) for trunk in others}
+    trunks = [trunk for i, trunk in enumerate(trunks) if not any(_same(trunk, other) for other in trunks[:i])]
+    if len(trunks) > 1:
+        raise UserError(
+            f"weights {source!r}: hold {len(trunks)} complete trunks: {_listed(trunks)}; choose one: "
+            "weights=read_weights(FILE, entry=.., prefix=..), or convert_weights.py with --entry and --prefix"
+        )
+    if trunks:
+        at, state, root, places = trunks[0]
+        owner = _owner(root, places, prefix or "")
+    else:
+        at, state = max(dicts, key=lambda found: sum(map(_has_shape, found[1].values())), default=((), {}))
+        root, owner = None, _wrapper(state)
+    elsewhere = tuple(other for other in _roots(state) if root is not None and other != root and other.startswith(root))
+    part = _part(state, owner, root, elsewhere, ".".join(at), source)
+    if not part.state:
+        objects = (f"its {short(str(key))} is {x.whole}" for key, x in _items(content) if isinstance(x, Foreign))
+        advice = next(objects, "save a state_dict() with torch.save")
+        raise UserError(f"weights {source!r}: holds no state dict (tensors by name); {advice}")
+    siblings = [name for name in _siblings(content, at) if name not in announced]
+    return part._replace(beside=siblings + part.beside)
+
+
+def _items(content: object) -> list[tuple[Any, Any]]:
+    return list(content.items()) if isinstance(content, dict) else []
+
+
+def _dicts(content: object, at: tuple[str, ...] = (), seen: set[int] | None = None) -> Iterator[tuple[tuple, dict]]:
+    """Every dict in nested ones, once, with the keys that lead to it."""
+    seen = set() if seen is None else seen
+    if isinstance(content, dict) and id(content) not in seen and len(at) < MAX_DEPTH:
+        seen.add(id(content))
+        yield at, content
+        for key, value in content.items():
+            yield from _dicts(value, (*at, str(key)), seen)
+
+
+def _leads_to(entry: str, at: tuple[str, ...]) -> bool:
+    return entry in at or f"{'.'.join(at)}.".startswith(f"{entry}.")
+
+
+def _roots(state: Mapping[Any, Any]) -> dict[str, set[str]]:
+    """{prefix of a complete trunk's names: the prefixes that formats with such names have}."""
+    roots: dict[str, set[str]] = {}
+    for (stem, block), places in SIGNS.items():
+        for key in state:
+            if isinstance(key, str) and key.endswith(stem):
+                root = key.removesuffix(stem)
+                if f"{root}{block}" in state and root[-1:] in ("", "."):
+                    roots.setdefault(root, set()).update(places)
+    return roots
+
+
+def _owner(root: str, places: set[str], prefix: str) -> str:
+    """The prefix of the network whose trunk is at `root`: in a detector the trunk has one of `places` in it."""
+    for place in sorted(places, key=len, reverse=True):
+        owner = root.removesuffix(place)
+        if root.endswith(place) and owner[-1:] in ("", ".") and owner.startswith(prefix):
+            return owner
+    return root
+
+
+def _wrapper(state: Mapping[Any, Any]) -> str:
+    """What every tensor's name begins with, if it is of WRAPPERS."""
+    keys = [key for key in state if isinstance(key, str) and not BOOKKEEPING.fullmatch(key) and _has_shape(state[key])]
+    owner = ""
+    while more := next((p for p in WRAPPERS if keys and all(key.startswith(owner + p) for key in keys)), ""):
+        owner += more
+    return owner
+
+
+def _same(trunk: _Trunk, other: _Trunk) -> bool:
+    """Whether two trunks have equal tensors: a module that has two names in its owner."""
+    first, second = (
+        {k.removeprefix(t.root): x for k, x in t.state.items() if isinstance(k, str) and k.startswith(t.root)}
+        for t in (trunk, other)
+    )
+    one_only = first.keys() ^ second.keys()
+    return all(HEADS.fullmatch(key.split(".")[0]) for key in one_only) and all(
+        _has_shape(first[key]) and _has_shape(second[key]) and torch.equal(first[key], second[key])
+        for key in first.keys() & second.keys()
+    )
+
+
+def _listed(trunks: list[_Trunk]) -> str:
+    """How to choose each trunk."""
+    entries, prefixes = (len({trunk[i] for trunk in trunks}) > 1 for i in (0, 2))
+    return " or ".join(
+        ", ".join(
+            [f"entry={short('.'.join(t.at))!r}"] * entries + [f"prefix={short(t.root)!r}"] * (prefixes or not entries)
+        )
+        for t in trunks
+    )
+
+
+def _part(
+    state: Mapping[Any, Any], owner: str, root: str | None, elsewhere: tuple[str, ...], entry: str, source: str
+) -> Part:
+    """The tensors of `owner` in `state`, but not those under `elsewhere`, and the names of the rest."""
+    tensors: dict[str, Tensor] = {}
+    training, wrong = [], []
+    beside: dict[str, None] = {}
+    for key, value in state.items():
+        mine = isinstance(key, str) and key.startswith(owner) and not key.startswith(elsewhere)
+        if isinstance(key, str) and BOOKKEEPING.fullmatch(key):
+            training.append(key)
+        elif mine and _has_shape(value):
+            tensors[key.removeprefix(owner)] = value
+        elif mine and "." in key.removeprefix(owner):
+            wrong.append(described(key, value))
+        elif not (entry == "" and isinstance(key, str) and key in REMARKS):
+            beside[described(module_of(str(key), owner), value)] = None
+    if wrong:
+        raise UserError(f"weights {source!r}: {len(wrong)} entries are not tensors: {', '.join(wrong)[:300]}")
+    return Part(tensors, None if root is None else root.removeprefix(owner), entry, owner, training, list(beside))
+
+
+def _has_shape(value: object) -> bool:
+    return isinstance(value, Tensor) and not value.is_nested
+
+
+def _siblings(content: object, at: tuple[str, ...]) -> Iterator[str]:
+    """Names of the entries that do not lead to the one at `at`."""
+    for i, step in enumerate(at):
+        for key, value in _items(content):
+            if str(key) != step and not (i == 0 and key in REMARKS):
+                yield described(".".join([*at[:i], str(key)]), value)
+        content = next(value for key, value in _items(content) if str(key) == step)
+
+
+def module_of(key: str, root: str) -> str:
+    """The outermost module of a tensor that is not in the one at `root`: "a.queue" for "a.queue.0" and "a.net."."""
+    inside, shared = root.split(".")[:-1], key.split(".")
+    depth = next((i for i, word in enumerate(shared) if inside[i : i + 1] != [word]), len(shared))
+    return ".".join(shared[: depth + 1])
+
+
+def described(name: str, value: object = None) -> str:
+    """The name of an entry, with the objects in it that are not read: `args (argparse.Namespace, not run)`."""
+    kinds = sorted(set(_foreign(value, set())))
+    more = ", .." if len(kinds) > 3 else ""
+    return short(name) + (f" ({', '.join(kinds[:3])}{more}, not run)" if kinds else "")
+
+
+def _foreign(value: object, seen: set[int]) -> Iterator[str]:
+    if isinstance(value, Foreign):
+        yield value.name
+    elif isinstance(value, dict | list | tuple) and id(value) not in seen and len(seen) < 10_000:
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _foreign(item, seen)

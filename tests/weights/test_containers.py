@@ -1,0 +1,215 @@
+"""Which part of a checkpoint is read, what is said about the rest, and how one of several trunks is chosen."""
+
+import json
+import pathlib
+import re
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+
+from resbackbone import build_resnet_backbone
+from resbackbone.weights import INPUT, read_weights
+from resbackbone.weights.translate import from_ours
+
+HEADS = {"fc.0.weight": torch.ones(4, 512), "fc.2.bias": torch.ones(4)}  # a projection head in the place of fc
+OWNER = {"projector.0.weight": torch.ones(3), "queue": torch.ones(2, 3), "criterion.weight": torch.ones(2)}
+
+
+@pytest.fixture(scope="module")
+def network(randomised):
+    torch.manual_seed(0)
+    return randomised(torchvision.models.resnet18(num_classes=3)).eval()
+
+
+@pytest.fixture(scope="module")
+def trunk(network):
+    return {key: tensor for key, tensor in network.state_dict().items() if not key.startswith("fc.")}
+
+
+@pytest.fixture
+def other(trunk):
+    return {key: tensor + 1 for key, tensor in trunk.items()}
+
+
+def under(prefix, state):
+    return {prefix + key: tensor for key, tensor in state.items()}
+
+
+def assert_same(weights, trunk):
+    assert weights.state.keys() == trunk.keys()
+    assert all(torch.equal(weights.state[key], tensor) for key, tensor in trunk.items())
+
+
+def refusal(source, **options) -> str:
+    with pytest.raises(ValueError) as error:
+        read_weights(source, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def left_out(caplog) -> str:
+    (message,) = (text for text in caplog.messages if "left out" in text)
+    return message.split("left out ")[1]
+
+
+@pytest.mark.parametrize("how", ["zip", "given"])
+@pytest.mark.parametrize(
+    "wrap, beside",
+    [
+        (lambda s: {"module": s}, ""),
+        (lambda s: {"teacher": s, "epoch": 3}, "epoch"),
+        (lambda s: {"network": {"params": s}, "lr_scheduler": {"last": 1}}, "lr_scheduler"),
+        (lambda s: {"checkpoint": {"model": under("module.", s), "loss": 0.1}}, "checkpoint.loss"),
+        (lambda s: {**s, "epoch": 3, "note": "text", 7: torch.ones(1)}, "epoch, note, 7"),
+        (lambda s: under("module.encoder_q.", s | HEADS) | under("module.", OWNER), "module.projector, module.queue, "
+         "module.criterion, module.encoder_q.fc"),
+        (lambda s: {"state_dict": under("encoder.", s | HEADS) | OWNER}, "projector, queue, criterion, encoder.fc"),
+        (lambda s: under("net.", s), ""),
+        (lambda s: under("online_network.", s) | {"predictor.weight": torch.ones(1)}, "predictor"),
+        (lambda s: under("student.backbone.", s) | {"student.head.mlp.0.weight": torch.ones(1)}, "student.head"),
+        (lambda s: under("backbone.", s) | OWNER, "projector, queue, criterion"),
+        (lambda s: s | HEADS | OWNER, "fc, projector, queue, criterion"),
+        (lambda s: under("module.", s) | {"n_averaged": torch.tensor(3)}, ""),
+        (lambda s: under("backbone.0.body.", s) | {"transformer.encoder.0.weight": torch.ones(1)}, "transformer"),
+        (lambda s: under("model.backbone.", from_ours(s, "detectron2")), ""),
+        (lambda s: {"state_dict": under("momentum_encoder.", s), "pytorch-lightning_version": "2.0"},
+         "pytorch-lightning_version"),
+    ],
+)  # fmt: skip
+def test_the_one_complete_trunk_is_taken_and_the_rest_is_named_in_one_line(tmp_path, caplog, trunk, wrap, beside, how):
+    source = wrap(trunk)
+    if how == "zip":
+        torch.save(source, tmp_path / "w.pth")
+        source = tmp_path / "w.pth"
+    weights = read_weights(source, given_input=INPUT)
+    trunk = {key: value for key, value in trunk.items() if key in weights.state or "num_batches" not in key}
+    assert_same(weights, trunk)
+    assert weights.beside == tuple(beside.split(", ") if beside else ())
+    assert caplog.messages == ([f"weights from {weights.source}: left out {beside}"] if beside else [])
+
+
+def test_objects_beside_the_tensors_are_named_and_the_network_is_torchvisions(tmp_path, caplog, network):
+    path = tmp_path / "w.pth"
+    checkpoint = {
+        "state_dict": network.state_dict(),
+        "x": pathlib.PurePosixPath("/a"),
+        "hyper_parameters": {"deep": [{"path": pathlib.PurePosixPath("/a")}]},
+        "optimizer": torch.optim.SGD(network.parameters(), 0.1).state_dict(),
+    }
+    torch.save(checkpoint, path)
+    backbone = build_resnet_backbone(weights=path).eval()
+    kind = "pathlib.PurePosixPath, not run"
+    assert left_out(caplog) == f"x ({kind}), hyper_parameters ({kind}), optimizer"
+    images = torch.randn(1, 3, 65, 97)
+    stem = network.maxpool(network.relu(network.bn1(network.conv1(images))))
+    expected = network.layer4(network.layer3(network.layer2(network.layer1(stem))))
+    assert (backbone(images)["c5"] - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "wrap, choices",
+    [
+        (lambda a, b: {"teacher": b, "student": a}, {"entry": ("teacher", "student")}),
+        (lambda a, b: {"best": {"model": b}, "last": {"model": a}}, {"entry": ("best.model", "last.model")}),
+        (lambda a, b: under("m.encoder_k.", b) | under("m.encoder_q.", a),
+         {"prefix": ("m.encoder_k.", "m.encoder_q.")}),
+        (lambda a, b: {"state_dict": b | under("ours.", a)}, {"prefix": ("", "ours.")}),
+        (lambda a, b: under("teacher.backbone.", b) | under("student.backbone.", a),
+         {"prefix": ("teacher.backbone.", "student.backbone.")}),
+    ],
+)  # fmt: skip
+def test_several_complete_trunks_are_listed_with_how_to_choose(tmp_path, trunk, other, wrap, choices):
+    torch.save(wrap(trunk, other), tmp_path / "w.pth")
+    message = refusal(tmp_path / "w.pth")
+    assert "hold 2 complete trunks: " in message and "choose one: weights=read_weights(FILE, entry=" in message
+    ((name, values),) = choices.items()
+    assert re.findall(rf"{name}='([^']*)'", message) == list(values)
+    for value, expected in zip(values, (other, trunk), strict=True):
+        assert_same(read_weights(tmp_path / "w.pth", **{name: value}), expected)
+    chosen = read_weights(tmp_path / "w.pth", **{name: values[1].rstrip(".")})
+    assert torch.equal(build_resnet_backbone(weights=chosen).conv1.weight, trunk["conv1.weight"])
+    assert "no complete trunk" in refusal(tmp_path / "w.pth", prefix="nothing.")
+    assert "no part 'nothing' in the file" in refusal(tmp_path / "w.pth", entry="nothing")
+
+
+def test_an_average_within_an_entry_or_a_prefix_is_preferred_and_that_is_said(tmp_path, caplog, trunk, other):
+    torch.save({"model": other, "ema": {"module": trunk, "updates": 3}}, tmp_path / "entry.pth")
+    weights = read_weights(tmp_path / "entry.pth")
+    assert_same(weights, trunk)
+    assert weights.entry == "ema.module" and weights.beside == ("ema.updates",)
+    assert "hold ema.module and model: took ema.module" in caplog.messages[0]
+    torch.save({"state_dict": under("model.", other) | under("model_ema.module.", trunk)}, tmp_path / "prefix.pth")
+    assert_same(read_weights(tmp_path / "prefix.pth"), trunk)
+    assert_same(read_weights(tmp_path / "prefix.pth", prefix="model."), other)
+
+
+def test_a_module_with_two_names_is_one_trunk(trunk):
+    weights = read_weights(under("backbone.", trunk) | under("model.", trunk | {"fc.weight": torch.ones(2, 512)}))
+    assert_same(weights, trunk)
+
+
+def test_a_name_that_may_be_a_part_of_the_trunk_is_not_left_out(trunk):
+    for key in ("layer1.0.se.fc.weight", "conv2.weight", "attention.weight", "bn1.alpha"):
+        with pytest.raises(ValueError, match=f"1 unexpected: {key}"):
+            build_resnet_backbone(weights={**trunk, key: torch.ones(1)})
+
+
+def test_what_has_a_tensors_name_and_is_none_is_refused(tmp_path, trunk):
+    for value, kind in ((torch.ones(64).to_sparse(), r" \(torch._utils._rebuild_sparse_tensor"), ([1.0], ""), (5, "")):
+        torch.save({"model": {**trunk, "bn1.bias": value}}, tmp_path / "w.pth")
+        assert re.search(f"1 entries are not tensors: bn1.bias{kind}", refusal(tmp_path / "w.pth"))
+
+
+def test_a_whole_module_is_refused_with_advice(tmp_path, network):
+    for content in (network, {"model": network, "epoch": 3}):
+        torch.save(content, tmp_path / "w.pth")
+        message = refusal(tmp_path / "w.pth")
+        assert "a whole torchvision.models.resnet.ResNet" in message and "state_dict()" in message
+    assert "weights of type ResNet; give a file, a named source or a state_dict()" in refusal(network)
+
+
+# shards
+
+
+def shards(folder, state, suffix, **changes):
+    keys = list(state)
+    files = {f"model-{i}-of-2.{suffix}": keys[i::2] for i in (0, 1)}
+    for file, part in files.items():
+        tensors = {key: state[key] for key in part}
+        torch.save(tensors, folder / file) if suffix == "bin" else save_file(tensors, folder / file)
+    places = {key: file for file, part in files.items() for key in part} | changes
+    index = folder / {"bin": "pytorch_model.bin.index.json", "safetensors": "model.safetensors.index.json"}[suffix]
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_are_read_through_their_index_or_their_folder(tmp_path, trunk, suffix):
+    index = shards(tmp_path, from_ours(trunk, "transformers"), suffix)
+    for source in (index, tmp_path):
+        assert_same(read_weights(source), trunk)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_that_are_missing_or_differ_from_their_index_are_named(tmp_path, trunk, suffix):
+    index = shards(tmp_path, trunk, suffix, **{"bn1.extra": f"model-1-of-2.{suffix}"})
+    assert f"model-1-of-2.{suffix} and it disagree about 1 tensors: bn1.extra" in refusal(index)
+    index = shards(tmp_path, trunk, suffix, **{"conv1.weight": f"model-1-of-2.{suffix}"})
+    assert f"model-0-of-2.{suffix} and it disagree about 1 tensors: conv1.weight" in refusal(index)
+    (tmp_path / f"model-0-of-2.{suffix}").unlink()
+    assert f"model-0-of-2.{suffix} missing beside it; download all 2 files" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["../a.bin", "/etc/passwd", "a/b.bin", "..\\a.bin", "a.pth", "", 3, None, ["a.bin"]])
+def test_an_index_names_only_files_beside_it(tmp_path, trunk, file):
+    index = shards(tmp_path, trunk, "bin", **{"conv1.weight": file})
+    assert re.search("names files that are not|not a readable index", refusal(index))
+    assert "not a readable index" in refusal(index) or str(file)[:5] in refusal(index)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": []}', "[" * 100_000, '{"weight_map": "a"}'])
+def test_an_index_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert "not a readable index" in refusal(tmp_path)
