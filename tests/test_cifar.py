@@ -142,7 +142,8 @@ def test_projections_need_no_answer_whatever_they_are_called(theirs, caplog):
     model = build_cifar_resnet(weights=file)
     assert model.config["shortcut"] == "B"
     assert caplog.messages == [
-        f"weights from {file}: shortcut B (the tensors); input not stated, so normalize images as in the training"
+        f"weights from {file}: left out best_prec1",
+        f"weights from {file}: shortcut B (the tensors); input not stated, so normalize images as in the training",
     ]
     with pytest.raises(ValueError, match="shortcut_padding='both' is for shortcut A; weights from .* have B"):
         build_cifar_resnet(weights=file, shortcut_padding="both")
