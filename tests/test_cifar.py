@@ -157,7 +157,7 @@ def test_a_published_file_is_recognised_by_its_content_and_told(theirs, monkeypa
     mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
     wanted = written_out(state, (images - mean) / std, shortcut="A", padding="both")
     torch.testing.assert_close(model(model.normalize(images)), wanted, rtol=1e-5, atol=1e-5)
-    (line,) = caplog.messages
+    _, line = caplog.messages  # the first names what is left out
     assert "shortcut A, shortcut_padding both, input RGB 0..1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225 (" in line
     assert "akamaster" in line and "sha256" in line
     with pytest.raises(ValueError, match="are for shortcut_padding=both, but you asked for shortcut_padding=end"):

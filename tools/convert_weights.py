@@ -63,7 +63,9 @@ class Options:
     part: Auto[str] = None
     """backbone (drops a detector's heads) or trunk (drops the pyramid and classifier too). Default: everything."""
     entry: Auto[str] = None
-    """Part of a checkpoint to read if it holds several: model, model_ema, .. Default: the averaged weights."""
+    """Which entry of a checkpoint to read if it has several trunks: model, ema.module, .. Default: the averaged one."""
+    prefix: Auto[str] = None
+    """How the names of the trunk begin, if there are several: module.encoder_q., teacher.backbone., .."""
     input: Auto[str] = None
     """Input of the weights: rgb (0..1, ImageNet mean and std), bgr-255 (std 1, as MSRA's) or bgr-255-std. Default:
     what the file says, or what is usual for its names. A CIFAR network keeps its input."""
@@ -104,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     if not options.explain:
         check_destination(options)
 
-    weights = read_weights(options.source, entry=options.entry, given_input=given)
+    weights = read_weights(options.source, entry=options.entry, prefix=options.prefix, given_input=given)
     if weights.format == OURS and given not in (None, weights.metadata.get("input", INPUT)):
         raise UserError(f"{options.source} is a file of this package, which states its input; leave out yours")
     if options.explain:
@@ -201,6 +203,7 @@ def print_found(weights: Weights, kind: str) -> None:
     """Print what the source holds, what it says and what is assumed."""
     trunk, state = weights.metadata["backbone"], weights.state
     where = f", in its part {weights.entry}" if weights.entry else ""
+    where += f", under {weights.prefix}" if weights.prefix else ""
     name = architecture_name(trunk) + (" with GN" if trunk["norm"] == "GN" else "")
     console.print(f"found   {title_of(weights)}{where}: {name}, {kind}, {len(state)} tensors")
     if has_bottlenecks({key.removeprefix("backbone."): value for key, value in state.items()}):
