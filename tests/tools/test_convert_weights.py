@@ -168,10 +168,20 @@ def test_a_part_of_a_checkpoint_is_chosen_by_its_name(classifier, capsys):
     wrapped = {f"module.{key}": value for key, value in classifier.items()}
     torch.save({"model": wrapped, "model_ema": average, "epoch": 3}, "run.pth")
     assert "in its part model_ema: resnet18" in said_by(capsys, "run.pth", "ema.safetensors")
-    assert "in its part model: resnet18" in said_by(capsys, "run.pth", "own.safetensors", "--entry", "model")
+    assert "in its part model, under module.: resnet18" in said_by(
+        capsys, "run.pth", "own.safetensors", "--entry", "model"
+    )
     assert_same_tensors(read_weights("ema.safetensors").state, average)
     assert_same_tensors(read_weights("own.safetensors").state, classifier)
     assert "'run.pth': no part 'teacher' in the file" in error_of("run.pth", "x.safetensors", "--entry", "teacher")
+
+
+def test_one_of_several_trunks_is_chosen_by_the_beginning_of_its_names(classifier, capsys):
+    other = {f"encoder_k.{key}": value + 1 for key, value in classifier.items()}
+    torch.save({**{f"encoder_q.{key}": value for key, value in classifier.items()}, **other}, "moco.pth")
+    assert "prefix='encoder_q.' or prefix='encoder_k.'" in error_of("moco.pth", "x.safetensors")
+    assert "under encoder_q.: resnet18" in said_by(capsys, "moco.pth", "q.safetensors", "--prefix", "encoder_q.")
+    assert_same_tensors(read_weights("q.safetensors").state, classifier)
 
 
 def test_what_only_training_needs_is_left_out_and_named(classifier, capsys):
