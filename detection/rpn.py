@@ -70,12 +70,12 @@ class FP32RPNHead(RPNHead):
 
         around: [n, S, S, C], S = 3 for one 3x3 convolution, 5 for two, ..; inside: [n, S, S], False outside the map.
         """
-        for conv, _relu in self.conv:
-            windows = around.unfold(1, 3, 1).unfold(2, 3, 1).permute(0, 1, 2, 4, 5, 3).flatten(3)
-            around = F.relu(F.linear(windows, conv.weight.permute(0, 2, 3, 1).flatten(1), conv.bias))
+        *convolutions, (last, _relu) = self.conv
+        for conv, _relu in convolutions:
             inside = inside[:, 1:-1, 1:-1]
+            around = F.relu(F.conv2d(around.permute(0, 3, 1, 2), conv.weight, conv.bias)).permute(0, 2, 3, 1)
             around = around * inside[..., None]  # the next convolution pads with zeros
-        hidden = around.flatten(1)
+        hidden = F.relu(F.linear(around.flatten(1), last.weight.permute(0, 2, 3, 1).flatten(1), last.bias))
         objectness, deltas = (
             at_least_fp32(F.linear(hidden, layer.weight.flatten(1), layer.bias))
             for layer in (self.cls_logits, self.bbox_pred)

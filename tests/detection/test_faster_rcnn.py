@@ -331,7 +331,7 @@ def test_a_class_count_that_is_none_or_contradicts_the_categories_is_refused(num
     [
         (
             {"rpn_anchor_generator": object()},
-            r"here give anchor_scale .*FasterRCNN\(as_torchvision\(backbone\), 4, rpn",
+            r"here give anchor_scale .*FasterRCNN\(as_torchvision\(backbone\), rpn",
         ),
         ({"box_head": object()}, "box_head is an argument of torchvision's FasterRCNN; here give box_conv_layers"),
         ({"box_norm": "FrozenBN", "box_conv_layers": (8,)}, "box_norm='FrozenBN' without weights would freeze random"),
