@@ -177,7 +177,9 @@ def _surroundings(feature: Tensor, image: Tensor, cell: Tensor, reach: int) -> t
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
     inside &= ((cell >= 0) & (cell < height * width))[:, None, None]
     cells = (image[:, None, None] * height + rows[:, :, None]) * width + columns[:, None]
-    values = sum_cells(rows_of(feature), (cells * inside).view(-1, 1), inside.view(-1, 1))
+    # What is outside has a weight of 0 wherever it is read. All in one cell, it would be one long sum for a GPU thread.
+    anywhere = torch.arange(cells.numel(), device=cells.device).view_as(cells) % (len(feature) * height * width)
+    values = sum_cells(rows_of(feature), cells.where(inside, anywhere).view(-1, 1), inside.view(-1, 1))
     return values.view(*cells.shape, -1), inside
 
 

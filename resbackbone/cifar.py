@@ -8,12 +8,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of
-from resbackbone.layers import SHORTCUTS, conv, conv_norm, norm_layer
+from resbackbone.folding import conv_norm_relu
+from resbackbone.layers import SHORTCUTS, Stage, conv, norm_layer
 from resbackbone.resnet import BasicBlock, Layout
 from resbackbone.weights import Weights, WeightSource, read_weights, write_weights
 from resbackbone.weights.cifar import PADDINGS, cifar_network_of, move_padding, under_our_names
@@ -53,24 +53,26 @@ class CifarResNet(nn.Module):
         self.mean_image: Tensor | None = None
 
         self.conv1, self.bn1 = conv(3, 16, kernel=3), layout.norm(16)
+        self.relu = nn.ReLU(inplace=True)
         channels = 16
         for name, (width, stride) in STAGES.items():
-            stage = nn.Sequential(BasicBlock(channels, width, layout, stride=stride))
+            stage = Stage(BasicBlock(channels, width, layout, stride=stride))
             for _ in range(1, (depth - 2) // 6):
                 stage.append(BasicBlock(width, width, layout))
             setattr(self, name, stage)
             channels = width
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # the paper's reference [13]; fc keeps PyTorch's own
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:  # [B, 3, H, W]
-        x = F.relu_(conv_norm(self.conv1, self.bn1, images))  # [B, 16, H, W]
+        x = conv_norm_relu(self.conv1, self.bn1, self.relu, images)  # [B, 16, H, W]
         x = self.layer1(x)  # [B, 16, H, W]
         x = self.layer2(x)  # [B, 32, H/2, W/2], rounded up
         x = self.layer3(x)  # [B, 64, H/4, W/4], rounded up
-        return self.fc(x.mean((2, 3)))
+        return self.fc(self.avgpool(x).flatten(1))
 
     def normalize(self, images: Tensor) -> Tensor:
         """RGB in 0..1, [B, 3, H, W] (32 x 32 with a mean image), to the input that the weights were trained with.

@@ -18,11 +18,12 @@ class ResNetClassifier(ResNet):
         config = replace(config, levels=("c5",))
         super().__init__(**config.trunk())
         self.config = config
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(self.features["c5"].channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # logits, where a trunk gives maps
         c5 = super().forward(images)["c5"]  # [B, 512 or 2048, H/32, W/32]
-        return self.fc(c5.mean((2, 3)))
+        return self.fc(self.avgpool(c5).flatten(1))
 
 
 def build_resnet_classifier(

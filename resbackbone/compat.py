@@ -4,24 +4,89 @@ torch 2.11 and torchvision 0.26 are the oldest that are supported. A name of tor
 speed or a feature, never correctness. torchvision is imported only when it is asked for: the core does without.
 """
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd import forward_ad
 
 from resbackbone.checks import BrokenPackage, UserError
 
+_log = logging.getLogger("resbackbone")
+
 
 def is_transformed() -> bool:
-    """Whether a functorch transform or a dispatch mode (FlopCounterMode, ..) is to see the operations.
+    """Whether a functorch transform, forward-mode AD or a dispatch mode (FlopCounterMode, ..) sees the operations.
 
-    `torch._C._are_functorch_transforms_active`, `torch._C._len_torch_dispatch_stack`. Without them: always, so the
-    ordinary operations run, which compute the same.
+    `torch._C._are_functorch_transforms_active`, `torch._C._len_torch_dispatch_stack`,
+    `torch.autograd.forward_ad._current_level`. Without them: always, so the ordinary operations run, which compute the
+    same.
     """
     try:
-        return torch._C._are_functorch_transforms_active() or torch._C._len_torch_dispatch_stack() > 0
+        functorch, modes = torch._C._are_functorch_transforms_active(), torch._C._len_torch_dispatch_stack()
+        return functorch or modes > 0 or forward_ad._current_level >= 0
     except AttributeError:
         return True
+
+
+def is_observed(*modules: nn.Module | None) -> bool:
+    """Whether anything is to see these modules being called: a hook, on all modules too, a function mode, a patch.
+
+    `nn.Module._forward_hooks` and its like, `torch.nn.modules.module._has_any_global_hook`,
+    `torch._C._len_torch_function_stack`. Without them: always, so the modules are called one by one.
+    """
+    try:
+        if torch.nn.modules.module._has_any_global_hook() or torch._C._len_torch_function_stack() and _function_modes():
+            return True
+        if (F.conv2d, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward) != _AS_IMPORTED:
+            return True
+        return any(
+            module is not None
+            and bool(
+                module._forward_hooks
+                or module._forward_pre_hooks
+                or module._backward_hooks
+                or module._backward_pre_hooks
+                or module._compiled_call_impl
+                or "forward" in module.__dict__
+            )
+            for module in modules
+        )
+    except AttributeError:
+        return True
+
+
+_AS_IMPORTED = F.conv2d, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
+
+
+def _function_modes() -> bool:
+    """Whether a torch function mode is active, beside the one of `torch.set_default_device`."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._device import DeviceContext
+
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())
+
+
+@cache
+def gpu_kernels() -> ModuleType | None:
+    """`resbackbone.kernels` where Triton works, which takes a C compiler too; otherwise None, and one line says so."""
+    try:
+        from resbackbone import kernels
+
+        one = torch.ones(1, 1, 1, 1, device="cuda")
+        kernels.norm_add_relu(one, None, (one.flatten(),), 0.0, relu=True)
+    except Exception as error:  # noqa: BLE001 - Triton's failures have no type of their own
+        first = (str(error).splitlines() or [""])[0]
+        _log.warning(
+            "Triton does not work here (%s: %s); the network runs without its kernels", type(error).__name__, first
+        )
+        return None
+    return kernels
 
 
 def onednn_convolution(dtype: torch.dtype) -> Any:

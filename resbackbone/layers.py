@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import one_of
-from resbackbone.folding import FrozenBatchNorm2d, add_relu, folded_conv, fused_conv
+from resbackbone.folding import FrozenBatchNorm2d, conv_norm
 
 Norm = Callable[[int], nn.Module]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -45,22 +45,6 @@ def conv(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, d
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=False)
 
 
-def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """norm(conv(x)), a frozen norm being folded into the convolution (see `folding.folded_conv`)."""
-    if isinstance(norm, FrozenBatchNorm2d) and conv.bias is None:
-        return folded_conv(conv, norm, x)
-    return norm(conv(x))
-
-
-def conv_norm_relu(conv: nn.Conv2d, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """relu(norm(conv(x)) + shortcut), in one step where the norm is frozen or fused."""
-    if isinstance(norm, FrozenBatchNorm2d) and conv.bias is None:
-        return folded_conv(conv, norm, x, shortcut, relu=True)
-    if isinstance(norm, nn.Identity):  # `fuse` has been here
-        return fused_conv(conv, x, shortcut, relu=True)
-    return add_relu(norm(conv(x)), shortcut)
-
-
 class PaddedIdentity(nn.Module):
     """Shortcut A (He et al. 2015, Sec. 3.3): the input subsampled, new channels filled with zeros; no parameters."""
 
@@ -79,7 +63,18 @@ class Projection(nn.Sequential):
         super().__init__(conv(in_channels, out_channels, kernel=1, stride=stride), norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(cast(nn.Conv2d, self[0]), self[1], x)
+        return conv_norm(self[0], self[1], x) if len(self) == 2 else super().forward(x)
+
+
+class Stage(nn.Sequential):
+    """The blocks of one stage, one after the other."""
+
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+        """`recompute`: keep no activations of blocks that train, and compute them again in backward."""
+        for block in self:
+            train = recompute and any(p.requires_grad for p in block.parameters())
+            x = checkpointed(block, x) if train else block(x)
+        return x
 
 
 class NoShortcut(nn.Module):

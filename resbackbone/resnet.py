@@ -4,20 +4,11 @@ import logging
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, cast
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.layers import (
-    BATCH_NORMS,
-    Norm,
-    checkpointed,
-    conv,
-    conv_norm_relu,
-    freeze,
-    norm_layer,
-    shortcut,
-)
+from resbackbone.folding import conv_norm_relu
+from resbackbone.layers import BATCH_NORMS, Norm, Stage, conv, freeze, norm_layer, shortcut
 
 _log = logging.getLogger("resbackbone")
 
@@ -51,13 +42,14 @@ class BasicBlock(nn.Module):
         norm = layout.norm
         self.conv1 = conv(in_channels, width, kernel=3, stride=stride, dilation=dilation[0])
         self.bn1 = norm(width)
+        self.relu = nn.ReLU(inplace=True)
         self.conv2, self.bn2 = conv(width, width, kernel=3, dilation=dilation[1]), norm(width)
         self.downsample = shortcut(layout.shortcut, in_channels, width, stride, norm)  # None is the identity
 
     def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
         shortcut = x if self.downsample is None else self.downsample(x)  # [B, width, H/stride, W/stride], rounded up
-        y = conv_norm_relu(self.conv1, self.bn1, x)  # [B, width, H/stride, W/stride]
-        return conv_norm_relu(self.conv2, self.bn2, y, shortcut)
+        y = conv_norm_relu(self.conv1, self.bn1, self.relu, x)  # [B, width, H/stride, W/stride]
+        return conv_norm_relu(self.conv2, self.bn2, self.relu, y, shortcut)
 
 
 class Bottleneck(nn.Module):
@@ -77,13 +69,14 @@ class Bottleneck(nn.Module):
         self.conv2 = conv(width, width, kernel=3, stride=stride2, dilation=dilation2, groups=layout.groups)
         self.bn2 = norm(width)
         self.conv3, self.bn3 = conv(width, out_channels, kernel=1), norm(out_channels)
+        self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(layout.shortcut, in_channels, out_channels, stride, norm)  # None is the identity
 
     def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
         shortcut = x if self.downsample is None else self.downsample(x)  # [B, 4 * 64 * 2^i, H/stride, W/stride]
-        y = conv_norm_relu(self.conv1, self.bn1, x)  # [B, width, H, W]
-        y = conv_norm_relu(self.conv2, self.bn2, y)  # [B, width, H/stride, W/stride], rounded up
-        return conv_norm_relu(self.conv3, self.bn3, y, shortcut)
+        y = conv_norm_relu(self.conv1, self.bn1, self.relu, x)  # [B, width, H, W]
+        y = conv_norm_relu(self.conv2, self.bn2, self.relu, y)  # [B, width, H/stride, W/stride], rounded up
+        return conv_norm_relu(self.conv3, self.bn3, self.relu, y, shortcut)
 
 
 # Table 1: the kind of block, and how many of them conv2_x .. conv5_x have.
@@ -131,6 +124,7 @@ class ResNet(nn.Module):
         self.stage_features: dict[str, Feature] = {}  # of every stage that is built
 
         self.conv1, self.bn1 = conv(in_channels, 64, kernel=7, stride=2), layout.norm(64)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         channels, stride = 64, 4  # after the max pool
         for level, count, width in zip(TRUNK_LEVELS, counts, (64, 128, 256, 512), strict=True):
             if level > self.levels[-1]:
@@ -139,7 +133,7 @@ class ResNet(nn.Module):
             if level == "c5" and dilate_c5:
                 # The stride is given up; what came after it looks twice as far, so the maps agree where both exist.
                 step, dilation = 1, (1, 2)
-            stage = nn.Sequential(block(channels, width, layout, stride=step, dilation=dilation))
+            stage = Stage(block(channels, width, layout, stride=step, dilation=dilation))
             channels, stride = width * block.expansion, stride * step
             for _ in range(1, count):
                 stage.append(block(channels, width, layout, dilation=(dilation[1], dilation[1])))
@@ -166,16 +160,13 @@ class ResNet(nn.Module):
         return self.from_stem(self.stem(images))
 
     def stem(self, images: Tensor) -> Tensor:  # [B, in_channels, H, W] -> [B, 64, H/2, W/2]
-        return conv_norm_relu(self.conv1, self.bn1, images)
+        return conv_norm_relu(self.conv1, self.bn1, self.relu, images)
 
     def from_stem(self, x: Tensor) -> dict[str, Tensor]:  # [B, 64, H/2, W/2]
-        x = F.max_pool2d(x, kernel_size=3, stride=2, padding=1)  # [B, 64, H/4, W/4]
+        x = self.maxpool(x)  # [B, 64, H/4, W/4]
         maps = {}
         for level, stage in self.stages():
-            for block in stage:
-                recompute = self.checkpoint_activations and self.training
-                recompute = recompute and any(p.requires_grad for p in block.parameters())
-                x = checkpointed(block, x) if recompute else block(x)
+            x = stage(x, recompute=True) if self.checkpoint_activations and self.training else stage(x)
             if level in self.levels:
                 maps[level] = x
         return maps

@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from resbackbone.folding import conv_norm
 from resbackbone.layers import (
     FrozenBatchNorm2d,
     PaddedIdentity,
     Projection,
     conv,
-    conv_norm,
     freeze,
     fuse,
     norm_layer,

@@ -36,7 +36,7 @@ class TimmFeatures(ResNet):
         config = _config(depth, arguments, levels=levels or ["c2"])
         super().__init__(**config.trunk())
         _freeze(self, config)
-        info = [{"num_chs": 64, "reduction": 2, "module": "bn1"}]
+        info = [{"num_chs": 64, "reduction": 2, "module": "relu"}]
         for level, (channels, stride) in self.stage_features.items():
             info.append({"num_chs": channels, "reduction": stride, "module": STAGES[level]})
         self.feature_info = FeatureInfo(info, tuple(self.out_indices))
@@ -78,7 +78,7 @@ class TimmClassifier(ResNetClassifier):
         return ResNet.forward(self, images)["c5"]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = x.mean((2, 3))
+        x = self.avgpool(x).flatten(1)
         return x if pre_logits else self.fc(x)
 
 
