@@ -71,7 +71,8 @@ class FasterRCNN(GeneralizedRCNN):
         else:
             channels = cast(int, config.representation_size)
             if config.box_conv_layers:
-                norm = norm_layer(config.box_norm) if config.box_norm else None
+                eps = backbone.config.eps_of(config.box_norm)
+                norm = norm_layer(config.box_norm, eps) if config.box_norm else None
                 shape = (backbone.out_channels, 7, 7)
                 box_head = FastRCNNConvFCHead(shape, list(config.box_conv_layers), [channels], norm)
             else:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.fpn import PYRAMID_LEVELS, trunk_levels_for
-from resbackbone.layers import NORMS, SHORTCUTS
+from resbackbone.layers import NORMS, SHORTCUTS, same_kind
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, BasicBlock, Bottleneck, sorted_levels
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
@@ -132,12 +132,17 @@ class CommonConfig(Config):
         """The levels that the trunk has to give: with a pyramid, those it stands on."""
         return tuple(trunk_levels_for(self.levels)) if self.fpn else self.levels
 
+    def eps_of(self, norm: str | None) -> float:
+        """The eps of a norm outside the trunk, in the pyramid or a box head: the trunk's, if it is of that kind."""
+        return getattr(self, "eps", 1e-5) if same_kind(norm, self.norm) == self.norm else 1e-5
+
     def pyramid(self) -> dict[str, Any]:
         """The arguments of FPN."""
         return {
             "levels": self.levels,
             "channels": self.fpn_channels,
             "norm": self.fpn_norm,
+            "eps": self.eps_of(self.fpn_norm),
             "p6_from": self.p6_from,
             "relu_before_p7": self.relu_before_p7,
         }

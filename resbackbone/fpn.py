@@ -24,8 +24,8 @@ class FPN(nn.Module):
     whatever that size is, and goes through a 3x3 (Sec. 3). Without p7, p6 is p5 subsampled by two (Sec. 4.1); with
     it, p6 and p7 are 3x3 convolutions of stride 2 that start from `p6_from`, "c5" (RetinaNet's paper, detectron2) or
     "p5" (torchvision). Parameters have torchvision's names: `inner_blocks.0.0`, `layer_blocks.0.0`,
-    `extra_blocks.p6`. `norm` goes behind each convolution, which then has no bias. Between p6 and p7 there is a ReLU
-    (Lin et al. 2017b), but not in mmdetection's RetinaNets, which need `relu_before_p7=False`.
+    `extra_blocks.p6`. `norm`, with `eps`, goes behind each convolution, which then has no bias. Between p6
+    and p7 there is a ReLU (Lin et al. 2017b), but not in mmdetection's RetinaNets, which need `relu_before_p7=False`.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class FPN(nn.Module):
         *,
         channels: int = 256,
         norm: str | None = None,
+        eps: float = 1e-5,
         p6_from: str = "c5",
         relu_before_p7: bool = True,
     ):
@@ -47,7 +48,7 @@ class FPN(nn.Module):
 
         def block(in_channels: int, kernel: int) -> nn.Sequential:
             conv = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=norm is None)
-            return nn.Sequential(conv, *([] if norm is None else [norm_layer(norm)(channels)]))
+            return nn.Sequential(conv, *([] if norm is None else [norm_layer(norm, eps)(channels)]))
 
         self.inner_blocks, self.layer_blocks, self.extra_blocks = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
         strides = {"p6": trunk["c5"].stride * 2, "p7": trunk["c5"].stride * 4}

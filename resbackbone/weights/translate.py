@@ -64,7 +64,7 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
 
 
 def from_ours(state: Mapping[str, Tensor], format: str, *, eps: float = EPS) -> dict[str, Tensor]:
-    """Rename `state`, with our names and a trunk whose norms have `eps`, to the names of `format`.
+    """Rename `state`, with our names and norms of `eps`, to the names of `format`.
 
     Other packages' norms have an eps of 1e-5. If ours differs, their scales change so that the outputs stay. The
     batch counters are dropped if the format has none. Raises ValueError that names every tensor for which the format
@@ -147,14 +147,9 @@ def _norms(state: Mapping[str, Tensor]) -> list[str]:
     return [key.removesuffix(".running_var") for key in state if key.endswith(".running_var")]
 
 
-def _of_trunk(norm: str) -> bool:
-    """Whether a batch norm of this name is the trunk's, which includes the stage 5 of a C4 detector's box head."""
-    return STAGE5 + "layer" in norm or not norm.removeprefix("backbone.").startswith(("fpn.", *HEADS))
-
-
 def _with_usual_eps(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor]:
     state = dict(state)
-    for norm in filter(_of_trunk, _norms(state) if eps != EPS else ()):
+    for norm in _norms(state) if eps != EPS else ():
         variance = state[f"{norm}.running_var"].double()
         scale = state[f"{norm}.weight"].double() * ((variance + EPS) / (variance + eps)).sqrt()
         state[f"{norm}.weight"] = scale.float()
@@ -162,16 +157,13 @@ def _with_usual_eps(state: Mapping[str, Tensor], eps: float) -> dict[str, Tensor
 
 
 def merged_norms(state: Mapping[str, Tensor], *, eps: float = EPS) -> dict[str, Tensor]:
-    """The tensors of `state` with batch norms merged into scale (weight) and shift (bias), computed in fp64.
-
-    `eps` is that of the trunk's norms; those of a pyramid and of a box head have 1e-5.
-    """
+    """The tensors of `state` with batch norms merged into scale (weight) and shift (bias), computed in fp64."""
     state = dict(state)
     for norm in _norms(state):
         weight, bias, mean, variance = (
             state.pop(f"{norm}.{leaf}").double() for leaf in ("weight", "bias", "running_mean", "running_var")
         )
-        scale = weight / (variance + (eps if _of_trunk(norm) else EPS)).sqrt()
+        scale = weight / (variance + eps).sqrt()
         state[f"{norm}.weight"], state[f"{norm}.bias"] = scale.float(), (bias - mean * scale).float()
     return state
 

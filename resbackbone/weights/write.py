@@ -18,7 +18,7 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.file import NOTES, apart, write_weights
 from resbackbone.weights.fit import backbone_part, resolve_architecture
-from resbackbone.weights.formats import FORMATS
+from resbackbone.weights.formats import EPS, FORMATS
 from resbackbone.weights.inputs import INPUT, for_given_input
 from resbackbone.weights.read import Weights, conv1_of
 from resbackbone.weights.translate import from_ours, merged_norms
@@ -116,6 +116,8 @@ def _check_network(backbone: Mapping[str, Any], format: str) -> None:
         raise UserError(f"relu_before_p7=False: {format}'s pyramids have a ReLU between p6 and p7")
     if format == "transformers" and (backbone["groups"], backbone["width_per_group"]) != (1, 64):
         raise UserError("transformers' ResNet has neither groups nor other widths")
+    if backbone["norm"] == "GN" and backbone["eps"] != EPS:  # a batch norm's goes into its scales
+        raise UserError(f"norm='GN' with eps={backbone['eps']:g}: {format}'s group norms have {EPS:g}")
     if format in ("transformers", "msra") and backbone["norm"] == "GN":
         raise UserError(f"norm='GN': {format} only has networks with batch norms")
     if known.input != INPUT and backbone["in_channels"] != 3:

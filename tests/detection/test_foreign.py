@@ -122,6 +122,24 @@ def test_trained_batch_norms_have_torchs_eps_of_which_nothing_is_said(tmp_path, 
     assert load_detector(tmp_path / "mine.pth").backbone.bn1.eps == 1e-5 and "eps 1e-05" not in caplog.text
 
 
+@torch.inference_mode()
+def test_another_eps_is_that_of_all_batch_norms_and_goes_into_the_scales_that_are_written(tmp_path):
+    torch.manual_seed(0)
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=16, fpn_norm="BN", eps=0.1)
+    heads = {"box_conv_layers": (8,), "box_norm": "BN", "representation_size": 8}
+    detector = lively(build_faster_rcnn(backbone, 3, **heads))
+    assert {module.eps for module in detector.modules() if hasattr(module, "running_var")} == {0.1}
+    save_detector(detector, tmp_path / "ours.safetensors")
+    write_as(tmp_path / "theirs.pth", read_weights(tmp_path / "ours.safetensors"), "torchvision")
+    back, x = load_detector(tmp_path / "theirs.pth"), torch.rand(2, 3, 65, 97)
+    assert back.backbone.config.eps == 1e-5
+    for level, expected in detector.backbone(x).items():
+        torch.testing.assert_close(back.backbone(x)[level], expected, rtol=1e-4, atol=1e-5)
+    regions = torch.rand(3, 16, 7, 7)
+    wanted, found = (network.roi_heads.box_head(regions) for network in (detector, back))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "config",
     ["faster_rcnn_R_50_FPN_1x", "faster_rcnn_R_50_C4_1x", "faster_rcnn_R_50_DC5_1x", "faster_rcnn_X_101_32x8d_FPN_3x"],

@@ -84,6 +84,7 @@ def test_the_largest_difference_is_found_and_named(classifier):
         ),
         ("transformers", {"groups": 32, "width_per_group": 4}, "neither groups nor other widths"),
         ("transformers", {"norm": "GN"}, "norm='GN': transformers only has networks with batch norms"),
+        ("torchvision", {"norm": "GN", "eps": 1e-3}, "norm='GN' with eps=0.001: torchvision's group norms have 1e-05"),
         ("msra", {"norm": "GN"}, "norm='GN': msra only has networks with batch norms"),
         ("detectron2", {"in_channels": 4}, "in_channels=4: detectron2's networks take three colours"),
         ("caffe", {}, "unknown format 'caffe'; choose from resbackbone, torchvision"),
