@@ -80,7 +80,7 @@ class Options:
     depth: Auto[int] = None
     """Depth of the network. Needed only for a trunk whose tensors fit several depths."""
     shortcut: Auto[str] = None
-    """A, B, C or none, of a CIFAR network. Default: what the file says. Tensors show only B and C."""
+    """A, B, C or none. Default: what the file says. Tensors show only B and C."""
     shortcut_padding: Auto[str] = None
     """Where shortcut A of a CIFAR network has its zero channels: end, or both (half of them on each side)."""
     explain: bool = False
@@ -167,7 +167,10 @@ def described(weights: Weights, options: Options) -> Weights:
     if options.part is not None:
         weights = only_part(weights, options.part)
     metadata = {"source": weights.source, **weights.metadata}
-    trunk = resolve_architecture(weights, depth=options.depth, stride_in_1x1=options.stride_in_1x1, eps=options.eps)
+    if options.shortcut_padding is not None:
+        raise UserError(f"--shortcut-padding is for CIFAR networks, and {weights.source} has none")
+    asked = {name: getattr(options, name) for name in ("depth", "stride_in_1x1", "eps", "shortcut")}
+    trunk = resolve_architecture(weights, **asked)
     assumed = {name: value for name, value in weights.assumed.items() if getattr(options, name, None) is None}
     metadata["backbone"] = {**metadata.get("backbone", {}), **trunk}
     weights = replace(weights, metadata=metadata, assumed=assumed)
@@ -202,10 +205,8 @@ def network_of(weights: Weights) -> tuple[str, nn.Module]:
 def print_found(weights: Weights, kind: str) -> None:
     """Print what the source holds, what it says and what is assumed."""
     trunk, state = weights.metadata["backbone"], weights.state
-    where = f", in its part {weights.entry}" if weights.entry else ""
-    where += f", under {weights.prefix}" if weights.prefix else ""
     name = architecture_name(trunk) + (" with GN" if trunk["norm"] == "GN" else "")
-    console.print(f"found   {title_of(weights)}{where}: {name}, {kind}, {len(state)} tensors")
+    console.print(f"found   {title_of(weights)}: {name}, {kind}, {len(state)} tensors")
     if has_bottlenecks({key.removeprefix("backbone."): value for key, value in state.items()}):
         said = ", assumed" if "stride_in_1x1" in weights.assumed else ""
         console.print(f"stride  in the {'1x1' if trunk['stride_in_1x1'] else '3x3'}{said}")
@@ -264,7 +265,8 @@ def convert_cifar(weights: Weights, options: Options) -> None:
     model = build_cifar_resnet(weights=replace(weights, is_file=False), **asked)
     if model.input is None:
         raise UserError(f"{weights.source} does not state its input; give --mean and --std of its training, for 0..1")
-    print_facts({"format": (title_of(weights), "the names of the tensors"), **cifar_facts(weights, **asked)})
+    print_facts({**format_of(weights), **cifar_facts(weights, **asked)})
+    print_left_out(weights)
     said = {"source": weights.source, **weights.metadata}
     said = {name: said[name] for name in ("source", "licence", "classes", "recipe") if name in said}
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as scratch:
@@ -288,7 +290,7 @@ def explain(weights: Weights, options: Options) -> None:
         if facts["shortcut"][0] == "A":
             facts.setdefault("shortcut_padding", ("?", unknown))
         facts.setdefault("input", ("?", "not known; needed to convert it: --mean and --std"))
-        print_facts({"format": (title_of(weights), "the names of the tensors"), **facts})
+        print_facts({**format_of(weights), **facts})
         print_left_out(weights)
         return
     backbone = backbone_part(weights.state)
@@ -299,18 +301,18 @@ def explain(weights: Weights, options: Options) -> None:
     trunk = weights.metadata["backbone"]
     origins = dict.fromkeys(trunk, "default") | weights.origins | dict.fromkeys(shown, "the tensors")
     if trunk["norm"] != shown.get("norm"):
-        origins["norm"] = weights.origins.get("norm", "default for BN that is loaded")
-    for name in trunk.keys() & vars(options).keys():
+        origins["norm"] = weights.origins.get("norm", "default for a BN with weights")
+    for name in origins.keys() & vars(options).keys() - {"source"}:
         if getattr(options, name) is not None:
             origins[name] = "the caller"
-    for name in weights.assumed.keys() & vars(options).keys():
-        origins[name] += f"; --{name.replace('_', '-')} changes it"
+        elif origins[name].startswith(("assumed", "default")):
+            origins[name] += f"; --{name.replace('_', '-')} changes it"
     facts = {name: (value, origins[name]) for name, value in trunk.items() if name != "version"}
     given = weights.metadata.get("converted_from", {}).get("input", INPUT)
     facts["input"] = describe_input(given), origins.get("input", "the file")
     if "detector" in weights.metadata:
         detector, foreign = weights.metadata["detector"], weights.format != OURS
-        by = f"the tensors, and what is usual for {title_of(weights)}" if foreign else "the file"
+        by = f"the tensors, and what is usual for {FORMATS[weights.format or ''].title}" if foreign else "the file"
         config = DetectorConfig.from_json(detector, weights.source).to_json()
         facts |= {name: (config[name], by if name in detector else "default") for name in config if name != "version"}
     for name in ("classes", "source", "licence", "recipe"):
@@ -320,8 +322,16 @@ def explain(weights: Weights, options: Options) -> None:
     fitting(network, weights)
 
 
+def format_of(weights: Weights) -> dict[str, tuple[str, str]]:
+    """The fact of which format the weights have."""
+    return {"format": (title_of(weights), "the names of the tensors" if weights.format in FORMATS else "the file")}
+
+
 def title_of(weights: Weights) -> str:
-    return FORMATS[weights.format].title if weights.format in FORMATS else "a file of this package"
+    """The format of weights in words, and where in the file they are."""
+    title = FORMATS[weights.format].title if weights.format in FORMATS else "a file of this package"
+    part = f", in its part {weights.entry}" if weights.entry else ""
+    return title + part + (f", under {weights.prefix}" if weights.prefix else "")
 
 
 def print_facts(facts: Mapping[str, tuple[Any, str]]) -> None:

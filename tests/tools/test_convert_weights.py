@@ -408,6 +408,7 @@ def test_explain_says_where_each_fact_is_from_and_writes_nothing(bottlenecks, ci
     assert facts["depth"] == "50 the tensors" and facts["width_per_group"] == "4 the tensors"
     usual = "assumed, as usual for torchvision / timm names"
     assert facts["stride_in_1x1"] == f"False {usual}; --stride-in-1x1 changes it"
+    assert facts["eps"] == "1e-05 default; --eps changes it"
     assert facts["input"] == f"{INPUT} {usual}; --input changes it"
     facts = explained(capsys, "r50.pth", "--stride-in-1x1", "--input", "bgr-255")
     assert facts["stride_in_1x1"] == "True the caller" and facts["input"] == f"{MSRA_INPUT} the caller"
@@ -429,11 +430,22 @@ def test_explain_lists_a_detectors_settings_and_what_is_left_out(detector, capsy
     torch.save(from_ours(detector.state_dict(), "torchvision") | {"lr": torch.zeros(())}, "theirs.pth")
     facts = explained(capsys, "theirs.pth")
     assert facts["variant"].startswith("fpn the tensors") and facts["fpn_channels"] == "8 the tensors"
-    assert facts["box_score_thresh"] == "0.05 default" and facts["norm"] == "FrozenBN default for BN that is loaded"
+    assert facts["box_score_thresh"] == "0.05 default" and facts["norm"] == "FrozenBN default for a BN with weights"
     assert facts["omitted"].startswith("lr (1 in all)")
     save_detector(detector, "ours.safetensors")
     facts = explained(capsys, "ours.safetensors")
     assert facts["min_size"] == "64 the file" and facts["categories"] == "2 names the file"
+
+
+def test_a_plain_network_for_imagenet_is_converted_when_its_shortcuts_are_given(randomised):
+    model = randomised(build_resnet_backbone(18, shortcut="none"))
+    torch.save(model.state_dict(), "plain18.pth")
+    assert "missing: layer2.0.downsample.0.weight" in error_of("plain18.pth", "x.safetensors")
+    convert("plain18.pth", "plain18.safetensors", "--shortcut", "none")
+    assert build_resnet_backbone(weights="plain18.safetensors").config.shortcut == "none"
+    assert "--shortcut-padding is for CIFAR networks" in error_of(
+        "plain18.pth", "x.safetensors", "--shortcut-padding", "both"
+    )
 
 
 def test_explain_of_what_cannot_be_built_is_one_line_after_the_facts(classifier, capsys):
