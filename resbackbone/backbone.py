@@ -172,7 +172,9 @@ def build_resnet_backbone(
     The trunk yields c2..c5 (He et al. 2015, Table 1), with `fpn` p2..p6 (Lin et al. 2017, Sec. 3). Input
     [B, in_channels, H, W]: RGB floats in 0..1 normalized by `weights.MEAN` and `STD`, H and W in pixels, any size.
     Output {level: [B, channels, ceil(H/stride), ceil(W/stride)]}, finest first; `features[level]` of the result
-    holds that level's channels and stride.
+    holds that level's channels and stride. On a CPU a map may be channels-last whatever the images are: flatten or
+    reshape it, since `.view` may fail. Modules are called as torchvision's are, except where `folding.conv_norm_relu`
+    joins steps that nobody observes.
 
     depth: 18, 34, 50, 101 or 152; None takes it from the weights. The same holds for the arguments below that are
         None: they are what the weights say, and asking for something else is an error.
