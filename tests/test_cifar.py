@@ -190,7 +190,7 @@ def test_padding_is_a_question_about_weights_only():
         ({"layer3.3.conv1.weight": torch.zeros(64, 64, 3, 3)}, "layer1, layer2 and layer3 have 3, 3, 4 blocks"),
         ({"conv1.weight": torch.zeros(64, 3, 3, 3)}, r"conv1.weight is \[64, 3, 3, 3\], not \[16, 3, 3, 3\]"),
         ({"layer1.0.conv1.weight": torch.zeros(16, 16, 1, 1)}, r"layer1.0.conv1.weight is \[16, 16, 1, 1\]"),
-        ({"fc.weight": None}, "they have no fc.weight"),
+        ({"fc.weight": None}, "fc.weight is missing"),
     ],
 )
 def test_relatives_of_the_papers_networks_are_refused_in_words(change, says):

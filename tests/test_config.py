@@ -1,8 +1,10 @@
+import inspect
 import json
 
 import pytest
 
 from detection.config import DetectorConfig
+from detection.faster_rcnn import build_faster_rcnn
 from resbackbone import BackboneConfig, build_resnet_backbone, build_resnet_classifier
 from resbackbone.cifar import build_cifar_resnet
 from resbackbone.weights import read_weights
@@ -84,6 +86,16 @@ def test_a_setting_that_cannot_be_read_is_named(kind, written, message):
         kind.from_json({**old, **written})
     with pytest.raises(ValueError, match="setting 'depth' is missing"):
         BackboneConfig.from_json({"fpn": True})
+
+
+def test_every_setting_that_changes_numbers_can_be_asked_of_the_network():
+    asked = set(inspect.signature(build_resnet_backbone).parameters) - {"weights"}
+    backbone = build_resnet_backbone(18, fpn=True, weights=build_resnet_backbone(18).state_dict())
+    assert asked <= set(backbone.config.to_json())
+    assert (backbone.config.norm, backbone.config.frozen_through, backbone.config.eps) == ("FrozenBN", "c2", 1e-5)
+    asked = set(inspect.signature(build_faster_rcnn).parameters) - {"backbone", "settings"}
+    config = build_faster_rcnn(backbone, 2, box_score_thresh=0.1).config
+    assert asked <= set(config.to_json()) and (config.box_score_thresh, config.min_size) == (0.1, 800)
 
 
 def test_every_network_takes_weights_that_were_read_before():

@@ -33,7 +33,7 @@ def cifar_network_of(state: Mapping[str, Tensor], source: str) -> dict[str, Any]
     elif not blocks[0] or len(set(blocks[:3])) > 1:
         problem = f"layer1, layer2 and layer3 have {', '.join(map(str, blocks[:3]))} blocks"
     elif len(shapes.get("fc.weight", ())) != 2:
-        problem = "they have no fc.weight"
+        problem = f"fc.weight is {list(shapes['fc.weight']) if 'fc.weight' in shapes else 'missing'}"
     else:
         for key, shape in SHAPES.items():
             if shapes.get(key, shape) != shape:

@@ -259,11 +259,11 @@ def _url(source: str) -> Located:
 def published_sha256(file: str) -> str:
     """The first 8 digits of a file's sha256, or all 64, where its name ends in them (resnet50-0676ba61.pth), else "".
 
-    This is torch.hub's convention, which timm and mmdetection follow: a hyphen, the digits, then .pth or .pt. Eight
+    This is torch.hub's convention, which timm and mmdetection follow: a hyphen, the digits, then .pth (.pt, .th). Eight
     digits that read as a date (-20200130.pth) are no hash.
     """
     date = r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])"
-    match = re.search(rf"-(?!{date}\.)([0-9a-f]{{64}}|[0-9a-f]{{8}})\.pth?$", file)
+    match = re.search(rf"-(?!{date}\.)([0-9a-f]{{64}}|[0-9a-f]{{8}})\.(?:pth?|th)$", file)
     return match[1] if match else ""
 
 

@@ -372,6 +372,7 @@ def test_no_url_leads_out_of_the_cache(downloads, url):
         ("faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth", "047c8118"),
         ("resnet34-43635321.pth", "43635321"),  # timm's, and no date
         (f"net-{'a1' * 32}.pt", "a1" * 32),
+        ("resnet20-12fca82f.th", "12fca82f"),
         ("net-20200130.pth", ""),  # a date
         ("resnet18_fbgemm_16fa66dd.pth", ""),
         ("net-0676ba6.pth", ""),
