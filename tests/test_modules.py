@@ -354,3 +354,22 @@ def test_an_average_of_weights_and_weights_passed_in_are_used(randomised):
         found.append({"called": called["c5"], "average": average(images)["c5"], "mapped": mapped(stacked)})
     ours, theirs = found
     assert all(distance(ours[name], x) < 1e-9 for name, x in theirs.items())
+
+
+def test_a_sharded_stage_computes_and_trains_as_torchvisions(randomised, tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    images, found = torch.randn(2, 3, 65, 49).double(), []
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for network in networks(18, "FrozenBN", randomised):
+            fully_shard(network.layer4, mesh=init_device_mesh("cpu", (1,)))
+            maps = network(images)
+            sum(x.sum() for x in maps.values()).backward()
+            found.append({**maps, "gradient": network.layer4[0].conv1.weight.grad.to_local()})
+    finally:
+        dist.destroy_process_group()
+    ours, theirs = found
+    assert all(distance(ours[name], x) < 1e-9 for name, x in theirs.items())

@@ -211,8 +211,7 @@ def graph_error(device: str) -> float:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             outputs = run()
-        network.eval().train()  # drops what frozen layers have cached: the graph must not read that memory
-        step_of(device)[0]()  # may take it
+        step_of(device)[0]()  # may take memory that was freed, which the graph must not read
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.mul_(1.01)
