@@ -11,7 +11,7 @@ from resbackbone.checks import UserError
 from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights
 from resbackbone.weights.fit import resolve_architecture, resolve_pyramid
-from resbackbone.weights.formats import FORMATS, STAGE5
+from resbackbone.weights.formats import ANCHOR_RATIOS, FORMATS, STAGE5
 
 NOT_A_CLASS = "N/A"  # torchvision's name for the ids that COCO skips: its detectors have outputs for them
 # All of Detectron's single-map detectors; torchvision's pyramids have torchvision's numbers, which agree with theirs.
@@ -60,6 +60,13 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         "geometry": FORMATS[weights.format].geometry if weights.format in FORMATS else "torchvision",
         "rpn_conv_depth": max(1, len(_numbered(state, "rpn.head.conv.{}.0.weight"))),
     }
+    anchors, usual = _rows(state.get("rpn.head.cls_logits.weight")), ANCHOR_RATIOS * (1 if pyramid else 5)
+    if anchors not in (0, usual):
+        raise UserError(
+            f"weights from {weights.source} have {anchors} anchors at each place of a map, where published detectors "
+            f"of these names have {usual}, and do not state their sizes and ratios: load them with "
+            f"{_package_of(weights)} and the anchors they were trained with"
+        )
     if variant != "c4":
         detector |= _box_head(state)
     if variant != "fpn":
@@ -71,12 +78,20 @@ def _box_head(state: Mapping[str, Tensor]) -> dict[str, object]:
     """The settings of a box head that names and shapes show."""
     convolutions = _numbered(state, "roi_heads.box_head.{}.0.weight")
     linear = f"roi_heads.box_head.{len(convolutions) + 1 if convolutions else 'fc6'}.weight"
-    found: dict[str, object] = {"representation_size": len(state[linear])} if linear in state else {}
+    found: dict[str, object] = {"representation_size": _rows(state[linear])} if linear in state else {}
     if convolutions:
-        found["box_conv_layers"] = [len(weight) for weight in convolutions]
+        found["box_conv_layers"] = [_rows(weight) for weight in convolutions]
     if "roi_heads.box_head.0.1.weight" in state:
         found["box_norm"] = "FrozenBN" if "roi_heads.box_head.0.1.running_var" in state else "GN"
     return found
+
+
+def _rows(tensor: Tensor | None) -> int:
+    return len(tensor) if tensor is not None and tensor.dim() else 0
+
+
+def _package_of(weights: Weights) -> str:
+    return "torchvision" if weights.format in (None, "torchvision", "timm") else weights.format
 
 
 def _numbered(state: Mapping[str, Tensor], name: str) -> list[Tensor]:
@@ -91,7 +106,7 @@ def _what_they_are(weights: Weights) -> str:
         name = next((key for mark in marks for key in unknown if mark in key), None)
         if name is None:
             continue
-        package = "torchvision" if weights.format in ("torchvision", "timm") else weights.format
+        package = _package_of(weights)
         if package == "torchvision" and builder:
             version = "_v2" if any(".0.1." in key for key in unknown) else ""  # its heads have norms
             package = f"torchvision.models.detection.{builder}_resnet50_fpn{version}"

@@ -122,6 +122,18 @@ def test_a_detector_that_looks_for_no_names_takes_a_backbone_as_it_is(kind):
     assert_trains_its_trainable_part(model, kind, backbone)
 
 
+def test_torchvisions_v2_detector_computes_the_same_maps_over_our_backbone(randomised):
+    theirs, ours = (detection.fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None) for _ in range(2))
+    ours.backbone = as_torchvision(build_resnet_backbone(50, fpn=True, fpn_norm="BN"))
+    ours.load_state_dict(randomised(theirs).state_dict())
+    x = torch.rand(1, 3, 65, 97)
+    with torch.no_grad():
+        maps, expected = ours.eval().backbone(x), theirs.backbone(x)
+    assert list(maps) == list(expected)
+    for name, x in expected.items():
+        assert (maps[name] - x).abs().max() < 1e-5 * x.abs().max()
+
+
 def test_torchvisions_own_detector_gives_its_state_dict_and_gets_the_same_boxes(randomised):
     settings = {"num_classes": 4, **SIZES, "rpn_nms_thresh": 1.0, "box_nms_thresh": 1.0, "box_score_thresh": 0.0}
     theirs = randomised(detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None, **settings))

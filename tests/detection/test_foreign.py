@@ -198,6 +198,24 @@ def test_the_format_tells_the_geometry_and_the_shapes_the_rest(small, format, ge
     assert described["backbone"]["fpn_channels"] == 16 and described["backbone"]["depth"] == 18
 
 
+@pytest.mark.parametrize("anchors", [5, 15])
+def test_anchors_that_a_file_does_not_state_are_refused(small, anchors):
+    state = from_ours(small.state_dict(), "torchvision")
+    state |= {"rpn.head.cls_logits.weight": torch.zeros(anchors, 16, 1, 1)}
+    with pytest.raises(
+        ValueError, match=rf"have {anchors} anchors at each place .* have 3, .* load them with torchvision"
+    ):
+        describe_detector(read_weights(state))
+
+
+@pytest.mark.parametrize("name", ["box_head.0.0.weight", "box_head.5.weight", "box_head.fc6.weight"])
+def test_a_head_without_a_shape_is_refused(small, name, tmp_path):
+    state = from_ours(small.state_dict(), "torchvision") | {f"roi_heads.{name}": torch.tensor(0.0)}
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(ValueError, match=r"damaged.pth"):
+        load_detector(tmp_path / "damaged.pth")
+
+
 def test_classes_that_a_file_names_are_the_detectors(small):
     weights = read_weights(from_ours(small.state_dict(), "mmdetection"))
     named = Weights(weights.state, {"classes": ["cat", "dog", "cow"]}, "a file", format="mmdetection")
