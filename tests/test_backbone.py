@@ -399,6 +399,5 @@ def test_weights_of_frozen_norms_in_norms_that_train_are_announced(caplog):
     trained.load_state_dict(frozen.state_dict())
     build_resnet_backbone(18, weights=frozen.state_dict(), norm="BN")
     said = "these weights are of frozen batch norms (num_batches_tracked is missing), and the"
-    assert [message.partition(":")[0] for message in caplog.messages] == [
-        f"{said} {count} batch norms here train" for count in (20, 15)
-    ]
+    announced = [message.partition(":")[0] for message in caplog.messages if message.startswith(said)]
+    assert announced == [f"{said} {count} batch norms here train" for count in (20, 15)]

@@ -78,7 +78,7 @@ def is_ours(path: Path) -> bool:
     """Whether `write_weights` wrote the file, so that it describes itself."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == json.dumps("resbackbone")
+            return (file.metadata() or {}).get("format") == '"resbackbone"'  # JSON
     except (SafetensorError, OSError):
         return False
 

@@ -251,7 +251,7 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
         assumed["stride_in_1x1"] = stride_in_1x1
     if weights.format == "mmdetection" and "relu_before_p7" not in stated and any(".p7." in key for key in state):
         assumed["relu_before_p7"] = False  # mmdetection's default
-    if weights.format == "torchvision" and "eps" not in stated and _has_frozen_norms_of_a_detector(state):
+    if weights.format == "torchvision" and "eps" not in stated and _has_frozen_norms(state):
         assumed["eps"] = 1e-5  # torchvision's FrozenBatchNorm2d; it sets 0 where it loads its published detectors
     if given != INPUT:
         key = conv1_of(state)
@@ -267,10 +267,10 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
     return replace(weights, state=state, metadata={**weights.metadata, **known}, assumed=assumed, origins=origins)
 
 
-def _has_frozen_norms_of_a_detector(state: Mapping[str, Tensor]) -> bool:
-    """Whether these tensors are a whole detector's whose batch norms do not count their batches."""
-    norms = [key for key in state if key.startswith("backbone.") and key.endswith(".running_var")]
-    return bool(norms) and not any(f"{key[:-11]}num_batches_tracked" in state for key in norms)
+def _has_frozen_norms(state: Mapping[str, Tensor]) -> bool:
+    """Whether these are a detector's or backbone's tensors and none of its batch norms counts its batches."""
+    keys = {key.rpartition(".")[2] for key in state}
+    return "running_var" in keys and "num_batches_tracked" not in keys and "fc.weight" not in state
 
 
 def conv1_of(state: Mapping[str, Tensor]) -> str:

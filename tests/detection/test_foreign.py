@@ -91,6 +91,9 @@ def test_the_eps_of_a_plain_detector_is_announced_and_can_be_given(without_eps, 
     torch.save(without_eps.state_dict(), path := tmp_path / "mine.pth")
     assert load_detector(path).backbone.bn1.eps == 1e-5 and EPS in caplog.text
     caplog.clear()
+    torch.save(without_eps.backbone.state_dict(), tmp_path / "part.pth")
+    assert build_resnet_backbone(weights=tmp_path / "part.pth", fpn=True).bn1.eps == 1e-5 and EPS in caplog.text
+    caplog.clear()
     ours = load_detector(path, eps=0.0)
     assert len(caplog.messages) == 1 and "eps 1e-05" not in caplog.text
     image = torch.rand(3, 140, 210)
