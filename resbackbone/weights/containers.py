@@ -25,6 +25,11 @@ HEADS = re.compile(
     r"(classifier|criterion|fc|heads?|linear|loss|mlp|predictor|prediction_head|proj|projection|projection_head|"
     r"projector|prototypes|queue|queue_ptr)(_?\d+)?"
 )
+# Heads of segmentation networks (torchvision's, mmsegmentation's, any ASPP), whose trunks dilate their last stages.
+DILATING = re.compile(r"(.+\.)?((aux_)?classifier\.4|decode_head\..+|auxiliary_head\..+|aspp\..+)\.weight")
+STATISTICS = re.compile(
+    r"(.+\.)?((pixel|image|img|input|norm)_)?(mean|std)"
+)  # of an input that a network normalises itself
 # {(name of the first convolution, of one in the first block): the prefixes that they have in files of these formats}
 SIGNS: dict[tuple[str, str], set[str]] = {}
 for _known in FORMATS.values():
@@ -94,6 +99,11 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     if trunks:
         at, state, root, places = trunks[0]
         owner = _owner(root, places, prefix or "")
+        if prefix is None and (heads := [k for k, x in state.items() if _has_shape(x) and _dilates(k, x, root)]):
+            raise UserError(
+                f"weights {source!r}: {short(heads[0])} is of a segmentation network, whose trunk may dilate its last "
+                f"stages, which no name shows; prefix={root!r} takes it as a trunk without dilation"
+            )
     else:
         at, state = max(dicts, key=lambda found: sum(map(_has_shape, found[1].values())), default=((), {}))
         root, owner = None, _wrapper(state)
@@ -144,6 +154,12 @@ def _owner(root: str, places: set[str], prefix: str) -> str:
         if root.endswith(place) and owner[-1:] in ("", ".") and owner.startswith(prefix):
             return owner
     return root
+
+
+def _dilates(key: object, tensor: Tensor, root: str) -> bool:
+    """Whether this is a convolution of a head whose trunk, at `root`, dilates its last stages."""
+    outside = isinstance(key, str) and root != "" and not key.startswith(root)
+    return outside and tensor.dim() == 4 and bool(DILATING.fullmatch(str(key)))
 
 
 def _wrapper(state: Mapping[Any, Any]) -> str:
@@ -197,7 +213,8 @@ def _part(
         elif not (entry == "" and isinstance(key, str) and key in REMARKS):
             beside[described(module_of(str(key), owner), value)] = None
     if wrong:
-        raise UserError(f"weights {source!r}: {len(wrong)} entries are not tensors: {', '.join(wrong)[:300]}")
+        some = ", ".join(wrong[:4]) + (", .." if len(wrong) > 4 else "")
+        raise UserError(f"weights {source!r}: {len(wrong)} entries are not tensors: {some}; save dense tensors there")
     return Part(tensors, None if root is None else root.removeprefix(owner), entry, owner, training, list(beside))
 
 
@@ -216,6 +233,8 @@ def _siblings(content: object, at: tuple[str, ...]) -> Iterator[str]:
 
 def module_of(key: str, root: str) -> str:
     """The outermost module of a tensor that is not in the one at `root`: "a.queue" for "a.queue.0" and "a.net."."""
+    if STATISTICS.fullmatch(key):
+        return key
     inside, shared = root.split(".")[:-1], key.split(".")
     depth = next((i for i, word in enumerate(shared) if inside[i : i + 1] != [word]), len(shared))
     return ".".join(shared[: depth + 1])

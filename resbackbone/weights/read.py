@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resbackbone.checks import UserError
 from resbackbone.weights.cifar import is_for_cifar
-from resbackbone.weights.containers import HEADS, find_trunk, module_of
+from resbackbone.weights.containers import HEADS, STATISTICS, find_trunk, module_of
 from resbackbone.weights.file import NOTES, is_index, read_notes, read_safetensors, read_shards
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
@@ -123,6 +123,12 @@ def read_weights(
             translated = to_ours({key: tensor for key, tensor in part.state.items() if key not in heads})
     except UserError as error:
         raise UserError(f"weights from {weights.source}: {error}") from None
+    means = [name for name in beside if STATISTICS.fullmatch(name)]
+    if means and given_input is None and "input" not in weights.metadata:
+        raise UserError(
+            f"weights from {weights.source}: {', '.join(means)} may state an input that the network normalises itself; "
+            "state it: weights=read_weights(FILE, given_input=..), or convert_weights.py with --input"
+        )
     if beside:
         _log.warning(
             "weights from %s: left out %s%s",

@@ -156,6 +156,21 @@ def test_a_name_that_may_be_a_part_of_the_trunk_is_not_left_out(trunk):
             build_resnet_backbone(weights={**trunk, key: torch.ones(1)})
 
 
+@pytest.mark.parametrize("head", ["classifier.4", "aux_classifier.4", "decode_head.conv_seg", "decoder.aspp.0.convs.0"])
+def test_the_trunk_of_a_segmentation_network_which_may_be_dilated_is_taken_only_by_its_prefix(trunk, head):
+    state = under("backbone.", trunk) | {f"{head}.weight": torch.ones(2, 3, 1, 1)}
+    assert "is of a segmentation network, whose trunk may dilate its last stages" in refusal(state)
+    assert_same(read_weights(state, prefix="backbone."), trunk)
+    assert_same(read_weights(under("backbone.", trunk) | {f"{head}.weight": torch.ones(2, 3)}), trunk)  # a classifier's
+
+
+def test_statistics_of_an_input_beside_a_trunk_are_asked_about(trunk):
+    for mean in ("pixel_mean", "normalize.mean", "img_mean"):
+        state = under("net.", trunk) | {mean: torch.ones(3)}
+        assert f"{mean} may state an input that the network normalises itself; state it: " in refusal(state)
+        assert_same(read_weights(state, given_input=INPUT), trunk)
+
+
 def test_what_has_a_tensors_name_and_is_none_is_refused(tmp_path, trunk):
     for value, kind in ((torch.ones(64).to_sparse(), r" \(torch._utils._rebuild_sparse_tensor"), ([1.0], ""), (5, "")):
         torch.save({"model": {**trunk, "bn1.bias": value}}, tmp_path / "w.pth")
