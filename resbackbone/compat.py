@@ -5,8 +5,10 @@ speed or a feature, never correctness. torchvision is imported only when it is a
 """
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import cache
+from operator import floordiv
 from types import ModuleType
 from typing import Any
 
@@ -105,18 +107,27 @@ def onednn_convolution(dtype: torch.dtype) -> Any:
         return None
 
 
-def any_size_in_exports() -> AbstractContextManager:
-    """While it is open, torch.export does not take a size of 1 as a case of its own.
+@contextmanager
+def any_size_in_exports() -> Iterator[None]:
+    """While it is open, torch.export does not take a size of 1, nor an odd one, as a case of its own.
 
     `torch.fx.experimental._config.patch(backed_size_oblivious=True)`, which torch.onnx sets for its own captures.
     Without it: exported networks refuse images whose coarsest map is a single pixel.
+    `torch._meta_registrations.div_rtn`, a division that rounds down: in torch 2.11 it asks for the remainder, so that
+    a network with a max-pool takes only sizes like the example's. Without it: nothing to mend.
     """
-    try:
-        from torch.fx.experimental import _config
+    with ExitStack() as changes:
+        try:
+            from torch.fx.experimental import _config
 
-        return _config.patch(backed_size_oblivious=True)  # type: ignore[attr-defined]
-    except (ImportError, AttributeError):
-        return nullcontext()
+            changes.enter_context(_config.patch(backed_size_oblivious=True))  # type: ignore[attr-defined]
+        except (ImportError, AttributeError):
+            pass
+        shapes: Any = getattr(torch, "_meta_registrations", None)
+        if (division := getattr(shapes, "div_rtn", None)) is not None:
+            changes.callback(setattr, shapes, "div_rtn", division)
+            shapes.div_rtn = floordiv
+        yield
 
 
 def check_torchvision() -> None:

@@ -161,14 +161,15 @@ def from_timm(
 
 
 def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tuple[Any, dict]:
-    """timm's network with feature maps, and `options`, with dynamic_img_size where it needs that."""
+    """timm's network with feature maps, and `options`, with those that let it take any size where it needs them."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
         raise UserError(f"timm has no network {name!r}; timm.list_models() names those it has")
     published = timm.get_pretrained_cfg(architecture)
     fixed = published is not None and published.fixed_input_size and "img_size" not in options
     refusal = None
-    for lifted in ({"dynamic_img_size": True}, {}) if fixed else ({},):
+    dynamic = {"dynamic_img_size": True}  # which Swin ignores in silence before timm 1.0.30
+    for lifted in ({**dynamic, "strict_img_size": False}, dynamic, {}) if fixed else ({},):
         try:
             arguments = {**lifted, **options}
             return timm.create_model(name, pretrained=pretrained, features_only=True, **arguments), arguments

@@ -192,7 +192,7 @@ def test_a_pyramid_stands_on_it(levels):
 @pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224"])
 def test_on_padded_images_maps_are_timms(name):
     backbone = from_timm(name, levels=["c3", "c5"]).eval()
-    size = {"dynamic_img_size": True} if "swin" in name else {}
+    size = {"strict_img_size": False} if "swin" in name else {}
     theirs = timm.create_model(name, features_only=True, **size).eval()
     theirs.load_state_dict({**theirs.state_dict(), **backbone.network.state_dict()})
     x = images(96, 160)
