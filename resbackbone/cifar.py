@@ -77,8 +77,10 @@ class CifarResNet(nn.Module):
     def normalize(self, images: Tensor) -> Tensor:
         """RGB in 0..1, [B, 3, H, W] (32 x 32 with a mean image), to the input that the weights were trained with.
 
-        Raises ValueError if they do not say which.
+        Raises ValueError if they do not say which, and for images in 0..255.
         """
+        if not images.is_floating_point() or (images.numel() and images.max() > 1):
+            raise UserError(f"images are {images.dtype} up to {images.max()}; give floats in 0..1 (divide by 255)")
         if self.input is None:
             raise UserError("the network's input is not known; normalize images as in its training, or set `input`")
         if self.mean_image is not None:

@@ -174,6 +174,10 @@ def test_images_are_normalized_as_the_weights_say():
     model = build_cifar_resnet(weights=weights, shortcut="A", shortcut_padding="end")
     wanted = torch.stack([(255 * images[:, 2 - i] - (i + 1)) / (i + 4) for i in range(3)], 1)
     torch.testing.assert_close(model.normalize(images), wanted)
+    for wrong in (255 * images, (255 * images).byte()):
+        with pytest.raises(ValueError, match=r"give floats in 0..1 \(divide by 255\)"):
+            model.normalize(wrong)
+    assert model.normalize(images[:0]).shape == (0, 3, 32, 32)
 
 
 def test_padding_is_a_question_about_weights_only():
