@@ -130,7 +130,9 @@ def test_a_damaged_newest_checkpoint_is_said_and_the_run_goes_on_from_the_one_be
     assert differences(run) == []
 
 
-def test_a_folder_that_another_process_writes_is_refused_and_left_as_it_is(run, capsys):
+def test_a_folder_that_another_process_writes_is_refused_and_left_as_it_is(run, six_steps_left_alone):
+    run.mkdir(exist_ok=True)
+    shutil.copy(six_steps_left_alone / "config.yaml", run)
     program = "import sys, time; from pathlib import Path; from resbackbone.engine.lock import lock_folder\n"
     program += "lock_folder(Path(sys.argv[1])); print(1, flush=True); time.sleep(60)"
     environment = {**os.environ, "PYTHONPATH": str(TOOLS.parent)}
