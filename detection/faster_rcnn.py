@@ -23,7 +23,7 @@ from resbackbone import Backbone, BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, require
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse, norm_layer, same_kind
-from resbackbone.weights import MEAN, STD, Weights, read_weights, write_weights
+from resbackbone.weights import MEAN, STD, Weights, WeightSource, read_weights, write_weights
 from resbackbone.weights.fit import fit, with_eps
 from resbackbone.weights.sources import is_named
 
@@ -264,8 +264,11 @@ def save_detector(detector: FasterRCNN, path: str | Path) -> None:
     write_weights(path, detector.state_dict(), configs)
 
 
-def load_detector(path: str | Path, *, eps: float | None = None) -> FasterRCNN:
+def load_detector(path: WeightSource, *, eps: float | None = None) -> FasterRCNN:
     """Load the detector that `save_detector` wrote to `path`, or one in a foreign format, in eval mode.
+
+    What a foreign file leaves open goes to `read_weights(path, given_input=.., stride_in_1x1=.., dilate_c5=..)`, whose
+    result this takes as well.
 
     eps: of the norms, where the file does not state it. Of a torchvision detector's file the default is 1e-5, which a
         message says; those that torchvision publishes, and what was trained from them, have 0.
@@ -277,7 +280,7 @@ def load_detector(path: str | Path, *, eps: float | None = None) -> FasterRCNN:
         weights = with_eps(weights, eps)
     if "detector" not in weights.metadata:
         if weights.format == "resbackbone":
-            raise UserError(f"{path} does not hold a detector of this package: its metadata describe none")
+            raise UserError(f"{weights.source} does not hold a detector of this package: its metadata describe none")
         weights.announce_assumptions()
         weights.metadata.update(describe_detector(weights))
     detector = detector_for(weights)

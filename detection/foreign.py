@@ -10,8 +10,9 @@ from detection.config import BACKBONE_OF
 from resbackbone.checks import UserError
 from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights
-from resbackbone.weights.fit import resolve_architecture, resolve_pyramid
+from resbackbone.weights.fit import resolve_architecture, resolve_dilation, resolve_pyramid
 from resbackbone.weights.formats import ANCHOR_RATIOS, FORMATS, STAGE5
+from resbackbone.weights.read import has_bottlenecks
 
 NOT_A_CLASS = "N/A"  # torchvision's name for the ids that COCO skips: its detectors have outputs for them
 # All of Detectron's single-map detectors; torchvision's pyramids have torchvision's numbers, which agree with theirs.
@@ -53,6 +54,8 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     pyramid = any(key.startswith("backbone.fpn.") for key in state)
     at_c4 = any(key.startswith(f"{STAGE5}layer4.") for key in state)
     variant = "fpn" if pyramid else "c4" if at_c4 else "dc5"
+    if variant == "dc5":
+        _check_dilation(weights)
     detector: dict[str, object] = {
         "num_classes": len(scores) - 1,
         "variant": variant,
@@ -72,6 +75,21 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     if variant != "fpn":
         detector |= SINGLE_MAP_PROPOSALS
     return {"backbone": _backbone_config(weights, variant).to_json(), "detector": detector}
+
+
+def _check_dilation(weights: Weights) -> None:
+    """Raise ValueError unless a detector on c5 alone is DC5 as it is built here; its tensors do not show it."""
+    if not resolve_dilation(weights, None):
+        raise UserError(
+            f"weights from {weights.source} are of a Faster R-CNN on c5 at stride 32, and this package builds DC5, at "
+            "stride 16: load them with the package that trained them"
+        )
+    caffe = resolve_architecture(weights)["stride_in_1x1"] or not has_bottlenecks(weights.state)
+    if not caffe and weights.format in ("detectron2", "mmdetection"):
+        raise UserError(
+            f"weights from {weights.source} are of a DC5 with the stride in the 3x3: {weights.format} dilates the first "
+            "block of stage 5 as well, which networks of this package do not"
+        )
 
 
 def _box_head(state: Mapping[str, Tensor]) -> dict[str, object]:

@@ -39,11 +39,10 @@ from resbackbone.weights import Weights, list_sources, read_weights
 from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.fit import architecture_of, fitting, pyramid_of, resolve_architecture
 from resbackbone.weights.formats import FORMATS
-from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, check_input, describe_input
+from resbackbone.weights.inputs import INPUT, INPUTS, check_input, describe_input
 from resbackbone.weights.read import backbone_part, has_bottlenecks
 from resbackbone.weights.write import OURS, TARGETS, architecture_name, largest_difference, only_part, write_as
 
-INPUTS = {"rgb": INPUT, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}
 CIFAR_TARGETS: dict[str, Callable] = {OURS: save_cifar_resnet, "akamaster": save_for_akamaster}
 NOT_FOR_CIFAR = ("part", "stride_in_1x1")  # options
 TRANSFORMERS_FILES = {"config.json", "preprocessor_config.json", "model.safetensors"}
@@ -67,14 +66,16 @@ class Options:
     prefix: Auto[str] = None
     """How the names of the trunk begin, if there are several: module.encoder_q., teacher.backbone., .."""
     input: Auto[str] = None
-    """Input of the weights: rgb (0..1, ImageNet mean and std), bgr-255 (std 1, as MSRA's) or bgr-255-std. Default:
-    what the file says, or what is usual for its names. A CIFAR network keeps its input."""
+    """Input of the weights: rgb (0..1, ImageNet mean and std), rgb-255, bgr-255 (std 1, as MSRA's) or bgr-255-std.
+    Default: what the file says, or what is usual for its names. A CIFAR network keeps its input."""
     mean: Auto[tuple[float, float, float]] = None
     """Mean of each channel, in the order and range of --input (default: rgb). CIFAR networks have various ones."""
     std: Auto[tuple[float, float, float]] = None
     """Standard deviation of each channel, likewise."""
     stride_in_1x1: Auto[bool] = None
     """Whether the bottlenecks stride in the 1x1. Default: what the file says, or what is usual for its names."""
+    dilate_c5: Auto[bool] = None
+    """Whether a detector on c5 alone has it dilated, at stride 16 (DC5). Default: what the file says."""
     eps: Auto[float] = None
     """eps of the norms. Default: what the file says, else 1e-5 (detectors trained from torchvision's published: 0)."""
     depth: Auto[int] = None
@@ -106,7 +107,8 @@ def main(argv: list[str] | None = None) -> None:
     if not options.explain:
         check_destination(options)
 
-    weights = read_weights(options.source, entry=options.entry, prefix=options.prefix, given_input=given)
+    part = {"entry": options.entry, "prefix": options.prefix}
+    weights = read_weights(options.source, **part, given_input=given, dilate_c5=options.dilate_c5)
     if weights.format == OURS and given not in (None, weights.metadata.get("input", INPUT)):
         raise UserError(f"{options.source} is a file of this package, which states its input; leave out yours")
     if options.explain:

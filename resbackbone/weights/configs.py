@@ -118,7 +118,7 @@ def stated_by_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
         )
     else:
         return {}
-    return {**stated, "stated_by": "config.json"}
+    return {**stated, "publisher": "transformers" if kind else "timm", "stated_by": "config.json"}
 
 
 def check_known(where: str, values: Mapping, accepted: Mapping[str, Sequence]) -> None:

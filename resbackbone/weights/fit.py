@@ -1,7 +1,7 @@
 """Whether weights fit a network: every missing, unexpected or mis-shaped tensor is an error that names it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -68,6 +68,11 @@ def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
+QUESTIONS = {  # what weights of several networks with the same names may leave undecided
+    "stride_in_1x1": "bottlenecks stride in the first 1x1 (MSRA's, caffe style, detectron2's default) or in the 3x3 "
+    "(torchvision's)",
+    "dilate_c5": "c5 is dilated at stride 16 (DC5) or has stride 32",
+}
 DEFAULTS = {name: getattr(BackboneConfig, name) for name in ARCHITECTURE if name != "depth"}
 
 
@@ -97,6 +102,7 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
                 f"{weights.origins.get(name, 'their metadata')}, but their tensors are for {name}={shown[name]}"
             )
     known = {**stated, **shown}
+    _ask_undecided(weights, {**known, **asked}, ARCHITECTURE)
     for name, value in asked.items():
         if name in known and not _agree(name, known[name], value):
             raise UserError(
@@ -116,8 +122,21 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
 
 def resolve_dilation(weights: Weights | None, asked: bool | None) -> bool:
     """`dilate_c5`: what is asked, else what the weights state. No tensor shows it."""
-    stated = {} if weights is None else weights.metadata.get("backbone", {})
-    return stated.get("dilate_c5", False) if asked is None else asked
+    if asked is not None or weights is None:
+        return bool(asked)
+    known = {**weights.assumed, **weights.metadata.get("backbone", {})}
+    _ask_undecided(weights, known, ("dilate_c5",))
+    return known.get("dilate_c5", False)
+
+
+def _ask_undecided(weights: Weights, known: Mapping[str, Any], names: Iterable[str]) -> None:
+    for name in names:
+        if name in weights.undecided and name not in known:
+            option = name.replace("_", "-")
+            raise UserError(
+                f"weights from {weights.source} do not state whether {QUESTIONS[name]}: give {name}=True or False to "
+                f"read_weights or the builder, or convert them once with convert_weights.py --{option} or --no-{option}"
+            )
 
 
 def with_eps(weights: Weights, eps: float) -> Weights:

@@ -54,7 +54,7 @@ class Format(NamedTuple):
     `places` are the prefixes of trunk and pyramid in the files of a trunk, of one with a pyramid, of a detector on one
     map and of one with a pyramid; further ones are read only. `aliases` are pairs (ours, theirs) that are read only.
     `constants` are tensors in files that follow from the network. `input` and `stride_in_1x1` are usual for networks
-    with these names.
+    with these names; where the names are `ambiguous`, they are assumed only of files whose publisher is known.
     """
 
     title: str
@@ -69,6 +69,7 @@ class Format(NamedTuple):
     only_3x3_stride: bool = False  # its bottlenecks cannot stride in the 1x1
     relu_before_p7: bool = False  # its pyramids always have one
     geometry: str = "detectron2"  # whose RoIAlign and anchors its detectors have
+    ambiguous: bool = False  # its networks have several inputs and strides: its names alone do not tell them
     input: Mapping[str, Any] = INPUT
     stride_in_1x1: bool = False
 
@@ -132,6 +133,7 @@ DETECTRON2 = Format(
     sizes_first=True,
     counts_batches=False,
     relu_before_p7=True,
+    ambiguous=True,
     input=BGR_255,
     stride_in_1x1=True,
 )
@@ -158,6 +160,7 @@ MSRA = Format(
         ("fc.{leaf}", "pred_{leaf:w,b}"),
     ),
     counts_batches=False,
+    ambiguous=True,
     input=BGR_255,
     stride_in_1x1=True,
 )
@@ -183,6 +186,7 @@ MMDETECTION = Format(
     places=(("backbone.", ""),) * 4,
     stage5="roi_head.shared_head.",
     background_last=True,
+    ambiguous=True,
 )
 
 TRANSFORMERS = Format(
@@ -197,6 +201,7 @@ TRANSFORMERS = Format(
         "classifier.1.{leaf}",
     ),
     places=(("resnet.", ""),) * 4 + (("", ""),),
+    ambiguous=True,
 )
 
 FORMATS: dict[str, Format] = {

@@ -14,6 +14,7 @@ RGB_255 = {**INPUT, "range": [0.0, 255.0], "mean": [123.675, 116.28, 103.53], "s
 # MSRA's, Caffe's and Detectron's
 BGR_255 = {"channel_order": "BGR", "range": [0.0, 255.0], "mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0]}
 BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}  # of FAIR's ResNeXts
+INPUTS = {"rgb": INPUT, "rgb-255": RGB_255, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}  # by their names
 
 
 def describe_input(given: Mapping) -> str:

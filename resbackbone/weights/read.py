@@ -9,12 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, one_of
 from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.containers import HEADS, STATISTICS, find_trunk, module_of
 from resbackbone.weights.file import NOTES, is_index, read_notes, read_safetensors, read_shards
-from resbackbone.weights.formats import FORMATS
-from resbackbone.weights.inputs import BGR_255_WITH_STD, INPUT, check_input, describe_input, for_canonical_input
+from resbackbone.weights.formats import FORMATS, STAGE5
+from resbackbone.weights.inputs import (
+    BGR_255_WITH_STD,
+    INPUT,
+    INPUTS,
+    MEAN,
+    check_input,
+    describe_input,
+    for_canonical_input,
+)
 from resbackbone.weights.mmengine import stated_by_meta
 from resbackbone.weights.pickles import read_pickle
 from resbackbone.weights.sources import locate, recognised
@@ -40,6 +48,7 @@ class Weights:
     beside: what else the file holds, by name: other entries, a projection head.
     origins: where each fact is from, by its name in `metadata` or its "backbone", and each assumption:
         {"input": "config.json", "stride_in_1x1": "assumed, as usual for torchvision / timm names"}.
+    undecided: settings that the caller has to give, as networks with other values have the same names and shapes.
     """
 
     state: dict[str, Tensor]
@@ -54,6 +63,7 @@ class Weights:
     prefix: str = ""
     beside: tuple[str, ...] = ()
     origins: dict[str, str] = field(default_factory=dict)
+    undecided: tuple[str, ...] = ()
 
     def announce_assumptions(self, **asked: object) -> None:
         """Log, in one line, what is assumed and was not asked for."""
@@ -70,10 +80,13 @@ class Weights:
                 f"eps {assumed['eps']:g} (0 if it was trained from torchvision's published detector: then give eps=0.0 "
                 "to load_detector or build_resnet_backbone, or convert the file with convert_weights.py --eps 0)"
             )
+        if "dilate_c5" in assumed:
+            said.append("a dilated c5 of stride 16")
         if said:
             title = FORMATS[self.format].title if self.format in FORMATS else "names like ours"
             _log.warning(
-                "weights from %s do not state all settings; assuming %s, as usual for %s",
+                "weights from %s do not state all settings; assuming %s, as usual for %s; if that is not so, give "
+                "read_weights (or convert_weights.py) another given_input, such as 'bgr-255', or stride_in_1x1",
                 self.source,
                 ", ".join(said),
                 title,
@@ -88,7 +101,9 @@ def read_weights(
     *,
     entry: str | None = None,
     prefix: str | None = None,
-    given_input: Mapping | None = None,
+    given_input: Mapping | str | None = None,
+    stride_in_1x1: bool | None = None,
+    dilate_c5: bool | None = None,
 ) -> Weights:
     """Read weights of any known format (`formats.FORMATS`) and convert them to our names and our input.
 
@@ -97,14 +112,18 @@ def read_weights(
     entry, prefix: which trunk to take if a checkpoint holds several: its entry ("teacher", "ema.module"), or how its
         names begin ("module.encoder_q."). By default the only one, or the averaged one (model_ema, state_dict_ema,
         ema); what is left out is named in one line.
-    given_input: the input that the weights were trained with, in the layout of `inputs.INPUT`, if the file does not
-        state it. Ours is RGB in 0..1 with ImageNet's mean and std.
+    given_input: the input that the weights were trained with, if the file does not state it: "rgb" (0..1,
+        ImageNet's mean and std, which is ours), "rgb-255", "bgr-255" (std 1, as MSRA's), "bgr-255-std", or a table in
+        the layout of `inputs.INPUT`.
+    stride_in_1x1, dilate_c5: as in `build_resnet_backbone`, for weights that do not state them.
 
     No file can run code (`pickles`). Raises ValueError if the source does not exist or is unreadable, if it holds
     several trunks, if a tensor does not hold floating point numbers, and if the input cannot be converted exactly.
     """
     if isinstance(source, Weights):
         return source
+    if isinstance(given_input, str):
+        given_input = INPUTS[one_of("input", given_input, INPUTS)]
     content: object
     if isinstance(source, Mapping):
         content, weights = dict(source), Weights({}, _notes_in(source, GIVEN), GIVEN, is_file=False)
@@ -112,6 +131,7 @@ def read_weights(
         content, weights = _read_file(os.fspath(source))
     else:
         raise UserError(f"weights of type {type(source).__name__}; give a file, a named source or a state_dict()")
+    weights = _with_given(weights, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5)
     if weights.format == "resbackbone":
         return weights
     part = find_trunk(content, weights.source, entry=entry, prefix=prefix)
@@ -147,6 +167,21 @@ def read_weights(
         beside=tuple(beside),
     )
     return weights if weights.format is None else _for_our_input(_in_fp32(weights), given_input, translated.constants)
+
+
+def _with_given(weights: Weights, **given: bool | None) -> Weights:
+    """The weights with what the caller gives in their metadata. Raises ValueError if they state the opposite."""
+    stated, metadata = weights.metadata.get("backbone", {}), dict(weights.metadata)
+    known = {name: value for name, value in given.items() if value is not None}
+    for name, value in known.items():
+        if stated.get(name, value) != value:
+            raise UserError(
+                f"weights from {weights.source} are for {name}={stated[name]} by "
+                f"{weights.origins.get(name, 'their metadata')}, but you asked for {name}={value}; leave it out"
+            )
+    if known:
+        metadata["backbone"] = {**stated, **known}
+    return replace(weights, metadata=metadata, origins=weights.origins | dict.fromkeys(known, "the caller"))
 
 
 def backbone_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,6 +247,8 @@ def _notes_in(content: object, source: str) -> dict[str, Any]:
         return {}
     if isinstance(content.get(NOTES), str):
         return read_notes(content[NOTES])
+    if content.get("__author__") == "Detectron2 Model Zoo":
+        return {"publisher": "Detectron2 Model Zoo"}
     if content.get("__author__") == "torchvision":  # detectron2's own conversion keeps torchvision's input and stride
         return {"input": INPUT, "backbone": {"stride_in_1x1": False}}
     try:
@@ -236,25 +273,46 @@ def _in_fp32(weights: Weights) -> Weights:
 def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Mapping[str, Tensor]) -> Weights:
     """Convert the first convolution to `inputs.INPUT`, and record what was known and what is assumed."""
     state, stated = dict(weights.state), weights.metadata.get("backbone", {})
+    known, published = FORMATS[weights.format or ""], "publisher" in weights.metadata
     assumed: dict[str, Any] = {}
+    undecided: list[str] = []
     usual_input, stride_in_1x1 = _usual(weights)
     origins = dict(weights.origins)
-    given = given_input or weights.metadata.get("input") or _input_of_detectron2(constants)
-    if given_input:
-        origins["input"] = "the caller"
-    elif given is not None:
+    given = weights.metadata.get("input") or _input_of_detectron2(constants, weights.source)
+    if given is not None:
+        check_input(given)
         origins.setdefault("input", "pixel_mean and pixel_std in the file")
+    if given_input is not None:
+        check_input(given_input)
+        if given is not None and describe_input(given) != describe_input(given_input):
+            raise UserError(
+                f"weights from {weights.source} are for an input of {describe_input(given)} by {origins['input']}, but "
+                f"you gave {describe_input(given_input)}; leave it out to use theirs"
+            )
+        given, origins["input"] = given_input, "the caller"
     if is_for_cifar(state):  # these keep the input that they were trained with, and nothing is usual for them
-        if given is not None:
-            check_input(given)
         return replace(weights, metadata={**weights.metadata, **({"input": given} if given else {})}, origins=origins)
     if given is None:
+        if known.ambiguous and not published:
+            raise UserError(
+                f"weights from {weights.source} do not state their input, and networks with {known.title} have "
+                f"several: read them with read_weights(.., given_input=) {', '.join(INPUTS)} or a table like "
+                "weights.INPUT, or convert them once with convert_weights.py --input; the config that trained them "
+                "has the order of the channels, mean and std"
+            )
         given = assumed["input"] = usual_input
-    check_input(given)
     if weights.format == "detectron2" and "input" not in assumed:  # MSRA's networks; its other ones take torchvision's
         stride_in_1x1 = stride_in_1x1 and list(given["std"]) == [1.0] * 3
     if "stride_in_1x1" not in stated:
-        assumed["stride_in_1x1"] = stride_in_1x1
+        if known.ambiguous and not published and has_bottlenecks(state):
+            undecided.append("stride_in_1x1")
+        else:
+            assumed["stride_in_1x1"] = stride_in_1x1
+    if "dilate_c5" not in stated and _is_detector_on_c5(state):
+        if published:  # all that detectron2's zoo has
+            assumed["dilate_c5"] = True
+        else:
+            undecided.append("dilate_c5")
     if weights.format == "mmdetection" and "relu_before_p7" not in stated and any(".p7." in key for key in state):
         assumed["relu_before_p7"] = False  # mmdetection's default
     if weights.format == "torchvision" and "eps" not in stated and _has_frozen_norms(state):
@@ -267,10 +325,21 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
             state[key] = for_canonical_input(state[key], given)
         except UserError as error:
             raise UserError(f"weights from {weights.source}: {error}") from None
-    known = {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
-    usual = f"assumed, as usual for {FORMATS[weights.format or ''].title}"
-    origins |= dict.fromkeys(assumed, usual)
-    return replace(weights, state=state, metadata={**weights.metadata, **known}, assumed=assumed, origins=origins)
+    inputs = {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
+    return replace(
+        weights,
+        state=state,
+        metadata={**weights.metadata, **inputs},
+        assumed=assumed,
+        origins=origins | dict.fromkeys(assumed, f"assumed, as usual for {known.title}"),
+        undecided=tuple(undecided),
+    )
+
+
+def _is_detector_on_c5(state: Mapping[str, Tensor]) -> bool:
+    """Whether this is a Faster R-CNN on one map of c5, whose stride tensors do not show."""
+    fpn_or_c4 = ("backbone.fpn.", f"{STAGE5}layer4.")
+    return f"{STAGE5}fc6.weight" in state and not any(key.startswith(fpn_or_c4) for key in state)
 
 
 def _has_frozen_norms(state: Mapping[str, Tensor]) -> bool:
@@ -299,17 +368,17 @@ def _usual(weights: Weights) -> tuple[Mapping, bool]:
     return BGR_255_WITH_STD if divides else known.input, groups <= 1 and "bn1.running_var" in state
 
 
-def _input_of_detectron2(constants: Mapping[str, Tensor]) -> dict | None:
+def _input_of_detectron2(constants: Mapping[str, Tensor], source: str) -> dict | None:
     """The input of a detectron2 checkpoint, from its pixel statistics."""
     if not {"pixel_mean", "pixel_std"} <= constants.keys():
         return None
     mean, std = (constants[key].double().flatten().tolist() for key in ("pixel_mean", "pixel_std"))
     mean, std = ([float(f"{value:.7g}") for value in values] for values in (mean, std))  # 103.53, not its fp32
-    if len(mean) != 3 or len(std) != 3:
-        raise UserError(f"pixel_mean {mean} and pixel_std {std} do not have three channels")
-    return {
-        "channel_order": "BGR" if mean[0] < mean[2] else "RGB",  # ImageNet is redder than blue
-        "range": [0.0, 255.0] if max(mean) > 1 else [0.0, 1.0],
-        "mean": mean,
-        "std": std,
-    }
+    top = 255 if max(mean, default=0) > 1 else 1
+    for order, usual in (("RGB", MEAN), ("BGR", MEAN[::-1])):
+        if len(mean) == len(std) == 3 and all(abs(x / top - y) < 0.005 for x, y in zip(mean, usual, strict=True)):
+            return {"channel_order": order, "range": [0.0, float(top)], "mean": mean, "std": std}
+    raise UserError(
+        f"weights from {source} have pixel_mean {mean} and pixel_std {std}: only ImageNet's mean, in the order RGB or "
+        "BGR, tells the order of the channels and can be converted exactly"
+    )

@@ -84,7 +84,8 @@ def locate(source: str) -> Located:
     NAME.index.json                         the shards beside it that this index of transformers lists
 
     What is stated has the layout of our own files' metadata: source and licence (perhaps "unknown") of a named source,
-    and backbone (stride_in_1x1, eps), input, classes and recipe if they are known. "stated_by" is who states it.
+    and backbone (stride_in_1x1, eps), input, classes and recipe if they are known. "stated_by" is who states it, and
+    "publisher" whose weights these are if more than their names shows it.
 
     Raises ValueError if the source does not exist or cannot be downloaded; then it says what to put where.
     """
@@ -110,6 +111,8 @@ def locate(source: str) -> Located:
         _refuse_blurring_names(source, path)
     except UserError as error:
         raise UserError(f"weights {source!r}: {error}") from None
+    if re.fullmatch(r"[RX]-\d+(-\w+)*\.pkl", path.name):
+        stated["publisher"] = "detectron2's ImageNetPretrained, by the file's name"
     if path.name in TORCHVISION_WITHOUT_EPS:
         stated["backbone"] = {**STRIDE_IN_3X3, "eps": 0.0}
     return path, stated
@@ -230,7 +233,7 @@ def _detectron2(name: str) -> Located:
     md5 = re.search(r"/model_final_([0-9a-f]{6})\.pkl$", name)  # its MODEL_ZOO.md: the digits begin the file's md5
     download(DETECTRON2_URL + name, path, md5=md5[1] if md5 else "")
     stated: dict[str, Any] = {"source": f"detectron2:{name}", "licence": DETECTRON2_LICENCE}
-    stated["stated_by"] = "detectron2's model zoo"
+    stated["stated_by"] = stated["publisher"] = "detectron2's model zoo"
     if name.count("/") == 3:  # FOLDER/CONFIG/ID/model_final_MD5.pkl
         stated["recipe"] = f"detectron2 configs/{'/'.join(name.split('/')[:2])}.yaml"
     for pattern, (backbone, given) in DETECTRON2_STATED.items():
