@@ -87,8 +87,8 @@ def _check_dilation(weights: Weights) -> None:
     caffe = resolve_architecture(weights)["stride_in_1x1"] or not has_bottlenecks(weights.state)
     if not caffe and weights.format in ("detectron2", "mmdetection"):
         raise UserError(
-            f"weights from {weights.source} are of a DC5 with the stride in the 3x3: {weights.format} dilates the first "
-            "block of stage 5 as well, which networks of this package do not"
+            f"weights from {weights.source} are of a DC5 with the stride in the 3x3: {weights.format} dilates "
+            "the first block of stage 5 as well, which networks of this package do not"
         )
 
 

@@ -107,8 +107,13 @@ def main(argv: list[str] | None = None) -> None:
     if not options.explain:
         check_destination(options)
 
-    part = {"entry": options.entry, "prefix": options.prefix}
-    weights = read_weights(options.source, **part, given_input=given, dilate_c5=options.dilate_c5)
+    weights = read_weights(
+        options.source,
+        entry=options.entry,
+        prefix=options.prefix,
+        given_input=given,
+        dilate_c5=options.dilate_c5,
+    )
     if weights.format == OURS and given not in (None, weights.metadata.get("input", INPUT)):
         raise UserError(f"{options.source} is a file of this package, which states its input; leave out yours")
     if options.explain:

@@ -86,7 +86,7 @@ class Weights:
             title = FORMATS[self.format].title if self.format in FORMATS else "names like ours"
             _log.warning(
                 "weights from %s do not state all settings; assuming %s, as usual for %s; if that is not so, give "
-                "read_weights (or convert_weights.py) another given_input, such as 'bgr-255', or stride_in_1x1",
+                "given_input= or stride_in_1x1= to read_weights, or --input or --stride-in-1x1 to convert_weights.py",
                 self.source,
                 ", ".join(said),
                 title,

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from resbackbone import build_resnet_backbone
 from resbackbone.weights import read_weights, write_weights
 from resbackbone.weights.inputs import BGR_255, INPUT, for_canonical_input
+from resbackbone.weights.read import backbone_part, conv1_of
 from resbackbone.weights.translate import from_ours
 
 STATE = {
@@ -174,7 +175,8 @@ def test_what_is_assumed_is_said_in_one_line(tmp_path, resnet50, caplog):
     build_resnet_backbone(50, weights=tmp_path / "R-50.pkl", levels=["c2"])
     assert caplog.messages == [
         f"weights from {tmp_path / 'R-50.pkl'} do not state all settings; assuming an input of BGR 0..255, mean "
-        "103.53 116.28 123.675, std 1 1 1, the stride in the 1x1, as usual for MSRA's Caffe2 names"
+        "103.53 116.28 123.675, std 1 1 1, the stride in the 1x1, as usual for MSRA's Caffe2 names; if that is "
+        "not so, give given_input= or stride_in_1x1= to read_weights, or --input or --stride-in-1x1 to convert_weights.py"
     ]
 
 
@@ -211,11 +213,53 @@ def test_detectron2s_pixel_statistics_tell_the_input(tmp_path, resnet50, mean, s
 )
 def test_detectrons_networks_with_group_norm_or_groups_stride_in_the_3x3(tmp_path, format, options, std):
     state = build_resnet_backbone(50, levels=["c2"], **options).state_dict()
-    path = tmp_path / "net.pkl"
+    path = tmp_path / "X-50-32x8d.pkl"  # as detectron2 names what it publishes
     arrays = {name: tensor.numpy() for name, tensor in from_ours(state, format).items()}
     path.write_bytes(pickle.dumps({"model": arrays}))
     assumed = read_weights(path).assumed
     assert assumed["stride_in_1x1"] is False and assumed["input"]["std"][0] == std
+
+
+@pytest.mark.parametrize("format", ["detectron2", "msra", "mmdetection", "transformers"])
+def test_names_that_fit_several_networks_do_not_tell_input_and_stride(tmp_path, format, resnet50):
+    state = {f"backbone.{name}": tensor for name, tensor in resnet50.items() if not name.startswith("fc.")}
+    state |= {f"backbone.fpn.inner_blocks.{i}.0.bias": torch.zeros(256) for i in range(4)}
+    theirs = from_ours(state if format in ("detectron2", "mmdetection") else backbone_part(resnet50), format)
+    path = tmp_path / "model_final.pth"
+    torch.save(theirs, path)
+    for source in (path, theirs):
+        asked = "do not state their input, and networks with .* names have several: read them with read_weights"
+        with pytest.raises(ValueError, match=asked):
+            read_weights(source)
+        weights = read_weights(source, given_input="bgr-255")
+        with pytest.raises(
+            ValueError, match="do not state whether bottlenecks stride in the first 1x1 .* or in the 3x3"
+        ):
+            build_resnet_backbone(weights=weights)
+        assert build_resnet_backbone(weights=weights, stride_in_1x1=True).config.stride_in_1x1
+        weights = read_weights(source, given_input="rgb", stride_in_1x1=False)
+        assert not build_resnet_backbone(weights=weights).config.stride_in_1x1
+        assert torch.equal(weights.state[conv1_of(weights.state)], resnet50["conv1.weight"]) and not weights.assumed
+
+
+@pytest.mark.parametrize("mean", [[116.28] * 3, [127.5, 127.5, 127.5], [0.0, 0.0, 0.0], [103.53, 116.28]])
+def test_pixel_means_that_do_not_tell_the_order_are_refused(resnet50, mean):
+    pixels = {"pixel_mean": torch.tensor(mean), "pixel_std": torch.ones(len(mean))}
+    with pytest.raises(ValueError, match="have pixel_mean .*: only ImageNet's mean, in the order RGB or BGR, tells"):
+        read_weights({**from_ours(resnet50, "detectron2"), **pixels})
+
+
+def test_what_is_given_must_not_contradict_what_is_stated(tmp_path, resnet50):
+    pixels = {"pixel_mean": torch.tensor([103.53, 116.28, 123.675]), "pixel_std": torch.ones(3)}
+    state = {**from_ours(resnet50, "detectron2"), **pixels}
+    assert read_weights(state, given_input="bgr-255").metadata["converted_from"]["input"] == BGR_255
+    with pytest.raises(ValueError, match="are for an input of BGR 0..255, .* by pixel_mean and pixel_std in the file"):
+        read_weights(state, given_input="rgb")
+    write_weights(tmp_path / "own.safetensors", STATE, {"backbone": {"stride_in_1x1": True}})
+    with pytest.raises(
+        ValueError, match="are for stride_in_1x1=True by the file, but you asked for stride_in_1x1=False"
+    ):
+        read_weights(tmp_path / "own.safetensors", stride_in_1x1=False)
 
 
 def test_detectron2s_own_conversion_of_torchvision_keeps_torchvisions_input(tmp_path, resnet50):

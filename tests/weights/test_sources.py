@@ -169,6 +169,7 @@ def test_a_transformers_repository_states_stride_input_classes_and_licence(hub):
     assert stated == {
         "source": "hf:me/net",
         "licence": "mit",
+        "publisher": "transformers",
         "backbone": {"stride_in_1x1": True, "eps": 1e-5},
         "input": {**INPUT, "std": [0.5, 0.25, 0.125]},
         "classes": ["cat", "dog"],
