@@ -175,8 +175,9 @@ def test_what_is_assumed_is_said_in_one_line(tmp_path, resnet50, caplog):
     build_resnet_backbone(50, weights=tmp_path / "R-50.pkl", levels=["c2"])
     assert caplog.messages == [
         f"weights from {tmp_path / 'R-50.pkl'} do not state all settings; assuming an input of BGR 0..255, mean "
-        "103.53 116.28 123.675, std 1 1 1, the stride in the 1x1, as usual for MSRA's Caffe2 names; if that is "
-        "not so, give given_input= or stride_in_1x1= to read_weights, or --input or --stride-in-1x1 to convert_weights.py"
+        "103.53 116.28 123.675, std 1 1 1, the stride in the 1x1, as usual for MSRA's Caffe2 names; if that "
+        "is not so, give given_input= or stride_in_1x1= to read_weights, or --input or --stride-in-1x1 to "
+        "convert_weights.py"
     ]
 
 
