@@ -13,6 +13,7 @@ BACKBONE_OF: dict[str, dict] = {  # each variant's arguments of `build_resnet_ba
     "dc5": {"levels": ("c5",), "dilate_c5": True},
 }
 VARIANTS = (*BACKBONE_OF, "vgg16")
+SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels
 GEOMETRIES = ("torchvision", "detectron2")
 # What the weights of a detector's trunk, RPN and box head were trained for.
 SHAPE = (

@@ -13,7 +13,7 @@ from torchvision.models.detection.roi_heads import RoIHeads
 
 from detection.boxes import BoxCoder
 from detection.cells import at_least_fp32
-from detection.config import BACKBONE_OF, SHAPE, DetectorConfig
+from detection.config import BACKBONE_OF, SHAPE, SINGLE_MAP_ANCHORS, DetectorConfig
 from detection.foreign import NOT_A_CLASS, describe_detector
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
@@ -29,7 +29,6 @@ from resbackbone.weights.sources import is_named
 
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the single map that a variant uses
 PREDICTOR = "roi_heads.box_predictor."  # the layers whose size depends on the number of classes
-SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels
 TORCHVISIONS = {  # arguments of its FasterRCNN that are modules, and what sets the same here
     "rpn_anchor_generator": "anchor_scale (side over stride, on a pyramid) or anchor_sides (pixels, on a single map)",
     "rpn_head": "rpn_conv_depth",

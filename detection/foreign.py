@@ -3,10 +3,12 @@
 import itertools
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from detection.config import BACKBONE_OF
+from detection.config import BACKBONE_OF, SINGLE_MAP_ANCHORS
+from detection.rpn import ASPECT_RATIOS
 from resbackbone.checks import UserError
 from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights
@@ -74,7 +76,44 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         detector |= _box_head(state)
     if variant != "fpn":
         detector |= SINGLE_MAP_PROPOSALS
-    return {"backbone": _backbone_config(weights, variant).to_json(), "detector": detector}
+    settings = weights.metadata.get("settings", {})
+    if unreadable := [name for name, value in settings.items() if value is None]:
+        raise UserError(f"weights from {weights.source} state {', '.join(unreadable)}, but not as numbers")
+    detector |= settings
+    backbone = _backbone_config(weights, variant)
+    strides = [2 ** int(level[1]) for level in backbone.levels] if variant == "fpn" else [16]
+    detector |= _anchor_settings(weights, strides)
+    return {"backbone": backbone.to_json(), "detector": detector}
+
+
+def _anchor_settings(weights: Weights, strides: list[int]) -> dict[str, object]:
+    """The settings for the anchors that the weights state, which are boxes around (0, 0) for each map; {} if none."""
+    if "anchors" not in weights.metadata:
+        return {}
+    levels = weights.metadata["anchors"]
+    if levels is None:
+        raise UserError(f"weights from {weights.source} have an anchor_generator that this package does not know")
+    sides: list[list[float]] = []
+    for level in levels:
+        x1, y1, x2, y2 = torch.tensor(level, dtype=torch.float64).reshape(-1, 4).unbind(1)
+        shapes = list(zip(((x2 - x1) * (y2 - y1)).sqrt().tolist(), ((y2 - y1) / (x2 - x1)).tolist(), strict=True))
+        sides.append(sorted({round(side, 2) for side, _ in shapes}))
+        found = sorted((round(side, 2), round(ratio, 3)) for side, ratio in shapes)
+        centred = (x1 + x2).abs().max() < 1e-3 and (y1 + y2).abs().max() < 1e-3
+        if not centred or found != [(side, ratio) for side in sides[-1] for ratio in ASPECT_RATIOS]:
+            raise UserError(
+                f"weights from {weights.source} have anchors of (side, height over width) {found}; this package's have "
+                f"the ratios {', '.join(map(str, ASPECT_RATIOS))} at each side"
+            )
+    if len(sides) == len(strides) == 1:
+        return {"anchor_sides": sides[0]} if sides[0] != list(SINGLE_MAP_ANCHORS) else {}
+    scales = {round(level[0] / stride, 3) for level, stride in zip(sides, strides, strict=False)}
+    if len(sides) != len(strides) or len(scales) != 1 or any(len(level) > 1 for level in sides):
+        raise UserError(
+            f"weights from {weights.source} have anchors of the sides {sides} on maps of the strides {strides}; on a "
+            "pyramid, this package's have one side for each level, in proportion to its stride"
+        )
+    return {"anchor_scale": float(scales.pop())}
 
 
 def _check_dilation(weights: Weights) -> None:

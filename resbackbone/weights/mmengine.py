@@ -5,7 +5,7 @@ As in `configs`, each setting that can change the network has a table of the val
 
 import ast
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from resbackbone.checks import UserError
@@ -61,6 +61,21 @@ PIXELS: dict[str, Sequence] = {
     ),
 }
 DILATED_C5 = ([1, 2, 2, 1], [1, 1, 1, 2])  # strides and dilations of a caffe-style ResNet with DC5
+
+
+# Of a Faster R-CNN: where its config has a setting, the field of a DetectorConfig, and how to convert it.
+SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "test_cfg.rpn.nms_pre": ("rpn_pre_nms_top_n_test", int),
+    "test_cfg.rpn.max_per_img": ("rpn_post_nms_top_n_test", int),
+    "test_cfg.rpn.nms.iou_threshold": ("rpn_nms_thresh", float),
+    "test_cfg.rcnn.score_thr": ("box_score_thresh", float),
+    "test_cfg.rcnn.nms.iou_threshold": ("box_nms_thresh", float),
+    "test_cfg.rcnn.max_per_img": ("box_detections_per_img", int),
+    "roi_head.bbox_head.bbox_coder.target_stds": (
+        "bbox_reg_weights",
+        lambda stds: [1 / std for std in stds] if isinstance(stds, list) and all(stds) else None,
+    ),
+}
 
 
 class Unreadable(NamedTuple):
@@ -129,11 +144,45 @@ def stated_by_mmengine(config: Any) -> dict[str, Any]:
         raise UserError(f"its {where} has strides {layout[0]} and dilations {layout[1]}; no network here does")
     neck = config["model"].get("neck")
     if neck is not None:
-        facts |= _stated_by_neck(neck)
-    return {"backbone": facts, "input": _input(config), "stated_by": f"the {WHERE} in the file"}
+        facts |= _stated_by_neck(neck, eps=facts.get("eps", 1e-5))
+    stated = {"backbone": facts, "input": _input(config), **_stated_of_detector(config)}
+    return {**stated, "stated_by": f"the {WHERE} in the file"}
 
 
-def _stated_by_neck(neck: Any) -> dict[str, Any]:
+def _stated_of_detector(config: Mapping) -> dict[str, Any]:
+    """{"anchors": boxes [x1, y1, x2, y2] around (0, 0) for each map, "settings": fields of a DetectorConfig}.
+
+    What cannot be read is None: only who builds the detector minds.
+    """
+    stated: dict[str, Any] = {}
+    if (generator := _at(config, "model.rpn_head.anchor_generator")) is not None:
+        keys = ("scales", "ratios", "strides")
+        lists: list[Any] = [generator.get(key) if isinstance(generator, Mapping) else None for key in keys]
+        readable = all(isinstance(x, list) and all(type(y) in (int, float) and y > 0 for y in x) for x in lists)
+        known = readable and _type(generator) == "AnchorGenerator" and set(generator) <= {*keys, "type", "_scope_"}
+        stated["anchors"] = [_boxes(stride, *lists[:2]) for stride in lists[2]] if known else None
+    settings = {}
+    for path, (name, take) in SETTINGS.items():
+        if (value := _at(config, f"model.{path}", _at(config, path))) is not None:
+            numbers = value if isinstance(value, list) else [value]
+            settings[name] = take(value) if all(type(x) in (int, float) for x in numbers) else None
+    return {**stated, "settings": settings} if settings else stated
+
+
+def _at(values: Any, path: str, default: Any = None) -> Any:
+    for name in path.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return values if isinstance(values, Unreadable) else default
+        values = values[name]
+    return values
+
+
+def _boxes(stride: float, scales: list[float], ratios: list[float]) -> list[list[float]]:
+    sides = [(stride * scale / ratio**0.5 / 2, stride * scale * ratio**0.5 / 2) for scale in scales for ratio in ratios]
+    return [[-x, -y, x, y] for x, y in sides]
+
+
+def _stated_by_neck(neck: Any, *, eps: float) -> dict[str, Any]:
     where = f"{WHERE}'s model.neck"
     if not isinstance(neck, Mapping):
         raise UserError(f"its {where} is {_short(neck)}; this package builds FPN alone")
@@ -141,8 +190,11 @@ def _stated_by_neck(neck: Any) -> dict[str, Any]:
     if neck["type"] == "GlobalAveragePooling":
         return {}
     check_known(where, neck, NECK)
-    if _stated_by_norm(where, neck.get("norm_cfg")).get("eps", 1e-5) != 1e-5:
-        raise UserError(f"its {where} has norm_cfg {_short(neck['norm_cfg'])}; pyramids here have an eps of 1e-5")
+    norm = _stated_by_norm(where, neck.get("norm_cfg"))
+    if norm.get("eps", eps) != eps:
+        raise UserError(
+            f"its {where} has norm_cfg with eps {norm['eps']:g}; pyramids have the backbone's here, {eps:g}"
+        )
     facts: dict[str, Any] = {"relu_before_p7": bool(neck.get("relu_before_extra_convs"))}
     if extra := neck.get("add_extra_convs"):
         facts["p6_from"] = "p5" if extra == "on_output" else "c5"

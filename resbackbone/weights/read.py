@@ -325,11 +325,16 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
             state[key] = for_canonical_input(state[key], given)
         except UserError as error:
             raise UserError(f"weights from {weights.source}: {error}") from None
-    inputs = {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
+    facts: dict[str, Any] = {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
+    if cells := [
+        tensor.reshape(len(tensor), -1).tolist() for key, tensor in sorted(constants.items()) if ".cell_anchors." in key
+    ]:
+        facts["anchors"] = cells if all(len(box) == 4 for boxes in cells for box in boxes) else None
+        origins["anchors"] = "cell_anchors in the file"
     return replace(
         weights,
         state=state,
-        metadata={**weights.metadata, **inputs},
+        metadata={**weights.metadata, **facts},
         assumed=assumed,
         origins=origins | dict.fromkeys(assumed, f"assumed, as usual for {known.title}"),
         undecided=tuple(undecided),

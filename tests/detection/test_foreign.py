@@ -12,10 +12,10 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detection import build_faster_rcnn
 from detection.faster_rcnn import load_detector, save_detector
-from detection.foreign import describe_detector
+from detection.foreign import SINGLE_MAP_PROPOSALS, describe_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.atomic import file_digest
-from resbackbone.weights import Weights, read_weights
+from resbackbone.weights import MEAN, STD, Weights, read_weights
 from resbackbone.weights.sources import RECOGNISED
 from resbackbone.weights.translate import from_ours
 from resbackbone.weights.write import write_as
@@ -169,6 +169,98 @@ def test_a_detectron2_checkpoint_gives_detectron2s_boxes(config, tmp_path):
     assert_same_detections(got, expected.scores, expected.pred_boxes.tensor, expected.pred_classes + 1)
 
 
+@pytest.mark.parametrize(
+    "sides, ratios, settings, named",
+    [
+        ([[32], [64], [128], [256], [512]], (0.5, 1, 2), {"anchor_scale": 8.0}, ""),
+        ([[16], [32], [64], [128], [256]], (0.5, 1, 2), {"anchor_scale": 4.0}, ""),
+        ([[16], [32], [64], [128], [512]], (0.5, 1, 2), {}, "have anchors of the sides .* on maps of the strides"),
+        ([[32, 40], [64], [128], [256], [512]], (0.5, 1, 2), {}, "have anchors of the sides"),
+        ([[32], [64], [128], [256]], (0.5, 1, 2), {}, "have anchors of the sides"),
+        ([[32], [64], [128], [256], [512]], (0.5, 1, 3), {}, r"have anchors of \(side, height over width\) .*3.0"),
+    ],
+)
+def test_cell_anchors_of_a_checkpoint_are_the_detectors_or_refused(small, sides, ratios, settings, named):
+    state = from_ours(small.state_dict(), "detectron2")
+    state |= {"pixel_mean": torch.tensor([103.53, 116.28, 123.675]), "pixel_std": torch.ones(3)}
+    for i, level in enumerate(sides):
+        shapes = torch.tensor([(side / ratio**0.5, side * ratio**0.5) for side in level for ratio in ratios])
+        state[f"proposal_generator.anchor_generator.cell_anchors.{i}"] = torch.cat((-shapes, shapes), 1) / 2
+    weights = read_weights(state)
+    if named:
+        with pytest.raises(ValueError, match=named):
+            describe_detector(weights)
+    else:
+        assert settings.items() <= describe_detector(weights)["detector"].items()
+
+
+def test_cell_anchors_of_one_map_are_its_sides(tmp_path):
+    backbone = build_resnet_backbone(18, levels=["c4", "c5"])
+    settings = {"variant": "c4", "geometry": "detectron2", "anchor_sides": (16, 48), "min_size": 64}
+    ours = lively(build_faster_rcnn(backbone, 2, **settings, **SINGLE_MAP_PROPOSALS))
+    state = from_ours(ours.state_dict(), "detectron2")
+    state |= {"pixel_mean": torch.tensor(MEAN), "pixel_std": torch.tensor(STD)}
+    shapes = torch.tensor([(side / ratio**0.5, side * ratio**0.5) for side in (16, 48) for ratio in (0.5, 1, 2)])
+    state["proposal_generator.anchor_generator.cell_anchors.0"] = torch.cat((-shapes, shapes), 1) / 2
+    torch.save({"model": state}, tmp_path / "model_final.pth")
+    back = load_detector(tmp_path / "model_final.pth")
+    back.transform.min_size = (64,)
+    image = torch.rand(3, 65, 97)
+    with torch.inference_mode():
+        got, expected = back([image])[0], ours([image])[0]
+    assert len(got["boxes"]) == len(expected["boxes"]) > 0
+    assert (got["boxes"] - expected["boxes"]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("format", ["torchvision", "detectron2", "mmdetection"])
+def test_a_detector_on_c5_alone_is_asked_for_the_stride_of_c5(format, tmp_path):
+    backbone = build_resnet_backbone(18, levels=["c5"], dilate_c5=True)
+    ours = lively(build_faster_rcnn(backbone, 2, variant="dc5", representation_size=8))
+    torch.save(from_ours(ours.state_dict(), format), tmp_path / "model.pth")
+    given = {} if format == "torchvision" else {"given_input": "rgb"}
+    weights = read_weights(tmp_path / "model.pth", **given)
+    for build in (load_detector, lambda weights: build_resnet_backbone(weights=weights)):
+        with pytest.raises(
+            ValueError, match="do not state whether c5 is dilated at stride 16 .* give dilate_c5=True or"
+        ):
+            build(weights)
+    with pytest.raises(ValueError, match="of a Faster R-CNN on c5 at stride 32, and this package builds DC5"):
+        load_detector(read_weights(tmp_path / "model.pth", **given, dilate_c5=False))
+    back = load_detector(read_weights(tmp_path / "model.pth", **given, dilate_c5=True))
+    assert back.config.variant == "dc5" and back.backbone.features["c5"].stride == 16
+
+
+MMDETECTION = """
+model = dict(
+    backbone=dict(type='ResNet', depth=18),
+    neck=dict(type='FPN', num_outs=5),
+    rpn_head=dict(anchor_generator=dict(type='AnchorGenerator', scales=[4], ratios=RATIOS, strides=[4, 8, 16, 32, 64])),
+    roi_head=dict(bbox_head=dict(bbox_coder=dict(target_stds=[0.1, 0.1, 0.1, 0.1]))),
+    test_cfg=dict(rpn=dict(nms_pre=500), rcnn=dict(score_thr=SCORE, max_per_img=50)))
+img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], to_rgb=True)
+"""
+
+
+def test_anchors_and_thresholds_of_mmdetections_config_are_the_detectors(small, tmp_path):
+    def save(ratios, score):
+        config = MMDETECTION.replace("RATIOS", ratios).replace("SCORE", score)
+        state = from_ours(small.state_dict(), "mmdetection")
+        torch.save({"meta": {"cfg": config, "CLASSES": ("a", "b", "c")}, "state_dict": state}, tmp_path / "net.pth")
+        return tmp_path / "net.pth"
+
+    config = load_detector(save("[0.5, 1.0, 2.0]", "0.2")).config
+    assert (config.anchor_scale, config.bbox_reg_weights, config.rpn_pre_nms_top_n_test) == (4.0, (10.0,) * 4, 500)
+    assert (config.box_score_thresh, config.box_detections_per_img) == (0.2, 50)
+    for ratios, score, named in (
+        ("[0.5, 1.0, 3.0]", "0.2", "have anchors of"),
+        ("R", "0.2", "have an anchor_generator that this package does not know"),
+        ("[0.5, 1.0, 2.0]", "S", "state box_score_thresh, but not as numbers"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            load_detector(save(ratios, score))
+        assert build_resnet_backbone(weights=tmp_path / "net.pth", fpn=True).config.depth == 18
+
+
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)
@@ -194,7 +286,7 @@ def test_a_detector_of_ours_comes_back_from_every_format(small, format, tmp_path
 
 @pytest.mark.parametrize("format, geometry", [("torchvision", "torchvision"), ("mmdetection", "detectron2")])
 def test_the_format_tells_the_geometry_and_the_shapes_the_rest(small, format, geometry):
-    weights = read_weights(from_ours(small.state_dict(), format))
+    weights = read_weights(from_ours(small.state_dict(), format), given_input="rgb")
     described = describe_detector(weights)
     assert described["detector"]["geometry"] == geometry and described["detector"]["representation_size"] == 8
     assert described["detector"]["categories"] == [(1, "class 1"), (2, "class 2"), (3, "class 3")]
@@ -220,7 +312,7 @@ def test_a_head_without_a_shape_is_refused(small, name, tmp_path):
 
 
 def test_classes_that_a_file_names_are_the_detectors(small):
-    weights = read_weights(from_ours(small.state_dict(), "mmdetection"))
+    weights = read_weights(from_ours(small.state_dict(), "mmdetection"), given_input="rgb")
     named = Weights(weights.state, {"classes": ["cat", "dog", "cow"]}, "a file", format="mmdetection")
     assert dict(describe_detector(named)["detector"]["categories"]) == {1: "cat", 2: "dog", 3: "cow"}
 
