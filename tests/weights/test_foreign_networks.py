@@ -13,7 +13,7 @@ from PIL import Image
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.resnet import DEPTHS
-from resbackbone.weights import MEAN, STD, Weights
+from resbackbone.weights import MEAN, STD, Weights, read_weights
 from resbackbone.weights.write import write_as
 
 
@@ -156,7 +156,8 @@ def test_detectron2s_trunks(detectron2, depth, resnets, images, randomised, tmp_
 def test_detectron2s_pyramids(detectron2, builder, inputs, levels, images, randomised, tmp_path):
     theirs = randomised(detectron2(builder, DEPTH=50, OUT_FEATURES=inputs))
     torch.save({"model": {f"backbone.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "theirs.pth")
-    ours = build_resnet_backbone(weights=tmp_path / "theirs.pth", fpn=True).eval()
+    weights = read_weights(tmp_path / "theirs.pth", given_input="bgr-255", stride_in_1x1=True)
+    ours = build_resnet_backbone(weights=weights, fpn=True).eval()
     square = torch.nn.functional.pad(images, (0, 30, 0, 31))  # detectron2's pyramids take multiples of 32
     expected, got = theirs(bgr_255(square)), ours(normalized(square))
     assert list(got) == levels
