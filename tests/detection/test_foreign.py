@@ -359,7 +359,7 @@ def test_another_detector_of_torchvision_is_refused_with_its_builder_and_its_tru
     ],
 )
 def test_other_detectors_of_other_packages_are_refused_by_their_kind(small, format, name, says):
-    weights = read_weights({**from_ours(small.state_dict(), format), name: torch.zeros(1)})
+    weights = read_weights({**from_ours(small.state_dict(), format), name: torch.zeros(1)}, given_input="rgb")
     with pytest.raises(ValueError, match=says):
         describe_detector(weights)
 
