@@ -66,7 +66,7 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         "rpn_conv_depth": max(1, len(_numbered(state, "rpn.head.conv.{}.0.weight"))),
     }
     anchors, usual = _rows(state.get("rpn.head.cls_logits.weight")), ANCHOR_RATIOS * (1 if pyramid else 5)
-    if anchors not in (0, usual):
+    if anchors not in (0, usual) and "anchors" not in weights.metadata:
         raise UserError(
             f"weights from {weights.source} have {anchors} anchors at each place of a map, where published detectors "
             f"of these names have {usual}, and do not state their sizes and ratios: load them with "
