@@ -4,7 +4,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, FrozenBatchNorm2d
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
 from resbackbone.fpn import FPN, PYRAMID_LEVELS, trunk_levels_for
@@ -99,6 +99,23 @@ def test_only_the_layers_that_the_levels_need_are_built(levels, inner, layer, ex
     assert len(fpn.inner_blocks) == inner
     assert len(fpn.layer_blocks) == layer
     assert list(fpn.extra_blocks) == extra
+
+
+def test_a_pyramid_with_frozen_norms_has_torchvisions_maps_and_gradients(randomised):
+    reference = randomised(FeaturePyramidNetwork([3, 5, 6, 7], 8, LastLevelMaxPool(), FrozenBatchNorm2d)).double()
+    fpn = FPN(TRUNK, channels=8, norm="FrozenBN").double()
+    fpn.load_state_dict(reference.state_dict())
+    given = {level: x.double() for level, x in trunk_maps(TRUNK, 97, 130).items()}
+    gradients = []
+    for network in (fpn, reference):
+        maps = OrderedDict((level, x.clone().requires_grad_()) for level, x in given.items())
+        pyramid = network(maps)
+        sum((x**2).sum() for x in pyramid.values()).backward()
+        gradients.append([pyramid, *(x.grad for x in maps.values()), *(p.grad for p in network.parameters())])
+    assert_same(gradients[0].pop(0), gradients[1].pop(0))
+    assert len(gradients[0]) == 12
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("norm, parameters", [(None, {"weight", "bias"}), ("BN", {"weight"})])
