@@ -20,6 +20,7 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, L
 BOOKKEEPING = re.compile(r"(.*_momentum|n_averaged|lr|model_iter|weight_order)")  # of the training that made a file
 REMARKS = {"meta", "__author__", "matching_heuristics", "resbackbone"}  # `read` looks at these
 MAX_DEPTH = 8  # of nested entries
+MOST_ITEMS = 10_000  # containers in an entry that are looked into for their objects' names
 # Heads that others put beside a trunk in one module. Nothing else there is left out: it may be a part of the trunk.
 HEADS = re.compile(
     r"(classifier|criterion|fc|heads?|linear|loss|mlp|predictor|prediction_head|proj|projection|projection_head|"
@@ -185,13 +186,14 @@ def _same(trunk: _Trunk, other: _Trunk) -> bool:
 
 
 def _listed(trunks: list[_Trunk]) -> str:
-    """How to choose each trunk."""
-    entries, prefixes = (len({trunk[i] for trunk in trunks}) > 1 for i in (0, 2))
+    """How to choose each trunk: by its entry, by its prefix, or by both."""
+    entries = len({trunk.at for trunk in trunks})
     return " or ".join(
         ", ".join(
-            [f"entry={short('.'.join(t.at))!r}"] * entries + [f"prefix={short(t.root)!r}"] * (prefixes or not entries)
+            [f"entry={short('.'.join(trunk.at))!r}"] * (entries > 1)
+            + [f"prefix={short(trunk.root)!r}"] * (entries < len(trunks) or entries == 1)
         )
-        for t in trunks
+        for trunk in trunks
     )
 
 
@@ -242,15 +244,15 @@ def module_of(key: str, root: str) -> str:
 
 def described(name: str, value: object = None) -> str:
     """The name of an entry, with the objects in it that are not read: `args (argparse.Namespace, not run)`."""
-    kinds = sorted(set(_foreign(value, set())))
+    kinds: set[str] = set()
+    seen: set[int] = set()
+    inside = [value]
+    while inside and len(seen) < MOST_ITEMS:  # no recursion: a file may nest lists without end
+        item = inside.pop()
+        if isinstance(item, Foreign):
+            kinds.add(item.name)
+        elif isinstance(item, dict | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            inside += item.values() if isinstance(item, dict) else item
     more = ", .." if len(kinds) > 3 else ""
-    return short(name) + (f" ({', '.join(kinds[:3])}{more}, not run)" if kinds else "")
-
-
-def _foreign(value: object, seen: set[int]) -> Iterator[str]:
-    if isinstance(value, Foreign):
-        yield value.name
-    elif isinstance(value, dict | list | tuple) and id(value) not in seen and len(seen) < 10_000:
-        seen.add(id(value))
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _foreign(item, seen)
+    return short(name) + (f" ({', '.join(sorted(kinds)[:3])}{more}, not run)" if kinds else "")

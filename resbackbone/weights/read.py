@@ -133,6 +133,10 @@ def read_weights(
         raise UserError(f"weights of type {type(source).__name__}; give a file, a named source or a state_dict()")
     weights = _with_given(weights, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5)
     if weights.format == "resbackbone":
+        if (entry, prefix) != (None, None):
+            raise UserError(
+                f"weights {weights.source!r}: a file of this package holds one network; leave out entry and prefix"
+            )
         return weights
     part = find_trunk(content, weights.source, entry=entry, prefix=prefix)
     beside = part.beside

@@ -10,7 +10,7 @@ import torchvision
 from safetensors.torch import save_file
 
 from resbackbone import build_resnet_backbone
-from resbackbone.weights import INPUT, read_weights
+from resbackbone.weights import INPUT, read_weights, write_weights
 from resbackbone.weights.translate import from_ours
 
 HEADS = {"fc.0.weight": torch.ones(4, 512), "fc.2.bias": torch.ones(4)}  # a projection head in the place of fc
@@ -108,10 +108,29 @@ def test_objects_beside_the_tensors_are_named_and_the_network_is_torchvisions(tm
     assert (backbone(images)["c5"] - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+def test_entries_that_nest_without_end_are_named_and_left_out(caplog, trunk):
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    around: dict = {"trunk": trunk, "deep": deep}
+    around["itself"] = around
+    assert_same(read_weights(around), trunk)
+    assert caplog.messages == ["weights from the given state dict: left out deep, itself"]
+
+
+def test_a_file_of_this_package_has_no_parts_to_choose(tmp_path, trunk):
+    write_weights(tmp_path / "own.safetensors", trunk, {"backbone": {"depth": 18}})
+    assert_same(read_weights(tmp_path / "own.safetensors"), dict(sorted(trunk.items())))
+    for choice in ({"entry": "model"}, {"prefix": ""}):
+        assert "leave out entry and prefix" in refusal(tmp_path / "own.safetensors", **choice)
+
+
 @pytest.mark.parametrize(
     "wrap, choices",
     [
         (lambda a, b: {"teacher": b, "student": a}, {"entry": ("teacher", "student")}),
+        (lambda a, b: {"teacher": under("backbone.", b), "student": under("module.backbone.", a)},
+         {"entry": ("teacher", "student")}),
         (lambda a, b: {"best": {"model": b}, "last": {"model": a}}, {"entry": ("best.model", "last.model")}),
         (lambda a, b: under("m.encoder_k.", b) | under("m.encoder_q.", a),
          {"prefix": ("m.encoder_k.", "m.encoder_q.")}),
