@@ -28,9 +28,8 @@ HEADS = re.compile(
 )
 # Heads of segmentation networks (torchvision's, mmsegmentation's, any ASPP), whose trunks dilate their last stages.
 DILATING = re.compile(r"(.+\.)?((aux_)?classifier\.4|decode_head\..+|auxiliary_head\..+|aspp\..+)\.weight")
-STATISTICS = re.compile(
-    r"(.+\.)?((pixel|image|img|input|norm)_)?(mean|std)"
-)  # of an input that a network normalises itself
+# Statistics of an input that a network normalises itself.
+STATISTICS = re.compile(r"(.+\.)?((pixel|image|img|input|norm)_)?(mean|std)")
 # {(name of the first convolution, of one in the first block): the prefixes that they have in files of these formats}
 SIGNS: dict[tuple[str, str], set[str]] = {}
 for _known in FORMATS.values():
