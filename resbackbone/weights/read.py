@@ -25,7 +25,7 @@ from resbackbone.weights.inputs import (
 )
 from resbackbone.weights.mmengine import stated_by_meta
 from resbackbone.weights.pickles import read_pickle
-from resbackbone.weights.sources import locate, recognised
+from resbackbone.weights.sources import locate, recognised, refuse_blurring_names
 from resbackbone.weights.translate import HEADS as DETECTOR_HEADS
 from resbackbone.weights.translate import Translated, to_ours
 
@@ -256,6 +256,7 @@ def _notes_in(content: object, source: str) -> dict[str, Any]:
     if content.get("__author__") == "torchvision":  # detectron2's own conversion keeps torchvision's input and stride
         return {"input": INPUT, "backbone": {"stride_in_1x1": False}}
     try:
+        refuse_blurring_names(content.get("arch"))  # as training scripts of timm and torchvision name it
         return stated_by_meta(content["meta"]) if isinstance(content.get("meta"), dict) else {}
     except UserError as error:
         raise UserError(f"weights from {source}: {error}") from None

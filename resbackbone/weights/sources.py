@@ -108,7 +108,7 @@ def locate(source: str) -> Located:
                 "no such file; give a weight file (.safetensors, .pth, .pkl, ..), a named source such as "
                 "torchvision:ResNet50_Weights.IMAGENET1K_V2, or a URL"
             )
-        _refuse_blurring_names(source, path)
+        refuse_blurring_names(source, path)
     except UserError as error:
         raise UserError(f"weights {source!r}: {error}") from None
     if re.fullmatch(r"[RX]-\d+(-\w+)*\.pkl", path.name):
@@ -123,7 +123,8 @@ def _stated_beside(path: Path) -> dict[str, Any]:
     return {} if is_ours(path) else stated_by_config(path.parent, required=path.name in FOLDER_FILES)
 
 
-def _refuse_blurring_names(*names: str | Path) -> None:
+def refuse_blurring_names(*names: object) -> None:
+    """Raise ValueError if a source, a file or the "arch" in a checkpoint has the name of such a network."""
     for name in names:
         if found := re.search(rf"(?:^|[/:\\])((?:{'|'.join(TIMM_ANTI_ALIASED)})\d\w*)[^/]*$", str(name)):
             raise UserError(

@@ -282,3 +282,5 @@ def test_another_programs_config_json_concerns_neither_other_files_nor_our_own(t
 def test_a_file_with_the_name_of_a_blurring_network_is_refused(tmp_path, name):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / name)
     assert "which blurs its maps before it subsamples them; no network here does" in refusal(tmp_path / name)
+    torch.save({"arch": name, "state_dict": timm.create_model("resnet18").state_dict()}, tmp_path / "last.pth")
+    assert "which blurs its maps before it subsamples them; no network here does" in refusal(tmp_path / "last.pth")
