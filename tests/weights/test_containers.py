@@ -221,9 +221,26 @@ def shards(folder, state, suffix, **changes):
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
 def test_shards_are_read_through_their_index_or_their_folder(tmp_path, trunk, suffix):
-    index = shards(tmp_path, from_ours(trunk, "transformers"), suffix)
+    index = shards(tmp_path, trunk, suffix)
     for source in (index, tmp_path):
         assert_same(read_weights(source), trunk)
+
+
+def test_shards_of_transformers_are_its_network_with_the_config_beside_them(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.ResNetConfig(depths=[2, 2, 2, 2], hidden_sizes=[64, 128, 256, 512], layer_type="basic")
+    theirs = transformers.ResNetModel(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="10MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    images = torch.randn(1, 3, 65, 97)
+    for source in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        ours = build_resnet_backbone(weights=read_weights(source, given_input=INPUT)).eval()
+        with torch.no_grad():
+            given, expected = ours(images)["c5"], theirs(images).last_hidden_state
+        assert (given - expected).abs().max() <= 1e-5 * expected.abs().max()
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text().replace('"relu"', '"gelu"'))
+    for source in (tmp_path, tmp_path / "model.safetensors.index.json"):
+        assert "hidden_act" in refusal(source, given_input=INPUT)
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "bin"])
