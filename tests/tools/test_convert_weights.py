@@ -504,7 +504,9 @@ def test_wrong_arguments_are_one_line_that_names_them(classifier):
     )
     assert "nowhere: no such folder to write into" in error_of("r18.pth", "nowhere/x.safetensors")
     assert "r18.pth: no such folder to write into" in error_of("r18.pth", "r18.pth/x.safetensors")
-    assert "unknown input 'bgr'; choose from rgb, bgr-255" in error_of("r18.pth", "x.safetensors", "--input", "bgr")
+    assert "unknown input 'bgr'; choose from rgb, rgb-255, bgr-255" in error_of(
+        "r18.pth", "x.safetensors", "--input", "bgr"
+    )
     assert "unknown part 'head'" in error_of("r18.pth", "x.safetensors", "--part", "head")
     assert "depth=18, but you asked for depth=34" in error_of("r18.pth", "x.safetensors", "--depth", "34")
     assert "--overwrit" in error_of("r18.pth", "x.safetensors", "--overwrit")
