@@ -46,17 +46,20 @@ def read_annotations(path: str | os.PathLike) -> Annotations:
     """Read and check a COCO instances file. Missing `iscrowd` and `area` become 0 and width * height.
 
     Unused fields such as segmentations are skipped, and so is the category 0 that Roboflow puts first: it has no boxes,
-    and its name is the others' supercategory. Numbers may be spelled as text ("3"), whole ones as floats (3.0), and
-    names of categories as numbers. File names are as in the file and may lead out of a folder (`leaves_its_folder`).
+    and its name is the others' supercategory. Numbers may be spelled as text ("3"), ids with leading zeros
+    ("000000000131" is 131), whole numbers as floats (3.0), and names of categories as numbers. File names are as in the
+    file and may lead out of a folder (`leaves_its_folder`).
 
     Raises UserError, with the path, the place in the file, the id and the value, if the file is not JSON, lacks a
-    field, has a value of another type, an `iscrowd` besides 0 and 1 or an `area` that is not finite, repeats an id, or
-    refers to an unknown image or category.
+    field, has a value of another type, an `iscrowd` besides 0 and 1, a `bbox_mode` (detectron2's) besides 1 or an
+    `area` that is not finite, repeats an id, or refers to an unknown image or category.
     """
     try:
         return _flat(*_decoded(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not JSON in UTF-8 ({error}); save it in UTF-8") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -65,7 +68,7 @@ def count_images(path: str | os.PathLike) -> int:
     """The number of images in an instances file, without parsing the rest. Raises as `read_annotations` does."""
     try:
         return len(msgspec.json.decode(_mapped(path), type=_Count).images)
-    except (msgspec.DecodeError, OSError):
+    except (msgspec.DecodeError, UnicodeDecodeError, OSError):
         return len(read_annotations(path).image_ids)
 
 
@@ -108,6 +111,7 @@ class _Annotation(msgspec.Struct, gc=False):
     id: _Id | msgspec.UnsetType = msgspec.UNSET
     iscrowd: bool | int | float | None = 0
     area: float | None = None
+    bbox_mode: int | str | None = None
 
 
 class _Category(msgspec.Struct, gc=False):
@@ -142,14 +146,23 @@ def _decoded(path: str | os.PathLike) -> tuple[list[_Image], list[_Category], It
         file = msgspec.json.decode(text, type=_File, strict=False)
         return file.images, file.categories, _one_by_one(file.annotations), len(file.annotations)
     except msgspec.ValidationError as error:
-        raise _refusal(error, text) from None
-    except (msgspec.DecodeError, RecursionError):
-        pass  # strict JSON has no NaN, Infinity or UTF-16; Python's reader accepts them or names the error
+        refused: msgspec.ValidationError | None = error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        refused = None  # strict JSON has no NaN, Infinity or UTF-16; Python's reader accepts them or names the error
     try:
-        lenient = msgspec.convert(json.loads(bytes(text)), type=_LenientFile, strict=False)
+        content = json.loads(bytes(text))
+        if isinstance(content, dict):
+            for section in ("images", "categories", "annotations"):
+                if isinstance(records := content.get(section), list):
+                    content[section] = [_with_plain_ids(record) for record in records]
+        lenient = msgspec.convert(content, type=_LenientFile, strict=False)
     except msgspec.ValidationError as error:
-        raise _refusal(error, text) from None
+        raise _refusal(refused or error, text) from None
     except (ValueError, RecursionError) as error:  # JSON and Unicode errors, integers of over 4300 digits
+        if refused is not None:
+            raise _refusal(refused, text) from None
+        if isinstance(error, UnicodeDecodeError):
+            raise
         raise UserError(f"not JSON ({error}); export or download it again") from None
     return lenient.images, lenient.categories, lenient.annotations, len(lenient.annotations)
 
@@ -160,8 +173,25 @@ def _one_by_one(annotations: list[msgspec.Raw]) -> Iterator[_Annotation]:
         try:
             yield decode(text)
         except msgspec.ValidationError as error:
+            with contextlib.suppress(msgspec.ValidationError, ValueError, RecursionError):
+                record = json.loads(bytes(text))
+                if (plain := _with_plain_ids(record)) is not record:
+                    yield msgspec.convert(plain, _Annotation, strict=False)
+                    continue
             what, _, inside = str(error).partition(" - at `$")
             raise _refusal(f"{what} - at `$.annotations[{i}]{inside or '`'}", text) from None
+
+
+def _with_plain_ids(record: object) -> object:
+    """The record with its ids' leading zeros dropped, which no JSON number has: "000000000131" as 131."""
+    if not isinstance(record, dict):
+        return record
+    zeros = {
+        key: record[key].lstrip("0") or "0"
+        for key in ("id", "image_id", "category_id")
+        if isinstance(record.get(key), str) and re.fullmatch("0[0-9]+", record[key])
+    }
+    return {**record, **zeros} if zeros else record
 
 
 def _refusal(error: object, text: bytes | mmap.mmap | msgspec.Raw) -> UserError:
@@ -174,6 +204,11 @@ def _refusal(error: object, text: bytes | mmap.mmap | msgspec.Raw) -> UserError:
             record = record if isinstance(text, msgspec.Raw) else record[section][int(i)]
             named = {name: record[name] for name in dict.fromkeys(("id", key)) if name in record}
             message += f" ({', '.join(f'{name} {repr(value)[:100]}' for name, value in named.items())})"
+        if "got `str`" in message and key in ("id", "image_id", "category_id"):
+            listed = {"image_id": "images", "category_id": "categories"}.get(key, section)
+            message += f"; ids are whole numbers: number the {listed} 1, 2, .. and refer to them by these numbers"
+    if re.search("missing required field `(width|height)`", message):
+        message += "; add each image's width and height in pixels, as PIL.Image.open(FILE).size gives them"
     return UserError(message)
 
 
@@ -225,6 +260,11 @@ def _row(number: int, annotation: _Annotation) -> tuple:
     identity = number if annotation.id is msgspec.UNSET else annotation.id
     if crowd not in (0, 1, None):
         raise UserError(f"annotations[{number - 1}] (id {identity}) has the iscrowd {crowd}, which is 0 or 1")
+    if annotation.bbox_mode is not None and annotation.bbox_mode not in (1, "1"):  # detectron2's; 0 is x1, y1, x2, y2
+        raise UserError(
+            f"annotations[{number - 1}] (id {identity}) has the bbox_mode {annotation.bbox_mode!r}, and COCO's boxes "
+            "are x, y, width, height: convert them and write bbox_mode 1, or leave it out"
+        )
     if area is not None and not math.isfinite(area):
         raise UserError(
             f"annotations[{number - 1}] (id {identity}) has the area {area}; give a number, or leave it out for "

@@ -156,6 +156,21 @@ def test_a_file_in_another_unicode_encoding_is_read_too(tmp_path, encoding):
     assert read_annotations(tmp_path / "instances.json").image_ids.tolist() == [7]
 
 
+@pytest.mark.parametrize("contributor", ["me", math.nan])
+@pytest.mark.parametrize("of_images", ["000000000131", 131, "131"])
+def test_ids_with_leading_zeros_are_their_numbers_wherever_they_are(tmp_path, of_images, contributor):
+    what = {**with_value("annotations", "image_id", "000000000131"), "contributor": contributor}
+    what["images"][0]["id"], what["annotations"][0]["category_id"] = of_images, "0090"
+    found = read(tmp_path, what)
+    assert (found.image_ids.tolist(), found.image_indices.tolist(), found.labels.tolist()) == ([131], [0], [3])
+    assert found.boxes_xywh.tolist() == read(tmp_path, content()).boxes_xywh.tolist()
+
+
+@pytest.mark.parametrize("mode", [1, "1", None])
+def test_boxes_that_are_marked_as_cocos_are_read(tmp_path, mode):
+    assert as_lists(read(tmp_path, with_value("annotations", "bbox_mode", mode))) == as_lists(read(tmp_path, content()))
+
+
 VALUES = [None, True, False, 0, 1, 7, 8, -1, 3, 2**31, 2**63, 2**70, 0.0, 1.0, 2.5, math.nan, math.inf, "", "7", "../7"]
 VALUES += ["a/b", "a..b", "/a", "\0", "\ud800", [], [1, 2, 3, 4], [1.5, 2, 3, True], [1, 2, 3, "4"], [10**400] * 4, {}]
 PLACES = [(section, i, key) for section in ("images", "annotations") for i in (0, 1) for key in (
@@ -229,6 +244,20 @@ BAD_ANNOTATIONS = {
         with_value("images", "id", "seven"),
         r"Expected `int`, got `str` - at `\$.images\[0\].id` \(id 'seven'\)",
     ),
+    "an image_id that is a word": (
+        with_value("annotations", "image_id", "img1"),
+        r"image_id 'img1'\); ids are whole numbers: number the images 1, 2, ..",
+    ),
+    "ids that differ by zeros": (
+        {**content(), "images": [{**content()["images"][0], "id": i} for i in ("7", "07")]},
+        r"images\[1\] repeats the id 7",
+    ),
+    "an image without its size": (without("images", "height"), "add each image's width and height in pixels"),
+    "boxes of corners": (
+        with_value("annotations", "bbox_mode", 0),
+        r"annotations\[0\] \(id 1\) has the bbox_mode 0, and COCO's boxes are x, y, width, height: convert",
+    ),
+    "boxes of corners by name": (with_value("annotations", "bbox_mode", "XYXY_ABS"), "has the bbox_mode 'XYXY_ABS'"),
     "a width that is null": (
         with_value("images", "width", None),
         r"Expected `int`, got `null` - at `\$.images\[0\].width` \(id 7, width None\)",
@@ -295,6 +324,18 @@ def test_an_annotation_file_that_is_not_text_or_not_there_is_an_error_that_names
     path.write_bytes(bytes(range(128, 256)))
     with pytest.raises(ValueError, match="instances.json: not JSON"):
         read_annotations(path)
+
+
+@pytest.mark.parametrize(
+    "section, key", [("images", "file_name"), ("categories", "name"), ("annotations", "bbox_mode")]
+)
+def test_a_file_in_latin_1_is_one_line_that_asks_for_utf_8(tmp_path, section, key):
+    path = tmp_path / "instances.json"
+    path.write_bytes(json.dumps(with_value(section, key, "für"), ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(UserError, match="instances.json: not JSON in UTF-8 .*; save it in UTF-8") as error:
+        read_annotations(path)
+    assert "\n" not in str(error.value)
+    assert count_images(path) == 1
 
 
 # Memory
