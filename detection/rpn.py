@@ -5,16 +5,20 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import clip_boxes_to_image
+from torchvision.ops import Conv2dNormActivation, clip_boxes_to_image
 
 from detection.boxes import BoxCoder, Matcher, nms_in_groups
 from detection.cells import at_least_fp32, rows_of, sum_cells
+from resbackbone.compat import is_observed
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
+BYPASSED = {  # torchvision's methods that `SampledRPN` does the work of without calling them
+    name: getattr(RegionProposalNetwork, name) for name in ("compute_loss", "filter_proposals", "_get_top_n_idx")
+}
 
 
 class Anchors(AnchorGenerator):
@@ -27,7 +31,7 @@ class Anchors(AnchorGenerator):
 
     def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, as_torchvision: bool):
         self.as_torchvision = as_torchvision  # super().__init__ makes anchors by it
-        self.last: tuple[object, Any] = None, None  # the last sizes and their anchors
+        self.last: tuple = None, None, [], []  # the last sizes, their anchors, and what these were made from
         super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
         self.strides = strides
 
@@ -43,10 +47,21 @@ class Anchors(AnchorGenerator):
         """Anchors [n, 4] of all levels in turn, the same tensor for every image."""
         device, image_size = feature_maps[0].device, image_list.tensors.shape[-2:]
         cells = [x.shape[-2:] for x in feature_maps]
-        if self.last[0] != (cells, image_size, device):
+        sizes = cells, image_size, device, tuple(self.strides), self.as_torchvision
+        if self.last[0] != sizes or not self._made_from(*self.last[2:]):
             with torch.inference_mode(False):  # a training step may reuse them after a call under inference_mode
-                self.last = (cells, image_size, device), self._made(cells, image_size, device)
+                made = self._made(cells, image_size, device)
+                self.last = sizes, made, list(self.cell_anchors), list(map(_version, self.cell_anchors))
         return [self.last[1]] * len(image_list.image_sizes)
+
+    def _made_from(self, cell_anchors: list[Tensor], versions: list[int | None]) -> bool:
+        """Whether `cell_anchors` are still these tensors, and none has been written to."""
+        return (
+            len(self.cell_anchors) == len(cell_anchors)
+            and all(now is then for now, then in zip(self.cell_anchors, cell_anchors, strict=True))
+            and None not in versions
+            and list(map(_version, cell_anchors)) == versions
+        )
 
     def _made(self, cells: list[torch.Size], image_size: torch.Size, device: torch.device) -> Tensor:
         self.set_cell_anchors(torch.float32, device)
@@ -57,6 +72,11 @@ class Anchors(AnchorGenerator):
         return torch.cat(self.grid_anchors(cells, steps))
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor has been written to; None if it does not count that."""
+    return None if tensor.is_inference() else tensor._version
+
+
 class FP32RPNHead(RPNHead):
     """torchvision's head with outputs in fp32 or better."""
 
@@ -64,6 +84,29 @@ class FP32RPNHead(RPNHead):
         """Maps [B, C, H, W] -> objectness [B, A, H, W] and box deltas [B, A * 4, H, W], A anchors a cell."""
         objectness, deltas = super().forward(maps)
         return [at_least_fp32(x) for x in objectness], [at_least_fp32(x) for x in deltas]
+
+    def is_plain(self) -> bool:
+        """Whether `at` computes what `forward` does: the layers are as built, and nothing is to see them called."""
+        if type(self) is not FP32RPNHead or is_observed(*self.modules()):
+            return False
+        if type(self.conv) is not nn.Sequential or not len(self.conv):
+            return False
+        layers: list[tuple[Any, int]] = [(self.cls_logits, 1), (self.bbox_pred, 1)]
+        blocks: list[Any] = list(self.conv)
+        for block in blocks:
+            if type(block) is not Conv2dNormActivation or [type(layer) for layer in block] != [nn.Conv2d, nn.ReLU]:
+                return False
+            layers.append((block[0], 3))
+        same_size = all(
+            type(layer) is nn.Conv2d
+            and layer.kernel_size == (size, size)
+            and layer.padding == (size // 2, size // 2)
+            and layer.padding_mode == "zeros"
+            and layer.stride == layer.dilation == (1, 1)
+            and layer.groups == 1
+            for layer, size in layers
+        )
+        return same_size and self.bbox_pred.out_channels == 4 * self.cls_logits.out_channels
 
     def at(self, around: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         """The outputs [n, A] and [n, A, 4] at n cells, from the map around each.
@@ -90,6 +133,9 @@ class SampledRPN(RegionProposalNetwork):
     maps without a graph, and again with one on the cells of the sampled anchors: backward neither keeps nor convolves
     maps that are zero nearly everywhere. Only the boxes with the highest objectness are decoded. From the same random
     state it samples the same anchors as torchvision.
+
+    Where a part has been exchanged, patched or given a hook, so that this would compute something else, torchvision's
+    own forward runs.
     """
 
     def __init__(self, *arguments, **options):
@@ -103,10 +149,22 @@ class SampledRPN(RegionProposalNetwork):
         self, images: ImageList, features: dict[str, Tensor], targets: list[dict[str, Tensor]] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
         """Padded images, their maps and targets -> proposals [n, 4] an image in pixels, losses in training mode."""
+        if not self._is_as_built():
+            return super().forward(images, features, targets)
         maps = list(features.values())
         anchors = self.anchor_generator(images, maps)
         losses = self._losses(maps, anchors, cast(list, targets)) if self.training else {}
         return self._proposals(maps, anchors[0], images.image_sizes), losses
+
+    def _is_as_built(self) -> bool:
+        """Whether torchvision's forward would give the same, parts and methods being those this class knows."""
+        if any(name in self.__dict__ or getattr(type(self), name) is not theirs for name, theirs in BYPASSED.items()):
+            return False
+        if type(self.anchor_generator) is not Anchors or type(self.box_coder) is not BoxCoder:
+            return False
+        if is_observed(self.anchor_generator):
+            return False
+        return not self.training or (isinstance(self.head, FP32RPNHead) and self.head.is_plain())
 
     @torch.no_grad()
     def _proposals(self, maps: list[Tensor], anchors: Tensor, image_sizes: list[tuple[int, int]]) -> list[Tensor]:

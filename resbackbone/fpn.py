@@ -75,8 +75,8 @@ class FPN(nn.Module):
         for i in reversed(range(len(self.inner_blocks))):  # from c5 down
             level = self.trunk_levels[i]
             lateral = self.inner_blocks[str(i)](maps[level])
-            if merged is not None:
-                lateral += F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            if merged is not None:  # added to the upsampled map, which nobody else holds
+                lateral = F.interpolate(merged, size=lateral.shape[-2:], mode="nearest").add_(lateral)
             merged = lateral
             if str(i) in self.layer_blocks:
                 pyramid["p" + level[1]] = self.layer_blocks[str(i)](merged)

@@ -125,3 +125,33 @@ def test_a_norm_takes_the_place_of_the_bias(norm, parameters):
         assert {name for name, _ in block[0].named_parameters()} == parameters
         assert len(block) == (1 if norm is None else 2)
     assert all(x.isfinite().all() for x in fpn(trunk_maps(TRUNK, 97, 130)).values())
+
+
+def test_hooks_and_other_layers_work_on_lateral_maps_as_on_any_other():
+    fpn, seen, gradients = FPN(TRUNK, channels=8), {}, []
+    fpn.inner_blocks["0"].register_forward_hook(lambda module, inputs, output: seen.update(kept=output))
+    fpn.inner_blocks["1"].register_full_backward_hook(lambda module, inputs, outputs: gradients.append(outputs[0]))
+    fpn.inner_blocks["2"] = torch.nn.Sequential(fpn.inner_blocks["2"], torch.nn.ReLU())
+    maps = trunk_maps(TRUNK, 97, 130)
+    sum(x.square().sum() for x in fpn(maps).values()).backward()
+    assert torch.equal(seen["kept"], fpn.inner_blocks["0"](maps["c2"]))
+    assert len(gradients) == 1 and all(p.grad is not None for p in fpn.parameters())
+
+
+@pytest.mark.parametrize("norm", [None, "FrozenBN", "BN"])
+def test_a_pyramid_keeps_no_more_for_backward_than_torchvisions(norm):
+    def kept(network, maps):
+        sizes = {}
+
+        def note(x):
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            alive = network(maps)
+        return sum(sizes.values()) if alive else 0
+
+    theirs = {None: None, "FrozenBN": FrozenBatchNorm2d, "BN": torch.nn.BatchNorm2d}[norm]
+    maps = OrderedDict((level, x.requires_grad_()) for level, x in trunk_maps(TRUNK, 97, 130).items())
+    reference = FeaturePyramidNetwork([3, 5, 6, 7], 8, LastLevelMaxPool(), theirs)
+    assert 0 < kept(FPN(TRUNK, channels=8, norm=norm), maps) <= kept(reference, maps)

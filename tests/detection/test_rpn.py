@@ -2,8 +2,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.rpn import RegionProposalNetwork
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import box_iou as torchvisions_box_iou
 
 from detection.rpn import Anchors, FP32RPNHead, SampledRPN, box_iou
@@ -37,6 +40,11 @@ def pair(levels, dtype=torch.float64, **options):
 
 def maps_of(levels, images=2, dtype=torch.float64):
     return {f"p{stride}": torch.randn(images, CHANNELS, *size, dtype=dtype) for stride, size in levels.items()}
+
+
+def maps_at(seed):
+    torch.manual_seed(seed)
+    return maps_of(PYRAMID)
 
 
 def images_of(levels):
@@ -150,6 +158,98 @@ def test_backward_keeps_nothing_of_the_size_of_a_map(depth, share):
     images = images_of(levels)
     theirs, ours = (kept(network) for network in pair(levels, sampled=8, depth=depth))
     assert ours < share * theirs
+
+
+class Scaled(nn.Module):
+    """A layer in a wrapper that passes its weights on, as adapters such as LoRA are built."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    weight, bias = property(lambda self: self.layer.weight), property(lambda self: self.layer.bias)
+
+    def forward(self, x):
+        return 1.5 * self.layer(x)
+
+
+def exchange(name, change):
+    """Replace the module `name` of the RPN by change(module)."""
+
+    def apply(network):
+        parent, _, last = name.rpartition(".")
+        setattr(network.get_submodule(parent), last, change(network.get_submodule(name)))
+
+    return apply
+
+
+def circular(network):
+    network.head.conv[0][0].padding_mode = "circular"
+
+
+def halved(module, inputs, output):
+    return 0.5 * output
+
+
+def patch(name, change):
+    return lambda network: setattr(network, name, change(getattr(network, name)))
+
+
+CHANGES = {
+    "spectral norm": lambda network: spectral_norm(network.head.conv[0][0]),
+    "old spectral norm": lambda network: nn.utils.spectral_norm(network.head.conv[0][0]),
+    "a wrapper around the convolution": exchange("head.conv.0.0", Scaled),
+    "a wrapper around an output": exchange("head.bbox_pred", Scaled),
+    "pruning": lambda network: prune.l1_unstructured(network.head.conv[0][0], "weight", 0.5),
+    "another activation": exchange("head.conv.0.1", lambda relu: nn.GELU()),
+    "one convolution without a Sequential": exchange("head.conv", lambda convs: convs[0][0]),
+    "circular padding": circular,
+    "a hook on the convolutions": lambda network: network.head.conv.register_forward_hook(halved),
+    "a hook on an output": lambda network: network.head.cls_logits.register_forward_hook(halved),
+    "a patched loss": patch("compute_loss", lambda old: lambda *given: tuple(2 * loss for loss in old(*given))),
+    "a patched filter": patch(
+        "filter_proposals", lambda old: lambda *given: tuple([x[:7] for x in found] for found in old(*given))
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_head_or_method_counts_in_training_as_in_torchvision(change):
+    results = []
+    for network in pair(PYRAMID):
+        torch.manual_seed(2)
+        change(network)
+        for _ in range(2):  # a pruned weight is made again before every call
+            results.append(run(network, PYRAMID, maps_at(0), targets_of("boxes")))
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    parameter.mul_(0.9)
+    for (wanted_boxes, wanted, wanted_gradients), (boxes, losses, gradients) in zip(
+        results[:2], results[2:], strict=True
+    ):
+        for found, expected in zip(boxes, wanted_boxes, strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-9, rtol=1e-9)
+        for found, expected in ((losses, wanted), (gradients, wanted_gradients)):
+            assert found.keys() == expected.keys()
+            for name, value in expected.items():
+                torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9)
+
+
+def test_torchvisions_own_head_trains():
+    ours = rpn(SampledRPN, PYRAMID).double()
+    ours.head = RPNHead(CHANNELS, 3).double()
+    *_, gradients = run(ours, PYRAMID, maps_of(PYRAMID), targets_of("boxes"))
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_a_change_of_the_cell_anchors_counts_from_the_next_image_on():
+    make, maps, images = rpn(SampledRPN, PYRAMID).anchor_generator, list(maps_of(PYRAMID).values()), images_of(PYRAMID)
+    first = make(images, maps)[0]
+    make.cell_anchors[0].mul_(2)
+    written = make(images, maps)[0]
+    assert not torch.equal(written, first) and make(images, maps)[0] is written
+    make.cell_anchors = [2 * x for x in make.cell_anchors]
+    assert not torch.equal(make(images, maps)[0], written)
 
 
 def test_anchors_are_made_once_for_a_size_and_anew_for_another():
