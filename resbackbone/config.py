@@ -1,6 +1,7 @@
 """BackboneConfig: everything that makes a backbone except its weights; defaults, checks and JSON in one place."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from types import UnionType
@@ -92,6 +93,12 @@ def _has_type(value: Any, hint: Any) -> bool:
     return type(value) is hint  # a bool is not an int here
 
 
+def _at_least_one(config: Config, *names: str) -> None:
+    for name in names:
+        if (value := getattr(config, name)) < 1:
+            raise UserError(f"{config.kind} setting {name} must be at least 1, not {value}")
+
+
 def ordered_levels(levels: Iterable[str], *, fpn: bool) -> tuple[str, ...]:
     """The levels, finest first, each once. Raises ValueError for an unknown one, and for none."""
     note = " (a pyramid's levels, with fpn=True)" if fpn else " (p2..p7 need fpn=True)"
@@ -124,6 +131,7 @@ class CommonConfig(Config):
         one_of("norm", self.norm, NORMS)
         one_of("norm of the pyramid", self.fpn_norm, (None, *NORMS))
         one_of("source of p6", self.p6_from, ("c5", "p5"))
+        _at_least_one(self, "fpn_channels")
         if self.levels:
             object.__setattr__(self, "levels", ordered_levels(self.levels, fpn=self.fpn))
 
@@ -169,6 +177,11 @@ class BackboneConfig(CommonConfig):
         super().__post_init__()
         block, _ = DEPTHS[one_of("depth", self.depth, DEPTHS)]
         one_of("shortcut", self.shortcut, SHORTCUTS)
+        _at_least_one(self, "groups", "width_per_group", "in_channels")
+        if not 0 <= self.eps < math.inf:
+            raise UserError(
+                f"eps {self.eps}, which norms add to a variance: must be at least 0 and finite (usual: 1e-5)"
+            )
         if block is BasicBlock and (self.groups, self.width_per_group) != (1, 64):
             depths = ", ".join(str(depth) for depth, (block, _) in DEPTHS.items() if block is Bottleneck)
             raise UserError(f"groups and width_per_group are for depths {depths}: a basic block has neither")

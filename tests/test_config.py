@@ -1,5 +1,6 @@
 import inspect
 import json
+import math
 
 import pytest
 
@@ -75,6 +76,13 @@ def test_what_goes_to_json_comes_back_equal(config):
         (BackboneConfig, {"fpn": 1}, "backbone setting fpn must be bool, not 1"),
         (BackboneConfig, {"levels": "c5"}, "backbone setting levels must be tuple.*, not 'c5'"),
         (BackboneConfig, {"frozen_through": "c6"}, "unknown frozen_through 'c6'"),
+        (BackboneConfig, {"eps": -1.0}, "eps -1.0, .* must be at least 0"),
+        (BackboneConfig, {"eps": math.nan}, "eps nan, .* must be at least 0"),
+        (BackboneConfig, {"eps": math.inf}, "eps inf, .* must be at least 0 and finite"),
+        (BackboneConfig, {"fpn_channels": 0}, "backbone setting fpn_channels must be at least 1, not 0"),
+        (BackboneConfig, {"in_channels": 0}, "backbone setting in_channels must be at least 1, not 0"),
+        (BackboneConfig, {"groups": -1}, "backbone setting groups must be at least 1, not -1"),
+        (BackboneConfig, {"width_per_group": 0}, "backbone setting width_per_group must be at least 1, not 0"),
         (DetectorConfig, {"variant": "yolo"}, "unknown variant 'yolo'"),
         (DetectorConfig, {"categories": [["3", "cat"], [7, "dog"]]}, "detector setting categories must be"),
         (DetectorConfig, {"box_score_thresh": None}, "detector setting box_score_thresh must be float, not None"),

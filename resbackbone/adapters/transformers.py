@@ -78,15 +78,35 @@ class ResBackboneModel(BackboneMixin, PreTrainedModel):
 def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = None) -> ResBackboneModel:
     """The trunk of `backbone`, its weights included, as a transformers backbone, to train, save and load over there.
 
-    It does not share memory with `backbone`. Raises ValueError for one with a pyramid, or without all of c2..c5.
+    It does not share memory with `backbone`, and trains what trains there. Raises ValueError for one with a pyramid,
+    without all of c2..c5, or whose layers are not those that its config describes (fused, replaced, of another eps).
     """
     if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None or tuple(backbone.levels) != TRUNK_LEVELS:
         raise UserError("transformers takes the four stages of a ResNet: build the backbone with fpn=False, c2 to c5")
     trunk = backbone.config.to_json()
     config = ResBackboneConfig(depth=trunk.pop("depth"), trunk=trunk, out_features=out_features)  # type: ignore[call-arg]
     model = ResBackboneModel(config)
+    _refuse_changed_layers(backbone, model.backbone)
     model.backbone.load_state_dict(backbone.state_dict())
-    return model
+    for ours, theirs in zip(backbone.parameters(), model.backbone.parameters(), strict=True):
+        theirs.requires_grad_(ours.requires_grad)
+    return model.train(backbone.training)
+
+
+def _refuse_changed_layers(backbone: ResNetBackbone, rebuilt: ResNetBackbone) -> None:
+    """Raise UserError if a layer differs from that of the config, from which transformers builds it again."""
+    found, described = (
+        {name: f"{type(module).__name__}({module.extra_repr()})" for name, module in network.named_modules()}
+        for network in (backbone, rebuilt)
+    )
+    changed = [name for name in {**described, **found} if found.get(name) != described.get(name)]
+    if changed:
+        name = changed[0]
+        raise UserError(
+            f"transformers builds the network again from its config, which does not describe {len(changed)} of its "
+            f"layers: {name or 'the network'} is {found.get(name, 'absent')}, not {described.get(name, 'absent')}; "
+            "call as_transformers before fuse() and other changes, or give what changed to build_resnet_backbone"
+        )
 
 
 AutoConfig.register(ResBackboneConfig.model_type, ResBackboneConfig, exist_ok=True)

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("transformers")
 from transformers import AutoBackbone, DetrConfig, DetrForObjectDetection  # noqa: E402
 
 from resbackbone import build_resnet_backbone  # noqa: E402
 from resbackbone.adapters.transformers import ResBackboneConfig, ResBackboneModel, as_transformers  # noqa: E402
+from resbackbone.checks import UserError  # noqa: E402
 
 
 def images() -> torch.Tensor:
@@ -79,6 +81,34 @@ def test_gradients_reach_the_trunk_under_detr():
     trunk = detr.model.backbone.model.backbone
     for weight in (trunk.conv1.weight, trunk.layer4[1].conv2.weight):
         assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
+
+
+def test_what_trains_and_the_mode_are_those_of_the_trunk():
+    backbone = build_resnet_backbone(18).eval()
+    backbone.layer1.requires_grad_(False)
+    model = as_transformers(backbone)
+    assert model.backbone.summary() == backbone.summary() and not model.training
+    assert not model.backbone.layer1[0].conv1.weight.requires_grad and model.backbone.conv1.weight.requires_grad
+    assert as_transformers(backbone.train()).training
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda m: setattr(m, "relu", nn.GELU()), r"1 of its layers: relu is GELU\(.*\), not ReLU\(inplace=True\)"),
+        (lambda m: setattr(m.bn1, "eps", 0.1), r"bn1 is BatchNorm2d\(64, eps=0.1, .*, not BatchNorm2d\(64, eps=1e-05"),
+        (lambda m: setattr(m.layer2[0].conv1, "stride", (1, 1)), "1 of its layers: layer2.0.conv1 is Conv2d"),
+        (lambda m: m.fuse(), r"conv1 is Conv2d\(.*, not Conv2d\(.*bias=False\); call as_transformers before fuse\(\)"),
+        (lambda m: m.layer1.append(nn.Identity()), r"layer1.2 is Identity\(\), not absent"),
+        (lambda m: nn.utils.parametrizations.weight_norm(m.conv1), "conv1 is ParametrizedConv2d"),
+    ],
+)
+def test_layers_that_the_config_does_not_describe_are_refused_in_one_line(change, says):
+    backbone = build_resnet_backbone(18)
+    change(backbone)
+    with pytest.raises(UserError, match=says) as error:
+        as_transformers(backbone)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("arguments", [{"fpn": True}, {"levels": ["c3", "c4"]}])
