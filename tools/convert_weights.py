@@ -78,6 +78,8 @@ class Options:
     """Whether a detector on c5 alone has it dilated, at stride 16 (DC5). Default: what the file says."""
     eps: Auto[float] = None
     """eps of the norms. Default: what the file says, else 1e-5 (detectors trained from torchvision's published: 0)."""
+    norm: Auto[str] = None
+    """BN or GN (32 groups). Needed only for a file with group norms that does not state them."""
     depth: Auto[int] = None
     """Depth of the network. Needed only for a trunk whose tensors fit several depths."""
     shortcut: Auto[str] = None
@@ -113,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
         prefix=options.prefix,
         given_input=given,
         dilate_c5=options.dilate_c5,
+        norm=options.norm,
     )
     if weights.format == OURS and given not in (None, weights.metadata.get("input", INPUT)):
         raise UserError(f"{options.source} is a file of this package, which states its input; leave out yours")

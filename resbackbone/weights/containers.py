@@ -84,8 +84,12 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
         trunks = under
     announced: set[str] = set()
     averaged = [trunk for trunk in trunks if AVERAGES & {*trunk.at, *trunk.root.split(".")}]
+    others = [trunk for trunk in trunks if trunk not in averaged]
+    if averaged and not any(map(_has_statistics, averaged)) and any(map(_has_statistics, others)):
+        names = ", ".join(".".join(t.at) if t.at else f"{t.root}*" for t in averaged)
+        _log.warning("weights from %s: left out the average in %s, which has no running_mean", source, names)
+        trunks, announced, averaged = others, {".".join(trunk.at) for trunk in averaged}, []
     if averaged and len(averaged) < len(trunks):
-        others = [trunk for trunk in trunks if trunk not in averaged]
         entries = {trunk.at for trunk in trunks}
         names = [".".join(t.at) if len(entries) > 1 else f"{t.root}*" for t in (*averaged, *others)]
         _log.warning("weights from %s hold %s: took %s", source, " and ".join(names), names[0])
@@ -169,6 +173,11 @@ def _wrapper(state: Mapping[Any, Any]) -> str:
     while more := next((p for p in WRAPPERS if keys and all(key.startswith(owner + p) for key in keys)), ""):
         owner += more
     return owner
+
+
+def _has_statistics(trunk: _Trunk) -> bool:
+    keys = (key for key in trunk.state if isinstance(key, str) and key.startswith(trunk.root))
+    return any(key.endswith("running_var") for key in keys)
 
 
 def _same(trunk: _Trunk, other: _Trunk) -> bool:

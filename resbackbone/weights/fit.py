@@ -95,6 +95,14 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     stated = {name: stated[name] for name in ARCHITECTURE if name in stated}
     BackboneConfig.from_json({"depth": 50, **stated}, weights.source)
     shown = architecture_of(backbone_part(weights.state))
+    if shown.get("norm") == "GN" and "GN" not in (stated.get("norm"), asked.get("norm")) and not _publishes_gn(weights):
+        said = f" and are said to be for norm={stated['norm']}" if "norm" in stated else ""
+        raise UserError(
+            f"weights from {weights.source} lack bn1.running_mean and bn1.running_var{said}: if only parameters were "
+            "saved, save the network's state_dict(), which has the buffers too; if it has group norms of 32 groups, "
+            "give norm='GN' to read_weights or the builder, or --norm GN to convert_weights.py; no other norm without "
+            "statistics is supported"
+        )
     for name in stated.keys() & shown.keys():
         if not _agree(name, stated[name], shown[name]):
             raise UserError(
@@ -118,6 +126,11 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
             f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, DEPTHS))}"
         )
     return {name: resolved[name] for name in ARCHITECTURE}
+
+
+def _publishes_gn(weights: Weights) -> bool:
+    """Whether names or publisher say that norms without statistics are group norms of 32 groups, as Detectron's."""
+    return weights.format == "msra" or weights.metadata.get("publisher") not in (None, "timm", "transformers")
 
 
 def resolve_dilation(weights: Weights | None, asked: bool | None) -> bool:

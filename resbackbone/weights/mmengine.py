@@ -196,6 +196,8 @@ def _stated_by_neck(neck: Any, *, eps: float) -> dict[str, Any]:
             f"its {where} has norm_cfg with eps {norm['eps']:g}; pyramids have the backbone's here, {eps:g}"
         )
     facts: dict[str, Any] = {"relu_before_p7": bool(neck.get("relu_before_extra_convs"))}
+    if norm.get("norm") == "GN":
+        facts["fpn_norm"] = "GN"
     if extra := neck.get("add_extra_convs"):
         facts["p6_from"] = "p5" if extra == "on_output" else "c5"
     return facts

@@ -13,7 +13,7 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.containers import HEADS, STATISTICS, find_trunk, module_of
 from resbackbone.weights.file import NOTES, is_index, read_notes, read_safetensors, read_shards
-from resbackbone.weights.formats import FORMATS, STAGE5
+from resbackbone.weights.formats import EPS, FORMATS, STAGE5
 from resbackbone.weights.inputs import (
     BGR_255_WITH_STD,
     INPUT,
@@ -80,6 +80,8 @@ class Weights:
                 f"eps {assumed['eps']:g} (0 if it was trained from torchvision's published detector: then give eps=0.0 "
                 "to load_detector or build_resnet_backbone, or convert the file with convert_weights.py --eps 0)"
             )
+        if "fpn_norm" in assumed:
+            said.append(f"group norms of 32 groups and eps {EPS:g} in the pyramid")
         if "dilate_c5" in assumed:
             said.append("a dilated c5 of stride 16")
         if said:
@@ -104,6 +106,7 @@ def read_weights(
     given_input: Mapping | str | None = None,
     stride_in_1x1: bool | None = None,
     dilate_c5: bool | None = None,
+    norm: str | None = None,
 ) -> Weights:
     """Read weights of any known format (`formats.FORMATS`) and convert them to our names and our input.
 
@@ -116,6 +119,7 @@ def read_weights(
         ImageNet's mean and std, which is ours), "rgb-255", "bgr-255" (std 1, as MSRA's), "bgr-255-std", or a table in
         the layout of `inputs.INPUT`.
     stride_in_1x1, dilate_c5: as in `build_resnet_backbone`, for weights that do not state them.
+    norm: "BN" or "GN" (32 groups), likewise: without running_mean and running_var, GN has to be given or stated.
 
     No file can run code (`pickles`). Raises ValueError if the source does not exist or is unreadable, if it holds
     several trunks, if a tensor does not hold floating point numbers, and if the input cannot be converted exactly.
@@ -131,7 +135,9 @@ def read_weights(
         content, weights = _read_file(os.fspath(source))
     else:
         raise UserError(f"weights of type {type(source).__name__}; give a file, a named source or a state_dict()")
-    weights = _with_given(weights, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5)
+    if norm is not None:
+        one_of("norm", norm, ("BN", "GN"))
+    weights = _with_given(weights, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5, norm=norm)
     if weights.format == "resbackbone":
         if (entry, prefix) != (None, None):
             raise UserError(
@@ -173,7 +179,7 @@ def read_weights(
     return weights if weights.format is None else _for_our_input(_in_fp32(weights), given_input, translated.constants)
 
 
-def _with_given(weights: Weights, **given: bool | None) -> Weights:
+def _with_given(weights: Weights, **given: bool | str | None) -> Weights:
     """The weights with what the caller gives in their metadata. Raises ValueError if they state the opposite."""
     stated, metadata = weights.metadata.get("backbone", {}), dict(weights.metadata)
     known = {name: value for name, value in given.items() if value is not None}
@@ -320,6 +326,9 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
             undecided.append("dilate_c5")
     if weights.format == "mmdetection" and "relu_before_p7" not in stated and any(".p7." in key for key in state):
         assumed["relu_before_p7"] = False  # mmdetection's default
+    norms = {key.rpartition(".")[2] for key in state if ".inner_blocks.0.1." in f".{key}"}
+    if "weight" in norms and "running_var" not in norms and "GN" not in (stated.get("norm"), stated.get("fpn_norm")):
+        assumed |= {} if published else {"fpn_norm": "GN"}
     if weights.format == "torchvision" and "eps" not in stated and _has_frozen_norms(state):
         assumed["eps"] = 1e-5  # torchvision's FrozenBatchNorm2d; it sets 0 where it loads its published detectors
     if given != INPUT:

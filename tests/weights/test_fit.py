@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone
 from resbackbone.folding import FrozenBatchNorm2d
 from resbackbone.resnet import DEPTHS
-from resbackbone.weights import Weights
+from resbackbone.weights import Weights, read_weights
 from resbackbone.weights.fit import architecture_of, backbone_part, fit, pyramid_of, resolve_architecture
 
 IN_TORCHVISION = [depth for depth in DEPTHS if hasattr(torchvision.models, f"resnet{depth}")]
@@ -80,6 +81,25 @@ def test_what_is_asked_stands_over_what_is_assumed_and_may_not_contradict_what_i
     assert resolve_architecture(said, norm="SyncBN")["norm"] == "SyncBN"
     with pytest.raises(ValueError, match="weights from a file are for eps=0.1, but you asked for eps=1e-05"):
         resolve_architecture(said, eps=1e-5)
+
+
+def test_norms_without_statistics_are_group_norms_only_if_that_is_given_or_stated():
+    said = Weights(state_of(18, norm="GN"), {}, "a file")
+    with pytest.raises(ValueError, match=r"lack bn1.running_mean .*save the network's state_dict\(\).*norm='GN'"):
+        resolve_architecture(said)
+    with pytest.raises(ValueError, match="lack bn1.running_mean"):
+        resolve_architecture(said, norm="BN")
+    assert resolve_architecture(said, norm="GN")["norm"] == "GN"
+    for stated in ({"backbone": {"norm": "GN"}}, {"publisher": "detectron2's model zoo"}):
+        assert resolve_architecture(replace(said, metadata=stated))["norm"] == "GN"
+    state = build_resnet_backbone(18, norm="GN").state_dict()
+    assert resolve_architecture(read_weights(state, norm="GN"))["norm"] == "GN"
+
+
+def test_a_group_norm_in_the_pyramid_that_nothing_states_is_said(caplog):
+    state = build_resnet_backbone(18, fpn=True, fpn_norm="GN").state_dict()
+    read_weights(state).announce_assumptions()
+    assert "group norms of 32 groups and eps 1e-05 in the pyramid" in caplog.text
 
 
 def test_weights_of_no_known_names_are_refused_by_their_names():

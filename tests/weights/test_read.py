@@ -70,6 +70,16 @@ def test_the_averaged_weights_are_taken_unless_others_are_asked_for(tmp_path, ca
     assert "no part 'teacher' in the file" in refusal(path, entry="teacher")
 
 
+@pytest.mark.parametrize("entry", [("ema", "shadow"), ("model_ema",)])
+def test_an_average_of_parameters_alone_does_not_stand_before_the_whole_network(caplog, entry):
+    state = {**STATE, "bn1.running_var": torch.ones(2)}
+    average = {key: state[key] + 1 for key in ("conv1.weight", "layer1.0.conv1.weight")}
+    for name in reversed(entry):
+        average = {name: average}
+    assert_same_state(read_weights({"model": state, **average}).state, state)
+    assert f"left out the average in {'.'.join(entry)}, which has no running_mean" in caplog.text
+
+
 def test_a_state_dict_is_taken_as_it_is():
     weights = read_weights(STATE)
     assert_same_state(weights.state)
