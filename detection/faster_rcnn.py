@@ -1,7 +1,7 @@
 """Faster R-CNN over a Backbone: the FPN, C4, DC5 and VGG-16 variants, on torchvision's detector classes."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,7 +18,7 @@ from detection.foreign import NOT_A_CLASS, describe_detector
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
 from detection.rpn import Anchors, FP32RPNHead, SampledRPN
-from detection.transforms import InputTransform
+from detection.transforms import InputTransform, check_images
 from resbackbone import Backbone, BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, require
 from resbackbone.engine.checkpoints import last_whole_checkpoint
@@ -29,6 +29,8 @@ from resbackbone.weights.sources import is_named
 
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the single map that a variant uses
 PREDICTOR = "roi_heads.box_predictor."  # the layers whose size depends on the number of classes
+A_TARGET = 'a dict {"boxes": [n, 4] x1 y1 x2 y2, "labels": [n]}'
+BOX_TYPES = (torch.float32, torch.float64, torch.float16)  # that torchvision takes
 TORCHVISIONS = {  # arguments of its FasterRCNN that are modules, and what sets the same here
     "rpn_anchor_generator": "anchor_scale (side over stride, on a pyramid) or anchor_sides (pixels, on a single map)",
     "rpn_head": "rpn_conv_depth",
@@ -117,11 +119,15 @@ class FasterRCNN(GeneralizedRCNN):
 
     @property
     def categories(self) -> dict[int, str]:
-        """The data set's category ids and names, in the order of the labels 1.."""
-        return dict(self.config.categories)
+        """The data set's category ids and names, in the order of the labels 1..
+
+        A box predictor of another number of classes that has taken the place of the built one has "class 1", ..
+        """
+        return dict(_with_classes_of(self).categories)
 
     @property
     def num_classes(self) -> int:
+        """The number of categories, without background, as the box predictor has it."""
         return len(self.categories)
 
     @property
@@ -131,11 +137,12 @@ class FasterRCNN(GeneralizedRCNN):
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         """[3, H, W] RGB floats in 0..1 -> losses in training; in eval mode each image's boxes, labels and scores."""
+        check_images(images, self.transform)
         if targets is not None:
+            _check_form(targets, len(images))
             self._check_targets(targets)
         elif self.training:
-            raise UserError('training needs targets: {"boxes": [n, 4] x1 y1 x2 y2, "labels": [n]} for each image')
-        self.transform.check(images)
+            raise UserError(f"training needs targets: {A_TARGET} for each image")
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)
         maps = self.backbone(batch.tensors)
@@ -172,6 +179,40 @@ class FasterRCNN(GeneralizedRCNN):
                 raise UserError(
                     f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
                 )
+
+
+def _check_form(targets: Any, images: int) -> None:
+    """Raise UserError unless `targets` has a dict of boxes and labels, tensors that fit together, for each image."""
+    if not isinstance(targets, list | tuple) or len(targets) != images:
+        given = f"{len(targets)}" if isinstance(targets, list | tuple) else type(targets).__name__
+        raise UserError(f"{images} images need a list of {images} targets, not {given}: {A_TARGET} for each image")
+    for i, target in enumerate(targets):
+        if not isinstance(target, Mapping):
+            raise UserError(f"targets[{i}] is {A_TARGET}, not {type(target).__name__}")
+        boxes, labels = target.get("boxes"), target.get("labels")
+        name = f"image {target['image_id']}" if "image_id" in target else f"targets[{i}]"
+        if not isinstance(boxes, Tensor) or boxes.shape[1:] != (4,) or boxes.dtype not in BOX_TYPES:
+            raise UserError(
+                f"{name}: boxes are a float tensor [n, 4] x1 y1 x2 y2 in pixels, not {_form(boxes)} (none: "
+                "torch.zeros(0, 4))"
+            )
+        if not isinstance(labels, Tensor) or labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
+            raise UserError(
+                f"{name}: labels of {len(boxes)} boxes are an int64 tensor [{len(boxes)}], not {_form(labels)}"
+            )
+
+
+def _form(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _with_classes_of(detector: FasterRCNN) -> DetectorConfig:
+    """The detector's config, with the box predictor's number of classes and default names if it has another."""
+    layer = getattr(detector.roi_heads.box_predictor, "cls_score", None)
+    outputs = getattr(layer, "out_features", None)
+    if type(outputs) is not int or outputs - 1 == detector.config.num_classes:
+        return detector.config
+    return replace(detector.config, num_classes=outputs - 1, categories=())
 
 
 class FP32Predictor(FastRCNNPredictor):
@@ -214,6 +255,15 @@ def build_faster_rcnn(
                 f"{name} is an argument of torchvision's FasterRCNN; here give {instead}, or plug the backbone into "
                 f"torchvision's own: FasterRCNN(as_torchvision(backbone), {name}=.., ..)"
             )
+    if "trainable_backbone_layers" in settings:
+        raise UserError(
+            f"trainable_backbone_layers={settings['trainable_backbone_layers']!r} is torchvision's; here the backbone "
+            "decides: build_resnet_backbone(.., frozen_through='c2') trains 3 layers, 'stem' 4, None 5"
+        )
+    if unknown := settings.keys() - TORCHVISIONS.keys() - {field.name for field in fields(DetectorConfig)}:
+        raise UserError(
+            f"unknown setting {', '.join(sorted(unknown))}; help(detection.config.DetectorConfig) lists the settings"
+        )
     if settings.get("box_norm") == "FrozenBN":
         raise UserError("box_norm='FrozenBN' without weights would freeze random layers; choose BN, SyncBN or GN")
     settings = {name: value for name, value in settings.items() if name not in TORCHVISIONS}

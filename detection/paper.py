@@ -13,7 +13,7 @@ from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
 
 from detection.boxes import nms_in_groups
 from detection.roi_align import PyramidRoIAlign
-from detection.transforms import InputTransform
+from detection.transforms import InputTransform, check_images
 from resbackbone import Backbone
 from resbackbone.checks import UserError
 from resbackbone.weights import read_weights
@@ -161,7 +161,7 @@ class ImprovedTesting(nn.Module):
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """[3, H, W] RGB floats in 0..1 -> boxes, labels and scores an image."""
-        cast(InputTransform, self.detector.transform).check(images)
+        check_images(images, self.detector.transform)
         return [self._detect(image) for image in images]
 
     def _detect(self, image: Tensor) -> dict[str, Tensor]:

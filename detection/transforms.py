@@ -3,16 +3,17 @@
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.roi_heads import paste_masks_in_image
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_keypoints
 from torchvision.transforms import v2
 
 from resbackbone.checks import UserError
 from resbackbone.compat import is_transformed
-from resbackbone.weights import MEAN, STD
 
 _log = logging.getLogger("resbackbone")
 SLACK = 0.25  # that resampling and augmentation may leave 0..1 by
@@ -38,6 +39,11 @@ class TrainTransform:
 
     def __call__(self, image: Tensor, target: dict) -> tuple[Tensor, dict]:
         boxes = tv_tensors.BoundingBoxes(target["boxes"], format="XYXY", canvas_size=tuple(image.shape[-2:]))
+        if drawn := target.keys() & {"masks", "keypoints"}:
+            raise UserError(
+                f"a target with {' and '.join(sorted(drawn))}: TrainTransform flips and resizes boxes only; use "
+                "torchvision.transforms.v2"
+            )
         image, boxes = self.transforms(tv_tensors.Image(image), boxes)
         boxes = boxes.as_subclass(Tensor)
         kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # a box of one pixel can vanish when the image shrinks
@@ -47,31 +53,22 @@ class TrainTransform:
 class InputTransform(GeneralizedRCNNTransform):
     """torchvision's normalisation, resizing and padding, with mean and std kept on the device."""
 
-    warned = looked = False  # whether `check` has warned, and whether it has looked at pixels
+    warned = looked = False  # whether `check_range` has warned, and whether it has looked at pixels
 
     def __init__(self, min_size, max_size, image_mean, image_std, *, size_divisible=32, resize_in_training=True):
         super().__init__(min_size, max_size, image_mean, image_std, size_divisible)
         self.resize_in_training = resize_in_training
         self.sent: dict[tuple, tuple[Tensor, ...]] = {}  # mean and std on the device
 
-    def check(self, images: Sequence[Tensor]) -> None:
-        """Raise UserError for what is no list of images, and for pixels in 0..255; warn once about normalized ones.
+    def check_range(self, images: Sequence[Tensor]) -> None:
+        """Raise UserError for pixels in 0..255; warn once about normalized ones.
 
-        Pixels are looked at where the mean and standard deviation are ImageNet's, whose images are in 0..1: every
+        Pixels are looked at where mean and standard deviation are those of images in 0..1 (ImageNet's, 0.5, ..): every
         time on a CPU, and once on a GPU, which would have to be waited for.
         """
-        channels = len(self.image_mean)
-        counts = (1, 3) if channels == 3 else (channels,)  # a grey image serves as three equal colours
-        for image in images:
-            if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] not in counts:
-                given = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
-                raise UserError(f"an image is a tensor [{channels}, H, W] of floats in 0..1, not {given}")
-            if not image.is_floating_point():
-                raise UserError(f"images are floats in 0..1, not {image.dtype}: divide uint8 images by 255")
-        images = [image for image in images if image.numel()]
-        own_range = (tuple(self.image_mean), tuple(self.image_std)) != (MEAN, STD)
+        own_range = not all(0 < mean <= 1 for mean in self.image_mean) or max(self.image_std) > 1
         watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-        if own_range or watched or not images or (self.looked and images[0].device.type != "cpu"):
+        if own_range or watched or (self.looked and images[0].device.type != "cpu"):
             return
         self.looked = True
         ends = torch.stack([torch.stack(image.detach().aminmax()) for image in images])
@@ -106,20 +103,49 @@ class InputTransform(GeneralizedRCNNTransform):
         return both[:, :, None, None].unbind()
 
     def resize(self, image: Tensor, target: dict | None = None) -> tuple[Tensor, dict | None]:
-        """[3, H, W] and its boxes at the detector's size; in eval mode at the test size."""
+        """[3, H, W] and its boxes, masks and keypoints at the detector's size; in eval mode at the test size."""
         if self.training and not self.resize_in_training:
             return image, target
-        resized, _ = super().resize(image)
+        drawn = target is not None and not target.keys().isdisjoint(("masks", "keypoints"))
+        resized, with_resized = super().resize(image, {**target} if target is not None and drawn else None)
         if target is not None:
-            target = {**target, "boxes": _resized(target["boxes"], image.shape[-2:], resized.shape[-2:])}
+            target = {
+                **(with_resized or target),
+                "boxes": _resized(target["boxes"], image.shape[-2:], resized.shape[-2:]),
+            }
         return resized, target
 
     def postprocess(self, result: list[dict[str, Tensor]], image_shapes, original_image_sizes):
-        """Boxes on the resized images [(H, W), ..] -> boxes on the original images."""
+        """Boxes, masks and keypoints on the resized images [(H, W), ..] -> on the original images."""
         if not self.training:
             for found, resized, original in zip(result, image_shapes, original_image_sizes, strict=True):
                 found["boxes"] = _resized(found["boxes"], resized, original)
+                if "masks" in found:
+                    found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], original)
+                if "keypoints" in found:
+                    found["keypoints"] = resize_keypoints(found["keypoints"], resized, original)
         return result
+
+
+def check_images(images: Any, transform: GeneralizedRCNNTransform) -> None:
+    """Raise UserError unless `images` is a list of float images of the transform's channels and range."""
+    channels = len(transform.image_mean)
+    if not isinstance(images, list | tuple) and not (isinstance(images, Tensor) and images.dim() == 4):
+        given = f"one tensor {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
+        raise UserError(f"images are a list of tensors [{channels}, H, W], not {given}")
+    if not len(images):
+        raise UserError("the list of images is empty: give at least one image")
+    counts = (1, 3) if channels == 3 else (channels,)  # a grey image serves as three equal colours
+    for image in images:
+        if not isinstance(image, Tensor) or image.dim() != 3 or image.shape[0] not in counts:
+            given = str(list(image.shape)) if isinstance(image, Tensor) else type(image).__name__
+            raise UserError(f"an image is a tensor [{channels}, H, W] of floats in 0..1, not {given}")
+        if 0 in image.shape:
+            raise UserError(f"an image of {list(image.shape)} has no pixels: leave it out")
+        if not image.is_floating_point():
+            raise UserError(f"images are floats in 0..1, not {image.dtype}: divide uint8 images by 255")
+    if isinstance(transform, InputTransform):
+        transform.check_range(list(images))
 
 
 def _resized(boxes: Tensor, size: Sequence[int], new_size: Sequence[int]) -> Tensor:

@@ -5,7 +5,12 @@ import torch
 from made import FEW, lively, small_detector
 from torch import nn
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import MultiScaleRoIAlign
 
 from detection.config import BACKBONE_OF
 from detection.data import open_split
@@ -299,6 +304,63 @@ def test_a_mean_or_deviation_that_does_not_fit_is_refused_when_the_detector_is_b
         build_faster_rcnn(backbone, 2, **settings)
 
 
+HALVES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+
+
+def test_images_in_0_to_255_are_refused_under_any_mean_of_images_in_0_to_1():
+    with pytest.raises(UserError, match="divide them by 255"):
+        small_detector(**HALVES).eval()([255 * image for image in two_images()])
+    of_bytes = small_detector(image_mean=[123.0] * 3, image_std=[58.0] * 3).eval()
+    assert len(of_bytes([255 * image for image in two_images()])) == 2
+
+
+@pytest.mark.parametrize(
+    "images, says",
+    [
+        ([], "the list of images is empty"),
+        (None, r"images are a list of tensors \[3, H, W\], not NoneType"),
+        ((image for image in two_images()), r"images are a list of tensors \[3, H, W\], not generator"),
+        (torch.rand(3, 40, 50), r"not one tensor \[3, 40, 50\]"),
+        ([torch.rand(3, 0, 50)], r"an image of \[3, 0, 50\] has no pixels"),
+    ],
+)
+def test_what_is_no_list_of_images_is_refused_in_words(images, says):
+    with pytest.raises(UserError, match=says):
+        small_detector().eval()(images)
+
+
+@pytest.mark.parametrize(
+    "targets, says",
+    [
+        (None, 'training needs targets: a dict {"boxes"'),
+        ([target()], "2 images need a list of 2 targets, not 1"),
+        (target(), "2 images need a list of 2 targets, not dict"),
+        ([target(), None], r"targets\[1\] is a dict .*, not NoneType"),
+        ([target(), {"labels": torch.ones(1)}], r"targets\[1\]: boxes are a float tensor \[n, 4\] .*, not NoneType"),
+        ([target(), {**target(), "boxes": [[1, 2, 3, 4]]}], r"boxes are a float tensor \[n, 4\] .*, not list"),
+        ([target(), {**target(), "boxes": torch.rand(0)}], r"not torch.float32 \[0\] \(none: torch.zeros\(0, 4\)\)"),
+        ([target(), {**target(), "boxes": torch.ones(1, 4).int()}], r"not torch.int32 \[1, 4\]"),
+        ([target(), {"boxes": torch.rand(1, 4), "image_id": 5}], "image 5: labels of 1 boxes .*, not NoneType"),
+        ([target(), target((1, 2, 9, 9), labels=[1, 2])], r"labels of 1 boxes are an int64 tensor \[1\], not .* \[2\]"),
+        ([target(), {**target((1, 2, 9, 9)), "labels": torch.ones(1)}], r"not torch.float32 \[1\]"),
+    ],
+)
+def test_targets_that_do_not_fit_the_images_are_refused_in_words(targets, says):
+    with pytest.raises(UserError, match=says):
+        small_detector().train()(two_images(), targets)
+
+
+def test_torchvisions_transform_can_take_the_place_of_ours():
+    detector, images = lively(small_detector()), two_images()
+    with torch.inference_mode():
+        wanted = detector(images)
+        detector.transform = GeneralizedRCNNTransform(64, 97, list(MEAN), list(STD)).eval()
+        for found, expected in zip(detector(images), wanted, strict=True):
+            torch.testing.assert_close(found["boxes"], expected["boxes"], atol=1e-3, rtol=1e-4)
+    with pytest.raises(UserError, match="the list of images is empty"):
+        detector([])
+
+
 # What fits together
 
 
@@ -335,6 +397,8 @@ def test_a_class_count_that_is_none_or_contradicts_the_categories_is_refused(num
         ),
         ({"box_head": object()}, "box_head is an argument of torchvision's FasterRCNN; here give box_conv_layers"),
         ({"box_norm": "FrozenBN", "box_conv_layers": (8,)}, "box_norm='FrozenBN' without weights would freeze random"),
+        ({"trainable_backbone_layers": 3}, r"=3 is torchvision's; .*frozen_through='c2'\) trains 3 layers"),
+        ({"min_sise": 640}, "unknown setting min_sise; help"),
         ({"box_norm": "BN"}, "only a box head with box_conv_layers has norms; give both"),
         ({"box_norm": "LN"}, "unknown norm of the box head 'LN'; choose from None, BN"),
         ({"box_conv_layers": (8, 0)}, "must be at least 1"),
@@ -387,6 +451,52 @@ def test_a_single_map_has_all_anchor_sides_and_stride_16(variant, level):
         assert not any(name.startswith("backbone.layer4") for name, _ in detector.named_parameters())
         assert detector.roi_heads.box_head(torch.rand(5, 256, 14, 14)).shape == (5, 512)
         assert pool.output_size == (14, 14)
+
+
+# Torchvision's heads
+
+
+def with_masks_and_keypoints(detector):
+    heads, levels = detector.roi_heads, ["p2", "p3", "p4", "p5"]
+    heads.mask_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    heads.mask_head, heads.mask_predictor = MaskRCNNHeads(16, (16,), 1), MaskRCNNPredictor(16, 16, 4)
+    heads.keypoint_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    heads.keypoint_head, heads.keypoint_predictor = KeypointRCNNHeads(16, (16,)), KeypointRCNNPredictor(16, 5)
+    return detector
+
+
+def test_masks_and_keypoints_train_and_are_found_on_the_images_as_with_torchvisions_transform():
+    detector, images, targets = with_masks_and_keypoints(lively(small_detector())), two_images(), []
+    detector.roi_heads.detections_per_img = 5
+    for size, boxes in zip(TWO_IMAGES, (SOME_BOXES, SOME_BOXES[:1]), strict=True):
+        masks = (torch.rand(len(boxes), *size) < 0.5).byte()
+        keypoints = torch.cat((40 * torch.rand(len(boxes), 5, 2), torch.ones(len(boxes), 5, 1)), 2)
+        targets.append({**target(*boxes), "masks": masks, "keypoints": keypoints})
+    results = []
+    for transform in (detector.transform, GeneralizedRCNNTransform(130, 200, list(MEAN), list(STD))):
+        transform.min_size, transform.max_size = (130,), 200
+        detector.transform = transform.eval()
+        torch.manual_seed(3)
+        with torch.no_grad():
+            results.append((detector.losses(images, targets), detector(images)))
+    (losses, found), (wanted_losses, wanted) = results
+    assert losses.keys() == wanted_losses.keys() >= {"loss_mask", "loss_keypoint"}
+    for name, loss in wanted_losses.items():
+        torch.testing.assert_close(losses[name], loss, atol=1e-4, rtol=1e-4)
+    for image, of_image, expected in zip(images, found, wanted, strict=True):
+        assert of_image["masks"].shape == (5, 1, *image.shape[1:])
+        for name in ("boxes", "masks", "keypoints"):
+            torch.testing.assert_close(of_image[name], expected[name], atol=1e-2, rtol=1e-3)
+
+
+def test_classes_are_counted_from_the_box_predictor():
+    detector = small_detector(categories={3: "car", 13: "stop sign", 90: "cat"}).train()
+    detector.roi_heads.box_predictor = FastRCNNPredictor(16, 8)
+    assert detector.num_classes == 7 and detector.categories[7] == "class 7"
+    losses = detector(two_images(), [target(*SOME_BOXES, labels=[1, 7]), target()])
+    assert all(loss.isfinite() for loss in losses.values())
+    with pytest.raises(UserError, match=r"labels \[8\]: a label is 1..7"):
+        detector(two_images(), [target((1, 1, 9, 9), labels=[8]), target()])
 
 
 # Use

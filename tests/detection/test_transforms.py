@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from detection.transforms import TrainTransform, to_model_input
+from resbackbone.checks import UserError
 
 
 def sample(height, width, boxes, **extra):
@@ -77,3 +78,9 @@ def test_the_model_is_fed_floats_from_0_to_1_and_the_image_is_left_as_it_was():
     fed = to_model_input(image, torch.device("cpu"))
     assert fed.dtype == torch.float32 and torch.allclose(fed.flatten(), torch.tensor([0, 0.2, 1]))
     assert image.flatten().tolist() == [0, 51, 255]
+
+
+def test_masks_and_keypoints_that_would_not_be_flipped_are_refused():
+    image, target = sample(40, 40, [(0, 0, 20, 20)], masks=torch.ones(1, 40, 40))
+    with pytest.raises(UserError, match="a target with masks: TrainTransform flips and resizes boxes only"):
+        transform((40,), 99, flip=True)(image, target)
