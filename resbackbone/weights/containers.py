@@ -86,8 +86,8 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     averaged = [trunk for trunk in trunks if AVERAGES & {*trunk.at, *trunk.root.split(".")}]
     others = [trunk for trunk in trunks if trunk not in averaged]
     if averaged and not any(map(_has_statistics, averaged)) and any(map(_has_statistics, others)):
-        names = ", ".join(".".join(t.at) if t.at else f"{t.root}*" for t in averaged)
-        _log.warning("weights from %s: left out the average in %s, which has no running_mean", source, names)
+        some = ", ".join(".".join(t.at) if t.at else f"{t.root}*" for t in averaged)
+        _log.warning("weights from %s: left out the average in %s, which has no running_mean", source, some)
         trunks, announced, averaged = others, {".".join(trunk.at) for trunk in averaged}, []
     if averaged and len(averaged) < len(trunks):
         entries = {trunk.at for trunk in trunks}
