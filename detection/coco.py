@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from detection.annotations import Annotations, leaves_its_folder, packed, read_annotations, select_images
-from detection.file_names import match_names
+from detection.file_names import match_names, unclear
 from detection.layouts import held_out
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
@@ -175,7 +175,7 @@ class CocoImages(Dataset):
         }
         matched, several = match_names(missing, files - known)
         missing = [name for name in missing if name not in matched]
-        hint = next((f"; {name} may be {' or '.join(sorted(of)[:2])}" for name, of in several.items()), "")
+        hint = next((f"; {name}{unclear(name, several)}" for name in several), "")
         if missing and len(missing) == len(names):
             raise UserError(
                 f"{self.annotation_file}: none of its {len(names)} images (the first is {names[0]}) is in "

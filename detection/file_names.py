@@ -4,19 +4,19 @@ import posixpath
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from urllib.parse import unquote
 
 LABEL_STUDIO = re.compile(r"[0-9a-f]{8}-(?=.)")  # what it puts in front of the name of an upload
 
 
 def match_names(names: Iterable[str], files: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str]]]:
-    r"""Find the file that each name means: ({name: file}, {name: the files it may mean} where there are several).
+    r"""Find the file that each name means: ({name: file}, {name: the files it may mean} where that is not clear).
 
     A name and a file match if one ends in all of the other, part by part: `C:\data\a\1.png` and `a/1.png`, or `1.png`
     and `a/1.png`. The longest match counts. Both are compared without percent-encoding and upper case, with `/` for
     `\` and in Unicode's NFC. A name that matches no file is tried again without Label Studio's `1a2b3c4d-`. A file that
-    several names mean is none of theirs.
+    several names mean is none of theirs; `unclear` says why there is no match.
     """
     by_end: dict[str, list[tuple[tuple[str, ...], str]]] = defaultdict(list)
     for file in files:
@@ -31,7 +31,17 @@ def match_names(names: Iterable[str], files: Iterable[str]) -> tuple[dict[str, s
         elif best:
             several[name] = best
     claims = Counter(found.values())
+    several |= {name: [file] for name, file in found.items() if claims[file] > 1}
     return {name: file for name, file in found.items() if claims[file] == 1}, several
+
+
+def unclear(name: str, several: Mapping[str, list[str]]) -> str:
+    """Why `match_names` has no file for `name`, to end a message: ` may be a/1.png or b/1.png`; "" without a reason."""
+    files = several.get(name, [])
+    others = [other for other, of in several.items() if of == files and other != name]
+    if len(files) == 1 and others:
+        return f" may be {files[0]}, and so may {others[0]}"
+    return f" may be {' or '.join(sorted(files)[:2])}" if files else ""
 
 
 def _parts(name: str) -> tuple[str, ...]:

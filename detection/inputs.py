@@ -1,13 +1,14 @@
 """The inputs of tools/detect.py: images, folders, patterns, videos and cameras, and where their outputs go."""
 
 import glob
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from detection import video
 from detection.annotations import read_annotations
-from detection.file_names import match_names
+from detection.file_names import match_names, unclear
 from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES
 
@@ -92,8 +93,12 @@ def image_ids_of(images: Sequence[Path], annotations: Path | None, categories: M
     matched, several = match_names(map(_absolute, images), known)
     for path in images:
         if (name := _absolute(path)) not in matched:
-            may_be = f"; it may be {' or '.join(several[name][:2])}" if name in several else ""
-            raise UserError(f"{annotations}: has no image named {path}{may_be}")
+            why = f"; it{unclear(name, several)}" if name in several else ""
+            raise UserError(f"{annotations}: has no image named {path}{why}")
+    counts = Counter(content.file_names())
+    for name in matched.values():
+        if counts[name] > 1:
+            raise UserError(f"{annotations}: names {name} for {counts[name]} images; leave one of them")
     return [known[matched[_absolute(path)]] for path in images]
 
 

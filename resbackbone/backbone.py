@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from types import FrameType
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -43,13 +44,19 @@ class Backbone(nn.Module):
 
     @property
     def out_channels(self) -> int:
-        _refuse_torchvisions_usual_names(inspect.currentframe())
+        _refuse_torchvisions_usual_names(inspect.currentframe(), [x for x in self.features if x not in ("p6", "p7")])
         return list(self.features.values())[-1].channels
 
     def fuse(self) -> "Backbone":
         """Fold every batch norm into its convolution, in place, for inference; returns self in eval mode."""
         fuse(self.eval())
         return self
+
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script asks each module for a form to compile
+        raise UserError(
+            "torch.jit.script cannot compile a backbone: use torch.jit.trace(backbone, images, strict=False), "
+            "torch.export.export or backbone.export(path)"
+        )
 
     def export(self, path: str | os.PathLike) -> None:
         """Write images -> feature maps to `path`, a file for ONNX (.onnx) or for `torch.export.load` (.pt2).
@@ -90,7 +97,7 @@ class Backbone(nn.Module):
         )
 
 
-def _refuse_torchvisions_usual_names(frame: FrameType | None) -> None:
+def _refuse_torchvisions_usual_names(frame: FrameType | None, levels: list[str]) -> None:
     """Raise UserError if a detector of torchvision asks for `out_channels` and would look for maps called "0", "1", ..
 
     It finds none, and says so by an IndexError in its first forward. Given pooling with our names, it works.
@@ -102,7 +109,7 @@ def _refuse_torchvisions_usual_names(frame: FrameType | None) -> None:
             raise UserError(
                 "torchvision's detectors look for maps called '0', '1', .. unless told otherwise: give them "
                 "as_torchvision(backbone), from resbackbone.adapters.torchvision, or "
-                f"{' and '.join(pools)} with featmap_names=['p2', ..]"
+                f"{' and '.join(pools)} with featmap_names={levels}"
             )
 
 

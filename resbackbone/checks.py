@@ -16,7 +16,13 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
     listed = ", ".join(str(choice) for choice in choices)
-    raise UserError(f"unknown {kind} {value!r}; choose from {listed}{note}")
+    raise UserError(f"unknown {kind} {brief(value)}; choose from {listed}{note}")
+
+
+def brief(value: object) -> str:
+    """`value` as a message shows it: its repr, or for one of several lines or over 200 characters its type."""
+    text = repr(value)
+    return text if len(text) <= 200 and "\n" not in text else f"of type {type(value).__name__}"
 
 
 def usual_folder(variables: Mapping[str, str], default: str) -> Path | None:

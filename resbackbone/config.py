@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, brief, one_of
 from resbackbone.fpn import PYRAMID_LEVELS, trunk_levels_for
 from resbackbone.layers import NORMS, SHORTCUTS, same_kind
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, BasicBlock, Bottleneck, sorted_levels
@@ -45,7 +45,7 @@ class Config:
             object.__setattr__(self, field.name, value)
             if not _has_type(value, hint := hints[field.name]):
                 wanted = hint if get_args(hint) else hint.__name__
-                raise UserError(f"{self.kind} setting {field.name} must be {wanted}, not {value!r}")
+                raise UserError(f"{self.kind} setting {field.name} must be {wanted}, not {brief(value)}")
         if self.version > VERSION:
             raise UserError(
                 f"{self.kind} settings of version {self.version}: this release reads version {VERSION} and older; "

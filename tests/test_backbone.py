@@ -401,3 +401,12 @@ def test_weights_of_frozen_norms_in_norms_that_train_are_announced(caplog):
     said = "these weights are of frozen batch norms (num_batches_tracked is missing), and the"
     announced = [message.partition(":")[0] for message in caplog.messages if message.startswith(said)]
     assert announced == [f"{said} {count} batch norms here train" for count in (20, 15)]
+
+
+def test_torchscript_is_refused_with_what_works_and_tracing_does():
+    backbone, x = build_resnet_backbone(18).eval(), torch.randn(1, 3, 33, 65)
+    for module in (backbone, nn.Sequential(backbone)):
+        with pytest.raises(ValueError, match=r"use torch.jit.trace\(backbone, images, strict=False\), torch.export"):
+            torch.jit.script(module)
+    with torch.no_grad():
+        assert_same_maps(torch.jit.trace(backbone, x, strict=False)(x), backbone(x), 1e-6)

@@ -96,6 +96,14 @@ def test_a_setting_that_cannot_be_read_is_named(kind, written, message):
         BackboneConfig.from_json({"fpn": True})
 
 
+def test_a_module_given_for_a_setting_is_named_by_its_type():
+    module = build_resnet_backbone(18)
+    for build in (lambda: build_resnet_backbone(module), lambda: BackboneConfig(depth=module)):
+        with pytest.raises(ValueError, match="depth.* of type ResNetBackbone") as error:
+            build()
+        assert "\n" not in str(error.value)
+
+
 def test_every_setting_that_changes_numbers_can_be_asked_of_the_network():
     asked = set(inspect.signature(build_resnet_backbone).parameters) - {"weights"}
     backbone = build_resnet_backbone(18, fpn=True, weights=build_resnet_backbone(18).state_dict())

@@ -140,6 +140,10 @@ def from_timm(
     input size that timm cannot change (Hiera, MaxViT, MLP-Mixer) takes only that size (or `img_size`, if it has that
     option).
     """
+    if not isinstance(name, str):
+        raise UserError(
+            f"from_timm builds a network by its timm name, such as 'vgg16'; it takes no {type(name).__name__}"
+        )
     one_of("norm", norm, (None, "BN", "FrozenBN"))
     source = {key: options.pop(key) for key in SOURCE_OPTIONS if key in options}
     config = TimmConfig(

@@ -206,7 +206,14 @@ def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ())
             wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(prefix)}
 
     problems = []
-    if missing := [key for key in wanted if key not in given]:
+    missing = [key for key in wanted if key not in given]
+    folded = [key for key in given if key not in wanted and key.endswith("conv1.bias")]
+    if folded and any(key.endswith("bn1.weight") for key in missing):
+        raise UserError(
+            f"weights from {weights.source} are fused: {folded[0]} holds a norm that was folded into its convolution; "
+            "save the weights before fuse() and load those"
+        )
+    if missing:
         problems.append(f"{len(missing)} missing: {', '.join(missing)}")
     if unexpected := [key for key in given if key not in wanted]:
         problems.append(f"{len(unexpected)} unexpected: {', '.join(unexpected)}")

@@ -292,6 +292,7 @@ def test_another_input_than_ours_is_met_exactly(pretrained):
 @pytest.mark.parametrize(
     "name, arguments, message",
     [
+        (nn.Conv2d(3, 8, 3), {}, "a network by its timm name, such as .vgg16.; it takes no Conv2d"),
         ("resnet1000", {}, "timm has no network 'resnet1000'"),
         ("resnet10t", {"levels": ["c6"]}, "unknown level 'c6'"),
         ("resnet10t", {"output_stride": 16, "levels": ["c5"]}, "unknown level 'c5'; choose from c2, c3, c4"),

@@ -98,6 +98,13 @@ def test_image_ids_are_found_under_names_with_backslashes_and_ambiguous_ones_ref
         image_ids_of([Path("a.png")], annotations("A.png", "a.PNG"), CATEGORIES)
 
 
+def test_a_file_that_several_inputs_or_several_ids_claim_is_refused():
+    with pytest.raises(ValueError, match="has no image named x/a.png; it may be a.png, and so may .*/y/a.png$"):
+        image_ids_of([Path("x/a.png"), Path("y/a.png")], annotations("a.png"), CATEGORIES)
+    with pytest.raises(ValueError, match="^truth.json: names a.png for 2 images; leave one of them$"):
+        image_ids_of([Path("a.png")], annotations("a.png", "b.png", "a.png"), CATEGORIES)
+
+
 def test_annotations_of_other_images_or_categories_are_rejected():
     with pytest.raises(ValueError, match="^truth.json: has no image named a.png$"):
         image_ids_of([Path("a.png")], annotations("b.jpg"), CATEGORIES)

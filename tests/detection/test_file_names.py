@@ -2,7 +2,7 @@
 
 import pytest
 
-from detection.file_names import match_names
+from detection.file_names import match_names, unclear
 
 
 @pytest.mark.parametrize(
@@ -32,5 +32,15 @@ def test_a_name_that_ends_in_no_file_and_in_which_no_file_ends_means_none(name):
 
 def test_what_is_ambiguous_is_no_match():
     assert match_names(["1.png"], ["a/1.png", "b/1.png"]) == ({}, {"1.png": ["a/1.png", "b/1.png"]})
-    assert match_names(["a/1.png", "b/1.png", "2.png"], ["1.png", "2.png"]) == ({"2.png": "2.png"}, {})
+    assert match_names(["a/1.png", "b/1.png", "2.png"], ["1.png", "2.png"]) == (
+        {"2.png": "2.png"},
+        {"a/1.png": ["1.png"], "b/1.png": ["1.png"]},
+    )
     assert match_names(["x/1.png", "x/1.png"], ["1.png"]) == ({"x/1.png": "1.png"}, {})
+
+
+def test_why_a_name_has_no_file_is_said():
+    _, several = match_names(["1.png"], ["b/1.png", "a/1.png"])
+    assert unclear("1.png", several) == " may be a/1.png or b/1.png" and unclear("2.png", several) == ""
+    _, several = match_names(["a/1.png", "b/1.png"], ["1.png"])
+    assert unclear("a/1.png", several) == " may be 1.png, and so may b/1.png"

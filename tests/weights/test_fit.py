@@ -172,3 +172,10 @@ def test_a_batch_counter_may_be_missing_on_either_side(given, taken):
     if taken:
         assert module.num_batches_tracked == (7 if given else 0)
     assert all(torch.equal(module.state_dict()[name], value) for name, value in state.items())
+
+
+def test_fused_weights_are_said_to_be_fused_in_one_line():
+    state = build_resnet_backbone(18).fuse().state_dict()
+    says = r"are fused: conv1.bias holds a norm that was folded into its convolution; save the weights before fuse\(\)"
+    with pytest.raises(ValueError, match=says):
+        build_resnet_backbone(weights=state)
