@@ -8,6 +8,7 @@ python tools/convert_weights.py --explain r50.pth             what is known of i
 python tools/convert_weights.py resnet20.th r20.safetensors --shortcut A --shortcut-padding both    a CIFAR network
 """
 
+import re
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ import torch
 import tyro
 from torch import nn
 
-from detection.config import DetectorConfig
+from detection.config import SHAPE, DetectorConfig
 from detection.faster_rcnn import detector_for
 from detection.foreign import describe_detector
 from resbackbone import BackboneConfig, ResNetBackbone
@@ -41,10 +42,26 @@ from resbackbone.weights.fit import architecture_of, fitting, pyramid_of, resolv
 from resbackbone.weights.formats import FORMATS
 from resbackbone.weights.inputs import INPUT, INPUTS, check_input, describe_input
 from resbackbone.weights.read import backbone_part, has_bottlenecks
-from resbackbone.weights.write import OURS, TARGETS, architecture_name, largest_difference, only_part, write_as
+from resbackbone.weights.write import (
+    OURS,
+    TARGETS,
+    architecture_name,
+    holds_notes,
+    largest_difference,
+    only_part,
+    write_as,
+)
 
 CIFAR_TARGETS: dict[str, Callable] = {OURS: save_cifar_resnet, "akamaster": save_for_akamaster}
 NOT_FOR_CIFAR = ("part", "stride_in_1x1")  # options
+DILATED_IN = {
+    "torchvision": "replace_stride_with_dilation=[False, False, True]",
+    "timm": "output_stride=16",
+    "detectron2": "MODEL.RESNETS.RES5_DILATION 2",
+    "msra": "MODEL.RESNETS.RES5_DILATION 2",
+    "mmdetection": "strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)",
+}
+BOX_CODER = (10.0, 10.0, 5.0, 5.0)  # the weights where bbox_reg_weights is None
 TRANSFORMERS_FILES = {"config.json", "preprocessor_config.json", "model.safetensors"}
 
 
@@ -130,12 +147,14 @@ def main(argv: list[str] | None = None) -> None:
     kind, network = network_of(weights)
     fitting(network, weights)
     print_found(weights, kind)
-    difference = write_checked(options.destination, weights, options.to)
+    difference, unstated = write_checked(options.destination, weights, options.to)
     console.print(
         f"wrote   {options.destination} ({options.to}), read back: {len(weights.state)} tensors, "
         f"largest relative difference {difference:.1g}"
     )
     print_advice(weights, options)
+    if unstated:
+        console.print(f"note    {options.to} has other settings: set there {', '.join(unstated)}")
 
 
 def input_of(options: Options) -> dict | None:
@@ -239,8 +258,11 @@ def print_left_out(weights: Weights) -> None:
         )
 
 
-def write_checked(path: Path, weights: Weights, format: str) -> float:
-    """Write the file, after a trial file read back as the same network. Returns their largest difference."""
+def write_checked(path: Path, weights: Weights, format: str) -> tuple[float, list[str]]:
+    """Write the file, after a trial file read back as the same network.
+
+    Returns their largest difference, and the settings of a detector that the format does not state.
+    """
     network = resolve_architecture(weights)
     del network["eps"]  # it is in the scales then
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".", suffix=".tmp") as scratch:
@@ -254,10 +276,38 @@ def write_checked(path: Path, weights: Weights, format: str) -> float:
             difference, tensor = largest_difference(weights, back)
             if difference > 1e-5:
                 raise UserError(f"{tensor} differs by {difference:.1g}")
+            unstated = unstated_settings(weights, back, format)
+            lost = [unstated[name] for name in (*SHAPE, "bbox_reg_weights") if name in unstated]
+            if lost and not holds_notes(path, format):
+                raise UserError(
+                    f"its files do not state {', '.join(lost)}; keep a file of {OURS}, or write a .safetensors file"
+                )
         except UserError as error:
             raise UserError(problem + str(error).replace(str(trial), str(path))) from None
     write_as(path, weights, format)
-    return difference
+    return difference, list(unstated.values())
+
+
+def unstated_settings(weights: Weights, back: Weights, format: str) -> dict[str, str]:
+    """{name: its value and the usual one} of a detector's settings in inference that files of `format` do not state."""
+    if format == OURS or "detector" not in weights.metadata:
+        return {}
+    metadata = {"backbone": weights.metadata["backbone"]}
+    usual = describe_detector(replace(back, metadata=metadata, undecided=()))["detector"]
+    ours, theirs = (
+        DetectorConfig.from_json(settings, weights.source).to_json()
+        for settings in (weights.metadata["detector"], usual)
+    )
+    for settings in (ours, theirs):
+        settings["bbox_reg_weights"] = tuple(settings["bbox_reg_weights"] or BOX_CODER)
+    training = re.compile(
+        r".*(_train|_fg_iou_thresh|_bg_iou_thresh|_per_image|_positive_fraction)|resize_in_training|box_norm"
+    )
+    return {
+        name: "its categories" if name == "categories" else f"{name} {ours[name]} (usual: {theirs[name]})"
+        for name in ours
+        if ours[name] != theirs[name] and name != "geometry" and not training.fullmatch(name)  # `print_advice` has it
+    }
 
 
 def convert_cifar(weights: Weights, options: Options) -> None:
@@ -359,6 +409,8 @@ def print_facts(facts: Mapping[str, tuple[Any, str]]) -> None:
 def print_advice(weights: Weights, options: Options) -> None:
     """Print what another framework must be told to compute the same with what was written."""
     trunk = weights.metadata["backbone"]
+    if trunk.get("dilate_c5") and options.to in DILATED_IN:
+        console.print(f"use     {DILATED_IN[options.to]}, for the dilated c5")
     if options.to in ("detectron2", "msra"):
         console.print(
             f"use     MODEL.WEIGHTS {options.destination}, MODEL.RESNETS.DEPTH {trunk['depth']}, "

@@ -21,7 +21,7 @@ from resbackbone.weights.fit import backbone_part, resolve_architecture
 from resbackbone.weights.formats import EPS, FORMATS
 from resbackbone.weights.inputs import INPUT, for_given_input
 from resbackbone.weights.read import Weights, conv1_of
-from resbackbone.weights.translate import from_ours, merged_norms
+from resbackbone.weights.translate import HEADS, from_ours, merged_norms
 
 OURS = "resbackbone"
 TARGETS = (OURS, *FORMATS)
@@ -54,6 +54,8 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
         write_weights(path, weights.state, metadata)
         return
     _check_network(metadata["backbone"], format)
+    if metadata["backbone"].get("dilate_c5"):
+        _check_dilation(path, format, metadata["backbone"], detector=any(k.startswith(HEADS) for k in weights.state))
     if any(metadata.get("detector", {}).get(name) for name in ("image_mean", "image_std")):
         raise UserError(
             f"image_mean and image_std: {format}'s files hold none; keep the detector in a file of this package"
@@ -122,6 +124,28 @@ def _check_network(backbone: Mapping[str, Any], format: str) -> None:
         raise UserError(f"norm='GN': {format} only has networks with batch norms")
     if known.input != INPUT and backbone["in_channels"] != 3:
         raise UserError(f"in_channels={backbone['in_channels']}: {format}'s networks take three colours")
+
+
+def holds_notes(path: Path, format: str) -> bool:
+    """Whether a file of this format holds our metadata, from which this package reads what names do not show."""
+    return format != "transformers" and (
+        path.suffix == ".safetensors" or format in ("detectron2", "mmdetection", "msra")
+    )
+
+
+def _check_dilation(path: Path, format: str, backbone: Mapping[str, Any], *, detector: bool) -> None:
+    """Raise ValueError if readers would take a dilated c5 for another; of a detector on c5, this package asks."""
+    if not holds_notes(path, format) and (not detector or format == "transformers"):
+        raise UserError(
+            f"dilate_c5=True: {path.name} of {format} would not state it, and reads as an undilated network; write a "
+            "file of this package, or for torchvision and timm a .safetensors file"
+        )
+    bottlenecks = DEPTHS[backbone["depth"]][0] is Bottleneck
+    if format in ("detectron2", "mmdetection", "msra") and bottlenecks and not backbone["stride_in_1x1"]:
+        raise UserError(
+            f"dilate_c5=True with the stride in the 3x3: {format} dilates the first block of stage 5 as well; write a "
+            "file of this package, torchvision or timm"
+        )
 
 
 def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:

@@ -198,7 +198,8 @@ def test_a_detector_goes_out_and_comes_back_with_its_categories(detector, capsys
     said = said_by(capsys, "a.pkl", "b.pth", "--to", "mmdetection")
     assert "note    made with torchvision's RoIAlign and anchors" in said
     said = said_by(capsys, "b.pth", "c.safetensors", "--to", "torchvision")
-    assert "note" not in said
+    assert "boxes differ" not in said
+    assert "note    torchvision has other settings: set there its categories, min_size 64 (usual: 800)" in said
     convert("c.safetensors", "d.safetensors")
     back = load_detector("d.safetensors")
     assert dict(back.categories) == CATEGORIES and back.config == detector.config
@@ -526,3 +527,26 @@ def test_the_eps_of_a_detector_with_frozen_norms_is_assumed_in_words_or_given(de
         convert_weights.main, [tmp_path / "given.safetensors", tmp_path / "x.safetensors", "--eps", "1e-5"]
     )
     assert "are for eps=0.0, but you asked for eps=1e-05" in said
+
+
+def test_a_dilated_trunk_is_written_only_where_a_reader_dilates_it_too(randomised, capsys):
+    backbone = randomised(build_resnet_backbone(18, dilate_c5=True)).eval()
+    write_weights("model.safetensors", backbone.state_dict(), {"backbone": backbone.config.to_json()})
+    for destination, format in (("a.pth", "torchvision"), ("b.pth", "timm"), ("c", "transformers")):
+        assert "dilate_c5=True" in error_of("model.safetensors", destination, "--to", format)
+    x = torch.rand(1, 3, 64, 96)
+    for destination, format in (("d.safetensors", "timm"), ("e.pkl", "detectron2")):
+        assert "for the dilated c5" in said_by(capsys, "model.safetensors", destination, "--to", format)
+        back = build_resnet_backbone(18, weights=destination).eval()
+        torch.testing.assert_close(back(x)["c5"], backbone(x)["c5"], rtol=1e-3, atol=1e-3)
+
+
+def test_anchors_that_a_format_does_not_state_are_refused_or_said(randomised, capsys):
+    detector = build_faster_rcnn(
+        build_resnet_backbone(18, fpn=True, fpn_channels=8), 2, representation_size=8, anchor_scale=4.0
+    )
+    save_detector(randomised(detector), "model.safetensors")
+    said = error_of("model.safetensors", "a.pth", "--to", "torchvision")
+    assert "do not state anchor_scale 4.0 (usual: 8.0)" in said
+    assert "set there anchor_scale 4.0" in said_by(capsys, "model.safetensors", "a.pkl", "--to", "detectron2")
+    assert load_detector("a.pkl").config.anchor_scale == 4.0
