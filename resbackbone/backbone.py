@@ -16,7 +16,7 @@ from resbackbone.config import BackboneConfig, CommonConfig, ordered_levels
 from resbackbone.export import export_maps
 from resbackbone.fpn import FPN
 from resbackbone.layers import BATCH_NORMS, fuse, same_kind
-from resbackbone.resnet import DEPTHS, Feature, ResNet, sorted_levels
+from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, sorted_levels
 from resbackbone.weights.fit import backbone_part, fit, resolve_architecture, resolve_dilation, resolve_pyramid
 from resbackbone.weights.inputs import INPUT
 from resbackbone.weights.read import WeightSource, read_weights
@@ -128,6 +128,13 @@ class ResNetBackbone(Backbone, ResNet):
             self.features = self.fpn.features
         if config.frozen_through is not None:
             self.freeze(config.frozen_through)
+
+    def freeze(self, through: str) -> None:
+        """Freeze the stem and every stage up to `through`, "stem" or "c2" .. "c5"; the config says so too."""
+        super().freeze(through)
+        order = (None, "stem", *TRUNK_LEVELS)
+        if order.index(through) > order.index(self.config.frozen_through):
+            self.config = replace(self.config, frozen_through=through)
 
     def with_levels(self, levels: Iterable[str]) -> "ResNetBackbone":
         """A trunk that gives `levels`, c2..c5, on this backbone's own layers; this backbone keeps its levels.

@@ -45,7 +45,7 @@ def is_observed(*modules: nn.Module | None) -> bool:
     try:
         if torch.nn.modules.module._has_any_global_hook() or torch._C._len_torch_function_stack() and _function_modes():
             return True
-        if (F.conv2d, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward) != _AS_IMPORTED:
+        if _steps() != _AS_IMPORTED:
             return True
         return any(
             module is not None
@@ -55,7 +55,7 @@ def is_observed(*modules: nn.Module | None) -> bool:
                 or module._backward_hooks
                 or module._backward_pre_hooks
                 or module._compiled_call_impl
-                or "forward" in module.__dict__
+                or not _OVERRIDES.isdisjoint(module.__dict__)
             )
             for module in modules
         )
@@ -63,7 +63,14 @@ def is_observed(*modules: nn.Module | None) -> bool:
         return True
 
 
-_AS_IMPORTED = F.conv2d, nn.Conv2d.forward, nn.Conv2d._conv_forward, nn.ReLU.forward
+def _steps() -> tuple:
+    """What the modules run, in which tools put their own."""
+    convolution = nn.Conv2d.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward, F.conv2d
+    return *convolution, nn.ReLU.__call__, nn.ReLU.forward, F.relu
+
+
+_AS_IMPORTED = _steps()
+_OVERRIDES = {"forward", "_conv_forward"}  # of a single module
 
 
 def _function_modes() -> bool:

@@ -1,5 +1,6 @@
 """Frozen batch norm; and convolution, frozen norm, sum and ReLU in fewer steps where nobody can tell."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -53,8 +54,8 @@ class FrozenBatchNorm2d(nn.Module):
 @torch.fx.wrap  # a traced graph calls it, and does not look inside
 def _normalized(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     reduced = x.dtype in (torch.bfloat16, torch.float16) and weight.dtype == torch.float32
-    records = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad)
-    if not records and (reduced or x.dtype == weight.dtype):
+    records = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias, mean, var))
+    if not records and (reduced or x.dtype == weight.dtype) and x.dim() == 4 and not torch.jit.is_tracing():
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)  # one kernel, but it would keep x for backward
     scale, shift = (t.to(x.dtype).view(1, -1, 1, 1) for t in _scale_and_shift(weight, bias, mean, var, eps))
     return x * scale + shift
@@ -78,33 +79,44 @@ def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def conv_norm_relu(
-    conv: nn.Module, norm: nn.Module, relu: nn.Module | None, x: Tensor, shortcut: Tensor | None = None
+    conv: nn.Module,
+    norm: nn.Module,
+    relu: nn.Module | None,
+    x: Tensor,
+    shortcut: Callable[[], Tensor | None] | None = None,
 ) -> Tensor:
-    """relu(norm(conv(x)) + shortcut), in fewer steps where the norm is frozen, or fused into the convolution.
+    """relu(norm(conv(x)) + shortcut()), in fewer steps where the norm is frozen, or fused into the convolution.
 
-    x: [B, in_channels, H, W]. shortcut: of the output's shape. Each call decides anew, by what the modules are at that
-    moment: the steps are joined only if all of them are exactly nn.Conv2d with zero padding and no bias of its own,
-    FrozenBatchNorm2d and nn.ReLU, their tensors are ordinary ones, and nothing observes them: no hook on them or on all
-    modules, no parametrization, no transform or mode. Otherwise the modules are called one by one. Nothing is kept from
-    one call to the next, so nothing can be stale.
+    x: [B, in_channels, H, W]. shortcut: gives a tensor of the output's shape, or None. Each call decides anew, by what
+    the modules are at that moment: the steps are joined only if all of them are exactly nn.Conv2d with zero padding and
+    no bias of its own, FrozenBatchNorm2d and nn.ReLU, their tensors are ordinary ones, and nothing observes them: no
+    hook on them or on all modules, no parametrization, patch, transform or mode. Otherwise the modules are called one
+    by one. Nothing is kept from one call to the next, so nothing can be stale.
 
     On a CPU the norm's scale goes into the weights (in fp32, or fp64 for fp64 weights, and only then into the dtype of
     the convolution) and its shift into the bias; the result is channels_last, since oneDNN would reorder other maps on
     the way into and out of every layer. On a GPU, norm, sum and ReLU are one kernel. For backward only x is kept (for a
     weight that trains) and, where there is a ReLU, the output, which is the next layer's input anyway.
+
+    One thing can be told: oneDNN's ReLU turns NaN into 0, as under torch.compile with frozen weights. Gradients, and so
+    the checks in training, keep NaN.
     """
-    if _is_plain(conv, norm, relu, x):
+    added: Tensor | None = None
+    if plain := _is_plain(conv, norm, relu, x):
         assert isinstance(conv, nn.Conv2d)
-        records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conv.weight, shortcut))
+        added = shortcut() if shortcut is not None else None
+        records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conv.weight, added))
         outputs = x.numel() // conv.in_channels * conv.out_channels // (conv.stride[0] * conv.stride[1])
-        arguments = conv, norm, relu is not None, x, shortcut, records
+        arguments = conv, norm, relu is not None, x, added, records
         if x.device.type == "cpu" and (records or type(norm) is nn.Identity or outputs >= conv.weight.numel()):
             return _on_cpu(*arguments)  # of few outputs, a norm takes less time than folding
         if x.device.type == "cuda" and (records or outputs >= LARGE) and x.dtype != torch.float64 and gpu_kernels():
             return _on_gpu(*arguments)
     y = norm(conv(x))
-    if shortcut is not None:
-        y += shortcut
+    if not plain and shortcut is not None:
+        added = shortcut()  # after the norm, as in torchvision's blocks: hooks see this order
+    if added is not None:
+        y += added
     return y if relu is None else relu(y)
 
 
@@ -118,9 +130,11 @@ def _constants(norm: nn.Module) -> tuple:
 
 def _is_plain(conv: nn.Module, norm: nn.Module, relu: nn.Module | None, x: Tensor) -> bool:
     """Whether these modules and tensors are the ordinary ones, and nobody sees what happens between them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in ORDINARY:
         return False
-    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or type(conv.padding) is not tuple:
+    if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or x.dim() != 4:
+        return False
+    if any(type(pair) is not tuple or len(pair) != 2 for pair in (conv.stride, conv.padding, conv.dilation)):
         return False
     if relu is not None and type(relu) is not nn.ReLU:
         return False
@@ -132,9 +146,9 @@ def _is_plain(conv: nn.Module, norm: nn.Module, relu: nn.Module | None, x: Tenso
     elif type(norm) is not nn.Identity or type(bias) is not nn.Parameter or bias.requires_grad or weight.requires_grad:
         return False  # `fuse` leaves an Identity behind a convolution with a bias, which do not train
     return (
-        type(x) in ORDINARY
-        and type(weight) in ORDINARY
+        type(weight) in ORDINARY
         and not (x.is_meta or weight.is_meta)
+        and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and not is_observed(conv, norm, relu)
         and not is_transformed()
     )

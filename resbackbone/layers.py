@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, one_of
+from resbackbone.compat import is_observed
 from resbackbone.folding import FrozenBatchNorm2d, conv_norm
 
 Norm = Callable[[int], nn.Module]
@@ -104,15 +105,25 @@ def freeze(module: nn.Module) -> nn.Module:
     """Stop `module` from changing: no parameter trains, and every batch norm in it becomes a FrozenBatchNorm2d.
 
     Outputs are those of eval mode: statistics, affine parameters and eps carry over. Works in place, save where
-    `module` itself is a batch norm; use what it returns.
+    `module` itself is a batch norm; use what it returns. Raises ValueError for a batch norm that a frozen one cannot
+    stand for: one of a subclass, with hooks, or without statistics.
     """
     if isinstance(module, BATCH_NORMS):
-        frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(module.weight.device)
-        frozen.load_state_dict(module.state_dict())
+        if not _can_freeze(module):
+            raise UserError(
+                f"{type(module).__name__} cannot be frozen: it is of another class than {BATCH_NORMS[1].__name__}, has "
+                "hooks or a parametrization, or keeps no statistics; freeze first, then change the network"
+            )
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps).to(cast(Tensor, module.running_var))
+        frozen.load_state_dict({**frozen.state_dict(), **module.state_dict()})  # without affine parameters, 1 and 0
         return frozen
     for name, child in module.named_children():
         setattr(module, name, freeze(child))
     return module.requires_grad_(False)
+
+
+def _can_freeze(norm: nn.Module) -> bool:
+    return type(norm) in BATCH_NORMS and norm.running_var is not None and not is_observed(norm)
 
 
 @torch.no_grad()
@@ -120,7 +131,8 @@ def fuse(module: nn.Module) -> nn.Module:
     """Fold every batch norm in `module` into the convolution before it, for inference; works in place.
 
     Pairs are `convN` with `bnN`, and neighbours in a Sequential. Outputs are those of eval mode; afterwards there
-    is no norm left to train or to load.
+    is no such norm left to train or to load. A pair that is not plain stays: with hooks or parametrizations, or of
+    other classes.
     """
     for child in module.children():
         fuse(child)
@@ -131,7 +143,9 @@ def fuse(module: nn.Module) -> nn.Module:
         pairs = [(name, name.replace("conv", "bn")) for name in children if name.startswith("conv")]
     for conv_name, norm_name in pairs:
         convolution, norm = children[conv_name], children.get(norm_name)
-        if not isinstance(convolution, nn.Conv2d) or not isinstance(norm, (*BATCH_NORMS, FrozenBatchNorm2d)):
+        if type(convolution) is not nn.Conv2d or is_observed(convolution, norm):
+            continue
+        if type(norm) is not FrozenBatchNorm2d and not (isinstance(norm, BATCH_NORMS) and _can_freeze(norm)):
             continue
         frozen = cast(FrozenBatchNorm2d, freeze(norm))
         scale, shift = frozen.scale_and_shift()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
@@ -47,9 +48,8 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(layout.shortcut, in_channels, width, stride, norm)  # None is the identity
 
     def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        shortcut = x if self.downsample is None else self.downsample(x)  # [B, width, H/stride, W/stride], rounded up
-        y = conv_norm_relu(self.conv1, self.bn1, self.relu, x)  # [B, width, H/stride, W/stride]
-        return conv_norm_relu(self.conv2, self.bn2, self.relu, y, shortcut)
+        y = conv_norm_relu(self.conv1, self.bn1, self.relu, x)  # [B, width, H/stride, W/stride], rounded up
+        return conv_norm_relu(self.conv2, self.bn2, self.relu, y, partial(_shortcut, self.downsample, x))
 
 
 class Bottleneck(nn.Module):
@@ -73,10 +73,14 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(layout.shortcut, in_channels, out_channels, stride, norm)  # None is the identity
 
     def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
-        shortcut = x if self.downsample is None else self.downsample(x)  # [B, 4 * 64 * 2^i, H/stride, W/stride]
         y = conv_norm_relu(self.conv1, self.bn1, self.relu, x)  # [B, width, H, W]
         y = conv_norm_relu(self.conv2, self.bn2, self.relu, y)  # [B, width, H/stride, W/stride], rounded up
-        return conv_norm_relu(self.conv3, self.bn3, self.relu, y, shortcut)
+        # -> [B, 4 * 64 * 2^i, H/stride, W/stride]
+        return conv_norm_relu(self.conv3, self.bn3, self.relu, y, partial(_shortcut, self.downsample, x))
+
+
+def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor | None:
+    return x if downsample is None else downsample(x)
 
 
 # Table 1: the kind of block, and how many of them conv2_x .. conv5_x have.
@@ -166,7 +170,8 @@ class ResNet(nn.Module):
         x = self.maxpool(x)  # [B, 64, H/4, W/4]
         maps = {}
         for level, stage in self.stages():
-            x = stage(x, recompute=True) if self.checkpoint_activations and self.training else stage(x)
+            recompute = self.checkpoint_activations and self.training and isinstance(stage, Stage)
+            x = stage(x, recompute=True) if recompute else stage(x)
             if level in self.levels:
                 maps[level] = x
         return maps

@@ -150,7 +150,7 @@ def test_every_choice_of_what_trains_has_exact_first_and_second_derivatives(trai
 
     def block(x: Tensor, weight: Tensor, shortcut: Tensor) -> Tensor:
         conv.weight = weight
-        return conv_norm_relu(conv, norm, nn.ReLU(inplace=True) if relu else None, x, shortcut)
+        return conv_norm_relu(conv, norm, nn.ReLU(inplace=True) if relu else None, x, lambda: shortcut)
 
     del conv.weight  # the parameter; a plain attribute takes its place
     assert torch.autograd.gradcheck(block, leaves)

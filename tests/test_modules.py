@@ -168,9 +168,34 @@ def patched_convolution(network, seen):
 
 
 def own_forward(network, seen):
-    conv = network.layer2[0].conv2
-    forward = conv.forward
+    conv, other = network.layer2[0].conv2, network.layer2[1].conv2
+    forward, convolve = conv.forward, other._conv_forward
     conv.forward = lambda x: forward(x) * 2
+    other._conv_forward = lambda x, weight, bias: convolve(x, weight, bias) * 3
+
+
+def patched_relu(network, seen):
+    original, calls = F.relu, []
+    F.relu = lambda *arguments, **options: calls.append(1) or original(*arguments, **options)
+    try:
+        network(torch.zeros(1, 3, 65, 49).double())
+    finally:
+        F.relu = original
+    seen["calls"] = torch.tensor(float(len(calls)))
+
+
+def order_of_calls(network, seen):
+    order = []
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, inputs, output, name=name: order.append(name))
+    network(torch.zeros(1, 3, 65, 49).double())
+    names = [name for name, _ in network.named_modules()]
+    seen["order"] = torch.tensor([float(names.index(name)) for name in order])
+
+
+def other_strides(network, seen):
+    network.layer2[1].conv1.stride, network.layer2[1].conv2.dilation = 1, 1
 
 
 def spectral(network, seen):
@@ -273,6 +298,9 @@ TREATMENTS = [
     flop_counter,
     patched_convolution,
     own_forward,
+    patched_relu,
+    order_of_calls,
+    other_strides,
     spectral,
     weight_normed,
     parametrized,
@@ -298,10 +326,9 @@ TREATMENTS = [
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
 @pytest.mark.parametrize("treat", TREATMENTS, ids=lambda treat: treat.__qualname__.split(".")[0])
 def test_after_a_treatment_the_network_is_torchvisions_after_the_same(treat, norm, randomised):
-    images, found = torch.randn(2, 3, 65, 49).double(), []
+    images, found = torch.randn(2, 3, 33, 41).double(), []
     for network in networks(18, norm, randomised):
-        measured(network, images)
-        network.zero_grad()
+        network(images)
         seen: dict[str, Tensor] = {}
         treat(network, seen)
         found.append({**measured(network, images), **seen})
@@ -373,3 +400,56 @@ def test_a_sharded_stage_computes_and_trains_as_torchvisions(randomised, tmp_pat
         dist.destroy_process_group()
     ours, theirs = found
     assert all(distance(ours[name], x) < 1e-9 for name, x in theirs.items())
+
+
+def fused_pairs(network, seen):
+    """Treatments after which a pair of convolution and norm no longer folds into weights and a bias."""
+    parametrizations.weight_norm(network.layer3[0].conv1)
+    prune.l1_unstructured(network.layer3[0].conv2, "weight", 0.5)
+    network.layer2[0].conv2.register_forward_hook(lambda module, inputs, output: output * 2)
+    network.layer2[1].bn2.register_forward_hook(lambda module, inputs, output: output * 2)
+    scaled = Scaled(64, 64, 3, padding=1, bias=False).double()
+    network.layer1[0].conv1 = scaled
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_fusing_leaves_what_is_not_plain(norm, randomised):
+    images = torch.randn(1, 3, 65, 49).double()
+    network, _ = networks(18, norm, randomised)
+    fused_pairs(network, {})
+    expected = network(images)
+    network.fuse()
+    assert sum(isinstance(module, nn.Identity) for module in network.modules()) == 15
+    assert all(distance(x, expected[level]) < 1e-9 for level, x in network(images).items())
+
+
+def test_a_norm_that_is_not_plain_is_not_frozen_in_silence(randomised):
+    network, _ = networks(18, "BN", randomised)
+    network.layer1[0].bn1.register_forward_hook(lambda module, inputs, output: output * 2)
+    with pytest.raises(ValueError, match="BatchNorm2d cannot be frozen: .* hooks"):
+        network.freeze("c2")
+    network, _ = networks(18, "BN", randomised)
+    network.bn1 = nn.BatchNorm2d(64, affine=False).double()
+    expected = network.eval()(torch.ones(1, 3, 33, 33).double())["c2"]
+    network.freeze("stem")
+    assert network.config.frozen_through == "stem"
+    assert distance(network(torch.ones(1, 3, 33, 33).double())["c2"], expected) < 1e-9
+
+
+def test_a_traced_module_is_the_network_and_another_dtype_is_refused_as_torch_does(randomised):
+    images = torch.randn(1, 3, 65, 49).double()
+    network, _ = networks(18, "FrozenBN", randomised)
+    traced = torch.jit.trace(network, images, strict=False)
+    assert all(distance(traced(images)[level], x) < 1e-9 for level, x in network(images).items())
+    with pytest.raises(RuntimeError, match="type"):
+        network(images.float())
+
+
+def test_a_replaced_stage_recomputes_nothing_and_trains(randomised):
+    images = torch.randn(2, 3, 65, 49).double()
+    network, _ = networks(18, "FrozenBN", randomised)
+    expected = measured(network, images)
+    network.zero_grad()
+    network.checkpoint_activations = True
+    network.layer4 = nn.Sequential(*network.layer4)
+    assert all(distance(x, expected[name]) < 1e-9 for name, x in measured(network.train(), images).items())
