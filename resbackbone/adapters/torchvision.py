@@ -5,7 +5,7 @@ from collections import OrderedDict
 from torch import Tensor, nn
 
 from resbackbone.backbone import Backbone
-from resbackbone.checks import one_of
+from resbackbone.checks import UserError, brief, one_of
 
 FROZEN_THROUGH = {5: None, 4: "stem", 3: "c2", 2: "c3", 1: "c4", 0: "c5"}  # by torchvision's trainable_layers
 
@@ -49,6 +49,8 @@ def as_torchvision(backbone: Backbone) -> TorchvisionBackbone:
     torchvision's detectors normalize images themselves, by ImageNet's mean and std unless told otherwise: what the
     backbone takes. They also accept a Backbone as it is, if its RoI pooling is given `featmap_names=["p2", ..]`.
     """
+    if not isinstance(backbone, Backbone):
+        raise UserError(f"as_torchvision takes what build_resnet_backbone or from_timm gave, not {brief(backbone)}")
     return TorchvisionBackbone(backbone)
 
 

@@ -12,6 +12,7 @@ from resbackbone.config import BackboneConfig
 from resbackbone.resnet import TRUNK_LEVELS
 
 STAGES = ["stem", "stage1", "stage2", "stage3", "stage4"]  # c1 .. c5
+FOUR_STAGES = "transformers takes the four stages of a ResNet: build the backbone with fpn=False, c2 to c5"
 
 
 class ResBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -45,7 +46,10 @@ class ResBackboneModel(BackboneMixin, PreTrainedModel):
 
     def __init__(self, config: ResBackboneConfig):
         super().__init__(config)
-        self.backbone = ResNetBackbone(BackboneConfig.from_json({"depth": config.depth, **(config.trunk or {})}))
+        trunk = BackboneConfig.from_json({**(config.trunk or {}), "depth": config.depth})
+        if trunk.fpn or trunk.levels != TRUNK_LEVELS or (config.trunk or {}).get("depth", trunk.depth) != trunk.depth:
+            raise UserError(f"{FOUR_STAGES}, and `trunk` without a second depth")
+        self.backbone = ResNetBackbone(trunk)
         self.num_features = [64, *(feature.channels for feature in self.backbone.features.values())]
         self.post_init()
 
@@ -78,15 +82,17 @@ class ResBackboneModel(BackboneMixin, PreTrainedModel):
 def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = None) -> ResBackboneModel:
     """The trunk of `backbone`, its weights included, as a transformers backbone, to train, save and load over there.
 
-    It does not share memory with `backbone`, and trains what trains there. Raises ValueError for one with a pyramid,
-    without all of c2..c5, or whose layers are not those that its config describes (fused, replaced, of another eps).
+    It does not share memory with `backbone`; dtype, device, mode and what trains are the same. Raises ValueError for
+    one with a pyramid, without all of c2..c5, or whose layers are not those that its config describes (fused, replaced,
+    of another eps).
     """
     if not isinstance(backbone, ResNetBackbone) or backbone.fpn is not None or tuple(backbone.levels) != TRUNK_LEVELS:
-        raise UserError("transformers takes the four stages of a ResNet: build the backbone with fpn=False, c2 to c5")
+        raise UserError(FOUR_STAGES)
     trunk = backbone.config.to_json()
     config = ResBackboneConfig(depth=trunk.pop("depth"), trunk=trunk, out_features=out_features)  # type: ignore[call-arg]
     model = ResBackboneModel(config)
     _refuse_changed_layers(backbone, model.backbone)
+    model.backbone.to(backbone.conv1.weight)  # its dtype and device
     model.backbone.load_state_dict(backbone.state_dict())
     for ours, theirs in zip(backbone.parameters(), model.backbone.parameters(), strict=True):
         theirs.requires_grad_(ours.requires_grad)

@@ -103,6 +103,11 @@ def test_a_backbone_as_it_is_serves_where_its_level_names_are_given():
     assert_trains_its_trainable_part(model, "FasterRCNN", backbone)
 
 
+def test_another_module_than_a_backbone_is_refused():
+    with pytest.raises(ValueError, match="not Conv2d"):
+        as_torchvision(torch.nn.Conv2d(3, 3, 3))
+
+
 POOLING = {"FasterRCNN": "box", "MaskRCNN": "box_roi_pool and mask", "KeypointRCNN": "box_roi_pool and keypoint"}
 
 

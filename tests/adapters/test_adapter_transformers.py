@@ -90,6 +90,13 @@ def test_what_trains_and_the_mode_are_those_of_the_trunk():
     assert model.backbone.summary() == backbone.summary() and not model.training
     assert not model.backbone.layer1[0].conv1.weight.requires_grad and model.backbone.conv1.weight.requires_grad
     assert as_transformers(backbone.train()).training
+    assert as_transformers(backbone.double()).backbone.bn1.running_var.dtype == torch.float64
+
+
+@pytest.mark.parametrize("trunk", [{"fpn": True}, {"levels": ["c3"]}, {"depth": 50}])
+def test_a_config_that_asks_for_more_or_less_than_four_stages_is_refused(trunk):
+    with pytest.raises(UserError, match="four stages"):
+        ResBackboneModel(ResBackboneConfig(depth=18, trunk=trunk))
 
 
 @pytest.mark.parametrize(
