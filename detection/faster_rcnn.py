@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detection.boxes import BoxCoder
 from detection.cells import at_least_fp32
@@ -38,6 +41,9 @@ TORCHVISIONS = {  # arguments of its FasterRCNN that are modules, and what sets 
     "box_head": "box_conv_layers, box_norm and representation_size",
     "box_predictor": "num_classes",
 }
+# Attributes that a load may reset: outputs do not depend on them, or `_live_settings` has them.
+PASSING = {"training", "momentum", "inplace", "warned", "looked", "weights_source", "checkpoint_activations"}
+PASSING |= {"num_batches_tracked", "resize_in_training"}
 AnyDetector = TypeVar("AnyDetector", bound=nn.Module)
 
 
@@ -223,6 +229,13 @@ class FP32Predictor(FastRCNNPredictor):
         return at_least_fp32(scores), at_least_fp32(deltas)
 
 
+SAVED_AS: dict[Any, type] = {  # torchvision's classes that ours compute the same as
+    FastRCNNPredictor: FP32Predictor,
+    RPNHead: FP32RPNHead,
+    GeneralizedRCNNTransform: InputTransform,
+}
+
+
 class Stage5Head(nn.Module):
     """The C4 detector's box head: stage 5 on every region, then the mean (He et al. 2015, appendix A)."""
 
@@ -308,9 +321,104 @@ def _normalization(config: DetectorConfig, backbone: Backbone) -> tuple[list[flo
 
 
 def save_detector(detector: FasterRCNN, path: str | Path) -> None:
-    """Write a safetensors file with the weights and everything that `load_detector` needs to rebuild the detector."""
-    configs = {"backbone": detector.backbone.config.to_json(), "detector": detector.config.to_json()}
-    write_weights(path, detector.state_dict(), configs)
+    """Write a safetensors file with the weights and everything that `load_detector` needs to rebuild the detector.
+
+    Thresholds, sizes, mean, standard deviation and the number of classes are written as they are now. Raises UserError
+    if something else has been changed since the detector was built (a module, an eps, a padding mode, the anchors),
+    which the file cannot state.
+    """
+    config = _live_config(detector)
+    _check_rebuilds(detector, _outline(detector, config))
+    write_weights(
+        path, detector.state_dict(), {"backbone": detector.backbone.config.to_json(), "detector": config.to_json()}
+    )
+
+
+def _outline(detector: FasterRCNN, config: DetectorConfig) -> FasterRCNN:
+    """What `load_detector` would build, without memory for weights; a network of timm is the detector's own."""
+    with torch.device("meta"):
+        if isinstance(detector.backbone, ResNetBackbone):
+            return _built(detector.backbone.config.to_json(), config, "this detector")
+        return FasterRCNN(detector.backbone, config)
+
+
+def _live_config(detector: FasterRCNN) -> DetectorConfig:
+    """The detector's config, with the values that its parts have now."""
+    config = _with_classes_of(detector)
+    built = _live_settings(_outline(detector, config))
+    changed = {name: value for name, value in _live_settings(detector).items() if value != built[name]}
+    return replace(config, **changed)
+
+
+def _live_settings(detector: FasterRCNN) -> dict[str, Any]:
+    transform: Any = detector.transform
+    rpn: Any = detector.rpn
+    heads: Any = detector.roi_heads
+    sides = tuple(transform.min_size)
+    settings = {
+        "min_size": sides[0] if len(sides) == 1 else sides,
+        "max_size": transform.max_size,
+        "resize_in_training": getattr(transform, "resize_in_training", not transform._skip_resize),
+        "image_mean": tuple(map(float, transform.image_mean)),
+        "image_std": tuple(map(float, transform.image_std)),
+        "bbox_reg_weights": tuple(heads.box_coder.weights),
+        "box_score_thresh": heads.score_thresh,
+        "box_nms_thresh": heads.nms_thresh,
+        "box_detections_per_img": heads.detections_per_img,
+        "rpn_score_thresh": rpn.score_thresh,
+        "rpn_nms_thresh": rpn.nms_thresh,
+    }
+    for when, short in (("training", "train"), ("testing", "test")):
+        settings[f"rpn_pre_nms_top_n_{short}"] = rpn._pre_nms_top_n[when]
+        settings[f"rpn_post_nms_top_n_{short}"] = rpn._post_nms_top_n[when]
+    for part, prefix in ((rpn, "rpn"), (heads, "box")):
+        settings[f"{prefix}_fg_iou_thresh"] = part.proposal_matcher.high_threshold
+        settings[f"{prefix}_bg_iou_thresh"] = part.proposal_matcher.low_threshold
+        settings[f"{prefix}_batch_size_per_image"] = part.fg_bg_sampler.batch_size_per_image
+        settings[f"{prefix}_positive_fraction"] = part.fg_bg_sampler.positive_fraction
+    return settings
+
+
+def _check_rebuilds(detector: FasterRCNN, built: FasterRCNN) -> None:
+    """Raise UserError if a module, one of its settings or a tensor's shape is not as in `built`."""
+    ours, wanted = dict(detector.named_modules()), dict(built.named_modules())
+    for name in [*ours, *wanted]:
+        found, expected = (type(modules[name]) if name in modules else None for modules in (ours, wanted))
+        if found is not expected and SAVED_AS.get(found, found) is not expected:
+            _refuse_to_save(name, *(kind and kind.__name__ for kind in (found, expected)))
+    for name, module in ours.items():
+        found_settings, expected_settings = _plain_settings(module), _plain_settings(wanted[name])
+        for setting in found_settings.keys() & expected_settings.keys():
+            if found_settings[setting] != expected_settings[setting]:
+                _refuse_to_save(f"{name}.{setting}", found_settings[setting], expected_settings[setting])
+    shapes, expected_shapes = ({k: list(x.shape) for k, x in d.state_dict().items()} for d in (detector, built))
+    for key in [*shapes, *expected_shapes]:
+        if shapes.get(key) != expected_shapes.get(key):
+            _refuse_to_save(key, shapes.get(key), expected_shapes.get(key))
+
+
+def _refuse_to_save(place: str, found: Any, expected: Any) -> NoReturn:
+    raise UserError(
+        f"{place} is {found}, and load_detector would make it {expected}: set it with an argument of build_faster_rcnn "
+        "or build_resnet_backbone if there is one, or save detector.state_dict() with torch.save and repeat the change "
+        "after loading"
+    )
+
+
+def _plain_settings(module: nn.Module) -> dict[str, Any]:
+    """The public attributes that are numbers, text or sequences of them: eps, padding_mode, stride, sizes, .."""
+    settings = {name: _as_tuples(value) for name, value in vars(module).items() if not name.startswith("_")}
+    if isinstance(module, AnchorGenerator):
+        settings["cell_anchors"] = _as_tuples([x.tolist() for x in module.cell_anchors])
+    return {name: value for name, value in settings.items() if value is not NotImplemented and name not in PASSING}
+
+
+def _as_tuples(value: Any) -> Any:
+    """The value with lists as tuples; NotImplemented if it holds something else than numbers and text."""
+    if isinstance(value, list | tuple):
+        values = tuple(map(_as_tuples, value))
+        return NotImplemented if any(one is NotImplemented for one in values) else values
+    return value if value is None or isinstance(value, bool | int | float | str) else NotImplemented
 
 
 def load_detector(path: WeightSource, *, eps: float | None = None) -> FasterRCNN:
@@ -339,16 +447,19 @@ def load_detector(path: WeightSource, *, eps: float | None = None) -> FasterRCNN
 
 def detector_for(weights: Weights) -> FasterRCNN:
     """The detector that the metadata of `weights` describe, with random weights."""
-    backbone = weights.metadata["backbone"]
     config = DetectorConfig.from_json(weights.metadata["detector"], weights.source)
+    return _built(weights.metadata["backbone"], config, weights.source)
+
+
+def _built(backbone: Mapping[str, Any], config: DetectorConfig, source: str) -> FasterRCNN:
     if config.variant == "c4":
         backbone = {**backbone, **BACKBONE_OF["c4"]}  # a detector's own has level c4 alone: stage 5 is the box head
     if "timm" not in backbone:
-        return FasterRCNN(ResNetBackbone(BackboneConfig.from_json(backbone, weights.source)), config)
+        return FasterRCNN(ResNetBackbone(BackboneConfig.from_json(backbone, source)), config)
     require("train", "timm", user="a detector on a timm network")
     from resbackbone.adapters.from_timm import TimmBackbone, TimmConfig  # only here: other detectors need no timm
 
-    return FasterRCNN(TimmBackbone(TimmConfig.from_json(backbone, weights.source)), config)
+    return FasterRCNN(TimmBackbone(TimmConfig.from_json(backbone, source)), config)
 
 
 def read_described_weights(source: str | Path) -> Weights:

@@ -517,6 +517,51 @@ def test_a_saved_detector_loads_to_bit_equal_outputs(tmp_path, variant, heads):
             assert all(torch.equal(found[name], wanted[name]) for name in ("boxes", "labels", "scores"))
 
 
+def test_a_saved_detector_keeps_the_settings_that_its_parts_have_now(tmp_path):
+    detector = lively(small_detector(categories={3: "car", 13: "stop sign", 90: "cat"}))
+    detector.transform = GeneralizedRCNNTransform(80, 120, [0.4] * 3, [0.3] * 3).eval()
+    detector.roi_heads.box_predictor = FastRCNNPredictor(16, 8)
+    detector.roi_heads.score_thresh, detector.roi_heads.nms_thresh = 0.02, 0.4
+    detector.rpn._post_nms_top_n["testing"] = 20
+    detector.rpn.proposal_matcher.high_threshold = 0.6
+    save_detector(detector, tmp_path / "model.safetensors")
+    loaded = load_detector(tmp_path / "model.safetensors")
+    assert loaded.num_classes == 7 and loaded.config.rpn_fg_iou_thresh == 0.6
+    assert loaded.config.image_mean == (0.4,) * 3 and loaded.config.box_nms_thresh == 0.4
+    with torch.inference_mode():
+        [wanted], [found] = (network([torch.full((3, 64, 97), 0.3)]) for network in (detector, loaded))
+    assert len(wanted["boxes"]) > 0
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (
+            lambda d: setattr(d.backbone.bn1, "eps", 0.1),
+            "backbone.bn1.eps is 0.1, and load_detector would make it 1e-05",
+        ),
+        (
+            lambda d: setattr(d.backbone.conv1, "padding_mode", "circular"),
+            "conv1.padding_mode is circular, .* zeros",
+        ),
+        (lambda d: setattr(d.rpn.head.conv[0], "1", nn.GELU()), r"rpn.head.conv.0.1 is GELU, .* make it ReLU"),
+        (with_masks_and_keypoints, "roi_heads.mask_roi_pool is MultiScaleRoIAlign, .* make it None"),
+        (lambda d: d.rpn.anchor_generator.cell_anchors[0].mul_(2), "rpn.anchor_generator.cell_anchors is"),
+        (lambda d: setattr(d.transform, "min_size", (64, 80)), r"setting min_size must be int, not \(64, 80\)"),
+        (lambda d: nn.utils.spectral_norm(d.rpn.head.cls_logits), "rpn.head.cls_logits.weight_orig is .* make it None"),
+        (prepare_for_detection, "is .*, and load_detector would make it"),
+    ],
+)
+def test_a_change_that_the_file_cannot_state_is_refused_when_a_detector_is_saved(tmp_path, change, says):
+    detector = small_detector()
+    change(detector)
+    with pytest.raises(UserError, match=says):
+        save_detector(detector, tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("heads", [V2, {**V2, "box_norm": "GN"}, {**V2, "box_norm": None}])
 def test_a_detector_prepared_for_inference_has_no_batch_norm_left_and_the_same_boxes(heads):
     detector = lively(small_detector(**heads))
