@@ -306,3 +306,10 @@ def test_a_safetensors_file_without_metadata_loads_too(tmp_path):
     save_file(model.state_dict(), tmp_path / "bare.safetensors")
     again = build_cifar_resnet(weights=tmp_path / "bare.safetensors", shortcut="A", shortcut_padding="end")
     assert torch.equal(again.fc.weight, model.fc.weight)
+
+
+def test_a_network_that_is_a_backbone_of_its_owner_keeps_its_linear_head():
+    state = build_cifar_resnet(20, shortcut="B").state_dict()
+    owned = {f"backbone.{key.replace('fc.', 'linear.')}": tensor for key, tensor in state.items()}
+    back = build_cifar_resnet(weights=owned).state_dict()
+    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())

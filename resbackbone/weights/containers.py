@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,15 +16,21 @@ from resbackbone.weights.pickles import Foreign, short
 
 _log = logging.getLogger("resbackbone")
 
-AVERAGES = {"model_ema", "state_dict_ema", "ema"}  # taken before others: published figures belong to the average
-WRAPPERS = ("module.", "_orig_mod.", "model.")  # DataParallel, torch.compile, Lightning
+# Taken before others: published figures belong to the average.
+AVERAGES = {"model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "averaged_model"}
+# Parts of a checkpoint that only training needs, whatever names are in them.
+OPTIMIZER = re.compile(r".*optim.*|(max_)?exp_avg(_sq)?|momentum_buffer|square_avg|grad_avg|acc_delta", re.IGNORECASE)
+# Modules that wrap a part of a network, in the middle of names.
+INNER_WRAPPERS = re.compile(r"(?<=\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.")  # DataParallel, torch.compile, Lightning
 BOOKKEEPING = re.compile(r"(.*_momentum|n_averaged|lr|model_iter|weight_order)")  # of the training that made a file
 REMARKS = {"meta", "__author__", "matching_heuristics", "resbackbone"}  # `read` looks at these
 MAX_DEPTH = 8  # of nested entries
 MOST_ITEMS = 10_000  # containers in an entry that are looked into for their objects' names
 # Heads that others put beside a trunk in one module. Nothing else there is left out: it may be a part of the trunk.
 HEADS = re.compile(
-    r"(classifier|criterion|fc|heads?|linear|loss|mlp|predictor|prediction_head|proj|projection|projection_head|"
+    r"(avgpool|bnneck|bottleneck|classifier|criterion|embedding|fc|fc_[a-z]+|gem|global_pool|heads?|last_linear|linear|loss|"
+    r"mlp|predictor|prediction_head|proj|projection|projection_head|"
     r"projector|prototypes|queue|queue_ptr)(_?\d+)?"
 )
 # Heads of segmentation networks (torchvision's, mmsegmentation's, any ASPP), whose trunks dilate their last stages.
@@ -69,7 +76,8 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     Raises ValueError if there are no tensors by name, if several trunks are complete, if `entry` or `prefix` leads to
     none, or if what has the name of a tensor is none.
     """
-    dicts = [(at, state) for at, state in _dicts(content) if entry is None or _leads_to(entry, at)]
+    inside = [(at, _plain(state)) for at, state in _dicts(content) if not any(map(OPTIMIZER.fullmatch, at))]
+    dicts = [(at, state) for at, state in inside if entry is None or _leads_to(entry, at)]
     if entry is not None and not dicts:
         there = ", ".join(short(".".join(at)) for at, _ in _dicts(content) if at)
         raise UserError(f"weights {source!r}: no part {entry!r} in the file; it has {there or 'one part only'}")
@@ -84,6 +92,8 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
         trunks = under
     announced: set[str] = set()
     averaged = [trunk for trunk in trunks if AVERAGES & {*trunk.at, *trunk.root.split(".")}]
+    if averaged and _is_mmengine(content):
+        averaged = [trunk for trunk in trunks if trunk.at == ("state_dict",)]
     others = [trunk for trunk in trunks if trunk not in averaged]
     if averaged and not any(map(_has_statistics, averaged)) and any(map(_has_statistics, others)):
         some = ", ".join(".".join(t.at) if t.at else f"{t.root}*" for t in averaged)
@@ -115,10 +125,24 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     part = _part(state, owner, root, elsewhere, ".".join(at), source)
     if not part.state:
         objects = (f"its {short(str(key))} is {x.whole}" for key, x in _items(content) if isinstance(x, Foreign))
-        advice = next(objects, "save a state_dict() with torch.save")
+        advice = next(objects, _what_it_is(content))
         raise UserError(f"weights {source!r}: holds no state dict (tensors by name); {advice}")
     siblings = [name for name in _siblings(content, at) if name not in announced]
     return part._replace(beside=siblings + part.beside)
+
+
+def _what_it_is(content: object) -> str:
+    """What a checkpoint without tensors by name is instead, and what to do."""
+    if isinstance(content, list | tuple):
+        place = next((i for i, item in enumerate(content) if any(map(_roots, (x for _, x in _dicts(item))))), None)
+        kind = f"it is a {type(content).__name__}"
+        return (
+            f"{kind}; save a state_dict() with torch.save" if place is None else f"{kind}; save its item {place} alone"
+        )
+    if isinstance(content, dict) and (found := [short(str(key)) for key in content if OPTIMIZER.fullmatch(str(key))]):
+        return f"its {', '.join(found)} is an optimizer's; save the network's state_dict() with torch.save"
+    kind = "" if isinstance(content, dict) else f"it is a {type(content).__name__}; "
+    return f"{kind}save a state_dict() with torch.save"
 
 
 def _items(content: object) -> list[tuple[Any, Any]]:
@@ -135,6 +159,26 @@ def _dicts(content: object, at: tuple[str, ...] = (), seen: set[int] | None = No
             yield from _dicts(value, (*at, str(key)), seen)
 
 
+def _plain(state: dict[Any, Any]) -> dict[Any, Any]:
+    """The entries with arrays as tensors, and names without the modules that wrap parts of a network."""
+    plain = {
+        INNER_WRAPPERS.sub("", key) if isinstance(key, str) else key: torch.from_numpy(
+            value.astype(value.dtype.newbyteorder("="))
+        )
+        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+        else value
+        for key, value in state.items()
+    }
+    return plain if len(plain) == len(state) else state
+
+
+def _is_mmengine(content: object) -> bool:
+    """Whether this is a checkpoint of mmengine's EMAHook, which swaps on saving: `state_dict` has the average."""
+    entries = dict(_items(content))
+    both = isinstance(entries.get("state_dict"), dict) and isinstance(entries.get("ema_state_dict"), dict)
+    return both and isinstance(entries.get("meta"), dict)
+
+
 def _leads_to(entry: str, at: tuple[str, ...]) -> bool:
     return entry in at or f"{'.'.join(at)}.".startswith(f"{entry}.")
 
@@ -144,7 +188,7 @@ def _roots(state: Mapping[Any, Any]) -> dict[str, set[str]]:
     roots: dict[str, set[str]] = {}
     for (stem, block), places in SIGNS.items():
         for key in state:
-            if isinstance(key, str) and key.endswith(stem):
+            if isinstance(key, str) and key.endswith(stem) and not isinstance(state[key], dict):
                 root = key.removesuffix(stem)
                 if f"{root}{block}" in state and root[-1:] in ("", "."):
                     roots.setdefault(root, set()).update(places)

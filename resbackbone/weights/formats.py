@@ -90,6 +90,7 @@ TORCHVISION = Format(
     geometry="torchvision",
     aliases=(
         ("fc.{leaf}", "linear.{leaf}"),  # CIFAR repositories
+        ("fc.{leaf}", "backbone.linear.{leaf}"),
         ("fc.{leaf}", "backbone.fc.{leaf}"),  # a classifier that is a `backbone` of its owner, in Lightning modules
         ("fpn.inner_blocks.{level}.0.{leaf}", "fpn.inner_blocks.{level}.{leaf}"),  # torchvision before 0.13
         ("fpn.layer_blocks.{level}.0.{leaf}", "fpn.layer_blocks.{level}.{leaf}"),

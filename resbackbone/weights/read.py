@@ -125,7 +125,13 @@ def read_weights(
     several trunks, if a tensor does not hold floating point numbers, and if the input cannot be converted exactly.
     """
     if isinstance(source, Weights):
-        return source
+        options = {"entry": entry, "prefix": prefix, "given_input": given_input}
+        if late := [name for name, value in options.items() if value is not None]:
+            raise UserError(
+                f"weights from {source.source} are read already: give {', '.join(late)} to the read_weights that reads "
+                "the file"
+            )
+        return _with_given(source, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5)
     if isinstance(given_input, str):
         given_input = INPUTS[one_of("input", given_input, INPUTS)]
     content: object

@@ -264,3 +264,54 @@ def test_an_index_names_only_files_beside_it(tmp_path, trunk, file):
 def test_an_index_of_something_else_is_refused(tmp_path, text):
     (tmp_path / "model.safetensors.index.json").write_text(text)
     assert "not a readable index" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda state: {"optim": {"state": {key: {"exp_avg": tensor} for key, tensor in state.items()}}},
+        lambda state: {"optimizer": {"exp_avg": state, "exp_avg_sq": state}},
+        lambda state: {"optimizer_state_dict": state},
+    ],
+)
+def test_an_optimizers_tensors_are_no_trunk_whatever_their_names(trunk, other, optimizer):
+    assert_same(read_weights({"model": trunk, **optimizer(other)}), trunk)
+    assert "optimizer's" in refusal(optimizer(other))
+
+
+def test_mmengine_has_the_average_in_state_dict_and_others_in_the_entry_of_that_name(trunk, other, caplog):
+    mmengine = {"meta": {}, "state_dict": trunk, "ema_state_dict": {"steps": torch.ones(1), **under("module.", other)}}
+    assert_same(read_weights(mmengine), trunk)
+    assert "took state_dict" in caplog.text
+    assert_same(read_weights({"state_dict": other, "ema_state_dict": trunk}), trunk)
+    assert_same(read_weights(under("online_model.", other) | under("ema_model.", trunk)), trunk)
+
+
+def test_weights_that_are_read_already_take_no_other_part(trunk, other):
+    weights = read_weights({"student": trunk, "teacher": other}, entry="student")
+    assert "read already" in refusal(weights, entry="teacher")
+    assert read_weights(weights).state is weights.state
+
+
+def test_a_given_dict_of_arrays_is_read(trunk):
+    assert_same(read_weights({key: tensor.numpy() for key, tensor in trunk.items()}), trunk)
+
+
+@pytest.mark.parametrize("name", ["_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_orig_mod"])
+def test_modules_that_wrap_a_stage_leave_no_trace_in_names(trunk, name):
+    assert_same(read_weights({key.replace("layer1.", f"layer1.{name}."): x for key, x in trunk.items()}), trunk)
+    assert_same(read_weights(under(f"{name}.", trunk)), trunk)
+
+
+@pytest.mark.parametrize(
+    "head", ["last_linear.weight", "fc_yaw.weight", "embedding.weight", "bnneck.bias", "avgpool.p"]
+)
+def test_heads_of_other_tasks_beside_a_trunk_are_left_out_by_name(trunk, head, caplog):
+    assert_same(read_weights({**trunk, head: torch.ones(3)}), trunk)
+    assert head.split(".")[0] in left_out(caplog)
+
+
+@pytest.mark.parametrize("wrap, said", [(lambda s: (s, 3), "a tuple; save its item 0"), (lambda s: "x", "it is a str")])
+def test_a_file_of_something_else_says_what_it_is(tmp_path, trunk, wrap, said):
+    torch.save(wrap(trunk), tmp_path / "a.pth")
+    assert said in refusal(tmp_path / "a.pth")
