@@ -47,6 +47,8 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     state = weights.state
     if weights.unknown:
         raise UserError(f"weights from {weights.source} {_what_they_are(weights)}")
+    if stated := weights.metadata.get("not_built"):
+        raise UserError(f"weights from {weights.source} are of a detector with {stated}")
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
     if scores is None or scores.dim() != 2:
         raise UserError(

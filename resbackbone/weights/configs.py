@@ -5,6 +5,7 @@ that is in no table, is refused by its name: a file with the names and shapes of
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.inputs import INPUT, MEAN, STD
 from resbackbone.weights.zoo import TRUNK
 
+_log = logging.getLogger("resbackbone")
 ANY = ()  # of the accepted values: the tensors' shapes, or code below, check the value
 
 
@@ -40,6 +42,12 @@ TRANSFORMERS: dict[str, Sequence] = {
         "return_dict use_return_dict output_attentions output_hidden_states torchscript use_bfloat16 tf_legacy_loss "
         "finetuning_task task_specific_params chunk_size_feed_forward is_encoder_decoder is_decoder pruned_heads "
         "add_cross_attention cross_attention_hidden_size tie_encoder_decoder tie_word_embeddings tokenizer_class "
+        # What transformers 4 writes for every network if the whole config is saved; of generated text.
+        "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
+        "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
+        "bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id "
+        "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens "
+        "begin_suppress_tokens _attn_implementation_internal "
         "prefix bos_token_id pad_token_id eos_token_id sep_token_id decoder_start_token_id _commit_hash "
         "_attn_implementation_autoset stage_names out_features out_indices"
     ),
@@ -92,33 +100,77 @@ TIMM: dict[str, Sequence] = {
 }
 # zoo.TRUNK with the prefixes and suffixes of the same networks in timm before 0.9, and the one with group norm
 TIMM_NETWORKS = re.compile(rf"(?:(?:tv|gluon|ssl|swsl|ig)_)?{TRUNK.pattern}(?:_v1b|_gn)?")
-# timm's networks that blur before they subsample. Their tensors have the names and shapes of a ResNet's.
-TIMM_ANTI_ALIASED = ("resnetaa", "resnetblur")
 
 
 def stated_by_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
     """What the config.json in `folder` says, in the layout of our own files' metadata; {} if there is none.
 
     Raises ValueError that names a key or value which this package does not compute with, and for a config.json that
-    neither transformers nor timm wrote, unless it is not `required` to be theirs.
+    neither transformers nor timm wrote, unless it is not `required` to be theirs: then only its arch, mean and std are
+    read. Without a config.json, a preprocessor's alone tells the input.
     """
-    config = _json(folder / "config.json")
+    config = _json(folder / "config.json", required=required)
     kind = config.get("model_type")
+    if not config:
+        stated = _stated_by_processor(folder)
+        return {**stated, "stated_by": "the preprocessor's config"} if stated else {}
+    if not required and not _is_theirs(config):
+        return {**stated_by_arguments("config.json", config), "stated_by": "config.json"}
     if kind == "resbackbone":  # `adapters.transformers`
         return {"backbone": {"depth": config.get("depth", 50), **(config.get("trunk") or {})}, "input": INPUT}
     if kind == "resnet":
-        stated = _stated_by_transformers(config) | _stated_by_processor(_json(folder / "preprocessor_config.json"))
+        stated = _stated_by_transformers(config) | _stated_by_processor(folder)
     elif kind is None and "architecture" in config:
         stated = stated_by_timm(config)
-    elif config and (required or kind is not None):
+    else:
         what = "neither model_type nor architecture" if kind is None else f"model_type {kind!r}"
         raise UserError(
             f"its config.json has {what}; this package reads the ResNets of transformers (model_type 'resnet') and "
             "timm (architecture): to load the tensors by their names alone, give the file in a folder without it"
         )
-    else:
-        return {}
     return {**stated, "publisher": "transformers" if kind else "timm", "stated_by": "config.json"}
+
+
+def _is_theirs(config: Mapping) -> bool:
+    """Whether transformers or timm wrote a config.json; other programs write model_type and architecture as well."""
+    if config.get("model_type") == "resnet":
+        return not {"transformers_version", "architectures", "hidden_sizes", "layer_type", "depths"}.isdisjoint(config)
+    known = "pretrained_cfg" in config or config.keys() <= TIMM.keys()
+    return config.get("model_type") == "resbackbone" or ("architecture" in config and known)
+
+
+# timm's networks that blur before they subsample. Their tensors have the names and shapes of a ResNet's.
+TIMM_ANTI_ALIASED = ("resnetaa", "resnetblur")
+
+
+def refuse_blurring_names(*names: object) -> None:
+    """Raise ValueError if a source, a file or the "arch" in a checkpoint has the name of such a network."""
+    for name in names:
+        if not isinstance(name, str | Path):
+            continue
+        if found := re.search(rf"(?:^|[/:\\])((?:{'|'.join(TIMM_ANTI_ALIASED)})\d\w*)[^/]*$", str(name)):
+            raise UserError(
+                f"by its name this is timm's {found[1]}, which blurs its maps before it subsamples them; no network "
+                "here does"
+            )
+
+
+def stated_by_arguments(where: str, values: Mapping) -> dict[str, Any]:
+    """{"input": ..} of the mean and std among a training's arguments, if they are there.
+
+    Raises ValueError if its arch, model or architecture names a network that blurs, or mean and std are not readable.
+    """
+    refuse_blurring_names(*(values.get(name) for name in ("arch", "model", "architecture", "model_name")))
+    mean, std = values.get("mean"), values.get("std")
+    if (mean is None) != (std is None) and isinstance(mean if std is None else std, list | tuple):
+        raise UserError(f"its {where} has one of mean and std alone: mean {mean!r:.80}, std {std!r:.80}; give both")
+    if not all(isinstance(x, list | tuple) and len(x) == 3 for x in (mean, std)):
+        return {}
+    given = stated_input(where, mean, std)
+    if max(given["mean"]) <= 1:
+        return {"input": given}
+    order = "BGR" if given["mean"][0] < given["mean"][2] else "RGB"  # ImageNet's blue has the lowest mean
+    return {"input": stated_input(where, mean, std, order=order, top=255)}
 
 
 def check_known(where: str, values: Mapping, accepted: Mapping[str, Sequence]) -> None:
@@ -141,7 +193,8 @@ def stated_input(where: str, mean: Any, std: Any, *, order: str = "RGB", top: fl
         readable = readable and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
         if not readable or (name == "std" and min(numbers) <= 0):
             positive = " above 0" if name == "std" else ""
-            raise UserError(f"its {where} has {name} {str(numbers)[:80]}, not three numbers{positive}, one a colour")
+            said = " ".join(str(numbers)[:80].split())
+            raise UserError(f"its {where} has {name} {said}, not three numbers{positive}, one a colour")
     numbers = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
     return {"channel_order": order, "range": [0.0, float(top)], **numbers}
 
@@ -167,12 +220,24 @@ def _stated_by_transformers(config: Mapping) -> dict[str, Any]:
     return stated
 
 
-def _stated_by_processor(processor: Mapping) -> dict[str, Any]:
-    """{"input": ..} of a preprocessor_config.json: (value * rescale_factor - image_mean) / image_std."""
-    where = "preprocessor_config.json"
+def _stated_by_processor(folder: Path) -> dict[str, Any]:
+    """{"input": ..} of a preprocessor_config.json, or of the image_processor in a processor_config.json."""
+    alone, inner = _json(folder / "preprocessor_config.json"), _json(folder / "processor_config.json")
+    nested = inner.get("image_processor")
+    nested = nested if isinstance(nested, Mapping) else {}
+    stated = [
+        _input_of_processor(where, processor)
+        for where, processor in (("preprocessor_config.json", alone), ("processor_config.json", nested))
+        if processor
+    ]
+    if len(stated) == 2 and stated[0] != stated[1]:
+        raise UserError("its preprocessor_config.json and processor_config.json state different inputs; keep one")
+    return stated[0] if stated else {}
+
+
+def _input_of_processor(where: str, processor: Mapping) -> dict[str, Any]:
+    """{"input": ..}: (value * rescale_factor - image_mean) / image_std."""
     check_known(where, processor, PROCESSOR)
-    if not processor:
-        return {}
     factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1.0
     if type(factor) not in (int, float) or not 0 < factor < math.inf:
         raise UserError(f"its {where} has rescale_factor {factor!r}, not a number above 0")
@@ -196,9 +261,13 @@ def stated_by_timm(config: Mapping) -> dict[str, Any]:
     ):
         if not isinstance(values, Mapping):
             raise UserError(f"its config.json has {name} {values!r}, not a table")
+        layers = ("norm_layer", "act_layer", "aa_layer")  # "BatchNorm2d" is timm's "batchnorm2d"
+        values = {k: x.lower() if k in layers and isinstance(x, str) else x for k, x in values.items()}
+        if name == "model_args":
+            arguments = values
         check_known(name, values, accepted)
     config = {**config, **inner}  # older files have the content of pretrained_cfg at the top
-    name = str(config["architecture"])
+    name = " ".join(str(config["architecture"]).split()).partition(".")[0]  # without its tag
     if name.startswith(TIMM_ANTI_ALIASED):
         raise UserError(f"timm's {name} blurs its maps before it subsamples them; no network here does")
     if (network := TIMM_NETWORKS.fullmatch(name)) is None:
@@ -212,6 +281,17 @@ def stated_by_timm(config: Mapping) -> dict[str, Any]:
         backbone["norm"] = "GN" if norm == "groupnorm" else "BN"
     stated: dict[str, Any] = {"backbone": backbone}
     mean, std = config.get("mean"), config.get("std")
+    shape = config.get("input_size")
+    colours = channels or (shape[0] if isinstance(shape, list | tuple) and shape else 3)
+    if colours != 3:  # the caller normalises other images than RGB: no conversion
+        lists = [x for x in (mean, std) if x is not None]
+        if lists and not all(isinstance(x, list | tuple) and len(x) in (1, 3, colours) for x in lists):
+            raise UserError(f"its pretrained_cfg has mean {mean!r} and std {std!r}, not one number for each channel")
+        _log.warning(
+            "timm's %s has %s channels: give it images normalised with the mean %s and std %s of its config",
+            *(name, colours, mean, std),
+        )
+        mean = std = None
     if mean is not None or std is not None:
         mean, std = (list(usual) if x is None else x for x, usual in ((mean, MEAN), (std, STD)))
         stated["input"] = stated_input("pretrained_cfg", mean, std)
@@ -225,14 +305,16 @@ def stated_by_timm(config: Mapping) -> dict[str, Any]:
     return stated
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
+def _json(path: Path, *, required: bool = True) -> dict[str, Any]:
+    """The JSON object in a file; empty if there is no such file, or not a readable one and none is `required`."""
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         content = None
+    if not isinstance(content, dict) and not required:
+        return {}
     if not isinstance(content, dict):
         raise UserError(f"its {path.name} is not readable JSON with an object in it")
     return content

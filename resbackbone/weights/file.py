@@ -14,6 +14,7 @@ from torch import Tensor
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
+from resbackbone.weights.configs import stated_by_arguments
 from resbackbone.weights.inputs import INPUT, describe_input
 from resbackbone.weights.pickles import read_pickle
 
@@ -58,7 +59,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_refuse_duplicates)
         if NOTES in text:  # of a foreign format, written by us
             return state, read_notes(text[NOTES])
-        if "input" in text:
+        if text.get("input", "").lstrip().startswith("{"):  # else another program's words
             metadata = {key: json.loads(value) for key, value in text.items()}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"weights {str(path)!r}: not a readable safetensors file ({error})") from None
@@ -71,7 +72,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise UserError(f"weights {str(path)!r}: its metadata {key!r} is {metadata[key]!r}, not a table")
     if "detector" in metadata and "backbone" not in metadata:
         raise UserError(f"weights {str(path)!r}: its metadata describe a detector without a backbone")
-    return state, metadata
+    return state, metadata or _stated_by_others(path, text)
+
+
+def _stated_by_others(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
+    """What the metadata of another program say: mean and std as lists in JSON, and arch."""
+    said: dict[str, Any] = {key: text[key] for key in ("arch", "architecture", "model", "model_name") if key in text}
+    for key in ("mean", "std"):
+        try:
+            said[key] = json.loads(text.get(key, "null").replace("(", "[").replace(")", "]"))
+        except (ValueError, RecursionError):
+            raise UserError(f"weights {str(path)!r}: its metadata have {key} {text[key][:80]!r}, not a list") from None
+    try:
+        return stated_by_arguments("metadata", said)
+    except UserError as error:
+        raise UserError(f"weights {str(path)!r}: {error}") from None
 
 
 def is_ours(path: Path) -> bool:

@@ -49,7 +49,9 @@ def _factor(given: Mapping) -> Tensor:
     if not torch.allclose(mean / top, our_mean, rtol=1e-6, atol=0):
         raise UserError(
             f"made for an input of {describe_input(given)} cannot be converted exactly: padding would stand "
-            f"for another colour at the borders, as the mean is not {' '.join(map(str, MEAN))} (RGB, of 0..1)"
+            f"for another colour at the borders, as the mean is not {' '.join(map(str, MEAN))} (RGB, of 0..1); to use "
+            "its normalisation, give its state dict alone (torch.load, safetensors.torch.load_file) to read_weights "
+            "with given_input='rgb', and images normalised as in its training"
         )
     return (top * our_std / std).view(1, 3, 1, 1)
 

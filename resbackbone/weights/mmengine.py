@@ -14,6 +14,7 @@ from resbackbone.weights.inputs import describe_input
 
 WHERE = "mmengine config"
 LONGEST = 2_000_000  # characters of a config; published ones have 20,000
+LONGEST_LIST = 100  # that a product makes
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 BACKBONE: dict[str, Sequence] = {
@@ -78,13 +79,31 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
 }
 
 
+# Of a Faster R-CNN too: what no detector here does otherwise.
+DETECTOR: dict[str, Sequence] = {
+    "test_cfg.rpn.nms.type": ("nms",),
+    "test_cfg.rcnn.nms.type": ("nms",),
+    "test_cfg.rcnn.nms.class_agnostic": (False,),
+    "rpn_head.bbox_coder.target_means": ([0, 0, 0, 0],),
+    "rpn_head.bbox_coder.target_stds": ([1, 1, 1, 1],),
+    "rpn_head.loss_cls.use_sigmoid": (True,),
+    "roi_head.bbox_head.bbox_coder.target_means": ([0, 0, 0, 0],),
+    "roi_head.bbox_head.loss_cls.use_sigmoid": (False,),
+    "roi_head.bbox_roi_extractor.roi_layer.type": ("RoIAlign",),
+    "roi_head.bbox_roi_extractor.roi_layer.output_size": (7, 14, [7, 7], [14, 14]),  # 14 before a C4 head
+    "roi_head.bbox_roi_extractor.roi_layer.sampling_ratio": (0, -1),
+    "roi_head.bbox_roi_extractor.roi_layer.aligned": (True,),
+    "roi_head.bbox_roi_extractor.finest_scale": (56,),
+}
+
+
 class Unreadable(NamedTuple):
     """What stands where the config has no plain value: code, or a name that the text does not define."""
 
     text: str
 
     def __repr__(self) -> str:
-        return self.text
+        return " ".join(self.text.split())
 
 
 def stated_by_meta(meta: Mapping) -> dict[str, Any]:
@@ -166,6 +185,10 @@ def _stated_of_detector(config: Mapping) -> dict[str, Any]:
         if (value := _at(config, f"model.{path}", _at(config, path))) is not None:
             numbers = value if isinstance(value, list) else [value]
             settings[name] = take(value) if all(type(x) in (int, float) for x in numbers) else None
+    for path, accepted in DETECTOR.items():
+        if (value := _at(config, f"model.{path}", _at(config, path))) is not None and value not in accepted:
+            usual = f"detectors of this package have {accepted[0]!r}"
+            stated["not_built"] = f"{path} {_short(value)} in its {WHERE}; {usual}"
     return {**stated, "settings": settings} if settings else stated
 
 
@@ -198,6 +221,15 @@ def _stated_by_neck(neck: Any, *, eps: float) -> dict[str, Any]:
     facts: dict[str, Any] = {"relu_before_p7": bool(neck.get("relu_before_extra_convs"))}
     if norm.get("norm") == "GN":
         facts["fpn_norm"] = "GN"
+    merged, start, outs = neck.get("in_channels"), neck.get("start_level") or 0, neck.get("num_outs")
+    if not neck.get("add_extra_convs") and isinstance(merged, list) and type(start) is type(outs) is int:
+        laterals = len(merged) - start
+        if outs - laterals not in (0, 1):
+            raise UserError(
+                f"its {where} has num_outs {outs} and start_level {start}; without add_extra_convs, pyramids of this "
+                f"package have {laterals} or {laterals + 1} levels"
+            )
+        facts["levels"] = [f"p{6 - laterals + i}" for i in range(outs)]
     if extra := neck.get("add_extra_convs"):
         facts["p6_from"] = "p5" if extra == "on_output" else "c5"
     return facts
@@ -288,6 +320,10 @@ def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
             return -x
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
             x, y = _value(left, known), _value(right, known)
+            if isinstance(op, ast.Mult) and {type(x), type(y)} == {list, int}:  # [1.0] * 3
+                items, times = (x, y) if isinstance(x, list) else (y, x)
+                if 0 <= times * len(items) <= LONGEST_LIST:
+                    return items * times
             numbers = all(type(number) in (int, float) for number in (x, y))
             if numbers and not (isinstance(op, ast.Div) and y == 0):
                 return OPERATORS[type(op)](x, y)

@@ -11,7 +11,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -150,6 +150,8 @@ class Foreign:
 
     It ignores whatever the file would do with it: to call it, to set its state, to add items to it.
     """
+
+    attributes: Mapping[str, Any] = {}  # of an argparse.Namespace, as far as they are plain
 
     def __init__(self, name: str):
         self.name = short(name)
@@ -348,7 +350,9 @@ class Unpickler(_Unpickler):
         if type(target) in (Array, Dtype):
             super().load_build()
         elif type(target) in (dict, Foreign):  # attributes of an OrderedDict
-            self.stack.pop()
+            state = self.stack.pop()
+            if isinstance(target, Foreign) and target.name == "argparse.Namespace" and type(state) is dict:
+                target.attributes = state  # the arguments of the training
         else:
             raise UserError(f"it would set attributes of {short(str(type(target).__name__))}")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.weights.cifar import is_for_cifar
+from resbackbone.weights.configs import stated_by_arguments
 from resbackbone.weights.containers import HEADS, STATISTICS, find_trunk, module_of
 from resbackbone.weights.file import NOTES, is_index, read_notes, read_safetensors, read_shards
 from resbackbone.weights.formats import EPS, FORMATS, STAGE5
@@ -24,8 +25,8 @@ from resbackbone.weights.inputs import (
     for_canonical_input,
 )
 from resbackbone.weights.mmengine import stated_by_meta
-from resbackbone.weights.pickles import read_pickle
-from resbackbone.weights.sources import locate, recognised, refuse_blurring_names
+from resbackbone.weights.pickles import Foreign, read_pickle
+from resbackbone.weights.sources import locate, recognised
 from resbackbone.weights.translate import HEADS as DETECTOR_HEADS
 from resbackbone.weights.translate import Translated, to_ours
 
@@ -268,8 +269,13 @@ def _notes_in(content: object, source: str) -> dict[str, Any]:
     if content.get("__author__") == "torchvision":  # detectron2's own conversion keeps torchvision's input and stride
         return {"input": INPUT, "backbone": {"stride_in_1x1": False}}
     try:
-        refuse_blurring_names(content.get("arch"))  # as training scripts of timm and torchvision name it
-        return stated_by_meta(content["meta"]) if isinstance(content.get("meta"), dict) else {}
+        stated = stated_by_arguments("entries", content)  # as training scripts of timm and torchvision name it
+        for name in ("args", "opt", "hparams", "hyper_parameters", "config"):
+            given = content.get(name)
+            given = given.attributes if isinstance(given, Foreign) else given
+            if isinstance(given, Mapping):
+                stated = {**stated_by_arguments(name, given), **stated}
+        return {**stated, **(stated_by_meta(content["meta"]) if isinstance(content.get("meta"), dict) else {})}
     except UserError as error:
         raise UserError(f"weights from {source}: {error}") from None
 
@@ -317,7 +323,10 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
                 "weights.INPUT, or convert them once with convert_weights.py --input; the config that trained them "
                 "has the order of the channels, mean and std"
             )
-        given = assumed["input"] = usual_input
+        given = usual_input
+        stem = state.get(conv1_of(state))
+        if stem is None or stem.dim() != 4 or stem.shape[1] == 3:  # of other channels, nothing is usual
+            assumed["input"] = usual_input
     if weights.format == "detectron2" and "input" not in assumed:  # MSRA's networks; its other ones take torchvision's
         stride_in_1x1 = stride_in_1x1 and list(given["std"]) == [1.0] * 3
     if "stride_in_1x1" not in stated:

@@ -1,9 +1,11 @@
 """Where weights lie: a file, a folder, or a named source to download, with what its publisher says about it."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, require
 from resbackbone.compat import check_torchvision
-from resbackbone.weights.configs import TIMM_ANTI_ALIASED, stated_by_config, stated_by_timm
+from resbackbone.weights.configs import refuse_blurring_names, stated_by_config, stated_by_timm
 from resbackbone.weights.download import download
 from resbackbone.weights.file import is_ours
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, RGB_255
@@ -22,6 +24,7 @@ from resbackbone.weights.zoo import (
     TORCHVISION_LICENCE,
 )
 
+_log = logging.getLogger("resbackbone")
 # Trained without eps, as in maskrcnn-benchmark; torchvision sets eps to 0 when it loads these.
 TORCHVISION_WITHOUT_EPS = (
     "fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
@@ -120,17 +123,27 @@ def locate(source: str) -> Located:
 
 def _stated_beside(path: Path) -> dict[str, Any]:
     """What the config.json beside a file says. One that other programs wrote is of no concern to other names."""
-    return {} if is_ours(path) else stated_by_config(path.parent, required=path.name in FOLDER_FILES)
+    if is_ours(path):
+        return {}
+    if path.name in FOLDER_FILES:
+        return stated_by_config(path.parent)
+    stated: dict[str, Any] = {}
+    if (path.parent / "config.json").is_file() and _torchvision_publishes(path.name):
+        _log.warning("weights from %s: torchvision's by name, so the config.json beside it is not used", path)
+    elif stated := stated_by_config(path.parent, required=False):
+        facts = [*stated.get("backbone", {}), *(["input"] if "input" in stated else [])]
+        if facts:
+            _log.warning("weights from %s: %s is from %s beside it", path, ", ".join(facts), stated["stated_by"])
+    return stated
 
 
-def refuse_blurring_names(*names: object) -> None:
-    """Raise ValueError if a source, a file or the "arch" in a checkpoint has the name of such a network."""
-    for name in names:
-        if found := re.search(rf"(?:^|[/:\\])((?:{'|'.join(TIMM_ANTI_ALIASED)})\d\w*)[^/]*$", str(name)):
-            raise UserError(
-                f"by its name this is timm's {found[1]}, which blurs its maps before it subsamples them; no network "
-                "here does"
-            )
+def _torchvision_publishes(file: str) -> bool:
+    if not published_sha256(file) or find_spec("torchvision") is None:
+        return False
+    check_torchvision()
+    from torchvision.models import get_model_weights, list_models
+
+    return any(member.url.endswith(f"/{file}") for name in list_models() for member in get_model_weights(name))
 
 
 def recognised(path: Path) -> dict[str, Any]:
@@ -201,7 +214,7 @@ def _on_hub(repository: str, revision: str | None, files: Sequence[str]) -> tupl
 
     page = f"https://huggingface.co/{repository}"
     for file in files:
-        wanted = [file, "config.json", "preprocessor_config.json", "README.md"]
+        wanted = [file, "config.json", "preprocessor_config.json", "processor_config.json", "README.md"]
         try:
             folder = Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted))
         except errors.LocalEntryNotFoundError:

@@ -261,6 +261,23 @@ def test_anchors_and_thresholds_of_mmdetections_config_are_the_detectors(small, 
         assert build_resnet_backbone(weights=tmp_path / "net.pth", fpn=True).config.depth == 18
 
 
+@pytest.mark.parametrize(
+    "part, named",
+    [
+        ("test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms', iou_threshold=0.5)))", "test_cfg.rcnn.nms.type 'soft_nms'"),
+        ("roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(type='RoIPool')))", "roi_layer.type 'RoIPool'"),
+    ],
+)
+def test_parts_of_mmdetections_detector_that_none_here_has_are_refused_by_name(small, tmp_path, part, named):
+    pixels = MMDETECTION.partition("img_norm_cfg")[2]
+    config = f"model = dict(backbone=dict(type='ResNet', depth=18), {part})\nimg_norm_cfg{pixels}"
+    state = from_ours(small.state_dict(), "mmdetection")
+    torch.save({"meta": {"cfg": config}, "state_dict": state}, tmp_path / "net.pth")
+    with pytest.raises(ValueError, match=f"are of a detector with .*{named} in its mmengine config; detectors of this"):
+        load_detector(tmp_path / "net.pth")
+    assert build_resnet_backbone(weights=tmp_path / "net.pth", fpn=True).config.depth == 18
+
+
 @pytest.fixture(scope="module")
 def small():
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """What a config.json beside weights says is what the network computes, wherever the two files lie; or it is refused."""
 
+import argparse
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
-from resbackbone.weights import MEAN, read_weights
+from resbackbone.weights import INPUT, MEAN, read_weights
 from resbackbone.weights.file import write_weights
 
 transformers = pytest.importorskip("transformers")
@@ -276,6 +277,83 @@ def test_another_programs_config_json_concerns_neither_other_files_nor_our_own(t
     write_weights(tmp_path / "model.safetensors", state, {"backbone": {"depth": 18}})
     assert read_weights(tmp_path / "model.safetensors").format == "resbackbone"
     assert read_weights(tmp_path).format == "resbackbone"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        '{"model_type": "bert", "vocab_size": 3}',
+        '{"model_type": "resnet", "lr": 0.1}',
+        '{"architecture": "resnet18", "optimizer": "sgd"}',
+        "// not JSON",
+    ],
+)
+def test_a_training_programs_config_json_beside_a_checkpoint_is_no_concern(tmp_path, config):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "best.pth")
+    (tmp_path / "config.json").write_text(config)
+    assert read_weights(tmp_path / "best.pth").assumed["input"] == INPUT
+
+
+STATED = {"mean": list(MEAN), "std": [0.5, 0.5, 0.5]}
+TIMM_OF_STATED = {"architecture": "resnet18", "pretrained_cfg": STATED}
+
+
+def test_the_config_json_beside_a_checkpoint_is_said_and_torchvisions_file_has_none(tmp_path, caplog):
+    for name in ("best.pth", "resnet18-f37072fd.pth"):
+        torch.save(timm.create_model("resnet18").state_dict(), tmp_path / name)
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(TIMM_OF_STATED))
+    assert read_weights(tmp_path / "best.pth").metadata["converted_from"]["input"]["std"] == STATED["std"]
+    assert "depth, input is from config.json beside it" in caplog.text
+    assert read_weights(tmp_path / "resnet18-f37072fd.pth").assumed["input"] == INPUT
+    assert "torchvision's by name, so the config.json beside it is not used" in caplog.text
+
+
+@pytest.mark.parametrize("place", ["entries", "dict", "namespace", "safetensors", "config.json"])
+def test_mean_std_and_arch_of_a_training_are_read_wherever_they_are(tmp_path, place):
+    state = timm.create_model("resnet18").state_dict()
+
+    def save(said):
+        if place == "safetensors":
+            texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in said.items()}
+            save_file(state, tmp_path / "own.safetensors", texts)
+            return tmp_path / "own.safetensors"
+        inside = {"dict": {"args": said}, "namespace": {"args": argparse.Namespace(**said)}, "config.json": {}}
+        torch.save({"state_dict": state, **inside.get(place, said)}, tmp_path / "best.pth")
+        if place == "config.json":
+            (tmp_path / "config.json").write_text(json.dumps(said))
+        return tmp_path / "best.pth"
+
+    assert read_weights(save({"arch": "resnet18", **STATED})).metadata["converted_from"]["input"] == {**INPUT, **STATED}
+    assert "has mean ['a', 0, 0], not three numbers" in refusal(save({**STATED, "mean": ["a", 0, 0]}))
+    assert "timm's resnetblur18, which blurs its maps" in refusal(save({"arch": "resnetblur18"}))
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_timms_network_of_other_channels_says_the_input_it_takes(tmp_path, caplog, channels):
+    theirs = timm.create_model("resnet18", in_chans=channels)
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True, model_args={"in_chans": channels})
+    weights = read_weights(tmp_path)
+    assert torch.equal(weights.state["conv1.weight"], theirs.conv1.weight) and weights.assumed == {}
+    assert f"timm's resnet18 has {channels} channels: give it images normalised with the mean" in caplog.text
+
+
+def test_timms_names_may_have_a_tag_and_its_layers_capitals(tmp_path):
+    save_file(timm.create_model("resnet18").state_dict(), tmp_path / "model.safetensors")
+    config = {"architecture": "resnet18.a1_in1k", "model_args": {"norm_layer": "BatchNorm2d", "act_layer": "ReLU"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_weights(tmp_path).metadata["backbone"]["norm"] == "BN"
+
+
+def test_the_preprocessor_is_read_without_a_config_and_inside_a_processors(folder, tmp_path):
+    folder(max_length=20, do_sample=False)  # transformers 4 writes these too
+    (tmp_path / "processor_config.json").write_text(
+        json.dumps({"image_processor": {**PROCESSOR_50, "image_std": [0.5] * 3}})
+    )
+    for _ in range(2):
+        assert read_weights(tmp_path).metadata["converted_from"]["input"]["std"] == [0.5] * 3
+        (tmp_path / "config.json").unlink(missing_ok=True)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(PROCESSOR_50))
+    assert "state different inputs; keep one" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["resnetblur50-84f4748f.pth", "resnetaa50_a1h-4cf422b3.pth"])

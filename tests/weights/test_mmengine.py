@@ -44,6 +44,8 @@ data = dict(samples_per_gpu=2, train=dict(pipeline=train_pipeline))
 optimizer = dict(type='SGD', lr=0.02 / 8, hooks=make_hooks(1))
 """
 
+FOUR_MAPS = "neck=dict(type='FPN', in_channels=[64, 128, 256, 512], out_channels=256, %s)"
+
 
 def config(backbone="", neck=NECK, pixels=CAFFE):
     return (
@@ -95,6 +97,9 @@ def test_stride_and_input_are_the_configs(saved, state, text, key, bgr, style):
         ("", NECK.replace("num_outs=5", "num_outs=5, add_extra_convs='on_output'"), "p6_from", "p5"),
         ("", NECK.replace("num_outs=5", "num_outs=5, add_extra_convs=True"), "p6_from", "c5"),
         (", norm_cfg=dict(type='SyncBN', eps=1e-3)", NECK, "eps", 1e-3),
+        ("", FOUR_MAPS % "num_outs=4", "levels", ["p2", "p3", "p4", "p5"]),
+        ("", FOUR_MAPS % "num_outs=4, start_level=1", "levels", ["p3", "p4", "p5", "p6"]),
+        ("", NECK.replace("num_outs=5", "num_outs=5, norm_cfg=dict(type='GN', num_groups=32)"), "fpn_norm", "GN"),
         (", style='caffe', strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)", NECK, "dilate_c5", True),
     ],
 )
@@ -120,6 +125,9 @@ def test_other_settings_that_change_maps_are_the_configs_too(saved, backbone, ne
         ),
         (config().replace("'ResNet'", "'ResNetV1d'"), "model.backbone has type 'ResNetV1d'"),
         (config(neck="neck=[dict(type='FPN'), dict(type='BFP')]"), "model.neck is [{'type': 'FPN'}, {'type': 'BFP'}]"),
+        (config(neck=FOUR_MAPS % "num_outs=5, start_level=1"), "model.neck has num_outs 5 and start_level 1"),
+        (config(", plugins=dict(a=f(1,\n    lambda: 2))"), "model.backbone has plugins"),
+        (config() + "if debug:\n    model = make()", "has model if debug: model = make(), not a dict"),
         (config(neck=NECK.replace("FPN", "PAFPN")), "model.neck has type 'PAFPN'"),
         (config(neck=NECK.replace("num_outs=5", "add_extra_convs='on_lateral'")), "add_extra_convs 'on_lateral'"),
         (config(pixels=CAFFE.replace("103.53", "blue")), "DetDataPreprocessor has mean [blue, 116.28, 123.675]"),
@@ -145,5 +153,7 @@ def test_what_changes_the_network_or_cannot_be_read_is_refused_by_its_name(saved
 def test_only_plain_values_are_read_and_nothing_runs(tmp_path):
     code = f"open({str(tmp_path / 'trace')!r}, 'w')"
     values = parse_config(f"import os\na = -0.5 * 4\nb = {code}\nc = dict(x=[{code}, 1], **a)\nd = a ** 9\nos.abort()")
+    assert parse_config("std = [1.0] * 3\nn = 2 * [1, 2]") == {"std": [1.0] * 3, "n": [1, 2, 1, 2]}
+    assert repr(parse_config("a = [0] * 10**9")["a"]) == "[0] * 10 ** 9"
     assert values["a"] == -2.0 and list(tmp_path.iterdir()) == []
     assert repr(values["b"]) == code and repr(values["c"]) == "**-2.0" and repr(values["d"]) == "a ** 9"

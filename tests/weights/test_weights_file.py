@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save, save_file
 
-from resbackbone.weights import MEAN, STD, read_weights, write_weights
+from resbackbone.weights import INPUT, MEAN, STD, read_weights, write_weights
 
 STATE = {"conv1.weight": torch.arange(6.0).view(2, 3), "bn1.num_batches_tracked": torch.tensor(3)}
 
@@ -59,6 +59,12 @@ def test_metadata_that_is_not_json_is_refused(tmp_path):
     path = tmp_path / "broken.safetensors"
     save_file(STATE, path, {"input": "{"})
     assert "not a readable safetensors file" in refusal(path)
+
+
+@pytest.mark.parametrize("text", ["RGB images", "224"])
+def test_another_programs_words_about_the_input_are_no_metadata_of_ours(tmp_path, text):
+    save_file(STATE, tmp_path / "other.safetensors", {"format": "pt", "input": text})
+    assert read_weights(tmp_path / "other.safetensors").metadata["input"] == INPUT
 
 
 @pytest.mark.parametrize("value", ["[]", "3", '"resnet50"'])
