@@ -99,11 +99,16 @@ def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = N
     return model.train(backbone.training)
 
 
+def _described(module: nn.Module) -> str:
+    hooked = " with hooks" if module._forward_hooks or module._forward_pre_hooks else ""
+    patched = " with another forward" if "forward" in vars(module) else ""
+    return f"{type(module).__name__}({module.extra_repr()}){hooked}{patched}"
+
+
 def _refuse_changed_layers(backbone: ResNetBackbone, rebuilt: ResNetBackbone) -> None:
     """Raise UserError if a layer differs from that of the config, from which transformers builds it again."""
     found, described = (
-        {name: f"{type(module).__name__}({module.extra_repr()})" for name, module in network.named_modules()}
-        for network in (backbone, rebuilt)
+        {name: _described(module) for name, module in network.named_modules()} for network in (backbone, rebuilt)
     )
     changed = [name for name in {**described, **found} if found.get(name) != described.get(name)]
     if changed:

@@ -107,6 +107,12 @@ def test_a_config_that_asks_for_more_or_less_than_four_stages_is_refused(trunk):
         (lambda m: setattr(m.layer2[0].conv1, "stride", (1, 1)), "1 of its layers: layer2.0.conv1 is Conv2d"),
         (lambda m: m.fuse(), r"conv1 is Conv2d\(.*, not Conv2d\(.*bias=False\); call as_transformers before fuse\(\)"),
         (lambda m: m.layer1.append(nn.Identity()), r"layer1.2 is Identity\(\), not absent"),
+        (
+            lambda m: m.layer1.register_forward_hook(lambda *call: 2 * call[2]),
+            r"1 of its layers: layer1 is .* with hooks, not ",
+        ),
+        (lambda m: nn.utils.spectral_norm(m.conv1), r"conv1 is Conv2d\(.*\) with hooks, not Conv2d"),
+        (lambda m: setattr(m.relu, "forward", torch.sigmoid), r"relu is ReLU\(inplace=True\) with another forward"),
         (lambda m: nn.utils.parametrizations.weight_norm(m.conv1), "conv1 is ParametrizedConv2d"),
     ],
 )
