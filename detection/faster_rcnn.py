@@ -17,7 +17,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detection.boxes import BoxCoder
 from detection.cells import at_least_fp32
 from detection.config import BACKBONE_OF, SHAPE, SINGLE_MAP_ANCHORS, DetectorConfig
-from detection.foreign import NOT_A_CLASS, describe_detector
+from detection.foreign import NOT_A_CLASS, announce_settings, describe_detector, with_settings
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
 from detection.rpn import Anchors, FP32RPNHead, SampledRPN
@@ -421,7 +421,7 @@ def _as_tuples(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | float | str) else NotImplemented
 
 
-def load_detector(path: WeightSource, *, eps: float | None = None) -> FasterRCNN:
+def load_detector(path: WeightSource, *, eps: float | None = None, **settings: Any) -> FasterRCNN:
     """Load the detector that `save_detector` wrote to `path`, or one in a foreign format, in eval mode.
 
     What a foreign file leaves open goes to `read_weights(path, given_input=.., stride_in_1x1=.., dilate_c5=..)`, whose
@@ -429,8 +429,10 @@ def load_detector(path: WeightSource, *, eps: float | None = None) -> FasterRCNN
 
     eps: of the norms, where the file does not state it. Of a torchvision detector's file the default is 1e-5, which a
         message says; those that torchvision publishes, and what was trained from them, have 0.
+    settings: fields of `DetectorConfig` that a foreign file does not state: anchor_scale, geometry, box_nms_thresh, ..
+        A message names what is assumed of them.
 
-    Raises ValueError if the weights are not of a Faster R-CNN that this package builds, or state another eps.
+    Raises ValueError if the weights are not of a Faster R-CNN that this package builds, or state what is given.
     """
     weights = read_weights(path)
     if eps is not None:
@@ -439,7 +441,12 @@ def load_detector(path: WeightSource, *, eps: float | None = None) -> FasterRCNN
         if weights.format == "resbackbone":
             raise UserError(f"{weights.source} does not hold a detector of this package: its metadata describe none")
         weights.announce_assumptions()
-        weights.metadata.update(describe_detector(weights))
+        weights = with_settings(weights, settings)
+        described = describe_detector(weights)
+        announce_settings(weights, described["detector"])
+        weights.metadata.update(described)
+    elif settings:
+        raise UserError(f"weights from {weights.source} state their detector; leave out {', '.join(settings)}")
     detector = detector_for(weights)
     fit(detector, weights)
     return detector.eval()
@@ -467,7 +474,9 @@ def read_described_weights(source: str | Path) -> Weights:
     weights = read_weights(source)
     foreign = "detector" not in weights.metadata and not weights.unknown
     if foreign and f"{PREDICTOR}cls_score.weight" in weights.state:
-        weights.metadata.update(describe_detector(weights))
+        described = describe_detector(weights)
+        announce_settings(weights, described["detector"])
+        weights.metadata.update(described)
     return weights
 
 

@@ -1,21 +1,24 @@
 """Recognise which detector of this package fits Faster R-CNN weights that others published."""
 
 import itertools
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
-from detection.config import BACKBONE_OF, SINGLE_MAP_ANCHORS
+from detection.config import BACKBONE_OF, SINGLE_MAP_ANCHORS, DetectorConfig
 from detection.rpn import ASPECT_RATIOS
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, one_of
 from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights
 from resbackbone.weights.fit import resolve_architecture, resolve_dilation, resolve_pyramid
 from resbackbone.weights.formats import ANCHOR_RATIOS, FORMATS, STAGE5
 from resbackbone.weights.read import has_bottlenecks
 
+_log = logging.getLogger("resbackbone")
 NOT_A_CLASS = "N/A"  # torchvision's name for the ids that COCO skips: its detectors have outputs for them
 # All of Detectron's single-map detectors; torchvision's pyramids have torchvision's numbers, which agree with theirs.
 SINGLE_MAP_PROPOSALS = {
@@ -86,6 +89,50 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     strides = [2 ** int(level[1]) for level in backbone.levels] if variant == "fpn" else [16]
     detector |= _anchor_settings(weights, strides)
     return {"backbone": backbone.to_json(), "detector": detector}
+
+
+def with_settings(weights: Weights, settings: Mapping[str, object]) -> Weights:
+    """The weights, stating these settings of their detector. Raises ValueError if they state others or show them."""
+    shown = {
+        "num_classes",
+        "categories",
+        "variant",
+        "rpn_conv_depth",
+        "representation_size",
+        "box_conv_layers",
+        "box_norm",
+    }
+    for name in settings:
+        one_of(
+            "setting of a detector in a foreign file", name, sorted(DetectorConfig.__dataclass_fields__.keys() - shown)
+        )
+    stated = weights.metadata.get("settings", {})
+    anchors = {"anchor_scale", "anchor_sides"} if "anchors" in weights.metadata else set()
+    if known := sorted((stated.keys() | anchors) & settings.keys()):
+        raise UserError(f"weights from {weights.source} state {', '.join(known)}; leave it out to use theirs")
+    return replace(weights, metadata={**weights.metadata, "settings": {**stated, **settings}})
+
+
+def announce_settings(weights: Weights, described: Mapping[str, object]) -> None:
+    """Log, in one line, the settings in `described` that neither a file nor its publisher states."""
+    published = "publisher" in weights.metadata or weights.origins.get("input", "").startswith("torchvision")
+    stated, detector = weights.metadata.get("settings", {}), DetectorConfig.from_json(described, weights.source)
+    assumed = []
+    if "anchors" not in weights.metadata and not {"anchor_scale", "anchor_sides"} & stated.keys():
+        sides = "of 8 times the stride" if detector.variant == "fpn" else f"of {SINGLE_MAP_ANCHORS} pixels"
+        name = "anchor_scale" if detector.variant == "fpn" else "anchor_sides"
+        assumed.append(f"anchors {sides}, height over width 0.5, 1 and 2 ({name})")
+    if "geometry" not in stated:
+        assumed.append(f"{detector.geometry}'s RoIAlign (geometry)")
+    if "box_nms_thresh" not in stated:
+        assumed.append("the usual thresholds and numbers of proposals (box_nms_thresh, rpn_nms_thresh, ..)")
+    if assumed and not published:
+        _log.warning(
+            "weights from %s do not state how their detector was built; assuming %s; if it had others, give them: "
+            "load_detector(FILE, anchor_scale=.., ..)",
+            weights.source,
+            ", ".join(assumed),
+        )
 
 
 def _anchor_settings(weights: Weights, strides: list[int]) -> dict[str, object]:

@@ -23,7 +23,7 @@ from torch import nn
 
 from detection.config import SHAPE, DetectorConfig
 from detection.faster_rcnn import detector_for
-from detection.foreign import describe_detector
+from detection.foreign import announce_settings, describe_detector
 from resbackbone import BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, one_of
 from resbackbone.cifar import (
@@ -205,9 +205,11 @@ def described(weights: Weights, options: Options) -> Weights:
     weights = replace(weights, metadata=metadata, assumed=assumed)
     if is_detector(weights) and "detector" not in metadata:
         try:
-            weights.metadata.update(describe_detector(weights))
+            told = describe_detector(weights)
         except UserError as error:
             raise UserError(f"{error}; --part backbone converts these") from None
+        announce_settings(weights, told["detector"])
+        weights.metadata.update(told)
     return weights
 
 

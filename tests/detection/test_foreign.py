@@ -95,7 +95,7 @@ def test_the_eps_of_a_plain_detector_is_announced_and_can_be_given(without_eps, 
     assert build_resnet_backbone(weights=tmp_path / "part.pth", fpn=True).bn1.eps == 1e-5 and EPS in caplog.text
     caplog.clear()
     ours = load_detector(path, eps=0.0)
-    assert len(caplog.messages) == 1 and "eps 1e-05" not in caplog.text
+    assert len(caplog.messages) == 2 and "eps 1e-05" not in caplog.text
     image = torch.rand(3, 140, 210)
     images = without_eps.transform([image])[0].tensors
     for found, wanted in zip(ours.backbone(images).values(), without_eps.backbone(images).values(), strict=True):
@@ -385,3 +385,18 @@ def test_a_classifier_is_no_detector(tmp_path):
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(ValueError, match="hold no Faster R-CNN: roi_heads.box_predictor is missing"):
         load_detector(tmp_path / "resnet18.pth")
+
+
+def test_detector_settings_that_no_file_states_are_announced_and_can_be_given(small, tmp_path, caplog):
+    torch.save(from_ours(small.state_dict(), "torchvision"), path := tmp_path / "mine.pth")
+    load_detector(path)
+    assert "assuming anchors of 8 times the stride" in caplog.text and "torchvision's RoIAlign" in caplog.text
+    caplog.clear()
+    found = load_detector(path, anchor_scale=4.0, geometry="detectron2", box_nms_thresh=0.3).config
+    assert (found.anchor_scale, found.geometry, found.box_nms_thresh) == (4.0, "detectron2", 0.3)
+    assert "how their detector was built" not in caplog.text
+    with pytest.raises(ValueError, match="unknown setting of a detector in a foreign file 'anchors'; choose from"):
+        load_detector(path, anchors=4)
+    save_detector(small, tmp_path / "ours.safetensors")
+    with pytest.raises(ValueError, match="state their detector; leave out anchor_scale"):
+        load_detector(tmp_path / "ours.safetensors", anchor_scale=4.0)
