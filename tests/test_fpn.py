@@ -132,7 +132,7 @@ def test_hooks_and_other_layers_work_on_lateral_maps_as_on_any_other():
     fpn.inner_blocks["0"].register_forward_hook(lambda module, inputs, output: seen.update(kept=output))
     fpn.inner_blocks["1"].register_full_backward_hook(lambda module, inputs, outputs: gradients.append(outputs[0]))
     fpn.inner_blocks["2"] = torch.nn.Sequential(fpn.inner_blocks["2"], torch.nn.ReLU())
-    maps = trunk_maps(TRUNK, 97, 130)
+    maps = {level: x.requires_grad_() for level, x in trunk_maps(TRUNK, 97, 130).items()}
     sum(x.square().sum() for x in fpn(maps).values()).backward()
     assert torch.equal(seen["kept"], fpn.inner_blocks["0"](maps["c2"]))
     assert len(gradients) == 1 and all(p.grad is not None for p in fpn.parameters())
