@@ -366,7 +366,7 @@ def test_norms_that_hold_other_tensors_are_a_conflict(resnet18):
 def test_a_network_of_no_published_depth_has_to_be_named():
     state = build_resnet_backbone(18).state_dict()
     state = {name: value for name, value in state.items() if not name.startswith("layer2.1.")}
-    with pytest.raises(ValueError, match=r"do not show their depth; give it, one of 18, 34"):
+    with pytest.raises(ValueError, match="have 2-1-2-2 basic blocks in their stages"):
         build_resnet_backbone(weights=state)
     with pytest.raises(ValueError, match=r"missing: layer2\.1\.conv1\.weight"):
         build_resnet_backbone(18, weights=state)

@@ -98,6 +98,19 @@ def is_ours(path: Path) -> bool:
         return False
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file's content is of safetensors, or its name says so and its content is of no PyTorch file."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError:
+        return path.suffix == ".safetensors"
+    header = int.from_bytes(start[:8], "little")
+    if start[8:] == b"{" and header + 8 <= path.stat().st_size:
+        return True
+    return path.suffix == ".safetensors" and not start.startswith((b"PK\x03\x04", b"\x80"))
+
+
 def is_index(path: Path) -> bool:
     return path.name.endswith(".index.json")
 
@@ -127,7 +140,7 @@ def read_shards(index: Path) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for file in files:
         path = index.parent / file
-        shard: Any = read_safetensors(path)[0] if path.suffix == ".safetensors" else read_pickle(path)
+        shard: Any = read_safetensors(path)[0] if is_safetensors(path) else read_pickle(path)
         stated = {key for key in places if places[key] == file}
         if differing := sorted(map(str, stated ^ set(shard if isinstance(shard, dict) else ()))):
             some = ", ".join(differing[:3]) + (", .." if len(differing) > 3 else "")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.config import ARCHITECTURE, BackboneConfig
-from resbackbone.resnet import DEPTHS, Bottleneck
+from resbackbone.layers import SHORTCUTS
+from resbackbone.resnet import DEPTHS, BasicBlock, Bottleneck
 from resbackbone.weights.read import Weights, backbone_part
 
 
@@ -23,7 +24,7 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if not blocks:
         return {}
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    counts = tuple(len({j for stage, j in blocks if stage == i}) for i in (1, 2, 3, 4))
+    counts = _counts(state)
     bottleneck = "layer1.0.conv3.weight" in shapes
     found: dict[str, Any] = {}
     depths = [  # whose trunk this is, or its first stages
@@ -43,6 +44,12 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     if "bn1.weight" in shapes:
         found["norm"] = "BN" if "bn1.running_var" in shapes else "GN"
     return found
+
+
+def _counts(trunk: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """The number of blocks in each stage."""
+    blocks = {match[0] for key in trunk if (match := re.match(r"layer[1-4]\.\d+\.", key))}
+    return tuple(sum(block.startswith(f"layer{i}.") for block in blocks) for i in (1, 2, 3, 4))
 
 
 def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -83,6 +90,8 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     ValueError if the weights contradict what is asked, and if nothing shows the depth.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
+    if "shortcut" in asked:
+        one_of("shortcut", asked["shortcut"], SHORTCUTS)
     if weights is not None and backbone_part(weights.state).get("conv1.weight", Tensor()).shape[2:] == (3, 3):
         raise UserError(
             f"weights from {weights.source} are of a network for small images: conv1 is 3 x 3, and networks built here "
@@ -122,8 +131,19 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
         if not known:
             names = ", ".join([*list(weights.state)[:3], ".."])
             raise UserError(f"weights from {weights.source} hold no ResNet under known names ({names})")
+        trunk = backbone_part(weights.state)
+        kind, counts = ("bottleneck" if "layer1.0.conv3.weight" in trunk else "basic"), _counts(trunk)
+        block = Bottleneck if kind == "bottleneck" else BasicBlock
+        there = {depth: layers for depth, (of, layers) in DEPTHS.items() if of is block}
+        fits = [d for d, layers in there.items() if counts in [(*layers[:n], *[0] * (4 - n)) for n in (1, 2, 3, 4)]]
+        if not fits:
+            listed = ", ".join(f"{depth} ({'-'.join(map(str, layers))})" for depth, layers in there.items())
+            raise UserError(
+                f"weights from {weights.source} have {'-'.join(map(str, counts))} {kind} blocks in their stages, which "
+                f"no depth here has: {listed}; from_timm builds the ResNets of timm"
+            )
         raise UserError(
-            f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, DEPTHS))}"
+            f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, fits))}"
         )
     return {name: resolved[name] for name in ARCHITECTURE}
 

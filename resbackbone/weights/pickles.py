@@ -20,6 +20,13 @@ from torch import Tensor
 
 from resbackbone.checks import UserError
 
+OTHER_KINDS = {  # how files begin that others save weights in
+    b"\x89HDF": "an HDF5 file; load it where its code is, and save a state_dict() with torch.save",
+    b"\x1f\x8b": "a file compressed with gzip; unpack it",
+    b"BZh": "a file compressed with bzip2; unpack it",
+    b"\xfd7zXZ": "a file compressed with xz; unpack it",
+    b"\x93NUMPY": "a single array of numpy; save a dict of tensors by name with torch.save",
+}
 LEGACY_STARTS = tuple(pickle.dumps(0x1950A86A20F9469CFC6C, protocol) for protocol in range(1, 6))  # of torch < 1.6
 
 
@@ -50,6 +57,8 @@ def _read(file: BinaryIO) -> object:
         raise UserError("an empty file; download or save it again")
     if start.lstrip().startswith((b"<", b"version https://git-lfs")):
         raise UserError("a web page or a Git LFS pointer, not the file itself; download it again")
+    if kind := next((kind for begin, kind in OTHER_KINDS.items() if start.startswith(begin)), None):
+        raise UserError(kind)
     try:
         if start.startswith(b"PK\x03\x04"):
             content = _read_archive(file)
@@ -91,6 +100,14 @@ def _check_archive(archive: zipfile.ZipFile, size: int) -> None:
     records = archive.infolist()
     if len({record.filename for record in records}) < len(records):
         raise UserError("a zip archive with two records of one name")
+    files = [record.filename for record in records if not record.is_dir()]
+    if not any(re.fullmatch(r"[^/]+/data\.pkl", name) for name in files):
+        if all(name.endswith(".npy") for name in files):
+            raise UserError("an archive of numpy's arrays (.npz); save a dict of them as tensors with torch.save")
+        if any(name.endswith("archive_format") or "/models/" in name for name in files):
+            raise UserError("a program of torch.export (.pt2); save the module's state_dict() with torch.save")
+        if inner := next((n for n in files if n.endswith((".pth", ".pt", ".pkl", ".bin", ".safetensors", ".th"))), ""):
+            raise UserError(f"a zip archive with {short(inner)} in it; unpack it and give that file")
     if any(record.filename.endswith("/constants.pkl") for record in records):
         raise UserError("a TorchScript archive, which holds code; save the module's state_dict() instead")
     if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):

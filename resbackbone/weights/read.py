@@ -13,7 +13,7 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.configs import stated_by_arguments
 from resbackbone.weights.containers import HEADS, STATISTICS, find_trunk, module_of
-from resbackbone.weights.file import NOTES, is_index, read_notes, read_safetensors, read_shards
+from resbackbone.weights.file import NOTES, is_index, is_safetensors, read_notes, read_safetensors, read_shards
 from resbackbone.weights.formats import EPS, FORMATS, STAGE5
 from resbackbone.weights.inputs import (
     BGR_255_WITH_STD,
@@ -232,7 +232,7 @@ def _read_file(name: str) -> tuple[object, Weights]:
     path, stated = locate(name)
     origins = _origins(stated)
     try:
-        if path.suffix == ".safetensors":
+        if is_safetensors(path):
             state, metadata = read_safetensors(path)
             if metadata.get("format") == "resbackbone":
                 own = Weights(state, metadata, name, format="resbackbone", origins=_origins(metadata, "the file"))

@@ -108,8 +108,8 @@ def locate(source: str) -> Located:
             stated = _stated_beside(path)
         else:
             raise UserError(
-                "no such file; give a weight file (.safetensors, .pth, .pkl, ..), a named source such as "
-                "torchvision:ResNet50_Weights.IMAGENET1K_V2, or a URL"
+                f"no such file; {_meant(source)}give a weight file (.safetensors, .pth, .pkl, ..), a named source such "
+                "as torchvision:ResNet50_Weights.IMAGENET1K_V2, or a URL"
             )
         refuse_blurring_names(source, path)
     except UserError as error:
@@ -119,6 +119,19 @@ def locate(source: str) -> Located:
     if path.name in TORCHVISION_WITHOUT_EPS:
         stated["backbone"] = {**STRIDE_IN_3X3, "eps": 0.0}
     return path, stated
+
+
+def _meant(source: str) -> str:
+    """What a name without its scheme may mean, at the beginning of a list of what to give; "" if none is likely."""
+    for pattern, meant in (
+        (r"(\w+_Weights\.\w+)", r"torchvision:\1"),
+        (r"((?:IMAGENET1K|COCO)_\w+|DEFAULT)", r"torchvision:ResNet50_Weights.\1, or another network's"),
+        (r"((?:wide_)?resne[tx]t?\d\w*(?:\.\w+)?)", r"timm:\1"),
+        (r"([\w-]+/[\w-]*resne[tx][\w.-]*)", r"hf:\1"),
+    ):
+        if match := re.fullmatch(pattern, source, re.IGNORECASE):
+            return f"if a published network is meant: {match.expand(meant)}; else "
+    return ""
 
 
 def _stated_beside(path: Path) -> dict[str, Any]:

@@ -306,7 +306,7 @@ def test_a_file_that_does_not_read_back_is_not_put_in_the_place_of_the_old_one(c
     [
         ({"layer2.0.conv1.weight": None}, "1 missing: layer2.0.conv1.weight"),
         ({"layer2.0.conv9.weight": torch.zeros(3, 3)}, "1 unexpected: layer2.0.conv9.weight"),
-        ({"layer2.2.conv1.weight": torch.zeros(1)}, "do not show their depth"),
+        ({"layer2.2.conv1.weight": torch.zeros(1)}, "have 2-3-2-2 basic blocks"),
         ({"fc.weight": torch.tensor(1.0)}, "bad.pth: fc.weight is [], which no layer has"),
         ({"fc.weight": torch.zeros(0, 512)}, "bad.pth: fc.weight is [0, 512], which no layer has"),
         ({"conv1.weight": torch.zeros(64, 0, 7, 7)}, "bad.pth: conv1.weight is [64, 0, 7, 7], which no layer has"),

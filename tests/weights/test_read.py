@@ -3,6 +3,8 @@
 import json
 import os
 import pickle
+import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -355,3 +357,55 @@ def test_mmdetections_p7_has_no_relu_before_it_unless_its_config_says_so(tmp_pat
 def test_a_file_with_the_name_of_one_of_torchvisions_without_eps_has_none(tmp_path, resnet50, name, eps):
     torch.save({f"backbone.body.{key}": value for key, value in resnet50.items() if key[:3] != "fc."}, tmp_path / name)
     assert build_resnet_backbone(weights=tmp_path / name, levels=["c2"]).config.eps == eps
+
+
+@pytest.mark.parametrize(
+    "source, meant",
+    [
+        ("resnet18", "timm:resnet18"),
+        ("resnet18.a1_in1k", "timm:resnet18.a1_in1k"),
+        ("microsoft/resnet-18", "hf:microsoft/resnet-18"),
+        ("IMAGENET1K_V1", "torchvision:ResNet50_Weights.IMAGENET1K_V1"),
+        ("ResNet18_Weights.DEFAULT", "torchvision:ResNet18_Weights.DEFAULT"),
+    ],
+)
+def test_a_published_networks_name_without_its_scheme_is_completed_in_the_message(source, meant):
+    with pytest.raises(ValueError, match=f"no such file; if a published network is meant: {re.escape(meant)}"):
+        read_weights(source)
+
+
+def test_the_content_of_a_file_tells_safetensors_from_pytorchs_whatever_its_name(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    save_file(state, tmp_path / "a.bin")
+    torch.save(state, tmp_path / "b.safetensors")
+    for name in ("a.bin", "b.safetensors"):
+        assert read_weights(tmp_path / name).state.keys() == state.keys()
+
+
+@pytest.mark.parametrize(
+    "start, said",
+    [(b"\x89HDF\r\n", "an HDF5 file"), (b"\x1f\x8b\x08", "gzip; unpack it"), (b"\x93NUMPY", "a single array")],
+)
+def test_files_of_other_kinds_are_named(tmp_path, start, said):
+    (tmp_path / "a.pth").write_bytes(start + bytes(99))
+    with pytest.raises(ValueError, match=said):
+        read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("name, said", [("a.npy", "numpy's arrays"), ("best.pth", "best.pth in it; unpack it")])
+def test_archives_of_other_programs_are_named(tmp_path, name, said):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, b"x" * 99)
+    with pytest.raises(ValueError, match=said):
+        read_weights(tmp_path / "a.zip")
+
+
+def test_blocks_of_no_depth_here_are_counted_in_the_message():
+    network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    with pytest.raises(ValueError, match=r"have 1-1-1-1 basic blocks in their stages, .*: 18 \(2-2-2-2\), 34 "):
+        build_resnet_backbone(weights=network.state_dict())
+
+
+def test_an_unknown_shortcut_is_refused_with_the_known_ones_beside_weights_too():
+    with pytest.raises(ValueError, match="unknown shortcut 'a'; choose from A, B, C, none"):
+        build_resnet_backbone(18, shortcut="a", weights=torchvision.models.resnet18().state_dict())
