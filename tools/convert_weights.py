@@ -273,7 +273,7 @@ def write_checked(path: Path, weights: Weights, format: str) -> tuple[float, lis
         try:
             write_as(trial, weights, format)
             problem = f"{path} is not written, as {format} does not hold all of this network: "
-            back = read_weights(trial)
+            back = read_weights(trial, norm="GN" if network["norm"] == "GN" else None)  # names do not show it
             resolve_architecture(back, **network)
             difference, tensor = largest_difference(weights, back)
             if difference > 1e-5:
@@ -364,7 +364,7 @@ def explain(weights: Weights, options: Options) -> None:
     origins = dict.fromkeys(trunk, "default") | weights.origins | dict.fromkeys(shown, "the tensors")
     if trunk["norm"] != shown.get("norm"):
         origins["norm"] = weights.origins.get("norm", "default for a BN with weights")
-    for name in origins.keys() & vars(options).keys() - {"source"}:
+    for name in origins.keys() & vars(options).keys() - {"source", "norm"}:
         if getattr(options, name) is not None:
             origins[name] = "the caller"
         elif origins[name].startswith(("assumed", "default")):

@@ -98,7 +98,8 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     if averaged and not any(map(_has_statistics, averaged)) and any(map(_has_statistics, others)):
         some = ", ".join(".".join(t.at) if t.at else f"{t.root}*" for t in averaged)
         _log.warning("weights from %s: left out the average in %s, which has no running_mean", source, some)
-        trunks, announced, averaged = others, {".".join(trunk.at) for trunk in averaged}, []
+        announced = {".".join(trunk.at[:i]) for trunk in averaged for i in range(1, len(trunk.at) + 1)}
+        trunks, averaged = others, []
     if averaged and len(averaged) < len(trunks):
         entries = {trunk.at for trunk in trunks}
         names = [".".join(t.at) if len(entries) > 1 else f"{t.root}*" for t in (*averaged, *others)]

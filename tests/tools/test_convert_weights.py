@@ -110,6 +110,14 @@ def test_a_chain_through_every_format_ends_with_the_tensors_it_began_with(classi
     assert json.loads(Path("c/config.json").read_text())["depths"] == [2, 2, 2, 2]
 
 
+def test_a_network_with_group_norms_is_written_and_read_with_its_norm_given(tmp_path):
+    network = build_resnet_backbone(18, norm="GN")
+    write_weights(tmp_path / "gn.safetensors", network.state_dict(), {"backbone": network.config.to_json()})
+    convert(tmp_path / "gn.safetensors", tmp_path / "gn.pth", "--to", "torchvision")
+    convert(tmp_path / "gn.pth", tmp_path / "back.safetensors", "--norm", "GN")
+    assert build_resnet_backbone(weights=tmp_path / "back.safetensors").config.norm == "GN"
+
+
 def test_caffe2s_names_have_merged_norms_and_end_as_the_same_network(classifier):
     torch.save(classifier, "start.pth")
     convert("start.pth", "msra.pkl", "--to", "msra")

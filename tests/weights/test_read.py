@@ -80,6 +80,7 @@ def test_an_average_of_parameters_alone_does_not_stand_before_the_whole_network(
         average = {name: average}
     assert_same_state(read_weights({"model": state, **average}).state, state)
     assert f"left out the average in {'.'.join(entry)}, which has no running_mean" in caplog.text
+    assert len(caplog.messages) == 1
 
 
 def test_a_state_dict_is_taken_as_it_is():
