@@ -165,7 +165,7 @@ SIDES = st.sampled_from([0, 1, 5, 9.5, 10, 20, 31.99, 32, 33, 96, 97, 200, 1e5])
 PLACES = st.sampled_from([0, 1, 2.5, 10, -5]) | st.floats(-50, 50)
 SCORES = st.sampled_from([0.0, -0.0, 0.1, 0.5, 0.50000001, 1.0, -1.0]) | st.floats(0, 1)
 IDS = st.integers(-(2**63), 2**63 - 1) | st.integers(-2, 5)
-AREAS = st.none() | st.sampled_from([0, 1024, 1024.0001, 9216, 1e10, 1e11, -1.0, float("nan")])
+AREAS = st.none() | st.sampled_from([0, 1024, 1024.0001, 9216, 1e10, 1e11, -1.0])
 ODD = st.sampled_from([float("nan"), float("inf"), -float("inf"), 1e300])
 
 
