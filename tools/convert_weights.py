@@ -367,7 +367,7 @@ def explain(weights: Weights, options: Options) -> None:
     for name in origins.keys() & vars(options).keys() - {"source", "norm"}:
         if getattr(options, name) is not None:
             origins[name] = "the caller"
-        elif origins[name].startswith(("assumed", "default")):
+        elif origins[name].startswith(("assumed", "default")) and name not in shown:
             origins[name] += f"; --{name.replace('_', '-')} changes it"
     facts = {name: (value, origins[name]) for name, value in trunk.items() if name != "version"}
     given = weights.metadata.get("converted_from", {}).get("input", INPUT)
