@@ -32,6 +32,7 @@ from resbackbone.weights.translate import Translated, to_ours
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
 GIVEN = "the given state dict"
+HEAD_NORM = "roi_heads.box_head.0.1.weight"
 MOST_NAMES = 12  # in one line
 
 
@@ -82,7 +83,7 @@ class Weights:
                 "to load_detector or build_resnet_backbone, or convert the file with convert_weights.py --eps 0)"
             )
         if "fpn_norm" in assumed:
-            said.append(f"group norms of 32 groups and eps {EPS:g} in the pyramid")
+            said.append(f"group norms of 32 groups and eps {EPS:g} in the pyramid or box head")
         if "dilate_c5" in assumed:
             said.append("a dilated c5 of stride 16")
         if said:
@@ -341,8 +342,9 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
             undecided.append("dilate_c5")
     if weights.format == "mmdetection" and "relu_before_p7" not in stated and any(".p7." in key for key in state):
         assumed["relu_before_p7"] = False  # mmdetection's default
-    norms = {key.rpartition(".")[2] for key in state if ".inner_blocks.0.1." in f".{key}"}
-    if "weight" in norms and "running_var" not in norms and "GN" not in (stated.get("norm"), stated.get("fpn_norm")):
+    norms = [key.removesuffix(".weight") for key in state if key.endswith((".inner_blocks.0.1.weight", HEAD_NORM))]
+    bare = any(f"{norm}.running_var" not in state for norm in norms)
+    if bare and "GN" not in (stated.get("norm"), stated.get("fpn_norm")):
         assumed |= {} if published else {"fpn_norm": "GN"}
     if weights.format == "torchvision" and "eps" not in stated and _has_frozen_norms(state):
         assumed["eps"] = 1e-5  # torchvision's FrozenBatchNorm2d; it sets 0 where it loads its published detectors

@@ -43,7 +43,8 @@ def test_another_mean_is_refused_because_padding_would_be_another_colour():
         ValueError, match=r"BGR 0\.\.255, mean 102\.98 115\.947 122\.772, std 1 1 1 cannot be converted"
     ):
         for_canonical_input(torch.zeros(1, 3, 1, 1), caffe)
-    with pytest.raises(ValueError, match="cannot be converted exactly"):  # the right numbers in the wrong order
+    advice = "cannot be converted exactly.*with given_input='rgb', and images"
+    with pytest.raises(ValueError, match=advice):  # the right numbers in the wrong order
         for_canonical_input(torch.zeros(1, 3, 1, 1), {**BGR_255, "channel_order": "RGB"})
 
 
