@@ -349,13 +349,18 @@ def test_what_is_not_asked_comes_from_the_weights(own_file):
         build_resnet_backbone()
 
 
-@pytest.mark.parametrize(
-    "options", [{"shortcut": "C"}, {"groups": 32, "width_per_group": 4}, {"in_channels": 4}, {"norm": "GN"}]
-)
+@pytest.mark.parametrize("options", [{"shortcut": "C"}, {"groups": 32, "width_per_group": 4}, {"in_channels": 4}])
 def test_names_and_shapes_tell_what_a_plain_state_dict_does_not_say(options):
     state = build_resnet_backbone(50, levels=["c2", "c4"], **options).state_dict()
     loaded = build_resnet_backbone(weights=state, levels=["c4"])
     assert all(getattr(loaded.config, name) == value for name, value in {"depth": 50, **options}.items())
+
+
+def test_group_norms_have_to_be_asked_for():
+    state = build_resnet_backbone(50, levels=["c2"], norm="GN").state_dict()
+    with pytest.raises(ValueError, match="give norm='GN'"):
+        build_resnet_backbone(weights=state, levels=["c2"])
+    assert build_resnet_backbone(weights=state, levels=["c2"], norm="GN").config.norm == "GN"
 
 
 def test_norms_that_hold_other_tensors_are_a_conflict(resnet18):
