@@ -357,10 +357,10 @@ def test_names_and_shapes_tell_what_a_plain_state_dict_does_not_say(options):
 
 
 def test_group_norms_have_to_be_asked_for():
-    state = build_resnet_backbone(50, levels=["c2"], norm="GN").state_dict()
+    state = build_resnet_backbone(50, levels=["c4"], norm="GN").state_dict()
     with pytest.raises(ValueError, match="give norm='GN'"):
-        build_resnet_backbone(weights=state, levels=["c2"])
-    assert build_resnet_backbone(weights=state, levels=["c2"], norm="GN").config.norm == "GN"
+        build_resnet_backbone(weights=state, levels=["c4"])
+    assert build_resnet_backbone(weights=state, levels=["c4"], norm="GN").config.norm == "GN"
 
 
 def test_norms_that_hold_other_tensors_are_a_conflict(resnet18):
