@@ -170,7 +170,8 @@ class FasterRCNN(GeneralizedRCNN):
                 module.training = False
 
     def _check_targets(self, targets: list[dict[str, Tensor]]) -> None:
-        labels_fit = [((t["labels"] >= 1) & (t["labels"] <= self.num_classes)).all() for t in targets]
+        classes = self.num_classes
+        labels_fit = [((t["labels"] >= 1) & (t["labels"] <= classes)).all() for t in targets]
         boxes_fit = [(t["boxes"].isfinite().all() & (t["boxes"][:, 2:] > t["boxes"][:, :2]).all()) for t in targets]
         if not targets or torch.stack(labels_fit + boxes_fit).all():  # the only wait for the GPU
             return
@@ -178,7 +179,7 @@ class FasterRCNN(GeneralizedRCNN):
             name = f"image {target['image_id']}: " if "image_id" in target else ""
             if not label_fit:
                 raise UserError(
-                    f"{name}labels {sorted(set(target['labels'].tolist()))}: a label is 1..{self.num_classes} "
+                    f"{name}labels {sorted(set(target['labels'].tolist()))}: a label is 1..{classes} "
                     f"({', '.join(list(self.categories.values())[:3])} ..), 0 is background"
                 )
             if not box_fit:

@@ -145,7 +145,7 @@ def fuse(module: nn.Module) -> nn.Module:
         convolution, norm = children[conv_name], children.get(norm_name)
         if type(convolution) is not nn.Conv2d or is_observed(convolution, norm):
             continue
-        if type(norm) is not FrozenBatchNorm2d and not (isinstance(norm, BATCH_NORMS) and _can_freeze(norm)):
+        if norm is None or not (type(norm) is FrozenBatchNorm2d or _can_freeze(norm)):
             continue
         frozen = cast(FrozenBatchNorm2d, freeze(norm))
         scale, shift = frozen.scale_and_shift()

@@ -12,7 +12,7 @@ from torch import Tensor
 from resbackbone.checks import UserError
 from resbackbone.weights.formats import FORMATS, NAMES
 from resbackbone.weights.names import rename
-from resbackbone.weights.pickles import Foreign, short
+from resbackbone.weights.pickles import Foreign, from_array, short
 
 _log = logging.getLogger("resbackbone")
 
@@ -162,14 +162,11 @@ def _dicts(content: object, at: tuple[str, ...] = (), seen: set[int] | None = No
 
 def _plain(state: dict[Any, Any]) -> dict[Any, Any]:
     """The entries with arrays as tensors, and names without the modules that wrap parts of a network."""
-    plain = {
-        INNER_WRAPPERS.sub("", key) if isinstance(key, str) else key: torch.from_numpy(
-            value.astype(value.dtype.newbyteorder("="))
-        )
-        if isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
-        else value
-        for key, value in state.items()
-    }
+    plain = {}
+    for key, value in state.items():
+        name = INNER_WRAPPERS.sub("", key) if isinstance(key, str) else key
+        is_array = isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
+        plain[name] = from_array(value) if is_array else value
     return plain if len(plain) == len(state) else state
 
 

@@ -219,7 +219,12 @@ def _tensor(data: Any, dtype: Any, shape: tuple[int, ...], order: str) -> Any:
     if any(length < 0 for length in shape):
         raise UserError(f"an array of shape {short(str(shape))}")
     array = np.frombuffer(data, dtype.numpy).reshape(shape, order="F" if order == "F" else "C")
-    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))  # a copy, in this machine's byte order
+    return from_array(array)
+
+
+def from_array(array: np.ndarray) -> Tensor:
+    """A copy of an array of plain numbers, in this machine's byte order."""
+    return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
 
 
 def _reconstruct(kind: object, shape: object, code: object) -> Array | Foreign:
