@@ -16,16 +16,23 @@ COLUMNS, TILE = 256, 4096  # of a block: at most, elements
 
 
 @triton.jit
-def _forward(
-    y, shortcut, weight, bias, mean, var, eps, rows, columns, channels,
-    LAST: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """y = [relu](y * scale + shift [+ shortcut]); without NORM the scale is 1 and the shift `bias`."""
+def _block(rows, columns, channels, LAST: tl.constexpr, R: tl.constexpr, C: tl.constexpr):
+    """The elements of this program's block by their places, which of them exist, and the channel of each line."""
     row = tl.program_id(0) * R + tl.arange(0, R)
     column = tl.program_id(1) * C + tl.arange(0, C)
     inside = (row < rows)[:, None] & (column < columns)[None, :]
     at = row.to(tl.int64)[:, None] * columns + column[None, :]
     channel = tl.minimum(column, columns - 1) if LAST else row % channels
+    return at, inside, channel
+
+
+@triton.jit
+def _forward(
+    y, shortcut, weight, bias, mean, var, eps, rows, columns, channels,
+    LAST: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """y = [relu](y * scale + shift [+ shortcut]); without NORM the scale is 1 and the shift `bias`."""
+    at, inside, channel = _block(rows, columns, channels, LAST, R, C)
     value = tl.load(y + at, inside, 0).to(tl.float32)
     shift = tl.load(bias + channel).to(tl.float32)
     if NORM:
@@ -46,11 +53,7 @@ def _backward(
     LAST: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr, RELU: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """grad_shortcut = grad where z is positive; grad_y = grad_shortcut * scale."""
-    row = tl.program_id(0) * R + tl.arange(0, R)
-    column = tl.program_id(1) * C + tl.arange(0, C)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    channel = tl.minimum(column, columns - 1) if LAST else row % channels
+    at, inside, channel = _block(rows, columns, channels, LAST, R, C)
     value = tl.load(grad + at, inside, 0)
     if RELU:
         value = tl.where(tl.load(z + at, inside, 0) <= 0, 0.0, value).to(grad.dtype.element_ty)

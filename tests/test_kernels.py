@@ -14,7 +14,7 @@ from resbackbone.folding import FrozenBatchNorm2d, _NormAddReLU  # noqa: E402
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch):
-    for name in ("_forward", "_backward"):
+    for name in ("_block", "_forward", "_backward"):
         monkeypatch.setattr(kernels, name, interpreter.InterpretedFunction(getattr(kernels, name).fn))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # the index of a CPU
 
