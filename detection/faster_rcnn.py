@@ -328,8 +328,13 @@ def save_detector(detector: FasterRCNN, path: str | Path) -> None:
     if something else has been changed since the detector was built (a module, an eps, a padding mode, the anchors),
     which the file cannot state.
     """
-    config = _live_config(detector)
-    _check_rebuilds(detector, _outline(detector, config))
+    config = _with_classes_of(detector)
+    built = _outline(detector, config)
+    usual = _live_settings(built)
+    if changed := {name: value for name, value in _live_settings(detector).items() if value != usual[name]}:
+        config = replace(config, **changed)
+        built = _outline(detector, config)
+    _check_rebuilds(detector, built)
     write_weights(
         path, detector.state_dict(), {"backbone": detector.backbone.config.to_json(), "detector": config.to_json()}
     )
@@ -341,14 +346,6 @@ def _outline(detector: FasterRCNN, config: DetectorConfig) -> FasterRCNN:
         if isinstance(detector.backbone, ResNetBackbone):
             return _built(detector.backbone.config.to_json(), config, "this detector")
         return FasterRCNN(detector.backbone, config)
-
-
-def _live_config(detector: FasterRCNN) -> DetectorConfig:
-    """The detector's config, with the values that its parts have now."""
-    config = _with_classes_of(detector)
-    built = _live_settings(_outline(detector, config))
-    changed = {name: value for name, value in _live_settings(detector).items() if value != built[name]}
-    return replace(config, **changed)
 
 
 def _live_settings(detector: FasterRCNN) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from resbackbone.checks import UserError
 from resbackbone.resnet import DEPTHS, Bottleneck
-from resbackbone.weights.inputs import INPUT, MEAN, STD
+from resbackbone.weights.inputs import INPUT, MEAN, STD, order_of
 from resbackbone.weights.zoo import TRUNK
 
 _log = logging.getLogger("resbackbone")
@@ -166,11 +166,15 @@ def stated_by_arguments(where: str, values: Mapping) -> dict[str, Any]:
         raise UserError(f"its {where} has one of mean and std alone: mean {mean!r:.80}, std {std!r:.80}; give both")
     if not all(isinstance(x, list | tuple) and len(x) == 3 for x in (mean, std)):
         return {}
-    given = stated_input(where, mean, std)
-    if max(given["mean"]) <= 1:
-        return {"input": given}
-    order = "BGR" if given["mean"][0] < given["mean"][2] else "RGB"  # ImageNet's blue has the lowest mean
-    return {"input": stated_input(where, mean, std, order=order, top=255)}
+    numbers = stated_input(where, mean, std)["mean"]
+    top = 1 if max(numbers) <= 1 else 255
+    order = order_of(numbers, top)
+    if order is None and top == 255:
+        raise UserError(
+            f"its {where} has mean {mean!r:.80}: of 0..255, only ImageNet's tells whether it is RGB or BGR; give its "
+            "state dict alone (torch.load, safetensors.torch.load_file) to read_weights, with given_input="
+        )
+    return {"input": stated_input(where, mean, std, order=order or "RGB", top=top)}
 
 
 def check_known(where: str, values: Mapping, accepted: Mapping[str, Sequence]) -> None:
@@ -268,8 +272,7 @@ def stated_by_timm(config: Mapping) -> dict[str, Any]:
         check_known(name, values, accepted)
     config = {**config, **inner}  # older files have the content of pretrained_cfg at the top
     name = " ".join(str(config["architecture"]).split()).partition(".")[0]  # without its tag
-    if name.startswith(TIMM_ANTI_ALIASED):
-        raise UserError(f"timm's {name} blurs its maps before it subsamples them; no network here does")
+    refuse_blurring_names(name)
     if (network := TIMM_NETWORKS.fullmatch(name)) is None:
         raise UserError(f"{name} is not one of timm's ResNets that this package builds; list_sources() names those")
     backbone: dict[str, Any] = {"stride_in_1x1": False, "eps": 1e-5, "depth": int(network[1])}

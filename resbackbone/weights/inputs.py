@@ -1,6 +1,6 @@
 """The one input that every backbone takes, and the exact conversion of weights trained with another."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,14 @@ def describe_input(given: Mapping) -> str:
     """An input in a phrase: `BGR 0..255, mean 103.53 116.28 123.675, std 1 1 1`."""
     mean, std = (" ".join(f"{value:g}" for value in given[key]) for key in ("mean", "std"))
     return f"{given['channel_order']} 0..{given['range'][1]:g}, mean {mean}, std {std}"
+
+
+def order_of(mean: Sequence[float], top: float) -> str | None:
+    """The order of the channels if `mean`, of values in 0..`top`, is ImageNet's in RGB or in BGR."""
+    for order, usual in (("RGB", MEAN), ("BGR", MEAN[::-1])):
+        if all(abs(x / top - y) < 0.005 for x, y in zip(mean, usual, strict=True)):
+            return order
+    return None
 
 
 def for_canonical_input(conv1: Tensor, given: Mapping) -> Tensor:

@@ -19,10 +19,10 @@ from resbackbone.weights.inputs import (
     BGR_255_WITH_STD,
     INPUT,
     INPUTS,
-    MEAN,
     check_input,
     describe_input,
     for_canonical_input,
+    order_of,
 )
 from resbackbone.weights.mmengine import stated_by_meta
 from resbackbone.weights.pickles import Foreign, read_pickle
@@ -126,6 +126,8 @@ def read_weights(
     No file can run code (`pickles`). Raises ValueError if the source does not exist or is unreadable, if it holds
     several trunks, if a tensor does not hold floating point numbers, and if the input cannot be converted exactly.
     """
+    if norm is not None:
+        one_of("norm", norm, ("BN", "GN"))
     if isinstance(source, Weights):
         options = {"entry": entry, "prefix": prefix, "given_input": given_input}
         if late := [name for name, value in options.items() if value is not None]:
@@ -133,7 +135,7 @@ def read_weights(
                 f"weights from {source.source} are read already: give {', '.join(late)} to the read_weights that reads "
                 "the file"
             )
-        return _with_given(source, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5)
+        return _with_given(source, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5, norm=norm)
     if isinstance(given_input, str):
         given_input = INPUTS[one_of("input", given_input, INPUTS)]
     content: object
@@ -143,8 +145,6 @@ def read_weights(
         content, weights = _read_file(os.fspath(source))
     else:
         raise UserError(f"weights of type {type(source).__name__}; give a file, a named source or a state_dict()")
-    if norm is not None:
-        one_of("norm", norm, ("BN", "GN"))
     weights = _with_given(weights, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5, norm=norm)
     if weights.format == "resbackbone":
         if (entry, prefix) != (None, None):
@@ -411,9 +411,8 @@ def _input_of_detectron2(constants: Mapping[str, Tensor], source: str) -> dict |
     mean, std = (constants[key].double().flatten().tolist() for key in ("pixel_mean", "pixel_std"))
     mean, std = ([float(f"{value:.7g}") for value in values] for values in (mean, std))  # 103.53, not its fp32
     top = 255 if max(mean, default=0) > 1 else 1
-    for order, usual in (("RGB", MEAN), ("BGR", MEAN[::-1])):
-        if len(mean) == len(std) == 3 and all(abs(x / top - y) < 0.005 for x, y in zip(mean, usual, strict=True)):
-            return {"channel_order": order, "range": [0.0, float(top)], "mean": mean, "std": std}
+    if len(mean) == len(std) == 3 and (order := order_of(mean, top)) is not None:
+        return {"channel_order": order, "range": [0.0, float(top)], "mean": mean, "std": std}
     raise UserError(
         f"weights from {source} have pixel_mean {mean} and pixel_std {std}: only ImageNet's mean, in the order RGB or "
         "BGR, tells the order of the channels and can be converted exactly"

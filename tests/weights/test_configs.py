@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.weights import INPUT, MEAN, read_weights
 from resbackbone.weights.file import write_weights
+from resbackbone.weights.inputs import BGR_255
 
 transformers = pytest.importorskip("transformers")
 RESNET_50 = {  # of microsoft/resnet-50
@@ -242,7 +243,7 @@ def test_timms_output_stride_of_16_is_a_dilated_c5(tmp_path, randomised):
         ({"model_args": "none"}, "has model_args 'none', not a table"),
         ({"global_pool": "max"}, "global_pool 'max'"),
         ({"architecture": "seresnet18"}, "seresnet18 is not one of timm's ResNets that this package builds"),
-        ({"architecture": "resnetblur18"}, "resnetblur18 blurs its maps before it subsamples"),
+        ({"architecture": "resnetblur18"}, "resnetblur18, which blurs its maps before it subsamples"),
         ({"pretrained_cfg": {"mean": "imagenet"}}, "pretrained_cfg has mean imagenet, not three numbers"),
         ({"pretrained_cfg": {"std": [1, 1]}}, "pretrained_cfg has std [1, 1], not three numbers above 0"),
         ({"pretrained_cfg": {"channel_order": "bgr"}}, "pretrained_cfg has channel_order 'bgr', which this package"),
@@ -325,6 +326,9 @@ def test_mean_std_and_arch_of_a_training_are_read_wherever_they_are(tmp_path, pl
 
     assert read_weights(save({"arch": "resnet18", **STATED})).metadata["converted_from"]["input"] == {**INPUT, **STATED}
     assert "has mean ['a', 0, 0], not three numbers" in refusal(save({**STATED, "mean": ["a", 0, 0]}))
+    bgr = {"mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0]}
+    assert read_weights(save(bgr)).metadata["converted_from"]["input"] == BGR_255
+    assert "only ImageNet's tells whether it is RGB or BGR" in refusal(save({**bgr, "mean": [100.0, 110.0, 120.0]}))
     assert "timm's resnetblur18, which blurs its maps" in refusal(save({"arch": "resnetblur18"}))
 
 

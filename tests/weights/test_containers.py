@@ -291,6 +291,7 @@ def test_weights_that_are_read_already_take_no_other_part(trunk, other):
     weights = read_weights({"student": trunk, "teacher": other}, entry="student")
     assert "read already" in refusal(weights, entry="teacher")
     assert read_weights(weights).state is weights.state
+    assert read_weights(weights, norm="BN").metadata["backbone"]["norm"] == "BN"
 
 
 def test_a_given_dict_of_arrays_is_read(trunk):

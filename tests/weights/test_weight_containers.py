@@ -66,7 +66,7 @@ REFUSED = {
     "huge": (lambda: with_stated_sizes(STORED, 2**31, 2**31), "larger than the file"),
     "overlapping": (zip_of_overlapping_records, "larger than the file"),
     "duplicate": (lambda: repacked(torch_zip(b"N."), **{"archive/data.pkl": b"N."}), "two records of one name"),
-    "damaged": (lambda: damaged(saved(CHECKPOINT)), "the checksum of"),
+    "damaged": (lambda: damaged(saved(CHECKPOINT)), "a damaged file"),
     "encrypted": (lambda: with_flag_of_encryption(STORED), "not a PyTorch or pickle file"),
     "TorchScript": (script, "a TorchScript archive"),
     "a zip of something else": (lambda: repacked(saved(CHECKPOINT)).replace(b"data.pkl", b"data.txt"), "not a PyTorch"),
