@@ -15,7 +15,7 @@ from detection.faster_rcnn import load_detector, save_detector
 from detection.foreign import SINGLE_MAP_PROPOSALS, describe_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.atomic import file_digest
-from resbackbone.weights import MEAN, STD, Weights, read_weights
+from resbackbone.weights import MEAN, STD, read_weights
 from resbackbone.weights.sources import RECOGNISED
 from resbackbone.weights.translate import from_ours
 from resbackbone.weights.write import write_as
@@ -241,7 +241,7 @@ img_norm_cfg = dict(mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],
 """
 
 
-def test_anchors_and_thresholds_of_mmdetections_config_are_the_detectors(small, tmp_path):
+def test_classes_anchors_and_thresholds_of_mmdetections_config_are_the_detectors(small, tmp_path):
     def save(ratios, score):
         config = MMDETECTION.replace("RATIOS", ratios).replace("SCORE", score)
         state = from_ours(small.state_dict(), "mmdetection")
@@ -249,6 +249,7 @@ def test_anchors_and_thresholds_of_mmdetections_config_are_the_detectors(small, 
         return tmp_path / "net.pth"
 
     config = load_detector(save("[0.5, 1.0, 2.0]", "0.2")).config
+    assert config.categories == ((1, "a"), (2, "b"), (3, "c"))
     assert (config.anchor_scale, config.bbox_reg_weights, config.rpn_pre_nms_top_n_test) == (4.0, (10.0,) * 4, 500)
     assert (config.box_score_thresh, config.box_detections_per_img) == (0.2, 50)
     for ratios, score, named in (
@@ -326,12 +327,6 @@ def test_a_head_without_a_shape_is_refused(small, name, tmp_path):
     torch.save(state, tmp_path / "damaged.pth")
     with pytest.raises(ValueError, match=r"damaged.pth"):
         load_detector(tmp_path / "damaged.pth")
-
-
-def test_classes_that_a_file_names_are_the_detectors(small):
-    weights = read_weights(from_ours(small.state_dict(), "mmdetection"), given_input="rgb")
-    named = Weights(weights.state, {"classes": ["cat", "dog", "cow"]}, "a file", format="mmdetection")
-    assert dict(describe_detector(named)["detector"]["categories"]) == {1: "cat", 2: "dog", 3: "cow"}
 
 
 @pytest.mark.parametrize(

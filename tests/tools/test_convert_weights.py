@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -471,21 +470,13 @@ def test_a_cifar_variant_of_resnet18_is_refused_by_the_names_of_its_shortcuts(cl
     assert "unexpected: layer2.0.shortcut.0.weight" in said and "fc" not in said
 
 
-class Touch:
-    def __reduce__(self):
-        return os.system, ("touch ran",)
-
-
-def test_a_damaged_or_malicious_file_is_refused_and_runs_nothing(classifier):
+def test_a_damaged_file_is_refused(classifier):
     torch.save(classifier, "r18.pth")
     Path("cut.pth").write_bytes(Path("r18.pth").read_bytes()[:-1000])
     assert "'cut.pth': a damaged file" in error_of("cut.pth", "x.safetensors")
     convert("r18.pth", "ours.safetensors")
     Path("cut.safetensors").write_bytes(Path("ours.safetensors").read_bytes()[:-1000])
     assert "cut.safetensors': not a readable safetensors file" in error_of("cut.safetensors", "x.safetensors")
-    Path("evil.pkl").write_bytes(pickle.dumps({"model": Touch()}))
-    assert "its model is a whole posix.system, which is not run" in error_of("evil.pkl", "x.safetensors")
-    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(

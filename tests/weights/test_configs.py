@@ -6,6 +6,7 @@ import json
 import pytest
 import timm
 import torch
+from reading import refusal
 from safetensors.torch import save_file
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
@@ -85,14 +86,6 @@ def folder(tmp_path, small):
         return tmp_path, tmp_path / "model.safetensors"
 
     return write
-
-
-def refusal(source):
-    with pytest.raises(ValueError) as error:
-        read_weights(source)
-    message = str(error.value)
-    assert "\n" not in message and str(source) in message
-    return message
 
 
 @torch.inference_mode()
@@ -270,29 +263,24 @@ def test_a_backbone_of_this_package_comes_back_from_transformers(tmp_path, rando
             assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_another_programs_config_json_concerns_neither_other_files_nor_our_own(tmp_path):
-    state = timm.create_model("resnet18").state_dict()
-    torch.save(state, tmp_path / "best.pth")
-    (tmp_path / "config.json").write_text('{"lr": 0.1, "arch": "resnet18"}')
-    assert build_resnet_backbone(weights=tmp_path / "best.pth").config.depth == 18
-    write_weights(tmp_path / "model.safetensors", state, {"backbone": {"depth": 18}})
-    assert read_weights(tmp_path / "model.safetensors").format == "resbackbone"
-    assert read_weights(tmp_path).format == "resbackbone"
-
-
 @pytest.mark.parametrize(
     "config",
     [
         '{"model_type": "bert", "vocab_size": 3}',
         '{"model_type": "resnet", "lr": 0.1}',
         '{"architecture": "resnet18", "optimizer": "sgd"}',
+        '{"lr": 0.1, "arch": "resnet18"}',
         "// not JSON",
     ],
 )
-def test_a_training_programs_config_json_beside_a_checkpoint_is_no_concern(tmp_path, config):
-    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "best.pth")
+def test_a_training_programs_config_json_concerns_neither_a_checkpoint_nor_our_own_file(tmp_path, config):
+    state = timm.create_model("resnet18").state_dict()
+    torch.save(state, tmp_path / "best.pth")
     (tmp_path / "config.json").write_text(config)
     assert read_weights(tmp_path / "best.pth").assumed["input"] == INPUT
+    write_weights(tmp_path / "model.safetensors", state, {"backbone": {"depth": 18}})
+    for source in (tmp_path / "model.safetensors", tmp_path):
+        assert read_weights(source).format == "resbackbone"
 
 
 STATED = {"mean": list(MEAN), "std": [0.5, 0.5, 0.5]}

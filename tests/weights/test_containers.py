@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torchvision
+from reading import refusal
 from safetensors.torch import save_file
 
 from resbackbone import build_resnet_backbone
@@ -40,13 +41,6 @@ def under(prefix, state):
 def assert_same(weights, trunk):
     assert weights.state.keys() == trunk.keys()
     assert all(torch.equal(weights.state[key], tensor) for key, tensor in trunk.items())
-
-
-def refusal(source, **options) -> str:
-    with pytest.raises(ValueError) as error:
-        read_weights(source, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 def left_out(caplog) -> str:
@@ -190,8 +184,11 @@ def test_statistics_of_an_input_beside_a_trunk_are_asked_about(trunk):
         assert_same(read_weights(state, given_input=INPUT), trunk)
 
 
-def test_what_has_a_tensors_name_and_is_none_is_refused(tmp_path, trunk):
-    for value, kind in ((torch.ones(64).to_sparse(), r" \(torch._utils._rebuild_sparse_tensor"), ([1.0], ""), (5, "")):
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_what_has_a_tensors_name_and_is_none_or_has_no_shape_is_refused(tmp_path, trunk):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    sparse = torch.ones(64).to_sparse()
+    for value, kind in ((sparse, r" \(torch._utils._rebuild_sparse_tensor"), (nested, ""), ([1.0], ""), (5, "")):
         torch.save({"model": {**trunk, "bn1.bias": value}}, tmp_path / "w.pth")
         assert re.search(f"1 entries are not tensors: bn1.bias{kind}", refusal(tmp_path / "w.pth"))
 

@@ -257,13 +257,6 @@ def test_a_method_that_a_file_gives_a_tensor_is_not_called(tmp_path):
     assert torch.equal(read_pickle(tmp_path / "w.pth")["w"], torch.zeros(4))
 
 
-@pytest.mark.parametrize(
-    "content", [b"<!DOCTYPE html><p>404", b"<html>", b"version https://git-lfs.github.com/spec/v1\n"]
-)
-def test_a_download_that_is_not_the_file_is_said_to_be_none(tmp_path, content):
-    assert "web page or a Git LFS pointer" in refusal(tmp_path, content)
-
-
 def test_what_a_message_quotes_from_a_file_is_short_and_on_one_line(tmp_path):
     message = refusal(tmp_path, b"\x80\x04" + text("line\nbreak\x1b[2J" * 10**5) + text("x") + b"\x93.")
     assert "\\n" in message and "\x1b" not in message

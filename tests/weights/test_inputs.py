@@ -8,7 +8,6 @@ from resbackbone.weights.inputs import (
     INPUT,
     RGB_255,
     check_input,
-    describe_input,
     for_canonical_input,
     for_given_input,
 )
@@ -65,7 +64,3 @@ def test_an_input_that_is_none_is_refused(change):
     with pytest.raises(ValueError, match="unknown input"):
         check_input({**INPUT, **change})
     check_input(INPUT)
-
-
-def test_an_input_is_described_in_a_phrase():
-    assert describe_input(BGR_255) == "BGR 0..255, mean 103.53 116.28 123.675, std 1 1 1"

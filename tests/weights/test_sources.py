@@ -205,28 +205,6 @@ def test_a_timm_repository_states_its_pretrained_cfg(hub, nested):
     )
 
 
-@pytest.mark.parametrize(
-    "config, why",
-    [
-        ({"architecture": "resnetblur50"}, "blurs its maps"),
-        ({"architecture": "resnetaa50"}, "blurs its maps"),
-        ({"model_type": "resnet", "hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"model_type": "resnet", "downsample_in_first_stage": True}, "downsample_in_first_stage True"),
-    ],
-)
-def test_a_repository_of_a_network_that_only_looks_like_a_resnet_is_refused(hub, config, why):
-    hub["me/net"] = {"model.safetensors": "tensors", "config.json": config}
-    assert why in refusal("hf:me/net")
-
-
-def test_a_folder_that_timm_wrote_is_described_by_its_config(tmp_path):
-    (tmp_path / "config.json").write_text('{"architecture": "resnet18", "mean": [0.5, 0.5, 0.5], "std": [1, 1, 1]}')
-    (tmp_path / "pytorch_model.bin").touch()
-    path, stated = locate(str(tmp_path))
-    assert path.name == "pytorch_model.bin" and stated["backbone"]["depth"] == 18
-    assert stated["input"] == {**INPUT, "mean": [0.5] * 3, "std": [1.0] * 3}
-
-
 def test_a_revision_and_a_file_can_be_named(hub):
     hub["me/net@refs/pr/1"] = {"sub/last.pth": "tensors", "model.safetensors": "others"}
     assert locate("hf:me/net@refs/pr/1:sub/last.pth")[0].name == "last.pth"

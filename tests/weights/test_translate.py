@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torchvision
 
 from detection import build_faster_rcnn
 from resbackbone import build_resnet_backbone, build_resnet_classifier
@@ -126,18 +125,6 @@ def test_deeper_heads_are_written_with_torchvisions_names_only(format):
         ValueError, match=rf"{format} has no name for \d+ tensors, .*: rpn.head.conv.1.0.weight, .*roi_"
     ):
         from_ours(v2_detector().state_dict(), format)
-
-
-@pytest.mark.parametrize("kind", ["maskrcnn_resnet50_fpn", "retinanet_resnet50_fpn"])
-def test_heads_of_other_detectors_stay_unknown_and_their_backbone_is_read(kind):
-    with torch.device("meta"):
-        state = getattr(torchvision.models.detection, kind)(weights=None, weights_backbone=None).state_dict()
-    read = to_ours(state)
-    assert read.format == "torchvision" and read.unknown
-    assert not [key for key in read.unknown if key.startswith("backbone.")]
-    trunk = {key for key in state if key.startswith("backbone.")}
-    assert len([key for key in read.state if key.startswith("backbone.")]) == len(trunk)
-    assert len(read.state) == len(state)
 
 
 def test_names_of_torchvision_before_version_0_13_and_of_cifar_repositories_are_read():

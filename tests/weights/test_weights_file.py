@@ -2,24 +2,13 @@ import json
 
 import pytest
 import torch
+from reading import assert_same_state, refusal
 from safetensors.torch import save, save_file
 
 from resbackbone.weights import INPUT, MEAN, STD, read_weights, write_weights
+from resbackbone.weights.inputs import BGR_255
 
 STATE = {"conv1.weight": torch.arange(6.0).view(2, 3), "bn1.num_batches_tracked": torch.tensor(3)}
-
-
-def assert_same_state(state, expected=STATE):
-    assert list(state) == list(expected)
-    assert all(torch.equal(state[name], value) for name, value in expected.items())
-
-
-def refusal(source) -> str:
-    with pytest.raises(ValueError) as error:
-        read_weights(source)
-    message = str(error.value)
-    assert "\n" not in message and str(source) in message
-    return message
 
 
 def test_our_own_file_keeps_tensors_and_metadata(tmp_path):
@@ -28,7 +17,7 @@ def test_our_own_file_keeps_tensors_and_metadata(tmp_path):
     write_weights(path, {**STATE, "strided": torch.arange(6.0).view(2, 3).t()}, metadata)
     weights = read_weights(path)
     assert torch.equal(weights.state.pop("strided"), STATE["conv1.weight"].t())
-    assert_same_state(dict(sorted(weights.state.items(), reverse=True)))
+    assert_same_state(dict(sorted(weights.state.items(), reverse=True)), STATE)
     assert {key: weights.metadata[key] for key in metadata} == metadata
     assert weights.metadata["input"] == {"channel_order": "RGB", "range": [0, 1], "mean": list(MEAN), "std": list(STD)}
     assert weights.source == str(path)
@@ -48,36 +37,24 @@ def test_a_foreign_safetensors_file_says_nothing_about_itself(tmp_path):
     assert torch.equal(weights.state["conv1.weight"], STATE["conv1.weight"])
 
 
-def test_a_file_made_for_another_input_is_refused(tmp_path):
-    path = tmp_path / "bgr.safetensors"
-    other = {"channel_order": "BGR", "range": [0, 255], "mean": [103.5, 116.3, 123.7], "std": [1, 1, 1]}
-    save_file(STATE, path, {"input": json.dumps(other)})
-    assert "BGR" in refusal(path)
-
-
-def test_metadata_that_is_not_json_is_refused(tmp_path):
-    path = tmp_path / "broken.safetensors"
-    save_file(STATE, path, {"input": "{"})
-    assert "not a readable safetensors file" in refusal(path)
+@pytest.mark.parametrize(
+    "metadata, why",
+    [
+        ({"input": json.dumps(BGR_255)}, "made for input {'channel_order': 'BGR'"),
+        ({"input": "{"}, "not a readable safetensors file"),
+        *(({"backbone": value}, "its metadata 'backbone' is") for value in ("[]", "3", '"resnet50"')),
+        ({"detector": "{}"}, "a detector without a backbone"),
+    ],
+)
+def test_metadata_that_describe_no_network_here_are_refused(tmp_path, metadata, why):
+    save_file(STATE, tmp_path / "odd.safetensors", {"format": '"resbackbone"', "input": json.dumps(INPUT), **metadata})
+    assert why in refusal(tmp_path / "odd.safetensors")
 
 
 @pytest.mark.parametrize("text", ["RGB images", "224"])
 def test_another_programs_words_about_the_input_are_no_metadata_of_ours(tmp_path, text):
     save_file(STATE, tmp_path / "other.safetensors", {"format": "pt", "input": text})
     assert read_weights(tmp_path / "other.safetensors").metadata["input"] == INPUT
-
-
-@pytest.mark.parametrize("value", ["[]", "3", '"resnet50"'])
-def test_metadata_of_another_kind_are_refused(tmp_path, value):
-    path = tmp_path / "odd.safetensors"
-    write_weights(path, STATE, {"backbone": json.loads(value)})
-    assert "its metadata 'backbone' is" in refusal(path)
-
-
-def test_a_detector_without_a_backbone_is_refused(tmp_path):
-    path = tmp_path / "half.safetensors"
-    write_weights(path, STATE, {"detector": {}})
-    assert "a detector without a backbone" in refusal(path)
 
 
 def with_header(header: bytes, data: bytes = b"") -> bytes:

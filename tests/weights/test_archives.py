@@ -1,4 +1,4 @@
-"""Zip, tar and legacy files that PyTorch does not write are refused in a sentence."""
+"""Files around the pickles: what PyTorch does not write is refused in a sentence, what it wrote anywhere is read."""
 
 import io
 import struct
@@ -52,6 +52,13 @@ def tar() -> bytes:
     return file.getvalue()
 
 
+def zip_of(name: str) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(name, b"x" * 99)
+    return file.getvalue()
+
+
 def damaged(data: bytes) -> bytes:
     data = bytearray(data)
     data[data.index(CHECKPOINT["w"].numpy().tobytes()) + 5] ^= 1
@@ -79,11 +86,18 @@ REFUSED = {
     ),
     "legacy of unknown storages": (lambda: torch_legacy(b"\x80\x02" + text("x") + b".", ["0"]), "damaged"),
     "legacy cut off": (lambda: saved(CHECKPOINT, _use_new_zipfile_serialization=False)[:-1], "damaged"),
+    ".npz": (lambda: zip_of("a.npy"), "an archive of numpy's arrays"),
+    "a zipped checkpoint": (lambda: zip_of("best.pth"), "a zip archive with best.pth in it; unpack it"),
+    "HDF5": (lambda: b"\x89HDF\r\n" + bytes(99), "an HDF5 file"),
+    "gzip": (lambda: b"\x1f\x8b\x08" + bytes(99), "gzip; unpack it"),
+    ".npy": (lambda: b"\x93NUMPY" + bytes(99), "a single array of numpy"),
+    "a page of HTML": (lambda: b"\n<!DOCTYPE html><p>404", "a web page or a Git LFS pointer"),
+    "an LFS pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "a web page or a Git LFS pointer"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_an_archive_that_torch_does_not_write_is_refused_in_a_sentence(tmp_path, name):
+def test_a_file_that_torch_does_not_write_is_refused_in_a_sentence(tmp_path, name):
     build, why = REFUSED[name]
     assert why in refusal(tmp_path, build())
 
