@@ -10,7 +10,7 @@ python tools/convert_weights.py resnet20.th r20.safetensors --shortcut A --short
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ from resbackbone.weights.write import (
 )
 
 CIFAR_TARGETS: dict[str, Callable] = {OURS: save_cifar_resnet, "akamaster": save_for_akamaster}
-NOT_FOR_CIFAR = ("part", "stride_in_1x1")  # options
 DILATED_IN = {
     "torchvision": "replace_stride_with_dilation=[False, False, True]",
     "timm": "output_stride=16",
@@ -314,7 +313,7 @@ def unstated_settings(weights: Weights, back: Weights, format: str) -> dict[str,
 
 def convert_cifar(weights: Weights, options: Options) -> None:
     """Write a CIFAR network, after a trial file read back as the same network."""
-    for name in NOT_FOR_CIFAR:
+    for name in ("part", "stride_in_1x1"):
         if getattr(options, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} is for ImageNet's networks; {weights.source} has one for CIFAR"
@@ -403,9 +402,14 @@ def print_facts(facts: Mapping[str, tuple[Any, str]]) -> None:
         if name in ("classes", "categories"):
             value = f"{len(value)} names"
         rows.append((name, describe_fact(name, value) if isinstance(value, Mapping) else str(value), origin))
-    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-    for name, value, origin in rows:
-        console.print(f"{name:{widths[0]}}  {value:{widths[1]}}  {origin}")
+    print_table(rows)
+
+
+def print_table(rows: Sequence[tuple[str, ...]]) -> None:
+    """Print each row on one line, however wide the terminal is: names are there to be copied."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        console.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def print_advice(weights: Weights, options: Options) -> None:
@@ -435,9 +439,7 @@ def print_sources() -> None:
         metric = {"classifier": "top-1", "detector": "box AP"}[named.kind]
         accuracy = "" if named.accuracy is None else f"{named.accuracy:.1f} {metric}"
         rows.append((named.name, str(named.depth), named.kind, accuracy, named.licence, named.published))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:  # a line each, however wide the terminal is: names are there to be copied
-        console.print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print_table(rows)
 
 
 def run() -> None:

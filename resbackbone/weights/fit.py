@@ -20,21 +20,15 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     These are depth, shortcut, groups, width_per_group, in_channels and norm. A depth outside of DEPTHS is left out, and
     so are shortcuts without parameters (A and none look the same).
     """
-    blocks = {(int(i), int(j)) for key in state for i, j in re.findall(r"^layer([1-4])\.(\d+)\.", key)}
+    blocks = _blocks(state)
     if not blocks:
         return {}
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    counts = _counts(state)
     bottleneck = "layer1.0.conv3.weight" in shapes
     found: dict[str, Any] = {}
-    depths = [  # whose trunk this is, or its first stages
-        depth
-        for depth, (block, layers) in DEPTHS.items()
-        if (block is Bottleneck) == bottleneck and counts in [(*layers[:n], *[0] * (4 - n)) for n in (1, 2, 3, 4)]
-    ]
-    if len(depths) == 1:
+    if len(depths := _depths(state)) == 1:
         found["depth"] = depths[0]
-    projected = {block for block in blocks if f"layer{block[0]}.{block[1]}.downsample.0.weight" in shapes}
+    projected = {block for block in blocks if f"{block}downsample.0.weight" in shapes}
     if projected:
         found["shortcut"] = "C" if projected == blocks else "B"
     if len(stem := shapes.get("conv1.weight", ())) == 4:
@@ -46,10 +40,24 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return found
 
 
+def _blocks(trunk: Mapping[str, Tensor]) -> set[str]:
+    """How the names of each block begin: `layer1.0.`."""
+    return {match[0] for key in trunk if (match := re.match(r"layer[1-4]\.\d+\.", key))}
+
+
 def _counts(trunk: Mapping[str, Tensor]) -> tuple[int, ...]:
     """The number of blocks in each stage."""
-    blocks = {match[0] for key in trunk if (match := re.match(r"layer[1-4]\.\d+\.", key))}
-    return tuple(sum(block.startswith(f"layer{i}.") for block in blocks) for i in (1, 2, 3, 4))
+    return tuple(sum(block.startswith(f"layer{i}.") for block in _blocks(trunk)) for i in (1, 2, 3, 4))
+
+
+def _depths(trunk: Mapping[str, Tensor]) -> list[int]:
+    """The depths whose trunk this is, or its first stages."""
+    kind, counts = Bottleneck if "layer1.0.conv3.weight" in trunk else BasicBlock, _counts(trunk)
+    return [
+        depth
+        for depth, (block, layers) in DEPTHS.items()
+        if block is kind and counts in [(*layers[:n], *[0] * (4 - n)) for n in (1, 2, 3, 4)]
+    ]
 
 
 def pyramid_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -132,18 +140,15 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
             names = ", ".join([*list(weights.state)[:3], ".."])
             raise UserError(f"weights from {weights.source} hold no ResNet under known names ({names})")
         trunk = backbone_part(weights.state)
-        kind, counts = ("bottleneck" if "layer1.0.conv3.weight" in trunk else "basic"), _counts(trunk)
-        block = Bottleneck if kind == "bottleneck" else BasicBlock
-        there = {depth: layers for depth, (of, layers) in DEPTHS.items() if of is block}
-        fits = [d for d, layers in there.items() if counts in [(*layers[:n], *[0] * (4 - n)) for n in (1, 2, 3, 4)]]
-        if not fits:
-            listed = ", ".join(f"{depth} ({'-'.join(map(str, layers))})" for depth, layers in there.items())
+        if fits := _depths(trunk):
             raise UserError(
-                f"weights from {weights.source} have {'-'.join(map(str, counts))} {kind} blocks in their stages, which "
-                f"no depth here has: {listed}; from_timm builds the ResNets of timm"
+                f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, fits))}"
             )
+        kind, block = ("bottleneck", Bottleneck) if "layer1.0.conv3.weight" in trunk else ("basic", BasicBlock)
+        listed = ", ".join(f"{d} ({'-'.join(map(str, layers))})" for d, (of, layers) in DEPTHS.items() if of is block)
         raise UserError(
-            f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, fits))}"
+            f"weights from {weights.source} have {'-'.join(map(str, _counts(trunk)))} {kind} blocks in their stages, "
+            f"which no depth here has: {listed}; from_timm builds the ResNets of timm"
         )
     return {name: resolved[name] for name in ARCHITECTURE}
 

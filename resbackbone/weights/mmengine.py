@@ -303,13 +303,9 @@ def _value(node: ast.expr, known: Mapping[str, Any]) -> Any:
             return node.value
         case ast.List() | ast.Tuple() | ast.Set():
             return [_value(item, known) for item in node.elts]
-        case ast.Dict():
-            return _dict(
-                [
-                    (key and _value(key, known), _value(item, known))
-                    for key, item in zip(node.keys, node.values, strict=True)
-                ]
-            )
+        case ast.Dict(keys=keys, values=items):
+            pairs = zip(keys, items, strict=True)
+            return _dict([(key and _value(key, known), _value(item, known)) for key, item in pairs])
         case ast.Call(func=ast.Name(id="dict"), args=[]):
             return _dict([(word.arg, _value(word.value, known)) for word in node.keywords])
         case ast.Call(func=ast.Name(id="dict"), args=[ast.Dict() as only]) if not node.keywords:
