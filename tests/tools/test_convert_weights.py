@@ -470,15 +470,6 @@ def test_a_cifar_variant_of_resnet18_is_refused_by_the_names_of_its_shortcuts(cl
     assert "unexpected: layer2.0.shortcut.0.weight" in said and "fc" not in said
 
 
-def test_a_damaged_file_is_refused(classifier):
-    torch.save(classifier, "r18.pth")
-    Path("cut.pth").write_bytes(Path("r18.pth").read_bytes()[:-1000])
-    assert "'cut.pth': a damaged file" in error_of("cut.pth", "x.safetensors")
-    convert("r18.pth", "ours.safetensors")
-    Path("cut.safetensors").write_bytes(Path("ours.safetensors").read_bytes()[:-1000])
-    assert "cut.safetensors': not a readable safetensors file" in error_of("cut.safetensors", "x.safetensors")
-
-
 @pytest.mark.parametrize(
     "metadata, told",
     [

@@ -259,19 +259,6 @@ def test_our_own_file_is_not_converted_again(tmp_path):
     assert weights.format == "resbackbone" and weights.assumed == {}
 
 
-def test_a_torchvision_source_is_read_from_torchvisions_own_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    folder = tmp_path / "hub" / "checkpoints"
-    folder.mkdir(parents=True)
-    state = torchvision.models.resnet18().state_dict()
-    url = torchvision.models.ResNet18_Weights.DEFAULT.url
-    torch.save(state, folder / os.path.basename(url))
-    monkeypatch.setattr("resbackbone.weights.sources.download", lambda *_, **__: None)  # as if it had been fetched
-    weights = read_weights("torchvision:ResNet18_Weights.DEFAULT")
-    assert_same_state(weights.state, state)
-    assert weights.assumed == {} and len(weights.metadata["classes"]) == 1000
-
-
 @pytest.mark.parametrize(
     "name, save, why", [("net.pth", torch.save, "damaged"), ("net.safetensors", save_file, "not a readable safe")]
 )
