@@ -1,6 +1,5 @@
 """The paper's CIFAR-10 networks, 6n+2 layers deep, residual and plain (He et al. 2015, Sec. 4.2 and Table 6)."""
 
-import io
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import open_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.folding import conv_norm_relu
 from resbackbone.layers import SHORTCUTS, Stage, conv, norm_layer
@@ -225,6 +224,5 @@ def save_for_akamaster(model: CifarResNet, path: str | os.PathLike, **metadata: 
         "state_dict": {f"module.{key}": tensor for key, tensor in theirs.items()},
         NOTES: json.dumps({**metadata, "cifar": config, "input": model.input}),
     }
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write_atomically(path, buffer.getvalue())
+    with open_atomically(path) as file:
+        torch.save(content, file)

@@ -226,14 +226,9 @@ def _stated_by_transformers(config: Mapping) -> dict[str, Any]:
 
 def _stated_by_processor(folder: Path) -> dict[str, Any]:
     """{"input": ..} of a preprocessor_config.json, or of the image_processor in a processor_config.json."""
-    alone, inner = _json(folder / "preprocessor_config.json"), _json(folder / "processor_config.json")
-    nested = inner.get("image_processor")
-    nested = nested if isinstance(nested, Mapping) else {}
-    stated = [
-        _input_of_processor(where, processor)
-        for where, processor in (("preprocessor_config.json", alone), ("processor_config.json", nested))
-        if processor
-    ]
+    alone, nested = "preprocessor_config.json", "processor_config.json"
+    found = ((alone, _json(folder / alone)), (nested, _json(folder / nested).get("image_processor")))
+    stated = [_input_of_processor(name, values) for name, values in found if isinstance(values, Mapping) and values]
     if len(stated) == 2 and stated[0] != stated[1]:
         raise UserError("its preprocessor_config.json and processor_config.json state different inputs; keep one")
     return stated[0] if stated else {}
@@ -316,8 +311,8 @@ def _json(path: Path, *, required: bool = True) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError):
         content = None
-    if not isinstance(content, dict) and not required:
-        return {}
-    if not isinstance(content, dict):
+    if isinstance(content, dict):
+        return content
+    if required:
         raise UserError(f"its {path.name} is not readable JSON with an object in it")
-    return content
+    return {}

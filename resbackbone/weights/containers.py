@@ -125,29 +125,25 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     elsewhere = tuple(other for other in _roots(state) if root is not None and other != root and other.startswith(root))
     part = _part(state, owner, root, elsewhere, ".".join(at), source)
     if not part.state:
-        objects = (f"its {short(str(key))} is {x.whole}" for key, x in _items(content) if isinstance(x, Foreign))
-        advice = next(objects, _what_it_is(content))
-        raise UserError(f"weights {source!r}: holds no state dict (tensors by name); {advice}")
+        raise UserError(f"weights {source!r}: holds no state dict (tensors by name); {_what_it_is(content)}")
     siblings = [name for name in _siblings(content, at) if name not in announced]
     return part._replace(beside=siblings + part.beside)
 
 
 def _what_it_is(content: object) -> str:
     """What a checkpoint without tensors by name is instead, and what to do."""
-    if isinstance(content, list | tuple):
-        place = next((i for i, item in enumerate(content) if any(map(_roots, (x for _, x in _dicts(item))))), None)
-        kind = f"it is a {type(content).__name__}"
-        return (
-            f"{kind}; save a state_dict() with torch.save" if place is None else f"{kind}; save its item {place} alone"
-        )
-    if isinstance(content, dict) and (found := [short(str(key)) for key in content if OPTIMIZER.fullmatch(str(key))]):
-        return f"its {', '.join(found)} is an optimizer's; save the network's state_dict() with torch.save"
-    kind = "" if isinstance(content, dict) else f"it is a {type(content).__name__}; "
-    return f"{kind}save a state_dict() with torch.save"
-
-
-def _items(content: object) -> list[tuple[Any, Any]]:
-    return list(content.items()) if isinstance(content, dict) else []
+    advice = "save a state_dict() with torch.save"
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if isinstance(value, Foreign):
+                return f"its {short(str(key))} is {value.whole}"
+        if found := [short(str(key)) for key in content if OPTIMIZER.fullmatch(str(key))]:
+            return f"its {', '.join(found)} is an optimizer's; save the network's state_dict() with torch.save"
+        return advice
+    for i, item in enumerate(content if isinstance(content, list | tuple) else ()):
+        if any(_roots(inside) for _, inside in _dicts(item)):
+            advice = f"save its item {i} alone"
+    return f"it is a {type(content).__name__}; {advice}"
 
 
 def _dicts(content: object, at: tuple[str, ...] = (), seen: set[int] | None = None) -> Iterator[tuple[tuple, dict]]:
@@ -170,11 +166,9 @@ def _plain(state: dict[Any, Any]) -> dict[Any, Any]:
     return plain if len(plain) == len(state) else state
 
 
-def _is_mmengine(content: object) -> bool:
+def _is_mmengine(content: Any) -> bool:
     """Whether this is a checkpoint of mmengine's EMAHook, which swaps on saving: `state_dict` has the average."""
-    entries = dict(_items(content))
-    both = isinstance(entries.get("state_dict"), dict) and isinstance(entries.get("ema_state_dict"), dict)
-    return both and isinstance(entries.get("meta"), dict)
+    return all(isinstance(content.get(name), dict) for name in ("state_dict", "ema_state_dict", "meta"))
 
 
 def _leads_to(entry: str, at: tuple[str, ...]) -> bool:
@@ -274,13 +268,13 @@ def _has_shape(value: object) -> bool:
     return isinstance(value, Tensor) and not value.is_nested
 
 
-def _siblings(content: object, at: tuple[str, ...]) -> Iterator[str]:
+def _siblings(content: Any, at: tuple[str, ...]) -> Iterator[str]:
     """Names of the entries that do not lead to the one at `at`."""
     for i, step in enumerate(at):
-        for key, value in _items(content):
+        for key, value in content.items():
             if str(key) != step and not (i == 0 and key in REMARKS):
                 yield described(".".join([*at[:i], str(key)]), value)
-        content = next(value for key, value in _items(content) if str(key) == step)
+        content = next(value for key, value in content.items() if str(key) == step)
 
 
 def module_of(key: str, root: str) -> str:
@@ -292,7 +286,7 @@ def module_of(key: str, root: str) -> str:
     return ".".join(shared[: depth + 1])
 
 
-def described(name: str, value: object = None) -> str:
+def described(name: str, value: object) -> str:
     """The name of an entry, with the objects in it that are not read: `args (argparse.Namespace, not run)`."""
     kinds: set[str] = set()
     seen: set[int] = set()

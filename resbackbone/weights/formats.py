@@ -2,7 +2,7 @@
 
 To add a format, add a `Format` and its entry in `FORMATS`. `convert_weights.py` and the round trips in
 `tests/weights/test_translate.py` then include it; add a row to `test_write.py` for the files it is written to. What its
-networks cannot be (`_check_network`) and the containers of its files (`_packed`) are in `write.py`.
+networks cannot be (`_check_network`) and the containers of its files (`_write_file`) are in `write.py`.
 """
 
 from collections.abc import Mapping

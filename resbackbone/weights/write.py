@@ -1,6 +1,5 @@
 """Write weights in any known format, and compare what was written with the original."""
 
-import io
 import json
 import os
 import pickle
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from resbackbone.atomic import folder_atomically, write_atomically
+from resbackbone.atomic import folder_atomically, open_atomically, write_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.file import NOTES, apart, write_weights
@@ -69,7 +68,7 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
     if format == "transformers":
         _write_transformers_folder(path, state, trunk, metadata, notes)
     else:
-        write_atomically(path, _packed(path, state, format, notes))
+        _write_file(path, state, format, notes)
 
 
 def architecture_name(trunk: Mapping[str, Any]) -> str:
@@ -148,12 +147,13 @@ def _check_dilation(path: Path, format: str, backbone: Mapping[str, Any], *, det
         )
 
 
-def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> bytes:
-    if path.suffix == ".safetensors":
-        return save(state, {"format": "pt", NOTES: notes})
+def _write_file(path: Path, state: dict[str, Tensor], format: str, notes: str) -> None:
     suffixes = [".safetensors", ".pth", ".pt", ".bin", *([".pkl"] if format in ("detectron2", "msra") else [])]
     if path.suffix not in suffixes:
         raise UserError(f"{path}: unknown suffix {path.suffix!r} for {format}; choose from {', '.join(suffixes)}")
+    if path.suffix == ".safetensors":
+        write_atomically(path, save(state, {"format": "pt", NOTES: notes}))
+        return
     arrays = path.suffix == ".pkl"
     tensors: dict[str, Any] = {name: tensor.numpy() for name, tensor in state.items()} if arrays else state
     content = {  # torchvision and timm load a bare state dict
@@ -162,11 +162,11 @@ def _packed(path: Path, state: dict[str, Tensor], format: str, notes: str) -> by
         "mmdetection": {"meta": {"author": OURS}, "state_dict": tensors, NOTES: notes},
         "msra": {"blobs": tensors, NOTES: notes},
     }.get(format, tensors)
-    if arrays:
-        return pickle.dumps(content)
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
+    with open_atomically(path) as file:
+        if arrays:
+            pickle.dump(content, file)
+        else:
+            torch.save(content, file)
 
 
 def _write_transformers_folder(
