@@ -138,13 +138,13 @@ def _anchor_settings(weights: Weights, strides: list[int]) -> dict[str, object]:
     for level in levels:
         x1, y1, x2, y2 = torch.tensor(level, dtype=torch.float64).reshape(-1, 4).unbind(1)
         shapes = list(zip(((x2 - x1) * (y2 - y1)).sqrt().tolist(), ((y2 - y1) / (x2 - x1)).tolist(), strict=True))
-        sides.append(sorted({round(side, 2) for side, _ in shapes}))
-        found = sorted((round(side, 2), round(ratio, 3)) for side, ratio in shapes)
+        found = [(round(side, 2), round(ratio, 3)) for side, ratio in shapes]
+        sides.append(list(dict.fromkeys(side for side, _ in found)))
         centred = (x1 + x2).abs().max() < 1e-3 and (y1 + y2).abs().max() < 1e-3
         if not centred or found != [(side, ratio) for side in sides[-1] for ratio in ASPECT_RATIOS]:
             raise UserError(
                 f"weights from {weights.source} have anchors of (side, height over width) {found}; this package's have "
-                f"the ratios {', '.join(map(str, ASPECT_RATIOS))} at each side"
+                f"the ratios {', '.join(map(str, ASPECT_RATIOS))} at each side, in this order"
             )
     if len(sides) == len(strides) == 1:
         return {"anchor_sides": sides[0]} if sides[0] != list(SINGLE_MAP_ANCHORS) else {}

@@ -76,10 +76,10 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     Raises ValueError if there are no tensors by name, if several trunks are complete, if `entry` or `prefix` leads to
     none, or if what has the name of a tensor is none.
     """
-    inside = [(at, _plain(state)) for at, state in _dicts(content) if not any(map(OPTIMIZER.fullmatch, at))]
+    inside = [(at, _plain(state)) for at, state in dicts_in(content) if not any(map(OPTIMIZER.fullmatch, at))]
     dicts = [(at, state) for at, state in inside if entry is None or _leads_to(entry, at)]
     if entry is not None and not dicts:
-        there = ", ".join(short(".".join(at)) for at, _ in _dicts(content) if at)
+        there = ", ".join(short(".".join(at)) for at, _ in dicts_in(content) if at)
         raise UserError(f"weights {source!r}: no part {entry!r} in the file; it has {there or 'one part only'}")
     trunks = [_Trunk(at, state, *found) for at, state in dicts for found in _roots(state).items()]
     if prefix:
@@ -141,19 +141,19 @@ def _what_it_is(content: object) -> str:
             return f"its {', '.join(found)} is an optimizer's; save the network's state_dict() with torch.save"
         return advice
     for i, item in enumerate(content if isinstance(content, list | tuple) else ()):
-        if any(_roots(inside) for _, inside in _dicts(item)):
+        if any(_roots(inside) for _, inside in dicts_in(item)):
             advice = f"save its item {i} alone"
     return f"it is a {type(content).__name__}; {advice}"
 
 
-def _dicts(content: object, at: tuple[str, ...] = (), seen: set[int] | None = None) -> Iterator[tuple[tuple, dict]]:
+def dicts_in(content: object, at: tuple[str, ...] = (), seen: set[int] | None = None) -> Iterator[tuple[tuple, dict]]:
     """Every dict in nested ones, once, with the keys that lead to it."""
     seen = set() if seen is None else seen
     if isinstance(content, dict) and id(content) not in seen and len(at) < MAX_DEPTH:
         seen.add(id(content))
         yield at, content
         for key, value in content.items():
-            yield from _dicts(value, (*at, str(key)), seen)
+            yield from dicts_in(value, (*at, str(key)), seen)
 
 
 def _plain(state: dict[Any, Any]) -> dict[Any, Any]:

@@ -179,7 +179,7 @@ def _stated_of_detector(config: Mapping) -> dict[str, Any]:
         lists: list[Any] = [generator.get(key) if isinstance(generator, Mapping) else None for key in keys]
         readable = all(isinstance(x, list) and all(type(y) in (int, float) and y > 0 for y in x) for x in lists)
         known = readable and _type(generator) == "AnchorGenerator" and set(generator) <= {*keys, "type", "_scope_"}
-        stated["anchors"] = [_boxes(stride, *lists[:2]) for stride in lists[2]] if known else None
+        stated["anchors"] = [boxes_around_zero(stride, *lists[:2]) for stride in lists[2]] if known else None
     settings = {}
     for path, (name, take) in SETTINGS.items():
         if (value := _at(config, f"model.{path}", _at(config, path))) is not None:
@@ -200,7 +200,8 @@ def _at(values: Any, path: str, default: Any = None) -> Any:
     return values
 
 
-def _boxes(stride: float, scales: list[float], ratios: list[float]) -> list[list[float]]:
+def boxes_around_zero(stride: float, scales: list[float], ratios: list[float]) -> list[list[float]]:
+    """[x1, y1, x2, y2] of the area (stride * scale) ** 2 and each ratio of height to width."""
     sides = [(stride * scale / ratio**0.5 / 2, stride * scale * ratio**0.5 / 2) for scale in scales for ratio in ratios]
     return [[-x, -y, x, y] for x, y in sides]
 

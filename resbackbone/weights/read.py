@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from resbackbone.checks import UserError, one_of
 from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.configs import stated_by_arguments
-from resbackbone.weights.containers import HEADS, STATISTICS, find_trunk, module_of
+from resbackbone.weights.containers import HEADS, STATISTICS, dicts_in, find_trunk, module_of
+from resbackbone.weights.detectron2_config import stated_by_detectron2
 from resbackbone.weights.file import NOTES, is_index, is_safetensors, read_notes, read_safetensors, read_shards
 from resbackbone.weights.formats import EPS, FORMATS, STAGE5
 from resbackbone.weights.inputs import (
@@ -231,23 +233,50 @@ def _heads_of_others(translated: Translated, root: str | None) -> list[str]:
 def _read_file(name: str) -> tuple[object, Weights]:
     """What a file holds, and what is known about it; its weights, if this package wrote it."""
     path, stated = locate(name)
-    origins = _origins(stated)
+    content: object
+    known: dict[str, Any] = {}
+    notes: dict[str, Any] | None = None
     try:
         if is_safetensors(path):
-            state, metadata = read_safetensors(path)
-            if metadata.get("format") == "resbackbone":
-                own = Weights(state, metadata, name, format="resbackbone", origins=_origins(metadata, "the file"))
-                return state, own
-            return state, Weights({}, {**metadata, **stated}, name, origins=_origins(metadata, "the file") | origins)
-        content, known = read_shards(path) if is_index(path) else read_pickle(path), recognised(path)
+            content, notes = state, _ = read_safetensors(path)
+            if notes.get("format") == "resbackbone":
+                return content, Weights(state, notes, name, format="resbackbone", origins=_origins(notes, "the file"))
+        else:
+            content, known = read_shards(path) if is_index(path) else read_pickle(path), recognised(path)
     except UserError:
         # Without a published hash, a cut-off download is noticed only here.
         if name.lower().startswith(("http:", "https:", "detectron2:")):
             path.unlink(missing_ok=True)  # another process may have been faster
         raise
-    notes = _notes_in(content, name)
-    origins = _origins(notes, "the file") | origins | _origins(known)
-    return content, Weights({}, {**notes, **stated, **known}, name, origins=origins)
+    beside = _stated_beside_detectron2s(content, path, name)
+    facts = [
+        (beside, ""),
+        (_notes_in(content, name) if notes is None else notes, "the file"),
+        (stated, ""),
+        (known, ""),
+    ]
+    metadata: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for said, by in facts:  # the later ones count more
+        origins |= _origins(said, by) if by else _origins(said)
+        metadata |= said
+    return content, Weights({}, metadata, name, origins=origins)
+
+
+def _stated_beside_detectron2s(content: object, path: Path, name: str) -> dict[str, Any]:
+    """What detectron2's config.yaml says beside a file with its names."""
+    names = (key for _, part in dicts_in(content) for key in part)
+    if not any(isinstance(key, str) and key.endswith("stem.conv1.weight") for key in names):
+        return {}
+    try:
+        stated = stated_by_detectron2(path.with_name("config.yaml"))
+    except UserError as error:
+        raise UserError(f"weights {name!r}: {error}") from None
+    if stated:
+        _log.warning(
+            "weights from %s: input, stride, anchors and thresholds are from detectron2's config.yaml beside it", name
+        )
+    return stated
 
 
 def _origins(stated: dict[str, Any], by: str = "its publisher") -> dict[str, str]:

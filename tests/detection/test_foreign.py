@@ -169,6 +169,31 @@ def test_a_detectron2_checkpoint_gives_detectron2s_boxes(config, tmp_path):
     assert_same_detections(got, expected.scores, expected.pred_boxes.tensor, expected.pred_classes + 1)
 
 
+@torch.inference_mode()
+def test_a_detectron2_checkpoint_is_built_as_the_config_beside_it_says(tmp_path, caplog):
+    pytest.importorskip("detectron2", reason="detectron2 is not installed")
+    from detectron2 import model_zoo
+    from detectron2.modeling import build_model
+
+    settings = model_zoo.get_config("COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml")
+    settings.MODEL.DEVICE, settings.MODEL.WEIGHTS, settings.MODEL.RESNETS.STRIDE_IN_1X1 = "cpu", "", False
+    settings.MODEL.PIXEL_MEAN, settings.MODEL.PIXEL_STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+    settings.INPUT.FORMAT, settings.INPUT.MIN_SIZE_TEST, settings.TEST.DETECTIONS_PER_IMAGE = "RGB", 101, 100
+    settings.MODEL.ROI_HEADS.NUM_CLASSES, settings.MODEL.ROI_HEADS.SCORE_THRESH_TEST = 7, 0.0
+    settings.MODEL.ANCHOR_GENERATOR.SIZES = [[16], [32], [64], [128], [256]]
+    settings.MODEL.RPN.POST_NMS_TOPK_TEST, settings.MODEL.ROI_HEADS.NMS_THRESH_TEST = 300, 0.3
+    settings.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS = (5.0, 5.0, 2.0, 2.0)
+    theirs = lively(build_model(settings))
+    torch.save({"model": theirs.state_dict(), "iteration": 9}, tmp_path / "model_final.pth")
+    (tmp_path / "config.yaml").write_text(settings.dump())
+    ours = load_detector(tmp_path / "model_final.pth")
+    assert "from detectron2's config.yaml beside it" in caplog.text and "assuming" not in caplog.text
+    image = torch.randint(0, 256, (3, 101, 135))
+    expected = theirs([{"image": image}])[0]["instances"]
+    got = ours([image / 255])[0]
+    assert_same_detections(got, expected.scores, expected.pred_boxes.tensor, expected.pred_classes + 1)
+
+
 @pytest.mark.parametrize(
     "sides, ratios, settings, named",
     [
@@ -178,6 +203,7 @@ def test_a_detectron2_checkpoint_gives_detectron2s_boxes(config, tmp_path):
         ([[32, 40], [64], [128], [256], [512]], (0.5, 1, 2), {}, "have anchors of the sides"),
         ([[32], [64], [128], [256]], (0.5, 1, 2), {}, "have anchors of the sides"),
         ([[32], [64], [128], [256], [512]], (0.5, 1, 3), {}, r"have anchors of \(side, height over width\) .*3.0"),
+        ([[32], [64], [128], [256], [512]], (2, 1, 0.5), {}, "the ratios 0.5, 1.0, 2.0 at each side, in this order"),
     ],
 )
 def test_cell_anchors_of_a_checkpoint_are_the_detectors_or_refused(small, sides, ratios, settings, named):
