@@ -114,7 +114,9 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     if trunks:
         at, state, root, places = trunks[0]
         owner = _owner(root, places, prefix or "")
-        if prefix is None and (heads := [k for k, x in state.items() if _has_shape(x) and _dilates(k, x, root)]):
+        outside = {key: x for key, x in state.items() if root and isinstance(key, str) and not key.startswith(root)}
+        heads = [key for key, x in outside.items() if _has_shape(x) and x.dim() == 4 and DILATING.fullmatch(key)]
+        if prefix is None and heads:
             raise UserError(
                 f"weights {source!r}: {short(heads[0])} is of a segmentation network, whose trunk may dilate its last "
                 f"stages, which no name shows; prefix={root!r} takes it as a trunk without dilation"
@@ -194,12 +196,6 @@ def _owner(root: str, places: set[str], prefix: str) -> str:
         if root.endswith(place) and owner[-1:] in ("", ".") and owner.startswith(prefix):
             return owner
     return root
-
-
-def _dilates(key: object, tensor: Tensor, root: str) -> bool:
-    """Whether this is a convolution of a head whose trunk, at `root`, dilates its last stages."""
-    outside = isinstance(key, str) and root != "" and not key.startswith(root)
-    return outside and tensor.dim() == 4 and bool(DILATING.fullmatch(str(key)))
 
 
 def _wrapper(state: Mapping[Any, Any]) -> str:

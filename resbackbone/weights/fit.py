@@ -230,7 +230,6 @@ def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ())
         if not any(key.startswith(prefix) for key in given):
             wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(prefix)}
 
-    problems = []
     missing = [key for key in wanted if key not in given]
     folded = [key for key in given if key not in wanted and key.endswith("conv1.bias")]
     if folded and any(key.endswith("bn1.weight") for key in missing):
@@ -238,16 +237,14 @@ def fitting(module: nn.Module, weights: Weights, *, fresh: tuple[str, ...] = ())
             f"weights from {weights.source} are fused: {folded[0]} holds a norm that was folded into its convolution; "
             "save the weights before fuse() and load those"
         )
-    if missing:
-        problems.append(f"{len(missing)} missing: {', '.join(missing)}")
-    if unexpected := [key for key in given if key not in wanted]:
-        problems.append(f"{len(unexpected)} unexpected: {', '.join(unexpected)}")
-    if misshapen := [key for key in wanted if key in given and given[key].shape != wanted[key].shape]:
-        shapes = (f"{key} is {list(given[key].shape)}, not {list(wanted[key].shape)}" for key in misshapen)
-        problems.append(f"{len(misshapen)} of another shape: {', '.join(shapes)}")
-    # A network would not always show them: on a CPU a ReLU that is fused to its convolution makes 0 of NaN.
-    if broken := [key for key in wanted if key in given and not given[key].isfinite().all()]:
-        problems.append(f"{len(broken)} with values that are not finite: {', '.join(broken)}")
-    if problems:
-        raise UserError(f"weights from {weights.source} do not fit: {'; '.join(problems)}")
+    shapes = {key: (list(given[key].shape), list(wanted[key].shape)) for key in wanted if key in given}
+    problems = {
+        "missing": missing,
+        "unexpected": [key for key in given if key not in wanted],
+        "of another shape": [f"{key} is {has}, not {needs}" for key, (has, needs) in shapes.items() if has != needs],
+        # A network would not always show them: on a CPU a ReLU that is fused to its convolution makes 0 of NaN.
+        "with values that are not finite": [key for key in shapes if not given[key].isfinite().all()],
+    }
+    if found := [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]:
+        raise UserError(f"weights from {weights.source} do not fit: {'; '.join(found)}")
     return given

@@ -63,7 +63,6 @@ PIXELS: dict[str, Sequence] = {
 }
 DILATED_C5 = ([1, 2, 2, 1], [1, 1, 1, 2])  # strides and dilations of a caffe-style ResNet with DC5
 
-
 # Of a Faster R-CNN: where its config has a setting, the field of a DetectorConfig, and how to convert it.
 SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "test_cfg.rpn.nms_pre": ("rpn_pre_nms_top_n_test", int),
@@ -77,7 +76,6 @@ SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
         lambda stds: [1 / std for std in stds] if isinstance(stds, list) and all(stds) else None,
     ),
 }
-
 
 # Of a Faster R-CNN too: what no detector here does otherwise.
 DETECTOR: dict[str, Sequence] = {

@@ -329,6 +329,7 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
     known, published = FORMATS[weights.format or ""], "publisher" in weights.metadata
     assumed: dict[str, Any] = {}
     undecided: list[str] = []
+    stem = state[conv1 := conv1_of(state)]  # no format is known by other names alone
     usual_input, stride_in_1x1 = _usual(weights)
     origins = dict(weights.origins)
     given = weights.metadata.get("input") or _input_of_detectron2(constants, weights.source)
@@ -354,8 +355,7 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
                 "has the order of the channels, mean and std"
             )
         given = usual_input
-        stem = state.get(conv1_of(state))
-        if stem is None or stem.dim() != 4 or stem.shape[1] == 3:  # of other channels, nothing is usual
+        if stem.dim() != 4 or stem.shape[1] == 3:  # of other channels, nothing is usual
             assumed["input"] = usual_input
     if weights.format == "detectron2" and "input" not in assumed:  # MSRA's networks; its other ones take torchvision's
         stride_in_1x1 = stride_in_1x1 and list(given["std"]) == [1.0] * 3
@@ -378,11 +378,10 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
     if weights.format == "torchvision" and "eps" not in stated and _has_frozen_norms(state):
         assumed["eps"] = 1e-5  # torchvision's FrozenBatchNorm2d; it sets 0 where it loads its published detectors
     if given != INPUT:
-        key = conv1_of(state)
-        if state[key].dim() != 4 or state[key].shape[1] != 3:
-            raise UserError(f"weights from {weights.source}: {key} is {list(state[key].shape)}, not for three colours")
+        if stem.dim() != 4 or stem.shape[1] != 3:
+            raise UserError(f"weights from {weights.source}: {conv1} is {list(stem.shape)}, not for three colours")
         try:
-            state[key] = for_canonical_input(state[key], given)
+            state[conv1] = for_canonical_input(stem, given)
         except UserError as error:
             raise UserError(f"weights from {weights.source}: {error}") from None
     facts: dict[str, Any] = {"input": INPUT, "converted_from": {"format": weights.format, "input": given}}
