@@ -8,7 +8,7 @@ from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.analysis import count_parameters
 from resbackbone.atomic import file_digest
 from resbackbone.cifar import CIFAR_DEPTHS, build_cifar_resnet, save_cifar_resnet, save_for_akamaster
-from resbackbone.weights import INPUT, read_weights, sources
+from resbackbone.weights import read_weights, sources
 
 # Table 6 in millions, and counted from its text: 3x3 layers, two numbers for each norm's channel, fc.
 PARAMETERS = {
@@ -213,24 +213,6 @@ def test_networks_for_small_images_are_refused_in_words_where_imagenets_are_buil
                 ValueError, match="for small images: conv1 is 3 x 3, and networks built here have 7 x 7"
             ):
                 build(weights=weights)
-
-
-@pytest.mark.parametrize("shortcut", ["A", "B"])
-def test_akamasters_files_are_written_and_read_again(theirs, tmp_path, shortcut, caplog):
-    file, state = theirs(20, shortcut)
-    given = dict(INPUT, mean=[0.4914, 0.4822, 0.4465], std=[0.2023, 0.1994, 0.201])
-    padding = "both" if shortcut == "A" else None
-    model = build_cifar_resnet(
-        weights=read_weights(file, given_input=given), shortcut=shortcut, shortcut_padding=padding
-    )
-    save_for_akamaster(model, tmp_path / "out.th")
-    written, original = (torch.load(path)["state_dict"] for path in (tmp_path / "out.th", file))
-    assert written.keys() == original.keys() and all(torch.equal(written[key], original[key]) for key in written)
-    save_cifar_resnet(model, tmp_path / "ours.safetensors")
-    for name in ("out.th", "ours.safetensors"):
-        again = build_cifar_resnet(weights=tmp_path / name)
-        assert again.config == model.config and again.input == given
-        assert all(torch.equal(again.state_dict()[key], x) for key, x in model.state_dict().items())
 
 
 def test_what_akamasters_code_cannot_compute_is_not_written(tmp_path):

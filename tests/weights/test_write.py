@@ -2,13 +2,12 @@ import json
 import pickle
 
 import pytest
-import torch
 from safetensors import safe_open
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights import INPUT, Weights, read_weights
-from resbackbone.weights.write import architecture_name, largest_difference, only_part, write_as
+from resbackbone.weights.write import architecture_name, largest_difference, write_as
 
 
 def weights_of(model, **metadata):
@@ -142,17 +141,3 @@ def test_detectron2_gets_what_its_checkpointer_looks_for(classifier, tmp_path):
 )
 def test_trunks_have_torchvisions_names(trunk, name):
     assert architecture_name({"groups": 1, "width_per_group": 64, "shortcut": "B", **trunk}) == name
-
-
-def test_a_part_is_taken_out():
-    pyramid = build_resnet_backbone(18, fpn=True, fpn_channels=8).state_dict()
-    state = {f"backbone.{name}": tensor for name, tensor in pyramid.items()} | {"rpn.head.x": torch.zeros(1)}
-    weights = Weights(state, {"detector": {}, "licence": "MIT"}, "a file", unknown=("rpn.head.x",))
-    backbone = only_part(weights, "backbone")
-    assert (
-        backbone.state.keys() == pyramid.keys() and backbone.unknown == () and backbone.metadata == {"licence": "MIT"}
-    )
-    trunk = only_part(weights, "trunk")
-    assert trunk.state.keys() == {name for name in pyramid if not name.startswith("fpn.")}
-    with pytest.raises(ValueError, match="unknown part 'head'; choose from backbone, trunk"):
-        only_part(weights, "head")
