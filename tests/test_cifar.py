@@ -260,10 +260,3 @@ def test_weights_that_do_not_fit_are_named():
         ValueError, match=r"1 missing: bn1.bias; 1 of another shape: layer2.1.conv1.weight is \[32, 32, 1"
     ):
         build_cifar_resnet(weights=state, shortcut="A", shortcut_padding="end")
-
-
-def test_a_network_that_is_a_backbone_of_its_owner_keeps_its_linear_head():
-    state = build_cifar_resnet(20, shortcut="B").state_dict()
-    owned = {f"backbone.{key.replace('fc.', 'linear.')}": tensor for key, tensor in state.items()}
-    back = build_cifar_resnet(weights=owned).state_dict()
-    assert all(torch.equal(back[key], tensor) for key, tensor in state.items())

@@ -462,14 +462,6 @@ def test_explain_of_what_cannot_be_built_is_one_line_after_the_facts(classifier,
     assert "give SRC and DST" in error_of("--explain")
 
 
-def test_a_cifar_variant_of_resnet18_is_refused_by_the_names_of_its_shortcuts(classifier):
-    for ours, theirs in (("fc.", "linear."), ("downsample", "shortcut")):
-        classifier = {key.replace(ours, theirs): value for key, value in classifier.items()}
-    torch.save({"net": {f"module.{key}": value for key, value in classifier.items()}, "acc": 95.1}, "ckpt.pth")
-    said = error_of("ckpt.pth", "x.safetensors")
-    assert "unexpected: layer2.0.shortcut.0.weight" in said and "fc" not in said
-
-
 @pytest.mark.parametrize(
     "metadata, told",
     [

@@ -252,13 +252,6 @@ def test_detectron2s_own_conversion_of_torchvision_keeps_torchvisions_input(tmp_
     assert torch.equal(weights.state["conv1.weight"], resnet50["conv1.weight"])
 
 
-def test_our_own_file_is_not_converted_again(tmp_path):
-    write_weights(tmp_path / "own.safetensors", STATE, {"backbone": {"stride_in_1x1": True}})
-    weights = read_weights(tmp_path / "own.safetensors")
-    assert_same_state(dict(sorted(weights.state.items())), dict(sorted(STATE.items())))
-    assert weights.format == "resbackbone" and weights.assumed == {}
-
-
 @pytest.mark.parametrize(
     "name, save, why", [("net.pth", torch.save, "damaged"), ("net.safetensors", save_file, "not a readable safe")]
 )

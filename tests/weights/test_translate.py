@@ -142,9 +142,10 @@ def test_names_of_torchvision_before_version_0_13_and_of_cifar_repositories_are_
     assert to_ours(cifar).state.keys() == {"conv1.weight", "fc.weight"}
 
 
-def test_a_classifier_inside_another_module_is_read_whole():
+@pytest.mark.parametrize("head", ["fc.", "linear."])
+def test_a_classifier_inside_another_module_is_read_whole(head):
     state = build_resnet_classifier(18, 5).state_dict()
-    translated = to_ours({f"backbone.{name}": tensor for name, tensor in state.items()})
+    translated = to_ours({f"backbone.{name.replace('fc.', head)}": tensor for name, tensor in state.items()})
     assert translated.state.keys() == state.keys() and not translated.unknown
 
 

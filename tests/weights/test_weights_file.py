@@ -20,7 +20,7 @@ def test_our_own_file_keeps_tensors_and_metadata(tmp_path):
     assert_same_state(dict(sorted(weights.state.items(), reverse=True)), STATE)
     assert {key: weights.metadata[key] for key in metadata} == metadata
     assert weights.metadata["input"] == {"channel_order": "RGB", "range": [0, 1], "mean": list(MEAN), "std": list(STD)}
-    assert weights.source == str(path)
+    assert weights.source == str(path) and weights.format == "resbackbone" and weights.assumed == {}
 
 
 def test_tied_weights_and_views_of_one_tensor_are_written_each_by_its_name(tmp_path):
