@@ -100,18 +100,19 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     asked = {name: value for name, value in asked.items() if value is not None}
     if "shortcut" in asked:
         one_of("shortcut", asked["shortcut"], SHORTCUTS)
-    if weights is not None and backbone_part(weights.state).get("conv1.weight", Tensor()).shape[2:] == (3, 3):
+    if weights is None:
+        one_of("depth", asked.get("depth"), DEPTHS)
+        return {name: {**DEFAULTS, **asked}[name] for name in ARCHITECTURE}
+    trunk = backbone_part(weights.state)
+    if trunk.get("conv1.weight", Tensor()).shape[2:] == (3, 3):
         raise UserError(
             f"weights from {weights.source} are of a network for small images: conv1 is 3 x 3, and networks built here "
             "have 7 x 7; build_cifar_resnet builds the paper's for CIFAR-10, and none of others, such as kuangliu's"
         )
-    if weights is None:
-        one_of("depth", asked.get("depth"), DEPTHS)
-        return {name: {**DEFAULTS, **asked}[name] for name in ARCHITECTURE}
     stated = weights.metadata.get("backbone", {})
     stated = {name: stated[name] for name in ARCHITECTURE if name in stated}
     BackboneConfig.from_json({"depth": 50, **stated}, weights.source)
-    shown = architecture_of(backbone_part(weights.state))
+    shown = architecture_of(trunk)
     if shown.get("norm") == "GN" and "GN" not in (stated.get("norm"), asked.get("norm")) and not _publishes_gn(weights):
         said = f" and are said to be for norm={stated['norm']}" if "norm" in stated else ""
         raise UserError(
@@ -139,7 +140,6 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
         if not known:
             names = ", ".join([*list(weights.state)[:3], ".."])
             raise UserError(f"weights from {weights.source} hold no ResNet under known names ({names})")
-        trunk = backbone_part(weights.state)
         if fits := _depths(trunk):
             raise UserError(
                 f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, fits))}"
