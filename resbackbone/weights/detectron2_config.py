@@ -51,8 +51,10 @@ DETECTOR: dict[str, Sequence] = {
     "MODEL.ANCHOR_GENERATOR.NAME": ("DefaultAnchorGenerator",),
     "MODEL.ANCHOR_GENERATOR.OFFSET": (0,),
     "MODEL.RPN.HEAD_NAME": ("StandardRPNHead",),
+    "MODEL.RPN.IN_FEATURES": (["p2", "p3", "p4", "p5", "p6"], ["res4"], ["res5"]),
     "MODEL.RPN.BBOX_REG_WEIGHTS": ([1, 1, 1, 1],),
     "MODEL.ROI_HEADS.NAME": ("StandardROIHeads", "Res5ROIHeads"),
+    "MODEL.ROI_HEADS.IN_FEATURES": (["p2", "p3", "p4", "p5"], ["res4"], ["res5"]),
     "MODEL.ROI_BOX_HEAD.POOLER_TYPE": ("ROIAlignV2",),
     "MODEL.ROI_BOX_HEAD.POOLER_RESOLUTION": (7, 14),  # 14 before a C4 head
     "MODEL.ROI_BOX_HEAD.POOLER_SAMPLING_RATIO": (0,),

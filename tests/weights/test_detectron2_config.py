@@ -21,7 +21,7 @@ CONFIG = {
         "BACKBONE": {"NAME": "build_resnet_fpn_backbone", "FREEZE_AT": 2},
         "RESNETS": {"DEPTH": 50, "NORM": "FrozenBN", "STRIDE_IN_1X1": True, "RES5_DILATION": 1},
         "FPN": {"NORM": "", "FUSE_TYPE": "sum"},
-        "RPN": {"IN_FEATURES": ["p2", "p3"], "NMS_THRESH": 0.6},
+        "RPN": {"IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"], "NMS_THRESH": 0.6},
         "ANCHOR_GENERATOR": {"SIZES": [[16, 20]], "ASPECT_RATIOS": [[0.5, 2]]},
     },
 }
@@ -58,7 +58,7 @@ def test_input_stride_anchors_and_thresholds_are_those_of_the_config(checkpoint,
     settings = {"min_size": 640, "box_detections_per_img": 30, "rpn_nms_thresh": 0.6}
     assert weights.metadata["settings"] == settings and weights.origins["input"] == "the config.yaml beside it"
     boxes = torch.tensor(weights.metadata["anchors"])
-    assert boxes.shape == (2, 4, 4)
+    assert boxes.shape == (5, 4, 4)
     assert boxes[0, :2, 2:].mul(2).flatten().tolist() == pytest.approx(
         [16 * 2**0.5, 8 * 2**0.5, 8 * 2**0.5, 16 * 2**0.5]
     )
@@ -89,7 +89,12 @@ def test_another_network_is_refused_by_the_name_of_its_setting(checkpoint, path,
 
 @pytest.mark.parametrize(
     "path, value",
-    [("ROI_HEADS", {"NAME": "RROIHeads"}), ("ROI_BOX_HEAD", {"POOLER_TYPE": "ROIPool"}), ("INPUT.MIN_SIZE_TEST", 0)],
+    [
+        ("ROI_HEADS", {"NAME": "RROIHeads"}),
+        ("ROI_BOX_HEAD", {"POOLER_TYPE": "ROIPool"}),
+        ("INPUT.MIN_SIZE_TEST", 0),
+        ("RPN.IN_FEATURES", ["p3"]),
+    ],
 )
 def test_a_detector_that_is_not_built_leaves_its_trunk(checkpoint, path, value):
     checkpoint.with_name("config.yaml").write_text(changed(path, value))
