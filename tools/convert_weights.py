@@ -133,8 +133,6 @@ def main(argv: list[str] | None = None) -> None:
         dilate_c5=options.dilate_c5,
         norm=options.norm,
     )
-    if weights.format == OURS and given not in (None, weights.metadata.get("input", INPUT)):
-        raise UserError(f"{options.source} is a file of this package, which states its input; leave out yours")
     if options.explain:
         explain(weights, options)
         return

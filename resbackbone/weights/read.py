@@ -153,6 +153,8 @@ def read_weights(
             raise UserError(
                 f"weights {weights.source!r}: a file of this package holds one network; leave out entry and prefix"
             )
+        if given_input not in (None, weights.metadata.get("input", INPUT)):
+            raise UserError(f"{weights.source} is a file of this package, which states its input; leave out yours")
         return weights
     part = find_trunk(content, weights.source, entry=entry, prefix=prefix)
     beside = part.beside
