@@ -139,8 +139,16 @@ class ResNetBackbone(Backbone, ResNet):
     def with_levels(self, levels: Iterable[str]) -> "ResNetBackbone":
         """A trunk that gives `levels`, c2..c5, on this backbone's own layers; this backbone keeps its levels.
 
-        The layers are shared, not copied: training one trains both. Raises ValueError for a stage that is not built.
+        The layers are shared, not copied: training one trains both. Freeze this backbone before: the stem's norm that
+        `freeze` or `fuse` replaces is replaced in one of the two alone. Raises ValueError for a stage that is not
+        built, and if this backbone as a whole has hooks or another forward, which the trunk would not have.
         """
+        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
+        if any(hooks) or "forward" in vars(self):
+            raise UserError(
+                "this backbone has hooks or a forward of its own, which a trunk on its layers would not have: remove "
+                "them before with_levels or build_faster_rcnn, or put them on its stages"
+            )
         levels = tuple(sorted_levels(levels, tuple(self.stage_features)))
         with torch.device("meta"):  # an outline: every layer of it is replaced
             trunk = ResNetBackbone(replace(self.config, levels=levels, fpn=False))

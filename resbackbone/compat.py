@@ -66,7 +66,7 @@ def is_observed(*modules: nn.Module | None) -> bool:
 def _steps() -> tuple:
     """What the modules run, in which tools put their own."""
     convolution = nn.Conv2d.__call__, nn.Conv2d.forward, nn.Conv2d._conv_forward, F.conv2d
-    return *convolution, nn.ReLU.__call__, nn.ReLU.forward, F.relu
+    return *convolution, nn.Module._call_impl, nn.ReLU.__call__, nn.ReLU.forward, F.relu
 
 
 _AS_IMPORTED = _steps()

@@ -140,6 +140,8 @@ def _is_plain(conv: nn.Module, norm: nn.Module, relu: nn.Module | None, x: Tenso
         return False
     weight, bias = conv.weight, conv.bias
     if type(norm) is FrozenBatchNorm2d:
+        if FrozenBatchNorm2d.forward is not FROZEN_FORWARD:  # patched
+            return False
         constants = _constants(norm)
         if bias is not None or not all(type(t) is Tensor and not t.requires_grad for t in constants):
             return False
@@ -155,6 +157,7 @@ def _is_plain(conv: nn.Module, norm: nn.Module, relu: nn.Module | None, x: Tenso
 
 
 ORDINARY = (Tensor, nn.Parameter)
+FROZEN_FORWARD = FrozenBatchNorm2d.forward
 
 
 class _Convolution(NamedTuple):

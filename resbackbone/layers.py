@@ -1,7 +1,9 @@
 """The parts of a residual network that are not the network: convolution + norm, frozen batch norm, shortcuts."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from functools import partial
 from typing import cast
 
@@ -65,6 +67,11 @@ class Projection(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         return conv_norm(self[0], self[1], x) if len(self) == 2 else super().forward(x)
+
+    def __getitem__(self, index):  # Sequential would call __init__ for a slice
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
 
 class Stage(nn.Sequential):
@@ -131,7 +138,8 @@ def fuse(module: nn.Module) -> nn.Module:
     """Fold every batch norm in `module` into the convolution before it, for inference; works in place.
 
     Pairs are `convN` with `bnN`, and neighbours in a Sequential. Outputs are those of eval mode; afterwards there
-    is no such norm left to train or to load. A pair that is not plain stays: with hooks or parametrizations, or of
+    is no such norm left to train or to load. Each pair becomes a new convolution: tied weights, and state dicts taken
+    before, stay as they are. A pair that is not plain stays: with hooks or parametrizations, or of
     other classes.
     """
     for child in module.children():
@@ -151,9 +159,12 @@ def fuse(module: nn.Module) -> nn.Module:
         scale, shift = frozen.scale_and_shift()
         if convolution.bias is not None:
             shift = shift + convolution.bias * scale
-        convolution.weight.mul_(scale.view(-1, 1, 1, 1))
-        convolution.bias = nn.Parameter(shift.to(convolution.weight.dtype), requires_grad=False)
-        convolution.requires_grad_(False)
+        fused = deepcopy(convolution)  # whoever shares the convolution or its weight keeps what it has
+        fused.weight = nn.Parameter(
+            (fused.weight * scale.view(-1, 1, 1, 1)).to(fused.weight.dtype), requires_grad=False
+        )
+        fused.bias = nn.Parameter(shift.to(fused.weight.dtype), requires_grad=False)
+        setattr(module, conv_name, fused)
         setattr(module, norm_name, nn.Identity())
     return module
 

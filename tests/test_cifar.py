@@ -210,7 +210,8 @@ def test_networks_for_small_images_are_refused_in_words_where_imagenets_are_buil
     for weights in ({**state, "conv1.weight": torch.zeros(64, 3, 3, 3)}, build_cifar_resnet(20).state_dict()):
         for build in (build_resnet_classifier, build_resnet_backbone):
             with pytest.raises(
-                ValueError, match="for small images: conv1 is 3 x 3, and networks built here have 7 x 7"
+                ValueError,
+                match="for small images or with a deep stem: conv1 is 3 x 3, and networks built here have 7 x 7",
             ):
                 build(weights=weights)
 

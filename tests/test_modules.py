@@ -410,6 +410,54 @@ def test_fusing_leaves_what_is_not_plain(norm, randomised):
     assert all(distance(x, expected[level]) < 1e-9 for level, x in network(images).items())
 
 
+def tied_weights(network):
+    network.layer1[1].conv1.weight = network.layer1[0].conv1.weight
+    network.layer3[1].conv2 = network.layer3[1].conv1
+
+
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_fusing_leaves_alone_what_others_share(norm, randomised):
+    images = torch.randn(1, 3, 65, 49).double()
+    network, _ = networks(18, norm, randomised)
+    tied_weights(network)
+    trunk, state = network.with_levels(["c3"]), network.state_dict()
+    before = {name: x.clone() for name, x in state.items()}
+    expected = network(images)
+    assert distance(trunk.fuse()(images)["c3"], expected["c3"]) < 1e-9
+    assert all(distance(x, expected[level]) < 1e-9 for level, x in network(images).items())
+    assert all(distance(x, expected[level]) < 1e-9 for level, x in network.fuse()(images).items())
+    assert all(torch.equal(x, before[name]) for name, x in state.items())
+
+
+def test_a_patched_frozen_norm_and_a_logger_of_all_calls_are_followed(randomised, monkeypatch):
+    images, called = torch.randn(1, 3, 65, 49).double(), []
+    network, _ = networks(18, "FrozenBN", randomised)
+    plain, forward = network(images), FrozenBatchNorm2d.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(FrozenBatchNorm2d, "forward", lambda norm, x: forward(norm, x) * 1.5)
+        assert distance(network(images)["c2"], plain["c2"]) > 0.1
+    call = nn.Module._call_impl
+    monkeypatch.setattr(nn.Module, "_call_impl", lambda self, *x, **k: called.append(type(self)) or call(self, *x, **k))
+    assert distance(network(images)["c2"], plain["c2"]) < 1e-9
+    assert {nn.Conv2d, FrozenBatchNorm2d, nn.ReLU} <= set(called)
+
+
+def test_a_part_of_a_projection_is_a_sequential():
+    projection = build_resnet_backbone(18).layer2[0].downsample
+    assert [type(projection[:1]), type(projection[0]), len(projection[1:])] == [nn.Sequential, nn.Conv2d, 1]
+
+
+@pytest.mark.parametrize("change", ["hook", "forward"])
+def test_a_trunk_does_not_drop_hooks_of_the_whole(change):
+    network = build_resnet_backbone(18)
+    if change == "hook":
+        network.register_forward_hook(lambda module, inputs, output: None)
+    else:
+        network.forward = lambda x: {"c2": x}
+    with pytest.raises(ValueError, match="hooks or a forward of its own, .*remove them before with_levels"):
+        network.with_levels(["c4"])
+
+
 def test_a_norm_that_is_not_plain_is_not_frozen_in_silence(randomised):
     network, _ = networks(18, "BN", randomised)
     network.layer1[0].bn1.register_forward_hook(lambda module, inputs, output: output * 2)

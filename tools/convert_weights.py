@@ -311,7 +311,7 @@ def unstated_settings(weights: Weights, back: Weights, format: str) -> dict[str,
 
 def convert_cifar(weights: Weights, options: Options) -> None:
     """Write a CIFAR network, after a trial file read back as the same network."""
-    for name in ("part", "stride_in_1x1"):
+    for name in ("part", "stride_in_1x1", "dilate_c5", "eps", "norm"):
         if getattr(options, name) is not None:
             raise UserError(
                 f"--{name.replace('_', '-')} is for ImageNet's networks; {weights.source} has one for CIFAR"

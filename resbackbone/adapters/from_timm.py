@@ -51,6 +51,8 @@ class TimmBackbone(Backbone):
     def __init__(self, config: TimmConfig, *, pretrained: bool = False, **source):
         super().__init__()
         name = config.timm
+        if "out_indices" in config.options:
+            raise UserError("say which maps as levels=['c3', 'c4', 'c5']; out_indices is set from them")
         if "checkpoint_path" in config.options:
             raise UserError("give a file as pretrained_cfg_overlay={'file': ..} with pretrained=True")
         probe, options = _features_of(name, config.options)  # to see which maps there are

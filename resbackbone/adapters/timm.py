@@ -67,6 +67,10 @@ class TimmClassifier(ResNetClassifier):
     def get_classifier(self) -> nn.Module:
         return self.fc
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """The patterns by which timm gives layers, or stages if `coarse`, learning rates of their own."""
+        return {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A fresh last layer; 0 classes leave the pooled features."""
         one_of("global_pool", global_pool, (None, "avg"), " (forward_features gives maps that are not pooled)")

@@ -94,13 +94,15 @@ def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = N
     _refuse_changed_layers(backbone, model.backbone)
     model.backbone.to(backbone.conv1.weight)  # its dtype and device
     model.backbone.load_state_dict(backbone.state_dict())
-    for ours, theirs in zip(backbone.parameters(), model.backbone.parameters(), strict=True):
-        theirs.requires_grad_(ours.requires_grad)
+    trains = {name: x.requires_grad for name, x in backbone.named_parameters(remove_duplicate=False)}
+    for name, theirs in model.backbone.named_parameters():
+        theirs.requires_grad_(trains[name])
     return model.train(backbone.training)
 
 
 def _described(module: nn.Module) -> str:
-    hooked = " with hooks" if module._forward_hooks or module._forward_pre_hooks else ""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    hooked = " with hooks" if any(hooks) else ""
     patched = " with another forward" if "forward" in vars(module) else ""
     return f"{type(module).__name__}({module.extra_repr()}){hooked}{patched}"
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from resbackbone.checks import UserError
 from resbackbone.weights.formats import FORMATS, NAMES
@@ -261,7 +262,7 @@ def _part(
 
 
 def _has_shape(value: object) -> bool:
-    return isinstance(value, Tensor) and not value.is_nested
+    return isinstance(value, Tensor) and not value.is_nested and not is_lazy(value)
 
 
 def _siblings(content: Any, at: tuple[str, ...]) -> Iterator[str]:

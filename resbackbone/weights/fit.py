@@ -106,8 +106,9 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     trunk = backbone_part(weights.state)
     if trunk.get("conv1.weight", Tensor()).shape[2:] == (3, 3):
         raise UserError(
-            f"weights from {weights.source} are of a network for small images: conv1 is 3 x 3, and networks built here "
-            "have 7 x 7; build_cifar_resnet builds the paper's for CIFAR-10, and none of others, such as kuangliu's"
+            f"weights from {weights.source} are of a network for small images or with a deep stem: conv1 is 3 x 3, and "
+            "networks built here have 7 x 7; build_cifar_resnet builds the paper's for CIFAR-10, and none of others, "
+            "such as kuangliu's"
         )
     stated = weights.metadata.get("backbone", {})
     stated = {name: stated[name] for name in ARCHITECTURE if name in stated}

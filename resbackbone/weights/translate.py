@@ -52,8 +52,11 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
         ours = f"backbone.{ours}" if detector and not ours.startswith(HEADS) else ours
         if ours in renamed or ours in unknown:
             raise UserError(f"{giver.get(ours, ours)} and {theirs} both mean {ours}")
-        renamed[ours] = convert(state[theirs])
-        giver[ours] = theirs
+        try:
+            renamed[ours] = convert(state[theirs])
+            giver[ours] = theirs
+        except UserError:  # of another detector's head, beside a trunk that can be read
+            unknown.append(theirs)
     for ours, theirs in giver.items():
         mean, variance = (ours.removesuffix("weight") + leaf for leaf in ("running_mean", "running_var"))
         if theirs.endswith("_bn_s") and not {mean, variance} & renamed.keys():

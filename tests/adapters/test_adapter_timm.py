@@ -86,6 +86,13 @@ def test_frozen_through_freezes_these_parts_and_changes_no_map(features_only, ra
         timm.create_model("resbackbone_18", frozen_through="layer1", **make)
 
 
+def test_layers_have_learning_rates_of_their_own_as_in_timm():
+    theirs, ours = (timm.create_model(name) for name in ("resnet18", "resbackbone_18"))
+    for coarse in (False, True):
+        expected = timm.models.group_parameters(theirs, theirs.group_matcher(coarse))
+        assert timm.models.group_parameters(ours, ours.group_matcher(coarse)) == expected
+
+
 def test_a_classifier_is_reset_to_other_classes_and_to_none():
     model = timm.create_model("resbackbone_18", num_classes=3, drop_rate=0.0)
     model.reset_classifier(5)
@@ -304,6 +311,7 @@ def test_another_input_than_ours_is_met_exactly(pretrained):
         ("resnet10t", {"norm": "SyncBN"}, "unknown norm 'SyncBN'"),
         ("resnet10t", {"wings": 2}, "cannot make feature maps of 'resnet10t': .*wings"),
         ("resnet10t", {"checkpoint_path": "x.pth"}, "pretrained_cfg_overlay"),
+        ("resnet10t", {"out_indices": (1, 2)}, r"levels=\['c3', 'c4', 'c5'\]; out_indices is set from them"),
         ("test_vit", {"patch_size": 14}, "stride 14 alone"),
         (
             "resnet10t",

@@ -83,6 +83,13 @@ def test_gradients_reach_the_trunk_under_detr():
         assert weight.grad.isfinite().all() and weight.grad.abs().sum() > 0
 
 
+def test_tied_weights_come_along_untied():
+    trunk = build_resnet_backbone(18)
+    trunk.layer1[1].conv1.weight = trunk.layer1[0].conv1.weight
+    model = as_transformers(trunk)
+    assert torch.equal(model.backbone.layer1[1].conv1.weight, trunk.layer1[0].conv1.weight)
+
+
 def test_what_trains_and_the_mode_are_those_of_the_trunk():
     backbone = build_resnet_backbone(18).eval()
     backbone.layer1.requires_grad_(False)
@@ -111,6 +118,7 @@ def test_a_config_that_asks_for_more_or_less_than_four_stages_is_refused(trunk):
             lambda m: m.layer1.register_forward_hook(lambda *call: 2 * call[2]),
             r"1 of its layers: layer1 is .* with hooks, not ",
         ),
+        (lambda m: m.layer1.register_full_backward_hook(lambda *call: None), r"layer1 is .* with hooks, not "),
         (lambda m: nn.utils.spectral_norm(m.conv1), r"conv1 is Conv2d\(.*\) with hooks, not Conv2d"),
         (lambda m: setattr(m.relu, "forward", torch.sigmoid), r"relu is ReLU\(inplace=True\) with another forward"),
         (lambda m: nn.utils.parametrizations.weight_norm(m.conv1), "conv1 is ParametrizedConv2d"),

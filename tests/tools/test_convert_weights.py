@@ -393,7 +393,8 @@ def test_cifar_networks_are_not_written_as_imagenets(cifar, classifier):
     assert "unknown format of a CIFAR network 'timm'; choose from resbackbone, akamaster" in error_of(
         "theirs.th", "x.pth", "--to", "timm", *given
     )
-    assert "--part is for ImageNet's networks" in error_of("theirs.th", "x.safetensors", "--part", "trunk", *given)
+    for option in (["--part", "trunk"], ["--eps", "0.001"], ["--norm", "GN"], ["--dilate-c5"]):
+        assert f"{option[0]} is for ImageNet's networks" in error_of("theirs.th", "x.safetensors", *option, *given)
     assert "x.pkl: unknown suffix '.pkl' for akamaster; choose from .th, .pth, .pt" in error_of(
         "theirs.th", "x.pkl", "--to", "akamaster", *given
     )

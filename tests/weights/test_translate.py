@@ -202,3 +202,11 @@ def test_msras_merged_norms_get_the_statistics_zero_and_one():
     read = to_ours(from_ours(numbered(build_resnet_classifier(18, 5)), "msra")).state
     assert not read["bn1.running_mean"].any()
     assert torch.equal(read["bn1.running_var"], torch.ones(64))
+
+
+def test_a_head_of_other_anchors_does_not_keep_the_trunk_from_being_read():
+    state = {key: torch.randn(2, 2) for key in from_ours(build_resnet_backbone(18).state_dict(), "detectron2")}
+    state = {f"backbone.{key}": tensor for key, tensor in state.items()}
+    logits = "proposal_generator.rpn_head.objectness_logits.weight"
+    read = to_ours({**state, logits: torch.randn(2, 4, 1, 1)})
+    assert "backbone.layer4.1.conv2.weight" in read.state and read.unknown == [logits]
