@@ -39,8 +39,9 @@ from resbackbone.resnet import STAGES
 from resbackbone.weights import Weights, list_sources, read_weights
 from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.fit import architecture_of, fitting, pyramid_of, resolve_architecture
-from resbackbone.weights.formats import FORMATS
+from resbackbone.weights.formats import FORMATS, NAMES
 from resbackbone.weights.inputs import INPUT, INPUTS, check_input, describe_input
+from resbackbone.weights.names import rename
 from resbackbone.weights.read import backbone_part, has_bottlenecks
 from resbackbone.weights.write import (
     OURS,
@@ -184,9 +185,13 @@ def check_destination(options: Options) -> None:
 def described(weights: Weights, options: Options) -> Weights:
     """The requested part of the weights, with everything that was given or assumed in its metadata."""
     if weights.format is None:
-        names = ", ".join(list(weights.state)[:3])
+        names = [key for key in weights.state if all(rename(key, name, name) is None for name in NAMES)]
+        some = ", ".join((names or list(weights.state))[:3])
         known = ", ".join(dict.fromkeys(known.title for known in FORMATS.values()))
-        raise UserError(f"{weights.source}: unknown tensor names ({names}, ..); known formats: {known}")
+        raise UserError(
+            f"{weights.source}: unknown tensor names ({some}, ..); known formats: {known}; from_timm builds other "
+            "networks of timm"
+        )
     hollow = (k for k, x in weights.state.items() if not x.numel() or not (x.dim() or k.endswith("_tracked")))
     if (key := next(hollow, None)) is not None:
         raise UserError(f"{weights.source}: {key} is {list(weights.state[key].shape)}, which no layer has")

@@ -148,7 +148,7 @@ def refuse_blurring_names(*names: object) -> None:
     for name in names:
         if not isinstance(name, str | Path):
             continue
-        if found := re.search(rf"(?:^|[/:\\])((?:{'|'.join(TIMM_ANTI_ALIASED)})\d\w*)[^/]*$", str(name)):
+        if found := re.search(rf"(?<![a-z])((?:{'|'.join(TIMM_ANTI_ALIASED)})\d\w*)[^/\\]*$", str(name)):
             raise UserError(
                 f"by its name this is timm's {found[1]}, which blurs its maps before it subsamples them; no network "
                 "here does"

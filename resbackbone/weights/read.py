@@ -146,7 +146,8 @@ def read_weights(
     elif isinstance(source, str | os.PathLike):
         content, weights = _read_file(os.fspath(source))
     else:
-        raise UserError(f"weights of type {type(source).__name__}; give a file, a named source or a state_dict()")
+        named = f'"torchvision:{source}"' if hasattr(source, "url") else "a named source"  # an enum of torchvision
+        raise UserError(f"weights of type {type(source).__name__}; give a file, {named} or a state_dict()")
     weights = _with_given(weights, stride_in_1x1=stride_in_1x1, dilate_c5=dilate_c5, norm=norm)
     if weights.format == "resbackbone":
         if (entry, prefix) != (None, None):

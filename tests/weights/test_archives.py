@@ -89,6 +89,7 @@ REFUSED = {
     ".npz": (lambda: zip_of("a.npy"), "an archive of numpy's arrays"),
     "a zipped checkpoint": (lambda: zip_of("best.pth"), "a zip archive with best.pth in it; unpack it"),
     "HDF5": (lambda: b"\x89HDF\r\n" + bytes(99), "an HDF5 file"),
+    "JPEG": (lambda: b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG image; give a file with weights"),
     "gzip": (lambda: b"\x1f\x8b\x08" + bytes(99), "gzip; unpack it"),
     ".npy": (lambda: b"\x93NUMPY" + bytes(99), "a single array of numpy"),
     "a page of HTML": (lambda: b"\n<!DOCTYPE html><p>404", "a web page or a Git LFS pointer"),

@@ -348,7 +348,7 @@ def test_the_preprocessor_is_read_without_a_config_and_inside_a_processors(folde
     assert "state different inputs; keep one" in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["resnetblur50-84f4748f.pth", "resnetaa50_a1h-4cf422b3.pth"])
+@pytest.mark.parametrize("name", ["resnetblur50-84f4748f.pth", "timm_resnetaa50_a1h-4cf422b3.pth"])
 def test_a_file_with_the_name_of_a_blurring_network_is_refused(tmp_path, name):
     torch.save(timm.create_model("resnet18").state_dict(), tmp_path / name)
     assert "which blurs its maps before it subsamples them; no network here does" in refusal(tmp_path / name)

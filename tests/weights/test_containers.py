@@ -199,6 +199,8 @@ def test_a_whole_module_is_refused_with_advice(tmp_path, network):
         message = refusal(tmp_path / "w.pth")
         assert "a whole torchvision.models.resnet.ResNet" in message and "state_dict()" in message
     assert "weights of type ResNet; give a file, a named source or a state_dict()" in refusal(network)
+    enum = torchvision.models.ResNet18_Weights.IMAGENET1K_V1
+    assert 'give a file, "torchvision:ResNet18_Weights.IMAGENET1K_V1" or a state_dict()' in refusal(enum)
 
 
 # shards
