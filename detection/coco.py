@@ -73,13 +73,15 @@ class CocoImages(Dataset):
         for name in self.annotations.grouping.values():
             self.report[f"category without boxes that only groups the others, {name!r}"] += 1
 
+        _refuse_corners(annotations, self.annotations)
         boxes, rows = usable_boxes(self.annotations, self.report)  # rows of the annotations, by image
         total = len(self.annotations.image_ids)
         counts = np.bincount(self.annotations.image_indices.numpy()[rows], minlength=total)
         kept = np.flatnonzero(counts) if not keep_empty else np.arange(total)
         self.report["images without a usable box"] = total - len(kept)
         if not len(kept):
-            raise UserError(f"{annotations}: no image{'' if keep_empty else ' with a usable box'} in it")
+            why = f" ({reasons})" if (reasons := self._counts()) else ""
+            raise UserError(f"{annotations}: no image{'' if keep_empty else ' with a usable box'} in it{why}")
         names = self.annotations.file_names()
         self.matched = self._find_files([names[i] for i in kept.tolist()])
         if self.matched:
@@ -146,11 +148,14 @@ class CocoImages(Dataset):
 
     def summary(self) -> str:
         """One line: images, boxes and classes, and what was dropped or clipped."""
-        done = ", ".join(f"{what} ({count})" for what, count in self.report.items() if count)
+        done = self._counts()
         line = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.categories)} classes in {self.folder}"
         for name, file in list(self.matched.items())[:1]:
             line += f"; file names found by their ends: {len(self.matched)} ({name} is {file})"
         return f"{line}; dropped or clipped: {done}" if done else line
+
+    def _counts(self) -> str:
+        return ", ".join(f"{what} ({count})" for what, count in self.report.items() if count)
 
     def _load(self, index: int):
         try:
@@ -193,6 +198,18 @@ class CocoImages(Dataset):
             )
         self.report["images missing"] = len(missing)
         return matched
+
+
+def _refuse_corners(path: str | Path, annotations: Annotations) -> None:
+    """Raise UserError if boxes are x1, y1, x2, y2: all fit their images so, and as COCO's many reach out of them."""
+    boxes, sizes = annotations.boxes_xywh, annotations.widths_heights[annotations.image_indices.long()]
+    as_corners = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= sizes + 0.5).all(1)
+    outside = ((boxes[:, :2] + boxes[:, 2:]) > sizes + 0.5).any(1)
+    if len(boxes) >= 10 and as_corners.all() and outside.sum() * 10 > len(boxes):
+        raise UserError(
+            f"{path}: {int(outside.sum())} of {len(boxes)} boxes reach out of their image as COCO's x, y, width, "
+            "height, and all lie in it as x1, y1, x2, y2: subtract the first two numbers from the last two"
+        )
 
 
 def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray, np.ndarray]:

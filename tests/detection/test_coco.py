@@ -356,6 +356,18 @@ def test_a_file_without_usable_images_is_an_error(tmp_path, images, keep, says):
         opened(tmp_path, content(images, boxes=()), keep_empty=keep)
 
 
+def test_boxes_that_fit_their_images_only_as_corners_are_refused(tmp_path):
+    corners = content(boxes=[(i, 2, 30, 19) for i in range(12)])
+    with pytest.raises(ValueError, match="8 of 12 boxes reach out of their image as COCO's .*subtract the first two"):
+        opened(tmp_path, corners)
+    assert len(opened(tmp_path / "few", content(boxes=[(9, 2, 30, 19)] * 3)).boxes) == 3
+
+
+def test_boxes_in_parts_of_the_image_are_counted_as_under_a_pixel(tmp_path):
+    with pytest.raises(ValueError, match="usable box in it .boxes under a pixel or outside their image .3., images"):
+        opened(tmp_path, content(boxes=[(0.1, 0.2, 0.5, 0.5)] * 3), keep_empty=False)
+
+
 def test_categories_that_differ_from_the_detectors_are_an_error_that_names_the_first(tmp_path):
     files = write(tmp_path, content())
     table = {3: "car", 13: "stop sign", 90: "toothbrush"}
