@@ -14,7 +14,7 @@ from detection.rpn import ASPECT_RATIOS
 from resbackbone.checks import UserError, one_of
 from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights
-from resbackbone.weights.fit import resolve_architecture, resolve_dilation, resolve_pyramid
+from resbackbone.weights.fit import check_pyramid, resolve_architecture, resolve_dilation, resolve_pyramid
 from resbackbone.weights.formats import ANCHOR_RATIOS, FORMATS, STAGE5
 from resbackbone.weights.read import has_bottlenecks
 
@@ -48,6 +48,7 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     "class 1" and so on. Raises ValueError, naming the tensors, if this package builds no such Faster R-CNN.
     """
     state = weights.state
+    check_pyramid(weights)
     if weights.unknown:
         raise UserError(f"weights from {weights.source} {_what_they_are(weights)}")
     if stated := weights.metadata.get("not_built"):

@@ -264,7 +264,10 @@ def build_resnet_backbone(
         _refuse_frozen_random_layers(config)
         return ResNetBackbone(config)
     loaded.announce_assumptions(stride_in_1x1=stride_in_1x1, eps=eps)
-    loaded = replace(loaded, state=backbone_part(loaded.state))
+    state = backbone_part(loaded.state)
+    if not fpn:  # mmdetection's other pyramids
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("neck.")}
+    loaded = replace(loaded, state=state)
     if fpn_norm == "FrozenBN" and not any(key.startswith("fpn.") for key in loaded.state):
         raise UserError(f"fpn_norm='FrozenBN', but weights from {loaded.source} hold no pyramid to freeze")
     backbone = ResNetBackbone(config)

@@ -196,10 +196,20 @@ def resolve_pyramid(weights: Weights | None, **asked: Any) -> dict[str, Any]:
     asked = {name: value for name, value in asked.items() if value is not None}
     if weights is None:
         return asked
+    check_pyramid(weights)
     stated = weights.metadata.get("backbone", {})
     known = {name: stated.get(name, value) for name, value in pyramid_of(backbone_part(weights.state)).items()}
     relu = stated.get("relu_before_p7", weights.assumed.get("relu_before_p7", True))
     return {"relu_before_p7": relu, **known, **asked}
+
+
+def check_pyramid(weights: Weights) -> None:
+    """Raise ValueError if what the weights state of their pyramid is none that is built here."""
+    if stated := weights.metadata.get("no_pyramid"):
+        raise UserError(
+            f"weights from {weights.source}: {stated}; their trunk can be read alone: leave out fpn=True, or convert "
+            "it with convert_weights.py --part trunk"
+        )
 
 
 def _agree(name: str, one: object, other: object) -> bool:

@@ -4,12 +4,14 @@ As in `configs`, each setting that can change the network has a table of the val
 """
 
 import ast
+import json
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from resbackbone.checks import UserError
-from resbackbone.weights.configs import ANY, check_known, harmless, stated_input
+from resbackbone.checks import UserError, require
+from resbackbone.weights.configs import ANY, check_known, harmless, stated_by_arguments, stated_input
 from resbackbone.weights.inputs import describe_input
 
 WHERE = "mmengine config"
@@ -37,7 +39,7 @@ BACKBONE: dict[str, Sequence] = {
     ),
 }
 NECK: dict[str, Sequence] = {
-    "type": ("FPN", "GlobalAveragePooling"),
+    "type": ("FPN",),
     "add_extra_convs": (False, True, "on_input", "on_output"),  # "on_lateral" has on_output's tensors
     "relu_before_extra_convs": (False, True),
     "upsample_cfg": ({"mode": "nearest"}, {"mode": "nearest", "scale_factor": 2}),
@@ -58,41 +60,101 @@ PIXELS: dict[str, Sequence] = {
     **dict.fromkeys(("bgr_to_rgb", "rgb_to_bgr", "to_rgb"), (False, True)),
     **harmless(
         "type pad_size_divisor pad_value pad_mask mask_pad_value pad_seg seg_pad_value boxtype2tensor non_blocking "
-        "batch_augments size size_divisor test_cfg num_classes to_onehot _scope_ _delete_"
+        "batch_augments size size_divisor test_cfg num_classes to_onehot pad_val seg_pad_val format_shape to_float32 "
+        "blending view_labels _scope_ _delete_"
     ),
 }
+READ_AS_RGB = ("ActionDataPreprocessor",)  # its frames; other images are read as BGR
 DILATED_C5 = ([1, 2, 2, 1], [1, 1, 1, 2])  # strides and dilations of a caffe-style ResNet with DC5
 
-# Of a Faster R-CNN: where its config has a setting, the field of a DetectorConfig, and how to convert it.
-SETTINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+# Of a Faster R-CNN: where its config has a setting, the field of a DetectorConfig, and its type.
+SETTINGS: dict[str, tuple[str, type[int] | type[float]]] = {
     "test_cfg.rpn.nms_pre": ("rpn_pre_nms_top_n_test", int),
+    "test_cfg.rpn.nms_post": ("rpn_post_nms_top_n_test", int),  # mmdetection 2.0's, as max_num, nms_thr and iou_thr
+    "test_cfg.rpn.max_num": ("rpn_post_nms_top_n_test", int),
     "test_cfg.rpn.max_per_img": ("rpn_post_nms_top_n_test", int),
+    "test_cfg.rpn.nms_thr": ("rpn_nms_thresh", float),
     "test_cfg.rpn.nms.iou_threshold": ("rpn_nms_thresh", float),
     "test_cfg.rcnn.score_thr": ("box_score_thresh", float),
+    "test_cfg.rcnn.nms.iou_thr": ("box_nms_thresh", float),
     "test_cfg.rcnn.nms.iou_threshold": ("box_nms_thresh", float),
     "test_cfg.rcnn.max_per_img": ("box_detections_per_img", int),
-    "roi_head.bbox_head.bbox_coder.target_stds": (
-        "bbox_reg_weights",
-        lambda stds: [1 / std for std in stds] if isinstance(stds, list) and all(stds) else None,
-    ),
 }
 
-# Of a Faster R-CNN too: what no detector here does otherwise.
-DETECTOR: dict[str, Sequence] = {
-    "test_cfg.rpn.nms.type": ("nms",),
-    "test_cfg.rcnn.nms.type": ("nms",),
-    "test_cfg.rcnn.nms.class_agnostic": (False,),
-    "rpn_head.bbox_coder.target_means": ([0, 0, 0, 0],),
-    "rpn_head.bbox_coder.target_stds": ([1, 1, 1, 1],),
-    "rpn_head.loss_cls.use_sigmoid": (True,),
-    "roi_head.bbox_head.bbox_coder.target_means": ([0, 0, 0, 0],),
-    "roi_head.bbox_head.loss_cls.use_sigmoid": (False,),
-    "roi_head.bbox_roi_extractor.roi_layer.type": ("RoIAlign",),
-    "roi_head.bbox_roi_extractor.roi_layer.output_size": (7, 14, [7, 7], [14, 14]),  # 14 before a C4 head
-    "roi_head.bbox_roi_extractor.roi_layer.sampling_ratio": (0, -1),
-    "roi_head.bbox_roi_extractor.roi_layer.aligned": (True,),
-    "roi_head.bbox_roi_extractor.finest_scale": (56,),
+# Of a Faster R-CNN too: each part of its config with the values that this package computes, as in BACKBONE.
+Table = Mapping[str, Any]  # of accepted values, or of the table of a part
+NMS: Table = {"type": ("nms",), "class_agnostic": (False,), **harmless("iou_threshold iou_thr split_thr")}
+LOSS: Table = {"type": ("CrossEntropyLoss",), **harmless("loss_weight use_mask reduction class_weight ignore_index")}
+BOX_CODER: Table = {
+    "type": ("DeltaXYWHBBoxCoder",),
+    "target_means": ([0, 0, 0, 0],),
+    "clip_border": (True,),
+    "add_ctr_clamp": (False,),
+    **harmless("target_stds ctr_clamp use_box_type _scope_"),
 }
+RPN_HEAD: Table = {
+    "type": ("RPNHead",),
+    "bbox_coder": {**BOX_CODER, "target_stds": ([1, 1, 1, 1],)},
+    "loss_cls": {**LOSS, "use_sigmoid": (True,)},
+    **harmless("in_channels feat_channels num_convs anchor_generator loss_bbox reg_decoded_bbox init_cfg _scope_"),
+}
+BOX_HEAD: Table = {
+    "type": ("Shared2FCBBoxHead", "BBoxHead"),
+    "bbox_coder": BOX_CODER,
+    "loss_cls": {**LOSS, "use_sigmoid": (False,)},
+    "reg_class_agnostic": (False,),
+    "roi_feat_size": (7, [7, 7]),
+    **dict.fromkeys(("cls_predictor_cfg", "reg_predictor_cfg"), ({"type": "Linear"},)),
+    **harmless("in_channels fc_out_channels num_classes loss_bbox reg_decoded_bbox init_cfg _scope_"),
+}
+RPN_TEST: Table = {
+    "nms": NMS,
+    "nms_across_levels": (False,),
+    "min_bbox_size": (0,),
+    **harmless("nms_pre nms_post max_num max_per_img nms_thr"),
+}
+RCNN_TEST: Table = {"nms": NMS, **harmless("score_thr max_per_img mask_thr_binary")}
+# What stands in a pipeline that tests it. This package resizes; where images are read and normalised is in `_input`.
+TRANSFORMS: Table = {
+    "Resize": {"keep_ratio": (True,), "interpolation": ("bilinear",), **harmless("type scale img_scale backend")},
+    "MultiScaleFlipAug": {"flip": (False,), **harmless("type img_scale transforms")},
+    **harmless("LoadImageFromFile LoadImageFromNDArray LoadAnnotations RandomFlip Normalize Pad ImageToTensor"),
+    **harmless("DefaultFormatBundle Collect PackDetInputs"),
+}
+
+
+def faster_rcnn(*, style: Any, c4: bool) -> Table:
+    """The table of `model`, whose stages have this style and whose box head starts with stage 5 if `c4`."""
+    side = 14 if c4 else 7
+    align: Table = {
+        "type": ("RoIAlign",),
+        "pool_mode": ("avg",),
+        "aligned": (True,),
+        **dict.fromkeys(("output_size", "out_size"), (side, [side, side])),
+        **dict.fromkeys(("sampling_ratio", "sample_num"), (0, -1)),
+    }
+    extractor: Table = {
+        "type": ("SingleRoIExtractor",),
+        "roi_layer": align,
+        "featmap_strides": ([4, 8, 16, 32], [16]),
+        "finest_scale": (56,),
+        **harmless("out_channels init_cfg"),
+    }
+    shared: Table = {"type": ("ResLayer",), "stage": (3,), "stride": (2,), "dilation": (1,), "style": (style,)}
+    roi_head: Table = {
+        "type": ("StandardRoIHead",),
+        "bbox_roi_extractor": extractor,
+        "bbox_head": {**BOX_HEAD, "with_avg_pool": (c4,)},
+        "shared_head": {**shared, **harmless("depth norm_cfg norm_eval with_cp pretrained init_cfg")},
+        **harmless("init_cfg _scope_"),
+    }
+    return {
+        "type": ("FasterRCNN",),
+        "rpn_head": RPN_HEAD,
+        "roi_head": roi_head,
+        "test_cfg": {"rpn": RPN_TEST, "rcnn": RCNN_TEST, **harmless("type")},  # a loop's type, in mmengine
+        **harmless("backbone neck data_preprocessor train_cfg pretrained init_cfg _scope_ _delete_"),
+    }
 
 
 class Unreadable(NamedTuple):
@@ -105,19 +167,49 @@ class Unreadable(NamedTuple):
 
 
 def stated_by_meta(meta: Mapping) -> dict[str, Any]:
-    """What a checkpoint's "meta" says: backbone and input of its config, classes of its data set.
+    """What a checkpoint's "meta" says: backbone and input of mmengine's config, classes of its data set.
 
-    Raises ValueError that names the part if the config cannot be read, or is of a network that this package has not.
+    It is mmengine's (or mmcv's) if it has a version of one of its packages, or a config of its layout; else it is some
+    training's arguments. Raises ValueError that names the part if mmengine's config cannot be read, or is of a network
+    that this package has not.
     """
-    stated: dict[str, Any] = {}
-    config = meta.get("cfg", meta.get("config"))
-    if config not in (None, ""):
-        stated = stated_by_mmengine(parse_config(config) if isinstance(config, str) else config)
+    key = "cfg" if "cfg" in meta else "config"
+    config = meta.get(key)
+    has_version = any(re.fullmatch(r"mm\w+_version", str(name)) for name in meta)
+    if isinstance(config, str):
+        config = _parse(config, is_mmengines=has_version)
+    model = config.get("model") if isinstance(config, Mapping) else None
+    has_layout = isinstance(model, Mapping) and not {"type", "backbone"}.isdisjoint(model)
+    unreadable = isinstance(model, Unreadable) or (isinstance(config, Mapping) and config.get("model", "") is None)
+    if has_layout or unreadable or (has_version and config not in (None, "")):
+        stated = stated_by_mmengine(config)
+    else:
+        stated = stated_by_arguments("meta", {**meta, key: config})
     data = meta["dataset_meta"] if isinstance(meta.get("dataset_meta"), dict) else meta  # of mmdetection 3, and 2
     classes = data.get("CLASSES", data.get("classes"))
     if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
         stated["classes"] = list(classes)
     return stated
+
+
+def _parse(text: str, *, is_mmengines: bool) -> Any:
+    """The values of a config in JSON, Python or YAML; None for other text, such as a path."""
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError):
+            raise UserError("its meta has a config that is not readable JSON") from None
+    if is_mmengines or re.search(r"^\w+\s*=", text, re.MULTILINE):
+        return parse_config(text)
+    if not re.search(r"^\w+:\s", text, re.MULTILINE):
+        return None
+    require("detection", "yaml", user="a checkpoint with a config in YAML")
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError):
+        raise UserError("its meta has a config that is not readable YAML") from None
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -159,35 +251,79 @@ def stated_by_mmengine(config: Any) -> dict[str, Any]:
         facts["dilate_c5"] = True
     elif layout[0] != [1, 2, 2, 2][: len(layout[0])] or layout[1] != [1] * len(layout[1]):
         raise UserError(f"its {where} has strides {layout[0]} and dilations {layout[1]}; no network here does")
-    neck = config["model"].get("neck")
-    if neck is not None:
-        facts |= _stated_by_neck(neck, eps=facts.get("eps", 1e-5))
     stated = {"backbone": facts, "input": _input(config), **_stated_of_detector(config)}
+    neck = config["model"].get("neck")
+    try:
+        facts |= _stated_by_neck(neck, eps=facts.get("eps", 1e-5)) if neck is not None else {}
+    except UserError as error:  # the trunk can be read all the same
+        stated["no_pyramid"] = str(error)
     return {**stated, "stated_by": f"the {WHERE} in the file"}
 
 
 def _stated_of_detector(config: Mapping) -> dict[str, Any]:
     """{"anchors": boxes [x1, y1, x2, y2] around (0, 0) for each map, "settings": fields of a DetectorConfig}.
 
-    What cannot be read is None: only who builds the detector minds.
+    What cannot be read is None, and "not_built" names what no detector here has: only who builds the detector minds.
     """
     stated: dict[str, Any] = {}
-    if (generator := _at(config, "model.rpn_head.anchor_generator")) is not None:
+    model = {"test_cfg": config.get("test_cfg"), **config["model"]}  # beside the model before mmdetection 2.7
+    if (generator := _at(model, "rpn_head.anchor_generator")) is not None:
         keys = ("scales", "ratios", "strides")
         lists: list[Any] = [generator.get(key) if isinstance(generator, Mapping) else None for key in keys]
         readable = all(isinstance(x, list) and all(type(y) in (int, float) and y > 0 for y in x) for x in lists)
         known = readable and _type(generator) == "AnchorGenerator" and set(generator) <= {*keys, "type", "_scope_"}
         stated["anchors"] = [boxes_around_zero(stride, *lists[:2]) for stride in lists[2]] if known else None
-    settings = {}
+    settings, unknown = _resize(config)
+    said: dict[str, list[str]] = {}
     for path, (name, take) in SETTINGS.items():
-        if (value := _at(config, f"model.{path}", _at(config, path))) is not None:
-            numbers = value if isinstance(value, list) else [value]
-            settings[name] = take(value) if all(type(x) in (int, float) for x in numbers) else None
-    for path, accepted in DETECTOR.items():
-        if (value := _at(config, f"model.{path}", _at(config, path))) is not None and value not in accepted:
-            usual = f"detectors of this package have {accepted[0]!r}"
-            stated["not_built"] = f"{path} {_short(value)} in its {WHERE}; {usual}"
-    return {**stated, "settings": settings} if settings else stated
+        if (value := _at(model, path)) is not None:
+            number = take(value) if type(value) in (int, float) else None
+            said.setdefault(name, []).append(f"{path} {_short(value)}")
+            if settings.setdefault(name, number) != number or (take is int and number is not None and number <= 0):
+                both = " and ".join(said[name])
+                unknown.append(f"{both} in its {WHERE}; detectors of this package have one number above 0")
+    if (stds := _at(model, "roi_head.bbox_head.bbox_coder.target_stds")) is not None:
+        readable = isinstance(stds, list) and all(type(std) in (int, float) and std > 0 for std in stds)
+        settings["bbox_reg_weights"] = [1 / std for std in stds] if readable else None
+    if _at(model, "roi_head.bbox_roi_extractor.roi_layer") is not None:
+        settings["geometry"] = "detectron2"  # mmcv's RoIAlign is aligned, and with 0 samples takes one a cell
+    style, c4 = _at(model, "backbone.style", "pytorch"), _at(model, "roi_head.shared_head") is not None
+    unknown += _unknown_parts("model", model, faster_rcnn(style=style, c4=c4))
+    return stated | ({"settings": settings} if settings else {}) | ({"not_built": unknown[0]} if unknown else {})
+
+
+def _unknown_parts(where: str, values: Mapping, table: Table) -> Iterator[str]:
+    """Each key and value that a table of accepted values does not have, as a message's part."""
+    for key, value in values.items():
+        known, value = table.get(key), _type(values) if key == "type" else value
+        said = f"{where}.{key} {_short(value)} in its {WHERE}"
+        if value is None:
+            continue
+        if key not in table:
+            yield f"{said}, which this package does not know"
+        elif isinstance(known, Mapping) and isinstance(value, Mapping):
+            yield from _unknown_parts(f"{where}.{key}", value, known)
+        elif isinstance(known, Mapping) or (known and value not in known):
+            yield f"{said}; detectors of this package have {'a dict' if isinstance(known, Mapping) else repr(known[0])}"
+
+
+def _resize(config: Mapping) -> tuple[dict[str, Any], list[str]]:
+    """{"min_size": .., "max_size": ..} of the images that the config tests with, and what no detector here does."""
+    paths = ("test_dataloader.dataset.pipeline", "data.test.pipeline", "test_pipeline")
+    where, steps = next(((path, found) for path in paths if (found := _at(config, path)) is not None), ("", []))
+    settings: dict[str, Any] = {}
+    unknown = []
+    for step in [part for part in _dicts(steps) if isinstance(_type(part), str)]:
+        known = TRANSFORMS.get(_type(step))
+        here = f"{where}'s {_type(step)}"
+        unknown += [f"{here} in its {WHERE}, which this package does not know"] if known is None else []
+        unknown += _unknown_parts(here, step, known) if known else []
+        if (scale := step.get("scale", step.get("img_scale"))) is not None:
+            pair = isinstance(scale, list) and len(scale) == 2 and all(type(x) is int and x > 0 for x in scale)
+            settings |= {"min_size": min(scale), "max_size": max(scale)} if pair else {"min_size": None}
+    if steps and not settings:
+        unknown.append(f"{where} without the size of a Resize in its {WHERE}; detectors of this package resize images")
+    return settings, unknown
 
 
 def _at(values: Any, path: str, default: Any = None) -> Any:
@@ -261,7 +397,7 @@ def _input(config: Mapping) -> dict[str, Any]:
             check_known(where, part, PIXELS)
             swaps = [part[key] for key in ("bgr_to_rgb", "rgb_to_bgr", "to_rgb") if part.get(key) is not None]
             default = kind in (None, "Normalize")  # mmcv's
-            order = "RGB" if any(swaps or [default]) else "BGR"  # files are read as BGR
+            order = "RGB" if any(swaps or [default]) != (kind in READ_AS_RGB) else "BGR"
             inputs.append(stated_input(where, part.get("mean"), part.get("std"), order=order, top=255))
     if not inputs:
         raise UserError(f"its {WHERE} has no mean and std that can be read: no data_preprocessor and no img_norm_cfg")

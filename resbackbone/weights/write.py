@@ -16,7 +16,7 @@ from resbackbone.atomic import folder_atomically, open_atomically, write_atomica
 from resbackbone.checks import UserError, one_of
 from resbackbone.resnet import DEPTHS, Bottleneck
 from resbackbone.weights.file import NOTES, apart, write_weights
-from resbackbone.weights.fit import backbone_part, resolve_architecture
+from resbackbone.weights.fit import backbone_part, check_pyramid, resolve_architecture
 from resbackbone.weights.formats import EPS, FORMATS
 from resbackbone.weights.inputs import INPUT, for_given_input
 from resbackbone.weights.read import Weights, conv1_of
@@ -39,7 +39,11 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
     path = Path(path)
     trunk = resolve_architecture(weights)
     metadata = {
-        **{key: value for key, value in weights.metadata.items() if key not in ("format", "input")},
+        **{
+            key: value
+            for key, value in weights.metadata.items()
+            if key not in ("format", "input", "not_built", "no_pyramid")
+        },
         "architecture": architecture_name(trunk),
         "backbone": {**weights.metadata.get("backbone", {}), **trunk},
     }
@@ -205,6 +209,8 @@ def only_part(weights: Weights, part: str) -> Weights:
     one_of("part", part, ("backbone", "trunk"))
     state = backbone_part(weights.state)
     if part == "trunk":
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(("fpn.", "fc."))}
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(("fpn.", "neck.", "fc."))}
+    else:
+        check_pyramid(weights)
     metadata = {key: value for key, value in weights.metadata.items() if key not in ("detector", "num_classes")}
     return replace(weights, state=state, metadata=metadata, unknown=())

@@ -1,6 +1,7 @@
 """Faster R-CNN weights of torchvision and detectron2 detect here what they detect there."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -288,21 +289,150 @@ def test_classes_anchors_and_thresholds_of_mmdetections_config_are_the_detectors
         assert build_resnet_backbone(weights=tmp_path / "net.pth", fpn=True).config.depth == 18
 
 
+MMDETECTION_3 = """
+model = dict(
+    type='FasterRCNN',
+    data_preprocessor=dict(type='DetDataPreprocessor', mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375],
+                           bgr_to_rgb=True, pad_size_divisor=32),
+    backbone=dict(type='ResNet', depth=18, num_stages=4, out_indices=(0, 1, 2, 3), frozen_stages=1, norm_eval=True,
+                  norm_cfg=dict(type='BN', requires_grad=True), style='pytorch',
+                  init_cfg=dict(type='Pretrained', checkpoint='torchvision://resnet50')),
+    neck=dict(type='FPN', in_channels=[256, 512, 1024, 2048], out_channels=256, num_outs=5),
+    rpn_head=dict(
+        type='RPNHead', in_channels=256, feat_channels=256,
+        anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], strides=[4, 8, 16, 32, 64]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[.0, .0, .0, .0], target_stds=[1.0, 1.0, 1.0, 1.0]),
+        loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
+        loss_bbox=dict(type='L1Loss', loss_weight=1.0)),
+    roi_head=dict(
+        type='StandardRoIHead',
+        bbox_roi_extractor=dict(
+            type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
+            out_channels=256, featmap_strides=[4, 8, 16, 32]),
+        bbox_head=dict(
+            type='Shared2FCBBoxHead', in_channels=256, fc_out_channels=1024, roi_feat_size=7, num_classes=80,
+            bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.], target_stds=[0.1, 0.1, 0.2, 0.2]),
+            reg_class_agnostic=False,
+            loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_bbox=dict(type='L1Loss', loss_weight=1.0))),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=2000, max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7))),
+    test_cfg=dict(
+        rpn=dict(nms_pre=1000, max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0),
+        rcnn=dict(score_thr=0.05, nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)))
+test_pipeline = [
+    dict(type='LoadImageFromFile', backend_args=None), dict(type='Resize', scale=(1333, 800), keep_ratio=True),
+    dict(type='LoadAnnotations', with_bbox=True), dict(type='PackDetInputs', meta_keys=('img_id', 'img_path'))]
+test_dataloader = dict(dataset=dict(type='CocoDataset', pipeline=test_pipeline))
+test_cfg = dict(type='TestLoop')
+"""
+MMDETECTION_2_C4 = """
+norm_cfg = dict(type='BN', requires_grad=False)
+model = dict(
+    type='FasterRCNN',
+    pretrained='open-mmlab://detectron2/resnet50_caffe',
+    backbone=dict(type='ResNet', depth=18, num_stages=3, strides=(1, 2, 2), dilations=(1, 1, 1), out_indices=(2, ),
+                  frozen_stages=1, norm_cfg=norm_cfg, norm_eval=True, style='caffe'),
+    rpn_head=dict(
+        type='RPNHead', in_channels=1024, feat_channels=1024,
+        anchor_generator=dict(type='AnchorGenerator', scales=[2, 4, 8, 16, 32], ratios=[0.5, 1.0, 2.0], strides=[16]),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[.0, .0, .0, .0], target_stds=[1.0, 1.0, 1.0, 1.0]),
+        loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
+        loss_bbox=dict(type='L1Loss', loss_weight=1.0)),
+    roi_head=dict(
+        type='StandardRoIHead',
+        shared_head=dict(type='ResLayer', depth=50, stage=3, stride=2, dilation=1, style='caffe', norm_cfg=norm_cfg,
+                         norm_eval=True),
+        bbox_roi_extractor=dict(
+            type='SingleRoIExtractor', roi_layer=dict(type='RoIAlign', out_size=14, sample_num=0),
+            out_channels=1024, featmap_strides=[16]),
+        bbox_head=dict(
+            type='BBoxHead', with_avg_pool=True, roi_feat_size=7, in_channels=2048, num_classes=80,
+            bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.], target_stds=[0.1, 0.1, 0.2, 0.2]),
+            reg_class_agnostic=False,
+            loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
+            loss_bbox=dict(type='L1Loss', loss_weight=1.0))))
+test_cfg = dict(
+    rpn=dict(nms_across_levels=False, nms_pre=6000, nms_post=1000, max_num=1000, nms_thr=0.7, min_bbox_size=0),
+    rcnn=dict(score_thr=0.05, nms=dict(type='nms', iou_thr=0.5), max_per_img=100))
+img_norm_cfg = dict(mean=[103.530, 116.280, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='MultiScaleFlipAug', img_scale=(1333, 800), flip=False, transforms=[
+        dict(type='Resize', keep_ratio=True), dict(type='RandomFlip'), dict(type='Normalize', **img_norm_cfg),
+        dict(type='Pad', size_divisor=32), dict(type='ImageToTensor', keys=['img']),
+        dict(type='Collect', keys=['img'])])]
+data = dict(samples_per_gpu=2, test=dict(type='CocoDataset', pipeline=test_pipeline))
+"""
+
+
+def of_mmdetection(folder, detector, config):
+    state = from_ours(detector.state_dict(), "mmdetection")
+    torch.save({"meta": {"mmdet_version": "2.0.0", "config": config}, "state_dict": state}, folder / "net.pth")
+    return folder / "net.pth"
+
+
+def test_published_configs_of_mmdetection_load_without_arguments(small, tmp_path, caplog):
+    config = load_detector(of_mmdetection(tmp_path, small, MMDETECTION_3)).config
+    assert (config.variant, config.rpn_post_nms_top_n_test, config.box_nms_thresh) == ("fpn", 1000, 0.5)
+    c4 = build_faster_rcnn(build_resnet_backbone(18, levels=["c4", "c5"]), 3, variant="c4")
+    back = load_detector(of_mmdetection(tmp_path, c4, MMDETECTION_2_C4))
+    assert back.backbone.config.stride_in_1x1
+    config = back.config
+    assert (config.variant, config.rpn_pre_nms_top_n_test, config.rpn_post_nms_top_n_test) == ("c4", 6000, 1000)
+    assert (config.rpn_nms_thresh, config.box_nms_thresh, config.min_size, config.max_size) == (0.7, 0.5, 800, 1333)
+    assert "assuming" not in caplog.text
+
+
 @pytest.mark.parametrize(
-    "part, named",
+    "old, new, settings",
     [
-        ("test_cfg=dict(rcnn=dict(nms=dict(type='soft_nms', iou_threshold=0.5)))", "test_cfg.rcnn.nms.type 'soft_nms'"),
-        ("roi_head=dict(bbox_roi_extractor=dict(roi_layer=dict(type='RoIPool')))", "roi_layer.type 'RoIPool'"),
+        ("iou_threshold=0.7), min", "iou_threshold=0.6), min", {"rpn_nms_thresh": 0.6}),
+        ("nms=dict(type='nms', iou_threshold=0.7), min", "nms_thr=0.6, min", {"rpn_nms_thresh": 0.6}),
+        ("max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7), min", "nms_post=9, max_num=9, min", {}),
+        ("(1333, 800)", "(1000, 600)", {"min_size": 600, "max_size": 1000}),
     ],
 )
-def test_parts_of_mmdetections_detector_that_none_here_has_are_refused_by_name(small, tmp_path, part, named):
-    pixels = MMDETECTION.partition("img_norm_cfg")[2]
-    config = f"model = dict(backbone=dict(type='ResNet', depth=18), {part})\nimg_norm_cfg{pixels}"
-    state = from_ours(small.state_dict(), "mmdetection")
-    torch.save({"meta": {"cfg": config}, "state_dict": state}, tmp_path / "net.pth")
-    with pytest.raises(ValueError, match=f"are of a detector with .*{named} in its mmengine config; detectors of this"):
-        load_detector(tmp_path / "net.pth")
-    assert build_resnet_backbone(weights=tmp_path / "net.pth", fpn=True).config.depth == 18
+def test_settings_of_mmdetection_are_applied(small, tmp_path, old, new, settings):
+    config = load_detector(of_mmdetection(tmp_path, small, MMDETECTION_3.replace(old, new))).config
+    assert MMDETECTION_3.count(old) == 1
+    for name, value in (settings or {"rpn_post_nms_top_n_test": 9}).items():
+        assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    "old, new, named",
+    [
+        ("'FasterRCNN'", "'CascadeRCNN'", "model.type 'CascadeRCNN'"),
+        ("'RPNHead'", "'GARPNHead'", "rpn_head.type 'GARPNHead'"),
+        ("'DeltaXYWHBBoxCoder'", "'LegacyDeltaXYWHBBoxCoder'", "rpn_head.bbox_coder.type 'LegacyDeltaXYWHBBoxCoder'"),
+        ("num_classes=80", "dropout=0.5", "bbox_head.dropout 0.5"),
+        ("target_stds=[0.1,", "add_ctr_clamp=True, target_stds=[0.1,", "bbox_head.bbox_coder.add_ctr_clamp True"),
+        ("target_stds=[1.0,", "clip_border=False, target_stds=[1.0,", "rpn_head.bbox_coder.clip_border False"),
+        ("'SingleRoIExtractor'", "'GenericRoIExtractor'", "bbox_roi_extractor.type 'GenericRoIExtractor'"),
+        ("'RoIAlign'", "'RoIPool'", "roi_layer.type 'RoIPool'"),
+        ("sampling_ratio=0", "pool_mode='max'", "roi_layer.pool_mode 'max'"),
+        ("output_size=7", "output_size=14", "roi_layer.output_size 14"),
+        ("[4, 8, 16, 32])", "[4, 8, 16])", "featmap_strides [4, 8, 16]"),
+        ("'Shared2FCBBoxHead'", "'DoubleConvFCBBoxHead'", "bbox_head.type 'DoubleConvFCBBoxHead'"),
+        ("num_classes=80", "cls_predictor_cfg=dict(type='NormedLinear')", "cls_predictor_cfg {'type': 'NormedLinear'}"),
+        ("'CrossEntropyLoss', use_sigmoid=False", "'SeesawLoss'", "loss_cls.type 'SeesawLoss'"),
+        ("'nms', iou_threshold=0.5", "'soft_nms', iou_threshold=0.5", "test_cfg.rcnn.nms.type 'soft_nms'"),
+        ("iou_threshold=0.5", "iou_threshold=0.5, max_num=9", "test_cfg.rcnn.nms.max_num 9"),
+        ("max_per_img=100)", "max_per_img=-1)", "test_cfg.rcnn.max_per_img -1"),
+        ("min_bbox_size=0", "min_bbox_size=16", "test_cfg.rpn.min_bbox_size 16"),
+        ("min_bbox_size=0", "nms_across_levels=True", "test_cfg.rpn.nms_across_levels True"),
+        ("min_bbox_size=0", "max_num=300", "test_cfg.rpn.max_num 300 and test_cfg.rpn.max_per_img 1000"),
+        ("keep_ratio=True", "keep_ratio=False", "pipeline's Resize.keep_ratio False"),
+        ("dict(type='Resize', scale=(1333, 800), keep_ratio=True)", "dict(type='Crop')", "pipeline's Crop"),
+        ("dict(type='Resize', scale=(1333, 800), keep_ratio=True),", "", "pipeline without the size of a Resize"),
+    ],
+)
+def test_parts_of_mmdetections_detector_that_none_here_has_are_refused_by_name(small, tmp_path, old, new, named):
+    assert old in MMDETECTION_3
+    path = of_mmdetection(tmp_path, small, MMDETECTION_3.replace(old, new, 1))
+    with pytest.raises(ValueError, match=f"are of a detector with .*{re.escape(named)}.* in its mmengine config"):
+        load_detector(path)
+    assert build_resnet_backbone(weights=path, fpn=True).config.depth == 18
 
 
 @pytest.fixture(scope="module")

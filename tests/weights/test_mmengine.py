@@ -1,13 +1,19 @@
 """The config in a checkpoint of mmengine decides stride, input and pyramid; what cannot be read or built is refused."""
 
+import argparse
+import json
+import re
+
 import pytest
 import torch
 import torchvision
 
+from detection import load_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.weights import read_weights
-from resbackbone.weights.inputs import BGR_255, for_canonical_input
+from resbackbone.weights.inputs import BGR_255, INPUT, for_canonical_input
 from resbackbone.weights.mmengine import parse_config
+from resbackbone.weights.write import only_part
 
 CAFFE = """
 data_preprocessor = dict(
@@ -61,10 +67,10 @@ def state():
 
 @pytest.fixture
 def saved(tmp_path, state):
-    def save(text, key="cfg"):
+    def save(text, key="cfg", **more):
         path = tmp_path / "epoch_12.pth"
         named = {f"backbone.{name}": tensor for name, tensor in state.items()}
-        torch.save({"meta": {key: text}, "state_dict": named}, path)
+        torch.save({"meta": {"mmengine_version": "0.10.4", key: text}, "state_dict": {**named, **more}}, path)
         return path
 
     return save
@@ -124,12 +130,9 @@ def test_other_settings_that_change_maps_are_the_configs_too(saved, backbone, ne
             "has strides [1, 2, 2, 1] and dilations [1, 1, 1, 2]",
         ),
         (config().replace("'ResNet'", "'ResNetV1d'"), "model.backbone has type 'ResNetV1d'"),
-        (config(neck="neck=[dict(type='FPN'), dict(type='BFP')]"), "model.neck is [{'type': 'FPN'}, {'type': 'BFP'}]"),
-        (config(neck=FOUR_MAPS % "num_outs=5, start_level=1"), "model.neck has num_outs 5 and start_level 1"),
         (config(", plugins=dict(a=f(1,\n    lambda: 2))"), "model.backbone has plugins"),
+        (config() + "model = None", "has model None, not a dict"),
         (config() + "if debug:\n    model = make()", "has model if debug: model = make(), not a dict"),
-        (config(neck=NECK.replace("FPN", "PAFPN")), "model.neck has type 'PAFPN'"),
-        (config(neck=NECK.replace("num_outs=5", "add_extra_convs='on_lateral'")), "add_extra_convs 'on_lateral'"),
         (config(pixels=CAFFE.replace("103.53", "blue")), "DetDataPreprocessor has mean [blue, 116.28, 123.675]"),
         (config(pixels=CAFFE.replace("False", "FLAG")), "DetDataPreprocessor has bgr_to_rgb FLAG"),
         (config(pixels=""), "has no mean and std that can be read"),
@@ -148,6 +151,71 @@ def test_what_changes_the_network_or_cannot_be_read_is_refused_by_its_name(saved
     with pytest.raises(ValueError) as error:
         read_weights(path)
     assert named in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "neck, names, named",
+    [
+        ("[dict(type='FPN'), dict(type='BFP')]", ["0.lateral_convs.0.conv"], "is [{'type': 'FPN'}, {'type': 'BFP'}]"),
+        ("dict(type='FPN', in_channels=[1] * 4, start_level=1, num_outs=5)", [], "has num_outs 5 and start_level 1"),
+        ("dict(type='PAFPN')", ["lateral_convs.0.conv", "downsample_convs.0.conv"], "has type 'PAFPN'"),
+        ("dict(type='FPN', add_extra_convs='on_lateral')", ["fpn_convs.4.conv"], "has add_extra_convs 'on_lateral'"),
+        ("dict(type='ChannelMapper')", ["convs.0.conv"], "has type 'ChannelMapper'"),
+        ("dict(type='MoCoV2Neck')", ["mlp.0"], "has type 'MoCoV2Neck'"),
+    ],
+)
+def test_the_trunk_beside_another_pyramid_is_read_and_the_pyramid_refused_by_name(saved, state, neck, names, named):
+    path = saved(config(neck=f"neck={neck}"), **{f"neck.{name}.weight": torch.zeros(1) for name in names})
+    built = build_resnet_backbone(weights=path, norm="BN")
+    assert torch.equal(built.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+    only_part(read_weights(path), "trunk")
+    for build in (
+        lambda: build_resnet_backbone(weights=path, fpn=True),
+        lambda: load_detector(path),
+        lambda: only_part(read_weights(path), "backbone"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"model.neck {named}") + ".*their trunk can be read alone"):
+            build()
+
+
+@pytest.mark.parametrize("to_rgb, order", [("", "RGB"), (", to_rgb=True", "BGR")])
+def test_frames_of_videos_are_read_as_rgb(saved, to_rgb, order):
+    pixels = RGB if order == "RGB" else CAFFE
+    pixels = pixels.replace("bgr_to_rgb=True,", "").replace("bgr_to_rgb=False,", "").replace("DetData", "ActionData")
+    pixels = pixels.replace("pad_size_divisor=32", f"format_shape='NCHW'{to_rgb}")
+    weights = read_weights(saved(config(pixels=pixels)))
+    assert weights.metadata["converted_from"]["input"]["channel_order"] == order
+
+
+JSON = {
+    "model": {"type": "X", "backbone": {"type": "ResNet", "depth": 18, "style": "caffe"}},
+    "img_norm_cfg": {"mean": BGR_255["mean"], "std": BGR_255["std"], "to_rgb": False},
+}
+
+
+@pytest.mark.parametrize(
+    "given, bgr",
+    [
+        ({"lr": 0.1}, False),
+        ({"model": "resnet18"}, False),
+        ({"model": {"name": "resnet18"}}, False),
+        ("configs/r18.yaml", False),
+        ("configs/r18.py", False),
+        ("lr: 0.1\nmodel: resnet18\n", False),
+        ("lr = 0.1\narch = 'resnet18'\n", False),
+        ('{"lr": 0.1}', False),
+        (argparse.Namespace(lr=0.1), False),
+        (JSON, True),
+        (json.dumps(JSON), True),
+        ("model:\n  backbone: {type: ResNet, depth: 18, style: caffe}\nimg_norm_cfg: %s\n", True),
+    ],
+)
+def test_meta_is_mmengines_only_if_it_shows_so(tmp_path, state, given, bgr):
+    given = given % json.dumps(JSON["img_norm_cfg"]) if isinstance(given, str) and "%s" in given else given
+    torch.save({"meta": {"config": given, "epoch": 3}, "state_dict": state}, tmp_path / "net.pth")
+    weights = read_weights(tmp_path / "net.pth")
+    assert weights.metadata["converted_from"]["input"] == (BGR_255 if bgr else INPUT)
+    assert weights.metadata.get("backbone", {}).get("stride_in_1x1", False) is bgr
 
 
 def test_only_plain_values_are_read_and_nothing_runs(tmp_path):
