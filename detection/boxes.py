@@ -4,11 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms, nms
+from torchvision.ops import boxes as box_ops
 
-from resbackbone.compat import torchvision_detection_utils
+from detection.patches import is_patched, utils
 
-utils = torchvision_detection_utils()
 TorchvisionBoxCoder: Any = utils.BoxCoder
 TorchvisionMatcher: Any = utils.Matcher
 
@@ -20,10 +19,14 @@ class BoxCoder(TorchvisionBoxCoder):
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """Ground truth and proposals, [n, 4] x1 y1 x2 y2 each -> offsets [n, 4]."""
+        if is_patched():
+            return super().encode_single(reference_boxes, proposals)
         return utils.encode_boxes(reference_boxes, proposals, self.weights)
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Offsets [n, 4 k] from boxes [n, 4] -> boxes [n, 4 k]."""
+        if is_patched():
+            return super().decode_single(rel_codes, boxes)
         boxes = boxes.to(rel_codes.dtype)
         sizes = boxes[:, 2:] - boxes[:, :2]
         centres, sizes = (boxes[:, :2] + 0.5 * sizes)[:, None], sizes[:, None]  # [n, 1, 2]
@@ -38,16 +41,19 @@ class Matcher(TorchvisionMatcher):
 
     def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
         """Keep, in `matches` [m], each ground truth box's best anchors, whatever their IoU (matrix [n, m])."""
+        if is_patched():
+            super().set_low_quality_matches_(matches, all_matches, match_quality_matrix)
+            return
         best = match_quality_matrix == match_quality_matrix.amax(1, keepdim=True)
         matches.copy_(torch.where(best.any(0), all_matches, matches))
 
 
 def nms_in_groups(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
     """torchvision's batched_nms: boxes [n, 4] suppress only those of their group [n]; indices by falling score."""
-    if _on_cpu(boxes) or not 0 < len(boxes) <= MOST_AT_ONCE:
-        return batched_nms(boxes, scores, groups, iou_threshold)
+    if _on_cpu(boxes) or is_patched() or not 0 < len(boxes) <= MOST_AT_ONCE:
+        return box_ops.batched_nms(boxes, scores, groups, iou_threshold)
     apart = groups.to(boxes) * (boxes.max() + 1)
-    return nms(boxes + apart[:, None], scores, iou_threshold)
+    return box_ops.nms(boxes + apart[:, None], scores, iou_threshold)
 
 
 def _on_cpu(tensor: Tensor) -> bool:

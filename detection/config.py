@@ -1,5 +1,6 @@
 """DetectorConfig: everything that makes a Faster R-CNN except its backbone and weights."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ SHAPE = (
     "variant",
     "anchor_scale",
     "anchor_sides",
+    "canonical_scale",
     "rpn_conv_depth",
     "box_conv_layers",
     "representation_size",
@@ -28,6 +30,17 @@ SHAPE = (
     "image_mean",
     "image_std",
 )
+
+# The values that a setting may have, or each of its numbers: smallest, largest, in words.
+_POSITIVE, _COUNT, _SHARE = (5e-324, math.inf, "above 0"), (1, math.inf, "at least 1"), (0, 1, "from 0 to 1")
+RANGES = {
+    "min_size max_size canonical_scale rpn_conv_depth box_conv_layers representation_size": _COUNT,
+    "rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test rpn_post_nms_top_n_train rpn_post_nms_top_n_test": _COUNT,
+    "rpn_batch_size_per_image box_batch_size_per_image box_detections_per_img": _COUNT,
+    "rpn_nms_thresh rpn_fg_iou_thresh rpn_bg_iou_thresh rpn_score_thresh rpn_positive_fraction": _SHARE,
+    "box_nms_thresh box_fg_iou_thresh box_bg_iou_thresh box_score_thresh box_positive_fraction": _SHARE,
+    "anchor_scale anchor_sides image_std bbox_reg_weights": _POSITIVE,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +53,16 @@ class DetectorConfig(Config):
         RoI features through stage 5; "dc5", on a c5 of stride 16; "vgg16", the paper's baseline, over
         `detection.paper.build_vgg16_backbone()` or `from_timm("vgg16", levels=["c4"])`: RPN on c4, RoI features
         through fc6 and fc7, which `detection.paper.load_vgg16` fills.
-    min_size, max_size: images are resized to this shorter side in pixels, and at most this longer one.
+    min_size, max_size: images are resized to this shorter side in pixels, and at most this longer one. Of several
+        shorter sides training draws one for each image, and inference takes the last.
     resize_in_training: False if training images are resized already.
     image_mean, image_std: of the images, channel by channel, which the detector normalizes. Default: ImageNet's, for
         RGB in 0..1; a backbone of other than three channels needs both.
-    anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6); RoIs go
-        to levels in the same proportion. On a single map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
+    anchor_scale: a pyramid level's anchors have the side anchor_scale * stride (8: 32 on p2 .. 512 on p6). On a single
+        map the sides are 4, 8, 16, 32 and 64 times anchor_scale.
     anchor_sides: other sides for a single map's anchors, stated at an anchor_scale of 8.
+    canonical_scale: the side in pixels of the RoIs that p4 pools (Lin et al. 2017, eq. 1); by default in proportion to
+        anchor_scale, 224 for 8. torchvision, detectron2 and mmdetection have 224 whatever their anchors.
     rpn_conv_depth: 3x3 convolutions of the RPN's head (1; torchvision's V2 detectors have 2).
     box_conv_layers: channels of the box head's 3x3 convolutions, which one fully connected layer follows (torchvision's
         V2 detectors: 256, 256, 256, 256); default none, but two fully connected layers. For fpn and dc5.
@@ -63,13 +79,14 @@ class DetectorConfig(Config):
     num_classes: int
     categories: tuple[tuple[int, str], ...] = ()
     variant: str = "fpn"
-    min_size: int = 800
+    min_size: int | tuple[int, ...] = 800
     max_size: int = 1333
     resize_in_training: bool = True
     image_mean: tuple[float, ...] | None = None
     image_std: tuple[float, ...] | None = None
     anchor_scale: float = 8.0
     anchor_sides: tuple[float, ...] | None = None
+    canonical_scale: int | None = None
     rpn_conv_depth: int = 1
     box_conv_layers: tuple[int, ...] = ()
     box_norm: str | None = None
@@ -93,7 +110,7 @@ class DetectorConfig(Config):
     box_bg_iou_thresh: float = 0.5
     box_batch_size_per_image: int = 512
     box_positive_fraction: float = 0.25
-    bbox_reg_weights: tuple[float, ...] | None = None
+    bbox_reg_weights: tuple[float, float, float, float] | None = None
 
     def __post_init__(self):
         if type(self.num_classes) is not int or self.num_classes < 1:
@@ -104,20 +121,31 @@ class DetectorConfig(Config):
         if self.representation_size is None:
             object.__setattr__(self, "representation_size", 4096 if self.variant == "vgg16" else 1024)
         super().__post_init__()
+        self._check_ranges()
+        if self.canonical_scale is None:
+            object.__setattr__(self, "canonical_scale", round(224 * self.anchor_scale / 8))
         one_of("variant", self.variant, VARIANTS)
         one_of("geometry", self.geometry, GEOMETRIES)
         one_of("norm of the box head", self.box_norm, (None, *NORMS))
-        if self.rpn_conv_depth < 1 or min(self.box_conv_layers, default=1) < 1:
-            raise UserError(
-                f"rpn_conv_depth={self.rpn_conv_depth}, box_conv_layers={self.box_conv_layers}: must be at least 1"
-            )
         if self.box_conv_layers and self.variant not in ("fpn", "dc5"):
             raise UserError(f"box_conv_layers are for fpn and dc5: the box head of {self.variant} has its own layers")
         if self.box_norm and not self.box_conv_layers:
             raise UserError(f"box_norm={self.box_norm!r}: only a box head with box_conv_layers has norms; give both")
         if (distinct := len(dict(self.categories))) != self.num_classes:
             raise UserError(f"num_classes is {self.num_classes}, but there are {distinct} categories")
-        if min(self.image_std or (1,)) <= 0:
-            raise UserError(f"image_std {self.image_std}: each must be above 0")
         if self.anchor_sides is not None and self.variant == "fpn":
             raise UserError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")
+
+    def _check_ranges(self) -> None:
+        for names, (low, high, words) in RANGES.items():
+            for name in names.split():
+                value = getattr(self, name)
+                numbers = value if isinstance(value, tuple) else (low if value is None else value,)
+                if not all(low <= number <= high for number in numbers):
+                    raise UserError(f"{name} is {value}; it must be {words}")
+        if () in (self.min_size, self.anchor_sides):
+            raise UserError("min_size and anchor_sides need at least one number")
+        for part in ("rpn", "box"):
+            low, high = (getattr(self, f"{part}_{kind}_iou_thresh") for kind in ("bg", "fg"))
+            if low > high:
+                raise UserError(f"{part}_bg_iou_thresh is {low}; it must be at most {part}_fg_iou_thresh, {high}")

@@ -23,7 +23,8 @@ from detection.roi_align import PyramidRoIAlign
 from detection.rpn import Anchors, FP32RPNHead, SampledRPN
 from detection.transforms import InputTransform, check_images
 from resbackbone import Backbone, BackboneConfig, ResNetBackbone
-from resbackbone.checks import UserError, require
+from resbackbone.checks import UserError, brief, require
+from resbackbone.compat import is_observed
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse, norm_layer, same_kind
 from resbackbone.weights import MEAN, STD, Weights, WeightSource, read_weights, write_weights
@@ -69,7 +70,7 @@ class FasterRCNN(GeneralizedRCNN):
             pooled or backbone.features,  # only the RPN uses p6 and p7
             output_size=14 if c4 else 7,
             sampling_ratio=2,
-            canonical_scale=round(224 * config.anchor_scale / 8),
+            canonical_scale=cast(int, config.canonical_scale),
             aligned=not as_torchvision,
         )
         if c4:
@@ -144,6 +145,7 @@ class FasterRCNN(GeneralizedRCNN):
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         """[3, H, W] RGB floats in 0..1 -> losses in training; in eval mode each image's boxes, labels and scores."""
         check_images(images, self.transform)
+        self._check_type(images[0])
         if targets is not None:
             _check_form(targets, len(images))
             self._check_targets(targets)
@@ -168,6 +170,18 @@ class FasterRCNN(GeneralizedRCNN):
         finally:
             for module in modules:
                 module.training = False
+
+    def _check_type(self, image: Tensor) -> None:
+        """Raise UserError for an image of another type than the weights, unless autocast or the caller's code casts."""
+        weight = next(self.backbone.parameters(), image)
+        if weight.dtype == image.dtype or torch.is_autocast_enabled(image.device.type):
+            return
+        ours = type(self.transform) is InputTransform and isinstance(self.backbone, Backbone)
+        if ours and weight.is_floating_point() and not is_observed(self.transform, *self.backbone.modules()):
+            raise UserError(
+                f"the images are {image.dtype} and the detector's weights {weight.dtype}: convert the images with "
+                f".to({weight.dtype}), or the detector with .to({image.dtype})"
+            )
 
     def _check_targets(self, targets: list[dict[str, Tensor]]) -> None:
         classes = self.num_classes
@@ -263,6 +277,13 @@ def build_faster_rcnn(
 
     Raises ValueError for a backbone that does not fit the variant, and for a setting that is not accepted.
     """
+    if not isinstance(backbone, Backbone):
+        raise UserError(
+            f"build_faster_rcnn takes what build_resnet_backbone or from_timm gave, not {type(backbone).__name__}; a "
+            "backbone of torchvision's kind, as_torchvision's too, is for torchvision.models.detection.FasterRCNN"
+        )
+    if not isinstance(categories, Mapping | None):
+        raise UserError(f"categories are {{id: name}}, as {{1: 'cat', 2: 'dog'}}, not {brief(categories)}")
     for name, instead in TORCHVISIONS.items():
         if settings.get(name) is not None:
             raise UserError(
@@ -305,10 +326,7 @@ def _with_levels_of(variant: str, backbone: Backbone) -> Backbone:
 
 def _normalization(config: DetectorConfig, backbone: Backbone) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of the images. Raises UserError if they are not those of the backbone's channels."""
-    settings: Any = backbone.config
-    channels = getattr(settings, "in_channels", None) or getattr(settings, "options", {}).get(
-        "in_chans", 3
-    )  # or timm's
+    channels = _in_channels(backbone)
     colours = channels == 3
     mean = config.image_mean or (MEAN if colours else ())
     std = config.image_std or (STD if colours else ())
@@ -321,30 +339,35 @@ def _normalization(config: DetectorConfig, backbone: Backbone) -> tuple[list[flo
     return list(mean), list(std)
 
 
+def _in_channels(backbone: nn.Module) -> int:
+    """The channels of the first convolution, which may have taken the place of the built one."""
+    return next((module.in_channels for module in backbone.modules() if isinstance(module, nn.Conv2d)), 3)
+
+
 def save_detector(detector: FasterRCNN, path: str | Path) -> None:
     """Write a safetensors file with the weights and everything that `load_detector` needs to rebuild the detector.
 
-    Thresholds, sizes, mean, standard deviation and the number of classes are written as they are now. Raises UserError
-    if something else has been changed since the detector was built (a module, an eps, a padding mode, the anchors),
-    which the file cannot state.
+    Thresholds, sizes, mean, standard deviation and the numbers of channels and classes are written as they are now.
+    Raises UserError if something else has been changed since the detector was built (a module, an eps, a padding mode,
+    the anchors), which the file cannot state.
     """
-    config = _with_classes_of(detector)
-    built = _outline(detector, config)
+    config, backbone = _with_classes_of(detector), detector.backbone.config.to_json()
+    if isinstance(detector.backbone, ResNetBackbone):
+        backbone["in_channels"] = _in_channels(detector.backbone)
+    built = _outline(detector, backbone, config)
     usual = _live_settings(built)
     if changed := {name: value for name, value in _live_settings(detector).items() if value != usual[name]}:
         config = replace(config, **changed)
-        built = _outline(detector, config)
+        built = _outline(detector, backbone, config)
     _check_rebuilds(detector, built)
-    write_weights(
-        path, detector.state_dict(), {"backbone": detector.backbone.config.to_json(), "detector": config.to_json()}
-    )
+    write_weights(path, detector.state_dict(), {"backbone": backbone, "detector": config.to_json()})
 
 
-def _outline(detector: FasterRCNN, config: DetectorConfig) -> FasterRCNN:
+def _outline(detector: FasterRCNN, backbone: Mapping[str, Any], config: DetectorConfig) -> FasterRCNN:
     """What `load_detector` would build, without memory for weights; a network of timm is the detector's own."""
     with torch.device("meta"):
         if isinstance(detector.backbone, ResNetBackbone):
-            return _built(detector.backbone.config.to_json(), config, "this detector")
+            return _built(backbone, config, "this detector")
         return FasterRCNN(detector.backbone, config)
 
 

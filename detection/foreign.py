@@ -69,6 +69,7 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         "variant": variant,
         "categories": list(_categories(len(scores) - 1, weights.metadata.get("classes")).items()),
         "geometry": FORMATS[weights.format].geometry if weights.format in FORMATS else "torchvision",
+        "canonical_scale": 224,  # whatever the anchors: in all of these packages
         "rpn_conv_depth": max(1, len(_numbered(state, "rpn.head.conv.{}.0.weight"))),
     }
     anchors, usual = _rows(state.get("rpn.head.cls_logits.weight")), ANCHOR_RATIOS * (1 if pyramid else 5)
@@ -116,7 +117,7 @@ def announce_settings(weights: Weights, described: Mapping[str, object]) -> None
         name = "anchor_scale" if detector.variant == "fpn" else "anchor_sides"
         assumed.append(f"anchors {sides}, height over width 0.5, 1 and 2 ({name})")
     if "geometry" not in stated:
-        assumed.append(f"{detector.geometry}'s RoIAlign (geometry)")
+        assumed.append(f"{detector.geometry}'s RoIAlign (geometry, canonical_scale)")
     if "box_nms_thresh" not in stated:
         assumed.append("the usual thresholds and numbers of proposals (box_nms_thresh, rpn_nms_thresh, ..)")
     if assumed and not published:

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
 from detection.cells import at_least_fp32, rows_of, sum_cells
+from detection.patches import is_patched
 from resbackbone import Feature
 
 
@@ -18,12 +20,15 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
 
     torchvision's kernel computes in fp32, on one thread on a CPU, and on a GPU its backward adds in any order. Here
     every output bin is a weighted sum of cells (`sum_cells`) in the maps' own type and is bit-reproducible; outputs
-    and gradients equal torchvision's to rounding.
+    and gradients equal torchvision's to rounding. torchvision's own forward runs where it has been patched, and for a
+    sampling_ratio of 0 (as many samples as cells) and bins that are not as many in both directions.
 
     `aligned` is detectron2's convention: samples sit half a cell lower, at cell centres, and are as many as the region
     has cells; `sampling_ratio` is ignored. torchvision's kernel computes it, or on a GPU under
     `torch.use_deterministic_algorithms` its deterministic version, which takes gigabytes.
     """
+
+    map_levels: Any
 
     def __init__(
         self,
@@ -36,15 +41,27 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     ):
         super().__init__(list(features), output_size, sampling_ratio, canonical_scale=canonical_scale)
         self.aligned = aligned
-        self.strides = [feature.stride for feature in features.values()]
-        self.scales = [1 / stride for stride in self.strides]  # torchvision would infer them from its first image
-        finest = int(math.log2(self.strides[0]))
-        self.map_levels = initLevelMapper(finest, finest + len(self.strides) - 1, canonical_scale=canonical_scale)
+        self.stride_of = {level: feature.stride for level, feature in features.items()}
+        self.scales = [1 / stride for stride in self.strides]  # torchvision infers them from its first image
+
+    @property
+    def strides(self) -> list[int]:
+        return [self.stride_of[name] for name in self.featmap_names]
 
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps by level and each image's boxes [n, 4] in pixels -> [sum of n, channels, output_size, output_size]."""
         maps = [x[name] for name in self.featmap_names]
+        if (
+            self.scales is None or self.map_levels is None
+        ):  # as in torchvision, what is set before the first image counts
+            self.scales = [1 / stride for stride in self.strides]
+            finest, coarsest = (int(math.log2(stride)) for stride in (self.strides[0], self.strides[-1]))
+            self.map_levels = initLevelMapper(
+                finest, coarsest, canonical_scale=self.canonical_scale, canonical_level=self.canonical_level
+            )
         image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
+        if not self.aligned and (is_patched() or self.sampling_ratio < 1 or len(set(self.output_size)) > 1):
+            return super().forward(x, boxes, image_shapes)
         regions, level = torch.cat(boxes), self.map_levels(boxes)  # Lin et al. 2017, eq. 1
         if self.aligned:
             return _by_level(level, len(maps), lambda i, few: self._aligned(maps[i], i, regions[few], image[few]))

@@ -13,12 +13,13 @@ from torchvision.ops import Conv2dNormActivation, clip_boxes_to_image
 
 from detection.boxes import BoxCoder, Matcher, nms_in_groups
 from detection.cells import at_least_fp32, rows_of, sum_cells
+from detection.patches import BYPASSED, is_patched
 from resbackbone.compat import is_observed
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
-BYPASSED = {  # torchvision's methods that `SampledRPN` does the work of without calling them
-    name: getattr(RegionProposalNetwork, name) for name in ("compute_loss", "filter_proposals", "_get_top_n_idx")
-}
+GRID = {name: getattr(AnchorGenerator, name) for name in ("grid_anchors", "set_cell_anchors")}
+METHODS = set(BYPASSED[RegionProposalNetwork]) - {"forward"}  # of torchvision's, that `SampledRPN` does not call
+CODER = {"weights", "bbox_xform_clip"}  # what a box coder has that nobody changed
 
 
 class Anchors(AnchorGenerator):
@@ -29,9 +30,11 @@ class Anchors(AnchorGenerator):
     weights were trained with.
     """
 
+    cell_anchors: list[Tensor]
+
     def __init__(self, sizes: list[tuple[float, ...]], strides: list[int], *, as_torchvision: bool):
         self.as_torchvision = as_torchvision  # super().__init__ makes anchors by it
-        self.last: tuple = None, None, [], []  # the last sizes, their anchors, and what these were made from
+        self.last: tuple = None, None  # what the last anchors were made from, and these
         super().__init__(sizes, (ASPECT_RATIOS,) * len(sizes))
         self.strides = strides
 
@@ -47,34 +50,28 @@ class Anchors(AnchorGenerator):
         """Anchors [n, 4] of all levels in turn, the same tensor for every image."""
         device, image_size = feature_maps[0].device, image_list.tensors.shape[-2:]
         cells = [x.shape[-2:] for x in feature_maps]
-        sizes = cells, image_size, device, tuple(self.strides), self.as_torchvision
-        if self.last[0] != sizes or not self._made_from(*self.last[2:]):
+        shapes = [x.tolist() for x in self.cell_anchors]  # they stay on the CPU: nothing waits for a GPU
+        made_from = cells, image_size, device, tuple(self.strides), self.as_torchvision, shapes
+        if self.last[0] != made_from or not self._grid_is_torchvisions():
             with torch.inference_mode(False):  # a training step may reuse them after a call under inference_mode
-                made = self._made(cells, image_size, device)
-                self.last = sizes, made, list(self.cell_anchors), list(map(_version, self.cell_anchors))
+                self.last = made_from, self._made(cells, image_size, device)
         return [self.last[1]] * len(image_list.image_sizes)
 
-    def _made_from(self, cell_anchors: list[Tensor], versions: list[int | None]) -> bool:
-        """Whether `cell_anchors` are still these tensors, and none has been written to."""
-        return (
-            len(self.cell_anchors) == len(cell_anchors)
-            and all(now is then for now, then in zip(self.cell_anchors, cell_anchors, strict=True))
-            and None not in versions
-            and list(map(_version, cell_anchors)) == versions
-        )
+    def _grid_is_torchvisions(self) -> bool:
+        """Whether the methods that `_made` calls are torchvision's, so that they make the same anchors again."""
+        return vars(self).keys().isdisjoint(GRID) and [getattr(type(self), name) for name in GRID] == [*GRID.values()]
 
     def _made(self, cells: list[torch.Size], image_size: torch.Size, device: torch.device) -> Tensor:
+        cell_anchors = self.cell_anchors
         self.set_cell_anchors(torch.float32, device)
         strides = [(stride, stride) for stride in self.strides]
         if self.as_torchvision:
             strides = [(image_size[0] // rows, image_size[1] // columns) for rows, columns in cells]
         steps = [[torch.full((), step, dtype=torch.int64, device=device) for step in pair] for pair in strides]
-        return torch.cat(self.grid_anchors(cells, steps))
-
-
-def _version(tensor: Tensor) -> int | None:
-    """How often a tensor has been written to; None if it does not count that."""
-    return None if tensor.is_inference() else tensor._version
+        try:
+            return torch.cat(self.grid_anchors(cells, steps))
+        finally:
+            self.cell_anchors = cell_anchors
 
 
 class FP32RPNHead(RPNHead):
@@ -158,9 +155,13 @@ class SampledRPN(RegionProposalNetwork):
 
     def _is_as_built(self) -> bool:
         """Whether torchvision's forward would give the same, parts and methods being those this class knows."""
-        if any(name in self.__dict__ or getattr(type(self), name) is not theirs for name, theirs in BYPASSED.items()):
+        if is_patched() or not vars(self).keys().isdisjoint(METHODS):
+            return False
+        if any(getattr(type(self), name) is not getattr(RegionProposalNetwork, name) for name in METHODS):
             return False
         if type(self.anchor_generator) is not Anchors or type(self.box_coder) is not BoxCoder:
+            return False
+        if not vars(self.box_coder).keys() <= CODER:
             return False
         if is_observed(self.anchor_generator):
             return False

@@ -12,6 +12,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_keypoints
 from torchvision.transforms import v2
 
+from detection.patches import is_patched
 from resbackbone.checks import UserError
 from resbackbone.compat import is_transformed
 
@@ -61,18 +62,29 @@ class InputTransform(GeneralizedRCNNTransform):
         self.sent: dict[tuple, tuple[Tensor, ...]] = {}  # mean and std on the device
 
     def check_range(self, images: Sequence[Tensor]) -> None:
-        """Raise UserError for pixels in 0..255; warn once about normalized ones.
+        """Raise UserError for pixels in 0..255; warn once about normalized ones, and about 0..1 under a larger mean.
 
-        Pixels are looked at where mean and standard deviation are those of images in 0..1 (ImageNet's, 0.5, ..): every
-        time on a CPU, and once on a GPU, which would have to be waited for.
+        Pixels are looked at where mean and standard deviation are those of images in 0..1 (ImageNet's, 0.5, ..) or of
+        larger numbers: every time on a CPU, and once on a GPU, which would have to be waited for.
         """
+        larger = max(self.image_mean) > 1
         own_range = not all(0 < mean <= 1 for mean in self.image_mean) or max(self.image_std) > 1
         watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-        if own_range or watched or (self.looked and images[0].device.type != "cpu"):
+        if (own_range and not larger) or watched or (self.looked and images[0].device.type != "cpu"):
             return
         self.looked = True
         ends = torch.stack([torch.stack(image.detach().aminmax()) for image in images])
         low, high = (float(end) for end in (ends[:, 0].min(), ends[:, 1].max()))
+        if larger:
+            if high <= 1 and not self.warned:
+                self.warned = True
+                _log.warning(
+                    "images hold values up to %.3g, and image_mean is %s: give images of that range, or mean and "
+                    "standard deviation for 0..1",
+                    high,
+                    list(self.image_mean),
+                )
+            return
         if not math.isfinite(high - low):
             raise UserError(f"images hold values from {low:g} to {high:g}; they are floats in 0..1")
         if high > MOST_NORMALIZED:
@@ -88,6 +100,8 @@ class InputTransform(GeneralizedRCNNTransform):
 
     def normalize(self, image: Tensor) -> Tensor:
         """[3, H, W] floats in 0..1, less the mean, over the standard deviation."""
+        if is_patched():
+            return super().normalize(image)
         key = image.dtype, image.device, tuple(self.image_mean), tuple(self.image_std)
         if torch.compiler.is_compiling():  # tensors of a trace hold no numbers to keep
             mean, std = self._constants(image)

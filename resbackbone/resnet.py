@@ -209,6 +209,6 @@ def _adapt_before_loading(module: ResNet, state_dict, prefix, *_):
     if held and not any(f"{name}num_batches_tracked" in state_dict for name in held):
         _log.warning(
             "these weights are of frozen batch norms (num_batches_tracked is missing), and the %d batch norms here "
-            "train: in training mode they use and change their own statistics; norm='FrozenBN' keeps the weights'",
+            "train: in training mode they use and change their own statistics; norm='FrozenBN' keeps the weights",
             len(held),
         )

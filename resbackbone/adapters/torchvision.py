@@ -31,6 +31,12 @@ class TorchvisionBackbone(nn.Module):
 
     @property
     def out_channels(self) -> int:
+        channels = {level: feature.channels for level, feature in self.backbone.features.items()}
+        if len(set(channels.values())) > 1:
+            raise UserError(
+                f"the maps have different channels ({channels}), and torchvision's detectors take maps of one number: "
+                "build the backbone with fpn=True, or with a single level"
+            )
         return self.backbone.out_channels
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:  # [B, channels, H, W]

@@ -35,6 +35,14 @@ def pyramid_detector(kind: str) -> torch.nn.Module:
     return getattr(detection, kind)(as_torchvision(frozen_backbone()), 3, **few, **SIZES)
 
 
+def test_a_trunk_without_a_pyramid_is_refused_when_the_detector_is_built():
+    with pytest.raises(
+        ValueError, match="have different channels .*: build the backbone with fpn=True, or with a sing"
+    ):
+        detection.FasterRCNN(as_torchvision(build_resnet_backbone(18)), 4)
+    assert as_torchvision(build_resnet_backbone(18, levels=["c5"])).out_channels == 512
+
+
 def target(kind: str) -> dict[str, torch.Tensor]:
     found = {"boxes": torch.tensor([[5.0, 6.0, 40.0, 50.0]]), "labels": torch.tensor([1])}
     if kind == "MaskRCNN":

@@ -1,16 +1,20 @@
 import copy
+import operator
 
 import pytest
 import torch
 from made import FEW, lively, small_detector
 from torch import nn
+from torchvision.models import detection as torchvision_detection
+from torchvision.models.detection import _utils as detection_utils
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, poolers
+from torchvision.ops import boxes as box_ops
 
 from detection.config import BACKBONE_OF
 from detection.data import open_split
@@ -23,6 +27,7 @@ from detection.faster_rcnn import (
     save_detector,
 )
 from resbackbone import build_resnet_backbone
+from resbackbone.adapters.torchvision import as_torchvision
 from resbackbone.checks import UserError
 from resbackbone.engine.checkpoints import save_checkpoint
 from resbackbone.weights import MEAN, STD, read_weights
@@ -134,6 +139,87 @@ def test_options_of_the_proposal_network_reach_it():
     assert (rpn.proposal_matcher.high_threshold, rpn.proposal_matcher.low_threshold) == (0.66, 0.17)
     assert (rpn.fg_bg_sampler.batch_size_per_image, rpn.fg_bg_sampler.positive_fraction) == (18, 0.19)
     assert (rpn.nms_thresh, rpn.score_thresh) == (0.15, 0.2)
+
+
+def over_the_same_backbone():
+    """A detector of torchvision and one of ours, in fp64, with the same weights."""
+    ours = lively(small_detector()).double()
+    heads = {"box_head": TwoMLPHead(16 * 7 * 7, 16), "box_predictor": FastRCNNPredictor(16, 4)}
+    few = {name: value for name, value in FEW.items() if name != "representation_size"}
+    theirs = torchvision_detection.FasterRCNN(as_torchvision(copy.deepcopy(ours.backbone)), **few, **heads).double()
+    for part in ("rpn", "roi_heads"):
+        getattr(theirs, part).load_state_dict(getattr(ours, part).state_dict())
+    return theirs.eval(), ours
+
+
+def exchanged(name, value):
+    """Set an attribute of a detector's part, `name` with dots, to a value."""
+    part, _, attribute = name.rpartition(".")
+    return lambda detector: setattr(operator.attrgetter(part)(detector), attribute, value)
+
+
+def moved(detector):
+    anchors = detector.rpn.anchor_generator
+    theirs = anchors.grid_anchors
+    anchors.grid_anchors = lambda *given: [boxes + 4 for boxes in theirs(*given)]
+
+
+def bins(detector):
+    detector.roi_heads.box_roi_pool.output_size = (7, 5)
+    detector.roi_heads.box_head.fc6 = nn.Linear(16 * 7 * 5, 16, dtype=torch.float64)
+    nn.init.constant_(detector.roi_heads.box_head.fc6.weight, 0.01)
+    nn.init.zeros_(detector.roi_heads.box_head.fc6.bias)
+
+
+@pytest.mark.parametrize("after_a_call", [False, True])
+@pytest.mark.parametrize(
+    "change",
+    [
+        moved,
+        lambda detector: [boxes.data.mul_(2) for boxes in detector.rpn.anchor_generator.cell_anchors],
+        exchanged("roi_heads.box_roi_pool.canonical_scale", 20),
+        exchanged("roi_heads.box_roi_pool.sampling_ratio", 0),
+        exchanged("roi_heads.box_roi_pool.sampling_ratio", -1),
+        bins,
+        exchanged("rpn.box_coder.decode", lambda codes, boxes: boxes[0].to(codes)[:, None] + 1),
+    ],
+)
+def test_what_is_changed_in_a_detector_counts_as_in_torchvisions(change, after_a_call):
+    image, found = torch.rand(3, 64, 97, dtype=torch.float64), []
+    for detector in over_the_same_backbone():
+        if after_a_call:
+            detector([image])
+        change(detector)
+        found.append(detector([image])[0])
+    assert len(found[0]["boxes"]) > 5
+    for name in ("boxes", "scores"):
+        torch.testing.assert_close(found[1][name], found[0][name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "place, name, change",
+    [
+        (box_ops, "batched_nms", lambda theirs: lambda *given: theirs(*given)[:7]),
+        (box_ops, "clip_boxes_to_image", lambda theirs: lambda boxes, size: theirs(boxes, size) / 2),
+        (detection_utils.BoxCoder, "decode_single", lambda theirs: lambda *given: theirs(*given) + 1),
+        (detection_utils.BoxCoder, "encode_single", lambda theirs: lambda *given: theirs(*given) + 1),
+        (detection_utils.Matcher, "set_low_quality_matches_", lambda theirs: lambda *given: None),
+        (torchvision_detection.rpn.RPNHead, "forward", lambda theirs: lambda *given: [2 * x for x in theirs(*given)]),
+        (poolers, "roi_align", lambda theirs: lambda *given, **named: 2 * theirs(*given, **named)),
+        (GeneralizedRCNNTransform, "normalize", lambda theirs: lambda self, image: image),
+    ],
+)
+def test_patches_of_torchvision_are_followed(place, name, change, monkeypatch):
+    pair, image = over_the_same_backbone(), torch.rand(3, 64, 97, dtype=torch.float64)
+    monkeypatch.setattr(place, name, change(getattr(place, name)))
+    boxes = {"boxes": torch.tensor([SOME_BOXES[0]]).double(), "labels": torch.tensor([1])}
+    results = []
+    for detector in pair:
+        [found] = detector([image])
+        torch.manual_seed(3)
+        results.append((found["boxes"], found["scores"], *detector.train()([image], [boxes]).values()))
+    for found, wanted in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
 
 
 # Training
@@ -288,6 +374,16 @@ def test_a_backbone_of_four_channels_gets_its_mean_and_deviation_and_keeps_them(
     assert built.transform.image_mean == FOUR["image_mean"]
 
 
+def test_a_convolution_of_four_channels_in_the_place_of_the_first_counts_and_is_kept(tmp_path):
+    backbone = build_resnet_backbone(18, fpn=True, fpn_channels=16)
+    backbone.conv1 = nn.Conv2d(4, 64, 7, 2, 3, bias=False)
+    with pytest.raises(UserError, match="takes images of 4 channels: give image_mean and image_std with 4 numbers"):
+        build_faster_rcnn(backbone, 3)
+    save_detector(build_faster_rcnn(backbone, 3, **FEW, **FOUR), tmp_path / "model.safetensors")
+    loaded = load_detector(tmp_path / "model.safetensors")
+    assert torch.equal(loaded.backbone.conv1.weight, backbone.conv1.weight)
+
+
 @pytest.mark.parametrize(
     "channels, settings, says",
     [
@@ -295,7 +391,7 @@ def test_a_backbone_of_four_channels_gets_its_mean_and_deviation_and_keeps_them(
         (4, {**FOUR, "image_std": [1, 1, 1]}, r"4 numbers each, not \[0.5, 0.4, 0.3, 2.0\] and \[1, 1, 1\]"),
         (1, {"image_mean": [0.5]}, r"1 channels: .* not \[0.5\] and None"),
         (3, FOUR, "takes images of 3 channels"),
-        (3, {"image_std": [1, 0, 1]}, r"image_std \(1, 0, 1\): each must be above 0"),
+        (3, {"image_std": [1, 0, 1]}, r"image_std is \(1, 0, 1\); it must be above 0"),
     ],
 )
 def test_a_mean_or_deviation_that_does_not_fit_is_refused_when_the_detector_is_built(channels, settings, says):
@@ -307,11 +403,24 @@ def test_a_mean_or_deviation_that_does_not_fit_is_refused_when_the_detector_is_b
 HALVES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
-def test_images_in_0_to_255_are_refused_under_any_mean_of_images_in_0_to_1():
+def test_images_and_a_mean_of_other_ranges_are_refused_or_warned_about(caplog):
     with pytest.raises(UserError, match="divide them by 255"):
         small_detector(**HALVES).eval()([255 * image for image in two_images()])
     of_bytes = small_detector(image_mean=[123.0] * 3, image_std=[58.0] * 3).eval()
-    assert len(of_bytes([255 * image for image in two_images()])) == 2
+    assert len(of_bytes([255 * image for image in two_images()])) == 2 and not caplog.messages
+    for _ in range(2):
+        of_bytes(two_images())
+    assert [message[:42] for message in caplog.messages] == ["images hold values up to 1, and image_mean"]
+
+
+@pytest.mark.parametrize("images, weights", [(torch.float64, torch.float32), (torch.float32, torch.float64)])
+def test_images_of_another_type_than_the_weights_are_refused_unless_the_callers_code_casts(images, weights):
+    detector, image = small_detector().to(weights).eval(), torch.rand(3, 64, 97, dtype=images)
+    says = rf"are {images} and the detector's weights {weights}: convert the images with .to\({weights}\), or the"
+    with pytest.raises(UserError, match=says):
+        detector([image])
+    detector.backbone.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(weights),))
+    assert len(detector([image])[0]["boxes"]) > 0
 
 
 @pytest.mark.parametrize(
@@ -362,6 +471,22 @@ def test_torchvisions_transform_can_take_the_place_of_ours():
 
 
 # What fits together
+
+
+@pytest.mark.parametrize(
+    "build, says",
+    [
+        (
+            lambda b: build_faster_rcnn(as_torchvision(b), 2),
+            "not TorchvisionBackbone; a backbone of torchvision's kind",
+        ),
+        (lambda b: build_faster_rcnn(nn.Sequential(), 2), "build_resnet_backbone or from_timm gave, not Sequential"),
+        (lambda b: build_faster_rcnn(b, 2, categories=["a", "b"]), r"categories are \{id: name\}, .* not \['a', 'b'\]"),
+    ],
+)
+def test_what_is_no_backbone_or_no_categories_is_refused_in_words(build, says):
+    with pytest.raises(UserError, match=says):
+        build(build_resnet_backbone(18, fpn=True))
 
 
 @pytest.mark.parametrize(
@@ -435,6 +560,7 @@ def test_anchors_and_regions_follow_the_levels_and_the_scale(levels, scale):
     pool = detector.roi_heads.box_roi_pool
     assert pool.featmap_names == [level for level in maps if level not in ("p6", "p7")]
     assert pool.strides == [backbone.features[level].stride for level in pool.featmap_names]
+    pool(maps, [torch.ones(1, 4)], [(256, 384)])
     side = scale * 7  # of a canonical box, which goes to stride 16 for 224 pixels at a scale of 8
     chosen = pool.map_levels([torch.tensor([[0, 0, side * 4, side * 4], [0, 0, side * 2.1, side * 2.1]])])
     wanted = [max(0, min(k - int(pool.featmap_names[0][1]), len(pool.strides) - 1)) for k in (4, 3)]
@@ -502,6 +628,16 @@ def test_classes_are_counted_from_the_box_predictor():
 # Use
 
 
+def test_several_shorter_sides_are_kept_and_the_last_is_that_of_inference(tmp_path):
+    detector = lively(small_detector(min_size=(40, 64)))
+    save_detector(detector, tmp_path / "model.safetensors")
+    loaded, image = load_detector(tmp_path / "model.safetensors"), torch.rand(3, 64, 97)
+    assert loaded.config.min_size == loaded.transform.min_size == (40, 64)
+    assert detector.transform([image])[0].image_sizes == loaded.transform([image])[0].image_sizes == [(64, 97)]
+    sizes = {detector.train().transform([image])[0].image_sizes[0][0] for _ in range(20)}
+    assert sizes == {40, 64}
+
+
 @pytest.mark.parametrize("variant, heads", [*((variant, {}) for variant in BACKBONE_OF), ("fpn", V2), ("dc5", V2)])
 def test_a_saved_detector_loads_to_bit_equal_outputs(tmp_path, variant, heads):
     categories = {3: "car", 13: "stop sign", 90: "[b]猫[/b]"}
@@ -549,7 +685,7 @@ def test_a_saved_detector_keeps_the_settings_that_its_parts_have_now(tmp_path):
         (lambda d: setattr(d.rpn.head.conv[0], "1", nn.GELU()), r"rpn.head.conv.0.1 is GELU, .* make it ReLU"),
         (with_masks_and_keypoints, "roi_heads.mask_roi_pool is MultiScaleRoIAlign, .* make it None"),
         (lambda d: d.rpn.anchor_generator.cell_anchors[0].mul_(2), "rpn.anchor_generator.cell_anchors is"),
-        (lambda d: setattr(d.transform, "min_size", (64, 80)), r"setting min_size must be int, not \(64, 80\)"),
+        (lambda d: setattr(d.roi_heads.box_roi_pool, "canonical_scale", 100), "canonical_scale is 100, .* make it 224"),
         (lambda d: nn.utils.spectral_norm(d.rpn.head.cls_logits), "rpn.head.cls_logits.weight_orig is .* make it None"),
         (prepare_for_detection, "is .*, and load_detector would make it"),
     ],

@@ -8,10 +8,12 @@ import pytest
 import torch
 import torchvision
 from made import lively
+from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import FrozenBatchNorm2d
 
 from detection import build_faster_rcnn
+from detection.config import DetectorConfig
 from detection.faster_rcnn import load_detector, save_detector
 from detection.foreign import SINGLE_MAP_PROPOSALS, describe_detector
 from resbackbone import build_resnet_backbone
@@ -68,6 +70,25 @@ def test_torchvisions_v2_detector_loads_by_its_name_and_goes_back_as_it_came(tmp
         back = torch.load(tmp_path / "back.pth")
         torchvisions("fasterrcnn_resnet50_fpn_v2").load_state_dict(back)
         assert all(torch.equal(tensor, state[key]) for key, tensor in back.items())
+
+
+@torch.inference_mode()
+def test_regions_go_to_torchvisions_levels_whatever_the_anchors(tmp_path):
+    sizes, ratios = ((16,), (32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 5
+    options = {"box_score_thresh": 0.0, "min_size": 160, "rpn_post_nms_top_n_test": 200}
+    trunk = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
+    anchors = AnchorGenerator(sizes, ratios)
+    theirs = torchvision.models.detection.FasterRCNN(trunk, 4, rpn_anchor_generator=anchors, **options)
+    torch.save(lively(theirs).state_dict(), tmp_path / "theirs.pth")
+    ours = load_detector(tmp_path / "theirs.pth", anchor_scale=4.0, **options)
+    assert (ours.config.canonical_scale, ours.roi_heads.box_roi_pool.canonical_scale) == (224, 224)
+    image = torch.rand(3, 140, 210, dtype=torch.float64)
+    [wanted], [found] = theirs.double()([image]), ours.double()([image])
+    assert len(found["boxes"]) == 100
+    torch.testing.assert_close(found["scores"], wanted["scores"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found["boxes"], wanted["boxes"], rtol=1e-6, atol=1e-6)
+    of_older_file = {key: value for key, value in ours.config.to_json().items() if key != "canonical_scale"}
+    assert DetectorConfig.from_json(of_older_file).canonical_scale == 112
 
 
 @pytest.fixture(scope="module")

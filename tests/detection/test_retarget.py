@@ -58,7 +58,8 @@ def test_what_the_weights_shape_is_not_what_a_recipe_would_have(file):
     built, _ = retarget_detector(
         read_described_weights(file), PETS, backbone=FROZEN, anchor_scale=8.0, representation_size=1024
     )
-    assert built.config.anchor_scale == 4.0 and built.roi_heads.box_head.fc7.out_features == 16
+    assert (built.config.anchor_scale, built.config.canonical_scale) == (4.0, 112)
+    assert built.roi_heads.box_head.fc7.out_features == 16
 
 
 def test_a_torchvision_detector_of_other_classes_is_started_from(tmp_path):

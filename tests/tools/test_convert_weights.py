@@ -530,6 +530,6 @@ def test_anchors_that_a_format_does_not_state_are_refused_or_said(randomised, ca
     )
     save_detector(randomised(detector), "model.safetensors")
     said = error_of("model.safetensors", "a.pth", "--to", "torchvision")
-    assert "do not state anchor_scale 4.0 (usual: 8.0)" in said
+    assert "do not state anchor_scale 4.0 (usual: 8.0), canonical_scale 112 (usual: 224)" in said
     assert "set there anchor_scale 4.0" in said_by(capsys, "model.safetensors", "a.pkl", "--to", "detectron2")
     assert load_detector("a.pkl").config.anchor_scale == 4.0
