@@ -105,38 +105,38 @@ TIMM_NETWORKS = re.compile(rf"(?:(?:tv|gluon|ssl|swsl|ig)_)?{TRUNK.pattern}(?:_v
 def stated_by_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
     """What the config.json in `folder` says, in the layout of our own files' metadata; {} if there is none.
 
-    Raises ValueError that names a key or value which this package does not compute with, and for a config.json that
-    neither transformers nor timm wrote, unless it is not `required` to be theirs: then only its arch, mean and std are
-    read. Without a config.json, a preprocessor's alone tells the input.
+    Raises ValueError that names a key or value which this package does not compute with. Of a config that neither
+    transformers nor timm wrote, a training's arguments are read; with `required`, for a file with the name of theirs,
+    another network of theirs is an error. Without a config.json, a preprocessor's alone tells the input.
     """
     config = _json(folder / "config.json", required=required)
-    kind = config.get("model_type")
+    kind, name = config.get("model_type"), config.get("architecture")
     if not config:
         stated = _stated_by_processor(folder)
         return {**stated, "stated_by": "the preprocessor's config"} if stated else {}
-    if not required and not _is_theirs(config):
-        return {**stated_by_arguments("config.json", config), "stated_by": "config.json"}
     if kind == "resbackbone":  # `adapters.transformers`
         return {"backbone": {"depth": config.get("depth", 50), **(config.get("trunk") or {})}, "input": INPUT}
-    if kind == "resnet":
+    if kind == "resnet" and (required or len(config.keys() & TRANSFORMERS.keys()) > 1):
         stated = _stated_by_transformers(config) | _stated_by_processor(folder)
-    elif kind is None and "architecture" in config:
-        stated = stated_by_timm(config)
-    else:
-        what = "neither model_type nor architecture" if kind is None else f"model_type {kind!r}"
+        return {**stated, "publisher": "transformers", "stated_by": "config.json"}
+    if isinstance(name, str) and kind is None and (required or "pretrained_cfg" in config or _timm_network(name)):
+        own: dict[str, Any] = {}
+        if "pretrained_cfg" not in config:  # perhaps a training's, with timm's name of a network
+            own = stated_by_arguments("config.json", config)
+            config = {key: value for key, value in config.items() if key in TIMM}
+        return {**own, **stated_by_timm(config), "publisher": "timm", "stated_by": "config.json"}
+    signs = [key for key in ("model_type", "transformers_version", "pretrained_cfg") if config.get(key) is not None]
+    if required and signs:
         raise UserError(
-            f"its config.json has {what}; this package reads the ResNets of transformers (model_type 'resnet') and "
-            "timm (architecture): to load the tensors by their names alone, give the file in a folder without it"
+            f"its config.json has {signs[0]} {config[signs[0]]!r:.80}; this package reads the ResNets of transformers "
+            "(model_type 'resnet') and timm (architecture): to load the tensors by their names alone, give the file in "
+            "a folder without it"
         )
-    return {**stated, "publisher": "transformers" if kind else "timm", "stated_by": "config.json"}
+    return {**stated_by_arguments("config.json", config), "stated_by": "config.json"}
 
 
-def _is_theirs(config: Mapping) -> bool:
-    """Whether transformers or timm wrote a config.json; other programs write model_type and architecture as well."""
-    if config.get("model_type") == "resnet":
-        return not {"transformers_version", "architectures", "hidden_sizes", "layer_type", "depths"}.isdisjoint(config)
-    known = "pretrained_cfg" in config or config.keys() <= TIMM.keys()
-    return config.get("model_type") == "resbackbone" or ("architecture" in config and known)
+def _timm_network(name: str) -> re.Match | None:
+    return TIMM_NETWORKS.fullmatch(" ".join(name.split()).partition(".")[0])  # without its tag
 
 
 # timm's networks that blur before they subsample. Their tensors have the names and shapes of a ResNet's.
@@ -190,6 +190,13 @@ def check_known(where: str, values: Mapping, accepted: Mapping[str, Sequence]) -
             raise UserError(f"{said}; networks of this package have {known}")
 
 
+def _whole(where: str, values: Mapping, key: str) -> int | None:
+    number = values.get(key)
+    if number is not None and type(number) is not int:
+        raise UserError(f"its {where} has {key} {number!r:.80}, not a whole number")
+    return number
+
+
 def stated_input(where: str, mean: Any, std: Any, *, order: str = "RGB", top: float = 1.0) -> dict[str, Any]:
     """An input in the layout of `inputs.INPUT`, for values in 0..`top`. Raises ValueError if it is unreadable."""
     for name, numbers in (("mean", mean), ("std", std)):
@@ -210,7 +217,7 @@ def _stated_by_transformers(config: Mapping) -> dict[str, Any]:
     if (depths := config.get("depths")) is not None:
         found = [d for d, (block, n) in DEPTHS.items() if [*n] == depths and (block is Bottleneck) == bottleneck]
         backbone |= {"depth": found[0]} if found else {}
-    if (channels := config.get("num_channels")) is not None:
+    if (channels := _whole("config.json", config, "num_channels")) is not None:
         backbone["in_channels"] = channels
     usual = [width * (4 if bottleneck else 1) for width in (64, 128, 256, 512)]
     if config.get("hidden_sizes", usual) != usual:
@@ -268,10 +275,10 @@ def stated_by_timm(config: Mapping) -> dict[str, Any]:
     config = {**config, **inner}  # older files have the content of pretrained_cfg at the top
     name = " ".join(str(config["architecture"]).split()).partition(".")[0]  # without its tag
     refuse_blurring_names(name)
-    if (network := TIMM_NETWORKS.fullmatch(name)) is None:
+    if (network := _timm_network(name)) is None:
         raise UserError(f"{name} is not one of timm's ResNets that this package builds; list_sources() names those")
     backbone: dict[str, Any] = {"stride_in_1x1": False, "eps": 1e-5, "depth": int(network[1])}
-    if (channels := arguments.get("in_chans")) is not None:
+    if (channels := _whole("model_args", arguments, "in_chans")) is not None:
         backbone["in_channels"] = channels
     if arguments.get("output_stride") == 16:
         backbone["dilate_c5"] = True

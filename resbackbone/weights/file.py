@@ -19,6 +19,7 @@ from resbackbone.weights.inputs import INPUT, describe_input
 from resbackbone.weights.pickles import read_pickle
 
 NOTES = "resbackbone"  # the entry of foreign files that holds our metadata, as JSON
+OURS = '"resbackbone"'  # the "format" in ours, which is JSON too
 
 
 def write_weights(path: str | os.PathLike, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -59,7 +60,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             json.loads(raw.read(int.from_bytes(raw.read(8), "little")), object_pairs_hook=_refuse_duplicates)
         if NOTES in text:  # of a foreign format, written by us
             return state, read_notes(text[NOTES])
-        if text.get("input", "").lstrip().startswith("{"):  # else another program's words
+        if text.get("format") == OURS:  # else another program's words
             metadata = {key: json.loads(value) for key, value in text.items()}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"weights {str(path)!r}: not a readable safetensors file ({error})") from None
@@ -93,7 +94,7 @@ def is_ours(path: Path) -> bool:
     """Whether `write_weights` wrote the file, so that it describes itself."""
     try:
         with safe_open(path, framework="pt") as file:
-            return (file.metadata() or {}).get("format") == '"resbackbone"'  # JSON
+            return (file.metadata() or {}).get("format") == OURS
     except (SafetensorError, OSError):
         return False
 

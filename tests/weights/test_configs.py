@@ -117,7 +117,8 @@ def test_what_transformers_saves_computes_the_same_from_folder_and_file(tmp_path
         ({"dilation": 2}, "dilation 2, which this package does not know"),
         ({"auto_map": {"AutoModel": "net.Net"}}, "auto_map {'AutoModel': 'net.Net'}, which this package does not know"),
         ({"model_type": "detr"}, "model_type 'detr'; this package reads the ResNets of transformers"),
-        ({"model_type": None}, "neither model_type nor architecture"),
+        ({"model_type": None}, "transformers_version '"),
+        ({"num_channels": "3"}, "num_channels '3', not a whole number"),
     ],
 )
 def test_a_value_that_changes_the_network_is_refused_by_its_name(folder, changes, named):
@@ -234,6 +235,7 @@ def test_timms_output_stride_of_16_is_a_dilated_c5(tmp_path, randomised):
         ({"model_args": {"block_args": {"attn_layer": "se"}}}, "model_args has block_args {'attn_layer': 'se'}"),
         ({"model_args": {"padding": "same"}}, "model_args has padding 'same', which this package does not know"),
         ({"model_args": "none"}, "has model_args 'none', not a table"),
+        ({"model_args": {"in_chans": "3"}}, "model_args has in_chans '3', not a whole number"),
         ({"global_pool": "max"}, "global_pool 'max'"),
         ({"architecture": "seresnet18"}, "seresnet18 is not one of timm's ResNets that this package builds"),
         ({"architecture": "resnetblur18"}, "resnetblur18, which blurs its maps before it subsamples"),
@@ -281,6 +283,33 @@ def test_a_training_programs_config_json_concerns_neither_a_checkpoint_nor_our_o
     write_weights(tmp_path / "model.safetensors", state, {"backbone": {"depth": 18}})
     for source in (tmp_path / "model.safetensors", tmp_path):
         assert read_weights(source).format == "resbackbone"
+
+
+FILES = ["model.safetensors", "pytorch_model.bin", "best.safetensors", "best.pth"]
+SMP = {"_model_class": "Unet", "classes": 1, "encoder_name": "resnet18", "encoder_weights": None, "in_channels": 3}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_config_json_of_other_programs_is_a_trainings_arguments_whatever_the_files_name(tmp_path, file):
+    state = timm.create_model("resnet18").state_dict()
+    (save_file if file.endswith(".safetensors") else torch.save)(state, tmp_path / file)
+
+    def read(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return [read_weights(source) for source in (tmp_path / file, tmp_path) if source.is_file() or file in FILES[:2]]
+
+    for config in ({"lr": 0.1}, {"num_classes": 1000}, SMP, {"architecture": {"name": "x"}}):
+        for weights in read(config):
+            assert weights.assumed["input"] == INPUT
+    for config in (STATED, {"architecture": "resnet18", "lr": 1, **STATED}):
+        for weights in read(config):
+            assert weights.metadata["converted_from"]["input"] == {**INPUT, **STATED}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"architecture": "resnet18", "model_args": {"act_layer": "gelu"}, "lr": 1})
+    )
+    assert "model_args has act_layer 'gelu'" in refusal(tmp_path / file)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "resnet", "hidden_act": "gelu"}))
+    assert "hidden_act 'gelu'" in refusal(tmp_path / file)
 
 
 STATED = {"mean": list(MEAN), "std": [0.5, 0.5, 0.5]}

@@ -30,7 +30,7 @@ def test_tied_weights_and_views_of_one_tensor_are_written_each_by_its_name(tmp_p
     assert_same_state(dict(sorted(read_weights(tmp_path / "tied.safetensors").state.items())), state)
 
 
-@pytest.mark.parametrize("words", [{}, {"input": "RGB images"}, {"input": "224"}])
+@pytest.mark.parametrize("words", [{}, {"input": "RGB"}, {"input": "224"}, {"input": '{"size": [3, 224, 224]}'}])
 def test_another_programs_words_are_no_metadata_of_ours(tmp_path, words):
     save_file(STATE, tmp_path / "timm.safetensors", {"format": "pt", **words})
     weights = read_weights(str(tmp_path / "timm.safetensors"))
