@@ -52,7 +52,7 @@ def read_annotations(path: str | os.PathLike) -> Annotations:
 
     Raises UserError, with the path, the place in the file, the id and the value, if the file is not JSON, lacks a
     field, has a value of another type, an `iscrowd` besides 0 and 1, a `bbox_mode` (detectron2's) besides 1 or an
-    `area` that is not finite, repeats an id, or refers to an unknown image or category.
+    `area` that is negative or not finite, repeats an id, or refers to an unknown image or category.
     """
     try:
         return _flat(*_decoded(path))
@@ -194,6 +194,16 @@ def _with_plain_ids(record: object) -> object:
     return {**record, **zeros} if zeros else record
 
 
+_SIZE = "; add each image's width and height in pixels, as PIL.Image.open(FILE).size gives them"
+INSTEAD = {  # what to write for a field that is missing or of another type
+    "width": _SIZE,
+    "height": _SIZE,
+    "bbox": "; a bbox is [x, y, width, height] in pixels from the image's upper left corner",
+    "iscrowd": "; iscrowd is 0 or 1, and 0 where it is left out",
+    "area": "; area is a number, and width * height where it is left out",
+}
+
+
 def _refusal(error: object, text: bytes | mmap.mmap | msgspec.Raw) -> UserError:
     """The error for a value of another type. `text`, of the file or of the record alone, shows its id and value."""
     message = f"not a COCO instances file: {error}"
@@ -207,8 +217,8 @@ def _refusal(error: object, text: bytes | mmap.mmap | msgspec.Raw) -> UserError:
         if "got `str`" in message and key in ("id", "image_id", "category_id"):
             listed = {"image_id": "images", "category_id": "categories"}.get(key, section)
             message += f"; ids are whole numbers: number the {listed} 1, 2, .. and refer to them by these numbers"
-    if re.search("missing required field `(width|height)`", message):
-        message += "; add each image's width and height in pixels, as PIL.Image.open(FILE).size gives them"
+    field = re.search(r"missing required field `(\w+)`|\[\d+\]\.(\w+)", message)
+    message += INSTEAD.get(field[1] or field[2], "") if field else ""
     return UserError(message)
 
 
@@ -265,10 +275,10 @@ def _row(number: int, annotation: _Annotation) -> tuple:
             f"annotations[{number - 1}] (id {identity}) has the bbox_mode {annotation.bbox_mode!r}, and COCO's boxes "
             "are x, y, width, height: convert them and write bbox_mode 1, or leave it out"
         )
-    if area is not None and not math.isfinite(area):
+    if area is not None and not 0 <= area < math.inf:
         raise UserError(
-            f"annotations[{number - 1}] (id {identity}) has the area {area}; give a number, or leave it out for "
-            "width * height"
+            f"annotations[{number - 1}] (id {identity}) has the area {area}; give a number of at least 0, or leave it "
+            "out for width * height"
         )
     return (
         identity,

@@ -99,14 +99,16 @@ def find_split(data: str | os.PathLike, split: str) -> Split:
 
 
 def describe_layout(data: str | os.PathLike) -> str:
-    """One line on `data`: its layout, the annotation files that are read and those beside them that are not, and
-    whether a part is held out. Raises as `find_split`."""
+    """One line on `data`: its layout, the annotation files that are read, those beside them, in `data` and of the
+    same name in another folder that are not, and whether a part is held out. Raises as `find_split`."""
     train, val = (find_split(data, split) for split in SPLIT_NAMES)
     read = [split.annotations for split in ((train,) if val.part else (train, val))]
     line = f"{data} in {train.layout}: {' and '.join(_below(data, read))}"
     if val.part:
         line += f"; there is no validation split, so one image in {HELD_OUT} is held out for it"
-    if unread := sorted({path for file in read for path in file.parent.glob("*.json")} - {*read}):
+    folder = Path(data)
+    beside = {path for file in read for path in (*file.parent.glob("*.json"), *folder.glob(f"*/{file.name}"))}
+    if unread := sorted(beside.union(folder.glob("*.json")) - {*read}):
         others = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         line += f"; not read: {', '.join(_below(data, unread[:3]))}{others}"
     return line

@@ -26,21 +26,20 @@ def brief(value: object) -> str:
 
 
 def usual_folder(variables: Mapping[str, str], default: str) -> Path | None:
-    """The first of $variable/below, for `variables` {variable: below}, that is a folder; without one set, `default`.
+    """The first of $variable/below, for `variables` {variable: below}, that is set; without one, `default`.
 
-    None if `default` is no folder either. Raises UserError if variables are set and none leads to a folder: another
-    data set is not what they ask for.
+    None if `default` is no folder. Raises UserError if the variable does not lead to a folder: another data set is not
+    what it asks for.
     """
-    places = [(name, Path(os.environ[name]) / below) for name, below in variables.items() if os.environ.get(name)]
-    if places:
-        for _, place in places:
+    for name, below in variables.items():
+        if os.environ.get(name):
+            place = Path(os.environ[name]) / below
             if place.is_dir():
                 return place
-        name, place = places[0]
-        raise UserError(
-            f"${name} is {os.environ[name]!r}, but there is no folder {place.absolute()}; correct or unset the "
-            "variable, or give --data"
-        )
+            raise UserError(
+                f"${name} is {os.environ[name]!r}, but there is no folder {place.absolute()}; correct or unset the "
+                "variable, or give --data"
+            )
     return Path(default) if Path(default).is_dir() else None
 
 

@@ -275,7 +275,7 @@ BAD_ANNOTATIONS = {
     "a number as file_name": (with_value("images", "file_name", 7), r"got `int` - at `\$.images\[0\].file_name`"),
     "a name of 1001 characters": (with_value("images", "file_name", "7" * 1001), "Expected `str` of length <= 1000"),
     "a width of 0": (with_value("images", "width", 0), "Expected `int` >= 1 - at"),
-    "a box of three numbers": (with_value("annotations", "bbox", [1, 2, 3]), "Expected `array` of length 4"),
+    "a box of three numbers": (with_value("annotations", "bbox", [1, 2, 3]), r"of length 4.*; a bbox is \[x, y, width"),
     "a box with a word": (
         with_value("annotations", "bbox", [1, 2, 3, "x"]),
         r"`\$.annotations\[0\].bbox\[3\]` \(id 1, bbox \[1, 2, 3, 'x'\]\)",
@@ -287,7 +287,7 @@ BAD_ANNOTATIONS = {
     ),
     "a repeated category id": (with_value("categories", "id", 3), r"categories\[2\] repeats the id 3"),
     "an id over 64 bits": (with_value("images", "id", 2**70), "Expected `int` <= 9223372036854775807"),
-    "a crowd that is a word": (with_value("annotations", "iscrowd", "no"), r"got `str` - .* \(id 1, iscrowd 'no'\)"),
+    "a crowd that is a word": (with_value("annotations", "iscrowd", "no"), r"got `str` - .* 'no'\); iscrowd is 0 or"),
     "a crowd of 2": (
         with_value("annotations", "iscrowd", "2"),
         r"annotations\[0\] \(id 1\) has the iscrowd 2, which is 0 or",
@@ -297,6 +297,8 @@ BAD_ANNOTATIONS = {
         "has the iscrowd nan, which is 0 or 1",
     ),
     "an area of nan": (json.dumps(with_value("annotations", "area", math.nan)), r"\(id 1\) has the area nan; give a"),
+    "an area below 0": (with_value("annotations", "area", -3), "has the area -3.0; give a number of at least 0, or"),
+    "an area that is a word": (with_value("annotations", "area", ""), "; area is a number, and width . height where"),
     "a number over 1e308": (json.dumps(content()).replace("10", "1e999"), "Number out of range - at"),
     "a number of 400 digits": (json.dumps(content()).replace("10", "9" * 400), "Number out of range - at"),
     "a name that is not Unicode": (with_value("images", "file_name", "\ud800.png"), "which no file can have"),

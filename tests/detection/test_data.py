@@ -28,7 +28,8 @@ def test_coco_is_looked_for_in_the_usual_places_in_their_order(tmp_path, monkeyp
     (tmp_path / "mine").mkdir()
     assert find_coco() == tmp_path / "mine"
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path / "sets"))
-    assert find_coco() == tmp_path / "mine"
+    with pytest.raises(ValueError, match="DETECTRON2_DATASETS is .*, but there is no folder"):
+        find_coco()
     (tmp_path / "sets" / "coco").mkdir(parents=True)
     assert find_coco() == tmp_path / "sets" / "coco"
 

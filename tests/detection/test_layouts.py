@@ -140,6 +140,18 @@ def test_annotation_files_that_are_not_read_are_named(tmp_path):
     assert describe_layout(tmp_path).endswith(f"; not read: {', '.join(names[:3])} and 1 more")
 
 
+@pytest.mark.parametrize(
+    "layout, unread",
+    [("Roboflow", "test/_annotations.coco.json"), ("plain", "instances_train.json"), ("plain", "labels_v2.json")],
+)
+def test_annotation_files_in_other_places_that_are_not_read_are_named(tmp_path, layout, unread):
+    file, images = LAYOUTS[layout]
+    put(tmp_path, file.format("train"), images.format("train"), count=21)
+    (tmp_path / unread).parent.mkdir(exist_ok=True)
+    (tmp_path / unread).write_text("{}")
+    assert describe_layout(tmp_path).endswith(f"; not read: {unread}")
+
+
 def test_which_images_are_held_out_is_settled_by_their_names_and_not_by_their_order():
     names = [f"{i}.jpg" for i in range(100)]
     chosen = {name for name, out in zip(names, held_out(names), strict=True) if out}
