@@ -1,5 +1,6 @@
 """The one input that every backbone takes, and the exact conversion of weights trained with another."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -21,6 +22,17 @@ def describe_input(given: Mapping) -> str:
     """An input in a phrase: `BGR 0..255, mean 103.53 116.28 123.675, std 1 1 1`."""
     mean, std = (" ".join(f"{value:g}" for value in given[key]) for key in ("mean", "std"))
     return f"{given['channel_order']} 0..{given['range'][1]:g}, mean {mean}, std {std}"
+
+
+def same_input(one: Mapping, other: Mapping) -> bool:
+    """Whether two inputs are the same, whatever the unit of their ranges. Raises ValueError if one is no input."""
+    numbers = []
+    for given in (one, other):
+        check_input(given)
+        numbers.append([value / given["range"][1] for key in ("mean", "std") for value in given[key]])
+    return one["channel_order"] == other["channel_order"] and all(
+        math.isclose(x, y, rel_tol=1e-4) for x, y in zip(*numbers, strict=True)
+    )
 
 
 def order_of(mean: Sequence[float], top: float) -> str | None:

@@ -25,6 +25,7 @@ from resbackbone.weights.inputs import (
     describe_input,
     for_canonical_input,
     order_of,
+    same_input,
 )
 from resbackbone.weights.mmengine import stated_by_meta
 from resbackbone.weights.pickles import Foreign, read_pickle
@@ -261,9 +262,31 @@ def _read_file(name: str) -> tuple[object, Weights]:
     metadata: dict[str, Any] = {}
     origins: dict[str, str] = {}
     for said, by in facts:  # the later ones count more
-        origins |= _origins(said, by) if by else _origins(said)
-        metadata |= said
+        places = _origins(said, by) if by else _origins(said)
+        if said is not known:  # whose content shows whose file it is
+            _refuse_contradictions(name, (metadata, origins), (said, places))
+        backbone = {**metadata.get("backbone", {}), **said.get("backbone", {})}
+        metadata |= {**said, "backbone": backbone} if backbone else said
+        origins |= places
     return content, Weights({}, metadata, name, origins=origins)
+
+
+def _refuse_contradictions(name: str, *stated: tuple[Mapping[str, Any], Mapping[str, str]]) -> None:
+    """Raise ValueError if two (facts, the place of each) have different values of one fact."""
+    (one, one_places), (other, other_places) = stated
+    if "input" in one and "input" in other and not same_input(one["input"], other["input"]):
+        fact, values = "input", [describe_input(said["input"]) for said in (one, other)]
+    else:
+        parts = [said.get("backbone", {}) for said in (one, other)]
+        kinds = [{**part, "norm": part["norm"] == "GN"} if "norm" in part else part for part in parts]
+        differing = (key for key in kinds[0].keys() & kinds[1].keys() if kinds[0][key] != kinds[1][key])
+        if (fact := next(differing, "")) == "":
+            return
+        values = [str(part[fact]) for part in parts]
+    raise UserError(
+        f"weights {name!r}: {fact} is {values[0]} by {one_places[fact]}, but {values[1]} by {other_places[fact]}; "
+        "remove the one that is not of these weights"
+    )
 
 
 def _stated_beside_detectron2s(content: object, path: Path, name: str) -> dict[str, Any]:

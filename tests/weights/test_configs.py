@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 
 import pytest
 import timm
@@ -13,6 +14,7 @@ from resbackbone import build_resnet_backbone, build_resnet_classifier
 from resbackbone.weights import INPUT, MEAN, read_weights
 from resbackbone.weights.file import write_weights
 from resbackbone.weights.inputs import BGR_255
+from resbackbone.weights.write import write_as
 
 transformers = pytest.importorskip("transformers")
 RESNET_50 = {  # of microsoft/resnet-50
@@ -347,6 +349,59 @@ def test_mean_std_and_arch_of_a_training_are_read_wherever_they_are(tmp_path, pl
     assert read_weights(save(bgr)).metadata["converted_from"]["input"] == BGR_255
     assert "only ImageNet's tells whether it is RGB or BGR" in refusal(save({**bgr, "mean": [100.0, 110.0, 120.0]}))
     assert "timm's resnetblur18, which blurs its maps" in refusal(save({"arch": "resnetblur18"}))
+
+
+IMAGENETS = {"mean": list(MEAN), "std": [0.229, 0.224, 0.225]}
+MMENGINES = (
+    "model = dict(backbone=dict(type='ResNet', depth=18))\n"
+    "img_norm_cfg = dict(mean=[103.53, 116.28, 123.675], std=[1., 1., 1.], to_rgb=False)"
+)
+
+
+@pytest.mark.parametrize(
+    "checkpoint, config, named",
+    [
+        (
+            {"meta": {"cfg": MMENGINES}},
+            IMAGENETS,
+            "input is BGR 0..255, .* by the mmengine config in the file, but RGB",
+        ),
+        ({"args": {**STATED}}, IMAGENETS, "input is RGB 0..1, .* by the file, but RGB 0..1, .*229.* by config.json"),
+        (
+            {"meta": {"cfg": MMENGINES}},
+            {"architecture": "resnet34"},
+            "depth is 18 by the mmengine .*, but 34 by config",
+        ),
+    ],
+)
+def test_two_places_that_state_different_values_are_named(tmp_path, checkpoint, config, named):
+    torch.save({**checkpoint, "state_dict": timm.create_model("resnet18").state_dict()}, tmp_path / "best.pth")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert re.search(named + ".*; remove the one that is not of these weights", refusal(tmp_path / "best.pth"))
+    (tmp_path / "config.json").unlink()
+    read_weights(tmp_path / "best.pth")
+
+
+def test_what_one_place_alone_states_is_kept_beside_another(tmp_path):
+    write_as(tmp_path / "model.safetensors", read_weights(our_dilated(tmp_path)), "timm")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "resnet18", "pretrained_cfg": IMAGENETS}))
+    assert build_resnet_backbone(weights=tmp_path).features["c5"].stride == 16
+    (tmp_path / "config.json").write_text(json.dumps(TIMM_OF_STATED))
+    assert "input is RGB 0..1" in refusal(tmp_path) and "but RGB 0..1, mean 0.485" in refusal(tmp_path)
+
+
+def test_a_published_file_is_what_its_content_shows_beside_another_config(tmp_path, monkeypatch):
+    torch.save(timm.create_model("resnet18").state_dict(), tmp_path / "best.pth")
+    (tmp_path / "config.json").write_text(json.dumps(TIMM_OF_STATED))
+    monkeypatch.setattr("resbackbone.weights.read.recognised", lambda path: {"backbone": {"eps": 0.0}, "input": INPUT})
+    metadata = read_weights(tmp_path / "best.pth").metadata
+    assert metadata["backbone"]["eps"] == 0.0 and metadata["converted_from"]["input"] == INPUT
+
+
+def our_dilated(folder):
+    backbone = build_resnet_backbone(18, dilate_c5=True)
+    write_weights(folder / "ours.safetensors", backbone.state_dict(), {"backbone": backbone.config.to_json()})
+    return folder / "ours.safetensors"
 
 
 @pytest.mark.parametrize("channels", [1, 4])
