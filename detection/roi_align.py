@@ -21,7 +21,7 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     torchvision's kernel computes in fp32, on one thread on a CPU, and on a GPU its backward adds in any order. Here
     every output bin is a weighted sum of cells (`sum_cells`) in the maps' own type and is bit-reproducible; outputs
     and gradients equal torchvision's to rounding. torchvision's own forward runs where it has been patched, and for a
-    sampling_ratio of 0 (as many samples as cells) and bins that are not as many in both directions.
+    sampling_ratio of 0 (as many samples as cells) and an output that is not square.
 
     `aligned` is detectron2's convention: samples sit half a cell lower, at cell centres, and are as many as the region
     has cells; `sampling_ratio` is ignored. torchvision's kernel computes it, or on a GPU under
@@ -51,13 +51,11 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
         """Maps by level and each image's boxes [n, 4] in pixels -> [sum of n, channels, output_size, output_size]."""
         maps = [x[name] for name in self.featmap_names]
-        if (
-            self.scales is None or self.map_levels is None
-        ):  # as in torchvision, what is set before the first image counts
+        if self.scales is None or self.map_levels is None:  # at the first call, as in torchvision
             self.scales = [1 / stride for stride in self.strides]
-            finest, coarsest = (int(math.log2(stride)) for stride in (self.strides[0], self.strides[-1]))
+            finest = int(math.log2(self.strides[0]))
             self.map_levels = initLevelMapper(
-                finest, coarsest, canonical_scale=self.canonical_scale, canonical_level=self.canonical_level
+                finest, finest + len(maps) - 1, self.canonical_scale, self.canonical_level
             )
         image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
         if not self.aligned and (is_patched() or self.sampling_ratio < 1 or len(set(self.output_size)) > 1):
