@@ -52,7 +52,11 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
     if weights.unknown:
         raise UserError(f"weights from {weights.source} {_what_they_are(weights)}")
     if stated := weights.metadata.get("not_built"):
-        raise UserError(f"weights from {weights.source} are of a detector with {stated}")
+        raise UserError(
+            f"weights from {weights.source} are of a detector with {stated}: load them with the package that trained "
+            "them, or, to build one of this package all the same, give their state dict alone (torch.load) to "
+            "read_weights"
+        )
     scores = state.get("roi_heads.box_predictor.cls_score.weight")
     if scores is None or scores.dim() != 2:
         raise UserError(

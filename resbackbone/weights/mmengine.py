@@ -92,20 +92,25 @@ BOX_CODER: Table = {
     "add_ctr_clamp": (False,),
     **harmless("target_stds ctr_clamp use_box_type _scope_"),
 }
+ANCHORS = "scales", "ratios", "strides"  # "anchor_scales" .. in the head, before it had an anchor_generator
 RPN_HEAD: Table = {
     "type": ("RPNHead",),
+    "target_means": BOX_CODER["target_means"],
+    "target_stds": ([1, 1, 1, 1],),
     "bbox_coder": {**BOX_CODER, "target_stds": ([1, 1, 1, 1],)},
     "loss_cls": {**LOSS, "use_sigmoid": (True,)},
-    **harmless("in_channels feat_channels num_convs anchor_generator loss_bbox reg_decoded_bbox init_cfg _scope_"),
+    **harmless("in_channels feat_channels num_convs anchor_generator anchor_scales anchor_ratios anchor_strides"),
+    **harmless("loss_bbox reg_decoded_bbox init_cfg _scope_"),
 }
 BOX_HEAD: Table = {
     "type": ("Shared2FCBBoxHead", "BBoxHead"),
+    "target_means": BOX_CODER["target_means"],
     "bbox_coder": BOX_CODER,
     "loss_cls": {**LOSS, "use_sigmoid": (False,)},
     "reg_class_agnostic": (False,),
     "roi_feat_size": (7, [7, 7]),
     **dict.fromkeys(("cls_predictor_cfg", "reg_predictor_cfg"), ({"type": "Linear"},)),
-    **harmless("in_channels fc_out_channels num_classes loss_bbox reg_decoded_bbox init_cfg _scope_"),
+    **harmless("in_channels fc_out_channels num_classes target_stds loss_bbox reg_decoded_bbox init_cfg _scope_"),
 }
 RPN_TEST: Table = {
     "nms": NMS,
@@ -123,8 +128,8 @@ TRANSFORMS: Table = {
 }
 
 
-def faster_rcnn(*, style: Any, c4: bool) -> Table:
-    """The table of `model`, whose stages have this style and whose box head starts with stage 5 if `c4`."""
+def faster_rcnn(backbone: Mapping, *, c4: bool) -> Table:
+    """The table of `model` with this backbone, whose box head starts with stage 5 if `c4`."""
     side = 14 if c4 else 7
     align: Table = {
         "type": ("RoIAlign",),
@@ -140,12 +145,20 @@ def faster_rcnn(*, style: Any, c4: bool) -> Table:
         "finest_scale": (56,),
         **harmless("out_channels init_cfg"),
     }
-    shared: Table = {"type": ("ResLayer",), "stage": (3,), "stride": (2,), "dilation": (1,), "style": (style,)}
+    shared: Table = {
+        "type": ("ResLayer",),
+        "stage": (3,),
+        "stride": (2,),
+        "dilation": (1,),
+        "style": (backbone.get("style", "pytorch"),),
+        "norm_cfg": (backbone.get("norm_cfg"),),
+        **harmless("depth norm_eval with_cp pretrained init_cfg"),
+    }
     roi_head: Table = {
         "type": ("StandardRoIHead",),
         "bbox_roi_extractor": extractor,
         "bbox_head": {**BOX_HEAD, "with_avg_pool": (c4,)},
-        "shared_head": {**shared, **harmless("depth norm_cfg norm_eval with_cp pretrained init_cfg")},
+        "shared_head": shared,
         **harmless("init_cfg _scope_"),
     }
     return {
@@ -267,11 +280,12 @@ def _stated_of_detector(config: Mapping) -> dict[str, Any]:
     """
     stated: dict[str, Any] = {}
     model = {"test_cfg": config.get("test_cfg"), **config["model"]}  # beside the model before mmdetection 2.7
-    if (generator := _at(model, "rpn_head.anchor_generator")) is not None:
-        keys = ("scales", "ratios", "strides")
-        lists: list[Any] = [generator.get(key) if isinstance(generator, Mapping) else None for key in keys]
+    older = {"type": "AnchorGenerator", **{key: _at(model, f"rpn_head.anchor_{key}") for key in ANCHORS}}
+    generator = _at(model, "rpn_head.anchor_generator", older if older["scales"] is not None else None)
+    if generator is not None:
+        lists: list[Any] = [generator.get(key) if isinstance(generator, Mapping) else None for key in ANCHORS]
         readable = all(isinstance(x, list) and all(type(y) in (int, float) and y > 0 for y in x) for x in lists)
-        known = readable and _type(generator) == "AnchorGenerator" and set(generator) <= {*keys, "type", "_scope_"}
+        known = readable and _type(generator) == "AnchorGenerator" and set(generator) <= {*ANCHORS, "type", "_scope_"}
         stated["anchors"] = [boxes_around_zero(stride, *lists[:2]) for stride in lists[2]] if known else None
     settings, unknown = _resize(config)
     said: dict[str, list[str]] = {}
@@ -282,13 +296,14 @@ def _stated_of_detector(config: Mapping) -> dict[str, Any]:
             if settings.setdefault(name, number) != number or (take is int and number is not None and number <= 0):
                 both = " and ".join(said[name])
                 unknown.append(f"{both} in its {WHERE}; detectors of this package have one number above 0")
-    if (stds := _at(model, "roi_head.bbox_head.bbox_coder.target_stds")) is not None:
+    head = "roi_head.bbox_head"
+    if (stds := _at(model, f"{head}.bbox_coder.target_stds", _at(model, f"{head}.target_stds"))) is not None:
         readable = isinstance(stds, list) and all(type(std) in (int, float) and std > 0 for std in stds)
         settings["bbox_reg_weights"] = [1 / std for std in stds] if readable else None
     if _at(model, "roi_head.bbox_roi_extractor.roi_layer") is not None:
         settings["geometry"] = "detectron2"  # mmcv's RoIAlign is aligned, and with 0 samples takes one a cell
-    style, c4 = _at(model, "backbone.style", "pytorch"), _at(model, "roi_head.shared_head") is not None
-    unknown += _unknown_parts("model", model, faster_rcnn(style=style, c4=c4))
+    c4 = _at(model, "roi_head.shared_head") is not None
+    unknown += _unknown_parts("model", model, faster_rcnn(model["backbone"], c4=c4))
     return stated | ({"settings": settings} if settings else {}) | ({"not_built": unknown[0]} if unknown else {})
 
 

@@ -411,6 +411,18 @@ def test_published_configs_of_mmdetection_load_without_arguments(small, tmp_path
         ("nms=dict(type='nms', iou_threshold=0.7), min", "nms_thr=0.6, min", {"rpn_nms_thresh": 0.6}),
         ("max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7), min", "nms_post=9, max_num=9, min", {}),
         ("(1333, 800)", "(1000, 600)", {"min_size": 600, "max_size": 1000}),
+        (
+            "anchor_generator=dict(type='AnchorGenerator', scales=[8], ratios=[0.5, 1.0, 2.0], "
+            "strides=[4, 8, 16, 32, 64])",
+            "anchor_scales=[4], anchor_ratios=[0.5, 1.0, 2.0], anchor_strides=[4, 8, 16, 32, 64]",
+            {"anchor_scale": 4.0},
+        ),
+        (
+            "bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0., 0., 0., 0.], "
+            "target_stds=[0.1, 0.1, 0.2, 0.2])",
+            "target_means=[0., 0., 0., 0.], target_stds=[0.05, 0.05, 0.1, 0.1]",
+            {"bbox_reg_weights": (20.0, 20.0, 10.0, 10.0)},
+        ),
     ],
 )
 def test_settings_of_mmdetection_are_applied(small, tmp_path, old, new, settings):
