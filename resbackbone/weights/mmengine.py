@@ -61,7 +61,8 @@ PIXELS: dict[str, Sequence] = {
     **harmless(
         "type pad_size_divisor pad_value pad_mask mask_pad_value pad_seg seg_pad_value boxtype2tensor non_blocking "
         "batch_augments size size_divisor test_cfg num_classes to_onehot pad_val seg_pad_val format_shape to_float32 "
-        "blending view_labels _scope_ _delete_"
+        "blending view_labels mask_stride pairwise_size pairwise_dilation pairwise_color_thresh bottom_pixels_removed "
+        "_scope_ _delete_"
     ),
 }
 READ_AS_RGB = ("ActionDataPreprocessor",)  # its frames; other images are read as BGR
