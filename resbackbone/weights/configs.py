@@ -14,16 +14,19 @@ from typing import Any
 
 from resbackbone.checks import UserError
 from resbackbone.resnet import DEPTHS, Bottleneck
-from resbackbone.weights.inputs import INPUT, MEAN, STD, order_of
+from resbackbone.weights.arguments import (
+    ANY,
+    TIMM_ARGUMENTS,
+    check_known,
+    harmless,
+    refuse_blurring_names,
+    stated_by_arguments,
+    stated_input,
+)
+from resbackbone.weights.inputs import INPUT, MEAN, STD
 from resbackbone.weights.zoo import TRUNK
 
 _log = logging.getLogger("resbackbone")
-ANY = ()  # of the accepted values: the tensors' shapes, or code below, check the value
-
-
-def harmless(names: str) -> dict[str, Sequence]:
-    """Keys whose values do not matter, for a table."""
-    return dict.fromkeys(names.split(), ANY)
 
 
 TRANSFORMERS: dict[str, Sequence] = {
@@ -66,26 +69,6 @@ PROCESSOR: dict[str, Sequence] = {
         "return_tensors device disable_grouping _processor_class _valid_processor_keys"
     ),
 }
-TIMM_ARGUMENTS: dict[str, Sequence] = {
-    "output_stride": (32, 16),
-    "act_layer": ("relu",),
-    "norm_layer": ("batchnorm", "batchnorm2d", "frozenbatchnorm2d", "groupnorm"),
-    "aa_layer": ("",),
-    "stem_type": ("",),
-    "stem_width": (64,),
-    "replace_stem_pool": (False,),
-    "block_reduce_first": (1,),
-    "down_kernel_size": (1,),
-    "avg_down": (False,),
-    "channels": ([64, 128, 256, 512],),
-    "block_args": ({},),
-    "global_pool": ("avg", "fast", ""),
-    # Shapes show them, or only training uses them
-    **harmless(
-        "in_chans num_classes layers cardinality base_width drop_rate drop_path_rate drop_block_rate zero_init_last "
-        "device dtype"
-    ),
-}
 TIMM: dict[str, Sequence] = {
     "global_pool": TIMM_ARGUMENTS["global_pool"],
     "mean": ANY,
@@ -122,9 +105,11 @@ def stated_by_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
     if isinstance(name, str) and kind is None and (required or "pretrained_cfg" in config or _timm_network(name)):
         own: dict[str, Any] = {}
         if "pretrained_cfg" not in config:  # perhaps a training's, with timm's name of a network
-            own = stated_by_arguments("config.json", config)
+            own = stated_by_arguments("config.json", {key: x for key, x in config.items() if key not in TIMM})
             config = {key: value for key, value in config.items() if key in TIMM}
-        return {**own, **stated_by_timm(config), "publisher": "timm", "stated_by": "config.json"}
+        stated = own | stated_by_timm(config)
+        backbone = {**stated["backbone"], **own.get("backbone", {})}
+        return {**stated, "backbone": backbone, "publisher": "timm", "stated_by": "config.json"}
     signs = [key for key in ("model_type", "transformers_version", "pretrained_cfg") if config.get(key) is not None]
     if required and signs:
         raise UserError(
@@ -139,75 +124,11 @@ def _timm_network(name: str) -> re.Match | None:
     return TIMM_NETWORKS.fullmatch(" ".join(name.split()).partition(".")[0])  # without its tag
 
 
-# timm's networks that blur before they subsample. Their tensors have the names and shapes of a ResNet's.
-TIMM_ANTI_ALIASED = ("resnetaa", "resnetblur")
-
-
-def refuse_blurring_names(*names: object) -> None:
-    """Raise ValueError if a source, a file or the "arch" in a checkpoint has the name of such a network."""
-    for name in names:
-        if not isinstance(name, str | Path):
-            continue
-        if found := re.search(rf"(?<![a-z])((?:{'|'.join(TIMM_ANTI_ALIASED)})\d\w*)[^/\\]*$", str(name)):
-            raise UserError(
-                f"by its name this is timm's {found[1]}, which blurs its maps before it subsamples them; no network "
-                "here does"
-            )
-
-
-def stated_by_arguments(where: str, values: Mapping) -> dict[str, Any]:
-    """{"input": ..} of the mean and std among a training's arguments, if they are there.
-
-    Raises ValueError if its arch, model or architecture names a network that blurs, or mean and std are not readable.
-    """
-    refuse_blurring_names(*(values.get(name) for name in ("arch", "model", "architecture", "model_name")))
-    mean, std = values.get("mean"), values.get("std")
-    if (mean is None) != (std is None) and isinstance(mean if std is None else std, list | tuple):
-        raise UserError(f"its {where} has one of mean and std alone: mean {mean!r:.80}, std {std!r:.80}; give both")
-    if not all(isinstance(x, list | tuple) and len(x) == 3 for x in (mean, std)):
-        return {}
-    numbers = stated_input(where, mean, std)["mean"]
-    top = 1 if max(numbers) <= 1 else 255
-    order = order_of(numbers, top)
-    if order is None and top == 255:
-        raise UserError(
-            f"its {where} has mean {mean!r:.80}: of 0..255, only ImageNet's tells whether it is RGB or BGR; give its "
-            "state dict alone (torch.load, safetensors.torch.load_file) to read_weights, with given_input="
-        )
-    return {"input": stated_input(where, mean, std, order=order or "RGB", top=top)}
-
-
-def check_known(where: str, values: Mapping, accepted: Mapping[str, Sequence]) -> None:
-    """Raise ValueError for a key of `values` that is not in the table, or a value that it does not accept."""
-    for key, value in values.items():
-        said = f"its {where} has {key} {str(value)[:80] if isinstance(value, Mapping) else repr(value)[:80]}"
-        if value is None:  # as good as absent
-            continue
-        if key not in accepted:
-            raise UserError(f"{said}, which this package does not know; remove it if it does not change the network")
-        if accepted[key] and value not in accepted[key]:
-            known = " or ".join(repr(choice) for choice in accepted[key])
-            raise UserError(f"{said}; networks of this package have {known}")
-
-
 def _whole(where: str, values: Mapping, key: str) -> int | None:
     number = values.get(key)
     if number is not None and type(number) is not int:
         raise UserError(f"its {where} has {key} {number!r:.80}, not a whole number")
     return number
-
-
-def stated_input(where: str, mean: Any, std: Any, *, order: str = "RGB", top: float = 1.0) -> dict[str, Any]:
-    """An input in the layout of `inputs.INPUT`, for values in 0..`top`. Raises ValueError if it is unreadable."""
-    for name, numbers in (("mean", mean), ("std", std)):
-        readable = isinstance(numbers, list | tuple) and len(numbers) == 3
-        readable = readable and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
-        if not readable or (name == "std" and min(numbers) <= 0):
-            positive = " above 0" if name == "std" else ""
-            said = " ".join(str(numbers)[:80].split())
-            raise UserError(f"its {where} has {name} {said}, not three numbers{positive}, one a colour")
-    numbers = {"mean": [float(x) for x in mean], "std": [float(x) for x in std]}
-    return {"channel_order": order, "range": [0.0, float(top)], **numbers}
 
 
 def _stated_by_transformers(config: Mapping) -> dict[str, Any]:
@@ -232,9 +153,11 @@ def _stated_by_transformers(config: Mapping) -> dict[str, Any]:
 
 
 def _stated_by_processor(folder: Path) -> dict[str, Any]:
-    """{"input": ..} of a preprocessor_config.json, or of the image_processor in a processor_config.json."""
+    """{"input": ..} of a preprocessor_config.json, or of a processor_config.json and the image_processor in it."""
     alone, nested = "preprocessor_config.json", "processor_config.json"
-    found = ((alone, _json(folder / alone)), (nested, _json(folder / nested).get("image_processor")))
+    content = _json(folder / nested)
+    inner = content if "image_mean" in content or "image_std" in content else content.get("image_processor")
+    found = ((alone, _json(folder / alone)), (nested, inner))
     stated = [_input_of_processor(name, values) for name, values in found if isinstance(values, Mapping) and values]
     if len(stated) == 2 and stated[0] != stated[1]:
         raise UserError("its preprocessor_config.json and processor_config.json state different inputs; keep one")

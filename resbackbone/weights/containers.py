@@ -12,15 +12,21 @@ from torch.nn.parameter import is_lazy
 
 from resbackbone.checks import UserError
 from resbackbone.weights.formats import FORMATS, NAMES
+from resbackbone.weights.inputs import STATISTICS
 from resbackbone.weights.names import rename
 from resbackbone.weights.pickles import Foreign, from_array, short
 
 _log = logging.getLogger("resbackbone")
 
 # Taken before others: published figures belong to the average.
-AVERAGES = {"model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "averaged_model"}
+AVERAGES = {"model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "ema_state", "params_ema"} | {
+    *("averaged_model", "swa_model", "swa_state_dict")
+}
 # Parts of a checkpoint that only training needs, whatever names are in them.
-OPTIMIZER = re.compile(r".*optim.*|(max_)?exp_avg(_sq)?|momentum_buffer|square_avg|grad_avg|acc_delta", re.IGNORECASE)
+OPTIMIZER = re.compile(
+    r".*optim(?!al|i[sz]ed).*|(max_)?exp_avg(_sq)?|momentum(_buffers?)?|square_avg|grad_avg|acc_delta|grads?|gradients?",
+    re.IGNORECASE,
+)
 # Modules that wrap a part of a network, in the middle of names.
 INNER_WRAPPERS = re.compile(r"(?<=\.)(_checkpoint_wrapped_module|_fsdp_wrapped_module|_orig_mod)\.")
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.")  # DataParallel, torch.compile, Lightning
@@ -34,10 +40,20 @@ HEADS = re.compile(
     r"mlp|predictor|prediction_head|proj|projection|projection_head|"
     r"projector|prototypes|queue|queue_ptr)(_?\d+)?"
 )
-# Heads of segmentation networks (torchvision's, mmsegmentation's, any ASPP), whose trunks dilate their last stages.
-DILATING = re.compile(r"(.+\.)?((aux_)?classifier\.4|decode_head\..+|auxiliary_head\..+|aspp\..+)\.weight")
-# Statistics of an input that a network normalises itself.
-STATISTICS = re.compile(r"(.+\.)?((pixel|image|img|input|norm)_)?(mean|std)")
+# Weights beside a trunk that may have other strides than usual: their names and dimensions, and what network that is.
+SPECIAL_HEADS = (
+    (  # torchvision's and mmsegmentation's heads, any ASPP or PPM, PAN, DANet and EncNet, CSAIL's FCN
+        r"(.+\.)?((aux_)?classifier\.\d+(\..+)?|(decode_head|auxiliary_head|aspp|ppm|decoder\.fpa)\..+|"
+        r"head\.(conv[5-8][a-z]?|fcn)(\..+)?|decoder\.conv_last)\.weight",
+        4,
+        "a segmentation network, whose trunk may dilate its last stages",
+    ),
+    (  # a batch norm behind the pooled features
+        r"(.+\.)?(bottleneck|bnneck)(\.0)?\.(weight|running_mean)",
+        1,
+        "a re-identification network, whose layer4 may have stride 1",
+    ),
+)
 # {(name of the first convolution, of one in the first block): the prefixes that they have in files of these formats}
 SIGNS: dict[tuple[str, str], set[str]] = {}
 for _known in FORMATS.values():
@@ -49,7 +65,8 @@ class Part(NamedTuple):
     """The part of a checkpoint with the trunk.
 
     `state` holds its tensors; `root` is the prefix of the trunk's names in it, None if there is no complete trunk.
-    `entry` and `prefix` lead to it. `training` are keys that only training needs, `beside` names what else there is.
+    `entry` and `prefix` lead to it. `training` are keys that only training needs, `beside` names what else there is,
+    `outside` are the tensors beside it in its entry.
     """
 
     state: dict[str, Tensor]
@@ -58,6 +75,7 @@ class Part(NamedTuple):
     prefix: str
     training: list[str]
     beside: list[str]
+    outside: dict[str, Tensor]
 
 
 class _Trunk(NamedTuple):
@@ -93,7 +111,7 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
         trunks = under
     announced: set[str] = set()
     averaged = [trunk for trunk in trunks if AVERAGES & {*trunk.at, *trunk.root.split(".")}]
-    if averaged and _is_mmengine(content):
+    if _averages_in_place(content):
         averaged = [trunk for trunk in trunks if trunk.at == ("state_dict",)]
     others = [trunk for trunk in trunks if trunk not in averaged]
     if averaged and not any(map(_has_statistics, averaged)) and any(map(_has_statistics, others)):
@@ -115,12 +133,17 @@ def find_trunk(content: object, source: str, *, entry: str | None = None, prefix
     if trunks:
         at, state, root, places = trunks[0]
         owner = _owner(root, places, prefix or "")
-        outside = {key: x for key, x in state.items() if root and isinstance(key, str) and not key.startswith(root)}
-        heads = [key for key, x in outside.items() if _has_shape(x) and x.dim() == 4 and DILATING.fullmatch(key)]
-        if prefix is None and heads:
+        shapes = {key: x.dim() for key, x in state.items() if isinstance(key, str) and _has_shape(x)}
+        special = [
+            f"{short(key)} is of {network}"
+            for name, dim, network in SPECIAL_HEADS
+            for key in shapes
+            if shapes[key] == dim and re.fullmatch(name, key) and not (root and key.startswith(root))
+        ]
+        if prefix is None and special:
             raise UserError(
-                f"weights {source!r}: {short(heads[0])} is of a segmentation network, whose trunk may dilate its last "
-                f"stages, which no name shows; prefix={root!r} takes it as a trunk without dilation"
+                f"weights {source!r}: {special[0]}, which no name shows; prefix={root!r} takes it as a trunk of the "
+                "usual strides, without dilation"
             )
     else:
         at, state = max(dicts, key=lambda found: sum(map(_has_shape, found[1].values())), default=((), {}))
@@ -169,9 +192,11 @@ def _plain(state: dict[Any, Any]) -> dict[Any, Any]:
     return plain if len(plain) == len(state) else state
 
 
-def _is_mmengine(content: Any) -> bool:
-    """Whether this is a checkpoint of mmengine's EMAHook, which swaps on saving: `state_dict` has the average."""
-    return all(isinstance(content.get(name), dict) for name in ("state_dict", "ema_state_dict", "meta"))
+def _averages_in_place(content: Any) -> bool:
+    """Whether `state_dict` has the average: mmengine's EMAHook and Lightning's WeightAveraging swap it on saving."""
+    swapped = (("state_dict", "ema_state_dict", "meta"), ("state_dict", "current_model_state"))
+    is_dict = isinstance(content, dict)
+    return is_dict and any(all(isinstance(content.get(name), dict) for name in names) for names in swapped)
 
 
 def _leads_to(entry: str, at: tuple[str, ...]) -> bool:
@@ -258,7 +283,9 @@ def _part(
     if wrong:
         some = ", ".join(wrong[:4]) + (", .." if len(wrong) > 4 else "")
         raise UserError(f"weights {source!r}: {len(wrong)} entries are not tensors: {some}; save dense tensors there")
-    return Part(tensors, None if root is None else root.removeprefix(owner), entry, owner, training, list(beside))
+    outside = {str(key): x for key, x in state.items() if _has_shape(x) and not str(key).startswith(owner)}
+    root = None if root is None else root.removeprefix(owner)
+    return Part(tensors, root, entry, owner, training, list(beside), outside)
 
 
 def _has_shape(value: object) -> bool:

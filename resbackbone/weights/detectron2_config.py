@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from resbackbone.checks import UserError, require
-from resbackbone.weights.configs import check_known, harmless, stated_input
+from resbackbone.weights.arguments import check_known, harmless, stated_input
 from resbackbone.weights.mmengine import boxes_around_zero
 
 WHERE = "config.yaml"

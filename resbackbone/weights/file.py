@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
-from resbackbone.weights.configs import stated_by_arguments
+from resbackbone.weights.arguments import stated_by_arguments
 from resbackbone.weights.inputs import INPUT, describe_input
 from resbackbone.weights.pickles import read_pickle
 
@@ -77,15 +77,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _stated_by_others(path: Path, text: Mapping[str, str]) -> dict[str, Any]:
-    """What the metadata of another program say: mean and std as lists in JSON, and arch."""
-    said: dict[str, Any] = {key: text[key] for key in ("arch", "architecture", "model", "model_name") if key in text}
-    for key in ("mean", "std"):
-        try:
-            said[key] = json.loads(text.get(key, "null").replace("(", "[").replace(")", "]"))
-        except (ValueError, RecursionError):
-            raise UserError(f"weights {str(path)!r}: its metadata have {key} {text[key][:80]!r}, not a list") from None
+    """What the metadata of another program say."""
     try:
-        return stated_by_arguments("metadata", said)
+        return stated_by_arguments("metadata", text)
     except UserError as error:
         raise UserError(f"weights {str(path)!r}: {error}") from None
 

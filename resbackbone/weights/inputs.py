@@ -1,8 +1,11 @@
 """The one input that every backbone takes, and the exact conversion of weights trained with another."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +19,13 @@ RGB_255 = {**INPUT, "range": [0.0, 255.0], "mean": [123.675, 116.28, 103.53], "s
 BGR_255 = {"channel_order": "BGR", "range": [0.0, 255.0], "mean": [103.53, 116.28, 123.675], "std": [1.0, 1.0, 1.0]}
 BGR_255_WITH_STD = {**BGR_255, "std": [57.375, 57.12, 58.395]}  # of FAIR's ResNeXts
 INPUTS = {"rgb": INPUT, "rgb-255": RGB_255, "bgr-255": BGR_255, "bgr-255-std": BGR_255_WITH_STD}  # by their names
+
+# The mean or the standard deviation of an input among settings and buffers: std, image_mean, normalize.mean, means.
+STATISTICS = re.compile(
+    r"(.*\.)?_?((?:(?:pixel|ima?ge?|img|input|norm|normali[sz]e|normali[sz]ation|rgb|data|dataset|imagenet|new)_)?)"
+    r"(mean|std)(s|_|_tensor|_rgb)?",
+    re.IGNORECASE,
+)
 
 
 def describe_input(given: Mapping) -> str:
@@ -41,6 +51,38 @@ def order_of(mean: Sequence[float], top: float) -> str | None:
         if all(abs(x / top - y) < 0.005 for x, y in zip(mean, usual, strict=True)):
             return order
     return None
+
+
+def statistics_in(values: Mapping) -> list[dict[str, str]]:
+    """The keys of each mean with its std: [{"mean": "img_mean", "std": "img_std"}]. One of the two may be missing."""
+    pairs: dict[tuple, dict[str, str]] = {}
+    for key in values:
+        if match := STATISTICS.fullmatch(key):
+            *name, kind, suffix = match.groups()
+            pairs.setdefault((*name, suffix), {})[kind.lower()] = key
+    return list(pairs.values())
+
+
+def numbers_of(value: Any) -> list[float] | None:
+    """One number or three, as a number, a list, an array or text ("0.5,0.5,0.5"); None if it is anything else."""
+    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) in (1, 3):
+        value = [float(f"{x:.7g}") for x in value.reshape(-1).tolist()]  # 0.485, not its fp32
+    elif isinstance(value, str):
+        value = re.sub(r"array|tensor|[\[\](),]", " ", value[:200]).split()
+    value = value if isinstance(value, list | tuple) else [value]
+    try:
+        numbers = [float(x) for x in value] if len(value) in (1, 3) and bool not in map(type, value) else []
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers and all(map(math.isfinite, numbers)) else None
+
+
+def input_of(mean: list[float], std: list[float]) -> dict[str, Any] | None:
+    """The input of three means and deviations, of 0..1 or 0..255; None unless the mean is ImageNet's, RGB or BGR."""
+    top = 255.0 if max(mean) > 1 else 1.0
+    if (order := order_of(mean, top)) is None or min(std) <= 0:
+        return None
+    return {"channel_order": order, "range": [0.0, top], "mean": mean, "std": std}
 
 
 def for_canonical_input(conv1: Tensor, given: Mapping) -> Tensor:

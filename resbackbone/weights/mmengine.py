@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from resbackbone.checks import UserError, require
-from resbackbone.weights.configs import ANY, check_known, harmless, stated_by_arguments, stated_input
+from resbackbone.weights.arguments import ANY, check_known, harmless, stated_by_arguments, stated_input
 from resbackbone.weights.inputs import describe_input
 
 WHERE = "mmengine config"

@@ -11,7 +11,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -168,7 +168,7 @@ class Foreign:
     It ignores whatever the file would do with it: to call it, to set its state, to add items to it.
     """
 
-    attributes: Mapping[str, Any] = {}  # of an argparse.Namespace, as far as they are plain
+    attributes: Any = {}  # of an argparse.Namespace, as far as they are plain
 
     def __init__(self, name: str):
         self.name = short(name)
@@ -374,7 +374,7 @@ class Unpickler(_Unpickler):
         elif type(target) in (dict, Foreign):  # attributes of an OrderedDict
             state = self.stack.pop()
             if isinstance(target, Foreign) and target.name == "argparse.Namespace" and type(state) is dict:
-                target.attributes = state  # the arguments of the training
+                target.attributes = _plain(state, {})  # the arguments of the training
         else:
             raise UserError(f"it would set attributes of {short(str(type(target).__name__))}")
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from resbackbone.checks import UserError, one_of
+from resbackbone.weights.arguments import stated_by_arguments
 from resbackbone.weights.cifar import is_for_cifar
-from resbackbone.weights.configs import stated_by_arguments
-from resbackbone.weights.containers import HEADS, STATISTICS, dicts_in, find_trunk, module_of
+from resbackbone.weights.containers import HEADS, dicts_in, find_trunk, module_of
 from resbackbone.weights.detectron2_config import stated_by_detectron2
 from resbackbone.weights.file import NOTES, is_index, is_safetensors, read_notes, read_safetensors, read_shards
 from resbackbone.weights.formats import EPS, FORMATS, STAGE5
@@ -21,14 +22,17 @@ from resbackbone.weights.inputs import (
     BGR_255_WITH_STD,
     INPUT,
     INPUTS,
+    STATISTICS,
     check_input,
     describe_input,
     for_canonical_input,
-    order_of,
+    input_of,
+    numbers_of,
     same_input,
+    statistics_in,
 )
 from resbackbone.weights.mmengine import stated_by_meta
-from resbackbone.weights.pickles import Foreign, read_pickle
+from resbackbone.weights.pickles import read_pickle
 from resbackbone.weights.sources import locate, recognised
 from resbackbone.weights.translate import HEADS as DETECTOR_HEADS
 from resbackbone.weights.translate import Translated, to_ours
@@ -37,6 +41,8 @@ _log = logging.getLogger("resbackbone")  # without a handler, warnings go to std
 GIVEN = "the given state dict"
 HEAD_NORM = "roi_heads.box_head.0.1.weight"
 MOST_NAMES = 12  # in one line
+DC5_NAME = re.compile(r"(?<![a-z\d])dc5(?![a-z\d])", re.IGNORECASE)  # of detr-r50-dc5-f0fb7ef5.pth
+AUTHORS = (None, "Detectron2 Model Zoo", "Caffe2", "torchvision")  # of files of detectron2's ImageNetPretrained
 
 
 @dataclass(frozen=True)
@@ -167,12 +173,9 @@ def read_weights(
             translated = to_ours({key: tensor for key, tensor in part.state.items() if key not in heads})
     except UserError as error:
         raise UserError(f"weights from {weights.source}: {error}") from None
-    means = [name for name in beside if STATISTICS.fullmatch(name)]
-    if means and given_input is None and "input" not in weights.metadata:
-        raise UserError(
-            f"weights from {weights.source}: {', '.join(means)} may state an input that the network normalises itself; "
-            "state it: weights=read_weights(FILE, given_input=..), or convert_weights.py with --input"
-        )
+    outside = part.outside | {part.prefix + key: part.state[key] for key in heads}
+    if given_input is None and "input" not in weights.metadata:
+        weights = _with_input_of_buffers(weights, {key: x for key, x in outside.items() if _may_normalise(key, x)})
     if beside:
         _log.warning(
             "weights from %s: left out %s%s",
@@ -191,6 +194,31 @@ def read_weights(
         beside=tuple(beside),
     )
     return weights if weights.format is None else _for_our_input(_in_fp32(weights), given_input, translated.constants)
+
+
+def _may_normalise(key: str, tensor: Tensor) -> bool:
+    """Whether a tensor beside a trunk may be the mean or deviation of an input: three numbers of no layer."""
+    layers = ("weight", "weights", "bias")
+    return bool(STATISTICS.fullmatch(key)) or (tensor.numel() == 3 and not key.endswith(layers))
+
+
+def _with_input_of_buffers(weights: Weights, buffers: dict[str, Tensor]) -> Weights:
+    """The weights with the input that buffers state. Raises ValueError if these do not tell it."""
+    stated = []
+    for pair in statistics_in(buffers):
+        mean, std = (numbers_of(buffers[pair[name]]) if name in pair else None for name in ("mean", "std"))
+        if mean and std and len(mean) == len(std) == 3 and (given := input_of(mean, std)):
+            stated += [given] * 2
+    if len(stated) != len(buffers) or any(given != stated[0] for given in stated):
+        raise UserError(
+            f"weights from {weights.source}: {', '.join([*buffers][:MOST_NAMES])} may state an input that the network "
+            "normalises itself; state it: weights=read_weights(FILE, given_input=..), or convert_weights.py --input"
+        )
+    if not buffers:
+        return weights
+    names = " and ".join([*buffers][:2])
+    metadata = {**weights.metadata, "input": stated[0]}
+    return replace(weights, metadata=metadata, origins={**weights.origins, "input": f"{names} in the file"})
 
 
 def _with_given(weights: Weights, **given: bool | str | None) -> Weights:
@@ -230,7 +258,9 @@ def _heads_of_others(translated: Translated, root: str | None) -> list[str]:
     return [
         key
         for key in translated.unknown
-        if not key.startswith(root) or HEADS.fullmatch(key.removeprefix(root).split(".")[0])
+        if not key.startswith(root)
+        or HEADS.fullmatch(key.removeprefix(root).split(".")[0])
+        or (STATISTICS.fullmatch(key) and translated.state[key].numel() == 3)
     ]
 
 
@@ -252,6 +282,8 @@ def _read_file(name: str) -> tuple[object, Weights]:
         if name.lower().startswith(("http:", "https:", "detectron2:")):
             path.unlink(missing_ok=True)  # another process may have been faster
         raise
+    if isinstance(content, dict) and content.get("__author__") not in AUTHORS:
+        stated.pop("publisher", None)  # MoCo and SwAV write files named R-50.pkl too
     beside = _stated_beside_detectron2s(content, path, name)
     facts = [
         (beside, ""),
@@ -324,16 +356,14 @@ def _notes_in(content: object, source: str) -> dict[str, Any]:
         return {"publisher": "Detectron2 Model Zoo"}
     if content.get("__author__") == "torchvision":  # detectron2's own conversion keeps torchvision's input and stride
         return {"input": INPUT, "backbone": {"stride_in_1x1": False}}
+    meta = content["meta"] if isinstance(content.get("meta"), dict) else {}
+    arguments = {**content, "meta": {key: x for key, x in meta.items() if key not in ("cfg", "config")}}
     try:
-        stated = stated_by_arguments("entries", content)  # as training scripts of timm and torchvision name it
-        for name in ("args", "opt", "hparams", "hyper_parameters", "config"):
-            given = content.get(name)
-            given = given.attributes if isinstance(given, Foreign) else given
-            if isinstance(given, Mapping):
-                stated = {**stated_by_arguments(name, given), **stated}
-        return {**stated, **(stated_by_meta(content["meta"]) if isinstance(content.get("meta"), dict) else {})}
+        return {**stated_by_arguments("", arguments), **stated_by_meta(meta)}
     except UserError as error:
         raise UserError(f"weights from {source}: {error}") from None
+    except RecursionError:
+        raise UserError(f"weights from {source}: a setting in it nests without end") from None
 
 
 def _in_fp32(weights: Weights) -> Weights:
@@ -372,6 +402,13 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
         given, origins["input"] = given_input, "the caller"
     if is_for_cifar(state):  # these keep the input that they were trained with, and nothing is usual for them
         return replace(weights, metadata={**weights.metadata, **({"input": given} if given else {})}, origins=origins)
+    mean, std = ({*(given or INPUT)[name]} for name in ("mean", "std"))
+    if len(mean) == len(std) == 1 and given_input is None and stem.dim() == 4 and stem.shape[1] != 3:
+        _log.warning(
+            "weights from %s are for %s channels: give them images normalised with the mean %s and std %s",
+            *(weights.source, stem.shape[1], *mean, *std),
+        )
+        given = INPUT  # no conversion
     if given is None:
         if known.ambiguous and not published:
             raise UserError(
@@ -390,7 +427,7 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
             undecided.append("stride_in_1x1")
         else:
             assumed["stride_in_1x1"] = stride_in_1x1
-    if "dilate_c5" not in stated and _is_detector_on_c5(state):
+    if "dilate_c5" not in stated and (_is_detector_on_c5(state) or DC5_NAME.search(Path(weights.source).name)):
         if published:  # all that detectron2's zoo has
             assumed["dilate_c5"] = True
         else:
@@ -462,11 +499,9 @@ def _input_of_detectron2(constants: Mapping[str, Tensor], source: str) -> dict |
     """The input of a detectron2 checkpoint, from its pixel statistics."""
     if not {"pixel_mean", "pixel_std"} <= constants.keys():
         return None
-    mean, std = (constants[key].double().flatten().tolist() for key in ("pixel_mean", "pixel_std"))
-    mean, std = ([float(f"{value:.7g}") for value in values] for values in (mean, std))  # 103.53, not its fp32
-    top = 255 if max(mean, default=0) > 1 else 1
-    if len(mean) == len(std) == 3 and (order := order_of(mean, top)) is not None:
-        return {"channel_order": order, "range": [0.0, float(top)], "mean": mean, "std": std}
+    mean, std = (numbers_of(constants[key]) or [] for key in ("pixel_mean", "pixel_std"))
+    if len(mean) == len(std) == 3 and (given := input_of(mean, std)):
+        return given
     raise UserError(
         f"weights from {source} have pixel_mean {mean} and pixel_std {std}: only ImageNet's mean, in the order RGB or "
         "BGR, tells the order of the channels and can be converted exactly"

@@ -14,7 +14,8 @@ import torch
 from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, require
 from resbackbone.compat import check_torchvision
-from resbackbone.weights.configs import refuse_blurring_names, stated_by_config, stated_by_timm
+from resbackbone.weights.arguments import refuse_blurring_names
+from resbackbone.weights.configs import stated_by_config, stated_by_timm
 from resbackbone.weights.download import download
 from resbackbone.weights.file import is_ours
 from resbackbone.weights.inputs import BGR_255, BGR_255_WITH_STD, INPUT, RGB_255

@@ -50,6 +50,8 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
     giver: dict[str, str] = {}
     for theirs, (ours, convert) in found.items():
         ours = f"backbone.{ours}" if detector and not ours.startswith(HEADS) else ours
+        if ours in giver and torch.equal(state[giver[ours]], state[theirs]):
+            continue  # a tensor with two names
         if ours in renamed or ours in unknown:
             raise UserError(f"{giver.get(ours, ours)} and {theirs} both mean {ours}")
         try:

@@ -250,6 +250,10 @@ def test_detectron2s_own_conversion_of_torchvision_keeps_torchvisions_input(tmp_
     weights = read_weights(path)
     assert weights.assumed == {} and weights.metadata["backbone"] == {"stride_in_1x1": False}
     assert torch.equal(weights.state["conv1.weight"], resnet50["conv1.weight"])
+    for name, author in (("R-50.pkl", "SWAV"), ("R-50-moco.pkl", "MOCO")):  # in a file of that name, but not MSRA's
+        (tmp_path / name).write_bytes(pickle.dumps({"model": state, "__author__": author, "matching_heuristics": True}))
+        with pytest.raises(ValueError, match="do not state their input"):
+            read_weights(tmp_path / name)
 
 
 @pytest.mark.parametrize(

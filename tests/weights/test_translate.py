@@ -158,7 +158,13 @@ def test_a_classifier_inside_another_module_is_read_whole(head):
 )
 def test_two_names_for_one_tensor_are_refused(keys, told):
     with pytest.raises(ValueError, match=told):
-        to_ours({key: torch.zeros(1) for key in keys})
+        to_ours({key: torch.full((1,), float(i)) for i, key in enumerate(keys)})
+
+
+def test_a_tensor_with_two_names_is_one():
+    for other in ("linear.weight", "backbone.fc.weight"):
+        read = to_ours({"conv1.weight": torch.zeros(1), "fc.weight": torch.ones(1), other: torch.ones(1)})
+        assert read.state == {"conv1.weight": 0, "fc.weight": 1} and not read.unknown
 
 
 @pytest.mark.parametrize("key", ["backbone.bottom_up.res2.0.conv1.gamma", "backbone.top_block.p9.weight"])
