@@ -75,7 +75,7 @@ def test_torchvisions_v2_detector_loads_by_its_name_and_goes_back_as_it_came(tmp
 @torch.inference_mode()
 def test_regions_go_to_torchvisions_levels_whatever_the_anchors(tmp_path):
     sizes, ratios = ((16,), (32,), (64,), (128,), (256,)), ((0.5, 1.0, 2.0),) * 5
-    options = {"box_score_thresh": 0.0, "min_size": 160, "rpn_post_nms_top_n_test": 200}
+    options = {"box_score_thresh": 0.0, "min_size": 160, "rpn_pre_nms_top_n_test": 40}  # of each level, large ones too
     trunk = resnet_fpn_backbone(backbone_name="resnet18", weights=None)
     anchors = AnchorGenerator(sizes, ratios)
     theirs = torchvision.models.detection.FasterRCNN(trunk, 4, rpn_anchor_generator=anchors, **options)
