@@ -48,9 +48,9 @@ def as_torchvision(backbone: Backbone) -> TorchvisionBackbone:
 
     Forward gives an OrderedDict, finest first: "0", "1", .. for c2.. or p2..p5, then "pool" for p6, or "p6" and "p7"
     where there are both; these are the names that torchvision's own backbones give and its RoI pooling expects.
-    `out_channels` is the backbone's; levels of different channels have none. The state dict has torchvision's names (`body.conv1.weight`,
-    `fpn.inner_blocks.0.0.weight`), so whole-detector files of either side load into the other. RetinaNet and FCOS
-    take levels p3..p7, and torchvision's published ones p6 from p5 (`p6_from="p5"`).
+    `out_channels` is the backbone's; levels of different channels have none. The state dict has torchvision's names
+    (`body.conv1.weight`, `fpn.inner_blocks.0.0.weight`), so whole-detector files of either side load into
+    the other. RetinaNet and FCOS take levels p3..p7, and torchvision's published ones p6 from p5 (`p6_from="p5"`).
 
     torchvision's detectors normalize images themselves, by ImageNet's mean and std unless told otherwise: what the
     backbone takes. They also accept a Backbone as it is, if its RoI pooling is given `featmap_names=["p2", ..]`.
