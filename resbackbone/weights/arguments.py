@@ -86,7 +86,7 @@ def stated_by_arguments(where: str, values: Mapping) -> dict[str, Any]:
     """
     found: dict[str, tuple[Any, str]] = {}
     for at, table in _tables(values):
-        place = " in ".join(filter(None, (".".join(at), where))) or "checkpoint"
+        place = " in ".join(filter(None, (".".join(filter(None, at)), where))) or "checkpoint"
         _refuse_networks(place, table)
         if at[-1:] == ("model_kwargs",):
             layers = {key: _text(x) if key.endswith("_layer") else x for key, x in table.items()}
@@ -116,29 +116,32 @@ def _tables(values: Any, at: tuple[str, ...] = (), seen: dict[int, Any] | None =
             values = json.loads(values)
         except (ValueError, RecursionError):
             return
-    if not isinstance(values, Mapping) or id(values) in seen or len(at) > MAX_DEPTH:
+    if not isinstance(values, Mapping | list | tuple) or id(values) in seen or len(at) > MAX_DEPTH:
         return
     seen[id(values)] = values
+    if not isinstance(values, Mapping):
+        for item in values:
+            yield from _tables(item, (*at, ""), seen)
+        return
     is_state = any(isinstance(x, Tensor) and "." in str(key) for key, x in values.items())
     table = {str(key): x for key, x in values.items() if not (is_state and isinstance(x, Tensor))}
     yield at, table
     for key, value in table.items():
         if not ELSEWHERE.fullmatch(key):
-            for item in value if isinstance(value, list | tuple) else [value]:
-                yield from _tables(item, (*at, key), seen)
+            yield from _tables(value, (*at, key), seen)
 
 
 def _facts(place: str, table: Mapping) -> Iterator[tuple[str, dict[str, Any]]]:
     """{fact: value} of each key of a table, and of each mean with its std."""
     for key, value in table.items():
-        if value is not None and (known := SETTINGS.get(key)) is not None:
+        if value is not None and (known := SETTINGS.get(key.lower())) is not None:
             if (text := _text(value)) not in known:
                 usual = " or ".join(map(repr, known))
                 raise UserError(
                     f"its {place} has {key} {text!r}; trunks here have {usual}; if it is of another part, {ALONE}"
                 )
             yield key, known[text]
-        elif key == "bn_eps" and value is not None:
+        elif key.lower() == "bn_eps" and value is not None:
             if not (numbers := numbers_of(value)) or not 0 <= numbers[0] < 1 or len(numbers) > 1:
                 raise UserError(f"its {place} has bn_eps {value!r:.80}, not a number from 0 to 1")
             yield key, {"eps": numbers[0]}
@@ -176,9 +179,8 @@ def _input(place: str, mean: Any, std: Any) -> dict[str, Any]:
 
 
 def _refuse_networks(place: str, table: Mapping) -> None:
-    for key in NETWORK_NAMES:
-        name = table.get(key)
-        refuse_blurring_names(name)
+    for key in table.keys() & {*NETWORK_NAMES, *map(str.upper, NETWORK_NAMES)}:
+        refuse_blurring_names(name := table[key])
         if isinstance(name, str) and DILATING_NAMES.fullmatch(name):
             raise UserError(
                 f"its {place} has {key} {name[:80]!r}, a segmentation network whose trunk may dilate its last stages; "

@@ -176,7 +176,10 @@ class Foreign:
     def ignore(self, *_: object) -> "Foreign":
         return self
 
-    __call__ = __setitem__ = append = extend = add = ignore
+    def __call__(self, *_: object) -> "Foreign":
+        return Foreign(self.name)  # each namespace has attributes of its own
+
+    __setitem__ = append = extend = add = ignore
 
     @property
     def whole(self) -> str:

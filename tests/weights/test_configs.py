@@ -430,7 +430,8 @@ def saved(tmp_path, state):
     [
         {"mean": torch.tensor(MEAN), "std": 0.5},
         {"args": NAMED(mean=np.array(MEAN), std=np.array(HALF))},
-        {"args": NAMED(mean=None, std=None, transform=TEXT, loss={"mean": 0.1, "std": 0.2})},
+        {"args": NAMED(mean=None, std=None, transform=NAMED(**TEXT), loss={"mean": 0.1, "std": 0.2})},
+        {"transforms": [("Resize", 224), ("Normalize", {"mean": MEAN, "std": HALF})], "args": NAMED(lr=0.1)},
         {"opt": NAMED(img_mean=["0.485", "0.456", "0.406"], img_std=[0.5], init={"mean": 0.0, "std": 0.02})},
         {"hyper_parameters": {"data": {"normalize": STATED}, "std": 0.02}},
         {"config": json.dumps({"transforms": [{"name": "flip"}, {"IMAGE_MEAN": MEAN, "IMAGE_STD": HALF}]})},
@@ -464,7 +465,7 @@ def test_metadata_of_safetensors_may_hold_json_and_single_numbers(tmp_path, stat
         ({"args": NAMED(model_kwargs={"act_layer": "gelu"})}, "args.model_kwargs has act_layer 'gelu'; networks of"),
         ({"args": NAMED(model_kwargs={"stem_type": "deep"})}, "args.model_kwargs has stem_type 'deep'"),
         ({"config": {"model": {"activation": torch.nn.GELU}}}, "its config.model has activation 'gelu'"),
-        ({"args": NAMED(output_stride=8)}, "output_stride '8'; trunks here have '32' or '16'; if it is"),
+        ({"args": NAMED(OUTPUT_STRIDE=8)}, "OUTPUT_STRIDE '8'; trunks here have '32' or '16'; if it is"),
         ({"args": NAMED(replace_stride_with_dilation=[False, True, True])}, "dilation '[false, true, true]'; trunks"),
         ({"args": NAMED(dilation=2)}, "its args has dilation '2'"),
         ({"args": NAMED(dilation=True, output_stride=32)}, "contradict: dilate_c5=True; and dilate_c5=False"),
