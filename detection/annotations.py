@@ -275,10 +275,10 @@ def _row(number: int, annotation: _Annotation) -> tuple:
             f"annotations[{number - 1}] (id {identity}) has the bbox_mode {annotation.bbox_mode!r}, and COCO's boxes "
             "are x, y, width, height: convert them and write bbox_mode 1, or leave it out"
         )
-    if area is not None and not 0 <= area < math.inf:
+    if area is not None and not math.isfinite(area):  # pycocotools ignores boxes of negative areas
         raise UserError(
-            f"annotations[{number - 1}] (id {identity}) has the area {area}; give a number of at least 0, or leave it "
-            "out for width * height"
+            f"annotations[{number - 1}] (id {identity}) has the area {area}; give a number, or leave it out for "
+            "width * height"
         )
     return (
         identity,

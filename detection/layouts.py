@@ -20,6 +20,7 @@ SPLIT_NAMES = {  # CVAT's single split is "default", and the splits that it sugg
     "train": ("train", "Train", "default"),
     "val": ("val", "valid", "validation", "Validation"),
 }
+DRAWN = "shapes.json"  # in a folder of `make_shapes`: what it was drawn with
 HELD_OUT = 10  # without a validation split, one image in this many is held out
 
 
@@ -108,7 +109,7 @@ def describe_layout(data: str | os.PathLike) -> str:
         line += f"; there is no validation split, so one image in {HELD_OUT} is held out for it"
     folder = Path(data)
     beside = {path for file in read for path in (*file.parent.glob("*.json"), *folder.glob(f"*/{file.name}"))}
-    if unread := sorted(beside.union(folder.glob("*.json")) - {*read}):
+    if unread := sorted(beside.union(folder.glob("*.json")) - {*read, folder / DRAWN}):
         others = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
         line += f"; not read: {', '.join(_below(data, unread[:3]))}{others}"
     return line
