@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.weights.arguments import stated_by_arguments
+from resbackbone.weights.arguments import DILATING_NAMES, stated_by_arguments
 from resbackbone.weights.cifar import is_for_cifar
 from resbackbone.weights.containers import HEADS, dicts_in, find_trunk, module_of
 from resbackbone.weights.detectron2_config import stated_by_detectron2
@@ -165,6 +165,11 @@ def read_weights(
             raise UserError(f"{weights.source} is a file of this package, which states its input; leave out yours")
         return weights
     part = find_trunk(content, weights.source, entry=entry, prefix=prefix)
+    if prefix is None and weights.is_file and DILATING_NAMES.fullmatch(Path(weights.source).stem):
+        raise UserError(
+            f"weights {weights.source!r}: by its name this is of a segmentation network, whose trunk may dilate its "
+            f"last stages; prefix={part.prefix + (part.root or '')!r} takes it as a trunk without dilation"
+        )
     beside = part.beside
     try:
         translated = to_ours(part.state)
@@ -197,9 +202,10 @@ def read_weights(
 
 
 def _may_normalise(key: str, tensor: Tensor) -> bool:
-    """Whether a tensor beside a trunk may be the mean or deviation of an input: three numbers of no layer."""
+    """Whether a tensor beside a trunk may change its input: three numbers of no layer, a convolution to three colours."""
     layers = ("weight", "weights", "bias")
-    return bool(STATISTICS.fullmatch(key)) or (tensor.numel() == 3 and not key.endswith(layers))
+    adapts = tensor.dim() == 4 and len(tensor) == 3 and tensor.shape[1] <= 4
+    return bool(STATISTICS.fullmatch(key)) or adapts or (tensor.numel() == 3 and not key.endswith(layers))
 
 
 def _with_input_of_buffers(weights: Weights, buffers: dict[str, Tensor]) -> Weights:

@@ -182,6 +182,13 @@ def test_the_trunk_of_a_segmentation_network_which_may_be_dilated_is_taken_only_
     assert_same(read_weights(under("backbone.", trunk) | {f"{head}.weight": torch.ones(2, 3)}), trunk)  # a classifier's
 
 
+@pytest.mark.parametrize("name", ["deeplabv3_resnet50_backbone.pth", "my_fcn-r18.pth"])
+def test_a_trunk_in_a_file_named_after_a_segmentation_network_is_taken_only_by_its_prefix(tmp_path, trunk, name):
+    torch.save(trunk, tmp_path / name)
+    assert "by its name this is of a segmentation network, whose trunk may dilate its" in refusal(tmp_path / name)
+    assert_same(read_weights(tmp_path / name, prefix=""), trunk)
+
+
 @pytest.mark.parametrize("norm", ["bottleneck.weight", "heads.bottleneck.0.running_mean", "bnneck.running_mean"])
 def test_the_trunk_of_a_reidentification_network_is_taken_only_by_its_prefix(trunk, norm):
     for prefix in ("base.", ""):
@@ -205,6 +212,9 @@ def test_statistics_of_an_input_beside_a_trunk_are_asked_about(trunk, name):
     state = under("net.", trunk) | {name: torch.ones(3, 1, 1)}
     assert f"{name} may state an input that the network normalises itself; state it: " in refusal(state)
     assert_same(read_weights(state, given_input=INPUT), trunk)
+    assert "in_conv.weight may state an input" in refusal(
+        under("net.", trunk) | {"in_conv.weight": torch.ones(3, 1, 3, 3)}
+    )
     assert_same(read_weights(under("net.", trunk) | {"head.bias": torch.ones(3), "cam.weight": torch.ones(3)}), trunk)
 
 
