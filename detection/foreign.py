@@ -170,11 +170,11 @@ def _check_dilation(weights: Weights) -> None:
             f"weights from {weights.source} are of a Faster R-CNN on c5 at stride 32, and this package builds DC5, at "
             "stride 16: load them with the package that trained them"
         )
-    caffe = resolve_architecture(weights)["stride_in_1x1"] or not has_bottlenecks(weights.state)
+    caffe = resolve_architecture(weights)["stride_in_1x1"] and has_bottlenecks(weights.state)
     if not caffe and weights.format in ("detectron2", "mmdetection"):
         raise UserError(
-            f"weights from {weights.source} are of a DC5 with the stride in the 3x3: {weights.format} dilates "
-            "the first block of stage 5 as well, which networks of this package do not"
+            f"weights from {weights.source} are of a DC5 without bottlenecks that stride in the 1x1: {weights.format} "
+            "dilates other convolutions of stage 5 than networks of this package do"
         )
 
 

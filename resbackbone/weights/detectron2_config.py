@@ -85,6 +85,11 @@ def stated_by_detectron2(path: Path) -> dict[str, Any]:
         backbone["depth"] = resnet["DEPTH"]
     if resnet.get("RES5_DILATION", 1) == 2:
         backbone["dilate_c5"] = True
+        if not backbone["stride_in_1x1"]:
+            raise UserError(
+                f"its {WHERE} has RES5_DILATION 2 and STRIDE_IN_1X1 False: detectron2 then dilates the first block of "
+                "stage 5 too, which no network here does"
+            )
     if NORMS.get(pyramid.get("NORM", "")) == "GN":
         backbone["fpn_norm"] = "GN"
     order = _at(config, "INPUT.FORMAT")

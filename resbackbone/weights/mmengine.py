@@ -66,7 +66,7 @@ PIXELS: dict[str, Sequence] = {
     ),
 }
 READ_AS_RGB = ("ActionDataPreprocessor",)  # its frames; other images are read as BGR
-DILATED_C5 = ([1, 2, 2, 1], [1, 1, 1, 2])  # strides and dilations of a caffe-style ResNet with DC5
+DILATED_C5 = ([1, 2, 2, 1], [1, 1, 1, 2])  # strides and dilations of a ResNet with DC5
 
 # Of a Faster R-CNN: where its config has a setting, the field of a DetectorConfig, and its type.
 SETTINGS: dict[str, tuple[str, type[int] | type[float]]] = {
@@ -261,7 +261,9 @@ def stated_by_mmengine(config: Any) -> dict[str, Any]:
     facts |= _stated_by_norm(where, backbone.get("norm_cfg"))
     layout = [backbone.get(key) or usual for key, usual in (("strides", [1, 2, 2, 2]), ("dilations", [1] * 4))]
     layout = [list(numbers) if isinstance(numbers, list | tuple) else [numbers] for numbers in layout]
-    if layout == [*DILATED_C5] and caffe:  # else the first block is dilated too, which only caffe style is here
+    if (
+        layout == [*DILATED_C5] and caffe and backbone.get("depth") in (50, 101, 152)
+    ):  # others dilate other convolutions
         facts["dilate_c5"] = True
     elif layout[0] != [1, 2, 2, 2][: len(layout[0])] or layout[1] != [1] * len(layout[1]):
         raise UserError(f"its {where} has strides {layout[0]} and dilations {layout[1]}; no network here does")

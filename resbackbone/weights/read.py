@@ -202,7 +202,7 @@ def read_weights(
 
 
 def _may_normalise(key: str, tensor: Tensor) -> bool:
-    """Whether a tensor beside a trunk may change its input: three numbers of no layer, a convolution to three colours."""
+    """Whether a tensor beside a trunk may be of its input: three numbers of no layer, a convolution to three."""
     layers = ("weight", "weights", "bias")
     adapts = tensor.dim() == 4 and len(tensor) == 3 and tensor.shape[1] <= 4
     return bool(STATISTICS.fullmatch(key)) or adapts or (tensor.numel() == 3 and not key.endswith(layers))

@@ -143,11 +143,11 @@ def _check_dilation(path: Path, format: str, backbone: Mapping[str, Any], *, det
             f"dilate_c5=True: {path.name} of {format} would not state it, and reads as an undilated network; write a "
             "file of this package, or for torchvision and timm a .safetensors file"
         )
-    bottlenecks = DEPTHS[backbone["depth"]][0] is Bottleneck
-    if format in ("detectron2", "mmdetection", "msra") and bottlenecks and not backbone["stride_in_1x1"]:
+    caffe = DEPTHS[backbone["depth"]][0] is Bottleneck and backbone["stride_in_1x1"]
+    if format in ("detectron2", "mmdetection", "msra") and not caffe:
         raise UserError(
-            f"dilate_c5=True with the stride in the 3x3: {format} dilates the first block of stage 5 as well; write a "
-            "file of this package, torchvision or timm"
+            f"dilate_c5=True without bottlenecks that stride in the 1x1: {format} dilates other convolutions of stage "
+            "5; write a file of this package, torchvision or timm"
         )
 
 

@@ -262,10 +262,11 @@ def test_cell_anchors_of_one_map_are_its_sides(tmp_path):
 
 @pytest.mark.parametrize("format", ["torchvision", "detectron2", "mmdetection"])
 def test_a_detector_on_c5_alone_is_asked_for_the_stride_of_c5(format, tmp_path):
-    backbone = build_resnet_backbone(18, levels=["c5"], dilate_c5=True)
+    depth, style = (18, {}) if format == "torchvision" else (50, {"stride_in_1x1": True})
+    backbone = build_resnet_backbone(depth, levels=["c5"], dilate_c5=True, **style)
     ours = lively(build_faster_rcnn(backbone, 2, variant="dc5", representation_size=8))
     torch.save(from_ours(ours.state_dict(), format), tmp_path / "model.pth")
-    given = {} if format == "torchvision" else {"given_input": "rgb"}
+    given = {} if format == "torchvision" else {"given_input": "rgb", **style}
     weights = read_weights(tmp_path / "model.pth", **given)
     for build in (load_detector, lambda weights: build_resnet_backbone(weights=weights)):
         with pytest.raises(

@@ -513,14 +513,15 @@ def test_the_eps_of_a_detector_with_frozen_norms_is_assumed_in_words_or_given(de
 
 
 def test_a_dilated_trunk_is_written_only_where_a_reader_dilates_it_too(randomised, capsys):
-    backbone = randomised(build_resnet_backbone(18, dilate_c5=True)).eval()
-    write_weights("model.safetensors", backbone.state_dict(), {"backbone": backbone.config.to_json()})
-    for destination, format in (("a.pth", "torchvision"), ("b.pth", "timm"), ("c", "transformers")):
-        assert "dilate_c5=True" in error_of("model.safetensors", destination, "--to", format)
-    x = torch.rand(1, 3, 64, 96)
-    for destination, format in (("d.safetensors", "timm"), ("e.pkl", "detectron2")):
+    x, files = torch.rand(1, 3, 64, 96), {18: ("d.safetensors", "timm"), 50: ("e.pkl", "detectron2")}
+    for depth, (destination, format) in files.items():
+        backbone = randomised(build_resnet_backbone(depth, dilate_c5=True, stride_in_1x1=depth == 50)).eval()
+        write_weights("model.safetensors", backbone.state_dict(), {"backbone": backbone.config.to_json()})
+        for other in ("a.pth --to torchvision", "b.pth --to timm", "c --to transformers"):
+            assert depth == 50 or "dilate_c5=True" in error_of("model.safetensors", *other.split())
+        assert depth == 50 or "stride in the 1x1" in error_of("model.safetensors", "f.pth", "--to", "mmdetection")
         assert "for the dilated c5" in said_by(capsys, "model.safetensors", destination, "--to", format)
-        back = build_resnet_backbone(18, weights=destination).eval()
+        back = build_resnet_backbone(depth, weights=destination).eval()
         torch.testing.assert_close(back(x)["c5"], backbone(x)["c5"], rtol=1e-3, atol=1e-3)
 
 

@@ -3,12 +3,12 @@
 import pytest
 import torch
 import yaml
+from reading import refusal
 
 from resbackbone import build_resnet_backbone
 from resbackbone.weights import read_weights
 from resbackbone.weights.inputs import BGR_255, RGB_255, for_canonical_input
 from resbackbone.weights.translate import from_ours
-from tests.weights.reading import refusal
 
 CONFIG = {
     "VERSION": 2,
@@ -72,6 +72,7 @@ def test_input_stride_anchors_and_thresholds_are_those_of_the_config(checkpoint,
         ("RESNETS.NORM", "LN", "MODEL.RESNETS has NORM 'LN'"),
         ("RESNETS.DEFORM_ON_PER_STAGE", [False, False, True, True], "has DEFORM_ON_PER_STAGE"),
         ("RESNETS.NEW", 1, "has NEW 1, which this package does not know"),
+        ("RESNETS", {"RES5_DILATION": 2, "STRIDE_IN_1X1": False}, "RES5_DILATION 2 and STRIDE_IN_1X1 False"),
         ("RESNETS", None, "has MODEL.RESNETS None, not a table"),
         ("FPN.FUSE_TYPE", "avg", "MODEL.FPN has FUSE_TYPE 'avg'; networks of this package have 'sum'"),
         ("RESNETS.DEPTH", 101, "are said to be for depth=101 by the config.yaml beside it"),

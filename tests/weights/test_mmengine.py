@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torchvision
+from reading import refusal
 
 from detection import load_detector
 from resbackbone import build_resnet_backbone
@@ -106,11 +107,16 @@ def test_stride_and_input_are_the_configs(saved, state, text, key, bgr, style):
         ("", FOUR_MAPS % "num_outs=4", "levels", ["p2", "p3", "p4", "p5"]),
         ("", FOUR_MAPS % "num_outs=4, start_level=1", "levels", ["p3", "p4", "p5", "p6"]),
         ("", NECK.replace("num_outs=5", "num_outs=5, norm_cfg=dict(type='GN', num_groups=32)"), "fpn_norm", "GN"),
-        (", style='caffe', strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)", NECK, "dilate_c5", True),
     ],
 )
 def test_other_settings_that_change_maps_are_the_configs_too(saved, backbone, neck, key, value):
     assert read_weights(saved(config(backbone, neck))).metadata["backbone"][key] == value
+
+
+def test_a_dilated_c5_is_that_of_bottlenecks_with_the_stride_in_the_1x1(saved):
+    text = config(", style='caffe', strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)")
+    assert "has strides [1, 2, 2, 1] and dilations [1, 1, 1, 2]; no network" in refusal(saved(text))
+    assert read_weights(saved(text.replace("depth=18", "depth=50"))).metadata["backbone"]["dilate_c5"] is True
 
 
 @pytest.mark.parametrize(
