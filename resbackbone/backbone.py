@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
+from resbackbone.compat import has_hooks
 from resbackbone.config import BackboneConfig, CommonConfig, ordered_levels
 from resbackbone.export import export_maps
 from resbackbone.fpn import FPN
@@ -143,8 +144,7 @@ class ResNetBackbone(Backbone, ResNet):
         `freeze` or `fuse` replaces is replaced in one of the two alone. Raises ValueError for a stage that is not
         built, and if this backbone as a whole has hooks or another forward, which the trunk would not have.
         """
-        hooks = self._forward_hooks, self._forward_pre_hooks, self._backward_hooks, self._backward_pre_hooks
-        if any(hooks) or "forward" in vars(self):
+        if has_hooks(self) or "forward" in vars(self):
             raise UserError(
                 "this backbone has hooks or a forward of its own, which a trunk on its layers would not have: remove "
                 "them before with_levels or build_faster_rcnn, or put them on its stages"

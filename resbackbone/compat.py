@@ -49,18 +49,18 @@ def is_observed(*modules: nn.Module | None) -> bool:
             return True
         return any(
             module is not None
-            and bool(
-                module._forward_hooks
-                or module._forward_pre_hooks
-                or module._backward_hooks
-                or module._backward_pre_hooks
-                or module._compiled_call_impl
-                or not _OVERRIDES.isdisjoint(module.__dict__)
-            )
+            and bool(has_hooks(module) or module._compiled_call_impl or not _OVERRIDES.isdisjoint(module.__dict__))
             for module in modules
         )
     except AttributeError:
         return True
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a forward or backward hook is on this module: `nn.Module._forward_hooks` and its like."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _steps() -> tuple:

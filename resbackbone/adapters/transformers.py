@@ -8,6 +8,7 @@ from transformers.utils import can_return_tuple
 
 from resbackbone.backbone import ResNetBackbone
 from resbackbone.checks import UserError
+from resbackbone.compat import has_hooks
 from resbackbone.config import BackboneConfig
 from resbackbone.resnet import TRUNK_LEVELS
 
@@ -101,8 +102,7 @@ def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = N
 
 
 def _described(module: nn.Module) -> str:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    hooked = " with hooks" if any(hooks) else ""
+    hooked = " with hooks" if has_hooks(module) else ""
     patched = " with another forward" if "forward" in vars(module) else ""
     return f"{type(module).__name__}({module.extra_repr()}){hooked}{patched}"
 
