@@ -52,7 +52,7 @@ def read_annotations(path: str | os.PathLike) -> Annotations:
 
     Raises UserError, with the path, the place in the file, the id and the value, if the file is not JSON, lacks a
     field, has a value of another type, an `iscrowd` besides 0 and 1, a `bbox_mode` (detectron2's) besides 1 or an
-    `area` that is negative or not finite, repeats an id, or refers to an unknown image or category.
+    `area` that is not finite, repeats an id, or refers to an unknown image or category.
     """
     try:
         return _flat(*_decoded(path))

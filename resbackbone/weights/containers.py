@@ -19,9 +19,10 @@ from resbackbone.weights.pickles import Foreign, from_array, short
 _log = logging.getLogger("resbackbone")
 
 # Taken before others: published figures belong to the average.
-AVERAGES = {"model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "ema_state", "params_ema"} | {
-    *("averaged_model", "swa_model", "swa_state_dict")
-}
+AVERAGES = {
+    "model_ema", "state_dict_ema", "ema", "ema_model", "ema_state_dict", "ema_state", "params_ema", "averaged_model",
+    "swa_model", "swa_state_dict",
+}  # fmt: skip
 # Parts of a checkpoint that only training needs, whatever names are in them.
 OPTIMIZER = re.compile(
     r".*optim(?!al|i[sz]ed).*|(max_)?exp_avg(_sq)?|momentum(_buffers?)?|square_avg|grad_avg|acc_delta|grads?|gradients?",

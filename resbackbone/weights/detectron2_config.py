@@ -9,7 +9,7 @@ from typing import Any
 
 from resbackbone.checks import UserError, require
 from resbackbone.weights.arguments import check_known, harmless, stated_input
-from resbackbone.weights.mmengine import boxes_around_zero
+from resbackbone.weights.mmengine import boxes_around_zero, value_at
 
 WHERE = "config.yaml"
 NORMS = {"FrozenBN": "BN", "BN": "BN", "SyncBN": "BN", "nnSyncBN": "BN", "naiveSyncBN": "BN", "GN": "GN"}
@@ -70,11 +70,11 @@ def stated_by_detectron2(path: Path) -> dict[str, Any]:
     which this package does not compute with. One of the detector is kept, as its trunk can be read all the same.
     """
     config = _read(path)
-    if not isinstance(_at(config, "MODEL.META_ARCHITECTURE"), str):
+    if not isinstance(value_at(config, "MODEL.META_ARCHITECTURE"), str):
         return {}
     parts: dict[str, Mapping] = {}
     for section, known in BACKBONE.items():
-        parts[section] = _at(config, f"MODEL.{section}")
+        parts[section] = value_at(config, f"MODEL.{section}")
         if not isinstance(parts[section], Mapping):
             raise UserError(f"its {WHERE} has MODEL.{section} {parts[section]!r:.80}, not a table")
         check_known(f"{WHERE}'s MODEL.{section}", parts[section], known)
@@ -92,16 +92,16 @@ def stated_by_detectron2(path: Path) -> dict[str, Any]:
             )
     if NORMS.get(pyramid.get("NORM", "")) == "GN":
         backbone["fpn_norm"] = "GN"
-    order = _at(config, "INPUT.FORMAT")
+    order = value_at(config, "INPUT.FORMAT")
     if order not in ("BGR", "RGB"):
         raise UserError(f"its {WHERE} has INPUT.FORMAT {order!r:.80}; this package converts BGR and RGB")
-    mean, std = (_at(config, f"MODEL.{name}") for name in ("PIXEL_MEAN", "PIXEL_STD"))
+    mean, std = (value_at(config, f"MODEL.{name}") for name in ("PIXEL_MEAN", "PIXEL_STD"))
     settings: dict[str, Any] = {}
     for theirs, ours in SETTINGS.items():
-        if (value := _at(config, theirs)) is not None:
+        if (value := value_at(config, theirs)) is not None:
             numbers = value if isinstance(value, list) else [value]
             settings[ours] = value if all(type(x) in (int, float) for x in numbers) else None
-    if _at(config, "MODEL.ROI_BOX_HEAD.POOLER_TYPE") == "ROIAlignV2":
+    if value_at(config, "MODEL.ROI_BOX_HEAD.POOLER_TYPE") == "ROIAlignV2":
         settings["geometry"] = "detectron2"
     stated = {
         "backbone": backbone,
@@ -111,10 +111,10 @@ def stated_by_detectron2(path: Path) -> dict[str, Any]:
         "settings": settings,
     }
     for name, accepted in DETECTOR.items():
-        value = _at(config, name)
+        value = value_at(config, name)
         if value is not None and value not in accepted:
             stated["not_built"] = f"{name} {value!r:.80} in its {WHERE}; detectors of this package have {accepted[0]!r}"
-    if _at(config, "INPUT.MIN_SIZE_TEST") == 0:
+    if value_at(config, "INPUT.MIN_SIZE_TEST") == 0:
         stated["not_built"] = f"INPUT.MIN_SIZE_TEST 0 in its {WHERE}; detectors of this package resize images"
     return stated
 
@@ -131,18 +131,12 @@ def _read(path: Path) -> Any:
         return {}  # not detectron2's, which is plain
 
 
-def _at(values: Any, path: str) -> Any:
-    for name in path.split("."):
-        values = values.get(name) if isinstance(values, Mapping) else None
-    return values
-
-
 def _anchors(config: Any) -> list | None:
     """Boxes [x1, y1, x2, y2] around (0, 0) for each map; None if they cannot be read."""
-    maps = _at(config, "MODEL.RPN.IN_FEATURES")
+    maps = value_at(config, "MODEL.RPN.IN_FEATURES")
     of_maps = []
     for name in ("SIZES", "ASPECT_RATIOS"):
-        levels = _at(config, f"MODEL.ANCHOR_GENERATOR.{name}")
+        levels = value_at(config, f"MODEL.ANCHOR_GENERATOR.{name}")
         if not isinstance(maps, list) or not isinstance(levels, list) or len(levels) not in (1, len(maps)):
             return None
         if not all(

@@ -261,9 +261,8 @@ def stated_by_mmengine(config: Any) -> dict[str, Any]:
     facts |= _stated_by_norm(where, backbone.get("norm_cfg"))
     layout = [backbone.get(key) or usual for key, usual in (("strides", [1, 2, 2, 2]), ("dilations", [1] * 4))]
     layout = [list(numbers) if isinstance(numbers, list | tuple) else [numbers] for numbers in layout]
-    if (
-        layout == [*DILATED_C5] and caffe and backbone.get("depth") in (50, 101, 152)
-    ):  # others dilate other convolutions
+    bottlenecks = backbone.get("depth") in (50, 101, 152)
+    if layout == [*DILATED_C5] and caffe and bottlenecks:  # others dilate other convolutions
         facts["dilate_c5"] = True
     elif layout[0] != [1, 2, 2, 2][: len(layout[0])] or layout[1] != [1] * len(layout[1]):
         raise UserError(f"its {where} has strides {layout[0]} and dilations {layout[1]}; no network here does")
@@ -283,8 +282,8 @@ def _stated_of_detector(config: Mapping) -> dict[str, Any]:
     """
     stated: dict[str, Any] = {}
     model = {"test_cfg": config.get("test_cfg"), **config["model"]}  # beside the model before mmdetection 2.7
-    older = {"type": "AnchorGenerator", **{key: _at(model, f"rpn_head.anchor_{key}") for key in ANCHORS}}
-    generator = _at(model, "rpn_head.anchor_generator", older if older["scales"] is not None else None)
+    older = {"type": "AnchorGenerator", **{key: value_at(model, f"rpn_head.anchor_{key}") for key in ANCHORS}}
+    generator = value_at(model, "rpn_head.anchor_generator", older if older["scales"] is not None else None)
     if generator is not None:
         lists: list[Any] = [generator.get(key) if isinstance(generator, Mapping) else None for key in ANCHORS]
         readable = all(isinstance(x, list) and all(type(y) in (int, float) and y > 0 for y in x) for x in lists)
@@ -293,19 +292,19 @@ def _stated_of_detector(config: Mapping) -> dict[str, Any]:
     settings, unknown = _resize(config)
     said: dict[str, list[str]] = {}
     for path, (name, take) in SETTINGS.items():
-        if (value := _at(model, path)) is not None:
+        if (value := value_at(model, path)) is not None:
             number = take(value) if type(value) in (int, float) else None
             said.setdefault(name, []).append(f"{path} {_short(value)}")
             if settings.setdefault(name, number) != number or (take is int and number is not None and number <= 0):
                 both = " and ".join(said[name])
                 unknown.append(f"{both} in its {WHERE}; detectors of this package have one number above 0")
     head = "roi_head.bbox_head"
-    if (stds := _at(model, f"{head}.bbox_coder.target_stds", _at(model, f"{head}.target_stds"))) is not None:
+    if (stds := value_at(model, f"{head}.bbox_coder.target_stds", value_at(model, f"{head}.target_stds"))) is not None:
         readable = isinstance(stds, list) and all(type(std) in (int, float) and std > 0 for std in stds)
         settings["bbox_reg_weights"] = [1 / std for std in stds] if readable else None
-    if _at(model, "roi_head.bbox_roi_extractor.roi_layer") is not None:
+    if value_at(model, "roi_head.bbox_roi_extractor.roi_layer") is not None:
         settings["geometry"] = "detectron2"  # mmcv's RoIAlign is aligned, and with 0 samples takes one a cell
-    c4 = _at(model, "roi_head.shared_head") is not None
+    c4 = value_at(model, "roi_head.shared_head") is not None
     unknown += _unknown_parts("model", model, faster_rcnn(model["backbone"], c4=c4))
     return stated | ({"settings": settings} if settings else {}) | ({"not_built": unknown[0]} if unknown else {})
 
@@ -328,7 +327,7 @@ def _unknown_parts(where: str, values: Mapping, table: Table) -> Iterator[str]:
 def _resize(config: Mapping) -> tuple[dict[str, Any], list[str]]:
     """{"min_size": .., "max_size": ..} of the images that the config tests with, and what no detector here does."""
     paths = ("test_dataloader.dataset.pipeline", "data.test.pipeline", "test_pipeline")
-    where, steps = next(((path, found) for path in paths if (found := _at(config, path)) is not None), ("", []))
+    where, steps = next(((path, found) for path in paths if (found := value_at(config, path)) is not None), ("", []))
     settings: dict[str, Any] = {}
     unknown = []
     for step in [part for part in _dicts(steps) if isinstance(_type(part), str)]:
@@ -344,7 +343,8 @@ def _resize(config: Mapping) -> tuple[dict[str, Any], list[str]]:
     return settings, unknown
 
 
-def _at(values: Any, path: str, default: Any = None) -> Any:
+def value_at(values: Any, path: str, default: Any = None) -> Any:
+    """The value at a path like `model.backbone` in nested tables; what is Unreadable on the way is returned."""
     for name in path.split("."):
         if not isinstance(values, Mapping) or name not in values:
             return values if isinstance(values, Unreadable) else default
