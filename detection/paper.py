@@ -108,7 +108,7 @@ class ContextHead(nn.Module):
 
     def forward(self, pooled: tuple[Tensor, Tensor, Tensor]) -> Tensor:  # of ContextRoIAlign -> [N, 2 * channels]
         regions, images, image_of_region = pooled
-        features, context = self.head(torch.cat((regions, images))).split((len(regions), len(images)))
+        features, context = self.head(torch.cat((regions, images))).split((regions.shape[0], images.shape[0]))
         return torch.cat((features, context[image_of_region]), 1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from resbackbone.checks import UserError, one_of
 from resbackbone.compat import has_hooks
 from resbackbone.config import BackboneConfig, CommonConfig, ordered_levels
-from resbackbone.export import export_maps
+from resbackbone.export import export_network
 from resbackbone.fpn import FPN
 from resbackbone.layers import BATCH_NORMS, fuse, same_kind
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, sorted_levels
@@ -82,7 +82,9 @@ class Backbone(nn.Module):
             "backbone": self.config.to_json(),
             "weights_source": self.weights_source,
         }
-        export_maps(copied, path, outputs=list(self.features), metadata=metadata)
+        channels = next(module for module in self.modules() if isinstance(module, nn.Conv2d)).in_channels
+        example = torch.zeros(2, channels, 64, 96)
+        export_network(copied, path, example, outputs=list(self.features), metadata=metadata)
 
     def summary(self) -> str:
         """One line on what trains: `frozen BN 53, trainable BN 0, parameters 23.2 M trainable, 0.2 M frozen`."""

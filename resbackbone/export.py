@@ -1,14 +1,16 @@
-"""Export of a backbone to one file that runs without this library: ONNX, or PyTorch's .pt2."""
+"""Export of a network to one file that runs without this library: ONNX, or PyTorch's .pt2."""
 
 import io
 import json
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from resbackbone.atomic import write_atomically
@@ -20,40 +22,65 @@ METADATA_FILE = "metadata.json"  # inside a .pt2
 FREE_DIMENSIONS = {0: "batch", 2: "height", 3: "width"}
 
 
-def export_maps(
-    network: nn.Module, path: str | os.PathLike, *, outputs: Sequence[str], metadata: dict[str, Any]
+def export_network(
+    network: nn.Module,
+    path: str | os.PathLike,
+    example: Tensor,
+    *,
+    outputs: Sequence[str],
+    metadata: dict[str, Any],
+    operators: Mapping[Any, tuple[Callable, Callable]] = MappingProxyType({}),
 ) -> None:
-    """Write `network`, [B, channels, H, W] -> {level: map}, in eval mode on the CPU, with any batch, height and width.
+    """Write `network`, images [B, channels, H, W] -> tensors or {name: tensor}, with any batch, height and width.
 
-    `outputs` names the maps in order, and `metadata` goes into the file. See `Backbone.export`.
+    network: in eval mode, on the CPU.
+    example: images to capture the network with, of different sizes, so that none is mistaken for another.
+    outputs: the tensors' names, in order.
+    metadata: goes into the file.
+    operators: the operators of this package in the network, which nobody else has: each one's translation to ONNX, and
+        the same in operators of torch and torchvision, for a .pt2.
     """
+    path = check_destination(path)
+    with any_size_in_exports(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's and torchvision's, of each other
+        program = _capture(network.requires_grad_(False), example)
+        if path.suffix == ".onnx":
+            data = _to_onnx(program, outputs, metadata, {operator: onnx for operator, (onnx, _) in operators.items()})
+        else:
+            data = _to_pt2(program, metadata, {operator: plain for operator, (_, plain) in operators.items()})
+    write_atomically(path, data)
+
+
+def check_destination(path: str | os.PathLike) -> Path:
+    """Raise UserError unless `path` ends in .onnx or .pt2, is in a folder, and what writes it is installed."""
     path = Path(path)
     if one_of("suffix", path.suffix, SUFFIXES) == ".onnx":
         require("export", "onnx", "onnxscript", user="export to ONNX")
     if not path.parent.is_dir():
         raise UserError(f"{path}: no folder {path.parent} to export to")
-    program = _capture(network.requires_grad_(False))
-    data = _to_onnx(program, outputs, metadata) if path.suffix == ".onnx" else _to_pt2(program, metadata)
-    write_atomically(path, data)
+    return path
 
 
-def _capture(network: nn.Module) -> ExportedProgram:
-    channels = next(module for module in network.modules() if isinstance(module, nn.Conv2d)).in_channels
-    example = torch.zeros(2, channels, 64, 96)  # different sizes, so that none is mistaken for another
-    # By default a size of 1 is a special case, and the program would refuse images whose coarsest map is one pixel.
-    with any_size_in_exports():
-        free = dict.fromkeys(FREE_DIMENSIONS, Dim.DYNAMIC)  # any size; an error if the network fixes one
-        program = torch.export.export(network, (example,), dynamic_shapes=(free,))
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine
+def _capture(network: nn.Module, example: Tensor) -> ExportedProgram:
+    free = dict.fromkeys(FREE_DIMENSIONS, Dim.DYNAMIC)  # any size; an error if the network fixes one
+    return _without_paths(torch.export.export(network, (example,), dynamic_shapes=(free,)))
+
+
+def _without_paths(program: ExportedProgram) -> ExportedProgram:
+    for graph in program.graph_module.modules():
+        for node in graph.graph.nodes if isinstance(graph, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # names folders of this machine
     return program
 
 
-def _to_onnx(program: ExportedProgram, outputs: Sequence[str], metadata: dict[str, Any]) -> bytes:
+def _to_onnx(
+    program: ExportedProgram, outputs: Sequence[str], metadata: dict[str, Any], translations: dict[Any, Callable]
+) -> bytes:
     exported = torch.onnx.export(
         program,
         output_names=list(outputs),
         dynamic_shapes={"images": FREE_DIMENSIONS},  # names the program's free dimensions
+        custom_translation_table=translations,
         dynamo=True,
         verbose=False,
     )
@@ -62,7 +89,9 @@ def _to_onnx(program: ExportedProgram, outputs: Sequence[str], metadata: dict[st
     return exported.model_proto.SerializeToString()
 
 
-def _to_pt2(program: ExportedProgram, metadata: dict[str, Any]) -> bytes:
+def _to_pt2(program: ExportedProgram, metadata: dict[str, Any], decompositions: dict[Any, Callable]) -> bytes:
+    if decompositions:
+        program = _without_paths(program.run_decompositions(decompositions))
     file = io.BytesIO()
     torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
     return file.getvalue()
