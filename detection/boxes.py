@@ -3,15 +3,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import boxes as box_ops
 
 from detection.patches import is_patched, utils
 
 TorchvisionBoxCoder: Any = utils.BoxCoder
-TorchvisionMatcher: Any = utils.Matcher
-
-MOST_AT_ONCE = 25_000  # boxes; with more, torchvision goes through the groups one by one
 
 
 class BoxCoder(TorchvisionBoxCoder):
@@ -36,25 +33,32 @@ class BoxCoder(TorchvisionBoxCoder):
         return torch.cat((centres - halves, centres + halves), 2).flatten(1)
 
 
-class Matcher(TorchvisionMatcher):
-    """Matches each anchor with a ground truth box (Ren et al. 2015, Sec. 3.1.2)."""
+def best_of(scores: Tensor, count: int, *, in_order: bool = False) -> tuple[Tensor, Tensor]:
+    """The `count` highest scores of each row [B, N], falling, and their indices, [B, count] each.
 
-    def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
-        """Keep, in `matches` [m], each ground truth box's best anchors, whatever their IoU (matrix [n, m])."""
-        if is_patched():
-            super().set_low_quality_matches_(matches, all_matches, match_quality_matrix)
-            return
-        best = match_quality_matrix == match_quality_matrix.amax(1, keepdim=True)
-        matches.copy_(torch.where(best.any(0), all_matches, matches))
-
-
-def nms_in_groups(boxes: Tensor, scores: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """torchvision's batched_nms: boxes [n, 4] suppress only those of their group [n]; indices by falling score."""
-    if _on_cpu(boxes) or is_patched() or not 0 < len(boxes) <= MOST_AT_ONCE:
-        return box_ops.batched_nms(boxes, scores, groups, iou_threshold)
-    apart = groups.to(boxes) * (boxes.max() + 1)
-    return box_ops.nms(boxes + apart[:, None], scores, iou_threshold)
+    Where N is less than `count`, the places left over have a score of -inf and the indices from N on. in_order: of
+    equal scores the first one comes first, as in torchvision's NMS; a compiled or exported graph leaves it open.
+    """
+    compiled = torch.compiler.is_compiling()
+    if compiled or count > scores.shape[1]:  # in a graph for any N, without a case of its own
+        scores = F.pad(scores, (0, count), value=-torch.inf)
+    if in_order and not compiled:
+        falling, index = scores.sort(dim=1, descending=True, stable=True)
+        return falling[:, :count], index[:, :count]
+    return scores.topk(count, 1)
 
 
-def _on_cpu(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+def gather_boxes(boxes: Tensor, index: Tensor) -> Tensor:
+    """boxes [B, N, 4] at index [B, n] -> [B, n, 4]."""
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4))
+
+
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes [.., 4], x1 y1 x2 y2, cut at the borders of their images, whose heights and widths are `sizes` [.., 2]."""
+    width_height = sizes.flip(-1)
+    return boxes.clamp(min=0).minimum(torch.cat((width_height, width_height), -1))
+
+
+def is_large(boxes: Tensor, side: float) -> Tensor:
+    """Whether both sides of boxes [.., 4] have at least `side` pixels."""
+    return (boxes[..., 2:] - boxes[..., :2] >= side).all(-1)

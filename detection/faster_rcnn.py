@@ -1,4 +1,4 @@
-"""Faster R-CNN over a Backbone: the FPN, C4, DC5 and VGG-16 variants, on torchvision's detector classes."""
+"""Faster R-CNN over a Backbone, a batch at a time: the FPN, C4, DC5 and VGG-16 variants, under torchvision's names."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from detection.boxes import BoxCoder
-from detection.cells import at_least_fp32
+from detection.anchors import Anchors
+from detection.batch import Targets
 from detection.config import BACKBONE_OF, SHAPE, SINGLE_MAP_ANCHORS, DetectorConfig
 from detection.foreign import NOT_A_CLASS, announce_settings, describe_detector, with_settings
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
-from detection.rpn import Anchors, FP32RPNHead, SampledRPN
-from detection.transforms import InputTransform, check_images
+from detection.roi_heads import BatchedRoIHeads, FP32Predictor
+from detection.rpn import FP32RPNHead, SampledRPN
+from detection.transforms import InputTransform, check_images, numbers_of
 from resbackbone import Backbone, BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, brief, require
 from resbackbone.compat import is_observed
@@ -100,7 +100,7 @@ class FasterRCNN(GeneralizedRCNN):
             config.rpn_nms_thresh,
             config.rpn_score_thresh,
         )
-        roi_heads = RoIHeads(
+        roi_heads = BatchedRoIHeads(
             pool,
             box_head,
             FP32Predictor(channels, config.num_classes + 1),
@@ -113,13 +113,13 @@ class FasterRCNN(GeneralizedRCNN):
             config.box_nms_thresh,
             config.box_detections_per_img,
         )
-        roi_heads.box_coder = BoxCoder(roi_heads.box_coder.weights)
         transform = InputTransform(
             config.min_size,
             config.max_size,
             *_normalization(config, backbone),
             size_divisible=backbone.size_divisibility if fpn or as_torchvision else 1,
             resize_in_training=config.resize_in_training,
+            fp32_ratios=as_torchvision,
         )
         super().__init__(backbone, rpn, roi_heads, transform)
         self.config = config
@@ -152,10 +152,11 @@ class FasterRCNN(GeneralizedRCNN):
         elif self.training:
             raise UserError(f"training needs targets: {A_TARGET} for each image")
         sizes = [tuple(image.shape[-2:]) for image in images]
-        batch, targets = self.transform(images, targets)
+        batch, resized = self.transform(images, targets)
+        padded = None if resized is None else Targets.of(resized)
         maps = self.backbone(batch.tensors)
-        proposals, rpn_losses = self.rpn(batch, maps, targets)
-        detections, losses = self.roi_heads(maps, proposals, batch.image_sizes, targets)
+        proposals, rpn_losses = self.rpn(batch, maps, padded)
+        detections, losses = self.roi_heads(maps, proposals, batch.image_sizes, padded)
         if self.training:
             return {**losses, **rpn_losses}
         return self.transform.postprocess(detections, batch.image_sizes, sizes)
@@ -184,19 +185,22 @@ class FasterRCNN(GeneralizedRCNN):
             )
 
     def _check_targets(self, targets: list[dict[str, Tensor]]) -> None:
-        classes = self.num_classes
-        labels_fit = [((t["labels"] >= 1) & (t["labels"] <= classes)).all() for t in targets]
-        boxes_fit = [(t["boxes"].isfinite().all() & (t["boxes"][:, 2:] > t["boxes"][:, :2]).all()) for t in targets]
-        if not targets or torch.stack(labels_fit + boxes_fit).all():  # the only wait for the GPU
+        if torch.compiler.is_compiling():
             return
-        for target, label_fit, box_fit in zip(targets, labels_fit, boxes_fit, strict=True):
+        classes = self.num_classes
+        labels, boxes = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
+        fit = (labels >= 1) & (labels <= classes) & boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
+        if numbers_of(fit.all()):  # the only wait for a GPU
+            return
+        for target in targets:
             name = f"image {target['image_id']}: " if "image_id" in target else ""
-            if not label_fit:
+            labels, boxes = target["labels"], target["boxes"]
+            if not ((labels >= 1) & (labels <= classes)).all():
                 raise UserError(
                     f"{name}labels {sorted(set(target['labels'].tolist()))}: a label is 1..{classes} "
                     f"({', '.join(list(self.categories.values())[:3])} ..), 0 is background"
                 )
-            if not box_fit:
+            if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
                 raise UserError(
                     f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
                 )
@@ -234,14 +238,6 @@ def _with_classes_of(detector: FasterRCNN) -> DetectorConfig:
     if type(outputs) is not int or outputs - 1 == detector.config.num_classes:
         return detector.config
     return replace(detector.config, num_classes=outputs - 1, categories=())
-
-
-class FP32Predictor(FastRCNNPredictor):
-    """Class scores and box deltas in fp32 or better, since bf16 resolves 1000 pixels to 4 only."""
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        scores, deltas = super().forward(x)
-        return at_least_fp32(scores), at_least_fp32(deltas)
 
 
 SAVED_AS: dict[Any, type] = {  # torchvision's classes that ours compute the same as

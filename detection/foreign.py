@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
+from detection.anchors import ASPECT_RATIOS
 from detection.config import BACKBONE_OF, SINGLE_MAP_ANCHORS, DetectorConfig
-from detection.rpn import ASPECT_RATIOS
 from resbackbone.checks import UserError, one_of
 from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights

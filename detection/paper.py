@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.ops import box_iou, clip_boxes_to_image, remove_small_boxes
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
-from detection.boxes import nms_in_groups
+from detection.batch import sizes_of
 from detection.roi_align import PyramidRoIAlign
+from detection.roi_heads import SMALLEST_BOX, is_real
 from detection.transforms import InputTransform, check_images
 from resbackbone import Backbone
 from resbackbone.checks import UserError
@@ -22,7 +23,6 @@ from resbackbone.weights.inputs import INPUT, describe_input
 
 REFINEMENT_NMS = 0.3  # IoU, of the union of first and refined predictions
 VOTING_IOU = 0.5  # between a box and those that vote on it
-SMALLEST_BOX = 0.01  # pixels; smaller ones are dropped, as torchvision does
 
 # VGG-16, the baseline (Ren et al. 2015)
 
@@ -92,8 +92,7 @@ class ContextRoIAlign(PyramidRoIAlign):
         self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The regions' features [N, channels, size, size], the images' [B, ..], and the image of each region [N]."""
-        sides = [(0, 0, width, height) for height, width in image_shapes]
-        whole = [torch.stack([boxes[0].new_full((), side) for side in of_image])[None] for of_image in sides]
+        whole = list(F.pad(sizes_of(image_shapes, boxes[0]).flip(1), (2, 0))[:, None])  # [1, 4] each, from 0, 0
         image_of_region = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
         regions, images = (super(ContextRoIAlign, self).forward(x, of, image_shapes) for of in (boxes, whole))
         return regions, images, image_of_region
@@ -168,7 +167,8 @@ class ImprovedTesting(nn.Module):
         detector = self.detector
         resized, _ = detector.transform([image])
         maps = detector.backbone(resized.tensors)
-        (proposals,), _ = detector.rpn(resized, maps)
+        (of_image,), _ = detector.rpn(resized, maps)
+        proposals = of_image[is_real(of_image)]
         [size] = resized.image_sizes
         own = PyramidLevel(maps, size, proposals.new_ones(4))
         levels = [
@@ -181,8 +181,8 @@ class ImprovedTesting(nn.Module):
             found = self._refined(levels, proposals, size)
         else:
             logits, deltas = self._predict(levels, proposals)
-            outputs = detector.roi_heads.postprocess_detections(logits, deltas, [proposals], [size])
-            found = {name: of_image for name, (of_image,) in zip(("boxes", "scores", "labels"), outputs, strict=True)}
+            sizes = sizes_of([size], proposals)
+            [found] = detector.roi_heads.detections(logits, deltas, proposals[None], sizes).as_list()
         return detector.transform.postprocess([found], [size], [tuple(image.shape[-2:])])[0]
 
     def _level(self, image: Tensor, resize: InputTransform, own_size: tuple[int, int]) -> PyramidLevel:
@@ -237,7 +237,7 @@ def select_and_vote(boxes: Tensor, scores: Tensor, *, score_thresh: float, count
     boxes, scores, labels = boxes[kept[:, 0], kept[:, 1]], scores[kept[:, 0], kept[:, 1]], kept[:, 1] + 1
     large = remove_small_boxes(boxes, SMALLEST_BOX)
     boxes, scores, labels = boxes[large], scores[large], labels[large]
-    best = nms_in_groups(boxes, scores, labels, REFINEMENT_NMS)[:count]
+    best = batched_nms(boxes, scores, labels, REFINEMENT_NMS)[:count]
     voting = (box_iou(boxes[best], boxes) >= VOTING_IOU) & (labels[best, None] == labels)
     weights = (voting * scores)[..., None]
     voted = (weights * boxes).sum(1) / weights.sum(1)  # no matrix product: autocast would round it to bf16

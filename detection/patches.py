@@ -1,6 +1,9 @@
 """What of torchvision this package does the work of without calling it, so that a patch of it would go unnoticed."""
 
-from torchvision.models.detection import rpn
+from typing import Any
+
+from torch import nn
+from torchvision.models.detection import roi_heads, rpn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign, boxes, poolers
 
@@ -10,17 +13,55 @@ utils = torchvision_detection_utils()
 BYPASSED = {
     rpn: ("concat_box_prediction_layers", "permute_and_flatten"),
     rpn.RPNHead: ("forward",),
-    rpn.RegionProposalNetwork: ("forward", "compute_loss", "filter_proposals", "_get_top_n_idx"),
+    rpn.RegionProposalNetwork: (
+        "forward",
+        "assign_targets_to_anchors",
+        "compute_loss",
+        "filter_proposals",
+        "_get_top_n_idx",
+    ),
+    roi_heads: ("fastrcnn_loss",),
+    roi_heads.RoIHeads: (
+        "forward",
+        "add_gt_proposals",
+        "assign_targets_to_proposals",
+        "check_targets",
+        "postprocess_detections",
+        "select_training_samples",
+        "subsample",
+    ),
     utils.BoxCoder: ("encode", "encode_single", "decode", "decode_single"),
-    utils.Matcher: ("set_low_quality_matches_",),
-    boxes: ("batched_nms", "clip_boxes_to_image", "remove_small_boxes"),
+    utils.Matcher: ("__call__", "set_low_quality_matches_"),
+    utils.BalancedPositiveNegativeSampler: ("__call__",),
+    boxes: ("batched_nms", "box_iou", "clip_boxes_to_image", "nms", "remove_small_boxes"),
     poolers: ("roi_align",),
     MultiScaleRoIAlign: ("forward",),
-    GeneralizedRCNNTransform: ("normalize",),
+    GeneralizedRCNNTransform: ("forward", "batch_images", "normalize"),
 }
 _AS_IMPORTED = [(place, name, getattr(place, name)) for place, names in BYPASSED.items() for name in names]
+OWNERS = (utils.__name__, "detection.boxes")
+# What helpers of a part have that nobody changed: (attribute of the part, class, attributes of the helper).
+_HELPERS = (
+    ("proposal_matcher", utils.Matcher, {*vars(utils.Matcher(0.5, 0.5))}),
+    ("fg_bg_sampler", utils.BalancedPositiveNegativeSampler, {*vars(utils.BalancedPositiveNegativeSampler(1, 0.5))}),
+    ("box_coder", utils.BoxCoder, {*vars(utils.BoxCoder((1.0,) * 4))}),
+)
 
 
 def is_patched() -> bool:
     """Whether any of BYPASSED has been replaced since it was imported; torchvision's own code then runs."""
     return any(getattr(place, name) is not theirs for place, name, theirs in _AS_IMPORTED)
+
+
+def is_as_built(part: Any, base: type[nn.Module]) -> bool:
+    """Whether torchvision's forward of `part`, whose class derives from `base`, computes what our own stands for."""
+    methods = set(BYPASSED[base]) - {"forward"}
+    if is_patched() or not vars(part).keys().isdisjoint(methods) or part.box_similarity is not boxes.box_iou:
+        return False
+    if any(getattr(type(part), name) is not getattr(base, name) for name in methods):
+        return False
+    for name, kind, settings in _HELPERS:
+        helper = getattr(part, name)
+        if not isinstance(helper, kind) or type(helper).__module__ not in OWNERS or not vars(helper).keys() <= settings:
+            return False
+    return True

@@ -5,9 +5,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchvision import tv_tensors
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_keypoints
 from torchvision.transforms import v2
@@ -56,9 +58,20 @@ class InputTransform(GeneralizedRCNNTransform):
 
     warned = looked = False  # whether `check_range` has warned, and whether it has looked at pixels
 
-    def __init__(self, min_size, max_size, image_mean, image_std, *, size_divisible=32, resize_in_training=True):
+    def __init__(
+        self,
+        min_size,
+        max_size,
+        image_mean,
+        image_std,
+        *,
+        size_divisible=32,
+        resize_in_training=True,
+        fp32_ratios=True,
+    ):
         super().__init__(min_size, max_size, image_mean, image_std, size_divisible)
         self.resize_in_training = resize_in_training
+        self.fp32_ratios = fp32_ratios  # of sizes, by which boxes are multiplied: torchvision's are, not detectron2's
         self.sent: dict[tuple, tuple[Tensor, ...]] = {}  # mean and std on the device
 
     def check_range(self, images: Sequence[Tensor]) -> None:
@@ -73,8 +86,8 @@ class InputTransform(GeneralizedRCNNTransform):
         if (own_range and not larger) or watched or (self.looked and images[0].device.type != "cpu"):
             return
         self.looked = True
-        ends = torch.stack([torch.stack(image.detach().aminmax()) for image in images])
-        low, high = (float(end) for end in (ends[:, 0].min(), ends[:, 1].max()))
+        ends = numbers_of(torch.stack([torch.stack(image.detach().aminmax()) for image in images]))
+        low, high = ends[:, 0].min().item(), ends[:, 1].max().item()
         if larger:
             if high <= 1 and not self.warned:
                 self.warned = True
@@ -98,19 +111,42 @@ class InputTransform(GeneralizedRCNNTransform):
                 high,
             )
 
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
+        """[3, H, W] floats in 0..1 -> the images normalized and resized in one tensor, padded with 0, and targets."""
+        if not self.training or self.resize_in_training or not self._is_as_built():
+            return super().forward(images, targets)  # normalizes each before it is resized
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        height, width = (
+            -(-max(sides) // self.size_divisible) * self.size_divisible for sides in zip(*sizes, strict=True)
+        )
+        mean, _ = self._mean_and_std(images[0])
+        batch = mean.expand(len(images), -1, height, width).clone()  # padding, which normalization turns to 0
+        for i, image in enumerate(images):
+            batch[i, :, : image.shape[-2], : image.shape[-1]].copy_(image)
+        return ImageList(self.normalize(batch), sizes), targets
+
+    @torch.compiler.assume_constant_result
+    def _is_as_built(self) -> bool:
+        steps = {"normalize": InputTransform, "resize": InputTransform, "batch_images": GeneralizedRCNNTransform}
+        same = all(getattr(type(self), name) is getattr(owner, name) for name, owner in steps.items())
+        return same and vars(self).keys().isdisjoint(steps) and not is_patched()
+
     def normalize(self, image: Tensor) -> Tensor:
-        """[3, H, W] floats in 0..1, less the mean, over the standard deviation."""
+        """[.., 3, H, W] floats in 0..1, less the mean, over the standard deviation."""
         if is_patched():
             return super().normalize(image)
+        mean, std = self._mean_and_std(image)
+        return (image - mean) / std
+
+    def _mean_and_std(self, image: Tensor) -> tuple[Tensor, ...]:
+        """Both [3, 1, 1], of the image's type, on its device."""
         key = image.dtype, image.device, tuple(self.image_mean), tuple(self.image_std)
         if torch.compiler.is_compiling():  # tensors of a trace hold no numbers to keep
-            mean, std = self._constants(image)
-        elif key in self.sent:
-            mean, std = self.sent[key]
-        else:
+            return self._constants(image)
+        if key not in self.sent:
             with torch.inference_mode(False):  # they outlive a call under inference_mode, and a gradient may pass them
-                mean, std = self.sent[key] = self._constants(image)
-        return (image - mean) / std
+                self.sent[key] = self._constants(image)
+        return self.sent[key]
 
     def _constants(self, image: Tensor) -> tuple[Tensor, ...]:
         both = torch.tensor([self.image_mean, self.image_std], dtype=image.dtype, device=image.device)
@@ -125,15 +161,22 @@ class InputTransform(GeneralizedRCNNTransform):
         if target is not None:
             target = {
                 **(with_resized or target),
-                "boxes": _resized(target["boxes"], image.shape[-2:], resized.shape[-2:]),
+                "boxes": self.resize_boxes(target["boxes"], image.shape[-2:], resized.shape[-2:]),
             }
         return resized, target
+
+    def resize_boxes(self, boxes: Tensor, size: Sequence[int], new_size: Sequence[int]) -> Tensor:
+        """Boxes [.., 4], x1 y1 x2 y2, on an image of `size` (H, W) -> on the same image at `new_size`."""
+        y, x = (new / old for new, old in zip(new_size, size, strict=True))
+        if self.fp32_ratios:
+            y, x = float(np.float32(y)), float(np.float32(x))
+        return torch.stack([side * ratio for side, ratio in zip(boxes.unbind(-1), (x, y, x, y), strict=True)], -1)
 
     def postprocess(self, result: list[dict[str, Tensor]], image_shapes, original_image_sizes):
         """Boxes, masks and keypoints on the resized images [(H, W), ..] -> on the original images."""
         if not self.training:
             for found, resized, original in zip(result, image_shapes, original_image_sizes, strict=True):
-                found["boxes"] = _resized(found["boxes"], resized, original)
+                found["boxes"] = self.resize_boxes(found["boxes"], resized, original)
                 if "masks" in found:
                     found["masks"] = paste_masks_in_image(found["masks"], found["boxes"], original)
                 if "keypoints" in found:
@@ -162,10 +205,9 @@ def check_images(images: Any, transform: GeneralizedRCNNTransform) -> None:
         transform.check_range(list(images))
 
 
-def _resized(boxes: Tensor, size: Sequence[int], new_size: Sequence[int]) -> Tensor:
-    """Boxes [n, 4] x1 y1 x2 y2 on an image of `size` (H, W) -> on the same image at `new_size`."""
-    y, x = (new / old for new, old in zip(new_size, size, strict=True))
-    return torch.stack((boxes[:, 0] * x, boxes[:, 1] * y, boxes[:, 2] * x, boxes[:, 3] * y), 1)
+def numbers_of(tensor: Tensor) -> np.ndarray:
+    """The tensor's numbers on the CPU; of a CPU's own without an operation that anyone would count as a wait."""
+    return tensor.cpu().numpy()
 
 
 def to_model_input(image: Tensor, device: torch.device) -> Tensor:

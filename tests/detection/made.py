@@ -50,6 +50,16 @@ def cats_and_dogs(boxes, categories=("cat", "dog"), images=2, **changes):
     }
 
 
+def keys_of_torchvisions_draws(labels):
+    """Keys for `sampling.sample` by which it draws what torchvision's sampler does from the same random state."""
+    keys = torch.zeros(labels.shape, dtype=torch.float64)
+    for of_image, row in zip(keys, labels, strict=True):
+        for group in (row >= 1, row == 0):  # its order
+            places = group.nonzero().squeeze(1)
+            of_image[places[torch.randperm(len(places))]] = 1 - torch.arange(len(places)).double() / (1 + len(places))
+    return keys
+
+
 def small_detector(variant="fpn", *, depth=18, norm="BN", **options):
     arguments = dict(BACKBONE_OF[variant]) | ({"fpn_channels": 16} if variant == "fpn" else {})
     backbone = build_resnet_backbone(depth, norm=norm, **arguments)

@@ -1,10 +1,9 @@
 import pytest
 import torch
 from torchvision.models.detection import _utils
-from torchvision.ops import batched_nms
+from torchvision.ops import clip_boxes_to_image
 
-from detection import boxes
-from detection.boxes import BoxCoder, Matcher, nms_in_groups
+from detection.boxes import BoxCoder, clip, gather_boxes, is_large
 
 
 def some_boxes(count, side=300.0):
@@ -22,21 +21,14 @@ def test_offsets_and_boxes_are_torchvisions_bit_for_bit(weights, count, classes)
     assert torch.equal(ours.decode_single(offsets, proposals), theirs.decode_single(offsets, proposals))
 
 
-@pytest.mark.parametrize("truth, anchors", [(1, 9), (6, 40), (3, 1)])
-def test_matches_are_torchvisions_low_quality_ones_and_ties_too(truth, anchors):
-    quality = (torch.rand(truth, anchors) * 8).round() / 8  # with ties
-    matchers = (kind(0.7, 0.3, allow_low_quality_matches=True) for kind in (Matcher, _utils.Matcher))
-    ours, theirs = (matcher(quality) for matcher in matchers)
-    assert torch.equal(ours, theirs)
+def test_boxes_of_each_image_are_cut_at_its_own_borders_as_by_torchvision():
+    sizes, boxes = [(200, 310), (90, 41)], torch.stack([some_boxes(9) - 40, some_boxes(9) - 40])
+    found = clip(boxes, torch.tensor(sizes)[:, None])
+    for of_image, given, size in zip(found, boxes, sizes, strict=True):
+        assert torch.equal(of_image, clip_boxes_to_image(given, size))
 
 
-def test_boxes_of_other_groups_are_not_suppressed(monkeypatch):
-    found, scores = some_boxes(300), torch.rand(300)
-    groups = torch.randint(0, 4, (300,))
-    wanted = batched_nms(found, scores, groups, 0.5)
-    assert len(wanted) < 300 and torch.equal(nms_in_groups(found, scores, groups, 0.5), wanted)
-    # The GPU's way, on tensors that say they are elsewhere.
-    monkeypatch.setattr(boxes.box_ops, "batched_nms", None)
-    monkeypatch.setattr(boxes, "is_patched", lambda: False)
-    monkeypatch.setattr(boxes, "_on_cpu", lambda tensor: False)
-    assert torch.equal(nms_in_groups(found, scores, groups, 0.5), wanted)
+def test_boxes_are_picked_and_measured_image_by_image():
+    boxes = torch.tensor([[[0.0, 0, 2, 3], [1, 1, 9, 1.5]], [[5, 5, 5, 9], [0, 0, 1, 1]]])
+    assert is_large(boxes, 1).tolist() == [[True, False], [False, True]]
+    assert torch.equal(gather_boxes(boxes, torch.tensor([[1], [0]])), boxes[[0, 1], [1, 0]][:, None])

@@ -1,0 +1,50 @@
+"""The ground truth and the sizes of a batch of images in one tensor each."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+
+class Targets(NamedTuple):
+    """Ground truth of B images, padded to the largest number of boxes, which is at least 1."""
+
+    boxes: Tensor  # [B, G, 4], x1 y1 x2 y2 in pixels
+    labels: Tensor  # int64 [B, G]; 1 and above, 0 is padding
+    each: Sequence[Mapping[str, Any]] = ()  # what was given for each image, which may hold masks and keypoints too
+
+    @property
+    def real(self) -> Tensor:  # [B, G]
+        return self.labels > 0
+
+    @classmethod
+    def of(cls, targets: Sequence[Mapping[str, Any]], *, room: int = 1) -> "Targets":
+        """{"boxes": [n, 4], "labels": [n]} of each image; G is at least `room`."""
+        first = targets[0]["boxes"]
+        blank = first.new_zeros(max(1, room), 4)
+        boxes = pad_sequence([t["boxes"].to(first.dtype) for t in targets] + [blank], batch_first=True)
+        labels = pad_sequence([t["labels"] for t in targets] + [blank[:, 0].long()], batch_first=True)
+        return cls(boxes[:-1], labels[:-1], targets)
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Each image's, as torchvision's modules take them."""
+        return [dict(target) for target in self.each]
+
+
+def needed(counts: Tensor, limit: int) -> int:
+    """The largest of the `counts` [B] on a CPU, so that it computes no places that no image uses.
+
+    On a GPU, which would have to be waited for, and in a compiled or exported graph it is `limit`.
+    """
+    if counts.device.type != "cpu" or torch.compiler.is_compiling():
+        return limit
+    return int(counts.numpy().max())
+
+
+def sizes_of(image_sizes: Sequence[tuple[int, int]] | Tensor, like: Tensor) -> Tensor:
+    """Heights and widths of images in pixels, (H, W) each or [B, 2], as a tensor [B, 2] of the type of `like`."""
+    if isinstance(image_sizes, Tensor):
+        return image_sizes.to(like)
+    return torch.tensor(image_sizes, dtype=like.dtype).to(like.device, non_blocking=True)
