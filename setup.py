@@ -23,10 +23,10 @@ DOCS = ["mkdocs-material>=9.5.50", "mkdocstrings[python]>=1.0"]
 LINT = ["ruff==0.17.6", "mypy==2.4.1", "types-PyYAML", "pre-commit>=4"]
 DEV = [
     *(*EXPORT, *DOCS, *LINT, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100"),
-    *("transformers>=4.50", "webdataset>=0.2.100"),
+    *("openvino>=2026", "transformers>=4.50", "webdataset>=0.2.100"),
 ]
 
-COMMANDS = ("train_coco", "pretrain", "detect", "evaluate_coco", "convert_weights", "doctor")
+COMMANDS = ("train_coco", "pretrain", "detect", "evaluate_coco", "export", "convert_weights", "doctor")
 
 setup(
     name="resbackbone",

@@ -1,5 +1,6 @@
 """Faster R-CNN over a Backbone, a batch at a time: the FPN, C4, DC5 and VGG-16 variants, under torchvision's names."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -160,6 +161,28 @@ class FasterRCNN(GeneralizedRCNN):
         if self.training:
             return {**losses, **rpn_losses}
         return self.transform.postprocess(detections, batch.image_sizes, sizes)
+
+    def export(self, path: str | os.PathLike, *, input_type: str = "uint8") -> None:
+        """Write images -> boxes to `path`, a file for ONNX (.onnx) or for `torch.export.load` (.pt2).
+
+        The file holds a fused fp32 copy, with resizing, normalization, RoIAlign and NMS; this detector stays as it is.
+        Input: `images` [B, C, H, W], uint8 or, with `input_type="float32"`, floats in 0..1; RGB for C = 3. B, H and W
+        are free; the images of a batch have one size, with sides up to 32,767 pixels. Outputs: `boxes` [B, N, 4] x1 y1
+        x2 y2 in pixels of the given images, `scores` [B, N] falling, `labels` [B, N] 1.., and `count` [B]: rows from it
+        on are zeros. N is `box_detections_per_img`. The thresholds are those that the detector has now.
+
+        The file describes itself: `input`, `categories` (id and name of each label), `score_threshold`,
+        `nms_threshold`, `detections_per_image`, `resized_to`, `detector` and `backbone` (their configs) and
+        `weights_source`. In ONNX these are metadata_props, each a JSON value; in a .pt2 one JSON object,
+        `torch.export.load(path, extra_files={"metadata.json": ""})`. A .pt2 needs `import torchvision` before.
+
+        Raises ValueError if the suffix or input type is unknown, the folder does not exist, onnx or onnxscript is not
+        installed (for ONNX), or something has been changed since the detector was built that the file would lack: a
+        hook, a module of another class, the anchors, ..
+        """
+        from detection.export import export_detector  # it imports this file
+
+        export_detector(self, path, input_type=input_type)
 
     def losses(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The training losses in either mode; in eval mode norms use their statistics and images have the test size."""
@@ -347,6 +370,15 @@ def save_detector(detector: FasterRCNN, path: str | Path) -> None:
     Raises UserError if something else has been changed since the detector was built (a module, an eps, a padding mode,
     the anchors), which the file cannot state.
     """
+    backbone, config = description(detector)
+    write_weights(path, detector.state_dict(), {"backbone": backbone, "detector": config.to_json()})
+
+
+def description(detector: FasterRCNN, *, fused: bool = False) -> tuple[dict[str, Any], DetectorConfig]:
+    """The backbone's config as JSON and the detector's, which rebuild the detector as it is now.
+
+    `fused`: batch norms are folded into convolutions. Raises UserError as `save_detector` does.
+    """
     config, backbone = _with_classes_of(detector), detector.backbone.config.to_json()
     if isinstance(detector.backbone, ResNetBackbone):
         backbone["in_channels"] = _in_channels(detector.backbone)
@@ -355,8 +387,8 @@ def save_detector(detector: FasterRCNN, path: str | Path) -> None:
     if changed := {name: value for name, value in _live_settings(detector).items() if value != usual[name]}:
         config = replace(config, **changed)
         built = _outline(detector, backbone, config)
-    _check_rebuilds(detector, built)
-    write_weights(path, detector.state_dict(), {"backbone": backbone, "detector": config.to_json()})
+    _check_rebuilds(detector, prepare_for_detection(built) if fused else built)
+    return backbone, config
 
 
 def _outline(detector: FasterRCNN, backbone: Mapping[str, Any], config: DetectorConfig) -> FasterRCNN:

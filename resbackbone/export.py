@@ -29,7 +29,7 @@ def export_network(
     *,
     outputs: Sequence[str],
     metadata: dict[str, Any],
-    operators: Mapping[Any, tuple[Callable, Callable]] = MappingProxyType({}),
+    operators: Mapping[Any, tuple[Callable, Callable | None]] = MappingProxyType({}),
 ) -> None:
     """Write `network`, images [B, channels, H, W] -> tensors or {name: tensor}, with any batch, height and width.
 
@@ -37,8 +37,8 @@ def export_network(
     example: images to capture the network with, of different sizes, so that none is mistaken for another.
     outputs: the tensors' names, in order.
     metadata: goes into the file.
-    operators: the operators of this package in the network, which nobody else has: each one's translation to ONNX, and
-        the same in operators of torch and torchvision, for a .pt2.
+    operators: operators in the network that torch does not translate: each one's translation to ONNX, and for those of
+        this package, which nobody else has, the same in operators of torch and torchvision, for a .pt2.
     """
     path = check_destination(path)
     with any_size_in_exports(), warnings.catch_warnings():
@@ -47,7 +47,7 @@ def export_network(
         if path.suffix == ".onnx":
             data = _to_onnx(program, outputs, metadata, {operator: onnx for operator, (onnx, _) in operators.items()})
         else:
-            data = _to_pt2(program, metadata, {operator: plain for operator, (_, plain) in operators.items()})
+            data = _to_pt2(program, metadata, {operator: plain for operator, (_, plain) in operators.items() if plain})
     write_atomically(path, data)
 
 

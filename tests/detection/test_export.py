@@ -1,0 +1,285 @@
+"""Exported detectors, run by ONNX Runtime, OpenVINO and torch, against the detectors they were made from."""
+
+import json
+import math
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from made import FEW, lively, small_detector
+from torch import Tensor, nn
+
+from detection import build_faster_rcnn
+from detection.export import LARGEST, OUTPUTS, load_exported, nms_in_onnx, nms_one_by_one, resized_sides
+from detection.faster_rcnn import prepare_for_detection
+from detection.paper import build_vgg16_backbone
+from resbackbone.export import export_network
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+ODD_SIZES = [(1, 33, 41), (2, 97, 64), (1, 200, 311), (3, 61, 122), (1, 13, 13)]  # batch, height, width
+NMS = torch.ops.resbackbone.nms_sorted.default
+
+
+def in_openvino(path: Path):
+    """The exported .onnx as a function, in OpenVINO and in fp32."""
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed: pip install openvino")
+    model = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda *inputs: [torch.tensor(output) for output in model([x.numpy() for x in inputs]).values()]
+
+
+def runs_of(path: Path) -> dict:
+    """The functions that the file is, by the name of what runs it."""
+    if path.suffix == ".pt2":
+        return {"torch": torch.export.load(path).module()}
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+
+    def run(*inputs):
+        return [torch.tensor(x) for x in session.run(None, dict(zip(names, (x.numpy() for x in inputs), strict=True)))]
+
+    return {"onnxruntime": run, "openvino": in_openvino(path)}
+
+
+def assert_finds_the_same(run, detector, images: Tensor) -> int:
+    """The number of detections, which are the detector's, image by image, with zeros behind."""
+    boxes, scores, labels, count = run(images)
+    with torch.no_grad():
+        expected = detector([image / 255 if image.dtype == torch.uint8 else image for image in images])
+    assert count.tolist() == [len(found["boxes"]) for found in expected]
+    for i, found in enumerate(expected):
+        n = len(found["boxes"])
+        assert torch.equal(labels[i, :n], found["labels"])
+        torch.testing.assert_close(boxes[i, :n], found["boxes"], rtol=0, atol=1e-3)
+        torch.testing.assert_close(scores[i, :n], found["scores"], rtol=0, atol=1e-5)
+        assert not boxes[i, n:].any() and not scores[i, n:].any() and not labels[i, n:].any()
+    return int(count.sum())
+
+
+def vgg16(**options):
+    return build_faster_rcnn(build_vgg16_backbone(), 3, variant="vgg16", **{**FEW, **options})
+
+
+@pytest.mark.parametrize(
+    "make, suffix",
+    [
+        (lambda: small_detector("fpn", box_score_thresh=0.3), "onnx"),
+        (lambda: small_detector("c4", geometry="detectron2", global_context=True), "onnx"),
+        (lambda: small_detector("dc5", geometry="detectron2"), "pt2"),
+        pytest.param(lambda: small_detector("fpn", geometry="detectron2"), "pt2", marks=pytest.mark.slow),
+        pytest.param(lambda: small_detector("fpn", geometry="detectron2"), "onnx", marks=pytest.mark.slow),
+        pytest.param(lambda: small_detector("dc5", global_context=True), "onnx", marks=pytest.mark.slow),
+        pytest.param(vgg16, "onnx", marks=pytest.mark.slow),
+    ],
+    ids=["fpn", "c4 with context", "dc5", "detectron2 pt2", "detectron2", "dc5 with context", "vgg16"],
+)
+def test_an_exported_detector_finds_what_the_detector_does_at_any_batch_and_size(tmp_path, make, suffix):
+    detector = lively(make())
+    path = tmp_path / f"detector.{suffix}"
+    detector.export(path)
+    for name, run in runs_of(path).items():
+        found = sum(
+            assert_finds_the_same(run, detector, torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8))
+            for batch, height, width in ODD_SIZES
+        )
+        assert found > 20, name
+
+
+def test_sides_are_resized_as_torchvision_does_it_in_fp64():
+    for shorter, longer in [(800, 1333), (600, 1000), (64, 97), (640, 640)]:
+        sides = torch.randint(1, 3000, (400, 2)) // torch.randint(1, 60, (400, 2)) + 1
+        sides[::3, 1] = sides[::3, 0] * 3 // 2  # products that are whole numbers, where fp64 may lose a pixel
+        sides[0] = torch.tensor([LARGEST, 7])
+        lost = 0
+        for height, width in sides.tolist():
+            scale = min(shorter / min(height, width), longer / max(height, width))
+            expected = [math.floor(height * scale), math.floor(width * scale)]
+            assert resized_sides(torch.tensor([height, width]), shorter, longer).tolist() == expected
+            lost += min(expected) < shorter and max(expected) < longer
+        assert lost
+
+
+class Suppression(nn.Module):
+    """Boxes as "images" [problems, 4, N, 2], twice; those without width or height are not valid."""
+
+    def __init__(self, threshold: float):
+        super().__init__()
+        self.threshold = threshold
+
+    def forward(self, images: Tensor) -> Tensor:
+        boxes = images[..., 0].transpose(1, 2)
+        valid = (boxes[..., 2:] > boxes[..., :2]).all(2)
+        return torch.ops.resbackbone.nms_sorted(boxes, valid, self.threshold)
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+@pytest.mark.parametrize("threshold", [0.7, 0.5, 0.3])
+def test_suppression_is_torchvisions_exactly_for_boxes_whose_overlap_is_the_threshold_too(tmp_path, threshold, suffix):
+    path, network = tmp_path / f"nms.{suffix}", Suppression(threshold)
+    operators = {NMS: (nms_in_onnx, nms_one_by_one)}
+    export_network(network, path, torch.rand(3, 4, 5, 2), outputs=["keep"], metadata={}, operators=operators)
+    for problems, count in [(1, 1), (2, 2), (3, 33), (7, 150)]:
+        low = torch.randint(0, 30, (problems, 2, count))
+        boxes = torch.cat((low, low + torch.randint(0, 21, low.shape)), 1)
+        boxes[:, :, ::2] = torch.tensor([0, 0, 10, 10])[:, None]
+        boxes[:, 2, ::2] -= torch.arange(len(boxes[0, 0, ::2])) % 10  # IoUs are 0.1, 0.2, .. of each other
+        images = boxes[..., None].float().expand(-1, -1, -1, 2)
+        for name, run in runs_of(path).items():
+            [keep] = run(images) if suffix == "onnx" else [run(images)]
+            assert torch.equal(keep, network(images)) and keep.any(), name
+            [keep] = run(-images) if suffix == "onnx" else [run(-images)]
+            assert not keep.any()  # nothing is valid
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A detector on a single map, which exports sooner, with its two files."""
+    torch.manual_seed(0)
+    detector = lively(small_detector("dc5", categories={3: "car", 13: "stop sign", 90: "cup"}, box_score_thresh=0.2))
+    folder = tmp_path_factory.mktemp("exported")
+    detector.export(folder / "detector.onnx")
+    detector.export(folder / "detector.pt2", input_type="float32")
+    return detector, folder
+
+
+def test_floats_in_0_to_1_are_taken_too_and_a_file_runs_by_one_function(exported):
+    detector, folder = exported
+    images = torch.rand(2, 3, 50, 71)
+    with torch.no_grad():
+        expected = detector(list(images))
+    for found, of_image in zip(load_exported(folder / "detector.pt2")(images), expected, strict=True):
+        assert len(found["boxes"]) > 0
+        torch.testing.assert_close(found, of_image, rtol=0, atol=1e-3)
+    pixels = (images * 255).to(torch.uint8)
+    [found, _] = load_exported(folder / "detector.onnx")(pixels)
+    torch.testing.assert_close(found, detector([pixels[0] / 255])[0], rtol=0, atol=1e-3)
+
+
+def test_an_exported_file_says_what_it_takes_what_its_labels_are_and_at_which_thresholds(exported):
+    detector, folder = exported
+    model = onnx.load(folder / "detector.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    images, *outputs = (
+        (value.name, [size.dim_param or size.dim_value for size in value.type.tensor_type.shape.dim])
+        for value in (*model.graph.input, *model.graph.output)
+    )
+    assert images == ("images", ["batch", 3, "height", "width"])
+    assert model.graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert [name for name, _ in outputs] == list(OUTPUTS)
+    assert [sizes for _, sizes in outputs] == [["batch", 100, 4], ["batch", 100], ["batch", 100], ["batch"]]
+    in_onnx = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
+    files = {"metadata.json": ""}
+    torch.export.load(folder / "detector.pt2", extra_files=files)
+    in_pt2 = json.loads(files["metadata.json"])
+    assert in_onnx["input"] == {"type": "uint8", "range": [0, 255], "channels": "RGB"}
+    assert in_pt2["input"] == {"type": "float32", "range": [0, 1], "channels": "RGB"}
+    assert in_onnx == {**in_pt2, "input": in_onnx["input"]}
+    assert in_pt2["categories"] == [
+        {"label": 1, "id": 3, "name": "car"},
+        {"label": 2, "id": 13, "name": "stop sign"},
+        {"label": 3, "id": 90, "name": "cup"},
+    ]
+    assert (in_pt2["score_threshold"], in_pt2["nms_threshold"], in_pt2["detections_per_image"]) == (0.2, 0.5, 100)
+    assert in_pt2["resized_to"] == {"shorter_side": 64, "longest_side": 97}
+    assert in_pt2["detector"] == detector.config.to_json() and in_pt2["backbone"] == detector.backbone.config.to_json()
+
+
+def test_an_exported_file_holds_nothing_of_this_machine(exported):
+    _, folder = exported
+    for suffix in ("onnx", "pt2"):
+        assert str(Path(__file__).parents[2]).encode() not in (folder / f"detector.{suffix}").read_bytes()
+
+
+def test_export_prints_nothing_and_leaves_the_detector_as_it_is(tmp_path, capfd, recwarn):
+    detector = small_detector("dc5").train()
+    detector.roi_heads.eval()
+    detector.rpn.head.requires_grad_(False)
+
+    def condition():
+        modules = {name: (type(module), module.training) for name, module in detector.named_modules()}
+        return modules, {name: (id(p), p.requires_grad) for name, p in detector.named_parameters()}
+
+    before, state = condition(), deepcopy(detector.state_dict())
+    detector.export(tmp_path / "detector.pt2")
+    assert condition() == before
+    torch.testing.assert_close(detector.state_dict(), state, rtol=0, atol=0)
+    assert capfd.readouterr() == ("", "") and not list(recwarn)
+
+
+def test_a_detector_prepared_for_inference_exports_as_it_is_and_thresholds_are_those_of_now(tmp_path):
+    detector = prepare_for_detection(lively(small_detector("dc5")))
+    image = torch.randint(0, 256, (3, 65, 90), dtype=torch.uint8)
+    [everything] = detector([image / 255])
+    detector.roi_heads.score_thresh = everything["scores"].median().item()
+    detector.export(tmp_path / "detector.pt2")
+    [found], [expected] = load_exported(tmp_path / "detector.pt2")(image[None]), detector([image / 255])
+    assert 0 < len(found["boxes"]) < len(everything["boxes"])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def _with_hook(detector):
+    detector.roi_heads.box_head.register_forward_hook(lambda *_: None)
+
+
+def _with_method(detector):
+    detector.transform.normalize = lambda image: image
+
+
+def _with_head(detector):
+    detector.roi_heads.box_head = nn.Sequential(nn.Flatten(), nn.Linear(512 * 49, 16))
+
+
+def _with_coder(detector):
+    class Coder(type(detector.rpn.box_coder)):
+        pass
+
+    detector.rpn.box_coder = Coder((1.0, 1.0, 1.0, 1.0))
+
+
+def _with_large_side(detector):
+    detector.transform.max_size = 10**9
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (_with_hook, r"roi_heads\.box_head has hooks, which an exported file would not have: undo this"),
+        (_with_method, r"transform has normalize, which an exported file would not have"),
+        (_with_head, r"roi_heads\.box_head is Sequential, and .* would make it TwoMLPHead"),
+        (
+            _with_coder,
+            "rpn has a helper, or a function of torchvision, replaced, which an exported file would not have",
+        ),
+        (_with_large_side, r"min_size and max_size are 64 and 1000000000: an export takes whole numbers up to 32767"),
+    ],
+)
+def test_a_detector_that_the_file_would_not_be_is_refused_in_one_sentence(tmp_path, change, message):
+    detector = small_detector("dc5")
+    change(detector)
+    with pytest.raises(ValueError, match=message) as error:
+        detector.export(tmp_path / "detector.onnx")
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "file, options, message",
+    [
+        ("detector.pth", {}, r"unknown suffix '\.pth'; choose from \.onnx, \.pt2"),
+        ("nowhere/detector.pt2", {}, "no folder .*nowhere to export to"),
+        ("detector.pt2", {"input_type": "int8"}, "unknown input type 'int8'; choose from uint8, float32"),
+    ],
+)
+def test_a_path_or_type_that_will_not_do_is_refused_in_one_sentence(tmp_path, file, options, message):
+    with pytest.raises(ValueError, match=message):
+        small_detector("dc5").export(tmp_path / file, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_onnxruntime_that_is_missing_is_named_with_the_command_that_installs_it(exported, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ValueError, match=r"running an \.onnx needs onnxruntime: pip install 'resbackbone\[export\]'"):
+        load_exported(exported[1] / "detector.onnx")
