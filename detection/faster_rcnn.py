@@ -563,15 +563,21 @@ def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDe
     pass; results are the same, but from then on the detector runs only under autocast.
     """
     detector.eval().requires_grad_(False)
+    _fuse_parts(detector)
+    if bf16:
+        for module in detector.modules():
+            if type(module) in (nn.Conv2d, nn.Linear):
+                module.to(torch.bfloat16)
+        _fuse_parts(detector)  # keeps the weights as they are now
+    return detector
+
+
+def _fuse_parts(detector: nn.Module) -> None:
     for module in detector.modules():
         if isinstance(module, Backbone):
             module.fuse()
         elif isinstance(module, Stage5Head | FastRCNNConvFCHead):
             fuse(module)
-    for module in detector.modules() if bf16 else ():
-        if type(module) in (nn.Conv2d, nn.Linear):
-            module.to(torch.bfloat16)
-    return detector
 
 
 def detector_file(run: str | Path) -> str | Path:

@@ -49,7 +49,10 @@ class Backbone(nn.Module):
         return list(self.features.values())[-1].channels
 
     def fuse(self) -> "Backbone":
-        """Fold every batch norm into its convolution, in place, for inference; returns self in eval mode."""
+        """Fold every batch norm into its convolution, in place, for inference; returns self in eval mode.
+
+        Call it again after changing weights or their dtype: it also keeps them as a CPU wants them (`layers.fuse`).
+        """
         fuse(self.eval())
         return self
 

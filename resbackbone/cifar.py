@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from resbackbone.atomic import open_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.folding import conv_norm_relu
-from resbackbone.layers import SHORTCUTS, Stage, conv, norm_layer
-from resbackbone.resnet import BasicBlock, Layout
+from resbackbone.layers import SHORTCUTS, conv, norm_layer
+from resbackbone.resnet import BasicBlock, Layout, Stage
 from resbackbone.weights import Weights, WeightSource, read_weights, write_weights
 from resbackbone.weights.cifar import PADDINGS, cifar_network_of, move_padding, under_our_names
 from resbackbone.weights.file import NOTES

@@ -98,20 +98,49 @@ def gpu_kernels() -> ModuleType | None:
     return kernels
 
 
-def onednn_convolution(dtype: torch.dtype) -> Any:
-    """oneDNN's convolution with sum and ReLU in one pass, which torch.compile calls; None where it is not to be used.
+def onednn_convolutions(dtype: torch.dtype) -> Any:
+    """oneDNN's convolutions with sum and ReLU in one pass, which torch.compile calls; None where not to be used.
 
-    `torch.ops.mkldnn._convolution_pointwise`, `torch.ops.mkldnn._is_mkldnn_bf16_supported`. Without them: None, so
-    convolution, sum and ReLU run one after the other.
+    `torch.ops.mkldnn._convolution_pointwise` and, for a sum in the memory of what is added, `_convolution_pointwise_`;
+    `_reorder_convolution_weight`, `_is_mkldnn_bf16_supported`. Without them: None, so convolution, sum and ReLU run one
+    after the other.
     """
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return None
     try:
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return None
-        return torch.ops.mkldnn._convolution_pointwise if dtype in (torch.float32, torch.bfloat16) else None
+        onednn = torch.ops.mkldnn
+        _ = onednn._convolution_pointwise, onednn._convolution_pointwise_, onednn._reorder_convolution_weight
+        return onednn if dtype in (torch.float32, torch.bfloat16) else None
     except AttributeError:
         return None
+
+
+def watched(tensor: torch.Tensor) -> torch.Tensor | None:
+    """A second tensor on the memory of `tensor`, by which `is_untouched` tells whether anybody has written to it.
+
+    The memory is marked as copied before it is written, and so it is by whatever writes: in place, through `.data`, a
+    view, an optimizer. A pointer that is handed out (`numpy()`, `data_ptr()`) counts as written to.
+
+    `torch._lazy_clone`, `torch._C._is_cow_tensor`, `torch._C._data_address`. Without them: None, so nothing is kept.
+    """
+    try:
+        twin = torch._lazy_clone(tensor.detach())
+        return twin if is_untouched(tensor, twin) else None
+    except (AttributeError, RuntimeError):  # RuntimeError: memory that cannot be marked, such as a mapped file's
+        return None
+
+
+def is_untouched(tensor: torch.Tensor, twin: torch.Tensor) -> bool:
+    """Whether `tensor` still is, in memory and layout, what it was when `watched` gave `twin`."""
+    address, is_shared = torch._C._data_address, torch._C._is_cow_tensor  # type: ignore[attr-defined]
+    return (
+        is_shared(tensor)
+        and is_shared(twin)
+        and address(tensor) == address(twin)
+        and (tensor.dtype, tensor.shape, tensor.stride()) == (twin.dtype, twin.shape, twin.stride())
+    )
 
 
 @contextmanager

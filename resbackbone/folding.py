@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.compat import gpu_kernels, is_observed, is_transformed, onednn_convolution
+from resbackbone.compat import gpu_kernels, is_observed, is_transformed, is_untouched, onednn_convolutions, watched
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -73,6 +73,38 @@ def _forget_batches(module, state_dict, prefix, *_):
     state_dict.pop(prefix + "num_batches_tracked", None)
 
 
+class Folded(nn.Identity):
+    """What `layers.fuse` leaves of a norm that it folded into a convolution.
+
+    On a CPU, oneDNN reorders weights at each call. These do not change any more, so they are kept as oneDNN wants them,
+    for the size of the first images, and in the precision asked for. `watch` marks their memory (`compat.watched`):
+    once somebody may have written to it, or other weights are there, they are reordered at each call again, until
+    `fuse` is called again. Copies and pickles of the module keep nothing.
+    """
+
+    _twin: Tensor | None = None  # of the weights
+    _packed: tuple[tuple, Tensor] | None = None  # what they are packed for, and packed
+
+    def watch(self, conv: nn.Conv2d) -> None:
+        """Start to keep the weights of `conv`, whatever was written to them before."""
+        self._twin, self._packed = watched(conv.weight) if conv.weight.device.type == "cpu" else None, None
+
+    def packed(self, conv: nn.Conv2d, dtype: torch.dtype, x: Tensor, how: "_Convolution", onednn: Any) -> Tensor | None:
+        """The weights of `conv` in `dtype` as oneDNN wants them; None if they may have changed since `watch`."""
+        if self._twin is None or not is_untouched(conv.weight, self._twin):
+            self._twin = self._packed = None
+            return None
+        packed = self._packed
+        if packed is None or packed[0] != (dtype, how):
+            weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=torch.channels_last).copy_(conv.weight)
+            arguments = how.padding, how.stride, how.dilation, how.groups, list(x.shape)
+            packed = self._packed = (dtype, how), onednn._reorder_convolution_weight(weight, *arguments)
+        return packed[1]
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_twin", "_packed")}
+
+
 def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)), as `conv_norm_relu`."""
     return conv_norm_relu(conv, norm, None, x)
@@ -84,14 +116,16 @@ def conv_norm_relu(
     relu: nn.Module | None,
     x: Tensor,
     shortcut: Callable[[], Tensor | None] | None = None,
+    spare: bool = False,
 ) -> Tensor:
     """relu(norm(conv(x)) + shortcut()), in fewer steps where the norm is frozen, or fused into the convolution.
 
-    x: [B, in_channels, H, W]. shortcut: gives a tensor of the output's shape, or None. Each call decides anew, by what
-    the modules are at that moment: the steps are joined only if all of them are exactly nn.Conv2d with zero padding and
-    no bias of its own, FrozenBatchNorm2d and nn.ReLU, their tensors are ordinary ones, and nothing observes them: no
-    hook on them or on all modules, no parametrization, patch, transform or mode. Otherwise the modules are called one
-    by one. Nothing is kept from one call to the next, so nothing can be stale.
+    x: [B, in_channels, H, W]. shortcut: gives a tensor of the output's shape, or None; `spare` says that nobody else
+    holds it, so the sum may be written over it. Each call decides anew, by what the modules are at that moment: the
+    steps are joined only if all of them are exactly nn.Conv2d with zero padding and no bias of its own,
+    FrozenBatchNorm2d and nn.ReLU, their tensors are ordinary ones, and nothing observes them: no hook on them or on all
+    modules, no parametrization, patch, transform or mode. Otherwise the modules are called one by one. Nothing is kept
+    from one call to the next, so nothing can be stale; what `Folded` keeps tells by itself.
 
     On a CPU the norm's scale goes into the weights (in fp32, or fp64 for fp64 weights, and only then into the dtype of
     the convolution) and its shift into the bias; the result is channels_last, since oneDNN would reorder other maps on
@@ -108,8 +142,8 @@ def conv_norm_relu(
         records = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, conv.weight, added))
         outputs = x.numel() // conv.in_channels * conv.out_channels // (conv.stride[0] * conv.stride[1])
         arguments = conv, norm, relu is not None, x, added, records
-        if x.device.type == "cpu" and (records or type(norm) is nn.Identity or outputs >= conv.weight.numel()):
-            return _on_cpu(*arguments)  # of few outputs, a norm takes less time than folding
+        if x.device.type == "cpu" and (records or isinstance(norm, nn.Identity) or outputs >= conv.weight.numel()):
+            return _on_cpu(*arguments, spare)  # of few outputs, a norm takes less time than folding
         if x.device.type == "cuda" and (records or outputs >= LARGE) and x.dtype != torch.float64 and gpu_kernels():
             return _on_gpu(*arguments)
     y = norm(conv(x))
@@ -118,6 +152,37 @@ def conv_norm_relu(
     if added is not None:
         y += added
     return y if relu is None else relu(y)
+
+
+def add_conv_norm(total: Tensor, block: nn.Module, x: Tensor) -> Tensor:
+    """total + block(x), in the memory of `total`, which nobody else holds.
+
+    Where `block` is a convolution, with or without a norm, that conv_norm_relu would take in one step, and no gradient
+    is recorded, the sum is part of that step.
+    """
+    if type(block) is nn.Sequential and len(block) in (1, 2) and _is_eager(x) and x.device.type == "cpu":
+        conv, norm = (*block, _NO_NORM)[:2]
+        if not torch.is_grad_enabled() and not is_observed(block) and _is_plain(conv, norm, None, x):
+            return _on_cpu(cast(nn.Conv2d, conv), norm, False, x, total, False, spare=True)
+    return total.add_(block(x))
+
+
+_NO_NORM = nn.Identity()
+
+
+WORTH_LOOKING = 2**20  # elements of a map; below it, looking who holds it takes longer than new memory
+
+
+def is_spare(step: tuple[nn.Module, nn.Module, nn.Module | None], *around: nn.Module, x: Tensor) -> bool:
+    """Whether nobody sees a large map on a CPU on its way through `step` (convolution, norm, ReLU) in `around`."""
+    return (
+        _is_eager(x)
+        and x.device.type == "cpu"
+        and x.numel() >= WORTH_LOOKING
+        and not torch.is_grad_enabled()
+        and not is_observed(*around)
+        and _is_plain(*step, x)
+    )
 
 
 LARGE = 2**22  # elements of a map; below it, a GPU waits for the host, and torch's own operations start sooner
@@ -130,7 +195,7 @@ def _constants(norm: nn.Module) -> tuple:
 
 def _is_plain(conv: nn.Module, norm: nn.Module, relu: nn.Module | None, x: Tensor) -> bool:
     """Whether these modules and tensors are the ordinary ones, and nobody sees what happens between them."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) not in ORDINARY:
+    if not _is_eager(x):
         return False
     if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or x.dim() != 4:
         return False
@@ -145,15 +210,20 @@ def _is_plain(conv: nn.Module, norm: nn.Module, relu: nn.Module | None, x: Tenso
         constants = _constants(norm)
         if bias is not None or not all(type(t) is Tensor and not t.requires_grad for t in constants):
             return False
-    elif type(norm) is not nn.Identity or type(bias) is not nn.Parameter or bias.requires_grad or weight.requires_grad:
-        return False  # `fuse` leaves an Identity behind a convolution with a bias, which do not train
+    elif type(norm) not in (Folded, nn.Identity) or type(bias) is not nn.Parameter:
+        return False
     return (
-        type(weight) in ORDINARY
+        not (bias is not None and torch.is_grad_enabled() and (bias.requires_grad or weight.requires_grad))
+        and type(weight) in ORDINARY
         and not (x.is_meta or weight.is_meta)
         and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
         and not is_observed(conv, norm, relu)
         and not is_transformed()
     )
+
+
+def _is_eager(x: Tensor) -> bool:
+    return type(x) in ORDINARY and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
 
 
 ORDINARY = (Tensor, nn.Parameter)
@@ -169,7 +239,15 @@ class _Convolution(NamedTuple):
     groups: int
 
 
-def _on_cpu(conv: nn.Conv2d, norm: nn.Module, relu: bool, x: Tensor, shortcut: Tensor | None, records: bool) -> Tensor:
+def _on_cpu(
+    conv: nn.Conv2d,
+    norm: nn.Module,
+    relu: bool,
+    x: Tensor,
+    shortcut: Tensor | None,
+    records: bool,
+    spare: bool,
+) -> Tensor:
     weight, how = conv.weight, _Convolution(conv.stride, conv.padding, conv.dilation, conv.groups)
     dtype = weight.dtype
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
@@ -180,12 +258,15 @@ def _on_cpu(conv: nn.Conv2d, norm: nn.Module, relu: bool, x: Tensor, shortcut: T
         scale, shift = norm.scale_and_shift()
         if records:
             return _FoldedConv.apply(x, weight, scale, shift.to(dtype), shortcut, relu, how)
-        return _convolve(x, _fold(weight, scale, dtype), shift.to(dtype), shortcut, relu, how)
+        return _convolve(x, _fold(weight, scale, dtype), shift.to(dtype), shortcut, relu, how, spare)
     assert conv.bias is not None  # the norm's shift
     if records:
         return _add_relu(conv(x), shortcut, relu)
-    weight = weight.to(dtype, memory_format=torch.channels_last)
-    return _convolve(x, weight, conv.bias.to(dtype), shortcut, relu, how)
+    packed: Tensor | None = None
+    if isinstance(norm, Folded) and x.numel() and (onednn := onednn_convolutions(dtype)) is not None:
+        packed = norm.packed(conv, dtype, x, how, onednn)
+    weight = weight.to(dtype, memory_format=torch.channels_last) if packed is None else packed
+    return _convolve(x, weight, conv.bias.to(dtype), shortcut, relu, how, spare)
 
 
 class _FoldedConv(torch.autograd.Function):
@@ -233,17 +314,27 @@ def _fold(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _convolve(
-    x: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, relu: bool, how: _Convolution
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shortcut: Tensor | None,
+    relu: bool,
+    how: _Convolution,
+    spare: bool = False,
 ) -> Tensor:
-    """[relu](conv2d(x) [+ shortcut]), no gradient recorded."""
-    convolution = onednn_convolution(x.dtype) if relu else None
-    if convolution is None:
+    """[relu](conv2d(x) [+ shortcut]), no gradient recorded; written over the shortcut if it is `spare`."""
+    onednn = onednn_convolutions(x.dtype) if relu or spare or weight.is_mkldnn else None
+    if onednn is None:
         return _add_relu(F.conv2d(x, weight, bias, *how), shortcut, relu)
     # One pass over the map, not three: on AMX a third of a bfloat16 forward pass.
     stride, padding, dilation, groups = how
+    arguments: tuple = weight, bias, padding, stride, dilation, groups
     if shortcut is None:
-        return convolution(x, weight, bias, padding, stride, dilation, groups, "relu", [], "")
-    return convolution.binary(x, shortcut, weight, bias, padding, stride, dilation, groups, "add", 1.0, "relu", [], "")
+        return onednn._convolution_pointwise(x, *arguments, "relu" if relu else "none", [], "")
+    arguments = *arguments, "add", 1.0, "relu" if relu else None, [], ""
+    if spare:  # new memory is slow: the system gives it page by page
+        return onednn._convolution_pointwise_.binary(shortcut, x, *arguments)
+    return onednn._convolution_pointwise.binary(x, shortcut, *arguments)
 
 
 def _add_relu(y: Tensor, shortcut: Tensor | None, relu: bool) -> Tensor:

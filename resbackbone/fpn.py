@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from resbackbone.folding import add_conv_norm
 from resbackbone.layers import norm_layer
 from resbackbone.resnet import Feature
 
@@ -73,11 +74,12 @@ class FPN(nn.Module):
     def forward(self, maps: dict[str, Tensor]) -> dict[str, Tensor]:
         merged, pyramid = None, {}
         for i in reversed(range(len(self.inner_blocks))):  # from c5 down
-            level = self.trunk_levels[i]
-            lateral = self.inner_blocks[str(i)](maps[level])
-            if merged is not None:  # added to the upsampled map, which nobody else holds
-                lateral = F.interpolate(merged, size=lateral.shape[-2:], mode="nearest").add_(lateral)
-            merged = lateral
+            level, lateral = self.trunk_levels[i], self.inner_blocks[str(i)]
+            if merged is None:
+                merged = lateral(maps[level])
+            else:
+                upsampled = F.interpolate(merged, size=maps[level].shape[-2:], mode="nearest")
+                merged = add_conv_norm(upsampled, lateral, maps[level])
             if str(i) in self.layer_blocks:
                 pyramid["p" + level[1]] = self.layer_blocks[str(i)](merged)
         if "p7" in self.levels:

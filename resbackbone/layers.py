@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.compat import is_observed
-from resbackbone.folding import FrozenBatchNorm2d, conv_norm
+from resbackbone.folding import Folded, FrozenBatchNorm2d, conv_norm
 
 Norm = Callable[[int], nn.Module]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -74,17 +74,6 @@ class Projection(nn.Sequential):
         return super().__getitem__(index)
 
 
-class Stage(nn.Sequential):
-    """The blocks of one stage, one after the other."""
-
-    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
-        """`recompute`: keep no activations of blocks that train, and compute them again in backward."""
-        for block in self:
-            train = recompute and any(p.requires_grad for p in block.parameters())
-            x = checkpointed(block, x) if train else block(x)
-        return x
-
-
 class NoShortcut(nn.Module):
     """A plain network's block adds nothing."""
 
@@ -139,8 +128,10 @@ def fuse(module: nn.Module) -> nn.Module:
 
     Pairs are `convN` with `bnN`, and neighbours in a Sequential. Outputs are those of eval mode; afterwards there
     is no such norm left to train or to load. Each pair becomes a new convolution: tied weights, and state dicts taken
-    before, stay as they are. A pair that is not plain stays: with hooks or parametrizations, or of
-    other classes.
+    before, stay as they are. A pair that is not plain stays: with hooks or parametrizations, or of other classes.
+
+    On a CPU the weights are also kept as oneDNN wants them (`folding.Folded`), until they change. After changing them,
+    or their dtype, call it again.
     """
     for child in module.children():
         fuse(child)
@@ -153,6 +144,8 @@ def fuse(module: nn.Module) -> nn.Module:
         convolution, norm = children[conv_name], children.get(norm_name)
         if type(convolution) is not nn.Conv2d or is_observed(convolution, norm):
             continue
+        if isinstance(norm, Folded):
+            norm.watch(convolution)
         if norm is None or not (type(norm) is FrozenBatchNorm2d or _can_freeze(norm)):
             continue
         frozen = cast(FrozenBatchNorm2d, freeze(norm))
@@ -165,7 +158,8 @@ def fuse(module: nn.Module) -> nn.Module:
         )
         fused.bias = nn.Parameter(shift.to(fused.weight.dtype), requires_grad=False)
         setattr(module, conv_name, fused)
-        setattr(module, norm_name, nn.Identity())
+        setattr(module, norm_name, folded := Folded())
+        folded.watch(fused)
     return module
 
 

@@ -2,14 +2,13 @@
 
 import logging
 from collections.abc import Iterable, Iterator
-from functools import partial
 from typing import NamedTuple, cast
 
 from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.folding import conv_norm_relu
-from resbackbone.layers import BATCH_NORMS, Norm, Stage, conv, freeze, norm_layer, shortcut
+from resbackbone.folding import conv_norm_relu, is_spare
+from resbackbone.layers import BATCH_NORMS, Norm, Projection, checkpointed, conv, freeze, norm_layer, shortcut
 
 _log = logging.getLogger("resbackbone")
 
@@ -47,9 +46,9 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = conv(width, width, kernel=3, dilation=dilation[1]), norm(width)
         self.downsample = shortcut(layout.shortcut, in_channels, width, stride, norm)  # None is the identity
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
+    def forward(self, x: Tensor, spare: bool = False) -> Tensor:  # [B, in_channels, H, W]
         y = conv_norm_relu(self.conv1, self.bn1, self.relu, x)  # [B, width, H/stride, W/stride], rounded up
-        return conv_norm_relu(self.conv2, self.bn2, self.relu, y, partial(_shortcut, self.downsample, x))
+        return _last(self, (self.conv2, self.bn2, self.relu), y, x, spare)
 
 
 class Bottleneck(nn.Module):
@@ -72,15 +71,53 @@ class Bottleneck(nn.Module):
         self.relu = nn.ReLU(inplace=True)
         self.downsample = shortcut(layout.shortcut, in_channels, out_channels, stride, norm)  # None is the identity
 
-    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W]
+    def forward(self, x: Tensor, spare: bool = False) -> Tensor:  # [B, in_channels, H, W]
         y = conv_norm_relu(self.conv1, self.bn1, self.relu, x)  # [B, width, H, W]
         y = conv_norm_relu(self.conv2, self.bn2, self.relu, y)  # [B, width, H/stride, W/stride], rounded up
         # -> [B, 4 * 64 * 2^i, H/stride, W/stride]
-        return conv_norm_relu(self.conv3, self.bn3, self.relu, y, partial(_shortcut, self.downsample, x))
+        return _last(self, (self.conv3, self.bn3, self.relu), y, x, spare)
 
 
-def _shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor | None:
-    return x if downsample is None else downsample(x)
+Step = tuple[nn.Module, nn.Module, nn.Module]  # convolution, norm, ReLU
+
+
+def _last(block: BasicBlock | Bottleneck, step: Step, y: Tensor, x: Tensor, spare: bool) -> Tensor:
+    """relu(norm(conv(y)) + shortcut of x), written over the shortcut where nobody else holds it: over x if `spare`."""
+    shortcut = block.downsample
+    if shortcut is None:
+        return conv_norm_relu(*step, y, lambda: x, spare)
+    spare = False
+    if isinstance(shortcut, Projection) and type(shortcut).forward is PROJECT and len(shortcut) == 2:
+        spare = is_spare((shortcut[0], shortcut[1], None), shortcut, x=x)
+    return conv_norm_relu(*step, y, lambda: shortcut(x), spare)
+
+
+def _is_discreet(block: nn.Module, x: Tensor) -> bool:
+    """Whether nobody sees the block's input x, nor what it returns. Asked before the call: a hook may remove itself."""
+    if type(block).forward not in FORWARDS:
+        return False
+    assert isinstance(block, BasicBlock | Bottleneck)
+    last = (block.conv3, block.bn3) if isinstance(block, Bottleneck) else (block.conv2, block.bn2)
+    return is_spare((*last, block.relu), block, x=x) and is_spare((block.conv1, block.bn1, block.relu), x=x)
+
+
+PROJECT, FORWARDS = Projection.forward, (BasicBlock.forward, Bottleneck.forward)  # others if patched or overridden
+
+
+class Stage(nn.Sequential):
+    """The blocks of one stage, one after the other."""
+
+    def forward(self, x: Tensor, recompute: bool = False) -> Tensor:
+        """`recompute`: keep no activations of blocks that train, and compute them again in backward."""
+        spare = False  # whether nobody else holds x
+        for block in self:
+            discreet = _is_discreet(block, x)
+            if recompute and any(p.requires_grad for p in block.parameters()):
+                x = checkpointed(block, x)
+            else:
+                x = block(x, spare=True) if spare and discreet else block(x)
+            spare = discreet
+        return x
 
 
 # Table 1: the kind of block, and how many of them conv2_x .. conv5_x have.

@@ -1,6 +1,7 @@
 """A frozen norm folded into its convolution: the same numbers and gradients, less kept for backward, never stale."""
 
 import copy
+import pickle
 from functools import partial
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone
-from resbackbone.folding import FrozenBatchNorm2d, conv_norm, conv_norm_relu
+from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone, folding
+from resbackbone.compat import onednn_convolutions
+from resbackbone.folding import Folded, FrozenBatchNorm2d, conv_norm, conv_norm_relu
 from resbackbone.layers import Projection, checkpointed, fuse
 from resbackbone.resnet import BasicBlock, Bottleneck, Layout
 
@@ -320,6 +322,209 @@ def test_whichever_way_the_weights_change_the_next_call_computes_with_the_new_on
         after, expected = conv_norm(conv, norm, x), norm(conv(x))
     assert relative_error(before, expected) > 1e-6  # it did change something
     assert relative_error(after, expected) < 1e-6
+
+
+def written_through_numpy(conv: nn.Conv2d, norm: nn.Module) -> None:
+    conv.weight.numpy()[2, 2, 1, 1] += 1
+
+
+def written_through_numpy_between_calls(conv: nn.Conv2d, norm: nn.Module) -> None:
+    array = conv.weight.numpy()
+    with torch.no_grad():
+        conv_norm(conv, norm, torch.randn(1, 4, 5, 7))
+    array[2, 2, 1, 1] += 1
+
+
+def written_through_its_storage(conv: nn.Conv2d, norm: nn.Module) -> None:
+    conv.weight.untyped_storage().copy_(torch.randn_like(conv.weight).untyped_storage())
+
+
+def written_in_inference_mode(conv: nn.Conv2d, norm: nn.Module) -> None:
+    with torch.inference_mode():
+        conv.weight[2, 2, 1, 1] += 1
+
+
+def written_in_a_view(conv: nn.Conv2d, norm: nn.Module) -> None:
+    conv.weight.detach()[3].zero_()
+
+
+def trained(conv: nn.Conv2d, norm: nn.Module) -> None:
+    conv.requires_grad_()
+    stepped(conv, norm)
+    conv.requires_grad_(False)
+
+
+def swapped_for_another(conv: nn.Conv2d, norm: nn.Module) -> None:
+    conv.weight = nn.Parameter(
+        folding.watched(torch.randn_like(conv.weight)), requires_grad=False
+    )  # marked in the same way
+
+
+TO_FUSED = [change for change in CHANGES if change.__name__ not in ("loaded_in_place", "loaded_by_assignment")]
+TO_FUSED = [change for change in TO_FUSED if "norm" not in change.__name__ and change is not another_eps]
+WRITES = [
+    written_through_numpy,
+    written_through_numpy_between_calls,
+    written_through_its_storage,
+    written_in_inference_mode,
+    written_in_a_view,
+    trained,
+    swapped_for_another,
+]
+
+
+def fused_pair() -> tuple[nn.Conv2d, Folded, Tensor]:
+    """The same pair, fused and used: its weights are kept as oneDNN wants them."""
+    conv, norm, x = pair()
+    conv, folded = fuse(nn.Sequential(conv, norm))
+    with torch.no_grad():
+        conv_norm(conv, folded, x)
+    assert (folded._packed is not None) == (onednn_convolutions(torch.float32) is not None)
+    return conv, folded, x
+
+
+@pytest.mark.parametrize("change", TO_FUSED + WRITES)
+def test_whichever_way_fused_weights_change_the_next_call_computes_with_the_new_ones(change):
+    conv, folded, x = fused_pair()
+    with torch.no_grad():
+        before = conv_norm(conv, folded, x)
+    change(conv, folded)
+    with torch.no_grad():
+        after, expected = conv_norm(conv, folded, x), conv(x)
+        assert relative_error(before, expected) > (0 if change is cast_and_back else 1e-6)
+        assert relative_error(after, expected) < 1e-6
+        fuse(nn.Sequential(conv, folded))  # keeps them again
+        assert relative_error(conv_norm(conv, folded, x), expected) < 1e-6
+    assert folded._packed is not None or not onednn_convolutions(torch.float32)
+
+
+def test_fused_weights_are_kept_while_they_are_only_read():
+    conv, folded, x = fused_pair()
+    packed = folded._packed
+    conv.state_dict(), [p.norm() for p in conv.parameters()], copy.deepcopy(conv), conv.to(torch.float32), conv(x)
+    with torch.no_grad():
+        larger = torch.randn(3, 4, 33, 9)
+        assert relative_error(conv_norm(conv, folded, larger), conv(larger)) < 1e-6
+        assert folded._packed is packed
+        with torch.autocast("cpu", torch.bfloat16):
+            assert relative_error(conv_norm(conv, folded, x).float(), conv(x).float()) < 0.02
+        conv.stride = (2, 1)
+        assert relative_error(conv_norm(conv, folded, x), conv(x)) < 1e-6
+
+
+def test_copies_and_pickles_of_fused_layers_keep_nothing_and_share_nothing():
+    conv, folded, x = fused_pair()
+    layers = nn.Sequential(conv, folded)
+    with torch.no_grad():
+        expected = conv(x)
+        for copied in (copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):  # noqa: S301
+            assert copied[1]._packed is None and list(copied.state_dict()) == ["0.weight", "0.bias"]
+            copied[0].weight.mul_(2)
+            assert relative_error(conv_norm(conv, folded, x), expected) < 1e-6
+            assert relative_error(conv_norm(*copied, x), copied[0](x)) < 1e-6
+
+
+def test_without_copy_on_write_nothing_is_kept(monkeypatch):
+    monkeypatch.delattr(torch, "_lazy_clone")
+    conv, norm, x = pair()
+    conv, folded = fuse(nn.Sequential(conv, norm))
+    with torch.no_grad():
+        assert relative_error(conv_norm(conv, folded, x), conv(x)) < 1e-6
+    assert folded._packed is None
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_sums_written_over_what_nobody_holds_are_the_same(depth, fused, autocast, randomised, monkeypatch):
+    network = randomised(resnet(depth, norm="FrozenBN", fpn=True, fpn_norm="FrozenBN"))
+    network = network.fuse() if fused else network
+    images = torch.randn(2, 3, 65, 49)
+    kept, maps = images.clone(), {}
+    for limit in (2**60, 0):
+        monkeypatch.setattr(folding, "WORTH_LOOKING", limit)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            trunk = network.with_levels(["c2", "c5"])(images)
+            maps[limit] = [*trunk.values(), *network(images).values()]
+    assert torch.equal(images, kept)
+    tolerance = 0.01 if autocast else 1e-6
+    assert all(relative_error(x.float(), y.float()) < tolerance for x, y in zip(*maps.values(), strict=True))
+
+
+def keep_outputs(block: nn.Module, keep, monkeypatch) -> None:
+    block.register_forward_hook(lambda module, inputs, output: keep(output))
+
+
+def keep_one_output(block: nn.Module, keep, monkeypatch) -> None:
+    hook = block.register_forward_hook(lambda module, inputs, output: (keep(output), hook.remove())[0])
+
+
+def keep_inputs(block: nn.Module, keep, monkeypatch) -> None:
+    block.register_forward_pre_hook(lambda module, inputs: keep(inputs[0]))
+
+
+def keep_inputs_of_a_layer(block: nn.Module, keep, monkeypatch) -> None:
+    block.conv1.register_forward_pre_hook(lambda module, inputs: keep(inputs[0]))
+
+
+def keep_outputs_of_relus(block: nn.Module, keep, monkeypatch) -> None:
+    seen = []  # the last ReLU's input is changed in place, by all packages
+    block.relu.register_forward_hook(
+        lambda module, inputs, output: seen.append(1) or (keep(output) if len(seen) == 3 else None)
+    )
+
+
+def keep_in_a_patched_forward(block: nn.Module, keep, monkeypatch) -> None:
+    forward = type(block).forward
+    monkeypatch.setattr(type(block), "forward", lambda self, x, **given: (keep(x), forward(self, x, **given))[1])
+
+
+def keep_in_a_layer(block: nn.Module, keep, monkeypatch) -> None:
+    class Keeps(nn.Conv2d):
+        def forward(self, x):
+            keep(x)
+            return super().forward(x)
+
+    block.conv1.__class__ = Keeps
+
+
+def keep_shortcuts(block: nn.Module, keep, monkeypatch) -> None:
+    if block.downsample is not None:
+        block.downsample.register_forward_hook(lambda module, inputs, output: keep(output))
+    else:
+        keep_outputs(block, keep, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        keep_outputs,
+        keep_one_output,
+        keep_inputs,
+        keep_inputs_of_a_layer,
+        keep_outputs_of_relus,
+        keep_in_a_patched_forward,
+        keep_in_a_layer,
+        keep_shortcuts,
+    ],
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_somebody_keeps_is_not_written_over(how, fused, randomised, monkeypatch):
+    monkeypatch.setattr(folding, "WORTH_LOOKING", 0)
+    network = randomised(resnet(50, norm="FrozenBN", levels=["c3"]))
+    network = network.fuse() if fused else network
+    images, kept = torch.randn(1, 3, 65, 49), []
+    for block in (network.layer1[0], network.layer1[1], network.layer2[1]):
+        how(block, lambda x: kept.append((x, x.clone())) and None, monkeypatch)
+    with torch.no_grad():
+        x = network.maxpool(network.stem(images))
+        for block in (*network.layer1, *network.layer2):  # called one by one, they get tensors of the caller's
+            kept.append((x, x.clone()))
+            x = block(x)
+        network(images)
+    assert len(kept) > 9
+    for x, then in kept:
+        assert torch.equal(x, then)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

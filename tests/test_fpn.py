@@ -135,7 +135,22 @@ def test_hooks_and_other_layers_work_on_lateral_maps_as_on_any_other():
     maps = {level: x.requires_grad_() for level, x in trunk_maps(TRUNK, 97, 130).items()}
     sum(x.square().sum() for x in fpn(maps).values()).backward()
     assert torch.equal(seen["kept"], fpn.inner_blocks["0"](maps["c2"]))
+    with torch.no_grad():
+        fpn(maps)
+    assert torch.equal(seen["kept"], fpn.inner_blocks["0"](maps["c2"]))
     assert len(gradients) == 1 and all(p.grad is not None for p in fpn.parameters())
+
+
+@pytest.mark.parametrize("norm", [None, "FrozenBN", "BN"])
+@pytest.mark.parametrize("onednn", [False, True])
+def test_sums_that_are_part_of_a_convolution_are_the_same(norm, onednn, randomised):
+    fpn, maps = randomised(FPN(TRUNK, channels=8, norm=norm)), trunk_maps(TRUNK, 97, 130)
+    for i, p in enumerate(p for n, p in fpn.named_parameters() if n.endswith("bias")):
+        torch.nn.init.constant_(p, 0.1 * (i + 1))
+    expected, kept = fpn(maps), {level: x.clone() for level, x in maps.items()}
+    with torch.no_grad(), torch.backends.mkldnn.flags(enabled=onednn):
+        assert_same(fpn(maps), expected)
+    assert all(torch.equal(x, kept[level]) for level, x in maps.items())
 
 
 @pytest.mark.parametrize("norm", [None, "FrozenBN", "BN"])

@@ -200,13 +200,14 @@ def inspect(contender: Contender, name: str, result: dict, *, on_gpu: bool) -> A
     """
     if contender.module is None:
         return contender.run()
-    kept = {t.untyped_storage().data_ptr() for t in (*contender.module.parameters(), *contender.module.buffers())}
+    # By the storage, not its address: a fused network counts weights whose address was given away as changed.
+    kept = {t.untyped_storage()._cdata for t in (*contender.module.parameters(), *contender.module.buffers())}
     saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in kept:
-            saved[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in kept:
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
     if on_gpu:
