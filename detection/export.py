@@ -51,7 +51,7 @@ class ExportedDetector(nn.Module):
             images = images.float() / 255
         images = (images - self.mean) / self.std
         sides = torch.stack([torch.scalar_tensor(side, dtype=torch.int64) for side in own])
-        resized = resized_sides(sides, self.shorter, self.longer)
+        resized = resized_sides(sides, self.shorter, self.longer).clamp(min=1)  # OpenVINO would go on without pixels
         for dim, blocks in enumerate(-(-resized // self.block)):
             count = blocks.item()
             torch._check(count >= 1)

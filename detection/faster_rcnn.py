@@ -167,9 +167,9 @@ class FasterRCNN(GeneralizedRCNN):
 
         The file holds a fused fp32 copy, with resizing, normalization, RoIAlign and NMS; this detector stays as it is.
         Input: `images` [B, C, H, W], uint8 or, with `input_type="float32"`, floats in 0..1; RGB for C = 3. B, H and W
-        are free; the images of a batch have one size, with sides up to 32,767 pixels. Outputs: `boxes` [B, N, 4] x1 y1
-        x2 y2 in pixels of the given images, `scores` [B, N] falling, `labels` [B, N] 1.., and `count` [B]: rows from it
-        on are zeros. N is `box_detections_per_img`. The thresholds are those that the detector has now.
+        are free; the images of a batch have one size, with sides from 1 to 32,767 pixels. Outputs: `boxes` [B, N, 4]
+        x1 y1 x2 y2 in pixels of the given images, `scores` [B, N] falling, `labels` [B, N] 1.., and `count` [B]: rows
+        from it on are zeros. N is `box_detections_per_img`. The thresholds are those that the detector has now.
 
         The file describes itself: `input`, `categories` (id and name of each label), `score_threshold`,
         `nms_threshold`, `detections_per_image`, `resized_to`, `detector` and `backbone` (their configs) and
