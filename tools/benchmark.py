@@ -31,19 +31,25 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine.device import choose_device
 from resbackbone.resnet import DEPTHS
-from resbackbone.tools.benchmarks import contest, detectors, networks, scoring
+from resbackbone.tools.benchmarks import contest, detectors, networks, runtimes, scoring
 from resbackbone.tools.benchmarks.contest import BF16, COMPILED, FUSED, GPU_MODES, OWN, TF32, Job, Workload
 from resbackbone.tools.benchmarks.machine import describe
 from resbackbone.tools.benchmarks.report import failures_of, label_of, markdown
 
-PEERS = ("torchvision", "timm", "detectron2", "pycocotools")
+PEERS = ("torchvision", "timm", "detectron2", *runtimes.RUNTIMES, "pycocotools")
 BACKBONE_MODES = ("fp32", "fp32-channels-last", TF32, BF16, COMPILED)
 DETECTOR_MODES = ("fp32", TF32, BF16)
 JOBS = {
     "inference": Job(
         "Backbone inference: ResNet-{depth}, c2 to c5, {height} x {width}",
-        (OWN, FUSED, "torchvision", "timm", "detectron2"),
+        (OWN, FUSED, "torchvision", "timm", "detectron2", *runtimes.RUNTIMES),
         partial(networks.backbone, False),
+        BACKBONE_MODES,
+    ),
+    "pyramid-inference": Job(
+        "Backbone and pyramid inference: ResNet-{depth} FPN, p2 to p6, {height} x {width}",
+        (OWN, FUSED, "torchvision", "detectron2", *runtimes.RUNTIMES),
+        partial(networks.backbone, False, fpn=True),
         BACKBONE_MODES,
     ),
     "training": Job(
@@ -86,11 +92,12 @@ JOBS = {
 
 @dataclass(frozen=True)
 class Options:
-    """This package beside torchvision, timm, detectron2 and pycocotools: time and memory of the same jobs."""
+    """This package beside torchvision, timm, detectron2, ONNX Runtime, OpenVINO and pycocotools: time and memory of the
+    same jobs."""
 
     jobs: Several[str] = ()
-    """inference, training, detector-inference, detector-training, imagenet or scoring. Default: on a GPU all but
-    scoring, on a CPU all but imagenet."""
+    """inference, pyramid-inference, training, detector-inference, detector-training, imagenet or scoring. Default: on a
+    GPU all but scoring, on a CPU all but imagenet."""
     modes: Several[str] = ()
     """fp32, fp32-channels-last or bf16-channels-last, on a GPU also tf32-channels-last or bf16-compiled; fp64 for
     scoring. Default: all that suit the job."""
@@ -131,7 +138,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     options.output.mkdir(parents=True, exist_ok=True)
     for name, work in contests:
-        names = [one for one in JOBS[name].names if contest.package_of(one) in installed]
+        suited = [one for one in JOBS[name].names if runtimes.suits(one, work)]
+        names = [one for one in suited if contest.package_of(one) in installed]
         result = contest.empty_result(name, work, names)
         try:
             if time.monotonic() > deadline:

@@ -15,12 +15,13 @@ from torch import nn
 from detection import scoring as own_scoring
 from resbackbone.cli.command import main_of
 from resbackbone.tools import benchmark
-from resbackbone.tools.benchmarks import contest, detectors, machine, networks, report, scoring
+from resbackbone.tools.benchmarks import contest, detectors, machine, networks, report, runtimes, scoring
 
 ROOT = Path(__file__).parents[2]
-TINY = ["--height", "48", "--width", "64", "--depth", "18", "--rounds", "1", "--output", "out"]
+TINY = ["--height", "64", "--width", "96", "--depth", "18", "--rounds", "1", "--output", "out"]
 INSTALLED = [name for name in ("torchvision", "timm", "detectron2") if importlib.util.find_spec(name)]
 DETECTING = [name for name in INSTALLED if name in detectors.DETECTORS]
+RUNTIMES = [name for name in runtimes.RUNTIMES if importlib.util.find_spec(name)]
 SMALL = contest.Workload("fp32", "cpu", 18, 64, 96, 1)
 
 
@@ -41,15 +42,17 @@ def content_of(folder="out"):
 
 @pytest.mark.parametrize("mode, size", [("fp32", 1), ("bf16-channels-last", 2)])
 def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, without_memory, capsys):
-    asked = ["inference", "training", "detector-inference", "detector-training"]
+    asked = ["inference", "pyramid-inference", "training", "detector-inference", "detector-training"]
     if mode.startswith("bf16"):  # its only mode by default
         asked.append("imagenet")
     content = benchmark.main([*TINY, "--jobs", *asked, "--modes", mode, "--batch-sizes", str(size)])
     assert json.loads(json.dumps(content)) == content_of()
     assert [(r["job"], r["mode"]) for r in content["contests"]] == [(job, mode) for job in asked]
     assert {r["batch_size"] for r in content["contests"]} == {size}
+    suited = [name for name in RUNTIMES if name != "onnxruntime" or mode == "fp32"]  # it has no bf16
     wanted = {
-        "inference": ["resbackbone", "resbackbone, fused", *INSTALLED],
+        "inference": ["resbackbone", "resbackbone, fused", *INSTALLED, *suited],
+        "pyramid-inference": ["resbackbone", "resbackbone, fused", *DETECTING, *suited],
         "training": ["resbackbone", *INSTALLED],
         "detector-inference": ["resbackbone", "resbackbone, fused", *DETECTING],
         "detector-training": ["resbackbone", *DETECTING],
@@ -59,8 +62,9 @@ def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, w
         names = wanted[result["job"]]
         assert result["names"] == names and set(result["seconds"]) == {*names} and not result["failed"]
         assert all(len(seconds) == 1 and seconds[0] > 0 for seconds in result["seconds"].values())
-        for kind in ("difference", "saved_bytes", "peak_bytes"):
+        for kind in ("difference", "peak_bytes"):
             assert set(result[kind]) == set(names)
+        assert set(result["saved_bytes"]) == {*names} - {*RUNTIMES}
         assert max(result["difference"].values()) <= result["tolerance"]
         assert any(result["difference"].values()) or result["job"] == "imagenet"  # there the same operations
         trains = "inference" not in result["job"]
@@ -68,7 +72,16 @@ def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, w
     assert content["hardware"]["cores"] >= 1 and content["versions"]["torch"]
     text, said = Path("out/benchmark.md").read_text(), capsys.readouterr().out
     assert text.count("### ") == text.count("| **resbackbone** |") == len(asked) and "images/s" in text
-    assert "training step, 48 x 64\n\n| images | mode |" in text and text in said
+    assert "training step, 64 x 96\n\n| images | mode |" in text and text in said
+
+
+@pytest.mark.parametrize("mode, cpu", [("fp32", RUNTIMES), ("bf16-channels-last", ["openvino"])])
+def test_runtimes_take_part_on_a_cpu_in_the_precisions_that_they_have(mode, cpu):
+    work = replace(SMALL, mode=mode)
+    assert {*cpu} <= {name for name in runtimes.RUNTIMES if runtimes.suits(name, work)} <= {*runtimes.RUNTIMES}
+    assert runtimes.suits("onnxruntime", work) == (mode == "fp32")
+    assert not any(runtimes.suits(name, replace(work, device="cuda")) for name in runtimes.RUNTIMES)
+    assert runtimes.suits("resbackbone, fused", work) and runtimes.suits("timm", replace(work, device="cuda"))
 
 
 def test_drawn_images_differ_and_contain_their_boxes():
@@ -144,7 +157,10 @@ def test_a_machine_with_little_installed_can_time_networks():
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--jobs", "training", "trainign"], "unknown job 'trainign'; choose from inference, training, "),
+        (
+            ["--jobs", "training", "trainign"],
+            "unknown job 'trainign'; choose from inference, pyramid-inference, training, ",
+        ),
         (["--modes", "fp16"], "unknown mode of inference on cpu 'fp16'; choose from fp32, fp32-channels-last, bf16-"),
         (["--depth", "20"], "unknown depth 20; choose from 18, "),
         (["--rounds", "0"], "--rounds 0: must be at least 1"),
@@ -361,7 +377,8 @@ def test_the_tables_on_the_benchmark_page_are_those_of_the_measured_run():
     page = (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
     newest = max((ROOT / "docs" / "benchmarks").glob("20*-cpu.json"))
     results = json.loads(newest.read_text())["contests"]
-    assert {result["job"] for result in results} == benchmark.JOBS.keys() - {"imagenet"}
+    measured, newer = {result["job"] for result in results}, {"imagenet", "pyramid-inference"}
+    assert benchmark.JOBS.keys() - newer <= measured <= benchmark.JOBS.keys()
     for result in results:
         assert {*report.table([result])} <= {*page}, result["job"]
 

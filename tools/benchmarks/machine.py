@@ -15,7 +15,10 @@ import torch
 
 from resbackbone.engine.provenance import commit
 
-VERSIONS = ("torch", "torchvision", "timm", "detectron2", "pycocotools", "hotcoco", "msgspec", "numpy", "simplejpeg")
+VERSIONS = (
+    *("torch", "torchvision", "timm", "detectron2", "onnxruntime", "openvino"),
+    *("pycocotools", "hotcoco", "msgspec", "numpy", "simplejpeg"),
+)
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")  # as /proc/cpuinfo names them
 CPUINFO, STATUS, CLEAR = Path("/proc/cpuinfo"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
 

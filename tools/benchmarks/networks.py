@@ -1,6 +1,6 @@
 """Every package's ResNet with the same weights and input: backbones of detectors, and classifiers to pretrain.
 
-A backbone returns c2..c5; its norms, its stem and c2 are frozen. The input is normalized RGB.
+A backbone returns c2..c5, or with a pyramid p2..p6; its norms, its stem and c2 are frozen. The input is normalized RGB.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,8 +15,8 @@ from torchvision.models import get_model
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
-from resbackbone.resnet import STAGES
 from resbackbone.tools.benchmarks.contest import FUSED, OWN, Contender, Workload, package_of
+from resbackbone.tools.benchmarks.runtimes import RUNTIMES, exported, runner
 from resbackbone.weights.translate import from_ours
 
 
@@ -33,12 +33,12 @@ def randomize_norms(model: nn.Module) -> nn.Module:
     return model
 
 
-@lru_cache(maxsize=1)
-def backbone_weights(depth: int) -> dict[str, Tensor]:
+@lru_cache(maxsize=2)
+def backbone_weights(depth: int, fpn: bool = False) -> dict[str, Tensor]:
     """A state dict under our names, the same in every process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return randomize_norms(build_resnet_backbone(depth)).state_dict()
+        return randomize_norms(build_resnet_backbone(depth, fpn=fpn)).state_dict()
 
 
 class NamedMaps(nn.Module):
@@ -50,16 +50,22 @@ class NamedMaps(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         maps = self.body(images)
-        return dict(zip(STAGES, maps.values() if isinstance(maps, dict) else maps, strict=True))
+        found = list(maps.values() if isinstance(maps, dict) else maps)
+        return {f"{'p' if len(found) == 5 else 'c'}{2 + i}": x for i, x in enumerate(found)}
 
 
 def build_own(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    return build_resnet_backbone(depth, weights=dict(state))  # FrozenBN, frozen through c2
+    return build_resnet_backbone(depth, fpn=has_pyramid(state), weights=dict(state))  # FrozenBN, frozen through c2
+
+
+def has_pyramid(state: Mapping[str, Tensor]) -> bool:
+    return any(key.startswith("fpn.") for key in state)
 
 
 def build_torchvision(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """The trunk as torchvision's detectors build it: FrozenBN, frozen through c2."""
-    body = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None).body
+    """The trunk, or the whole, as torchvision's detectors build it: FrozenBN, frozen through c2."""
+    whole = resnet_fpn_backbone(backbone_name=f"resnet{depth}", weights=None)
+    body = whole if has_pyramid(state) else whole.body
     body.load_state_dict(from_ours(state, "torchvision"))
     return NamedMaps(body)
 
@@ -91,11 +97,14 @@ def detectron2_config(depth: int, settings: str):
 
 
 def build_detectron2(depth: int, state: Mapping[str, Tensor]) -> nn.Module:
-    """Only the body of the network: the weights are made for our normalized input."""
+    """Only the backbone of the network: the weights are made for our normalized input."""
     from detectron2.modeling import build_backbone
 
-    body = build_backbone(detectron2_config(depth, "MODEL.BACKBONE.NAME build_resnet_backbone"))
-    body.load_state_dict(from_ours(state, "detectron2"))
+    kind = "build_resnet_fpn_backbone" if has_pyramid(state) else "build_resnet_backbone"
+    settings = f"MODEL.BACKBONE.NAME {kind} MODEL.FPN.IN_FEATURES ['res2','res3','res4','res5']"
+    body = build_backbone(detectron2_config(depth, settings))
+    theirs = from_ours(state, "detectron2")
+    body.load_state_dict({key.removeprefix("backbone."): tensor for key, tensor in theirs.items()})
     return NamedMaps(body)
 
 
@@ -108,9 +117,17 @@ def images(work: Workload) -> Tensor:
     return work.place(torch.randn(size, generator=torch.Generator().manual_seed(1)))
 
 
-def backbone(training: bool, work: Workload, name: str) -> Contender:
+@lru_cache(maxsize=1)
+def exported_backbone(depth: int, fpn: bool) -> bytes:
+    backbone = build_own(depth, backbone_weights(depth, fpn))
+    return exported(backbone.export)
+
+
+def backbone(training: bool, work: Workload, name: str, *, fpn: bool = False) -> Contender:
     """The contender `name`, such as "timm" or "resbackbone, fused", for inference or a training step."""
-    network = work.place(BACKBONES[package_of(name)](work.depth, backbone_weights(work.depth))).train(training)
+    if name in RUNTIMES:
+        return Contender(runner(name, exported_backbone(work.depth, fpn), images(work), work))
+    network = work.place(BACKBONES[package_of(name)](work.depth, backbone_weights(work.depth, fpn))).train(training)
     if name == FUSED:
         network.fuse()
     called, counted = work.compiled(network)
