@@ -87,20 +87,27 @@ def resized_sides(sides: Tensor, shorter: int, longer: int) -> Tensor:
     found by long division, in integers below 2**31.
     """
     low, high = sides.amin(0), sides.amax(0)
-    by_shorter = shorter * high <= longer * low
+    by_shorter = shorter * high - longer * low <= 0
     above, below = torch.where(by_shorter, shorter, longer), torch.where(by_shorter, low, high)  # scale's fraction
     powers = 2 ** torch.arange(16)
     exponent = (above >= below * powers).sum() - 1 - (above * powers[1:] < below).sum()  # floor(log2(scale))
-    rest, digits = above % below, 52 - exponent  # of the fraction's 53 binary digits in fp64, those behind the point
+    (_, rest), digits = _divided(above, below), 52 - exponent  # those of 53 in fp64 that are behind the point
     for _ in range(5):
         some = digits.clamp(max=14)
-        rest, digits = rest * 2**some % below, digits - some
-    product = sides * above
-    whole = product // below
+        (_, rest), digits = _divided(rest * 2**some, below), digits - some
+    whole, fraction = _divided(sides * above, below)
     log2 = (whole[:, None] >= powers).sum(1) - 1
-    error = sides * rest // below * torch.where(whole == 2**log2, 4, 2)  # fp64 is twice as fine below a power of two
+    error = _divided(sides * rest, below)[0] * torch.where(whole == 2**log2, 4, 2)  # fp64 is finer below a power of 2
     rounded_down = 2 * rest < below
-    return whole - ((product % below == 0) & rounded_down & (error > 2 ** (log2 - exponent))).long()
+    return whole - ((fraction == 0) & rounded_down & (error > 2 ** (log2 - exponent))).long()
+
+
+def _divided(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a // b and a % b of integers from 0 on; OpenVINO divides in fp32, by which the quotient may be off by one."""
+    quotient = a // b
+    rest = a - quotient * b
+    quotient = quotient + (rest >= b).long() - (rest < 0).long()
+    return quotient, a - quotient * b
 
 
 def _resize(images: Tensor, dim: int, own: Tensor, resized: Tensor, padded: int) -> Tensor:

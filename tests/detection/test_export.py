@@ -95,18 +95,35 @@ def assert_runs_everywhere(path: Path, detector, dtype: torch.dtype) -> None:
         assert count > 0 and (boxes >= 0).all() and boxes[..., 2].max() <= 98 and boxes[..., 3].max() <= 1.001, name
 
 
-def test_sides_are_resized_as_torchvision_does_it_in_fp64():
-    for shorter, longer in [(800, 1333), (600, 1000), (64, 97), (640, 640)]:
-        sides = torch.randint(1, 3000, (400, 2)) // torch.randint(1, 60, (400, 2)) + 1
-        sides[::3, 1] = sides[::3, 0] * 3 // 2  # products that are whole numbers, where fp64 may lose a pixel
-        sides[0] = torch.tensor([LARGEST, 7])
-        lost = 0
-        for height, width in sides.tolist():
-            scale = min(shorter / min(height, width), longer / max(height, width))
-            expected = [math.floor(height * scale), math.floor(width * scale)]
-            assert resized_sides(torch.tensor([height, width]), shorter, longer).tolist() == expected
-            lost += min(expected) < shorter and max(expected) < longer
-        assert lost
+class Sides(nn.Module):
+    """The resized sides of images [B, C, H, W]."""
+
+    def __init__(self, shorter: int, longer: int):
+        super().__init__()
+        self.shorter, self.longer = shorter, longer
+
+    def forward(self, images: Tensor) -> Tensor:
+        sides = torch.stack([torch.scalar_tensor(side, dtype=torch.int64) for side in images.shape[2:]])
+        return resized_sides(sides, self.shorter, self.longer)
+
+
+@pytest.mark.parametrize("shorter, longer", [(800, 1333), (600, 1000), (64, 97)])
+def test_sides_are_resized_as_torchvision_does_it_in_fp64_also_where_there_is_no_fp64(tmp_path, shorter, longer):
+    path = tmp_path / "sides.onnx"
+    network, example = Sides(shorter, longer), torch.zeros(2, 1, 50, 70, dtype=torch.uint8)
+    export_network(network, path, example, outputs=["sides"], metadata={})
+    sides = torch.randint(1, 3000, (600, 2)) // torch.randint(1, 60, (600, 2)) + 1
+    sides[::3, 1] = sides[::3, 0] * 3 // 2  # products that are whole numbers, where fp64 may lose a pixel
+    sides[0], sides[1] = torch.tensor([LARGEST, 7]), torch.tensor([1201, 333])
+    lost, runs = 0, runs_of(path)
+    for height, width in sides.tolist():
+        scale = min(shorter / min(height, width), longer / max(height, width))
+        expected = [math.floor(height * scale), math.floor(width * scale)]
+        images = torch.zeros(1, 1, height, width, dtype=torch.uint8)
+        for name, run in {**runs, "torch": lambda *images: [network(*images)]}.items():
+            assert run(images)[0].tolist() == expected, f"{height} x {width} in {name}"
+        lost += min(expected) < shorter and max(expected) < longer
+    assert lost  # by which a computation in exact numbers would differ
 
 
 class Suppression(nn.Module):
