@@ -153,17 +153,20 @@ def nms_one_by_one(boxes: Tensor, valid: Tensor, iou_threshold: float) -> Tensor
     two boxes or more, and the program would refuse fewer.
     """
 
-    def body(problem: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    def goes_on(problem: Tensor, keep: Tensor, boxes: Tensor, valid: Tensor) -> Tensor:
+        return problem < keep.shape[0]
+
+    def body(problem: Tensor, keep: Tensor, boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         i, count = problem[None], keep.shape[1]
         which = torch.cat((valid[i][0].nonzero()[:, 0], torch.arange(count, count + 2)))
         ranks = torch.arange(count + 2, 0, -1, dtype=boxes.dtype)
         some = torch.cat((boxes[i][0], boxes.new_zeros(2, 4)))[which]
         kept = which[nms(some, ranks[which], iou_threshold)]
-        row = torch.zeros(count + 2, dtype=torch.bool).index_fill(0, kept, True)[:count]
+        row = torch.zeros(count + 2, dtype=torch.bool).scatter(0, kept, torch.ones_like(kept, dtype=torch.bool))[:count]
         return problem + 1, keep.index_copy(0, i, row[None])
 
     start = torch.zeros((), dtype=torch.int64), torch.zeros_like(valid)
-    return torch.while_loop(lambda problem, keep: problem < keep.shape[0], body, start)[1]
+    return torch.ops.higher_order.while_loop(goes_on, body, start, (boxes, valid))[1]
 
 
 def nms_in_onnx(boxes, valid, iou_threshold: float):

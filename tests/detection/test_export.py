@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -180,6 +181,15 @@ def test_either_kind_of_file_runs_by_one_function(exported):
     expected = detector(list(pixels / 255))
     for found in load_exported(folder / "detector.onnx")(pixels), load_exported(folder / "detector.pt2")(pixels / 255):
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_a_pt2_needs_torch_and_torchvision_alone(exported):
+    code = (
+        "import sys, torch, torchvision\n"
+        "boxes, *_, count = torch.export.load(sys.argv[1]).module()(torch.rand(1, 3, 50, 71))\n"
+        "assert count > 0 and boxes.isfinite().all() and not {'detection', 'resbackbone'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code, exported[1] / "detector.pt2"], check=True, cwd=exported[1])
 
 
 def test_an_exported_file_says_what_it_takes_what_its_labels_are_and_at_which_thresholds(exported):
