@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+FEWEST_BOXES = 16  # that there is room for
+
 
 class Targets(NamedTuple):
-    """Ground truth of B images, padded to the largest number of boxes, which is at least 1."""
+    """Ground truth of B images, padded to the same number of boxes: at least 16, and a power of two."""
 
     boxes: Tensor  # [B, G, 4], x1 y1 x2 y2 in pixels
     labels: Tensor  # int64 [B, G]; 1 and above, 0 is padding
@@ -20,10 +22,11 @@ class Targets(NamedTuple):
         return self.labels > 0
 
     @classmethod
-    def of(cls, targets: Sequence[Mapping[str, Any]], *, room: int = 1) -> "Targets":
-        """{"boxes": [n, 4], "labels": [n]} of each image; G is at least `room`."""
+    def of(cls, targets: Sequence[Mapping[str, Any]]) -> "Targets":
+        """{"boxes": [n, 4], "labels": [n]} of each image."""
         first = targets[0]["boxes"]
-        blank = first.new_zeros(max(1, room), 4)
+        most = max(len(target["boxes"]) for target in targets)
+        blank = first.new_zeros(max(FEWEST_BOXES, 1 << (most - 1).bit_length()), 4)
         boxes = pad_sequence([t["boxes"].to(first.dtype) for t in targets] + [blank], batch_first=True)
         labels = pad_sequence([t["labels"] for t in targets] + [blank[:, 0].long()], batch_first=True)
         return cls(boxes[:-1], labels[:-1], targets)

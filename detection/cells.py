@@ -21,7 +21,7 @@ def sum_cells(maps: list[Tensor], level: Tensor, cells: Tensor, weights: Tensor)
     """
     rows = [rows_of(feature) for feature in maps]
     if rows[0].device.type != "cpu" and len(rows) > 1:  # on a CPU, copying the maps would cost more than it saves
-        begins = [0, *itertools.accumulate(map(len, rows))][:-1]
+        begins = [0, *itertools.accumulate(x.shape[0] for x in rows)][:-1]
         rows, cells, level = [torch.cat(rows)], cells + pick(begins, level)[:, None, None], torch.zeros_like(level)
     if rows[0].device.type == "mps":  # has no embedding_bag
         return (rows[0][cells] * weights.to(rows[0].dtype)[..., None]).sum(2)
@@ -62,7 +62,7 @@ def _(gradient, level, cells, weights, counts):
 def _keep(ctx, inputs, output) -> None:
     rows, level, cells, weights = inputs
     ctx.save_for_backward(level, cells, weights)
-    ctx.counts = [len(x) for x in rows]
+    ctx.counts = [x.shape[0] for x in rows]  # `len` would fix them in a compiled graph
 
 
 def _backward(ctx, gradient):

@@ -1,21 +1,23 @@
 """Faster R-CNN over a Backbone, a batch at a time: the FPN, C4, DC5 and VGG-16 variants, under torchvision's names."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detection.anchors import Anchors
-from detection.batch import Targets
+from detection.batch import Targets, sizes_of
 from detection.config import BACKBONE_OF, SHAPE, SINGLE_MAP_ANCHORS, DetectorConfig
 from detection.foreign import NOT_A_CLASS, announce_settings, describe_detector, with_settings
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
@@ -35,6 +37,7 @@ from resbackbone.weights.sources import is_named
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the single map that a variant uses
 PREDICTOR = "roi_heads.box_predictor."  # the layers whose size depends on the number of classes
 A_TARGET = 'a dict {"boxes": [n, 4] x1 y1 x2 y2, "labels": [n]}'
+BUCKET = 64  # pixels; the sides of a compiled batch are multiples of it
 BOX_TYPES = (torch.float32, torch.float64, torch.float16)  # that torchvision takes
 TORCHVISIONS = {  # arguments of its FasterRCNN that are modules, and what sets the same here
     "rpn_anchor_generator": "anchor_scale (side over stride, on a pyramid) or anchor_sides (pixels, on a single map)",
@@ -124,6 +127,7 @@ class FasterRCNN(GeneralizedRCNN):
         )
         super().__init__(backbone, rpn, roi_heads, transform)
         self.config = config
+        self._compiled: Callable | None = None  # of losses, after `compile`
 
     @property
     def categories(self) -> dict[int, str]:
@@ -155,12 +159,25 @@ class FasterRCNN(GeneralizedRCNN):
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, resized = self.transform(images, targets)
         padded = None if resized is None else Targets.of(resized)
+        if self.training and self._compiled is not None:
+            return self._compiled(self, *_in_buckets(batch, cast(Targets, padded)))
+        detections, losses = self._of_batch(batch, padded)
+        return losses if self.training else self.transform.postprocess(detections, batch.image_sizes, sizes)
+
+    def _of_batch(self, batch: ImageList, targets: Targets | None) -> tuple[list[dict], dict[str, Tensor]]:
+        """Detections in pixels of the resized images, and losses; one of them empty."""
         maps = self.backbone(batch.tensors)
-        proposals, rpn_losses = self.rpn(batch, maps, padded)
-        detections, losses = self.roi_heads(maps, proposals, batch.image_sizes, padded)
-        if self.training:
-            return {**losses, **rpn_losses}
-        return self.transform.postprocess(detections, batch.image_sizes, sizes)
+        proposals, rpn_losses = self.rpn(batch, maps, targets)
+        detections, losses = self.roi_heads(maps, proposals, batch.image_sizes, targets)
+        return detections, {**losses, **rpn_losses}
+
+    def compile(self, **options: Any) -> None:
+        """Compile training from the normalized batch to the losses as one graph, which `forward` then uses.
+
+        A batch is padded to multiples of 64 pixels, and its boxes to a power of two, so that few graphs serve all sizes
+        and numbers. options: those of torch.compile.
+        """
+        self._compiled = torch.compile(_losses_of_batch, **{"fullgraph": True, **options})
 
     def export(self, path: str | os.PathLike, *, input_type: str = "uint8") -> None:
         """Write images -> boxes to `path`, a file for ONNX (.onnx) or for `torch.export.load` (.pt2).
@@ -227,6 +244,22 @@ class FasterRCNN(GeneralizedRCNN):
                 raise UserError(
                     f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
                 )
+
+
+def _losses_of_batch(detector: FasterRCNN, images: Tensor, sizes: Tensor, boxes: Tensor, labels: Tensor) -> dict:
+    batch = ImageList(images, sizes)  # a tensor: numbers would each need a graph
+    return detector._of_batch(batch, Targets(boxes, labels))[1]
+
+
+def _in_buckets(batch: ImageList, targets: Targets) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `_losses_of_batch` takes, padded so that few graphs serve all batches."""
+    height, width = batch.tensors.shape[-2:]
+    images = F.pad(batch.tensors, (0, -width % BUCKET, 0, -height % BUCKET))
+    boxes, labels, _ = targets
+    for tensor, dimensions in ((images, (2, 3)), (boxes, (1,)), (labels, (1,))):
+        for dimension in dimensions:
+            torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+    return images, sizes_of(batch.image_sizes, boxes), boxes, labels
 
 
 def _check_form(targets: Any, images: int) -> None:

@@ -137,7 +137,7 @@ class SampledRPN(RegionProposalNetwork):
         kept = nms_sorted(lists.flatten(0, 1), kept.flatten(0, 1), self.nms_thresh).view_as(kept)
         most = min(self.post_nms_top_n(), len(maps) * count)
         best, index = best_of(levels_scores.masked_fill(~kept, -1).flatten(1), most, in_order=True)
-        places = needed((best >= 0).sum(1), best.shape[1])
+        places = most if self.training else needed((best >= 0).sum(1), most)  # regions are sampled from all, anyhow
         return gather_boxes(lists.flatten(1, 2), index).where((best >= 0)[..., None], 0)[:, :places]
 
     def _losses(self, maps: list[Tensor], anchors: Tensor, targets: Targets) -> dict[str, Tensor]:

@@ -114,6 +114,8 @@ class TrainingOptions:
     """Detector: torchvision (this package's own, of torchvision's parts) or detectron2's, if it is installed."""
     checkpoint_period: Auto[int] = None
     """Updates between checkpoints. Default: the recipe's (5000; short: 200)."""
+    compile: bool = False
+    """Compile the detector and its losses as one graph (torch.compile): minutes at the start for faster updates."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ class Options(DataOptions, NetworkOptions, TrainingOptions, EvaluationOptions, R
 
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
-    may_differ = MAY_DIFFER | {"pictures", "coco_backend"}
+    may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile"}
     launch_command(train, training_options(parse(Options, argv), argv, complete, default_folder, may_differ))
 
 
@@ -156,6 +158,8 @@ def train(rank: Rank, options: Options) -> None:
             )
     detector.to(rank.device, memory_format=torch.channels_last).train()
     session.info(detector.backbone.summary())
+    if options.compile:
+        detector.compile()
 
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
     if options.recipe == "small" and not options.weights:
@@ -321,6 +325,8 @@ def check_detectron2(options: Options, variant: str, recipe: str) -> None:
     """Raise ValueError if detectron2 is not installed or does not support an option."""
     if variant not in BACKBONE_OF or "anchor_sides" in RECIPES[recipe].detector:
         raise UserError(f"--engine detectron2 cannot train {variant} with --recipe {recipe}; leave --engine out")
+    if options.compile:
+        raise UserError("--compile: --engine detectron2 cannot be compiled; leave the option out")
     if options.precision not in (None, "fp32"):
         raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
     if find_spec("detectron2") is None:

@@ -209,6 +209,16 @@ def test_small_data_get_the_small_recipe_which_is_recorded_and_resumed(shapes, m
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
 
 
+def test_a_compiled_run_trains_saves_and_evaluates(shapes, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes minutes
+    torch._dynamo.reset()
+    argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--pictures", "0", "--max-steps", "2"]
+    train_coco.main([*argv, "--output", "run", "--compile"])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["compile"] and Path("run/results.json").exists()
+
+
 def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, monkeypatch):
     options = train_coco.Options(data=shapes, device="cpu")
     assert train_coco.complete(options).recipe == "small"

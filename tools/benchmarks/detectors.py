@@ -5,9 +5,11 @@ The settings are torchvision's, and detectron2 is set to them: anchors on whole 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import box_iou, boxes
 
-from detection import build_faster_rcnn
+from detection import build_faster_rcnn, sampling
 from detection.faster_rcnn import prepare_for_detection
 from resbackbone import build_resnet_backbone
 from resbackbone.tools.benchmarks.contest import FUSED, OWN, Contender, Workload, package_of
@@ -160,16 +162,22 @@ def contender(training: bool, work: Workload, name: str) -> Contender:
 
 @contextmanager
 def comparable() -> Iterator[None]:
-    """In the block, detectors that draw a random permutation get 0, 1, 2, .., and all of them compute in fp64."""
-    suppress: Callable = boxes.batched_nms
+    """In the block, detectors draw the first of the anchors and regions they may draw, and all compute in fp64."""
 
     def first(n: int, *, device: Any = None, **_: Any) -> Tensor:
         return torch.arange(n, device=device)
 
-    def in_fp64(found: Tensor, scores: Tensor, *rest: Any) -> Tensor:  # detectron2 makes its boxes fp32, not the scores
-        return suppress(found.to(scores.dtype), scores, *rest)
+    def falling(labels: Tensor) -> Tensor:
+        return torch.arange(labels.shape[1], 0, -1, device=labels.device).expand_as(labels).double()
 
-    with mock.patch.object(torch, "randperm", first), mock.patch.object(boxes, "batched_nms", in_fp64):
+    def in_fp64(found: Tensor, scores: Tensor, *rest: Any) -> Tensor:  # detectron2 makes its boxes fp32, not the scores
+        return boxes.batched_nms(found.to(scores.dtype), scores, *rest)
+
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(torch, "randperm", first))
+        patches.enter_context(mock.patch.object(sampling, "random_keys", falling))
+        if (of_detectron2 := sys.modules.get("detectron2.layers.nms")) is not None:
+            patches.enter_context(mock.patch.object(of_detectron2, "box_ops", SimpleNamespace(batched_nms=in_fp64)))
         yield
 
 

@@ -1,0 +1,95 @@
+"""The detector under torch.compile: one graph, whatever the sizes. The backends leave the operations as they are."""
+
+import pytest
+import torch
+from made import lively, small_detector
+from torch._dynamo.testing import CompileCounterWithBackend
+
+
+def a_batch(*sizes, counts):
+    targets = []
+    for count in counts:
+        corners = 40 * torch.rand(count, 2)
+        boxes = torch.cat((corners, corners + 8 + 40 * torch.rand(count, 2)), 1)
+        targets.append({"boxes": boxes, "labels": torch.randint(1, 4, (count,))})
+    return [torch.rand(3, *size) for size in sizes], targets
+
+
+def results(detector, images, targets, call=None):
+    """Losses and gradients from the same random state."""
+    torch.manual_seed(0)
+    losses = (detector if call is None else call)(images, targets)
+    detector.zero_grad()
+    sum(losses.values()).backward()
+    return {**losses, **{name: p.grad for name, p in detector.named_parameters() if p.grad is not None}}
+
+
+def assert_same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5)
+
+
+def trained(**options):
+    detector = lively(small_detector(resize_in_training=False, **options)).train()
+    for module in detector.modules():  # statistics that stay, so that calls can be compared
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return detector
+
+
+BATCHES = [
+    a_batch((192, 256), (64, 61), counts=(2, 0)),
+    a_batch((320, 192), (100, 61), counts=(30, 5)),
+    a_batch((256, 256), (30, 61), counts=(0, 0)),
+]
+
+
+def test_one_graph_serves_all_sizes_and_numbers_of_boxes_with_the_same_losses_and_gradients():
+    detector = trained()
+    wanted = [results(detector, *batch) for batch in BATCHES]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    detector.compile(backend=counter)
+    for batch, expected in zip(BATCHES, wanted, strict=True):
+        assert_same(results(detector, *batch), expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("options", [{"geometry": "detectron2", "global_context": True}, {"variant": "c4"}], ids=str)
+def test_every_variant_is_one_graph(options):
+    detector = trained(**options)
+    wanted = results(detector, *BATCHES[0])
+    torch._dynamo.reset()
+    detector.compile(backend="aot_eager")
+    assert_same(results(detector, *BATCHES[0]), wanted)
+
+
+def test_a_list_of_images_and_targets_goes_into_one_graph_too():
+    detector = trained()
+    wanted = results(detector, *BATCHES[0])
+    torch._dynamo.reset()
+    compiled = torch.compile(detector, fullgraph=True, backend="eager")
+    assert_same(results(detector, *BATCHES[0], call=compiled), wanted)
+
+
+def test_a_batch_of_other_sides_is_padded_and_a_compiled_detector_still_detects():
+    detector = trained()
+    detector.compile(backend="eager")
+    losses = detector(*a_batch((97, 130), (50, 61), counts=(3, 0)))
+    assert len(losses) == 4 and all(loss.isfinite() for loss in losses.values())
+    assert len(detector.eval()([torch.rand(3, 64, 97)])[0]["boxes"]) > 0
+
+
+@pytest.mark.slow
+def test_inductor_trains_a_detector():
+    detector = trained(norm="GN")
+    torch._dynamo.reset()
+    detector.compile()
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.01)
+    totals = []
+    for _ in range(5):
+        found = results(detector, *BATCHES[0])
+        totals.append(sum(found[name] for name in found if name.startswith("loss")))
+        optimizer.step()
+    assert totals[-1] < totals[0]
