@@ -40,6 +40,7 @@ class ExportedDetector(nn.Module):
     def __init__(self, detector: Any):
         super().__init__()
         self.detector, transform = detector, detector.transform
+        self.white = white_of(detector)
         self.shorter, self.longer, self.block = transform.min_size[-1], transform.max_size, transform.size_divisible
         both = torch.tensor([transform.image_mean, transform.image_std])[..., None, None]
         self.register_buffer("mean", both[0].clone())
@@ -48,7 +49,7 @@ class ExportedDetector(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         batch, _, *own = images.shape
         if images.dtype == torch.uint8:
-            images = images.float() / 255
+            images = images.float() / (255 / self.white)
         images = (images - self.mean) / self.std
         sides = torch.stack([torch.scalar_tensor(side, dtype=torch.int64) for side in own])
         resized = resized_sides(sides, self.shorter, self.longer).clamp(min=1)  # OpenVINO would go on without pixels
@@ -77,6 +78,11 @@ class ExportedDetector(nn.Module):
         whole = torch.cat((torch.zeros_like(sizes), sizes.flip(1)), 1)
         image_of_region = torch.arange(proposals.shape[0]).repeat_interleave(proposals.shape[1])
         return regions, pooled(pool, maps, whole[:, None]), image_of_region
+
+
+def white_of(detector: Any) -> int:
+    """The largest value of the float images that the detector takes: 1, or 255 where its mean is of such images."""
+    return 255 if max(detector.transform.image_mean) > 1 else 1
 
 
 def resized_sides(sides: Tensor, shorter: int, longer: int) -> Tensor:
@@ -212,7 +218,7 @@ def export_detector(detector: Any, path: str | os.PathLike, *, input_type: str =
     check_destination(path)
     _refuse_changes(detector)
     copied = prepare_for_detection(deepcopy(detector).cpu().float().to(memory_format=torch.contiguous_format))
-    backbone, config = description(copied, fused=True)
+    backbone, config = description(copied, fused=True, otherwise="undo the change before export")
     sides = copied.transform.min_size[-1], copied.transform.max_size
     if not all(type(side) is int and side <= LARGEST for side in sides):
         raise UserError(
@@ -223,7 +229,7 @@ def export_detector(detector: Any, path: str | os.PathLike, *, input_type: str =
         "format": "resbackbone detector",
         "input": {
             "type": input_type,
-            "range": [0, 255] if input_type == "uint8" else [0, 1],
+            "range": [0, 255 if input_type == "uint8" else white_of(copied)],
             "channels": "RGB" if len(config.image_mean or MEAN) == 3 else None,
         },
         "categories": [{"label": i, "id": id, "name": name} for i, (id, name) in enumerate(config.categories, 1)],
@@ -262,7 +268,8 @@ def load_exported(path: str | os.PathLike) -> Callable[[Tensor], list[dict[str, 
     """What an exported detector computes, as a function: an .onnx in ONNX Runtime on the CPU, a .pt2 in torch.
 
     The function takes images [B, C, H, W] of the type that the file was exported for, and returns each image's boxes
-    [n, 4] x1 y1 x2 y2 in pixels, scores [n] and labels [n], as the detector does in eval mode.
+    [n, 4] x1 y1 x2 y2 in pixels, scores [n] and labels [n], as the detector does in eval mode. Only for files of your
+    own: `torch.export.load` unpickles.
 
     Raises ValueError if the suffix is unknown or, for an .onnx, onnxruntime is not installed.
     """

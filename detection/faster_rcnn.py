@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,7 @@ TORCHVISIONS = {  # arguments of its FasterRCNN that are modules, and what sets 
 # Attributes that a load may reset: outputs do not depend on them, or `_live_settings` has them.
 PASSING = {"training", "momentum", "inplace", "warned", "looked", "weights_source", "checkpoint_activations"}
 PASSING |= {"num_batches_tracked", "resize_in_training"}
+SAVE_STATE = "save detector.state_dict() with torch.save and repeat the change after loading"
 AnyDetector = TypeVar("AnyDetector", bound=nn.Module)
 
 
@@ -183,10 +184,10 @@ class FasterRCNN(GeneralizedRCNN):
         """Write images -> boxes to `path`, a file for ONNX (.onnx) or for `torch.export.load` (.pt2).
 
         The file holds a fused fp32 copy, with resizing, normalization, RoIAlign and NMS; this detector stays as it is.
-        Input: `images` [B, C, H, W], uint8 or, with `input_type="float32"`, floats in 0..1; RGB for C = 3. B, H and W
-        are free; the images of a batch have one size, with sides from 1 to 32,767 pixels. Outputs: `boxes` [B, N, 4]
-        x1 y1 x2 y2 in pixels of the given images, `scores` [B, N] falling, `labels` [B, N] 1.., and `count` [B]: rows
-        from it on are zeros. N is `box_detections_per_img`. The thresholds are those that the detector has now.
+        Input: `images` [B, C, H, W], uint8 or, with `input_type="float32"`, floats as this detector takes them; RGB for
+        C = 3. B, H and W are free; the images of a batch have one size, with sides from 1 to 32,767 pixels. Outputs:
+        `boxes` [B, N, 4] x1 y1 x2 y2 in pixels of the given images, `scores` [B, N] falling, `labels` [B, N] 1.., and
+        `count` [B]: rows from it on are zeros. N is `box_detections_per_img`. The thresholds are those of now.
 
         The file describes itself: `input`, `categories` (id and name of each label), `score_threshold`,
         `nms_threshold`, `detections_per_image`, `resized_to`, `detector` and `backbone` (their configs) and
@@ -407,10 +408,13 @@ def save_detector(detector: FasterRCNN, path: str | Path) -> None:
     write_weights(path, detector.state_dict(), {"backbone": backbone, "detector": config.to_json()})
 
 
-def description(detector: FasterRCNN, *, fused: bool = False) -> tuple[dict[str, Any], DetectorConfig]:
+def description(
+    detector: FasterRCNN, *, fused: bool = False, otherwise: str = SAVE_STATE
+) -> tuple[dict[str, Any], DetectorConfig]:
     """The backbone's config as JSON and the detector's, which rebuild the detector as it is now.
 
-    `fused`: batch norms are folded into convolutions. Raises UserError as `save_detector` does.
+    `fused`: batch norms are folded into convolutions. Raises UserError as `save_detector` does; `otherwise` is what to
+    do about a change that no argument makes.
     """
     config, backbone = _with_classes_of(detector), detector.backbone.config.to_json()
     if isinstance(detector.backbone, ResNetBackbone):
@@ -420,7 +424,12 @@ def description(detector: FasterRCNN, *, fused: bool = False) -> tuple[dict[str,
     if changed := {name: value for name, value in _live_settings(detector).items() if value != usual[name]}:
         config = replace(config, **changed)
         built = _outline(detector, backbone, config)
-    _check_rebuilds(detector, prepare_for_detection(built) if fused else built)
+    if difference := _difference(detector, prepare_for_detection(built) if fused else built):
+        place, found, expected = difference
+        raise UserError(
+            f"{place} is {found}, and load_detector would make it {expected}: set it with an argument of "
+            f"build_faster_rcnn or build_resnet_backbone if there is one, or {otherwise}"
+        )
     return backbone, config
 
 
@@ -461,30 +470,23 @@ def _live_settings(detector: FasterRCNN) -> dict[str, Any]:
     return settings
 
 
-def _check_rebuilds(detector: FasterRCNN, built: FasterRCNN) -> None:
-    """Raise UserError if a module, one of its settings or a tensor's shape is not as in `built`."""
+def _difference(detector: FasterRCNN, built: FasterRCNN) -> tuple[str, Any, Any] | None:
+    """The first module, setting of one or tensor's shape that is not as in `built`: its name, as found, as expected."""
     ours, wanted = dict(detector.named_modules()), dict(built.named_modules())
     for name in [*ours, *wanted]:
         found, expected = (type(modules[name]) if name in modules else None for modules in (ours, wanted))
         if found is not expected and SAVED_AS.get(found, found) is not expected:
-            _refuse_to_save(name, *(kind and kind.__name__ for kind in (found, expected)))
+            return name, found and found.__name__, expected and expected.__name__
     for name, module in ours.items():
         found_settings, expected_settings = _plain_settings(module), _plain_settings(wanted[name])
         for setting in found_settings.keys() & expected_settings.keys():
             if found_settings[setting] != expected_settings[setting]:
-                _refuse_to_save(f"{name}.{setting}", found_settings[setting], expected_settings[setting])
+                return f"{name}.{setting}", found_settings[setting], expected_settings[setting]
     shapes, expected_shapes = ({k: list(x.shape) for k, x in d.state_dict().items()} for d in (detector, built))
     for key in [*shapes, *expected_shapes]:
         if shapes.get(key) != expected_shapes.get(key):
-            _refuse_to_save(key, shapes.get(key), expected_shapes.get(key))
-
-
-def _refuse_to_save(place: str, found: Any, expected: Any) -> NoReturn:
-    raise UserError(
-        f"{place} is {found}, and load_detector would make it {expected}: set it with an argument of build_faster_rcnn "
-        "or build_resnet_backbone if there is one, or save detector.state_dict() with torch.save and repeat the change "
-        "after loading"
-    )
+            return key, shapes.get(key), expected_shapes.get(key)
+    return None
 
 
 def _plain_settings(module: nn.Module) -> dict[str, Any]:

@@ -20,9 +20,8 @@ import torch
 import tyro
 from torch import Tensor
 
-from detection.export import INPUT_TYPES, load_exported
+from detection.export import INPUT_TYPES, load_exported, white_of
 from detection.faster_rcnn import detector_file, load_detector
-from detection.transforms import to_model_input
 from resbackbone.checks import UserError, one_of, require
 from resbackbone.export import check_destination
 from resbackbone.image_io import BadImage, read_image
@@ -68,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     find = load_exported(options.file)
     with torch.inference_mode():
         for path, image in images.items():
-            as_float = to_model_input(image, torch.device("cpu"))
+            as_float = image.float() / (255 / white_of(detector))
             [found] = find((image if options.input_type == "uint8" else as_float)[None])
             [expected] = detector([as_float])
             progress_console.print(f"{path}: {agreement(path, found, expected)}")
