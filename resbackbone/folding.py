@@ -91,10 +91,10 @@ class Folded(nn.Identity):
 
     def packed(self, conv: nn.Conv2d, dtype: torch.dtype, x: Tensor, how: "_Convolution", onednn: Any) -> Tensor | None:
         """The weights of `conv` in `dtype` as oneDNN wants them; None if they may have changed since `watch`."""
-        if self._twin is None or not is_untouched(conv.weight, self._twin):
+        twin, packed = self._twin, self._packed
+        if twin is None or not is_untouched(conv.weight, twin):
             self._twin = self._packed = None
             return None
-        packed = self._packed
         if packed is None or packed[0] != (dtype, how):
             weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=torch.channels_last).copy_(conv.weight)
             arguments = how.padding, how.stride, how.dilation, how.groups, list(x.shape)
