@@ -72,12 +72,12 @@ class ExportedDetector(nn.Module):
 
     def _pooled(self, maps: dict[str, Tensor], proposals: Tensor, sizes: Tensor) -> Any:
         pool = self.detector.roi_heads.box_roi_pool
-        regions = pooled(pool, maps, proposals)
+        regions = _roi_align(pool, maps, proposals)
         if not isinstance(pool, ContextRoIAlign):
             return regions
         whole = torch.cat((torch.zeros_like(sizes), sizes.flip(1)), 1)
         image_of_region = torch.arange(proposals.shape[0]).repeat_interleave(proposals.shape[1])
-        return regions, pooled(pool, maps, whole[:, None]), image_of_region
+        return regions, _roi_align(pool, maps, whole[:, None]), image_of_region
 
 
 def white_of(detector: Any) -> int:
@@ -130,24 +130,20 @@ def _resize(images: Tensor, dim: int, own: Tensor, resized: Tensor, padded: int)
     return torch.where(inside, images.index_select(dim, lower) * (1 - share) + upper * share, 0.0)
 
 
-def pooled(pool: Any, maps: dict[str, Tensor], regions: Tensor) -> Tensor:
-    """RoIAlign of regions [B, K, 4] by torchvision's operator, level by level -> [B * K, C, size, size]."""
-    batch, count = regions.shape[:2]
-    image = torch.arange(batch).repeat_interleave(count)
-    levels = len(pool.featmap_names)
+def _roi_align(pool: Any, maps: dict[str, Tensor], regions: Tensor) -> Tensor:
+    """What `pool` computes of regions [B, K, 4], level by level in torchvision's operator -> [B * K, C, size, size]."""
+    image = torch.arange(regions.shape[0]).repeat_interleave(regions.shape[1])
+    regions, levels = regions.flatten(0, 1), len(pool.featmap_names)
     finest = int(math.log2(pool.strides[0]))
-    mapper = initLevelMapper(finest, finest + levels - 1, pool.canonical_scale, pool.canonical_level)
-    level = mapper([regions.flatten(0, 1)])
-    regions = regions.flatten(0, 1)
+    level = initLevelMapper(finest, finest + levels - 1, pool.canonical_scale, pool.canonical_level)([regions])
     empty = (regions[:, 2:] <= regions[:, :2]).any(1)  # padding; OpenVINO would divide by its size
     regions = regions + empty[:, None] * regions.new_tensor([0, 0, 1, 1])
     regions = torch.cat((image[:, None].to(regions.dtype), regions), 1)
     of_level = level == torch.arange(levels)[:, None]  # [levels, B * K]
-    parts = []
-    for i, name in enumerate(pool.featmap_names):
-        few = regions[of_level[i].nonzero()[:, 0]]
-        sampling = 0 if pool.aligned else pool.sampling_ratio
-        parts.append(roi_align(maps[name], few, pool.output_size, 1 / pool.strides[i], sampling, pool.aligned))
+    sampling, parts = 0 if pool.aligned else pool.sampling_ratio, []
+    for name, stride, here in zip(pool.featmap_names, pool.strides, of_level, strict=True):
+        few = regions[here.nonzero()[:, 0]]
+        parts.append(roi_align(maps[name], few, pool.output_size, 1 / stride, sampling, pool.aligned))
     place = of_level.flatten().cumsum(0).view_as(of_level) - 1  # of each region among the parts
     return torch.cat(parts)[place.gather(0, level[None])[0]]
 
@@ -178,13 +174,13 @@ def nms_one_by_one(boxes: Tensor, valid: Tensor, iou_threshold: float) -> Tensor
 def nms_in_onnx(boxes, valid, iou_threshold: float):
     """`nms_sorted` as ONNX's NonMaxSuppression, each problem an image of one class, and ranks as scores.
 
-    ONNX Runtime suppresses above the threshold, OpenVINO at it too, in fp32. So the threshold is a neighbour of the
-    fp32 number nearest to ours, by which both decide as torchvision for that number itself, the IoU of simple boxes.
+    torchvision suppresses above the threshold, which is in fp64; ONNX Runtime above one in fp32, and OpenVINO from one
+    in fp32 on. Here it is a neighbour of the nearest fp32 number, with which all three decide alike where that number
+    is the IoU, as it often is of boxes on whole pixels.
     """
     import onnxscript
 
     op: Any = onnxscript.opset18
-
     nearest = np.float32(iou_threshold)
     threshold = np.nextafter(nearest, np.float32(math.inf if float(nearest) <= iou_threshold else 0))
     count = op.Shape(valid, start=1, end=2)

@@ -95,7 +95,7 @@ def test_the_wheel_has_this_version_and_the_files_that_are_not_python(wheel):
 def test_every_console_script_has_its_function(wheel, full, tmp_path):
     [entries] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("entry_points.txt")]
     scripts = re.findall(r"resbackbone-[\w-]+ = ([\w.]+):run", zipfile.ZipFile(wheel).read(entries).decode())
-    assert len(scripts) == 6
+    assert len(scripts) == 7
     code = "import importlib, sys; [importlib.import_module(name).run for name in sys.argv[1:]]"
     run(full[0], "-c", code, *scripts, folder=tmp_path)
 
