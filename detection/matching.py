@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from detection.batch import Targets
+from detection.batch import Targets, needed
 
 BACKGROUND, IGNORED = -1, -2
 MOST_AT_ONCE = 2**27  # pairs of a ground truth box and an anchor whose IoU is in memory at once
@@ -38,12 +38,14 @@ def _match(boxes: Tensor, real: Tensor, candidates: Tensor, low: float, high: fl
     for i in range(0, len(boxes), at_once):
         some = slice(i, i + at_once)
         here = candidates if len(candidates) == 1 else candidates[some]
-        iou = box_iou(boxes[some], here).masked_fill_(~real[some, :, None], -1)
+        places = max(1, needed(real[some].sum(1), boxes.shape[1]))  # padding is at the end
+        truth, is_box = boxes[some, :places], real[some, :places, None]
+        iou = box_iou(truth, here).masked_fill_(~is_box, -1)
         best, box = iou.max(1)
         matched = box.masked_fill(best < high, IGNORED).masked_fill_(best < low, BACKGROUND)
         if every_box:
             of_box = iou.amax(2, keepdim=True)
-            matched = torch.where(((iou == of_box) & real[some, :, None]).any(1), box, matched)
+            matched = torch.where(((iou == of_box) & is_box).any(1), box, matched)
         matches.append(matched)
     return torch.cat(matches)
 
