@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -22,7 +23,7 @@ from detection.config import BACKBONE_OF, SHAPE, SINGLE_MAP_ANCHORS, DetectorCon
 from detection.foreign import NOT_A_CLASS, announce_settings, describe_detector, with_settings
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
 from detection.roi_align import PyramidRoIAlign
-from detection.roi_heads import BatchedRoIHeads, FP32Predictor
+from detection.roi_heads import BatchedRoIHeads, FP32Predictor, is_real
 from detection.rpn import FP32RPNHead, SampledRPN
 from detection.transforms import InputTransform, check_images, numbers_of
 from resbackbone import Backbone, BackboneConfig, ResNetBackbone
@@ -167,9 +168,13 @@ class FasterRCNN(GeneralizedRCNN):
 
     def _of_batch(self, batch: ImageList, targets: Targets | None) -> tuple[list[dict], dict[str, Tensor]]:
         """Detections in pixels of the resized images, and losses; one of them empty."""
-        maps = self.backbone(batch.tensors)
-        proposals, rpn_losses = self.rpn(batch, maps, targets)
-        detections, losses = self.roi_heads(maps, proposals, batch.image_sizes, targets)
+        maps, given = self.backbone(batch.tensors), None if targets is None else targets.as_list()
+        proposals, rpn_losses = self.rpn(batch, maps, targets if isinstance(self.rpn, SampledRPN) else given)
+        if isinstance(proposals, list):  # of torchvision's RPN in the place of ours
+            proposals = pad_sequence(proposals, batch_first=True)
+        heads, own = self.roi_heads, isinstance(self.roi_heads, BatchedRoIHeads)
+        regions = proposals if own else [boxes[is_real(boxes)] for boxes in proposals]
+        detections, losses = heads(maps, regions, batch.image_sizes, targets if own else given)
         return detections, {**losses, **rpn_losses}
 
     def compile(self, **options: Any) -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from made import lively, small_detector
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork
 
 from detection.roi_heads import BatchedRoIHeads
 from detection.rpn import SampledRPN
@@ -105,6 +107,21 @@ def test_a_training_of_twenty_steps_follows_torchvisions(by_torchvision, torchvi
     wanted, found = histories
     assert wanted[-1].sum() < 0.9 * wanted[0].sum()
     torch.testing.assert_close(found, wanted, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("part", ["rpn", "roi_heads"])
+def test_torchvisions_own_part_may_take_the_place_of_ours(part, torchvisions_samples):
+    detector = lively(small_detector()).double()
+    changed, images, targets = copy.deepcopy(detector), *images_and_targets()
+    own = getattr(changed, part)
+    theirs = copy.copy(own)
+    theirs.__class__ = RegionProposalNetwork if part == "rpn" else RoIHeads
+    setattr(changed, part, theirs)
+    for found, wanted in zip(changed(images), detector(images), strict=True):
+        assert_same(found, wanted)
+    results = [losses_and_gradients(network.train(), plain, images, targets) for network in (detector, changed)]
+    for found, wanted in zip(*results, strict=True):
+        assert_same(found, wanted)
 
 
 def test_images_of_a_batch_do_not_see_each_other():
