@@ -170,21 +170,17 @@ def add_conv_norm(total: Tensor, block: nn.Module, x: Tensor) -> Tensor:
 _NO_NORM = nn.Identity()
 
 
+def is_worth_reusing(x: Tensor) -> bool:
+    """Whether x is a large map on a CPU and no gradient is recorded: writing over it saves new memory."""
+    return _is_eager(x) and x.device.type == "cpu" and x.numel() >= WORTH_LOOKING and not torch.is_grad_enabled()
+
+
+def is_unseen(step: tuple[nn.Module, nn.Module, nn.Module | None], *around: nn.Module, x: Tensor) -> bool:
+    """Whether nobody sees x on its way through `step` (convolution, norm, ReLU) in the modules `around`."""
+    return not is_observed(*around) and _is_plain(*step, x)
+
+
 WORTH_LOOKING = 2**20  # elements of a map; below it, looking who holds it takes longer than new memory
-
-
-def is_spare(step: tuple[nn.Module, nn.Module, nn.Module | None], *around: nn.Module, x: Tensor) -> bool:
-    """Whether nobody sees a large map on a CPU on its way through `step` (convolution, norm, ReLU) in `around`."""
-    return (
-        _is_eager(x)
-        and x.device.type == "cpu"
-        and x.numel() >= WORTH_LOOKING
-        and not torch.is_grad_enabled()
-        and not is_observed(*around)
-        and _is_plain(*step, x)
-    )
-
-
 LARGE = 2**22  # elements of a map; below it, a GPU waits for the host, and torch's own operations start sooner
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, cast
 from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.folding import conv_norm_relu, is_spare
+from resbackbone.folding import conv_norm_relu, is_unseen, is_worth_reusing
 from resbackbone.layers import BATCH_NORMS, Norm, Projection, checkpointed, conv, freeze, norm_layer, shortcut
 
 _log = logging.getLogger("resbackbone")
@@ -87,18 +87,18 @@ def _last(block: BasicBlock | Bottleneck, step: Step, y: Tensor, x: Tensor, spar
     if shortcut is None:
         return conv_norm_relu(*step, y, lambda: x, spare)
     spare = False
-    if isinstance(shortcut, Projection) and type(shortcut).forward is PROJECT and len(shortcut) == 2:
-        spare = is_spare((shortcut[0], shortcut[1], None), shortcut, x=x)
+    if is_worth_reusing(x) and isinstance(shortcut, Projection) and type(shortcut).forward is PROJECT:
+        spare = len(shortcut) == 2 and is_unseen((shortcut[0], shortcut[1], None), shortcut, x=x)
     return conv_norm_relu(*step, y, lambda: shortcut(x), spare)
 
 
 def _is_discreet(block: nn.Module, x: Tensor) -> bool:
     """Whether nobody sees the block's input x, nor what it returns. Asked before the call: a hook may remove itself."""
-    if type(block).forward not in FORWARDS:
+    if not is_worth_reusing(x) or type(block).forward not in FORWARDS:
         return False
     assert isinstance(block, BasicBlock | Bottleneck)
     last = (block.conv3, block.bn3) if isinstance(block, Bottleneck) else (block.conv2, block.bn2)
-    return is_spare((*last, block.relu), block, x=x) and is_spare((block.conv1, block.bn1, block.relu), x=x)
+    return is_unseen((*last, block.relu), block, x=x) and is_unseen((block.conv1, block.bn1, block.relu), x=x)
 
 
 PROJECT, FORWARDS = Projection.forward, (BasicBlock.forward, Bottleneck.forward)  # others if patched or overridden
