@@ -208,6 +208,14 @@ def sort_in_onnx(x, *, stable: bool = True, dim: int = -1, descending: bool = Fa
     return op.TopK(x, count, axis=dim, largest=int(descending))
 
 
+def sigmoid_in_onnx(x):
+    """A sigmoid that tells small scores apart, as PyTorch's does; ONNX Runtime's own is 0 from -18 down."""
+    import onnxscript
+
+    op: Any = onnxscript.opset18
+    return op.Reciprocal(op.Add(op.Exp(op.Neg(x)), op.Constant(value_float=1.0)))
+
+
 def export_detector(detector: Any, path: str | os.PathLike, *, input_type: str = "uint8") -> None:
     """`FasterRCNN.export`."""
     dtype = INPUT_TYPES[one_of("input type", input_type, INPUT_TYPES)]
@@ -241,6 +249,7 @@ def export_detector(detector: Any, path: str | os.PathLike, *, input_type: str =
     operators: dict[Any, tuple[Callable, Callable | None]] = {
         torch.ops.resbackbone.nms_sorted.default: (nms_in_onnx, nms_one_by_one),
         torch.ops.aten.sort.stable: (sort_in_onnx, None),
+        torch.ops.aten.sigmoid.default: (sigmoid_in_onnx, None),
     }
     network = ExportedDetector(copied).eval()
     export_network(network, path, example, outputs=OUTPUTS, metadata=metadata, operators=operators)

@@ -21,6 +21,7 @@ from detection.export import (
     nms_in_onnx,
     nms_one_by_one,
     resized_sides,
+    sigmoid_in_onnx,
 )
 from detection.faster_rcnn import prepare_for_detection
 from detection.paper import build_vgg16_backbone
@@ -343,3 +344,17 @@ def test_onnxruntime_that_is_missing_is_named_with_the_command_that_installs_it(
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match=r"running an \.onnx needs onnxruntime: pip install 'resbackbone\[export\]'"):
         load_exported(exported[1] / "detector.onnx")
+
+
+class Sigmoid(nn.Module):
+    def forward(self, images: Tensor) -> Tensor:
+        return images.sigmoid()
+
+
+def test_small_scores_are_told_apart_as_in_pytorch(tmp_path):
+    images = torch.linspace(-80, 20, 1001).view(1, 1, 7, 143)
+    operators = {torch.ops.aten.sigmoid.default: (sigmoid_in_onnx, None)}
+    example = torch.zeros(2, 1, 5, 6)
+    export_network(Sigmoid(), tmp_path / "net.onnx", example, outputs=["y"], metadata={}, operators=operators)
+    for _, run in runs_of(tmp_path / "net.onnx"):
+        torch.testing.assert_close(run(images)[0], images.sigmoid(), rtol=1e-5, atol=0)
