@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from detection.cells import at_least_fp32
+
 FEWEST_BOXES = 16  # that there is room for
 
 
@@ -22,12 +24,14 @@ class Targets(NamedTuple):
         return self.labels > 0
 
     @classmethod
-    def of(cls, targets: Sequence[Mapping[str, Any]]) -> "Targets":
-        """{"boxes": [n, 4], "labels": [n]} of each image."""
-        first = targets[0]["boxes"]
+    def of(cls, targets: "Sequence[Mapping[str, Any]] | Targets") -> "Targets":
+        """{"boxes": [n, 4], "labels": [n]} of each image, or what this has made of them."""
+        if isinstance(targets, Targets):
+            return targets
         most = max(len(target["boxes"]) for target in targets)
-        blank = first.new_zeros(max(FEWEST_BOXES, 1 << (most - 1).bit_length()), 4)
-        boxes = pad_sequence([t["boxes"].to(first.dtype) for t in targets] + [blank], batch_first=True)
+        of_images = [at_least_fp32(target["boxes"]) for target in targets]  # fp16 areas end at 256 x 256 pixels
+        blank = of_images[0].new_zeros(max(FEWEST_BOXES, 1 << (most - 1).bit_length()), 4)
+        boxes = pad_sequence([*of_images, blank], batch_first=True)
         labels = pad_sequence([t["labels"] for t in targets] + [blank[:, 0].long()], batch_first=True)
         return cls(boxes[:-1], labels[:-1], targets)
 
@@ -36,14 +40,21 @@ class Targets(NamedTuple):
         return [dict(target) for target in self.each]
 
 
+def pad_boxes(boxes: Sequence[Tensor] | Tensor) -> Tensor:
+    """Boxes [n, 4] of each image -> [B, K, 4], K at least 1; those that fill up have no size."""
+    if isinstance(boxes, Tensor):
+        return boxes
+    return pad_sequence([*boxes, boxes[0].new_zeros(1, 4)], batch_first=True)[:-1]
+
+
 def needed(counts: Tensor, limit: int) -> int:
-    """The largest of the `counts` [B] on a CPU, so that it computes no places that no image uses.
+    """The largest of the `counts` [B], at least 1, on a CPU, where unused places would cost time.
 
     On a GPU, which would have to be waited for, and in a compiled or exported graph it is `limit`.
     """
     if counts.device.type != "cpu" or torch.compiler.is_compiling():
         return limit
-    return int(counts.numpy().max())
+    return min(limit, max(1, int(counts.numpy().max())))
 
 
 def sizes_of(image_sizes: Sequence[tuple[int, int]] | Tensor, like: Tensor) -> Tensor:

@@ -261,7 +261,7 @@ def _refuse_changes(detector: Any) -> None:
         what = ", ".join(key for key in vars(module) if callable(getattr(type(module), key, None)))
         if is_observed(module):
             what = what or "hooks"
-        elif not getattr(module, "_is_as_built", lambda: True)():
+        elif not getattr(module, "is_as_built", lambda: True)():
             what = what or "a helper, or a function of torchvision, replaced"
         if what:
             raise UserError(

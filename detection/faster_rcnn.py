@@ -9,7 +9,6 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -18,7 +17,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detection.anchors import Anchors
-from detection.batch import Targets, sizes_of
+from detection.batch import Targets, pad_boxes, sizes_of
 from detection.config import BACKBONE_OF, SHAPE, SINGLE_MAP_ANCHORS, DetectorConfig
 from detection.foreign import NOT_A_CLASS, announce_settings, describe_detector, with_settings
 from detection.paper import ContextHead, ContextRoIAlign, VGGHead
@@ -59,6 +58,8 @@ class FasterRCNN(GeneralizedRCNN):
 
     Use `build_faster_rcnn` to make one. `config` and `backbone.config` rebuild it.
     """
+
+    _compiled: Callable | None = None  # of losses, after `compile`
 
     def __init__(self, backbone: Backbone, config: DetectorConfig):
         fpn, c4, as_torchvision = config.variant == "fpn", config.variant == "c4", config.geometry == "torchvision"
@@ -129,7 +130,6 @@ class FasterRCNN(GeneralizedRCNN):
         )
         super().__init__(backbone, rpn, roi_heads, transform)
         self.config = config
-        self._compiled: Callable | None = None  # of losses, after `compile`
 
     @property
     def categories(self) -> dict[int, str]:
@@ -161,7 +161,7 @@ class FasterRCNN(GeneralizedRCNN):
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, resized = self.transform(images, targets)
         padded = None if resized is None else Targets.of(resized)
-        if self.training and self._compiled is not None:
+        if self.training and self._compiled is not None and self.is_as_built():
             return self._compiled(self, *_in_buckets(batch, cast(Targets, padded)))
         detections, losses = self._of_batch(batch, padded)
         return losses if self.training else self.transform.postprocess(detections, batch.image_sizes, sizes)
@@ -170,8 +170,7 @@ class FasterRCNN(GeneralizedRCNN):
         """Detections in pixels of the resized images, and losses; one of them empty."""
         maps, given = self.backbone(batch.tensors), None if targets is None else targets.as_list()
         proposals, rpn_losses = self.rpn(batch, maps, targets if isinstance(self.rpn, SampledRPN) else given)
-        if isinstance(proposals, list):  # of torchvision's RPN in the place of ours
-            proposals = pad_sequence(proposals, batch_first=True)
+        proposals = pad_boxes(proposals)  # those of torchvision's RPN are a list
         heads, own = self.roi_heads, isinstance(self.roi_heads, BatchedRoIHeads)
         regions = proposals if own else [boxes[is_real(boxes)] for boxes in proposals]
         detections, losses = heads(maps, regions, batch.image_sizes, targets if own else given)
@@ -181,9 +180,20 @@ class FasterRCNN(GeneralizedRCNN):
         """Compile training from the normalized batch to the losses as one graph, which `forward` then uses.
 
         A batch is padded to multiples of 64 pixels, and its boxes to a power of two, so that few graphs serve all sizes
-        and numbers. options: those of torch.compile.
+        and numbers. Losses are those without `compile` where the sides are such multiples already; otherwise there are
+        a few more anchors, in the padding. A detector with a part that has been exchanged, hooked or patched goes on
+        without the graph. options: those of torch.compile.
         """
         self._compiled = torch.compile(_losses_of_batch, **{"fullgraph": True, **options})
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("_compiled", None)  # as nn.Module's own
+        return state
+
+    def is_as_built(self) -> bool:
+        ours = isinstance(self.rpn, SampledRPN) and isinstance(self.roi_heads, BatchedRoIHeads)
+        return ours and self.rpn.is_as_built() and self.roi_heads.is_as_built()
 
     def export(self, path: str | os.PathLike, *, input_type: str = "uint8") -> None:
         """Write images -> boxes to `path`, a file for ONNX (.onnx) or for `torch.export.load` (.pt2).

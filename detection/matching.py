@@ -20,8 +20,8 @@ def match(boxes: Tensor, real: Tensor, candidates: Tensor, low: float, high: flo
     every_box: a box also gets the candidates that overlap it most, whatever their IoU; each of these goes to the box
         that it itself overlaps most.
 
-    Returns [B, N]: 0..G-1, BACKGROUND or IGNORED. It is one operation to torch.compile, since compiled in parts the
-    IoU in its two uses could be rounded differently.
+    Returns [B, N]: 0..G-1, BACKGROUND or IGNORED. It is one operation to torch.compile, which could
+    round the IoU differently in its two uses.
     """
     return torch.ops.resbackbone.match_boxes(boxes, real, candidates, low, high, every_box)
 
@@ -38,7 +38,7 @@ def _match(boxes: Tensor, real: Tensor, candidates: Tensor, low: float, high: fl
     for i in range(0, len(boxes), at_once):
         some = slice(i, i + at_once)
         here = candidates if len(candidates) == 1 else candidates[some]
-        places = max(1, needed(real[some].sum(1), boxes.shape[1]))  # padding is at the end
+        places = needed(real[some].sum(1), boxes.shape[1])  # padding is at the end
         truth, is_box = boxes[some, :places], real[some, :places, None]
         iou = box_iou(truth, here).masked_fill_(~is_box, -1)
         best, box = iou.max(1)
@@ -74,4 +74,4 @@ def box_iou(boxes: Tensor, anchors: Tensor) -> Tensor:
         overlap *= torch.minimum(bottom, y2).sub_(torch.maximum(top, y1)).clamp_(min=0)
         union = ((right - left) * (bottom - top) + areas).sub_(overlap)
         parts.append(overlap.div_(union))
-    return torch.cat(parts, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

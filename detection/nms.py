@@ -1,4 +1,4 @@
-"""Non-maximum suppression of many lists of boxes at once, exact and without a wait for the GPU."""
+"""Non-maximum suppression of many lists of boxes at once, exact; on a GPU without a wait (Triton)."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ def nms_sorted(boxes: Tensor, real: Tensor, iou_threshold: float) -> Tensor:
 
     Of two boxes whose IoU is above `iou_threshold`, the first one suppresses the second unless it is suppressed itself.
     Boxes that are not `real`, [P, N], neither suppress nor survive. Each list is as with torchvision.ops.nms; on a GPU
-    one kernel goes through all lists side by side (without Triton, torchvision's goes through one after the other).
+    one kernel goes through all lists of fp32 boxes side by side. Without Triton, of fp64 boxes and of lists beyond
+    `nms_kernel.MOST_BOXES`, torchvision's kernel goes through one list after the other, and the host waits for each.
     """
     return torch.ops.resbackbone.nms_sorted(boxes.detach().contiguous(), real.contiguous(), iou_threshold)
 
@@ -41,5 +42,5 @@ def _nms_on_gpu(boxes: Tensor, real: Tensor, iou_threshold: float) -> Tensor:
         return _one_by_one(boxes, real, iou_threshold)
     from detection import nms_kernel  # only here: Triton comes with torch for GPUs alone
 
-    at_once = real.shape[1] <= nms_kernel.MOST_BOXES
+    at_once = boxes.dtype == torch.float32 and real.shape[1] <= nms_kernel.MOST_BOXES
     return (nms_kernel.greedy if at_once else _one_by_one)(boxes, real, iou_threshold)

@@ -40,7 +40,7 @@ BYPASSED = {
 }
 _AS_IMPORTED = [(place, name, getattr(place, name)) for place, names in BYPASSED.items() for name in names]
 OWNERS = (utils.__name__, "detection.boxes")
-# What helpers of a part have that nobody changed: (attribute of the part, class, attributes of the helper).
+# The attributes of an unchanged helper: (name in its part, class, attributes).
 _HELPERS = (
     ("proposal_matcher", utils.Matcher, {*vars(utils.Matcher(0.5, 0.5))}),
     ("fg_bg_sampler", utils.BalancedPositiveNegativeSampler, {*vars(utils.BalancedPositiveNegativeSampler(1, 0.5))}),

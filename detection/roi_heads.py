@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 
-from detection.batch import Targets, needed, sizes_of
+from detection.batch import Targets, needed, pad_boxes, sizes_of
 from detection.boxes import BoxCoder, best_of, clip, gather_boxes, is_large
 from detection.cells import at_least_fp32
 from detection.matching import BACKGROUND, match_with
@@ -49,16 +49,17 @@ class BatchedRoIHeads(RoIHeads):
         theirs: Any = self.box_coder  # type: ignore[has-type]
         self.box_coder = BoxCoder(theirs.weights)
 
-    def forward(  # targets and proposals of a batch in one tensor
+    def forward(
         self,
         features: dict[str, Tensor],
-        proposals: Tensor,
+        proposals: Tensor | list[Tensor],
         image_shapes: list[tuple[int, int]],
-        targets: Targets | None = None,
+        targets: Targets | list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Maps, proposals [B, K, 4] in pixels (those without a size are none), images' (H, W) and targets -> detections
         and losses, one of them empty."""
-        if not self._is_as_built():
+        proposals, targets = pad_boxes(proposals), None if targets is None else Targets.of(targets)
+        if not self.is_as_built():
             of_images = [boxes[real] for boxes, real in zip(proposals, is_real(proposals), strict=True)]
             return super().forward(features, of_images, image_shapes, None if targets is None else targets.as_list())
         if self.training and targets is not None:
@@ -66,7 +67,7 @@ class BatchedRoIHeads(RoIHeads):
         return self.detect(features, proposals, image_shapes).as_list(), {}
 
     @torch.compiler.assume_constant_result
-    def _is_as_built(self) -> bool:
+    def is_as_built(self) -> bool:
         return is_as_built(self, RoIHeads) and not self.has_mask() and not self.has_keypoint()
 
     def losses(self, features, proposals: Tensor, image_shapes, targets: Targets) -> dict[str, Tensor]:

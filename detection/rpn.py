@@ -11,7 +11,7 @@ from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.ops import Conv2dNormActivation
 
 from detection.anchors import Anchors
-from detection.batch import Targets, needed, sizes_of
+from detection.batch import Targets, needed, pad_boxes, sizes_of
 from detection.boxes import BoxCoder, best_of, clip, gather_boxes, is_large
 from detection.cells import at_least_fp32, pick, sum_cells
 from detection.matching import match_with
@@ -31,7 +31,7 @@ class FP32RPNHead(RPNHead):
 
     @torch.compiler.assume_constant_result
     def is_plain(self) -> bool:
-        """Whether `at` computes what `forward` does: the layers are as built, and nothing is to see them called."""
+        """Whether `at` computes what `forward` does: the layers are as built, and no hook or patch observes them."""
         if type(self) is not FP32RPNHead or is_observed(*self.modules()):
             return False
         if type(self.conv) is not nn.Sequential or not len(self.conv):
@@ -86,24 +86,25 @@ class SampledRPN(RegionProposalNetwork):
         super().__init__(*arguments, **options)
         self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
 
-    def forward(  # targets and proposals of a batch in one tensor
-        self, images: ImageList, features: dict[str, Tensor], targets: Targets | None = None
+    def forward(
+        self, images: ImageList, features: dict[str, Tensor], targets: Targets | list[dict[str, Tensor]] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Padded images, their maps and targets -> proposals [B, K, 4] in pixels, and the losses in training mode.
 
         K is the same for all images, at most `post_nms_top_n()` (`needed`); an image with fewer proposals has boxes
         without size.
         """
-        if not self._is_as_built():
+        targets = None if targets is None else Targets.of(targets)
+        if not self.is_as_built():
             of_images, losses = super().forward(images, features, None if targets is None else targets.as_list())
-            return nn.utils.rnn.pad_sequence(of_images, batch_first=True), losses
+            return pad_boxes(of_images), losses
         maps = list(features.values())
         anchors = self.anchor_generator.of(maps, images.tensors.shape[-2:])
         losses = self._losses(maps, anchors, targets) if self.training and targets is not None else {}
         return self.proposals(maps, anchors, sizes_of(images.image_sizes, anchors)), losses
 
     @torch.compiler.assume_constant_result
-    def _is_as_built(self) -> bool:
+    def is_as_built(self) -> bool:
         """Whether torchvision's forward would give the same, parts and methods being those this class knows."""
         if not is_as_built(self, RegionProposalNetwork) or is_observed(self.anchor_generator):
             return False
@@ -137,7 +138,7 @@ class SampledRPN(RegionProposalNetwork):
         kept = nms_sorted(lists.flatten(0, 1), kept.flatten(0, 1), self.nms_thresh).view_as(kept)
         most = min(self.post_nms_top_n(), len(maps) * count)
         best, index = best_of(levels_scores.masked_fill(~kept, -1).flatten(1), most, in_order=True)
-        places = most if self.training else needed((best >= 0).sum(1), most)  # regions are sampled from all, anyhow
+        places = most if self.training else needed((best >= 0).sum(1), most)  # training samples from all
         return gather_boxes(lists.flatten(1, 2), index).where((best >= 0)[..., None], 0)[:, :places]
 
     def _losses(self, maps: list[Tensor], anchors: Tensor, targets: Targets) -> dict[str, Tensor]:

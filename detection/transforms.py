@@ -86,7 +86,7 @@ class InputTransform(GeneralizedRCNNTransform):
         if (own_range and not larger) or watched or (self.looked and images[0].device.type != "cpu"):
             return
         self.looked = True
-        ends = numbers_of(torch.stack([torch.stack(image.detach().aminmax()) for image in images]))
+        ends = numbers_of(torch.stack([torch.stack(image.detach().aminmax()) for image in images]).float())
         low, high = ends[:, 0].min().item(), ends[:, 1].max().item()
         if larger:
             if high <= 1 and not self.warned:
@@ -113,7 +113,7 @@ class InputTransform(GeneralizedRCNNTransform):
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         """[3, H, W] floats in 0..1 -> the images normalized and resized in one tensor, padded with 0, and targets."""
-        if not self.training or self.resize_in_training or not self._is_as_built():
+        if not self.training or self.resize_in_training or not self.is_as_built():
             return super().forward(images, targets)  # normalizes each before it is resized
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         height, width = (
@@ -126,7 +126,7 @@ class InputTransform(GeneralizedRCNNTransform):
         return ImageList(self.normalize(batch), sizes), targets
 
     @torch.compiler.assume_constant_result
-    def _is_as_built(self) -> bool:
+    def is_as_built(self) -> bool:
         steps = {"normalize": InputTransform, "resize": InputTransform, "batch_images": GeneralizedRCNNTransform}
         same = all(getattr(type(self), name) is getattr(owner, name) for name, owner in steps.items())
         return same and vars(self).keys().isdisjoint(steps) and not is_patched()

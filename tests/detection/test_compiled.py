@@ -1,5 +1,8 @@
 """The detector under torch.compile: one graph, whatever the sizes. The backends leave the operations as they are."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from made import lively, small_detector
@@ -61,7 +64,7 @@ def test_every_variant_is_one_graph(options):
     detector = trained(**options)
     wanted = results(detector, *BATCHES[0])
     torch._dynamo.reset()
-    detector.compile(backend="aot_eager")
+    detector.compile(backend="eager")
     assert_same(results(detector, *BATCHES[0]), wanted)
 
 
@@ -79,6 +82,22 @@ def test_a_batch_of_other_sides_is_padded_and_a_compiled_detector_still_detects(
     losses = detector(*a_batch((97, 130), (50, 61), counts=(3, 0)))
     assert len(losses) == 4 and all(loss.isfinite() for loss in losses.values())
     assert len(detector.eval()([torch.rand(3, 64, 97)])[0]["boxes"]) > 0
+
+
+def test_a_part_that_is_hooked_after_compile_counts():
+    detector = trained()
+    detector.compile(backend="eager")
+    detector.rpn.head.register_forward_hook(lambda module, given, output: ([x * 0 for x in output[0]], output[1]))
+    losses = detector(*BATCHES[0])
+    assert losses["loss_objectness"].item() == pytest.approx(0.6931, abs=1e-4)
+
+
+def test_copies_and_pickles_of_a_compiled_detector_are_as_before():
+    detector = trained()
+    detector.compile(backend="eager")
+    wanted = results(detector, *BATCHES[0])
+    for other in (copy.deepcopy(detector), pickle.loads(pickle.dumps(detector))):  # noqa: S301
+        assert_same(results(other, *BATCHES[0]), wanted)
 
 
 @pytest.mark.slow

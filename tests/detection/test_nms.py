@@ -35,6 +35,7 @@ CASES = {
     "nested": lambda: torch.stack([torch.tensor([-i, -i, i, i]) for i in torch.arange(1.0, 90)]),
     "without a size": lambda: torch.zeros(30, 4),
     "at the threshold": lambda: torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5], [0, 5, 10, 10], [5, 0, 10, 10]]),
+    "at a threshold that fp32 rounds": lambda: torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 7], [0, 0, 10, 3]]),
     "far out": lambda: random_boxes(60) * 1e30,
     "infinite": lambda: torch.tensor([[0.0, 0, 9, 9], [0, 0, torch.inf, 9], [0, 0, 9, 8], [1, 0, 10, 9]]),
     "one": lambda: random_boxes(1),
@@ -70,11 +71,10 @@ def check_the_kernel():
     from detection import nms_kernel
 
     torch.cuda.current_device = lambda: None  # the index of a CPU
-    for dtype in (torch.float32, torch.float64):
-        boxes, real = lists_of(dtype)
-        boxes, real = boxes[:, ::3].contiguous(), real[:, ::3].contiguous()  # the interpreter takes long
-        for threshold in (0.3, 0.5, 0.7):
-            assert torch.equal(nms_kernel.greedy(boxes, real, threshold), one_by_one(boxes, real, threshold))
+    boxes, real = lists_of(torch.float32)
+    boxes, real = boxes[:, :80].contiguous(), real[:, :80].contiguous()  # the interpreter takes long
+    for threshold in (0.3, 0.5, 0.7):
+        assert torch.equal(nms_kernel.greedy(boxes, real, threshold), one_by_one(boxes, real, threshold))
     print("the same")
 
 

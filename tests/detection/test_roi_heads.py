@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork
 
-from detection.roi_heads import BatchedRoIHeads
+from detection.roi_heads import BatchedRoIHeads, is_real
 from detection.rpn import SampledRPN
 
 SIZES = (64, 97), (50, 61), (33, 90)
@@ -46,7 +46,7 @@ def by_torchvision(monkeypatch):
     def run(detector, *given):
         with monkeypatch.context() as patch:
             for kind in (SampledRPN, BatchedRoIHeads):
-                patch.setattr(kind, "_is_as_built", lambda self: False)
+                patch.setattr(kind, "is_as_built", lambda self: False)
             return detector(*given)
 
     return run
@@ -124,6 +124,40 @@ def test_torchvisions_own_part_may_take_the_place_of_ours(part, torchvisions_sam
         assert_same(found, wanted)
 
 
+@pytest.mark.parametrize("options", [{}, {"variant": "c4"}])
+def test_without_a_single_proposal_nothing_is_found_and_training_goes_on(options):
+    detector = lively(small_detector(rpn_score_thresh=1.0, **options))
+    images, targets = images_and_targets(torch.float32)
+    assert [len(found["boxes"]) for found in detector(images)] == [0, 0, 0]
+    for given in (targets, [targets[1]] * 3):  # the second without a box either
+        losses = detector.losses(images, given)
+        assert all(loss.isfinite() for loss in losses.values())
+        sum(losses.values()).backward()
+    with torch.no_grad():
+        detector.rpn.head.cls_logits.bias.fill_(torch.nan)
+    assert [len(found["boxes"]) for found in detector(images)] == [0, 0, 0]
+
+
+def test_a_detector_in_bf16_trains_and_detects():
+    detector = lively(small_detector()).bfloat16()
+    images, targets = images_and_targets(torch.float32)
+    images = [image.bfloat16() for image in images]
+    assert len(detector(images)[0]["boxes"]) > 0
+    assert all(loss.isfinite() for loss in detector.losses(images, targets).values())
+
+
+def test_modules_take_torchvisions_lists_too():
+    detector = lively(small_detector()).double().train()
+    images, targets = images_and_targets()
+    batch, _ = detector.transform(images)
+    maps = detector.backbone(batch.tensors)
+    proposals, losses = detector.rpn(batch, maps, targets)
+    of_images = [boxes[is_real(boxes)] for boxes in proposals]
+    assert len(losses) == 2 and len(detector.roi_heads(maps, of_images, batch.image_sizes, targets)[1]) == 2
+    detections, _ = detector.eval().roi_heads(maps, of_images, batch.image_sizes)
+    assert len(detections) == 3
+
+
 def test_images_of_a_batch_do_not_see_each_other():
     detector = lively(small_detector()).double()
     images, _ = images_and_targets()
@@ -132,10 +166,9 @@ def test_images_of_a_batch_do_not_see_each_other():
         assert_same(found, detector([image])[0])
 
 
-@pytest.mark.parametrize("options", [{}, {"variant": "c4"}])
-def test_places_that_no_image_uses_change_nothing(options, monkeypatch, torchvisions_samples):
+def test_places_that_no_image_uses_change_nothing(monkeypatch, torchvisions_samples):
     """On a GPU they are computed, since their number is not known on the host."""
-    detector = lively(small_detector(**{"rpn_post_nms_top_n_train": 500, "box_batch_size_per_image": 90, **options}))
+    detector = lively(small_detector(rpn_post_nms_top_n_train=500, box_batch_size_per_image=90))
     images, targets = images_and_targets()
     detector.double()
     detections = detector(images)
