@@ -212,9 +212,10 @@ def test_small_data_get_the_small_recipe_which_is_recorded_and_resumed(shapes, m
 def test_a_compiled_run_trains_saves_and_evaluates(shapes, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes minutes
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--pictures", "0", "--max-steps", "2"]
     train_coco.main([*argv, "--output", "run", "--compile"])
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
     assert yaml.safe_load(Path("run/config.yaml").read_text())["compile"] and Path("run/results.json").exists()
 
