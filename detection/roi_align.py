@@ -52,17 +52,18 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     ) -> Tensor:
         """Maps by level and each image's boxes [n, 4] in pixels -> [sum of n, channels, output_size, output_size]."""
         maps = [x[name] for name in self.featmap_names]
-        if self.scales is None or self.map_levels is None:  # at the first call, as in torchvision
+        map_levels = self.map_levels
+        if self.scales is None or map_levels is None:  # at the first call, as in torchvision
             self.scales = [1 / stride for stride in self.strides]
             finest = int(math.log2(self.strides[0]))
-            self.map_levels = initLevelMapper(
-                finest, finest + len(maps) - 1, self.canonical_scale, self.canonical_level
-            )
+            map_levels = initLevelMapper(finest, finest + len(maps) - 1, self.canonical_scale, self.canonical_level)
+            if not torch.compiler.is_compiling():  # a graph that keeps it would not serve the second call
+                self.map_levels = map_levels
         boxes = list(boxes)
         if not self.aligned and (is_patched() or self.sampling_ratio < 1 or len(set(self.output_size)) > 1):
             return super().forward(x, boxes, image_shapes)
         image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
-        regions, level = torch.cat(boxes), self.map_levels(boxes)  # Lin et al. 2017, eq. 1
+        regions, level = torch.cat(boxes), map_levels(boxes)  # Lin et al. 2017, eq. 1
         if self.aligned:
             return self._aligned(maps, regions, image, level)
         cells, weights = self._taps(maps, regions, image, level)

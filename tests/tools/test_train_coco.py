@@ -215,8 +215,8 @@ def test_a_compiled_run_trains_saves_and_evaluates(shapes, monkeypatch):
     torch._dynamo.utils.counters.clear()
     argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--pictures", "0", "--max-steps", "2"]
     train_coco.main([*argv, "--output", "run", "--compile"])
-    assert 1 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert metrics(Path("run"))[-1]["step"] == 2
     assert yaml.safe_load(Path("run/config.yaml").read_text())["compile"] and Path("run/results.json").exists()
 
 
