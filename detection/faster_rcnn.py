@@ -161,7 +161,7 @@ class FasterRCNN(GeneralizedRCNN):
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, resized = self.transform(images, targets)
         padded = None if resized is None else Targets.of(resized)
-        if self.training and self._compiled is not None and self.is_as_built():
+        if self.training and self._compiled is not None and self._is_as_built():
             return self._compiled(self, *_in_buckets(batch, cast(Targets, padded)))
         detections, losses = self._of_batch(batch, padded)
         return losses if self.training else self.transform.postprocess(detections, batch.image_sizes, sizes)
@@ -191,7 +191,7 @@ class FasterRCNN(GeneralizedRCNN):
         state.pop("_compiled", None)  # as nn.Module's own
         return state
 
-    def is_as_built(self) -> bool:
+    def _is_as_built(self) -> bool:
         ours = isinstance(self.rpn, SampledRPN) and isinstance(self.roi_heads, BatchedRoIHeads)
         return ours and self.rpn.is_as_built() and self.roi_heads.is_as_built()
 
