@@ -77,7 +77,9 @@ def vgg16(**options):
     "make, suffix",
     [
         (lambda: small_detector("fpn", box_score_thresh=0.3), "onnx"),
-        (lambda: small_detector("c4", geometry="detectron2", global_context=True), "onnx"),
+        pytest.param(
+            lambda: small_detector("c4", geometry="detectron2", global_context=True), "onnx", marks=pytest.mark.slow
+        ),
         pytest.param(lambda: small_detector("fpn", geometry="detectron2"), "pt2", marks=pytest.mark.slow),
         pytest.param(lambda: small_detector("fpn", geometry="detectron2"), "onnx", marks=pytest.mark.slow),
         pytest.param(lambda: small_detector("dc5", global_context=True), "onnx", marks=pytest.mark.slow),
