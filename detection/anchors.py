@@ -5,6 +5,8 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from detection.patches import keeps
+
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
 GRID = {name: getattr(AnchorGenerator, name) for name in ("grid_anchors", "set_cell_anchors")}
 
@@ -43,7 +45,7 @@ class Anchors(AnchorGenerator):
         if torch.compiler.is_compiling():
             return self._made(cells, image_size, device)
         made_from = cells, image_size, device, tuple(self.strides), self.as_torchvision, self.shapes()
-        if self.last[0] != made_from or not self._grid_is_torchvisions():
+        if self.last[0] != made_from or not keeps(self, GRID):  # with these, `_made` makes the same again
             with torch.inference_mode(False):  # a training step may reuse them after a call under inference_mode
                 self.last = made_from, self._made(cells, image_size, device)
         return self.last[1]
@@ -52,10 +54,6 @@ class Anchors(AnchorGenerator):
     def shapes(self) -> list[list[list[float]]]:
         """The boxes of a cell on each level, as numbers: the tensors stay on the CPU, and nothing waits for a GPU."""
         return [x.tolist() for x in self.cell_anchors]
-
-    def _grid_is_torchvisions(self) -> bool:
-        """Whether the methods that `_made` calls are torchvision's, so that they make the same anchors again."""
-        return vars(self).keys().isdisjoint(GRID) and [getattr(type(self), name) for name in GRID] == [*GRID.values()]
 
     def _made(self, cells: list[torch.Size], image_size: torch.Size, device: torch.device) -> Tensor:
         def constant(value: float, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -33,6 +33,22 @@ class BoxCoder(TorchvisionBoxCoder):
         return torch.cat((centres - halves, centres + halves), 2).flatten(1)
 
 
+def matched_offsets(coder: BoxCoder, truth: Tensor, matches: Tensor, around: Tensor, positive: Tensor) -> Tensor:
+    """Offsets from `around` [B, n, 4] to the boxes of `truth` [B, G, 4] at `matches` [B, n]; 0 where not `positive`.
+
+    There they may be those to a padding box, which are not finite.
+    """
+    boxes = gather_boxes(truth, matches.clamp(min=0))
+    offsets = coder.encode_single(boxes.flatten(0, 1), around.flatten(0, 1)).view_as(boxes)
+    return offsets.where(positive[..., None], 0)
+
+
+def box_loss(found: Tensor, offsets: Tensor, positive: Tensor) -> Tensor:
+    """The sum of smooth L1 (Girshick 2015, eq. 3, from 1/9) over the `positive` [B, n] of two offsets [B, n, 4]."""
+    deviation = F.smooth_l1_loss(found, offsets, beta=1 / 9, reduction="none")
+    return deviation.where(positive[..., None], 0).sum()
+
+
 def best_of(scores: Tensor, count: int, *, in_order: bool = False) -> tuple[Tensor, Tensor]:
     """The `count` highest scores of each row [B, N], falling, and their indices, [B, count] each.
 

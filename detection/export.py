@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
-from torchvision.ops.poolers import initLevelMapper
 
 from detection.faster_rcnn import description, prepare_for_detection
 from detection.paper import ContextRoIAlign
@@ -134,8 +133,7 @@ def _roi_align(pool: Any, maps: dict[str, Tensor], regions: Tensor) -> Tensor:
     """What `pool` computes of regions [B, K, 4], level by level in torchvision's operator -> [B * K, C, size, size]."""
     image = torch.arange(regions.shape[0]).repeat_interleave(regions.shape[1])
     regions, levels = regions.flatten(0, 1), len(pool.featmap_names)
-    finest = int(math.log2(pool.strides[0]))
-    level = initLevelMapper(finest, finest + levels - 1, pool.canonical_scale, pool.canonical_level)([regions])
+    level = pool.level_mapper()([regions])
     empty = (regions[:, 2:] <= regions[:, :2]).any(1)  # padding; OpenVINO would divide by its size
     regions = regions + empty[:, None] * regions.new_tensor([0, 0, 1, 1])
     regions = torch.cat((image[:, None].to(regions.dtype), regions), 1)
@@ -269,6 +267,21 @@ def _refuse_changes(detector: Any) -> None:
             )
 
 
+def onnx_runner(model: Path | bytes) -> Callable[[Tensor], dict[str, Tensor]]:
+    """A function that runs an ONNX file with one input in ONNX Runtime on the CPU -> {name of an output: tensor}."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    names, [given] = [x.name for x in session.get_outputs()], session.get_inputs()
+
+    def run(images: Tensor) -> dict[str, Tensor]:
+        return dict(zip(names, map(torch.from_numpy, session.run(names, {given.name: images.numpy()})), strict=True))
+
+    return run
+
+
 def load_exported(path: str | os.PathLike) -> Callable[[Tensor], list[dict[str, Tensor]]]:
     """What an exported detector computes, as a function: an .onnx in ONNX Runtime on the CPU, a .pt2 in torch.
 
@@ -283,16 +296,10 @@ def load_exported(path: str | os.PathLike) -> Callable[[Tensor], list[dict[str, 
         run: Callable = torch.export.load(path).module()
     else:
         require("export", "onnxruntime", user="running an .onnx")
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        outputs_of = onnx_runner(path)
 
         def run(images: Tensor) -> list[Tensor]:
-            return [torch.from_numpy(output) for output in session.run(list(OUTPUTS), {"images": images.numpy()})]
+            outputs = outputs_of(images)
+            return [outputs[name] for name in OUTPUTS]
 
-    def find(images: Tensor) -> list[dict[str, Tensor]]:
-        return Detections(*run(images)).as_list()
-
-    return find
+    return lambda images: Detections(*run(images)).as_list()

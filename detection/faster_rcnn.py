@@ -27,7 +27,7 @@ from detection.rpn import FP32RPNHead, SampledRPN
 from detection.transforms import InputTransform, check_images, numbers_of
 from resbackbone import Backbone, BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, brief, require
-from resbackbone.compat import is_observed
+from resbackbone.compat import any_size_in_graphs, is_observed
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse, norm_layer, same_kind
 from resbackbone.weights import MEAN, STD, Weights, WeightSource, read_weights, write_weights
@@ -244,19 +244,24 @@ class FasterRCNN(GeneralizedRCNN):
         if torch.compiler.is_compiling():
             return
         classes = self.num_classes
+
+        def labels_fit(labels: Tensor) -> Tensor:
+            return ((labels >= 1) & (labels <= classes)).all()
+
+        def boxes_fit(boxes: Tensor) -> Tensor:
+            return boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2]).all()
+
         labels, boxes = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
-        fit = (labels >= 1) & (labels <= classes) & boxes.isfinite().all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)
-        if numbers_of(fit.all()):  # the only wait for a GPU
+        if numbers_of(labels_fit(labels) & boxes_fit(boxes)):  # the only wait for a GPU
             return
         for target in targets:
             name = f"image {target['image_id']}: " if "image_id" in target else ""
-            labels, boxes = target["labels"], target["boxes"]
-            if not ((labels >= 1) & (labels <= classes)).all():
+            if not labels_fit(target["labels"]):
                 raise UserError(
                     f"{name}labels {sorted(set(target['labels'].tolist()))}: a label is 1..{classes} "
                     f"({', '.join(list(self.categories.values())[:3])} ..), 0 is background"
                 )
-            if not (boxes.isfinite().all() and (boxes[:, 2:] > boxes[:, :2]).all()):
+            if not boxes_fit(target["boxes"]):
                 raise UserError(
                     f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
                 )
@@ -273,8 +278,7 @@ def _in_buckets(batch: ImageList, targets: Targets) -> tuple[Tensor, Tensor, Ten
     images = F.pad(batch.tensors, (0, -width % BUCKET, 0, -height % BUCKET))
     boxes, labels, _ = targets
     for tensor, dimensions in ((images, (2, 3)), (boxes, (1,)), (labels, (1,))):
-        for dimension in dimensions:
-            torch._dynamo.maybe_mark_dynamic(tensor, dimension)
+        any_size_in_graphs(tensor, dimensions)
     return images, sizes_of(batch.image_sizes, boxes), boxes, labels
 
 

@@ -12,7 +12,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
 from detection.batch import sizes_of
-from detection.roi_align import PyramidRoIAlign
+from detection.roi_align import PyramidRoIAlign, image_of_each
 from detection.roi_heads import SMALLEST_BOX, is_real
 from detection.transforms import InputTransform, check_images
 from resbackbone import Backbone
@@ -93,9 +93,8 @@ class ContextRoIAlign(PyramidRoIAlign):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The regions' features [N, channels, size, size], the images' [B, ..], and the image of each region [N]."""
         whole = list(F.pad(sizes_of(image_shapes, boxes[0]).flip(1), (2, 0))[:, None])  # [1, 4] each, from 0, 0
-        image_of_region = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
         regions, images = (super(ContextRoIAlign, self).forward(x, of, image_shapes) for of in (boxes, whole))
-        return regions, images, image_of_region
+        return regions, images, image_of_each(boxes)
 
 
 class ContextHead(nn.Module):

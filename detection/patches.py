@@ -1,5 +1,6 @@
 """What of torchvision this package does the work of without calling it, so that a patch of it would go unnoticed."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -53,12 +54,15 @@ def is_patched() -> bool:
     return any(getattr(place, name) is not theirs for place, name, theirs in _AS_IMPORTED)
 
 
+def keeps(part: Any, methods: Mapping[str, Any]) -> bool:
+    """Whether `part` runs these `methods`, {name: function}: its class has them, and it none of its own."""
+    return vars(part).keys().isdisjoint(methods) and all(getattr(type(part), n) is m for n, m in methods.items())
+
+
 def is_as_built(part: Any, base: type[nn.Module]) -> bool:
     """Whether torchvision's forward of `part`, whose class derives from `base`, computes what our own stands for."""
-    methods = set(BYPASSED[base]) - {"forward"}
-    if is_patched() or not vars(part).keys().isdisjoint(methods) or part.box_similarity is not boxes.box_iou:
-        return False
-    if any(getattr(type(part), name) is not getattr(base, name) for name in methods):
+    methods = {name: getattr(base, name) for name in BYPASSED[base] if name != "forward"}
+    if is_patched() or not keeps(part, methods) or part.box_similarity is not boxes.box_iou:
         return False
     for name, kind, settings in _HELPERS:
         helper = getattr(part, name)

@@ -1,7 +1,7 @@
 """RoIAlign over a pyramid (He et al. 2017, Mask R-CNN, Sec. 3), as in torchvision or in detectron2."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,11 @@ from torchvision.ops.poolers import initLevelMapper
 from detection.cells import at_least_fp32, pick, sum_cells
 from detection.patches import is_patched
 from resbackbone import Feature
+
+
+def image_of_each(boxes: Sequence[Tensor]) -> Tensor:
+    """The number of its image for each of the boxes [n, 4] of some images, [sum of n]."""
+    return torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
@@ -52,22 +57,27 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
     ) -> Tensor:
         """Maps by level and each image's boxes [n, 4] in pixels -> [sum of n, channels, output_size, output_size]."""
         maps = [x[name] for name in self.featmap_names]
-        map_levels = self.map_levels
-        if self.scales is None or map_levels is None:  # at the first call, as in torchvision
+        boxes, map_levels = list(boxes), self.level_mapper()
+        if self.scales is None:
             self.scales = [1 / stride for stride in self.strides]
-            finest = int(math.log2(self.strides[0]))
-            map_levels = initLevelMapper(finest, finest + len(maps) - 1, self.canonical_scale, self.canonical_level)
-            if not torch.compiler.is_compiling():  # a graph that keeps it would not serve the second call
-                self.map_levels = map_levels
-        boxes = list(boxes)
+        if not torch.compiler.is_compiling():  # a graph that keeps it would not serve the second call
+            self.map_levels = map_levels  # from the first call on, as in torchvision
         if not self.aligned and (is_patched() or self.sampling_ratio < 1 or len(set(self.output_size)) > 1):
             return super().forward(x, boxes, image_shapes)
-        image = torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
-        regions, level = torch.cat(boxes), map_levels(boxes)  # Lin et al. 2017, eq. 1
+        image = image_of_each(boxes)
+        regions, level = torch.cat(boxes), map_levels(boxes)
         if self.aligned:
             return self._aligned(maps, regions, image, level)
         cells, weights = self._taps(maps, regions, image, level)
         return sum_cells(maps, level, cells, weights).unflatten(1, self.output_size).permute(0, 3, 1, 2)
+
+    def level_mapper(self) -> Any:
+        """A function of each image's boxes to their levels, 0 the finest, [sum of n] (Lin et al. 2017, eq. 1)."""
+        if self.map_levels is not None:
+            return self.map_levels
+        finest = int(math.log2(self.strides[0]))
+        coarsest = finest + len(self.featmap_names) - 1
+        return initLevelMapper(finest, coarsest, self.canonical_scale, self.canonical_level)
 
     def _aligned(self, maps: list[Tensor], regions: Tensor, image: Tensor, level: Tensor) -> Tensor:
         """torchvision's kernel on every map; of regions without a size, as those of other levels become, it reads none.

@@ -9,7 +9,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from detection.batch import Targets, needed, pad_boxes, sizes_of
-from detection.boxes import BoxCoder, best_of, clip, gather_boxes, is_large
+from detection.boxes import BoxCoder, best_of, box_loss, clip, gather_boxes, is_large, matched_offsets
 from detection.cells import at_least_fp32
 from detection.matching import BACKGROUND, match_with
 from detection.nms import nms_sorted
@@ -79,8 +79,7 @@ class BatchedRoIHeads(RoIHeads):
         most = offsets.shape[1]  # positives have the first places
         classes = labels[:, :most].clamp(min=0)
         of_class = deltas.view(*labels.shape, -1, 4)[:, :most].gather(2, classes[..., None, None].expand(-1, -1, -1, 4))
-        deviation = F.smooth_l1_loss(of_class.squeeze(2), offsets, beta=1 / 9, reduction="none")
-        deviation = deviation.where(labels[:, :most, None] > 0, 0).sum()
+        deviation = box_loss(of_class.squeeze(2), offsets, labels[:, :most] > 0)
         return {"loss_classifier": error / number, "loss_box_reg": deviation / number}
 
     def predict(self, features, regions: Tensor, image_shapes) -> tuple[Tensor, Tensor]:
@@ -108,10 +107,9 @@ class BatchedRoIHeads(RoIHeads):
         place = torch.arange(places, device=index.device)
         index = index.gather(1, place % drawn.sum(1, keepdim=True).clamp(min=1))  # drawn ones again
         regions, labels = gather_boxes(candidates, index), labels.gather(1, index).masked_fill(~drawn, NO_LOSS)
-        matched = gather_boxes(boxes, matches.gather(1, index[:, :most]).clamp(min=0))
-        around = regions[:, :most]
-        offsets = self.box_coder.encode_single(matched.flatten(0, 1), around.flatten(0, 1)).view_as(around)
-        return regions, labels, offsets.where(labels[:, :most, None] > 0, 0)
+        of_places = matches.gather(1, index[:, :most])
+        offsets = matched_offsets(self.box_coder, boxes, of_places, regions[:, :most], labels[:, :most] > 0)
+        return regions, labels, offsets
 
     def detections(self, logits: Tensor, deltas: Tensor, proposals: Tensor, sizes: Tensor) -> Detections:
         """The best `detections_per_img` boxes of each image: those that score enough and survive NMS in their class.

@@ -12,7 +12,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from detection.anchors import Anchors
 from detection.batch import Targets, needed, pad_boxes, sizes_of
-from detection.boxes import BoxCoder, best_of, clip, gather_boxes, is_large
+from detection.boxes import BoxCoder, best_of, box_loss, clip, gather_boxes, is_large, matched_offsets
 from detection.cells import at_least_fp32, pick, sum_cells
 from detection.matching import match_with
 from detection.nms import nms_sorted
@@ -133,11 +133,11 @@ class SampledRPN(RegionProposalNetwork):
             scores.append(best.sigmoid())
             real.append(exists)
         lists = torch.stack([x.view(-1, count, 4) for x in boxes], 1)  # [B, levels, count, 4]
-        lists, levels_scores = clip(lists, sizes[:, None, None]), torch.stack(scores, 1)
-        kept = torch.stack(real, 1) & is_large(lists, self.min_size) & (levels_scores >= self.score_thresh)
+        lists, of_lists = clip(lists, sizes[:, None, None]), torch.stack(scores, 1)
+        kept = torch.stack(real, 1) & is_large(lists, self.min_size) & (of_lists >= self.score_thresh)
         kept = nms_sorted(lists.flatten(0, 1), kept.flatten(0, 1), self.nms_thresh).view_as(kept)
         most = min(self.post_nms_top_n(), len(maps) * count)
-        best, index = best_of(levels_scores.masked_fill(~kept, -1).flatten(1), most, in_order=True)
+        best, index = best_of(of_lists.masked_fill(~kept, -1).flatten(1), most, in_order=True)
         places = most if self.training else needed((best >= 0).sum(1), most)  # training samples from all
         return gather_boxes(lists.flatten(1, 2), index).where((best >= 0)[..., None], 0)[:, :places]
 
@@ -149,16 +149,13 @@ class SampledRPN(RegionProposalNetwork):
         objectness, deltas = self._at(maps, index)  # [B, S], [B, S, 4]
         wanted = labels.gather(1, index)
         positive = (drawn & (wanted == 1))[:, :most]
-        around = anchors[index[:, :most]]
-        boxes = gather_boxes(targets.boxes, matches.gather(1, index[:, :most]).clamp(min=0))
-        offsets = self.box_coder.encode_single(boxes.flatten(0, 1), around.flatten(0, 1)).view_as(boxes)
-        offsets = offsets.where(positive[..., None], 0)  # those to a padding box are not finite
-        deviation = F.smooth_l1_loss(deltas[:, :most], offsets, beta=1 / 9, reduction="none")
+        places = index[:, :most]
+        offsets = matched_offsets(self.box_coder, targets.boxes, matches.gather(1, places), anchors[places], positive)
         error = F.binary_cross_entropy_with_logits(objectness, wanted.to(objectness.dtype), reduction="none")
         number = drawn.sum().clamp(min=1)
         return {
             "loss_objectness": error.where(drawn, 0).sum() / number,
-            "loss_rpn_box_reg": deviation.where(positive[..., None], 0).sum() / number,
+            "loss_rpn_box_reg": box_loss(deltas[:, :most], offsets, positive) / number,
         }
 
     def _at(self, maps: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:

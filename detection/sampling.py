@@ -1,8 +1,9 @@
 """The anchors and regions that the losses are computed on (Ren et al. 2015, Sec. 3.1.3), a fixed number an image."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from detection.boxes import best_of
 
 
 def sample(labels: Tensor, count: int, positive_fraction: float) -> tuple[Tensor, Tensor, int]:
@@ -15,11 +16,10 @@ def sample(labels: Tensor, count: int, positive_fraction: float) -> tuple[Tensor
     few; and the number of places that positives can have, the first ones.
     """
     most = int(count * positive_fraction)
-    keys = F.pad(random_keys(labels), (0, count))  # so that there are `count` of them
-    labels = F.pad(labels, (0, count), value=-1)
-    chosen, positive = keys.masked_fill(labels < 1, -1).topk(most, 1)
+    keys = random_keys(labels)
+    chosen, positive = best_of(keys.masked_fill(labels < 1, -1), most)
     drawn_positive = chosen >= 0
-    chosen, negative = keys.masked_fill(labels != 0, -1).topk(count, 1)
+    chosen, negative = best_of(keys.masked_fill(labels != 0, -1), count)
     rank = torch.arange(count, device=labels.device)
     drawn_negative = (chosen >= 0) & (rank < count - drawn_positive.sum(1, keepdim=True))
     index = torch.cat((positive, negative), 1)

@@ -14,7 +14,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_keypoints
 from torchvision.transforms import v2
 
-from detection.patches import is_patched
+from detection.patches import is_patched, keeps
 from resbackbone.checks import UserError
 from resbackbone.compat import is_transformed
 
@@ -127,9 +127,9 @@ class InputTransform(GeneralizedRCNNTransform):
 
     @torch.compiler.assume_constant_result
     def is_as_built(self) -> bool:
-        steps = {"normalize": InputTransform, "resize": InputTransform, "batch_images": GeneralizedRCNNTransform}
-        same = all(getattr(type(self), name) is getattr(owner, name) for name, owner in steps.items())
-        return same and vars(self).keys().isdisjoint(steps) and not is_patched()
+        """Whether `forward` computes what torchvision's would with this transform's methods."""
+        own = {"normalize": InputTransform.normalize, "resize": InputTransform.resize}
+        return keeps(self, {**own, "batch_images": GeneralizedRCNNTransform.batch_images}) and not is_patched()
 
     def normalize(self, image: Tensor) -> Tensor:
         """[.., 3, H, W] floats in 0..1, less the mean, over the standard deviation."""

@@ -166,6 +166,15 @@ def any_size_in_exports() -> Iterator[None]:
         yield
 
 
+def any_size_in_graphs(tensor: torch.Tensor, dimensions: tuple[int, ...]) -> None:
+    """Tell torch.compile that these `dimensions` of an input change from call to call, where it has not seen it yet.
+
+    `torch._dynamo.maybe_mark_dynamic`. Without it: the second size costs a second graph.
+    """
+    if (mark := getattr(getattr(torch, "_dynamo", None), "maybe_mark_dynamic", None)) is not None:
+        mark(tensor, dimensions)
+
+
 def check_torchvision() -> None:
     """Raise BrokenPackage if torchvision cannot be imported: `operator torchvision::nms does not exist`, with a torch
     of another build."""

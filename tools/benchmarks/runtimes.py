@@ -6,11 +6,13 @@ ONNX Runtime has no bf16 on a CPU.
 
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from detection.export import onnx_runner
 from resbackbone.tools.benchmarks.contest import Workload
 
 Run = Callable[[], dict[str, Tensor]]  # {name of an output: tensor}, which the next call may overwrite
@@ -34,13 +36,7 @@ def runner(name: str, model: bytes, images: Tensor, work: Workload) -> Run:
 
 
 def _onnxruntime(model: bytes, images: Tensor, work: Workload) -> Run:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    names, inputs = [x.name for x in session.get_outputs()], {session.get_inputs()[0].name: images.numpy()}
-    return lambda: dict(zip(names, map(torch.from_numpy, session.run(names, inputs)), strict=True))
+    return partial(onnx_runner(model), images)
 
 
 def _openvino(model: bytes, images: Tensor, work: Workload) -> Run:
