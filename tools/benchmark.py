@@ -60,7 +60,7 @@ JOBS = {
     ),
     "detector-inference": Job(
         "Faster R-CNN ResNet-{depth} FPN inference, {height} x {width}",
-        (OWN, FUSED, "torchvision", "detectron2"),
+        (OWN, FUSED, "torchvision", "detectron2", *runtimes.RUNTIMES),
         partial(detectors.contender, False),
         DETECTOR_MODES,
         tolerance=1e-5,

@@ -8,7 +8,8 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import lru_cache
+from dataclasses import replace
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,10 +21,13 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 from torchvision.ops import box_iou, boxes
 
 from detection import build_faster_rcnn, sampling
+from detection.export import OUTPUTS
 from detection.faster_rcnn import prepare_for_detection
+from detection.roi_heads import Detections
 from resbackbone import build_resnet_backbone
 from resbackbone.tools.benchmarks.contest import FUSED, OWN, Contender, Workload, package_of
 from resbackbone.tools.benchmarks.networks import backbone_weights, detectron2_config, first_trained, randomize_norms
+from resbackbone.tools.benchmarks.runtimes import RUNTIMES, Run, exported, runner
 from resbackbone.weights import MEAN, STD
 from resbackbone.weights.translate import from_ours
 
@@ -119,13 +123,43 @@ def unresized(image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[T
     return image, target
 
 
+@lru_cache(maxsize=2)
+def exported_detector(depth: int, height: int, width: int) -> bytes:
+    """This package's detector, whose resizing keeps images of this size as they are."""
+    detector: Any = build_own(depth, detector_weights(depth))
+    detector.transform.min_size, detector.transform.max_size = (min(height, width),), max(height, width)
+    return exported(partial(detector.export, input_type="float32"))
+
+
+def runtime(name: str, work: Workload) -> Contender:
+    """The exported detector in the runtime `name`. Its outputs are checked in fp32, which is the most that it has."""
+
+    def on(batch: list[Tensor], work: Workload) -> Run:
+        images = torch.stack(batch).float()
+        return runner(name, exported_detector(work.depth, *images.shape[-2:]), images, work)
+
+    def check() -> Outputs:
+        outputs = on(checked_images(work)[0], replace(work, mode="fp32"))()
+        return Detections(*(outputs[key] for key in OUTPUTS)).as_list()
+
+    return Contender(on(drawn(work.batch_size, work.height, work.width, work.device)[0], work), check=check)
+
+
+def checked_images(work: Workload) -> tuple[list[Tensor], Targets]:
+    """At most two images of about half the size in multiples of 64 pixels, fp64."""
+    height, width = (max(64, side // 128 * 64) for side in (work.height, work.width))
+    return drawn(min(2, work.batch_size), height, width, work.device, torch.float64)
+
+
 def contender(training: bool, work: Workload, name: str) -> Contender:
     """The detector of `name` on a batch of drawn images.
 
-    Outputs are compared in fp64 whatever the mode (rounding changes which proposals are kept), on at most two images of
-    about half the size in multiples of 64 pixels (where torchvision infers the strides that detectron2 states). In
-    training all packages sample the same anchors and proposals for it: the first ones.
+    Outputs are compared in fp64 whatever the mode (rounding changes which proposals are kept), on `checked_images`
+    (where torchvision infers the strides that detectron2 states). In training all packages sample the same anchors and
+    proposals for it: the first ones.
     """
+    if name in RUNTIMES:
+        return runtime(name, work)
     detector: Any = work.place(DETECTORS[package_of(name)](work.depth, detector_weights(work.depth))).train(training)
     if hasattr(detector, "transform"):
         detector.transform.resize = unresized
@@ -134,8 +168,7 @@ def contender(training: bool, work: Workload, name: str) -> Contender:
         timed = prepare_for_detection(copy.deepcopy(detector), bf16=work.bf16)
         prepare_for_detection(detector)
     batch = drawn(work.batch_size, work.height, work.width, work.device)
-    height, width = (max(64, side // 128 * 64) for side in (work.height, work.width))
-    checked = drawn(min(2, work.batch_size), height, width, work.device, torch.float64)
+    checked = checked_images(work)
     parameters, first = list(detector.parameters()), first_trained(detector)
 
     def outputs_of(detector: nn.Module, images: list[Tensor], targets: Targets) -> Outputs:
