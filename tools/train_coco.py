@@ -59,6 +59,7 @@ from resbackbone.engine.distributed import Rank, distributed, from_main, gather,
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
+from resbackbone.memory import keep_freed_memory
 from resbackbone.report.numbers import percent
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import Weights
@@ -245,6 +246,7 @@ class Detection(Task):
             backend=self.options.coco_backend,
             progress=self.session.track,
         )
+        keep_freed_memory(False)  # as a network for detection asks for; in training it would fragment
         skipped = gather(self.session.skipped, self.rank)
         if skipped is not None:
             self.evaluation.results["skipped_training_images"] = sorted(set().union(*skipped))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import timer
 
+from resbackbone.memory import keep_freed_memory
 from resbackbone.tools.benchmarks.machine import peak_in_fresh_process
 
 OWN = "resbackbone"
@@ -79,6 +80,7 @@ class Contender(NamedTuple):
     run: Callable[[], Any]  # what is timed
     module: nn.Module | None = None  # if given, count the bytes saved for backward, its own excluded
     check: Callable[[], Any] | None = None  # returns the outputs to compare, if `run` does not
+    keeps_memory: bool = False  # that the process frees, as `fuse` asks for
 
 
 def relative_difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
@@ -167,7 +169,7 @@ def ready(job: Job, work: Workload, name: str, first: dict[str, Any], result: di
     difference = result["difference"][name] = job.difference(outputs, expected)
     if not difference <= result["tolerance"]:
         raise OutputsDiffer(f"from {reference}'s by {difference:.2g}; at most {result['tolerance']:g} is accepted")
-    return timed(contender.run)
+    return timed(contender)
 
 
 @contextmanager
@@ -221,17 +223,21 @@ def inspect(contender: Contender, name: str, result: dict, *, on_gpu: bool) -> A
     return outputs
 
 
-def timed(run: Callable[[], object]) -> Callable[[], float]:
+def timed(contender: Contender) -> Callable[[], float]:
     """A function that makes as many runs as take a TURN, and returns the seconds of one.
 
     torch.utils.benchmark.Timer would make two more runs each time to warm up, which take minutes for detectors on a
-    CPU; here the contender's first run has done that.
+    CPU; here the contender's first run has done that. Memory that is freed stays with the process in the turns of those
+    that ask for it; the others have glibc as they find it.
     """
 
     def seconds(repeats: int) -> float:
+        keep_freed_memory(contender.keeps_memory)
+        if contender.keeps_memory:
+            contender.run()  # takes the memory that was given back since its last turn
         began = timer()  # synchronizes a GPU
         for _ in range(repeats):
-            run()
+            contender.run()
         return (timer() - began) / repeats
 
     return partial(seconds, min(50, max(1, round(TURN / max(seconds(1), 1e-6)))))
