@@ -8,8 +8,8 @@ python tools/benchmark.py --height 64 --width 96 --depth 18 --rounds 1      a qu
 
 All packages get the same weights, inputs and settings, and their outputs are compared before anything is timed. They
 take turns in an order that is shuffled each round. A ratio is the median over the rounds of time / time of the fastest
-other package: below 1 is faster. Packages that fail are named at the end; the rest is measured. docs/benchmarks.md
-describes the jobs.
+other package in PyTorch (a runtime is none): below 1 is faster. Packages that fail are named at the end; the rest is
+measured. docs/benchmarks.md describes the jobs.
 """
 
 import importlib.util

@@ -4,6 +4,7 @@ import statistics
 from typing import NamedTuple
 
 from resbackbone.tools.benchmarks.contest import OWN, package_of
+from resbackbone.tools.benchmarks.runtimes import RUNTIMES
 
 
 class Row(NamedTuple):
@@ -15,9 +16,9 @@ class Row(NamedTuple):
 
 
 def reference_of(result: dict) -> str | None:
-    """The contender whose times the ratios divide by: the fastest of the other packages."""
+    """The contender whose times the ratios divide by: the fastest of the other packages, runtimes not among them."""
     times = result["seconds"]
-    others = [name for name in result["names"] if times.get(name) and package_of(name) != OWN]
+    others = [name for name in result["names"] if times.get(name) and package_of(name) not in (OWN, *RUNTIMES)]
     return min(others, key=lambda name: statistics.median(times[name]), default=None)
 
 
