@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
-from detection.faster_rcnn import description, prepare_for_detection
+from detection.faster_rcnn import description, fuse_detector
 from detection.paper import ContextRoIAlign
 from detection.roi_heads import Detections
 from resbackbone.checks import UserError, one_of, require
@@ -219,7 +219,7 @@ def export_detector(detector: Any, path: str | os.PathLike, *, input_type: str =
     dtype = INPUT_TYPES[one_of("input type", input_type, INPUT_TYPES)]
     check_destination(path)
     _refuse_changes(detector)
-    copied = prepare_for_detection(deepcopy(detector).cpu().float().to(memory_format=torch.contiguous_format))
+    copied = fuse_detector(deepcopy(detector).cpu().float().to(memory_format=torch.contiguous_format))
     backbone, config = description(copied, fused=True, otherwise="undo the change before export")
     sides = copied.transform.min_size[-1], copied.transform.max_size
     if not all(type(side) is int and side <= LARGEST for side in sides):

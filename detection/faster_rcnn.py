@@ -30,6 +30,7 @@ from resbackbone.checks import UserError, brief, require
 from resbackbone.compat import any_size_in_graphs, is_observed
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import fuse, norm_layer, same_kind
+from resbackbone.memory import keep_freed_memory
 from resbackbone.weights import MEAN, STD, Weights, WeightSource, read_weights, write_weights
 from resbackbone.weights.fit import fit, with_eps
 from resbackbone.weights.sources import is_named
@@ -443,7 +444,7 @@ def description(
     if changed := {name: value for name, value in _live_settings(detector).items() if value != usual[name]}:
         config = replace(config, **changed)
         built = _outline(detector, backbone, config)
-    if difference := _difference(detector, prepare_for_detection(built) if fused else built):
+    if difference := _difference(detector, fuse_detector(built) if fused else built):
         place, found, expected = difference
         raise UserError(
             f"{place} is {found}, and load_detector would make it {expected}: set it with an argument of "
@@ -614,24 +615,29 @@ def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDe
     """Prepare a detector for inference, in place: eval mode, batch norms folded into their convolutions.
 
     With `bf16`, the weights of convolutions and linear layers become bfloat16, as autocast would make them in every
-    pass; results are the same, but from then on the detector runs only under autocast.
+    pass; results are the same, but from then on the detector runs only under autocast. On a CPU the process keeps the
+    memory that it frees from then on (`resbackbone.memory.keep_freed_memory`, which also ends that).
     """
-    detector.eval().requires_grad_(False)
-    _fuse_parts(detector)
+    if next(detector.parameters()).device.type == "cpu":
+        keep_freed_memory()
+    fuse_detector(detector)
     if bf16:
         for module in detector.modules():
             if type(module) in (nn.Conv2d, nn.Linear):
                 module.to(torch.bfloat16)
-        _fuse_parts(detector)  # keeps the weights as they are now
+        fuse_detector(detector)  # keeps the weights as they are now
     return detector
 
 
-def _fuse_parts(detector: nn.Module) -> None:
+def fuse_detector(detector: AnyDetector) -> AnyDetector:
+    """`prepare_for_detection` in the precision of the weights, which changes nothing but the detector."""
+    detector.eval().requires_grad_(False)
     for module in detector.modules():
         if isinstance(module, Backbone):
-            module.fuse()
+            module._fuse()
         elif isinstance(module, Stage5Head | FastRCNNConvFCHead):
             fuse(module)
+    return detector
 
 
 def detector_file(run: str | Path) -> str | Path:

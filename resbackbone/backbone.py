@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import replace
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from resbackbone.config import BackboneConfig, CommonConfig, ordered_levels
 from resbackbone.export import export_network
 from resbackbone.fpn import FPN
 from resbackbone.layers import BATCH_NORMS, fuse, same_kind
+from resbackbone.memory import keep_freed_memory
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, Feature, ResNet, sorted_levels
 from resbackbone.weights.fit import backbone_part, fit, resolve_architecture, resolve_dilation, resolve_pyramid
 from resbackbone.weights.inputs import INPUT
@@ -52,9 +53,14 @@ class Backbone(nn.Module):
         """Fold every batch norm into its convolution, in place, for inference; returns self in eval mode.
 
         Call it again after changing weights or their dtype: it also keeps them as a CPU wants them (`layers.fuse`).
+        And on a CPU the process keeps memory that it frees from then on, until `memory.keep_freed_memory(False)`.
         """
-        fuse(self.eval())
-        return self
+        if next(self.parameters()).device.type == "cpu":
+            keep_freed_memory()
+        return self._fuse()
+
+    def _fuse(self) -> "Backbone":
+        return cast(Backbone, fuse(self.eval()))
 
     def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script asks each module for a form to compile
         raise UserError(
@@ -77,7 +83,7 @@ class Backbone(nn.Module):
         Raises ValueError if the suffix is unknown, the folder does not exist, or, for ONNX, onnx or onnxscript is not
         installed.
         """
-        copied = deepcopy(self).cpu().float().to(memory_format=torch.contiguous_format).fuse()
+        copied = deepcopy(self).cpu().float().to(memory_format=torch.contiguous_format)._fuse()
         metadata = {
             "format": "resbackbone",
             "input": INPUT,

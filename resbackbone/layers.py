@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from resbackbone.checks import UserError, one_of
 from resbackbone.compat import is_observed
 from resbackbone.folding import Folded, FrozenBatchNorm2d, conv_norm
-from resbackbone.memory import keep_freed_memory
 
 Norm = Callable[[int], nn.Module]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -132,18 +131,10 @@ def fuse(module: nn.Module) -> nn.Module:
     before, stay as they are. A pair that is not plain stays: with hooks or parametrizations, or of other classes.
 
     On a CPU the weights are also kept as oneDNN wants them (`folding.Folded`), until they change. After changing them,
-    or their dtype, call it again. And the process keeps memory that it frees, for the next images
-    (`memory.keep_freed_memory`, which also ends that).
+    or their dtype, call it again.
     """
-    for part in list(module.modules()):
-        _fold_norms(part)
-    if any(parameter.device.type == "cpu" for parameter in module.parameters()):
-        keep_freed_memory()
-    return module
-
-
-def _fold_norms(module: nn.Module) -> None:
-    """`fuse`, of the norms that `module` itself holds."""
+    for child in module.children():
+        fuse(child)
     children = dict(module.named_children())
     if isinstance(module, nn.Sequential):
         pairs = list(zip(list(children)[:-1], list(children)[1:], strict=True))
@@ -169,6 +160,7 @@ def _fold_norms(module: nn.Module) -> None:
         setattr(module, conv_name, fused)
         setattr(module, norm_name, folded := Folded())
         folded.watch(fused)
+    return module
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """This package beside its peers (those installed): time and memory of the same jobs, in a table of ratios.
 
-python tools/benchmark.py                                             on the CPU; about a quarter of an hour
+python tools/benchmark.py                                             on the CPU; about three quarters of an hour
 python tools/benchmark.py --jobs training --modes fp32 --rounds 9 --output runs/benchmark
 python tools/benchmark.py --device cuda --budget 500                  within 9 minutes
 python tools/benchmark.py --device cuda --jobs detector-training --batch-sizes 1 2 16
@@ -8,8 +8,8 @@ python tools/benchmark.py --height 64 --width 96 --depth 18 --rounds 1      a qu
 
 All packages get the same weights, inputs and settings, and their outputs are compared before anything is timed. They
 take turns in an order that is shuffled each round. A ratio is the median over the rounds of time / time of the fastest
-other package in PyTorch (a runtime is none): below 1 is faster. Packages that fail are named at the end; the rest is
-measured. docs/benchmarks.md describes the jobs.
+other package, ONNX Runtime and OpenVINO not counted: below 1 is faster. Packages that fail are named at the end; the
+rest is measured. docs/benchmarks.md describes the jobs.
 """
 
 import importlib.util

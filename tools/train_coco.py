@@ -237,16 +237,19 @@ class Detection(Task):
     def evaluate(self, *, final: bool) -> dict:
         share_buffers(self.detector, self.rank)
         bf16 = self.options.precision == "bf16"
-        self.evaluation = evaluate(
-            prepare_for_detection(copy.deepcopy(self.detector), bf16=bf16),
-            self.val_set,
-            self.rank,
-            workers=self.options.workers,
-            bf16=bf16,
-            backend=self.options.coco_backend,
-            progress=self.session.track,
-        )
-        keep_freed_memory(False)  # as a network for detection asks for; in training it would fragment
+        try:
+            self.evaluation = evaluate(
+                prepare_for_detection(copy.deepcopy(self.detector), bf16=bf16),
+                self.val_set,
+                self.rank,
+                workers=self.options.workers,
+                bf16=bf16,
+                backend=self.options.coco_backend,
+                progress=self.session.track,
+            )
+        finally:
+            if self.rank.device.type == "cpu":
+                keep_freed_memory(False)  # a training keeps so much more at once that it would fragment
         skipped = gather(self.session.skipped, self.rank)
         if skipped is not None:
             self.evaluation.results["skipped_training_images"] = sorted(set().union(*skipped))

@@ -104,9 +104,8 @@ class TimmBackbone(Backbone):
             maps[level] = y[..., : -(-height // stride), : -(-width // stride)]
         return maps if self.fpn is None else self.fpn(maps)
 
-    def fuse(self) -> "TimmBackbone":
-        """Only switch to eval mode: not every timm network shows which norm follows which convolution."""
-        return self.eval()
+    def _fuse(self) -> "TimmBackbone":
+        return self.eval()  # not every timm network shows which norm follows which convolution
 
 
 def from_timm(

@@ -80,7 +80,7 @@ class Contender(NamedTuple):
     run: Callable[[], Any]  # what is timed
     module: nn.Module | None = None  # if given, count the bytes saved for backward, its own excluded
     check: Callable[[], Any] | None = None  # returns the outputs to compare, if `run` does not
-    keeps_memory: bool = False  # that the process frees, as `fuse` asks for
+    keeps_memory: bool = False  # whether `keep_freed_memory` is on while it runs, as after `fuse`
 
 
 def relative_difference(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
@@ -226,18 +226,19 @@ def inspect(contender: Contender, name: str, result: dict, *, on_gpu: bool) -> A
 def timed(contender: Contender) -> Callable[[], float]:
     """A function that makes as many runs as take a TURN, and returns the seconds of one.
 
-    torch.utils.benchmark.Timer would make two more runs each time to warm up, which take minutes for detectors on a
-    CPU; here the contender's first run has done that. Memory that is freed stays with the process in the turns of those
-    that ask for it; the others have glibc as they find it.
+    A run before them is not timed: caches and memory hold what the contender before has left.
+    torch.utils.benchmark.Timer would make two, which take minutes for detectors on a CPU.
     """
 
     def seconds(repeats: int) -> float:
-        keep_freed_memory(contender.keeps_memory)
-        if contender.keeps_memory:
-            contender.run()  # takes the memory that was given back since its last turn
         began = timer()  # synchronizes a GPU
         for _ in range(repeats):
             contender.run()
         return (timer() - began) / repeats
 
-    return partial(seconds, min(50, max(1, round(TURN / max(seconds(1), 1e-6)))))
+    def turn(repeats: int) -> float:
+        keep_freed_memory(contender.keeps_memory)
+        contender.run()
+        return seconds(repeats)
+
+    return partial(turn, min(50, max(1, round(TURN / max(seconds(1), 1e-6)))))

@@ -190,7 +190,7 @@ def contender(training: bool, work: Workload, name: str) -> Contender:
         detector.float()  # nothing is lost: it was in fp32 before
         return outputs
 
-    return Contender(lambda: outputs_of(timed, *batch), timed, check, keeps_memory=name == FUSED)
+    return Contender(lambda: outputs_of(timed, *batch), timed, check, keeps_memory=name == FUSED and not work.on_gpu)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from resbackbone.engine.provenance import commit
+from resbackbone.memory import keep_freed_memory
 
 VERSIONS = (
     *("torch", "torchvision", "timm", "detectron2", "onnxruntime", "openvino"),
@@ -70,6 +71,8 @@ def peak_in_fresh_process(build: Callable) -> int | None:
 def _peak(build: Callable) -> int:
     contender = build()
     gc.collect()
+    keep_freed_memory(False)  # gives back what building it has left
+    keep_freed_memory(contender.keeps_memory)
     before = _resident("VmRSS")
     CLEAR.write_text("5")  # resets the peak
     contender.run()

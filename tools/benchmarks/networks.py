@@ -139,7 +139,7 @@ def backbone(training: bool, work: Workload, name: str, *, fpn: bool = False) ->
             return called(pixels)
 
     run = training_step(called, network, pixels, bf16=work.bf16) if training else inference
-    return Contender(run, counted, keeps_memory=name == FUSED)
+    return Contender(run, counted, keeps_memory=name == FUSED and not work.on_gpu)
 
 
 def training_step(
