@@ -117,13 +117,15 @@ def test_what_a_page_names_is_there(page):
 def test_the_readmes_ratios_are_those_on_the_page_of_benchmarks():
     table = (ROOT / "README.md").read_text().partition("\nTime relative to the fastest")[2].split("\n\n")[1]
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    assert header[1:] == ["fp32", "bf16, channels last"] and rows
+    assert header[1:] == ["fp32", "fused", "OpenVINO", "bf16, channels last", "fused", "OpenVINO"] and rows
     sections = (ROOT / "docs/benchmarks.md").read_text().split("\n### ")
     for name, *ratios in rows:
         (section,) = [section for section in sections if section.startswith(name)]
-        ours = re.findall(r"^\|(?: \d+ \| ([\w-]+) \|)? \*\*resbackbone\*\* \|.*?\| ([\d.]+) \(", section, re.MULTILINE)
-        modes = dict(ours)
-        assert ratios == [modes.get("fp32", ours[0][1]), modes.get("bf16-channels-last", "")], name
+        found = re.findall(r"^\|(?: \d+ \| ([\w-]+) \|)? ([^|]+) \|.*?\| ([\d.]+) \(", section, re.MULTILINE)
+        ratio_of = {(mode.replace("fp64", "fp32") or "fp32", package): ratio for mode, package, ratio in found}
+        packages = ("**resbackbone**", "**resbackbone, fused**", "openvino")
+        modes = ("fp32", "bf16-channels-last")
+        assert ratios == [ratio_of.get((mode, package), "") for mode in modes for package in packages], name
 
 
 def test_every_measured_row_of_the_model_zoo_is_what_its_metrics_say():
