@@ -273,6 +273,7 @@ def test_export_prints_nothing_and_leaves_the_detector_as_it_is(tmp_path, capfd,
     assert capfd.readouterr() == ("", "") and not list(recwarn)
 
 
+@pytest.mark.slow
 def test_a_detector_prepared_for_inference_exports_as_it_is_and_thresholds_are_those_of_now(tmp_path):
     detector = prepare_for_detection(lively(small_detector("dc5")))
     image = torch.randint(0, 256, (3, 65, 90), dtype=torch.uint8)

@@ -97,7 +97,9 @@ def test_everything_that_a_cpu_can_do_runs_end_to_end_where_the_package_is_not_i
     assert len(rows) > 15 and all(row["ok"] is not False for row in rows)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "signal_number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGHUP]
+)
 def test_ctrl_c_leaves_what_is_done_and_no_process(tmp_path, signal_number):
     if signal.getsignal(signal_number) == signal.SIG_IGN:
         pytest.skip(f"{signal_number!r} is ignored here, as under nohup")

@@ -209,6 +209,7 @@ def test_small_data_get_the_small_recipe_which_is_recorded_and_resumed(shapes, m
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_compiled_run_trains_saves_and_evaluates(shapes, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # inductor takes minutes
     torch._dynamo.reset()
