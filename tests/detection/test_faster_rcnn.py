@@ -53,7 +53,7 @@ def two_images():
 V2 = {"rpn_conv_depth": 2, "box_conv_layers": (256,) * 4, "box_norm": "BN"}
 
 
-@pytest.fixture(scope="module", params=["v1", "v2"])
+@pytest.fixture(scope="module", params=["v1", pytest.param("v2", marks=pytest.mark.slow)])
 def torchvisions_and_ours(request):
     """torchvision's R50-FPN with weights under which boxes, classes and scores vary, and ours with its state dict."""
     torch.manual_seed(0)
