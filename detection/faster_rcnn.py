@@ -29,7 +29,7 @@ from resbackbone import Backbone, BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, brief, require
 from resbackbone.compat import any_size_in_graphs, is_observed
 from resbackbone.engine.checkpoints import last_whole_checkpoint
-from resbackbone.layers import fuse, norm_layer, same_kind
+from resbackbone.layers import ConvBlocks, fuse, norm_layer, same_kind
 from resbackbone.memory import keep_freed_memory
 from resbackbone.weights import MEAN, STD, Weights, WeightSource, read_weights, write_weights
 from resbackbone.weights.fit import fit, with_eps
@@ -90,7 +90,7 @@ class FasterRCNN(GeneralizedRCNN):
                 eps = backbone.config.eps_of(config.box_norm)
                 norm = norm_layer(config.box_norm, eps) if config.box_norm else None
                 shape = (backbone.out_channels, 7, 7)
-                box_head = FastRCNNConvFCHead(shape, list(config.box_conv_layers), [channels], norm)
+                box_head = ConvFCHead(shape, list(config.box_conv_layers), [channels], norm)
             else:
                 fully_connected = VGGHead if config.variant == "vgg16" else TwoMLPHead
                 box_head = fully_connected(backbone.out_channels * 7 * 7, channels)
@@ -163,7 +163,9 @@ class FasterRCNN(GeneralizedRCNN):
         batch, resized = self.transform(images, targets)
         padded = None if resized is None else Targets.of(resized)
         if self.training and self._compiled is not None and self._is_as_built():
-            return self._compiled(self, *_in_buckets(batch, cast(Targets, padded)))
+            torch.compiler.cudagraph_mark_step_begin()
+            losses = self._compiled(self, *_in_buckets(batch, cast(Targets, padded)))
+            return {name: loss.clone() for name, loss in losses.items()}  # the next replay writes over the graph's own
         detections, losses = self._of_batch(batch, padded)
         return losses if self.training else self.transform.postprocess(detections, batch.image_sizes, sizes)
 
@@ -183,7 +185,8 @@ class FasterRCNN(GeneralizedRCNN):
         A batch is padded to multiples of 64 pixels, and its boxes to a power of two, so that few graphs serve all sizes
         and numbers. Losses are those without `compile` where the sides are such multiples already; otherwise there are
         a few more anchors, in the padding. A detector with a part that has been exchanged, hooked or patched goes on
-        without the graph. options: those of torch.compile.
+        without the graph. options: those of torch.compile; with `mode="reduce-overhead"` a GPU records a CUDA graph for
+        each size and number, and replays it.
         """
         self._compiled = torch.compile(_losses_of_batch, **{"fullgraph": True, **options})
 
@@ -317,7 +320,15 @@ def _with_classes_of(detector: FasterRCNN) -> DetectorConfig:
     return replace(detector.config, num_classes=outputs - 1, categories=())
 
 
+class ConvFCHead(FastRCNNConvFCHead):
+    """torchvision's box head of convolutions and linear layers (Wu and He 2018), its steps joined where they can be."""
+
+    forward = ConvBlocks.forward
+
+
 SAVED_AS: dict[Any, type] = {  # torchvision's classes that ours compute the same as
+    nn.Sequential: ConvBlocks,
+    FastRCNNConvFCHead: ConvFCHead,
     FastRCNNPredictor: FP32Predictor,
     RPNHead: FP32RPNHead,
     GeneralizedRCNNTransform: InputTransform,
@@ -635,7 +646,7 @@ def fuse_detector(detector: AnyDetector) -> AnyDetector:
     for module in detector.modules():
         if isinstance(module, Backbone):
             module._fuse()
-        elif isinstance(module, Stage5Head | FastRCNNConvFCHead):
+        elif isinstance(module, Stage5Head | FP32RPNHead | FastRCNNConvFCHead):
             fuse(module)
     return detector
 

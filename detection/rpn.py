@@ -19,10 +19,15 @@ from detection.nms import nms_sorted
 from detection.patches import is_as_built
 from detection.sampling import sample
 from resbackbone.compat import is_observed
+from resbackbone.layers import ConvBlocks
 
 
 class FP32RPNHead(RPNHead):
     """torchvision's head with outputs in fp32 or better."""
+
+    def __init__(self, in_channels: int, num_anchors: int, conv_depth: int = 1):
+        super().__init__(in_channels, num_anchors, conv_depth)
+        self.conv: Any = ConvBlocks(*self.conv)
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Maps [B, C, H, W] -> objectness [B, A, H, W] and box deltas [B, A * 4, H, W], A anchors a cell."""
@@ -34,7 +39,7 @@ class FP32RPNHead(RPNHead):
         """Whether `at` computes what `forward` does: the layers are as built, and no hook or patch observes them."""
         if type(self) is not FP32RPNHead or is_observed(*self.modules()):
             return False
-        if type(self.conv) is not nn.Sequential or not len(self.conv):
+        if type(self.conv) not in (ConvBlocks, nn.Sequential) or not len(self.conv):
             return False
         layers: list[tuple[Any, int]] = [(self.cls_logits, 1), (self.bbox_pred, 1)]
         blocks: list[Any] = list(self.conv)

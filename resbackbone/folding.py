@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.compat import gpu_kernels, is_observed, is_transformed, is_untouched, onednn_convolutions, watched
+from resbackbone import winograd
+from resbackbone.compat import gpu_kernels, is_observed, is_transformed, onednn_convolutions
+from resbackbone.kept import kept_weights
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -73,38 +75,6 @@ def _forget_batches(module, state_dict, prefix, *_):
     state_dict.pop(prefix + "num_batches_tracked", None)
 
 
-class Folded(nn.Identity):
-    """What `layers.fuse` leaves of a norm that it folded into a convolution.
-
-    On a CPU, oneDNN reorders weights at each call. These do not change any more, so they are kept as oneDNN wants them,
-    for the size of the first images, and in the precision asked for. `watch` marks their memory (`compat.watched`):
-    once somebody may have written to it, or other weights are there, they are reordered at each call again, until
-    `fuse` is called again. Copies and pickles of the module keep nothing.
-    """
-
-    _twin: Tensor | None = None  # of the weights
-    _packed: tuple[tuple, Tensor] | None = None  # what they are packed for, and packed
-
-    def watch(self, conv: nn.Conv2d) -> None:
-        """Start to keep the weights of `conv`, whatever was written to them before."""
-        self._twin, self._packed = watched(conv.weight) if conv.weight.device.type == "cpu" else None, None
-
-    def packed(self, conv: nn.Conv2d, dtype: torch.dtype, x: Tensor, how: "_Convolution", onednn: Any) -> Tensor | None:
-        """The weights of `conv` in `dtype` as oneDNN wants them; None if they may have changed since `watch`."""
-        twin, packed = self._twin, self._packed
-        if twin is None or not is_untouched(conv.weight, twin):
-            self._twin = self._packed = None
-            return None
-        if packed is None or packed[0] != (dtype, how):
-            weight = torch.empty_like(conv.weight, dtype=dtype, memory_format=torch.channels_last).copy_(conv.weight)
-            arguments = how.padding, how.stride, how.dilation, how.groups, list(x.shape)
-            packed = self._packed = (dtype, how), onednn._reorder_convolution_weight(weight, *arguments)
-        return packed[1]
-
-    def __getstate__(self) -> dict:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_twin", "_packed")}
-
-
 def conv_norm(conv: nn.Module, norm: nn.Module, x: Tensor) -> Tensor:
     """norm(conv(x)), as `conv_norm_relu`."""
     return conv_norm_relu(conv, norm, None, x)
@@ -125,7 +95,7 @@ def conv_norm_relu(
     steps are joined only if all of them are exactly nn.Conv2d with zero padding and no bias of its own,
     FrozenBatchNorm2d and nn.ReLU, their tensors are ordinary ones, and nothing observes them: no hook on them or on all
     modules, no parametrization, patch, transform or mode. Otherwise the modules are called one by one. Nothing is kept
-    from one call to the next, so nothing can be stale; what `Folded` keeps tells by itself.
+    from one call to the next, so nothing can be stale; `KeptWeights` tell by themselves whether they are.
 
     On a CPU the norm's scale goes into the weights (in fp32, or fp64 for fp64 weights, and only then into the dtype of
     the convolution) and its shift into the bias; the result is channels_last, since oneDNN would reorder other maps on
@@ -154,20 +124,24 @@ def conv_norm_relu(
     return y if relu is None else relu(y)
 
 
-def add_conv_norm(total: Tensor, block: nn.Module, x: Tensor) -> Tensor:
-    """total + block(x), in the memory of `total`, which nobody else holds.
+def conv_block(block: nn.Module, x: Tensor, total: Tensor | None = None) -> Tensor:
+    """block(x), or total + block(x) in the memory of `total`, which nobody else holds.
 
-    Where `block` is a convolution, with or without a norm, that conv_norm_relu would take in one step, and no gradient
-    is recorded, the sum is part of that step.
+    Where `block` is a Sequential of a convolution, perhaps a norm and perhaps a ReLU, no gradient is recorded, and
+    conv_norm_relu would join the steps, they and the sum (which then has no ReLU behind it) are one step.
     """
-    if type(block) is nn.Sequential and len(block) in (1, 2) and _is_eager(x) and x.device.type == "cpu":
-        conv, norm = (*block, _NO_NORM)[:2]
-        if not torch.is_grad_enabled() and not is_observed(block) and _is_plain(conv, norm, None, x):
-            return _on_cpu(cast(nn.Conv2d, conv), norm, False, x, total, False, spare=True)
-    return total.add_(block(x))
+    if isinstance(block, nn.Sequential) and len(block) and _is_eager(x) and x.device.type == "cpu":
+        conv, *behind = block
+        relu = behind.pop() if behind and total is None and type(behind[-1]) is nn.ReLU else None
+        norm = behind.pop() if behind else _NO_NORM
+        usual = not behind and type(block).forward is SEQUENTIAL_FORWARD and not is_observed(block)
+        if usual and not torch.is_grad_enabled() and _is_plain(conv, norm, relu, x):
+            return _on_cpu(cast(nn.Conv2d, conv), norm, relu is not None, x, total, False, spare=total is not None)
+    y = block(x)
+    return y if total is None else total.add_(y)
 
 
-_NO_NORM = nn.Identity()
+_NO_NORM, SEQUENTIAL_FORWARD = nn.Identity(), nn.Sequential.forward
 
 
 def is_worth_reusing(x: Tensor) -> bool:
@@ -206,7 +180,7 @@ def _is_plain(conv: nn.Module, norm: nn.Module, relu: nn.Module | None, x: Tenso
         constants = _constants(norm)
         if bias is not None or not all(type(t) is Tensor and not t.requires_grad for t in constants):
             return False
-    elif type(norm) not in (Folded, nn.Identity) or type(bias) is not nn.Parameter:
+    elif type(norm) is not nn.Identity or type(bias) is not nn.Parameter:
         return False
     return (
         not (bias is not None and torch.is_grad_enabled() and (bias.requires_grad or weight.requires_grad))
@@ -258,11 +232,25 @@ def _on_cpu(
     assert conv.bias is not None  # the norm's shift
     if records:
         return _add_relu(conv(x), shortcut, relu)
-    packed: Tensor | None = None
-    if isinstance(norm, Folded) and x.numel() and (onednn := onednn_convolutions(dtype)) is not None:
-        packed = norm.packed(conv, dtype, x, how, onednn)
-    weight = weight.to(dtype, memory_format=torch.channels_last) if packed is None else packed
-    return _convolve(x, weight, conv.bias.to(dtype), shortcut, relu, how, spare)
+    return _convolve(x, _weights_for(x, conv, dtype, how), conv.bias.to(dtype), shortcut, relu, how, spare)
+
+
+def _weights_for(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype, how: _Convolution) -> Tensor:
+    """The weights of `conv` in `dtype`, after `layers.fuse` in the layout in which x is convolved fastest."""
+    weight, kept = conv.weight, kept_weights(conv)
+    if kept is None or not x.numel():
+        return weight.to(dtype, memory_format=torch.channels_last)
+    if winograd.is_faster(conv, x):
+        return kept.get("winograd", lambda: winograd.transform(weight))
+
+    def packed() -> Tensor:
+        ordered = torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last).copy_(weight)
+        arguments = how.padding, how.stride, how.dilation, how.groups, list(x.shape)
+        return onednn._reorder_convolution_weight(ordered, *arguments)
+
+    if (onednn := onednn_convolutions(dtype)) is not None:
+        return kept.get((dtype, how), packed)
+    return weight.to(dtype, memory_format=torch.channels_last)
 
 
 class _FoldedConv(torch.autograd.Function):
@@ -318,7 +306,10 @@ def _convolve(
     how: _Convolution,
     spare: bool = False,
 ) -> Tensor:
-    """[relu](conv2d(x) [+ shortcut]), no gradient recorded; written over the shortcut if it is `spare`."""
+    """[relu](conv2d(x) [+ shortcut]), no gradient recorded; the shortcut may be written over if it is `spare`."""
+    if weight.dim() == 3:
+        y = winograd.convolve(x, weight, bias, relu and shortcut is None)
+        return y if shortcut is None else _add_relu(y, shortcut, relu)
     onednn = onednn_convolutions(x.dtype) if relu or spare or weight.is_mkldnn else None
     if onednn is None:
         return _add_relu(F.conv2d(x, weight, bias, *how), shortcut, relu)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from resbackbone.folding import add_conv_norm
+from resbackbone.folding import conv_block
 from resbackbone.layers import norm_layer
 from resbackbone.resnet import Feature
 
@@ -76,12 +76,12 @@ class FPN(nn.Module):
         for i in reversed(range(len(self.inner_blocks))):  # from c5 down
             level, lateral = self.trunk_levels[i], self.inner_blocks[str(i)]
             if merged is None:
-                merged = lateral(maps[level])
+                merged = conv_block(lateral, maps[level])
             else:
                 upsampled = F.interpolate(merged, size=maps[level].shape[-2:], mode="nearest")
-                merged = add_conv_norm(upsampled, lateral, maps[level])
+                merged = conv_block(lateral, maps[level], total=upsampled)
             if str(i) in self.layer_blocks:
-                pyramid["p" + level[1]] = self.layer_blocks[str(i)](merged)
+                pyramid["p" + level[1]] = conv_block(self.layer_blocks[str(i)], merged)
         if "p7" in self.levels:
             pyramid["p6"] = self.extra_blocks["p6"](maps["c5"] if self.p6_from == "c5" else pyramid["p5"])
             p6 = F.relu(pyramid["p6"]) if self.relu_before_p7 else pyramid["p6"]

@@ -14,7 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.compat import is_observed
-from resbackbone.folding import Folded, FrozenBatchNorm2d, conv_norm
+from resbackbone.folding import FrozenBatchNorm2d, conv_block, conv_norm
+from resbackbone.kept import KeptWeights, keep_weights
 
 Norm = Callable[[int], nn.Module]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -74,6 +75,15 @@ class Projection(nn.Sequential):
         return super().__getitem__(index)
 
 
+class ConvBlocks(nn.Sequential):
+    """Blocks of a convolution, perhaps a norm and a ReLU, and other modules, one after the other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            x = conv_block(block, x)
+        return x
+
+
 class NoShortcut(nn.Module):
     """A plain network's block adds nothing."""
 
@@ -130,8 +140,8 @@ def fuse(module: nn.Module) -> nn.Module:
     is no such norm left to train or to load. Each pair becomes a new convolution: tied weights, and state dicts taken
     before, stay as they are. A pair that is not plain stays: with hooks or parametrizations, or of other classes.
 
-    On a CPU the weights are also kept as oneDNN wants them (`folding.Folded`), until they change. After changing them,
-    or their dtype, call it again.
+    On a CPU the weights of convolutions with a bias, these and others, are also kept as it computes with them
+    (`kept.KeptWeights`), until they change. After changing them, or their dtype, call it again.
     """
     for child in module.children():
         fuse(child)
@@ -144,23 +154,33 @@ def fuse(module: nn.Module) -> nn.Module:
         convolution, norm = children[conv_name], children.get(norm_name)
         if type(convolution) is not nn.Conv2d or is_observed(convolution, norm):
             continue
-        if isinstance(norm, Folded):
-            norm.watch(convolution)
         if norm is None or not (type(norm) is FrozenBatchNorm2d or _can_freeze(norm)):
             continue
         frozen = cast(FrozenBatchNorm2d, freeze(norm))
         scale, shift = frozen.scale_and_shift()
         if convolution.bias is not None:
             shift = shift + convolution.bias * scale
-        fused = deepcopy(convolution)  # whoever shares the convolution or its weight keeps what it has
+        fused = _own(convolution)
         fused.weight = nn.Parameter(
             (fused.weight * scale.view(-1, 1, 1, 1)).to(fused.weight.dtype), requires_grad=False
         )
         fused.bias = nn.Parameter(shift.to(fused.weight.dtype), requires_grad=False)
         setattr(module, conv_name, fused)
-        setattr(module, norm_name, folded := Folded())
-        folded.watch(fused)
+        setattr(module, norm_name, nn.Identity())
+    for name, child in module.named_children():
+        if type(child) is nn.Conv2d and child.bias is not None and not is_observed(child):
+            setattr(module, name, own := _own(child))
+            keep_weights(own)
     return module
+
+
+def _own(conv: nn.Conv2d) -> nn.Conv2d:
+    """A copy of `conv`, so that whoever shares it or its weights keeps what it has; itself if it is such a copy."""
+    if isinstance(vars(conv).get("kept_weights"), KeptWeights):
+        return conv
+    copied = deepcopy(conv)
+    keep_weights(copied)
+    return copied
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:

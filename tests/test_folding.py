@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone, folding
-from resbackbone.compat import onednn_convolutions
-from resbackbone.folding import Folded, FrozenBatchNorm2d, conv_norm, conv_norm_relu
+from resbackbone import BackboneConfig, ResNetBackbone, build_resnet_backbone, folding, winograd
+from resbackbone.compat import onednn_convolutions, watched
+from resbackbone.folding import FrozenBatchNorm2d, conv_norm, conv_norm_relu
 from resbackbone.layers import Projection, checkpointed, fuse
 from resbackbone.resnet import BasicBlock, Bottleneck, Layout
 
@@ -185,10 +185,10 @@ def test_of_frozen_layers_no_activation_is_kept(randomised):
 
 def pair() -> tuple[nn.Conv2d, FrozenBatchNorm2d, Tensor]:
     """A convolution and its norm that have been used, and an input."""
-    conv, norm = nn.Conv2d(4, 6, 3, bias=False), FrozenBatchNorm2d(6)
+    conv, norm = nn.Conv2d(4, 6, 3, padding=1, bias=False), FrozenBatchNorm2d(6)
     conv.weight = nn.Parameter(conv.weight.data)  # a tensor never written to
     norm.running_var.uniform_(0.5, 1.5)
-    x = torch.randn(1, 4, 5, 7)
+    x = torch.randn(1, 4, 8, 12)
     with torch.no_grad():
         conv_norm(conv, norm, x)
     return conv, norm, x
@@ -355,9 +355,7 @@ def trained(conv: nn.Conv2d, norm: nn.Module) -> None:
 
 
 def swapped_for_another(conv: nn.Conv2d, norm: nn.Module) -> None:
-    conv.weight = nn.Parameter(
-        folding.watched(torch.randn_like(conv.weight)), requires_grad=False
-    )  # marked in the same way
+    conv.weight = nn.Parameter(watched(torch.randn_like(conv.weight)), requires_grad=False)  # marked in the same way
 
 
 TO_FUSED = [change for change in CHANGES if change.__name__ not in ("loaded_in_place", "loaded_by_assignment")]
@@ -373,64 +371,95 @@ WRITES = [
 ]
 
 
-def fused_pair() -> tuple[nn.Conv2d, Folded, Tensor]:
-    """The same pair, fused and used: its weights are kept as oneDNN wants them."""
+@pytest.fixture(params=["oneDNN", "Winograd"])
+def algorithm(request, monkeypatch) -> str:
+    """Which algorithm the kept weights are for."""
+    if request.param == "Winograd":
+        monkeypatch.setattr(winograd, "FEWEST_CHANNELS", 1)
+        monkeypatch.setattr(winograd, "FEWEST_TILES", 1)
+    return request.param
+
+
+def fused_pair(algorithm: str) -> tuple[nn.Conv2d, nn.Module, Tensor]:
+    """The same pair, fused and used: its weights are kept as the algorithm wants them."""
     conv, norm, x = pair()
-    conv, folded = fuse(nn.Sequential(conv, norm))
+    conv, norm = fuse(nn.Sequential(conv, norm))
     with torch.no_grad():
-        conv_norm(conv, folded, x)
-    assert (folded._packed is not None) == (onednn_convolutions(torch.float32) is not None)
-    return conv, folded, x
+        conv_norm(conv, norm, x)
+    assert_kept(conv, algorithm)
+    return conv, norm, x
+
+
+def assert_kept(conv: nn.Conv2d, algorithm: str) -> None:
+    layouts = list(conv.kept_weights.layouts)
+    if algorithm == "Winograd":
+        assert layouts == ["winograd"]
+    else:
+        assert len(layouts) == (onednn_convolutions(torch.float32) is not None) and layouts != ["winograd"]
 
 
 @pytest.mark.parametrize("change", TO_FUSED + WRITES)
-def test_whichever_way_fused_weights_change_the_next_call_computes_with_the_new_ones(change):
-    conv, folded, x = fused_pair()
+def test_whichever_way_fused_weights_change_the_next_call_computes_with_the_new_ones(change, algorithm):
+    conv, norm, x = fused_pair(algorithm)
     with torch.no_grad():
-        before = conv_norm(conv, folded, x)
-    change(conv, folded)
+        before = conv_norm(conv, norm, x)
+    change(conv, norm)
     with torch.no_grad():
-        after, expected = conv_norm(conv, folded, x), conv(x)
+        after, expected = conv_norm(conv, norm, x), conv(x)
         assert relative_error(before, expected) > (0 if change is cast_and_back else 1e-6)
         assert relative_error(after, expected) < 1e-6
-        fuse(nn.Sequential(conv, folded))  # keeps them again
-        assert relative_error(conv_norm(conv, folded, x), expected) < 1e-6
-    assert folded._packed is not None or not onednn_convolutions(torch.float32)
+        conv, norm = fuse(nn.Sequential(conv, norm))  # keeps them again
+        assert relative_error(conv_norm(conv, norm, x), expected) < 1e-6
+    assert_kept(conv, algorithm)
 
 
-def test_fused_weights_are_kept_while_they_are_only_read():
-    conv, folded, x = fused_pair()
-    packed = folded._packed
+def test_fused_weights_are_kept_while_they_are_only_read(algorithm):
+    conv, norm, x = fused_pair(algorithm)
+    kept = dict(conv.kept_weights.layouts)
     conv.state_dict(), [p.norm() for p in conv.parameters()], copy.deepcopy(conv), conv.to(torch.float32), conv(x)
     with torch.no_grad():
-        larger = torch.randn(3, 4, 33, 9)
-        assert relative_error(conv_norm(conv, folded, larger), conv(larger)) < 1e-6
-        assert folded._packed is packed
+        larger = torch.randn(3, 4, 32, 9)
+        assert relative_error(conv_norm(conv, norm, larger), conv(larger)) < 1e-6
+        assert all(conv.kept_weights.layouts[name] is weights for name, weights in kept.items())
         with torch.autocast("cpu", torch.bfloat16):
-            assert relative_error(conv_norm(conv, folded, x).float(), conv(x).float()) < 0.02
+            assert relative_error(conv_norm(conv, norm, x).float(), conv(x).float()) < 0.02
         conv.stride = (2, 1)
-        assert relative_error(conv_norm(conv, folded, x), conv(x)) < 1e-6
+        assert relative_error(conv_norm(conv, norm, x), conv(x)) < 1e-6
+    assert len(conv.kept_weights.layouts) <= 2
 
 
-def test_copies_and_pickles_of_fused_layers_keep_nothing_and_share_nothing():
-    conv, folded, x = fused_pair()
-    layers = nn.Sequential(conv, folded)
+def test_copies_and_pickles_of_fused_layers_keep_nothing_and_share_nothing(algorithm):
+    conv, norm, x = fused_pair(algorithm)
+    layers = nn.Sequential(conv, norm)
     with torch.no_grad():
         expected = conv(x)
         for copied in (copy.deepcopy(layers), pickle.loads(pickle.dumps(layers))):  # noqa: S301
-            assert copied[1]._packed is None and list(copied.state_dict()) == ["0.weight", "0.bias"]
+            assert not copied[0].kept_weights.layouts and list(copied.state_dict()) == ["0.weight", "0.bias"]
             copied[0].weight.mul_(2)
-            assert relative_error(conv_norm(conv, folded, x), expected) < 1e-6
+            assert relative_error(conv_norm(conv, norm, x), expected) < 1e-6
             assert relative_error(conv_norm(*copied, x), copied[0](x)) < 1e-6
 
 
-def test_without_copy_on_write_nothing_is_kept(monkeypatch):
+def test_without_copy_on_write_nothing_is_kept(monkeypatch, algorithm):
     monkeypatch.delattr(torch, "_lazy_clone")
     conv, norm, x = pair()
-    conv, folded = fuse(nn.Sequential(conv, norm))
+    conv, norm = fuse(nn.Sequential(conv, norm))
     with torch.no_grad():
-        assert relative_error(conv_norm(conv, folded, x), conv(x)) < 1e-6
-    assert folded._packed is None
+        assert relative_error(conv_norm(conv, norm, x), conv(x)) < 1e-6
+    assert not conv.kept_weights.layouts
+
+
+def test_fusing_leaves_a_convolution_without_a_norm_to_whoever_shares_it():
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    pointer, x = shared.weight.detach().numpy(), torch.randn(1, 4, 8, 12)
+    block = fuse(nn.Sequential(shared))
+    with torch.no_grad():
+        expected = shared(x)
+        assert relative_error(folding.conv_block(block, x), expected) < 1e-6
+        pointer[:] = 0  # by a pointer from before, which nothing could notice
+        assert relative_error(folding.conv_block(block, x), expected) < 1e-6 and not shared.weight.any()
+        block[0].weight.mul_(2)
+        assert relative_error(folding.conv_block(block, x), block[0](x)) < 1e-6
 
 
 @pytest.mark.parametrize("fused", [False, True])

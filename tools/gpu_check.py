@@ -53,6 +53,7 @@ PARTS = {  # by its name: MODULE.FUNCTION in gpu_checks
     "inference": "speed.beside_peers",
     "imagenet": "speed.beside_peers",
     "pretrain": "runs.pretrain",
+    "compiled": "steps.compiled",
 }
 QUICK = ("machine", "equality", "waits", "resume")
 LIMIT = 150  # seconds of a part on a GPU; a CPU may be slow, or busy, and has four times that
@@ -135,7 +136,8 @@ def isolated(name: str, device: str, folder: Path, left: float, signals: Sequenc
     if left < SHORTEST:
         return found | {"status": "out of time", "reason": "not started"}
     folder.mkdir()
-    limit = min(LIMIT if on_gpu else 4 * LIMIT, left)
+    times = (1 if on_gpu else 4) * (2 if name == "compiled" else 1)  # a compiler takes long
+    limit = min(LIMIT * times, left)
     began = time.monotonic()
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(

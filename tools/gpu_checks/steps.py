@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._inductor.config
 from torch.autograd import DeviceType
 from torch.profiler import profile
 from torch.utils.benchmark import timer
@@ -21,6 +22,7 @@ from resbackbone.engine.device import autocast, choose_precision, use
 from resbackbone.engine.distributed import Rank, distributed
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.state import TrainState
+from resbackbone.tools.benchmarks.contest import relative_difference
 from resbackbone.tools.benchmarks.networks import backbone_weights
 from resbackbone.tools.gpu_checks.record import Record, Setting
 
@@ -84,6 +86,42 @@ def waits_of(run: Callable[[], object]) -> Counter[str]:
         torch.cuda.set_sync_debug_mode("default")
     waited = [line for line in raised if "called a synchronizing" in str(line.message)]
     return Counter(f"{'/'.join(Path(line.filename).parts[-3:])}:{line.lineno}" for line in waited)
+
+
+def compiled(setting: Setting, record: Record) -> None:
+    """Compare steps of 2 images by one graph, on a GPU replayed as CUDA graphs, with eager ones, in fp64; time them."""
+    training = Training(setting, 2)
+    detector, device = training.detector, training.rank.device
+    images, targets = next(training.batches)
+
+    def step(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        detector.zero_grad()
+        with autocast(device, "fp32" if dtype == torch.float64 else training.precision):
+            losses = detector([image.to(dtype) for image in images], targets)
+        sum(losses.values()).backward()
+        return losses | {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
+
+    def milliseconds() -> float:
+        began = timer()
+        for seed in range(STEPS):
+            step(seed, torch.float32)
+        return 1000 * (timer() - began) / STEPS
+
+    for seed in range(WARM_UP):
+        step(seed, torch.float32)
+    record.row("eager: a step", f"{milliseconds():.1f} ms")
+    detector.double()
+    wanted = [step(seed, torch.float64) for seed in range(WARM_UP)]
+    detector.compile(**({"mode": "reduce-overhead"} if setting.on_gpu else {"backend": "aot_eager"}))
+    with torch._inductor.config.patch(fallback_random=True):  # the same samples as without
+        found = [step(seed, torch.float64) for seed in range(WARM_UP)]  # compiled, recorded, replayed
+    for what, ours, eager in zip(("first call", "second call", "third call"), found, wanted, strict=True):
+        record.at_most(f"compiled, {what}", relative_difference(ours, eager), 1e-6)
+    detector.float()
+    for seed in range(WARM_UP):
+        step(seed, torch.float32)
+    record.row("compiled: a step", f"{milliseconds():.1f} ms")
 
 
 def profiled(setting: Setting, record: Record) -> None:
