@@ -57,28 +57,30 @@ def convolve(x: Tensor, transformed: Tensor, bias: Tensor, relu: bool) -> Tensor
     for first in range(0, images, some):
         for top in range(0, down, rows):
             part = padded[first : first + some, top * OUT : (top + rows) * OUT + 2]
-            y[first : first + some, top : top + rows] = _of_tiles(part, transformed, bias, relu)
+            place = y[first : first + some, top : top + rows]
+            torch.add(_of_tiles(part, transformed), bias, out=place)
+            if relu:
+                F.relu_(place)
     y = y.view(images, down * OUT, across * OUT, -1)[:, :height, :width].contiguous()
     return y.permute(0, 3, 1, 2)
 
 
-def _of_tiles(x: Tensor, transformed: Tensor, bias: Tensor, relu: bool) -> Tensor:
+def _of_tiles(x: Tensor, transformed: Tensor) -> Tensor:
     """x [B, 4 * rows + 2, 4 * columns + 2, in] -> [B, rows, 4, columns, 4, out]."""
     of_inputs, _, of_outputs = _matrices(x.dtype)
     images, height, width, channels = x.shape
     rows, columns, line = height // OUT, width // OUT, x.stride(1)
-    # [6, B, rows, width * in]: line i of every row of tiles, then their sums
-    lines = x.as_strided((IN, images, rows, line), (line, x.stride(0), OUT * line, 1))
-    lines = of_inputs @ lines.reshape(IN, -1)
-    # [6, 6 * B * rows, columns, in]: column j of every tile, then their sums
-    tiles = lines.as_strided((IN, IN * images * rows, columns, channels), (channels, line, OUT * channels, 1))
-    tiles = (of_inputs @ tiles.reshape(IN, -1)).view(IN * IN, -1, channels)
+    # [B * rows, 6, width * in]: the lines of every row of tiles, then their sums
+    lines = x.as_strided((images, rows, IN, line), (x.stride(0), OUT * line, line, 1)).flatten(0, 1)
+    lines = torch.bmm(of_inputs.expand(len(lines), IN, IN), lines)
+    # [6, 6, B * rows, columns, in]: column j of line i of every tile, then their sums
+    shape = IN, IN, len(lines), columns, channels
+    tiles = lines.as_strided(shape, (channels, line, IN * line, OUT * channels, 1)).reshape(IN, -1)
+    tiles = (of_inputs @ tiles).view(IN * IN, -1, channels)
     products = torch.bmm(tiles, transformed)  # [6 * 6, B * rows * columns, out]
     summed = of_outputs @ products.view(IN, -1)  # [4, 6 * B * rows * columns * out]
-    summed = (of_outputs @ summed.view(OUT, IN, -1)).view(OUT, OUT, images, rows, columns, -1).add_(bias)
-    if relu:
-        summed = F.relu_(summed)
-    return summed.permute(2, 3, 1, 4, 0, 5)
+    summed = of_outputs @ summed.view(OUT, IN, -1)  # [4, 4, B * rows * columns * out]
+    return summed.view(OUT, OUT, images, rows, columns, -1).permute(2, 3, 1, 4, 0, 5)
 
 
 def _tiles(side: int) -> int:
