@@ -1,6 +1,6 @@
 """This package beside its peers (those installed): time and memory of the same jobs, in a table of ratios.
 
-python tools/benchmark.py                                             on the CPU; about three quarters of an hour
+python tools/benchmark.py                                             on the CPU; half an hour
 python tools/benchmark.py --jobs training --modes fp32 --rounds 9 --output runs/benchmark
 python tools/benchmark.py --device cuda --budget 500                  within 9 minutes
 python tools/benchmark.py --device cuda --jobs detector-training --batch-sizes 1 2 16
