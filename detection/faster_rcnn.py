@@ -163,7 +163,6 @@ class FasterRCNN(GeneralizedRCNN):
         batch, resized = self.transform(images, targets)
         padded = None if resized is None else Targets.of(resized)
         if self.training and self._compiled is not None and self._is_as_built():
-            torch.compiler.cudagraph_mark_step_begin()
             losses = self._compiled(self, *_in_buckets(batch, cast(Targets, padded)))
             return {name: loss.clone() for name, loss in losses.items()}  # the next replay writes over the graph's own
         detections, losses = self._of_batch(batch, padded)

@@ -143,6 +143,14 @@ def is_untouched(tensor: torch.Tensor, twin: torch.Tensor) -> bool:
     )
 
 
+def are_products_precise() -> bool:
+    """Whether fp32 products of matrices are computed in fp32, not in TF32 or bf16, as far as torch tells."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # set through torch.backends, for some kinds of products
+        return False
+
+
 @contextmanager
 def any_size_in_exports() -> Iterator[None]:
     """While it is open, torch.export does not take a size of 1, nor an odd one, as a case of its own.

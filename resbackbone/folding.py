@@ -103,7 +103,7 @@ def conv_norm_relu(
     weight that trains) and, where there is a ReLU, the output, which is the next layer's input anyway.
 
     One thing can be told: oneDNN's ReLU turns NaN into 0, as under torch.compile with frozen weights. Gradients, and so
-    the checks in training, keep NaN.
+    the checks in training, keep NaN. Winograd's algorithm, after `layers.fuse`, spreads NaN and infinity.
     """
     added: Tensor | None = None
     if plain := _is_plain(conv, norm, relu, x):
@@ -128,13 +128,15 @@ def conv_block(block: nn.Module, x: Tensor, total: Tensor | None = None) -> Tens
     """block(x), or total + block(x) in the memory of `total`, which nobody else holds.
 
     Where `block` is a Sequential of a convolution, perhaps a norm and perhaps a ReLU, no gradient is recorded, and
-    conv_norm_relu would join the steps, they and the sum (which then has no ReLU behind it) are one step.
+    conv_norm_relu would join the steps, they and the sum (which then has no ReLU behind it) are one step. Without a sum
+    they are joined only after `layers.fuse`.
     """
     if isinstance(block, nn.Sequential) and len(block) and _is_eager(x) and x.device.type == "cpu":
         conv, *behind = block
         relu = behind.pop() if behind and total is None and type(behind[-1]) is nn.ReLU else None
         norm = behind.pop() if behind else _NO_NORM
         usual = not behind and type(block).forward is SEQUENTIAL_FORWARD and not is_observed(block)
+        usual = usual and (total is not None or kept_weights(conv) is not None)
         if usual and not torch.is_grad_enabled() and _is_plain(conv, norm, relu, x):
             return _on_cpu(cast(nn.Conv2d, conv), norm, relu is not None, x, total, False, spare=total is not None)
     y = block(x)

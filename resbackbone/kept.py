@@ -22,18 +22,22 @@ class KeptWeights:
 
     def are_valid(self, weight: Tensor) -> bool:
         """Whether `weight` still is what it was at the start; if not, what was kept is given up for good."""
-        if self._twin is not None and not is_untouched(weight, self._twin):
-            self._twin = None
-            self.layouts.clear()
-        return self._twin is not None
+        twin = self._twin  # other threads may use the same network
+        if twin is None or is_untouched(weight, twin):
+            return twin is not None
+        self._twin = None
+        self.layouts.clear()
+        return False
 
     def get(self, layout: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """The weights in `layout`, computed if they are not kept."""
-        if layout not in self.layouts:
-            if len(self.layouts) == LAYOUTS:
+        found = self.layouts.get(layout)
+        if found is None:
+            found = compute()
+            if len(self.layouts) >= LAYOUTS:
                 self.layouts.clear()
-            self.layouts[layout] = compute()
-        return self.layouts[layout]
+            self.layouts[layout] = found
+        return found
 
     def __reduce__(self):
         return KeptWeights, ()

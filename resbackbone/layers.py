@@ -141,7 +141,8 @@ def fuse(module: nn.Module) -> nn.Module:
     before, stay as they are. A pair that is not plain stays: with hooks or parametrizations, or of other classes.
 
     On a CPU the weights of convolutions with a bias, these and others, are also kept as it computes with them
-    (`kept.KeptWeights`), until they change. After changing them, or their dtype, call it again.
+    (`kept.KeptWeights`), until they change; such convolutions are new ones too. After changing them, or their dtype,
+    call it again.
     """
     for child in module.children():
         fuse(child)
@@ -160,7 +161,8 @@ def fuse(module: nn.Module) -> nn.Module:
         scale, shift = frozen.scale_and_shift()
         if convolution.bias is not None:
             shift = shift + convolution.bias * scale
-        fused = _own(convolution)
+        fused = deepcopy(convolution)  # whoever shares the convolution or its weights keeps what it has
+        keep_weights(fused)
         fused.weight = nn.Parameter(
             (fused.weight * scale.view(-1, 1, 1, 1)).to(fused.weight.dtype), requires_grad=False
         )
@@ -168,7 +170,9 @@ def fuse(module: nn.Module) -> nn.Module:
         setattr(module, conv_name, fused)
         setattr(module, norm_name, nn.Identity())
     for name, child in module.named_children():
-        if type(child) is nn.Conv2d and child.bias is not None and not is_observed(child):
+        if type(child) is not nn.Conv2d or child.bias is None or child.weight.device.type != "cpu":
+            continue
+        if not is_observed(child):
             setattr(module, name, own := _own(child))
             keep_weights(own)
     return module

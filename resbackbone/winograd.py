@@ -4,7 +4,7 @@ Lavin and Gray 2016, "Fast Algorithms for Convolutional Neural Networks", F(4x4,
 6 x 6 inputs by 36 multiplications for each pair of channels, not 144. They are 36 products of matrices, [tiles, in] by
 [in, out]; before and behind them tiles are multiplied by small matrices that stand for six points. At 0, +-sqrt(1/2),
 +-sqrt(2) and infinity rounding errors are 5e-7 of the outputs (root mean square; oneDNN's convolutions have 1e-7 to
-3e-7), at the paper's 0, +-1, +-2 and infinity 1e-6.
+3e-7), at the paper's 0, +-1, +-2 and infinity 1e-6; they go with the largest input of a tile.
 """
 
 from functools import cache
@@ -12,6 +12,8 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from resbackbone.compat import are_products_precise
 
 OUT, IN = 4, 6  # pixels of a tile's side: of its outputs and of its inputs, which overlap by 2
 POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
@@ -28,7 +30,7 @@ def is_faster(conv: nn.Conv2d, x: Tensor) -> bool:
     """
     if conv.kernel_size != (3, 3) or not conv.padding == conv.stride == conv.dilation == (1, 1) or conv.groups != 1:
         return False
-    if x.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":  # products would be in bf16
+    if x.dtype != torch.float32:
         return False
     images, _, height, width = x.shape
     tiles, (fewer, more) = _tiles(height) * _tiles(width), sorted(conv.weight.shape[:2])
@@ -36,6 +38,7 @@ def is_faster(conv: nn.Conv2d, x: Tensor) -> bool:
         fewer >= FEWEST_CHANNELS
         and images * tiles >= max(FEWEST_TILES, more // 8)
         and height * width >= 0.8 * tiles * OUT**2  # else the tiles are mostly padding
+        and are_products_precise()
     )
 
 
@@ -51,6 +54,7 @@ def convolve(x: Tensor, transformed: Tensor, bias: Tensor, relu: bool) -> Tensor
     images, _, height, width = x.shape
     down, across = _tiles(height), _tiles(width)
     padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, across * OUT + 1 - width, 1, down * OUT + 1 - height))
+    padded = padded.contiguous()  # F.pad keeps the order in memory that x has
     y = x.new_empty(images, down, OUT, across, OUT, transformed.shape[2])
     at_once = TILES_AT_ONCE * torch.get_num_threads()
     some, rows = max(1, at_once // (down * across)), max(1, at_once // across)  # images; rows of tiles of an image

@@ -449,6 +449,16 @@ def test_without_copy_on_write_nothing_is_kept(monkeypatch, algorithm):
     assert not conv.kept_weights.layouts
 
 
+def test_fusing_a_norm_into_a_convolution_that_was_fused_before_leaves_that_one():
+    block, x = fuse(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ReLU())), torch.randn(1, 4, 8, 12)
+    norm = FrozenBatchNorm2d(4)
+    norm.running_var.uniform_(0.5, 0.9)
+    with torch.no_grad():
+        expected = block(x)
+        fuse(nn.Sequential(block[0], norm))
+        assert torch.equal(block(x), expected)
+
+
 def test_fusing_leaves_a_convolution_without_a_norm_to_whoever_shares_it():
     shared = nn.Conv2d(4, 4, 3, padding=1)
     pointer, x = shared.weight.detach().numpy(), torch.randn(1, 4, 8, 12)

@@ -77,6 +77,27 @@ def test_it_is_not_used_where_the_user_allows_less_precise_products():
         torch.set_float32_matmul_precision(before)
 
 
+def test_precision_set_through_torch_backends_is_no_error():
+    conv, x = nn.Conv2d(256, 256, 3, padding=1), torch.randn(1, 256, 20, 28)
+    settings = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    try:
+        settings.fp32_precision = "tf32"
+        assert winograd.is_faster(conv, x) in (False, True)
+    finally:
+        settings.fp32_precision = before
+
+
+def test_maps_in_any_order_in_memory_are_taken(everywhere):
+    x = torch.randn(2, 12, 8, 5).permute(0, 3, 1, 2).transpose(2, 3)  # [B, C, H, W]
+    mixed = torch.randn(2, 8, 5, 12).permute(0, 2, 3, 1)  # B, W, C, H in memory
+    weight, bias = torch.randn(4, 5, 3, 3), torch.randn(4)
+    for maps in (x, mixed):
+        torch.testing.assert_close(
+            convolved(maps, weight, bias), F.conv2d(maps, weight, bias, padding=1), rtol=1e-4, atol=1e-4
+        )
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("spare", [False, True])
 def test_a_fused_step_with_a_sum_and_relu_uses_it_and_is_the_same(everywhere, fused, spare, monkeypatch):

@@ -114,6 +114,8 @@ def compiled(setting: Setting, record: Record) -> None:
     detector.double()
     wanted = [step(seed, torch.float64) for seed in range(WARM_UP)]
     detector.compile(**({"mode": "reduce-overhead"} if setting.on_gpu else {"backend": "aot_eager"}))
+    as_built = detector._is_as_built()  # otherwise the graph would not be used
+    record.row("the parts are those that are compiled", str(as_built), "True", as_built)
     with torch._inductor.config.patch(fallback_random=True):  # the same samples as without
         found = [step(seed, torch.float64) for seed in range(WARM_UP)]  # compiled, recorded, replayed
     for what, ours, eager in zip(("first call", "second call", "third call"), found, wanted, strict=True):
