@@ -147,7 +147,7 @@ def are_products_precise() -> bool:
     """Whether fp32 products of matrices are computed in fp32, not in TF32 or bf16, as far as torch tells."""
     try:
         return torch.get_float32_matmul_precision() == "highest"
-    except RuntimeError:  # set through torch.backends, for some kinds of products
+    except RuntimeError:  # set through torch.backends for some kinds of products alone
         return False
 
 

@@ -136,8 +136,8 @@ def conv_block(block: nn.Module, x: Tensor, total: Tensor | None = None) -> Tens
         relu = behind.pop() if behind and total is None and type(behind[-1]) is nn.ReLU else None
         norm = behind.pop() if behind else _NO_NORM
         usual = not behind and type(block).forward is SEQUENTIAL_FORWARD and not is_observed(block)
-        usual = usual and (total is not None or kept_weights(conv) is not None)
-        if usual and not torch.is_grad_enabled() and _is_plain(conv, norm, relu, x):
+        wanted = not torch.is_grad_enabled() and (total is not None or kept_weights(conv) is not None)
+        if usual and wanted and _is_plain(conv, norm, relu, x):
             return _on_cpu(cast(nn.Conv2d, conv), norm, relu is not None, x, total, False, spare=total is not None)
     y = block(x)
     return y if total is None else total.add_(y)
@@ -240,17 +240,15 @@ def _on_cpu(
 def _weights_for(x: Tensor, conv: nn.Conv2d, dtype: torch.dtype, how: _Convolution) -> Tensor:
     """The weights of `conv` in `dtype`, after `layers.fuse` in the layout in which x is convolved fastest."""
     weight, kept = conv.weight, kept_weights(conv)
-    if kept is None or not x.numel():
-        return weight.to(dtype, memory_format=torch.channels_last)
-    if winograd.is_faster(conv, x):
-        return kept.get("winograd", lambda: winograd.transform(weight))
 
     def packed() -> Tensor:
         ordered = torch.empty_like(weight, dtype=dtype, memory_format=torch.channels_last).copy_(weight)
         arguments = how.padding, how.stride, how.dilation, how.groups, list(x.shape)
         return onednn._reorder_convolution_weight(ordered, *arguments)
 
-    if (onednn := onednn_convolutions(dtype)) is not None:
+    if kept is not None and winograd.is_faster(conv, x):
+        return kept.get("winograd", lambda: winograd.transform(weight))
+    if kept is not None and x.numel() and (onednn := onednn_convolutions(dtype)) is not None:
         return kept.get((dtype, how), packed)
     return weight.to(dtype, memory_format=torch.channels_last)
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from resbackbone.checks import UserError, one_of
 from resbackbone.compat import is_observed
 from resbackbone.folding import FrozenBatchNorm2d, conv_block, conv_norm
-from resbackbone.kept import KeptWeights, keep_weights
+from resbackbone.kept import keep_weights
 
 Norm = Callable[[int], nn.Module]
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -173,18 +173,10 @@ def fuse(module: nn.Module) -> nn.Module:
         if type(child) is not nn.Conv2d or child.bias is None or child.weight.device.type != "cpu":
             continue
         if not is_observed(child):
-            setattr(module, name, own := _own(child))
-            keep_weights(own)
+            if "kept_weights" not in vars(child):  # not a copy made here
+                setattr(module, name, child := deepcopy(child))
+            keep_weights(child)
     return module
-
-
-def _own(conv: nn.Conv2d) -> nn.Conv2d:
-    """A copy of `conv`, so that whoever shares it or its weights keeps what it has; itself if it is such a copy."""
-    if isinstance(vars(conv).get("kept_weights"), KeptWeights):
-        return conv
-    copied = deepcopy(conv)
-    keep_weights(copied)
-    return copied
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:

@@ -30,12 +30,11 @@ def is_faster(conv: nn.Conv2d, x: Tensor) -> bool:
     """
     if conv.kernel_size != (3, 3) or not conv.padding == conv.stride == conv.dilation == (1, 1) or conv.groups != 1:
         return False
-    if x.dtype != torch.float32:
-        return False
     images, _, height, width = x.shape
     tiles, (fewer, more) = _tiles(height) * _tiles(width), sorted(conv.weight.shape[:2])
     return (
-        fewer >= FEWEST_CHANNELS
+        x.dtype == torch.float32
+        and fewer >= FEWEST_CHANNELS
         and images * tiles >= max(FEWEST_TILES, more // 8)
         and height * width >= 0.8 * tiles * OUT**2  # else the tiles are mostly padding
         and are_products_precise()

@@ -77,13 +77,13 @@ def test_it_is_not_used_where_the_user_allows_less_precise_products():
         torch.set_float32_matmul_precision(before)
 
 
-def test_precision_set_through_torch_backends_is_no_error():
+def test_less_precise_products_allowed_through_torch_backends_are_no_error():
     conv, x = nn.Conv2d(256, 256, 3, padding=1), torch.randn(1, 256, 20, 28)
     settings = torch.backends.cuda.matmul
     before = settings.fp32_precision
     try:
         settings.fp32_precision = "tf32"
-        assert winograd.is_faster(conv, x) in (False, True)
+        assert not winograd.is_faster(conv, x)
     finally:
         settings.fp32_precision = before
 
