@@ -44,11 +44,9 @@ RANGES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectorConfig(Config):
-    """The settings of a Faster R-CNN (Ren et al. 2015).
+class DetectorSettings(Config):
+    """The settings of a Faster R-CNN (Ren et al. 2015) that do not follow from the data set, as a recipe holds them.
 
-    num_classes: real categories, without background; a target's labels are 1..num_classes.
-    categories: the data set's (category id, name) in the order of the labels; default (1, "class 1"), ..
     variant: "fpn" (Lin et al. 2017, Sec. 4), over p2..; "c4", the ResNet paper's own detector (appendix A): RPN on c4,
         RoI features through stage 5; "dc5", on a c5 of stride 16; "vgg16", the paper's baseline, over
         `detection.paper.build_vgg16_backbone()` or `from_timm("vgg16", levels=["c4"])`: RPN on c4, RoI features
@@ -76,8 +74,6 @@ class DetectorConfig(Config):
     """
 
     kind: ClassVar[str] = "detector"
-    num_classes: int
-    categories: tuple[tuple[int, str], ...] = ()
     variant: str = "fpn"
     min_size: int | tuple[int, ...] = 800
     max_size: int = 1333
@@ -113,17 +109,8 @@ class DetectorConfig(Config):
     bbox_reg_weights: tuple[float, float, float, float] | None = None
 
     def __post_init__(self):
-        if type(self.num_classes) is not int or self.num_classes < 1:
-            raise UserError(f"num_classes is the number of real categories, at least 1, not {self.num_classes!r}")
-        if not self.categories:
-            names = tuple((label, f"class {label}") for label in range(1, self.num_classes + 1))
-            object.__setattr__(self, "categories", names)
-        if self.representation_size is None:
-            object.__setattr__(self, "representation_size", 4096 if self.variant == "vgg16" else 1024)
         super().__post_init__()
         self._check_ranges()
-        if self.canonical_scale is None:
-            object.__setattr__(self, "canonical_scale", round(224 * self.anchor_scale / 8))
         one_of("variant", self.variant, VARIANTS)
         one_of("geometry", self.geometry, GEOMETRIES)
         one_of("norm of the box head", self.box_norm, (None, *NORMS))
@@ -131,8 +118,6 @@ class DetectorConfig(Config):
             raise UserError(f"box_conv_layers are for fpn and dc5: the box head of {self.variant} has its own layers")
         if self.box_norm and not self.box_conv_layers:
             raise UserError(f"box_norm={self.box_norm!r}: only a box head with box_conv_layers has norms; give both")
-        if (distinct := len(dict(self.categories))) != self.num_classes:
-            raise UserError(f"num_classes is {self.num_classes}, but there are {distinct} categories")
         if self.anchor_sides is not None and self.variant == "fpn":
             raise UserError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")
 
@@ -149,3 +134,29 @@ class DetectorConfig(Config):
             low, high = (getattr(self, f"{part}_{kind}_iou_thresh") for kind in ("bg", "fg"))
             if low > high:
                 raise UserError(f"{part}_bg_iou_thresh is {low}; it must be at most {part}_fg_iou_thresh, {high}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectorConfig(DetectorSettings):
+    """The settings of one detector: those that are None in a recipe have values here.
+
+    num_classes: real categories, without background; a target's labels are 1..num_classes.
+    categories: the data set's (category id, name) in the order of the labels; default (1, "class 1"), ..
+    """
+
+    num_classes: int
+    categories: tuple[tuple[int, str], ...] = ()
+
+    def __post_init__(self):
+        if type(self.num_classes) is not int or self.num_classes < 1:
+            raise UserError(f"num_classes is the number of real categories, at least 1, not {self.num_classes!r}")
+        if not self.categories:
+            names = tuple((label, f"class {label}") for label in range(1, self.num_classes + 1))
+            object.__setattr__(self, "categories", names)
+        if self.representation_size is None:
+            object.__setattr__(self, "representation_size", 4096 if self.variant == "vgg16" else 1024)
+        super().__post_init__()
+        if self.canonical_scale is None:
+            object.__setattr__(self, "canonical_scale", round(224 * self.anchor_scale / 8))
+        if (distinct := len(dict(self.categories))) != self.num_classes:
+            raise UserError(f"num_classes is {self.num_classes}, but there are {distinct} categories")
