@@ -8,6 +8,7 @@ from torch import Tensor
 
 from detection.patches import is_patched, utils
 
+MIN_BOX_SIDE = 1.0  # pixels; smaller boxes teach a detector nothing and vanish when the image is resized
 TorchvisionBoxCoder: Any = utils.BoxCoder
 
 

@@ -12,13 +12,13 @@ import torch
 from torch.utils.data import Dataset
 
 from detection.annotations import Annotations, leaves_its_folder, packed, read_annotations, select_images
+from detection.boxes import MIN_BOX_SIDE
 from detection.file_names import match_names, unclear
 from detection.layouts import held_out
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
 
 SMALL_SET = 64_000_000  # bytes
-MIN_BOX_SIDE = 1.0  # pixels; smaller boxes teach a detector nothing and vanish when the image is resized
 
 
 class ImageRequest(NamedTuple):

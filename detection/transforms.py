@@ -14,28 +14,71 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_keypoints
 from torchvision.transforms import v2
 
+from detection.boxes import MIN_BOX_SIDE
 from detection.patches import is_patched, keeps
 from resbackbone.checks import UserError
 from resbackbone.compat import is_transformed
+from resbackbone.weights.inputs import MEAN
 
 _log = logging.getLogger("resbackbone")
 SLACK = 0.25  # that resampling and augmentation may leave 0..1 by
+MEAN_COLOUR = [round(255 * mean) for mean in MEAN]  # 0 when normalized, as the padding of a batch
 MOST_NORMALIZED = 10.0  # ImageNet's mean and deviation make 2.64 of white
 
 
 class TrainTransform:
-    """Flip with probability one half, then resize the shorter side to one of `short_sides`, the longer to at most
-    `max_size` (Faster R-CNN tests at 800 and 1333; Detectron trains at 640..800), and the boxes with the image.
+    """Augmentation of an image and its boxes, as they are left to a detector with `resize_in_training=False`.
 
-    (uint8 [3, H, W], {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels": int64 [n], ...}) to the same. It draws
-    from torch's global random state, which `CocoImages` seeds for every sample.
+    flip: probability of a horizontal flip.
+    short_sides, max_size: the shorter side becomes one of `short_sides`, the longer at most `max_size` (Faster R-CNN
+        tests at 800 and 1333; Detectron trains at 640..800). Not used with a crop.
+    scale_jitter, crop_size: large-scale jitter (Ghiasi et al. 2021, Sec. 3; theirs: 0.1 to 2.0, 1024). The image is
+        resized to fit into `crop_size` x `crop_size` pixels times a factor drawn from `scale_jitter`, cut where it is
+        larger, and padded at the right and bottom with ImageNet's mean colour where it is smaller.
+    photometric: SSD's random brightness, contrast, saturation, hue and order of channels, each at one half.
+    copy_paste: probability with which `CocoImages` pastes objects of another image (`copy_paste.paste_objects`).
+
+    (uint8 [3, H, W], {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels": int64 [n], ...}) to the same. Boxes are
+    clipped; those left with under a pixel a side are dropped. An image whose crop shows no object is trained on as
+    background, as in torchvision and detectron2: drawing again would favour small factors. It draws from torch's global
+    random state, which `CocoImages` seeds for every sample.
+
+    Raises UserError if `scale_jitter` or `crop_size` is given alone or a value is out of range.
     """
 
-    def __init__(self, short_sides: Sequence[int], max_size: int):
+    def __init__(
+        self,
+        short_sides: Sequence[int],
+        max_size: int,
+        *,
+        flip: float = 0.5,
+        scale_jitter: Sequence[float] | None = None,
+        crop_size: int | None = None,
+        photometric: bool = False,
+        copy_paste: float = 0.0,
+    ):
+        for name, probability in {"flip": flip, "copy_paste": copy_paste}.items():
+            if not 0 <= probability <= 1:
+                raise UserError(f"{name} {probability:g}: must be a probability, from 0 to 1")
+        if (scale_jitter is None) != (crop_size is None):
+            given, missing = ("scale_jitter", "crop_size") if crop_size is None else ("crop_size", "scale_jitter")
+            raise UserError(f"{given} without {missing}: give both (the paper's are 0.1 2.0 and 1024) or neither")
+        resize: list[v2.Transform] = [v2.RandomShortestSize(list(short_sides), max_size)]
+        if scale_jitter is not None and crop_size is not None:
+            if len(scale_jitter) != 2 or not 0 < scale_jitter[0] <= scale_jitter[1] < math.inf:
+                raise UserError(
+                    f"scale_jitter {' '.join(map(str, scale_jitter))}: must be the smallest and the largest factor, "
+                    "such as 0.1 2.0"
+                )
+            if crop_size < 1:
+                raise UserError(f"crop_size {crop_size}: must be at least 1 pixel")
+            resize = [ScaleJitter((crop_size, crop_size), tuple(scale_jitter)), CropAndPad(crop_size)]
+        self.copy_paste = copy_paste
         self.transforms = v2.Compose(
             [
-                v2.RandomHorizontalFlip(0.5),
-                v2.RandomShortestSize(list(short_sides), max_size),
+                v2.RandomHorizontalFlip(flip),
+                *([v2.RandomPhotometricDistort()] if photometric else []),
+                *resize,
                 v2.ClampBoundingBoxes(),
             ]
         )
@@ -49,8 +92,34 @@ class TrainTransform:
             )
         image, boxes = self.transforms(tv_tensors.Image(image), boxes)
         boxes = boxes.as_subclass(Tensor)
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # a box of one pixel can vanish when the image shrinks
+        kept = (boxes[:, 2:] - boxes[:, :2] >= MIN_BOX_SIDE).all(dim=1)
         return image.as_subclass(Tensor), {**target, "boxes": boxes[kept], "labels": target["labels"][kept]}
+
+
+class ScaleJitter(v2.ScaleJitter):
+    """torchvision's, which fails where a long, thin image is left without a pixel."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
+
+
+class CropAndPad(v2.Transform):
+    """A random part of at most `size` x `size` pixels, padded to that at the right and bottom with the mean colour."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        sides = flat_inputs[0].shape[-2:]  # the image comes first
+        top, left = (int(torch.randint(max(side - self.size, 0) + 1, ())) for side in sides)
+        height, width = (min(side, self.size) for side in sides)
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        inpt = self._call_kernel(v2.functional.crop, inpt, **params)
+        padding = [0, 0, self.size - params["width"], self.size - params["height"]]  # left, top, right, bottom
+        return self._call_kernel(v2.functional.pad, inpt, padding, fill=MEAN_COLOUR)
 
 
 class InputTransform(GeneralizedRCNNTransform):

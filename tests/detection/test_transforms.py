@@ -20,22 +20,15 @@ def extent_of_white(image):
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
 
 
-def transform(short_sides, max_size, *, flip):
-    """A TrainTransform whose flip is sure to happen, or not to."""
-    made = TrainTransform(short_sides, max_size)
-    made.transforms.transforms[0].p = float(flip)
-    return made
-
-
 def test_a_flip_flips_the_boxes():
-    image, target = transform((48,), 999, flip=True)(*sample(48, 65, [(3, 5, 20, 30)]))
+    image, target = TrainTransform((48,), 999, flip=1)(*sample(48, 65, [(3, 5, 20, 30)]))
     assert target["boxes"].tolist() == [[45, 5, 62, 30]]
     assert extent_of_white(image) == [45, 5, 62, 30]
 
 
 def test_without_a_flip_and_at_the_same_size_nothing_changes():
     image, target = sample(48, 65, [(3, 5, 20, 30), (40, 0, 65, 48)])
-    same, unchanged = transform((48,), 999, flip=False)(image, target)
+    same, unchanged = TrainTransform((48,), 999, flip=0)(image, target)
     assert torch.equal(same, image) and torch.equal(unchanged["boxes"], target["boxes"])
 
 
@@ -68,7 +61,7 @@ def test_an_image_without_boxes_works_and_keeps_what_else_the_target_holds():
 
 def test_a_box_that_vanishes_takes_its_label_with_it():
     image, target = sample(40, 40, [(0, 0, 20, 20), (0, 0, 0, 0), (10, 10, 40, 40)])
-    _, small = transform((8,), 99, flip=False)(image, target)
+    _, small = TrainTransform((8,), 99, flip=0)(image, target)
     assert small["labels"].tolist() == [1, 3]
     assert small["boxes"].tolist() == [[0, 0, 4, 4], [2, 2, 8, 8]]
 
@@ -83,4 +76,4 @@ def test_the_model_is_fed_floats_from_0_to_1_and_the_image_is_left_as_it_was():
 def test_masks_and_keypoints_that_would_not_be_flipped_are_refused():
     image, target = sample(40, 40, [(0, 0, 20, 20)], masks=torch.ones(1, 40, 40))
     with pytest.raises(UserError, match="a target with masks: TrainTransform flips and resizes boxes only"):
-        transform((40,), 99, flip=True)(image, target)
+        TrainTransform((40,), 99, flip=1)(image, target)
