@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from detection.annotations import Annotations, leaves_its_folder, packed, read_annotations, select_images
 from detection.boxes import MIN_BOX_SIDE
+from detection.copy_paste import paste_objects
 from detection.file_names import match_names, unclear
 from detection.layouts import held_out
 from resbackbone.checks import UserError
@@ -37,9 +38,10 @@ class CocoImages(Dataset):
 
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
     int64 [n], "image_id": int}. An index gives the image as it is, an `ImageRequest` the image augmented by `transform`
-    with its seed. The item of a broken image is its BadImage (an exception raised in a worker would lose its message).
-    With `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the messages;
-    `broken` holds those that `check_files` found.
+    with its seed and, at the probability `transform.copy_paste`, with objects of another image, drawn and augmented
+    with the same seed. The item of a broken image is its BadImage (an exception raised in a worker would lose its
+    message). With `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the
+    messages; `broken` holds those that `check_files` found.
 
     File names with other folders, backslashes, percent-encoding or another Unicode form mean the file below `images`
     that they or that ends in them (`file_names.match_names`); `summary` counts them. Nothing outside is read.
@@ -115,6 +117,14 @@ class CocoImages(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(item.seed)
                 image, target = self.transform(image, target)
+                if torch.rand(()) < getattr(self.transform, "copy_paste", 0):  # the draw is the last one
+                    other = self._load(int(torch.randint(len(self), ())))
+                    if not isinstance(other, BadImage):
+                        image, target = paste_objects(image, target, *self.transform(*other))
+                    elif self.skip_bad_images:
+                        skipped.append(str(other))
+                    else:
+                        return other
         return image, {**target, "skipped": skipped}
 
     def path(self, index: int) -> Path:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 
+import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -48,6 +49,39 @@ def cats_and_dogs(boxes, categories=("cat", "dog"), images=2, **changes):
         ],
         **changes,
     }
+
+
+COLOURS = {1: (255, 0, 0), 2: (0, 255, 0), 3: (0, 0, 255), 4: (255, 255, 0)}  # of the objects with these labels
+
+
+def coloured(height, width, boxes):
+    """An image with an object for each label in its own colour on grey."""
+    image = torch.full((3, height, width), 90, dtype=torch.uint8)
+    for label, (x1, y1, x2, y2) in boxes.items():
+        image[:, y1:y2, x1:x2] = torch.tensor(COLOURS[label], dtype=torch.uint8)[:, None, None]
+    return image, {"boxes": torch.tensor([*boxes.values()]).float().view(-1, 4), "labels": torch.tensor([*boxes])}
+
+
+def seen(image):
+    """{label: box} of the colours in an image."""
+    found = {}
+    for label, colour in COLOURS.items():
+        near = (image.int() - torch.tensor(colour)[:, None, None]).abs().amax(0) < 100
+        if near.any():
+            rows, columns = near.nonzero().unbind(1)
+            found[label] = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+    return found
+
+
+def assert_boxes_are_seen(image, target):
+    found = seen(image)
+    returned = dict(zip(target["labels"].tolist(), target["boxes"].tolist(), strict=True))
+    assert len(returned) == len(target["labels"]) and returned.keys() <= found.keys()
+    for label, box in found.items():
+        if label in returned:
+            assert np.abs(np.subtract(box, returned[label])).max() <= 1
+        else:
+            assert min(box[2] - box[0], box[3] - box[1]) <= 2  # under a pixel, which may lie across two
 
 
 def keys_of_torchvisions_draws(labels):

@@ -16,6 +16,7 @@ from detection.annotations import read_annotations
 from detection.coco import CocoImages, ImageRequest, usable_boxes
 from detection.data import open_split
 from detection.shapes import make_shapes
+from detection.transforms import TrainTransform
 from resbackbone.image_io import BadImage
 
 
@@ -104,6 +105,35 @@ def test_a_draw_gives_the_same_sample_for_the_same_seed_and_leaves_the_random_st
     one, again, *others = (dataset[ImageRequest(0, seed)][0] for seed in (5, 5, *range(4)))
     assert torch.equal(one, again) and any(not torch.equal(one, other) for other in others)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def with_pasting(folder, **options):
+    """Images 7, of three objects, and 8 and 9, of none, that get objects of one another."""
+    boxes = ((1, 2, 10, 8), (12, 2, 8, 8), (22, 9, 11, 12))
+    transform = TrainTransform((21,), 99, flip=0, copy_paste=1.0)
+    return opened(folder, content(images=3, boxes=boxes), transform=transform, **options)
+
+
+def test_objects_of_another_image_are_pasted_by_the_seed_of_the_sample(tmp_path):
+    dataset = with_pasting(tmp_path)
+    drawn = [dataset[ImageRequest(1, seed)] for seed in range(30)]
+    assert {8} == {target["image_id"] for _, target in drawn}
+    counts = Counter(len(target["boxes"]) for _, target in drawn)
+    assert {0, 1, 2} <= counts.keys() and counts[0] > 20  # two partners of three have none
+    for seed, (image, target) in enumerate(drawn):
+        torch.rand(1)  # whatever state the process is in
+        again, same = dataset[ImageRequest(1, seed)]
+        assert torch.equal(again, image) and torch.equal(same["boxes"], target["boxes"])
+
+
+def test_a_broken_partner_is_an_error_value_or_named_and_nothing_pasted(tmp_path):
+    dataset = with_pasting(tmp_path)
+    (dataset.folder / "7.png").write_bytes(b"")
+    assert {isinstance(dataset[ImageRequest(1, seed)], BadImage) for seed in range(30)} == {True, False}
+    dataset.skip_bad_images = True
+    drawn = [dataset[ImageRequest(1, seed)][1] for seed in range(30)]
+    assert all(len(target["boxes"]) == 0 for target in drawn)
+    assert {len(target["skipped"]) for target in drawn} == {0, 1}
 
 
 # Broken images

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from made import assert_boxes_are_seen, coloured
 
 from detection.transforms import TrainTransform, to_model_input
 from resbackbone.checks import UserError
@@ -18,6 +19,9 @@ def sample(height, width, boxes, **extra):
 def extent_of_white(image):
     rows, columns = np.nonzero(image[0].numpy() > 127)
     return [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+CORNER_TO_CORNER = {1: (0, 0, 20, 15), 2: (30, 20, 51, 40), 3: (60, 3, 67, 9), 4: (50, 60, 71, 63)}  # of 71 x 63
 
 
 def test_a_flip_flips_the_boxes():
@@ -77,3 +81,78 @@ def test_masks_and_keypoints_that_would_not_be_flipped_are_refused():
     image, target = sample(40, 40, [(0, 0, 20, 20)], masks=torch.ones(1, 40, 40))
     with pytest.raises(UserError, match="a target with masks: TrainTransform flips and resizes boxes only"):
         TrainTransform((40,), 99, flip=1)(image, target)
+
+
+@pytest.mark.parametrize("size", [(63, 71), (71, 63)])
+def test_boxes_follow_their_pixels_through_scale_jitter_crop_and_padding(size):
+    height, width = size
+    boxes = {i: (x1, y1, min(x2, width), min(y2, height)) for i, (x1, y1, x2, y2) in CORNER_TO_CORNER.items()}
+    transform = TrainTransform((), 0, scale_jitter=(0.3, 2.0), crop_size=57)
+    kept, padded, flipped = set(), 0, 0
+    for seed in range(60):
+        torch.manual_seed(seed)
+        image, target = transform(*coloured(height, width, boxes))
+        assert image.shape == (3, 57, 57) and image.dtype == torch.uint8
+        assert_boxes_are_seen(image, target)
+        kept.add(len(target["labels"]))
+        padded += image[:, -1, -1].tolist() == [124, 116, 104]  # what the detector turns to 0
+        flipped += 1 in target["labels"] and target["boxes"][target["labels"] == 1][0, 0].item() > 15
+    assert {1, 2, 3, 4} <= kept
+    assert 10 < padded < 50 and flipped > 5
+
+
+def test_a_crop_that_shows_no_object_is_background():
+    image, target = coloured(40, 40, {1: (0, 0, 2, 2)})
+    transform = TrainTransform((), 0, flip=0, scale_jitter=(4.0, 4.0), crop_size=16)
+    torch.manual_seed(0)
+    cropped, empty = transform(image, target)
+    assert cropped.unique().tolist() == [90]
+    assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == (0,) and empty["labels"].dtype == torch.int64
+
+
+def test_a_strip_keeps_a_pixel_at_the_smallest_scale():
+    image, target = TrainTransform((), 0, scale_jitter=(0.1, 0.1), crop_size=32)(*sample(2, 200, [(0, 0, 200, 2)]))
+    assert image.shape == (3, 32, 32) and (image[:, 1:] != 255).all()
+    assert target["boxes"].tolist() == [[0, 0, 3, 1]]
+
+
+def test_photometric_distortion_changes_colours_and_nothing_else():
+    image, target = coloured(63, 71, CORNER_TO_CORNER)
+    transform = TrainTransform((63,), 99, flip=0, photometric=True)
+    changed = 0
+    for seed in range(10):
+        torch.manual_seed(seed)
+        distorted, same = transform(image, target)
+        assert torch.equal(same["boxes"], target["boxes"]) and distorted.dtype == torch.uint8
+        inside = [distorted[:, y1:y2, x1:x2].flatten(1) for x1, y1, x2, y2 in CORNER_TO_CORNER.values()]
+        assert all((pixels == pixels[:, :1]).all() for pixels in inside)
+        changed += not torch.equal(distorted, image)
+    assert changed >= 8
+
+
+def test_the_same_random_state_gives_the_same_sample():
+    transform = TrainTransform((), 0, scale_jitter=(0.1, 2.0), crop_size=48, photometric=True)
+    drawn = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        drawn.append(transform(*coloured(63, 71, CORNER_TO_CORNER)))
+    (first, boxes), (second, same_boxes), (third, _) = drawn
+    assert torch.equal(first, second) and torch.equal(boxes["boxes"], same_boxes["boxes"])
+    assert not torch.equal(first, third)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"crop_size": 64}, "crop_size without scale_jitter: give both"),
+        ({"scale_jitter": (0.1, 2.0)}, "scale_jitter without crop_size: give both"),
+        ({"scale_jitter": (2.0, 0.1), "crop_size": 64}, "scale_jitter 2.0 0.1: must be the smallest and the largest"),
+        ({"scale_jitter": (0, 1), "crop_size": 64}, "scale_jitter 0 1: must be the smallest"),
+        ({"scale_jitter": (0.1, 2.0), "crop_size": 0}, "crop_size 0: must be at least 1 pixel"),
+        ({"flip": 1.5}, "flip 1.5: must be a probability"),
+        ({"copy_paste": -1}, "copy_paste -1: must be a probability"),
+    ],
+)
+def test_settings_that_contradict_one_another_or_their_range_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        TrainTransform((64,), 99, **options)
