@@ -15,6 +15,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from detection.config import DetectorSettings
 from detection.recipes import Recipe
 from resbackbone import Backbone, build_resnet_backbone
 from resbackbone.adapters.detectron2 import INPUT, NORMS
@@ -101,13 +102,22 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
     """The config of detectron2's own Faster R-CNN of the variant, with the changes of options and recipe."""
     cfg = get_cfg()
     cfg.merge_from_file(str(CONFIGS / BASES[options.variant]))
-    asked = dict(recipe.detector)
+    usual = vars(DetectorSettings())
+    asked = {name: value for name, value in vars(recipe.detector).items() if value != usual[name]}
+    for name in ("variant", "min_size", "max_size"):  # set below
+        asked.pop(name, None)
     scale = asked.pop("anchor_scale", 8.0) / 8
+    trunk = recipe.backbone.arguments(fpn=True)
+    if other := [*(asked.keys() - KEYS.keys()), *(trunk.keys() - {"levels", "fpn_channels"})]:
+        raise UserError(
+            f"--engine detectron2 cannot train recipe {options.recipe} with its {', '.join(sorted(other))}; leave "
+            "--engine out"
+        )
     settings = {**INPUT, **{KEYS[name]: value for name, value in asked.items()}}
     cfg.merge_from_list([word for setting in settings.items() for word in setting])
 
     basic = DEPTHS[options.depth][0].expansion == 1
-    norm = options.norm or recipe.norm or ("FrozenBN" if options.weights else "BN")
+    norm = options.norm or recipe.backbone.norm or ("FrozenBN" if options.weights else "BN")
     frozen_through = options.frozen_through or ("c2" if options.weights else "none")
     frozen_through = None if frozen_through == "none" else frozen_through
     model = cfg.MODEL
@@ -120,15 +130,15 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
     # None, which takes it from the weights, is no value of a config.
     stem = build_resnet_backbone(options.depth, levels=["c2"], weights=options.weights)
     model.RESNETS.STRIDE_IN_1X1 = stem.config.stride_in_1x1
-    if options.variant == "fpn" and recipe.pyramid:
-        model.RPN.IN_FEATURES = list(recipe.pyramid["levels"])
-        model.FPN.OUT_CHANNELS = recipe.pyramid["fpn_channels"]
+    if options.variant == "fpn" and trunk:
+        model.RPN.IN_FEATURES = list(recipe.backbone.levels or model.RPN.IN_FEATURES)
+        model.FPN.OUT_CHANNELS = recipe.backbone.fpn_channels or model.FPN.OUT_CHANNELS
     elif options.variant == "c4":
         model.ROI_HEADS.NAME = "ResBackboneRes5ROIHeads"
     sizes = model.ANCHOR_GENERATOR.SIZES[: len(model.RPN.IN_FEATURES)]
     model.ANCHOR_GENERATOR.SIZES = [[size * scale for size in of_level] for of_level in sizes]
     model.ROI_HEADS.NUM_CLASSES = num_classes
 
-    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = tuple(recipe.short_sides), recipe.min_size
-    cfg.INPUT.MAX_SIZE_TRAIN = cfg.INPUT.MAX_SIZE_TEST = recipe.max_size
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = recipe.augmentation.short_sides, recipe.detector.min_size
+    cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST = recipe.augmentation.max_size, recipe.detector.max_size
     return cfg

@@ -67,5 +67,5 @@ def test_the_recipes_that_the_page_names_are_there_with_its_figures(name):
     text = PAGE.read_text(encoding="utf-8")
     assert name in RECIPES and f"{SMALL_DATA:,} images" in text
     small = RECIPES["small"]
-    assert f"{small.schedule.steps:,} updates of {small.batch_size}" in text and f"{small.epochs} epochs" in text
+    assert f"{small.schedule.steps:,} updates of {small.batch_size}" in text and f"{small.least_epochs} epochs" in text
     assert f"cosine from {small.schedule.rate} for {small.batch_size} images" in text

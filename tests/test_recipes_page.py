@@ -14,17 +14,20 @@ def detector_row(name, recipe):
     schedule = recipe.schedule
     drops = ", ".join(f"{step:,}" for step in schedule.milestones)
     ends = "cosine to 0" if schedule.cosine else f"/10 at {drops}"
-    least = f", at least {recipe.epochs:g} epochs" if recipe.epochs else ""
-    sides = recipe.short_sides
+    least = f", at least {recipe.least_epochs:g} epochs" if recipe.least_epochs else ""
+    changes, tested = recipe.augmentation, recipe.detector
+    sides = changes.short_sides
     train = f"{sides[0]}" if len(sides) == 1 else f"{min(sides)} .. {max(sides)}"
+    if changes.scale_jitter:
+        train = f"{changes.scale_jitter[0]:g} .. {changes.scale_jitter[1]:g} x {changes.crop_size}, cropped"
     return [
         f"`{name}`",
-        f"{'VGG' if recipe.variant == 'vgg16' else 'R'}-{recipe.depth}, {recipe.variant}",
+        f"{'VGG' if tested.variant == 'vgg16' else 'R'}-{recipe.backbone.depth}, {tested.variant}",
         f"{recipe.batch_size}",
         f"{recipe.optimizer} {schedule.rate:g}",
         f"{schedule.steps:,}{least}",
         f"{schedule.warmup_steps:,}, then {ends}",
-        f"{train} / {recipe.min_size}, longer side at most {recipe.max_size}",
+        f"{train} / {tested.min_size}, longer side at most {tested.max_size}",
     ]
 
 

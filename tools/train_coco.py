@@ -7,13 +7,15 @@ python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume   
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from resbackbone.cli.command import Auto, console, main_of, parse
+from resbackbone.cli.command import Auto, Hidden, console, main_of, parse, values_of, with_values
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MAY_DIFFER,
@@ -26,11 +28,12 @@ from resbackbone.cli.options import (
 from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
 import torch
+import yaml
 from torch import Tensor, nn
 
 from detection.annotations import count_images
 from detection.coco import CocoImages
-from detection.config import BACKBONE_OF, VARIANTS
+from detection.config import BACKBONE_OF, SHAPE, VARIANTS, DetectorConfig, DetectorSettings
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
 from detection.evaluate import Evaluation, evaluate, results_summary, results_table, write_results
 from detection.faster_rcnn import (
@@ -56,7 +59,7 @@ from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine import loop
 from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
-from resbackbone.engine.optimizers import build_optimizer
+from resbackbone.engine.optimizers import OPTIMIZERS, build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
 from resbackbone.memory import keep_freed_memory
@@ -66,6 +69,15 @@ from resbackbone.weights import Weights
 from resbackbone.weights.fit import architecture_of, backbone_part, resolve_architecture
 
 ENGINES = ("torchvision", "detectron2")
+OPTION_OF = {  # values of a recipe that are options of the command
+    "schedule.rate": "lr",
+    "schedule.steps": "steps",
+    "schedule.warmup_steps": "warmup_steps",
+    "detector.variant": "variant",
+    "backbone.depth": "depth",
+    **{f"backbone.{name}": name for name in ("norm", "frozen_through")},
+    **{name: name for name in ("batch_size", "optimizer", "weight_decay", "clip_grad", "checkpoint_period")},
+}
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
@@ -106,11 +118,32 @@ class NetworkOptions:
 @dataclass(frozen=True)
 class TrainingOptions:
     recipe: Auto[str] = None
-    """1x, 2x, 3x, small, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default:
-    1x; small (12 epochs, at least 16,000 images) for fewer than 40,000 images; short on the built-in data set."""
+    """1x, 2x, 3x, rsb, v2, v2-100ep, fast, small, short, or the ResNet paper's paper-r101-c4, paper-r101-c4-context or
+    paper-vgg16-c5. Default: 1x; small (12 epochs, at least 16,000 images) for fewer than 40,000 images; short on the
+    built-in data set. The options below change values of it; any other is set by its name, as in
+    --recipe.detector.box-nms-thresh 0.6."""
+    print_recipe: bool = False
+    """Print the recipe with every value, as a file for --config, and stop."""
+    recipe_values: Hidden[str] = ()
     batch_size: Auto[int] = None
-    """Images per update, over all GPUs; the learning rate and the number of updates are scaled with it. Default: the
-    recipe's (16); 2 on a CPU, except for short."""
+    """Images per update, over all GPUs; the recipe's learning rate and number of updates are scaled with it. Default:
+    the recipe's (16); 2 on a CPU, except for short."""
+    lr: Auto[float] = None
+    """Learning rate, for this batch size."""
+    epochs: Auto[float] = None
+    """Length of the schedule in passes over the training images; drops of the learning rate move in proportion."""
+    steps: Auto[int] = None
+    """Length of the schedule in updates, instead of --epochs."""
+    warmup_steps: Auto[int] = None
+    """Updates over which the learning rate rises."""
+    image_size: Auto[int] = None
+    """Shorter side of test images in pixels; the recipe's other sizes change in proportion."""
+    optimizer: Auto[str] = None
+    """sgd, adamw or lamb. Give --lr with it."""
+    weight_decay: Auto[float] = None
+    """Weight decay."""
+    clip_grad: Auto[float] = None
+    """Clip the gradient to this norm; 0 does not clip."""
     engine: str = "torchvision"
     """Detector: torchvision (this package's own, of torchvision's parts) or detectron2's, if it is installed."""
     checkpoint_period: Auto[int] = None
@@ -136,14 +169,20 @@ class Options(DataOptions, NetworkOptions, TrainingOptions, EvaluationOptions, R
 
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
+    options = parse(Options, argv)
+    if options.print_recipe:
+        print_recipe(complete(options))
+        return
     may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile"}
-    launch_command(train, training_options(parse(Options, argv), argv, complete, default_folder, may_differ))
+    launch_command(train, training_options(options, argv, complete, default_folder, may_differ))
 
 
 def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
     session = prepare_run(rank, options, default=default_folder(options))
-    recipe = RECIPES[options.recipe]
+    recipe = recipe_of(options)
+    if changes := described_changes(options):
+        session.info(f"recipe: {options.recipe}, but {changes}")
     train_set, val_set = open_data(session, recipe)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     if options.engine == "detectron2":
@@ -162,12 +201,12 @@ def train(rank: Rank, options: Options) -> None:
     if options.compile:
         detector.compile()
 
-    schedule = recipe.schedule_for(options.batch_size, images=len(train_set))
+    given = {name: getattr(options, name) for name in ("lr", "epochs", "steps", "warmup_steps")}
+    schedule = recipe.schedule_for(options.batch_size, images=len(train_set), **given)
     if options.recipe == "small" and not options.weights:
         session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
-    rate, decay, sgd = schedule.rate, recipe.weight_decay, recipe.optimizer == "sgd"
-    # SGD decays norms too, as in Detectron
-    optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=sgd)
+    rate, decay, norms = schedule.rate, recipe.weight_decay, recipe.decay_norms
+    optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms)
     scaled = options.precision == "fp16"
     state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad, scaled=scaled)
     task = Detection(session, detector, train_set, val_set)
@@ -190,7 +229,7 @@ def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]
         with from_option("--data"):
             session.info(f"data:  {describe_layout(options.data)}")
     opened = partial(open_checked, options.data, skip_bad_images=options.skip_bad_images)
-    transform = TrainTransform(recipe.short_sides, recipe.max_size)
+    transform = TrainTransform(**asdict(recipe.augmentation))
     with from_option("--data"):
         train_set = from_main(partial(opened, "train", transform=transform, keep_empty=options.keep_empty), rank)
         val_set = from_main(partial(opened, "val", keep_empty=True, categories=train_set.categories), rank)
@@ -277,16 +316,16 @@ def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     data = options.data or find_coco() or EMBEDDED
     recipe_name = one_of("recipe", options.recipe or recipe_for(data), RECIPES)
-    recipe = RECIPES[recipe_name]
+    recipe = recipe_of(replace(options, recipe=recipe_name))
     given = architecture_of_weights(options, recipe)
-    variant = one_of("variant", options.variant or given.get("variant", recipe.variant), VARIANTS)
+    variant = one_of("variant", options.variant or given.get("variant", recipe.detector.variant), VARIANTS)
     one_of("COCO backend", options.coco_backend, BACKENDS)
     precision = options.precision
     if one_of("engine", options.engine, ENGINES) == "detectron2":
         check_detectron2(options, variant, recipe_name)
         precision = "fp32"
     depths = [VGG16_DEPTH] if variant == "vgg16" else list(DEPTHS)
-    default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.depth)
+    default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.backbone.depth)
     device, processes, precision = choose_machine(replace(options, precision=precision))
     on_gpu = torch.device(device).type == "cuda"
     batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
@@ -304,6 +343,58 @@ def complete(options: Options) -> Options:
     )
 
 
+def recipe_of(options: Options) -> Recipe:
+    """The named recipe with the values that options set. Raises ValueError for one that is not accepted."""
+    named = RECIPES[options.recipe]
+    for item in options.recipe_values:
+        name = item.partition("=")[0]
+        if name in OPTION_OF:
+            raise UserError(f"--recipe.{name}: give --{OPTION_OF[name].replace('_', '-')} instead")
+    recipe = with_values(named, options.recipe_values)
+    changes = {name: getattr(options, name) for name in ("optimizer", "weight_decay", "clip_grad")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if changes.get("optimizer", named.optimizer) != named.optimizer:
+        one_of("optimizer", options.optimizer, OPTIMIZERS)
+        if options.lr is None:
+            raise UserError(
+                f"--optimizer {options.optimizer}: the learning rate of recipe {options.recipe} is for "
+                f"{named.optimizer}; give --lr too"
+            )
+        changes["decay_norms"] = options.optimizer == "sgd"
+    if options.clip_grad == 0:
+        changes["clip_grad"] = None
+    if None not in (options.epochs, options.steps):
+        raise UserError(f"--epochs {options.epochs:g} and --steps {options.steps} are both a length; give one")
+    for name in ("lr", "epochs", "weight_decay", "clip_grad"):
+        value = getattr(options, name)
+        if value is not None and not 0 <= value < math.inf or value == 0 and name in ("lr", "epochs"):
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be a finite number above 0")
+    recipe = replace(recipe, **changes)
+    return recipe if options.image_size is None else recipe.at_size(options.image_size)
+
+
+def described_changes(options: Options) -> str:
+    """What differs from the named recipe: "weight_decay 0.05 (0.0001), lr 0.01"."""
+    named, used = values_of(RECIPES[options.recipe]), values_of(recipe_of(options))
+    changes = [f"{name} {used[name]} ({named[name]})" for name in used if used[name] != named[name]]
+    lengths = [(name, getattr(options, name)) for name in ("lr", "epochs", "steps", "warmup_steps")]
+    return ", ".join([*changes, *(f"{name} {value:g}" for name, value in lengths if value is not None)])
+
+
+def print_recipe(options: Options) -> None:
+    """Print every value of the recipe as a line of a file for --config, at the batch size that it is stated for."""
+    values: dict[str, Any] = {"recipe": options.recipe}
+    for name, value in values_of(recipe_of(options)).items():
+        if name != "detector.version" and (name not in OPTION_OF or value is not None):
+            key = OPTION_OF.get(name, f"recipe.{name}")
+            values[key] = list(value) if isinstance(value, tuple) else value
+    given = {name: getattr(options, name) for name in ("lr", "epochs", "steps", "warmup_steps", "variant", "depth")}
+    values |= {name: value for name, value in given.items() if value is not None}
+    if options.epochs is not None:
+        del values["steps"]
+    console.print(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000).rstrip())
+
+
 def recipe_for(data: Path) -> str:
     """The name of the recipe for the images in a folder."""
     if data == EMBEDDED:
@@ -315,7 +406,7 @@ def recipe_for(data: Path) -> str:
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
     """The "depth" and "variant" of --weights, if one of these options was left out."""
     given = None not in (options.depth, options.variant)
-    if not options.weights or given or "vgg16" in (options.variant, recipe.variant):
+    if not options.weights or given or "vgg16" in (options.variant, recipe.detector.variant):
         return {}
     weights = read_described_weights(options.weights)
     if "detector" not in weights.metadata or options.engine == "detectron2":
@@ -328,7 +419,7 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
 
 def check_detectron2(options: Options, variant: str, recipe: str) -> None:
     """Raise ValueError if detectron2 is not installed or does not support an option."""
-    if variant not in BACKBONE_OF or "anchor_sides" in RECIPES[recipe].detector:
+    if variant not in BACKBONE_OF or RECIPES[recipe].detector.anchor_sides is not None:
         raise UserError(f"--engine detectron2 cannot train {variant} with --recipe {recipe}; leave --engine out")
     if options.compile:
         raise UserError("--compile: --engine detectron2 cannot be compiled; leave the option out")
@@ -348,12 +439,13 @@ def default_folder(options: Options) -> Path:
 
 def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Callable[[str], None]) -> FasterRCNN:
     """Build the detector of a new run; `say` gets a line about a detector's weights."""
-    frozen_through = options.frozen_through or (recipe.frozen_through if options.weights else "auto")
-    sizes = {"min_size": recipe.min_size, "max_size": recipe.max_size, "resize_in_training": False}
+    frozen_through = options.frozen_through or (recipe.backbone.frozen_through if options.weights else "auto")
+    settings = {**vars(recipe.detector), "variant": options.variant, "resize_in_training": False}
     weights = read_described_weights(options.weights) if options.weights and options.variant in BACKBONE_OF else None
     if weights is not None and "detector" in weights.metadata:
         frozen = {"frozen_through": "c2" if frozen_through == "auto" else frozen_through}
-        return build_from_detector(options, weights, categories, say, backbone=frozen, **sizes, **recipe.detector)
+        check_values_for(weights, options, recipe, say)
+        return build_from_detector(options, weights, categories, say, backbone=frozen, **settings)
     if weights is not None and (others := heads_of(weights)):
         some = f"{', '.join(others[:3])}, .. ({len(others)})"
         say(f"weights: only the backbone's, from {options.weights}; left out: {some}")
@@ -368,17 +460,33 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
     else:
         backbone = build_resnet_backbone(
             options.depth,
-            norm=options.norm or recipe.norm,
+            norm=options.norm or recipe.backbone.norm,
             frozen_through=frozen_through,
             weights=options.weights,
-            **BACKBONE_OF[options.variant],
-            **(recipe.pyramid if options.variant == "fpn" else {}),
+            **{**BACKBONE_OF[options.variant], **recipe.backbone.arguments(fpn=options.variant == "fpn")},
         )
-    parts = {"variant": options.variant, "categories": categories, **sizes, **recipe.detector}
-    detector = build_faster_rcnn(backbone, len(categories), **parts)
+    detector = build_faster_rcnn(backbone, len(categories), categories=categories, **settings)
     if options.variant == "vgg16" and options.weights:
         load_vgg16(detector, options.weights)
     return detector
+
+
+def check_values_for(weights: Weights, options: Options, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Raise ValueError if a value that was set contradicts the detector in `weights`, whose architecture is used.
+
+    `say` gets a line about the recipe's own values that do.
+    """
+    source = DetectorConfig.from_json(weights.metadata["detector"], weights.source)
+    kept = {f"detector.{name}": getattr(source, name) for name in SHAPE}
+    asked, usual = values_of(recipe), values_of(replace(recipe, detector=DetectorSettings()))
+    differing = [name for name in kept if asked[name] not in (usual[name], kept[name])]
+    for item in options.recipe_values:
+        name, _, text = item.partition("=")
+        if name.startswith("backbone.") or name in kept and asked[name] not in (None, kept[name]):
+            has = f" has {kept[name]}" if name in kept else " comes with its backbone"
+            raise UserError(f"--recipe.{name} {text}: the detector in {options.weights}{has}; leave the option out")
+    if differing:
+        say(f"recipe: without its {', '.join(differing)}: the weights determine the architecture")
 
 
 def heads_of(weights: Weights) -> list[str]:

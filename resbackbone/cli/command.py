@@ -4,9 +4,10 @@ import contextlib
 import dataclasses
 import io
 import re
+import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +15,7 @@ from typing import Annotated, Any, TypeVar
 
 import rich.progress
 import tyro
+import yaml
 from rich.console import Console
 
 from resbackbone.checks import UserError
@@ -25,6 +27,7 @@ T = TypeVar("T", bound=Any)  # a dataclass of options
 # Options whose defaults are chosen later. Their help says how, so tyro must not add "(default: None)" or "(default: )".
 Auto = Annotated[T | None, tyro.conf.arg(help_behavior_hint="")]
 Several = Annotated[tuple[T, ...], tyro.conf.arg(help_behavior_hint="")]
+Hidden = tyro.conf.Suppress[tuple[T, ...]]  # not in --help
 # Markup is off because paths and class names may contain [brackets].
 PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 console = Console(**PLAIN)  # for warnings and results
@@ -33,22 +36,30 @@ progress_console = Console(**PLAIN)  # for what --quiet leaves out: progress mes
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 SECONDS_BETWEEN_LINES = 20  # of progress in a log
 # The lowest values of options that are whole numbers; 1 of the others.
-LEAST = {"eval_period": 0, "gpus": 0, "pictures": 0, "seed": 0, "shorter_side": 0, "size": 32, "workers": 0}
+LEAST = dict.fromkeys(("eval_period", "gpus", "pictures", "seed", "shorter_side", "warmup_steps", "workers"), 0)
+LEAST["size"] = 32
 
 
 def parse(options: type[T], argv: list[str] | None, *, default: T | None = None) -> T:
     """Parse the command line: flags override --config FILE or `default`, which override the dataclass's defaults.
 
     --help shows the docstring of the command's module, and each dataclass that `options` inherits from as a group.
-    --quiet silences `progress_console`. Raises ValueError, in one line, for an unknown flag or a value that does not
-    fit, such as a whole number below LEAST or a file as --output.
+    Options with `recipe_values` take --recipe.NAME VALUE too (see `with_values`). --quiet silences `progress_console`.
+    Raises ValueError, in one line, for an unknown flag or a value that does not fit, such as a whole number below LEAST
+    or a file as --output.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    values: dict[str, str] = {}
+    if "recipe_values" in option_names(options):
+        argv, values = _take_values(argv)
     parsed = _parse(options, argv, default)
     if getattr(parsed, "config", None) is not None:
         with from_option("--config"):
             saved = from_config(options, parsed.config)
         parsed = _parse(options, argv, saved)
+    if values:
+        values = dict(item.split("=", 1) for item in parsed.recipe_values) | values
+        parsed = dataclasses.replace(parsed, recipe_values=tuple(f"{name}={text}" for name, text in values.items()))
     be_quiet(parsed)
     for name, value in vars(parsed).items():
         if type(value) is int and value < (least := LEAST.get(name, 1)):
@@ -70,19 +81,67 @@ def _parse(options: type[T], argv: list[str], default: T | None = None) -> T:
     doc = sys.modules[options.__module__].__doc__ or ""
     doc = re.sub("\n\n(?=(python|pip) )", "\n\nExamples:\n", doc, count=1)
     description = re.sub("^(?=(python|pip) )", "  ", doc, flags=re.M)  # tyro does not wrap indented lines
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            parsed = tyro.cli(
-                nested, prog=Path(sys.argv[0]).stem, args=argv, default=default, description=description, config=MARKERS
-            )
-    except SystemExit as exit:
-        if exit.code in (0, None):  # of --help and --tyro-print-completion
-            raise
-        raise UserError(f"{_message_in(stderr.getvalue())} (--help lists the options)") from None
+    with _one_line("--help lists the options"):
+        parsed = tyro.cli(
+            nested, prog=Path(sys.argv[0]).stem, args=argv, default=default, description=description, config=MARKERS
+        )
     if groups:
         parsed = options(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
     return parsed
+
+
+@contextlib.contextmanager
+def _one_line(hint: str) -> Iterator[None]:
+    """Raise what tyro prints about a mistake as UserError, with a hint."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            yield
+    except SystemExit as exit:
+        if exit.code in (0, None):  # of --help and --tyro-print-completion
+            raise
+        raise UserError(f"{_message_in(stderr.getvalue())} ({hint})") from None
+
+
+def _take_values(argv: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The command line without --recipe.NAME VALUE .., and {NAME: its values as text}."""
+    others: list[str] = []
+    taken: dict[str, list[str]] = {}
+    words = others
+    for word in argv:
+        if word.startswith("--recipe."):
+            flag, equals, value = word.partition("=")
+            words = taken[flag.removeprefix("--recipe.").replace("-", "_")] = [value] if equals else []
+        elif word.startswith("--"):
+            words = others
+            words.append(word)
+        else:
+            words.append(word)
+    return others, {name: shlex.join(words) for name, words in taken.items()}
+
+
+def with_values(recipe: T, values: Iterable[str]) -> T:
+    """The recipe, a dataclass, with other values: "schedule.milestones=60000 80000" for --recipe.schedule.milestones.
+
+    Raises ValueError for a name that it does not have, and for a value that does not fit.
+    """
+    flags = []
+    for item in values:
+        name, _, text = item.partition("=")
+        flags += [f"--recipe.{name}".replace("_", "-"), *shlex.split(text)]
+    holder = dataclasses.make_dataclass(
+        "Recipe", [("recipe", type(recipe), dataclasses.field(default_factory=lambda: recipe))]
+    )
+    with _one_line("--print-recipe lists the values"):
+        return tyro.cli(holder, args=flags, config=(tyro.conf.FlagConversionOff,)).recipe
+
+
+def values_of(recipe: Any) -> dict[str, Any]:
+    """Every value of a recipe by its name: {"schedule.rate": 0.02, ..}."""
+    values: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(recipe).items():
+        values |= {f"{name}.{n}": v for n, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return values
 
 
 def _unwrap_texts(options: type) -> None:
@@ -113,6 +172,11 @@ def _message_in(box: str) -> str:
     title, *sections = re.split("[─-]{3,}", box)
     message = " ".join(word for word in (sections or [title])[0].split() if word not in "╮│|+")
     message = re.sub(r"^Missing from \S+: (\S+) (.*?)\.? \(required\).*", r"\1 is missing: \2", message)
+    message = re.sub(
+        r"^Error parsing (\S+): could not convert string to float: '(.*?)'.*", r"\1 \2: must be FLOAT", message
+    )
+    message = re.sub(r"^Error parsing (\S+): invalid literal for int.*: '(.*?)'.*", r"\1 \2: must be INT", message)
+    message = re.sub(r"^Error parsing (recipe\S*): ", r"--\1: ", message)
     message = re.sub(
         r"^Error parsing (\S+): no type matching (\S+) .* from \['(.*?)'\].*", r"\1 \3: must be \2", message
     )
@@ -184,10 +248,13 @@ def from_config(options: type[T], path: str | Path) -> T:
 
     Raises ValueError if an option is unknown, unless it is off, or if its value does not fit.
     """
-    flags = []
+    flags, values = [], {}
     for name, value in read_yaml(path).items():
         flag = f"--{name}".replace("_", "-")
-        if isinstance(value, list):
+        if str(name).startswith("recipe."):
+            words = value if isinstance(value, list) else [value]
+            values[name.removeprefix("recipe.")] = shlex.join(map(str, words))
+        elif isinstance(value, list):
             flags += [flag, *map(str, value)]
         elif value is False and name not in option_names(options):
             continue  # a run of an earlier version without an option that is removed
@@ -196,13 +263,24 @@ def from_config(options: type[T], path: str | Path) -> T:
         elif value is not None and name != "effective":
             flags.append(f"{flag}={value}")
     try:
-        return _parse(options, flags)
+        parsed = _parse(options, flags)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    if values and "recipe_values" not in option_names(options):
+        raise UserError(f"{path}: recipe.{next(iter(values))} is an option of another command; remove it")
+    items = tuple(f"{name}={text}" for name, text in values.items())
+    return dataclasses.replace(parsed, recipe_values=items) if items else parsed
 
 
 def to_config(options) -> dict:
-    """The options as values for YAML, without empty lists and without --quiet, which does not belong to a run."""
+    """The options as values for YAML, without empty lists and without --quiet, which does not belong to a run.
+
+    Each of `recipe_values` is a line: "recipe.schedule.milestones: [60000, 80000]".
+    """
     values = _values(options, option_names(type(options)))
     values.pop("quiet", None)
+    for item in values.pop("recipe_values", ()):
+        name, _, text = item.partition("=")
+        words = [yaml.safe_load(word) for word in shlex.split(text)]
+        values[f"recipe.{name}"] = words[0] if len(words) == 1 else words
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items() if v != ()}

@@ -28,11 +28,10 @@ class Schedule:
             return rate * 0.5 * (1 + math.cos(math.pi * min(step / self.steps, 1.0)))
         return rate * 0.1 ** sum(step >= milestone for milestone in self.milestones)
 
-    def stretched(self, factor: float) -> "Schedule":
-        """The schedule made longer by `factor` (ignored below 1), with the same warm-up."""
-        factor = max(factor, 1)
-        milestones = tuple(round(milestone * factor) for milestone in self.milestones)
-        return replace(self, steps=round(self.steps * factor), milestones=milestones)
+    def of_length(self, steps: int) -> "Schedule":
+        """The schedule over `steps`, milestones in proportion. The warm-up stays, but ends within a quarter of them."""
+        milestones = tuple(round(milestone * steps / self.steps) for milestone in self.milestones)
+        return replace(self, steps=steps, milestones=milestones, warmup_steps=min(self.warmup_steps, steps // 4))
 
     def for_batch(self, batch_size: int, stated_for: int, *, scale_rate: bool = True) -> "Schedule":
         """The schedule for another batch size: with k = batch_size / stated_for, the rate times k, the steps over k.

@@ -162,11 +162,16 @@ def test_two_processes_train_one_detector_and_evaluate_every_image_once(gaps):
 
 
 @needs_detectron2
-def test_every_recipe_can_be_said_in_detectron2s_words():
-    from detection.detectron2_engine import KEYS
+def test_every_recipe_of_detectrons_own_detector_can_be_said_in_detectron2s_words():
+    from detection.detectron2_engine import detectron2_config
 
-    taken = [recipe for name, recipe in RECIPES.items() if not name.startswith("paper-")]  # those are refused
-    assert {name for recipe in taken for name in recipe.detector} <= {*KEYS, "anchor_scale"}
+    device = torch.device("cpu")
+    for name in ("1x", "2x", "3x", "rsb", "fast", "small", "short"):
+        options = train_coco.Options(recipe=name, depth=18, variant="fpn")
+        config = detectron2_config(options, RECIPES[name], num_classes=3, device=device)
+        assert config.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    with pytest.raises(ValueError, match="cannot train recipe v2 with its box_conv_layers, box_norm, fpn_norm, rpn_"):
+        detectron2_config(options, RECIPES["v2"], num_classes=3, device=device)
 
 
 # What is refused

@@ -16,7 +16,7 @@ from detection.data import open_split
 from detection.evaluate import evaluate
 from detection.faster_rcnn import build_faster_rcnn, load_detector, prepare_for_detection, save_detector
 from detection.paper import ImprovedTesting, VGGHead, build_vgg16_backbone, load_vgg16, select_and_vote
-from detection.recipes import RECIPES
+from detection.recipes import RECIPES, Augmentation
 from detection.scoring import entries
 from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone
@@ -182,8 +182,8 @@ def test_a_backbone_of_several_levels_is_refused_for_vgg16():
 
 
 def test_the_papers_detectors_have_its_anchors_proposals_and_nms():
-    options = {**RECIPES["paper-r101-c4-context"].detector}
-    detector = build_faster_rcnn(build_resnet_backbone(18, levels=["c4", "c5"]), 3, variant="c4", **options)
+    options = vars(RECIPES["paper-r101-c4-context"].detector)
+    detector = build_faster_rcnn(build_resnet_backbone(18, levels=["c4", "c5"]), 3, **options)
     assert detector.rpn.anchor_generator.sizes == [(64, 128, 256, 512)]
     assert detector.rpn.anchor_generator.num_anchors_per_location() == [12]
     detector.eval()
@@ -402,13 +402,11 @@ def small_recipes(monkeypatch):
     """The paper's recipes on small images with few regions, and with few layers where they are built from scratch."""
     for name in [name for name in RECIPES if name.startswith("paper-")]:
         recipe = RECIPES[name]
-        options = {**recipe.detector, **FEW, "anchor_sides": (16, 32)}
-        del options["min_size"], options["max_size"]
-        if recipe.variant == "c4":
-            del options["representation_size"]
-        depth = 18 if recipe.variant == "c4" else recipe.depth
-        small = {"short_sides": (64,), "min_size": 64, "max_size": 97, "depth": depth, "detector": options}
-        monkeypatch.setitem(RECIPES, name, replace(recipe, **small))
+        settings = {**FEW, "anchor_sides": (16, 32), "min_size": 64, "max_size": 97}
+        backbone = replace(recipe.backbone, depth=18) if recipe.detector.variant == "c4" else recipe.backbone
+        small = {"detector": replace(recipe.detector, **settings), "backbone": backbone}
+        augmentation = Augmentation(short_sides=(64,), max_size=97)
+        monkeypatch.setitem(RECIPES, name, replace(recipe, augmentation=augmentation, **small))
 
 
 def trained(shapes, folder, *argv, steps=2):

@@ -1,6 +1,11 @@
-import pytest
+from dataclasses import replace
 
+import pytest
+from torchvision.models.detection import fasterrcnn_resnet50_fpn_v2
+
+from detection.faster_rcnn import build_faster_rcnn
 from detection.recipes import RECIPES, SMALL_DATA, default_recipe
+from resbackbone import build_resnet_backbone
 
 
 def test_the_short_recipe_ends_at_no_rate_and_keeps_it_for_any_batch_size():
@@ -33,4 +38,41 @@ def test_the_recipe_of_small_data_is_small_and_that_of_coco_1x():
     assert (default_recipe(1), default_recipe(SMALL_DATA - 1)) == ("small", "small")
     assert (default_recipe(SMALL_DATA), default_recipe(118_287)) == ("1x", "1x")
     seen = RECIPES["1x"].schedule.steps * RECIPES["1x"].batch_size
-    assert seen / SMALL_DATA == 36 == RECIPES["small"].epochs * 3
+    assert seen / SMALL_DATA == 36 == RECIPES["small"].least_epochs * 3
+
+
+def test_what_is_given_of_a_schedule_is_used_as_it_is_and_the_rest_in_proportion():
+    recipe = RECIPES["1x"]
+    schedule = recipe.schedule_for(4, images=1000, lr=0.003, epochs=40)
+    assert (schedule.rate, schedule.steps, schedule.milestones) == (0.003, 10_000, (6667, 8889))
+    assert schedule.warmup_steps == 10_000 // 4  # of 4,000 for this batch size
+    schedule = recipe.schedule_for(16, images=1000, steps=50_000, warmup_steps=7)
+    assert (schedule.rate, schedule.steps, schedule.warmup_steps) == (0.02, 50_000, 7)
+    assert recipe.schedule_for(16, images=1, epochs=0.1).steps == 1
+    assert RECIPES["small"].schedule_for(8, images=100_000, epochs=3).steps == 37_500  # fewer than its own least
+
+
+@pytest.mark.parametrize("name, side", [("1x", 512), ("v2", 400), ("short", 64)])
+def test_all_sizes_follow_that_of_test_images(name, side):
+    recipe, resized = RECIPES[name], RECIPES[name].at_size(side)
+    scale = side / recipe.detector.min_size
+    pairs = [(recipe.detector.max_size, resized.detector.max_size)]
+    pairs += [(recipe.augmentation.max_size, resized.augmentation.max_size)]
+    pairs += zip(recipe.augmentation.short_sides, resized.augmentation.short_sides, strict=True)
+    pairs += [(recipe.augmentation.crop_size or 0, resized.augmentation.crop_size or 0)]
+    assert resized.detector.min_size == side
+    for before, after in pairs:
+        assert abs(after - scale * before) <= 0.5
+
+
+def test_the_recipe_of_version_two_builds_torchvisions_detector():
+    theirs = fasterrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=4, trainable_backbone_layers=5)
+    recipe = RECIPES["v2"]
+    backbone = build_resnet_backbone(50, fpn=True, norm="BN", fpn_norm="BN")
+    assert (recipe.backbone.norm, recipe.backbone.fpn_norm) == ("SyncBN", "SyncBN")
+    settings = vars(replace(recipe.detector, box_norm="BN"))
+    ours = build_faster_rcnn(backbone, 3, **settings)
+    shapes, expected = ({k: v.shape for k, v in d.state_dict().items()} for d in (ours, theirs))
+    assert {k.replace("body.", "").replace("backbone.", ""): v for k, v in expected.items()} == {
+        k.replace("body.", "").replace("backbone.", ""): v for k, v in shapes.items()
+    }

@@ -33,11 +33,12 @@ from torchvision.models.detection.rpn import RPNHead
 
 from detection import data as data_module
 from detection.evaluate import METRICS
-from detection.faster_rcnn import FasterRCNN
+from detection.faster_rcnn import FasterRCNN, load_detector
 from detection.recipes import RECIPES
 from detection.shapes import make_shapes
 from resbackbone.cli import options as options_module
 from resbackbone.cli import training
+from resbackbone.cli.command import parse
 from resbackbone.engine.lock import release_all_folders
 from resbackbone.tools import convert_weights, evaluate_coco, train_coco
 
@@ -165,9 +166,9 @@ def test_evaluations_on_the_way_change_nothing_of_the_training(shapes, straight)
     assert_ended_alike(Path("run"), straight)
 
 
-def test_no_detections_give_zero_and_the_reason_is_printed(shapes, monkeypatch, capsys):
-    monkeypatch.setitem(train_coco.RECIPES["short"].detector, "box_score_thresh", 0.999)
-    train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--output", "run"])
+def test_no_detections_give_zero_and_the_reason_is_printed(shapes, capsys):
+    argv = [*QUICK, "--data", str(shapes), "--max-steps", "1", "--output", "run"]
+    train_coco.main([*argv, "--recipe.detector.box-score-thresh", "0.999"])
     said = capsys.readouterr().out
     assert "no detections at all" in said and "AP 0.0, AP50 0.0 on 3 images" in said
     assert json.loads(Path("run/detections.json").read_text()) == []
@@ -181,12 +182,54 @@ def test_the_other_variants_train_and_resume(shapes, variant):
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
 
 
+# Values of a recipe
+
+
+def test_a_value_that_is_set_is_used_printed_kept_and_resumed(shapes, capsys):
+    argv = [*QUICK, "--data", str(shapes), "--output", "run", "--pictures", "0"]
+    values = ["--lr", "0.004", "--epochs", "2", "--image-size", "96", "--weight-decay", "0.01", "--clip-grad", "0"]
+    values += ["--recipe.detector.rpn-nms-thresh=0.6", "--recipe.augmentation.short-sides", "64", "80"]
+    train_coco.main([*argv, *values, "--recipe.augmentation.photometric", "True", "--max-steps", "1"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "recipe: short, but " in said and "detector.rpn_nms_thresh 0.6 (0.7)" in said and "lr 0.004" in said
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    kept = [config[f"recipe.{name}"] for name in ("detector.rpn_nms_thresh", "augmentation.short_sides")]
+    assert kept == [0.6, [64, 80]] and config["recipe.augmentation.photometric"] is True
+    assert (config["lr"], config["epochs"], config["clip_grad"]) == (0.004, 2.0, 0.0)
+    assert config["effective"]["rate"] == 0.004 and config["effective"]["steps"] == 6  # 2 x 6 images, 2 at a time
+    [folder] = Path("run/checkpoints").iterdir()
+    groups = json.loads((folder / "state.json").read_text())["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    detector = load_detector("run/model.safetensors")
+    assert detector.transform.min_size == (96,) and detector.rpn.nms_thresh == 0.6
+
+    train_coco.main([*argv[:0], "--output", "run", "--resume", "--max-steps", "2"])
+    assert yaml.safe_load(Path("run/config.yaml").read_text()) == {**config, "max_steps": 2}
+    train_coco.main(["--config", "run/config.yaml", "--lr", "0.003", "--recipe.detector.rpn-nms-thresh", "0.5"])
+    again = yaml.safe_load((next(Path("runs").iterdir()) / "config.yaml").read_text())
+    assert (again["lr"], again["recipe.detector.rpn_nms_thresh"]) == (0.003, 0.5)
+    assert again["recipe.augmentation.short_sides"] == [64, 80]
+
+
+@pytest.mark.parametrize("name", ["v2-100ep", "short", "paper-vgg16-c5"])
+def test_a_printed_recipe_is_a_file_for_config_and_gives_the_same_recipe(name, capsys):
+    train_coco.main(["--recipe", name, "--print-recipe", "--recipe.detector.box-nms-thresh", "0.4", "--device", "cpu"])
+    Path("recipe.yaml").write_text(capsys.readouterr().out)
+    options = parse(train_coco.Options, ["--config", "recipe.yaml", "--device", "cpu"])
+    recipe = RECIPES[name]
+    assert train_coco.recipe_of(options) == replace(recipe, detector=replace(recipe.detector, box_nms_thresh=0.4))
+    given = {key: getattr(options, key) for key in ("lr", "steps", "warmup_steps")}
+    assert recipe.schedule_for(options.batch_size, images=10, **given) == recipe.schedule_for(
+        recipe.batch_size, images=10
+    ), "for small data it would be longer"
+
+
 # Data of one's own
 
 
 def short_and_small(monkeypatch):
     """The recipe `small` with the network and images of `short`, so that it runs on a CPU."""
-    small = replace(train_coco.RECIPES["short"], schedule=RECIPES["small"].schedule, epochs=12, optimizer="sgd")
+    small = replace(train_coco.RECIPES["short"], schedule=RECIPES["small"].schedule, optimizer="sgd")
     monkeypatch.setitem(train_coco.RECIPES, "small", small)
 
 
@@ -315,6 +358,8 @@ def test_of_another_detectors_weights_the_backbone_is_taken_and_the_rest_is_name
         (["--depth", "34"], "are for depth=18, but you asked for depth=34"),
         (["--variant", "c4"], "--variant c4: the detector in {} is fpn; leave it out"),
         (["--norm", "GN"], "are for norm=BN, but you asked for norm=GN"),
+        (["--recipe.detector.anchor-scale", "8"], "anchor_scale 8: the detector in {} has 4.0; leave the option out"),
+        (["--recipe.backbone.fpn-norm", "GN"], "fpn_norm GN: the detector in {} comes with its backbone; leave the"),
     ],
 )
 def test_a_detectors_weights_for_another_network_are_an_error(shapes, straight, capsys, argv, says):
@@ -414,7 +459,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
     "argv, says",
     [
         (["--depth", "51"], "unknown depth 51; choose from 18, "),
-        (["--recipe", "4x"], "unknown recipe '4x'; choose from 1x, 2x, 3x, small, short"),
+        (["--recipe", "4x"], "unknown recipe '4x'; choose from 1x, 2x, 3x, rsb, v2,"),
         (["--variant", "yolo"], "unknown variant 'yolo'; choose from fpn, c4, dc5"),
         (["--norm", "LN"], "unknown norm 'LN'; choose from BN, FrozenBN, SyncBN, GN"),
         (["--norm", "FrozenBN"], "norm='FrozenBN' without weights would freeze random layers"),
@@ -424,6 +469,13 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--coco-backend", "fast"], "unknown COCO backend 'fast'; choose from hotcoco, pycocotools"),
         (["--gpus", "2"], "--gpus 2: the device is cpu; leave it out"),
         (["--pictures", "-1"], "--pictures -1: must be at least 0"),
+        (["--optimizer", "sgd"], "--optimizer sgd: the learning rate of recipe short is for adamw; give --lr too"),
+        (["--epochs", "2", "--steps", "9"], "--epochs 2 and --steps 9 are both a length; give one"),
+        (["--lr", "0"], "--lr 0: must be a finite number above 0"),
+        (["--recipe.schedule.rate", "1"], "--recipe.schedule.rate: give --lr instead"),
+        (["--recipe.detector.nms", "1"], "Unrecognized options: --recipe.detector.nms"),
+        (["--recipe.detector.box-nms-thresh", "x"], "--recipe.detector.box-nms-thresh x: must be a number"),
+        (["--recipe.detector.box-nms-thresh", "2"], "box_nms_thresh is 2.0; it must be from 0 to 1"),
         (["--output", __file__], f"--output {__file__}: is a file; give a folder"),
         (
             ["--data", "nowhere"],
