@@ -1,11 +1,13 @@
+import math
 from collections import Counter
 from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
-from detection.sampler import TrainBatches
+from detection.sampler import TrainBatches, repeat_factors
 
 
 def images(landscape=7, portrait=0, square=0):
@@ -88,3 +90,66 @@ def test_a_batch_size_that_does_not_divide_over_the_processes_is_refused(batch_s
         ValueError, match=f"batch size {batch_size}: must be a multiple of {ranks}, the number of processes"
     ):
         TrainBatches(images(), batch_size=batch_size, seed=0, ranks=ranks)
+
+
+# Repeat-factor sampling
+
+
+class Labelled(SimpleNamespace):
+    """Landscape images with these labels, as a data set of four classes holds them."""
+
+    def __init__(self, *of_each_image):
+        ends = np.cumsum([0, *(len(labels) for labels in of_each_image)])
+        labels = torch.tensor([label for labels in of_each_image for label in labels], dtype=torch.int32)
+        super().__init__(offsets=torch.from_numpy(ends), labels=labels, categories=dict.fromkeys(range(4)))
+        self.widths_heights = [(40, 30)] * len(of_each_image)
+
+    def __len__(self):
+        return len(self.widths_heights)
+
+
+# Of 20 images, one shows class 1, five show class 2 (one of them twice), all but one, which is empty, class 3; 4 none.
+RARE = Labelled([3, 1, 3], [2, 3, 2], *[[2, 3]] * 4, *[[3]] * 13, [])
+
+
+def test_images_of_rare_classes_repeat_as_often_as_lvis_has_it():
+    factors = repeat_factors(RARE, 0.5)
+    assert factors.tolist() == pytest.approx([math.sqrt(0.5 / 0.05)] + [math.sqrt(0.5 / 0.25)] * 5 + [1] * 14)
+    assert TrainBatches(RARE, batch_size=2, seed=0, repeat_threshold=0.5).repeated == 6
+    epoch = math.ceil(factors.sum())
+    drawn = Counter(d.index for [d] in batches(RARE, 300 * epoch, batch_size=1, repeat_threshold=0.5))
+    epochs = drawn[19]  # the empty image comes once in each
+    assert all(drawn[i] / epochs == pytest.approx(factors[i], abs=0.1) for i in range(20))
+    of_each = [drawn[i] / epochs for i in range(6, 19)]
+    assert max(of_each) - min(of_each) < 0.01  # factors of 1 are not rounded up
+
+
+def test_the_fraction_of_a_repeat_is_rounded_up_in_some_epochs():
+    counts = set()
+    for seed in range(30):
+        drawn = Counter(d.index for [d] in batches(RARE, 20, batch_size=1, seed=seed, repeat_threshold=0.06))
+        counts.add(drawn[0])  # sqrt(0.06 / 0.05) = 1.1
+    assert counts <= {0, 1, 2} and {1, 2} <= counts
+
+
+def test_without_a_rare_class_the_batches_are_those_without_repeats():
+    assert TrainBatches(RARE, batch_size=2, seed=0, repeat_threshold=0.05).repeated == 0
+    assert batches(RARE, 50, repeat_threshold=0.05) == batches(RARE, 50)
+
+
+@pytest.mark.parametrize("ranks, start", [(1, 17), (2, 0), (2, 40)])
+def test_repeats_are_the_same_on_every_rank_and_after_a_resume(ranks, start):
+    options = {"seed": 3, "repeat_threshold": 0.5}
+    whole = batches(RARE, start + 20, **options)[start:]
+    assert any(len({draw.index for draw in batch}) < 4 for batch in whole)
+    for rank in range(ranks):
+        share = batches(RARE, 20, rank=rank, ranks=ranks, start=start, **options)
+        assert share == [batch[rank::ranks] for batch in whole]
+    seeds = [draw.seed for batch in whole for draw in batch]
+    assert len(set(seeds)) == len(seeds)  # repeats of an image are augmented differently
+
+
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, math.nan])
+def test_a_repeat_threshold_that_is_no_share_is_refused(threshold):
+    with pytest.raises(ValueError, match=f"repeat threshold {threshold:g}: must be a share of the images"):
+        TrainBatches(RARE, batch_size=1, seed=0, repeat_threshold=threshold)
