@@ -36,8 +36,8 @@ class TrainBatches(Sampler):
             raise UserError(f"batch size {batch_size}: must be a multiple of {ranks}, the number of processes")
         if not 0 <= repeat_threshold <= 1:
             raise UserError(
-                f"repeat threshold {repeat_threshold:g}: must be a share of the images, from 0 to 1, below which a class "
-                "is rare (LVIS: 0.001)"
+                f"repeat threshold {repeat_threshold:g}: must be a share of the images, from 0 to 1, below which a "
+                "class is rare (LVIS: 0.001)"
             )
         sizes = np.asarray(dataset.widths_heights)
         self.portrait: list[bool] = (sizes[:, 0] < sizes[:, 1]).tolist()
