@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+# Commands would follow the load of the machine, and runs with other numbers of threads differ in their last bits.
+os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
 
 @pytest.fixture
 def data() -> Path:

@@ -8,6 +8,7 @@ import sys
 from types import TracebackType
 
 from resbackbone.checks import UserError, detection_clash, require
+from resbackbone.cli import load as load  # measures from now on
 
 TRAIN = ("huggingface_hub", "jinja2", "matplotlib", "rich", "simplejpeg", "tensorboard", "timm", "tyro", "yaml")
 

@@ -7,8 +7,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from resbackbone.checks import UserError, one_of
-from resbackbone.cli.command import Auto, from_config, option_names, parse
+from resbackbone.cli import load
+from resbackbone.cli.command import Auto, from_config, option_names, parse, progress_console
 from resbackbone.cli.errors import from_option, one_line_errors
 from resbackbone.engine.device import PRECISIONS, choose_device, choose_precision
 from resbackbone.engine.distributed import count_processes, launch
@@ -74,7 +77,27 @@ def choose_machine(options, precisions: Collection[str] = tuple(PRECISIONS)) -> 
 def launch_command(function: Callable, options, precisions: Collection[str] = tuple(PRECISIONS)) -> None:
     """Call function(rank, options) in one process for each GPU, or in one on the CPU; a failure ends in one line."""
     device, processes, _ = choose_machine(options, precisions)
+    if device == "cpu" and processes == 1:
+        leave_busy_cores()
     launch(function, (options,), device=device, processes=processes, guard=one_line_errors)
+
+
+def leave_busy_cores() -> None:
+    """Compute with as many threads as there are cores that other processes leave free, and say so.
+
+    OMP_NUM_THREADS in the environment decides where it is set. A training that is resumed uses its own number
+    (`cli.training.prepare_run`), since sums differ in their last bits with another.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return
+    taken, usual = load.START.cores_of_others(), torch.get_num_threads()
+    free = max(1, round(len(os.sched_getaffinity(0)) - taken)) if taken else usual
+    if free < usual:
+        torch.set_num_threads(free)
+        progress_console.print(
+            f"cpu:   other processes use {taken:.1f} cores, so this one computes with {free} of {usual} threads "
+            "(OMP_NUM_THREADS sets another number)"
+        )
 
 
 def training_options(

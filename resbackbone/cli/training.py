@@ -1,10 +1,13 @@
 """What all training commands share: the run's folder, the checkpoint to resume from, messages and the loop."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from resbackbone.checks import UserError
 from resbackbone.cli.command import Progress, be_quiet, console, progress_console, to_config, track
@@ -135,6 +138,11 @@ def prepare_run(rank: Rank, options, *, default: Path) -> Session:
         session.folder = from_main(claim, rank)
         if options.resume:
             session.checkpoint = from_main(partial(resume_point, session.folder, session.warn), rank)
+    if session.checkpoint is not None and rank.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        recorded = read_yaml(session.folder / "config.yaml").get("effective", {}).get("threads", 0)
+        if 1 <= recorded <= (os.cpu_count() or 1) and recorded != torch.get_num_threads():
+            torch.set_num_threads(recorded)
+            session.info(f"cpu:   {recorded} threads, as before, so that results stay the same")
     return session
 
 

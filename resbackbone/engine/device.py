@@ -85,10 +85,11 @@ def use_deterministic(on: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # saves time
 
 
-def arithmetic(device: torch.device) -> dict[str, str]:
-    """The version of torch and the operations that use TF32, on which a run's results depend."""
+def arithmetic(device: torch.device) -> dict[str, str | int]:
+    """What a run's last bits depend on: the version of torch, operations that use TF32, threads of a CPU."""
     used = []
     if device.type == "cuda" and _is_ampere_or_later(device) and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         used += ["convolutions"] if torch.backends.cudnn.allow_tf32 else []
         used += ["matrix products"] if torch.get_float32_matmul_precision() != "highest" else []
-    return {"torch": str(torch.__version__), "tf32": " and ".join(used) or "not used"}
+    threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
+    return {"torch": str(torch.__version__), "tf32": " and ".join(used) or "not used", **threads}

@@ -58,7 +58,8 @@ def test_under_autocast_products_are_in_the_precision(precision, dtype):
 
 
 def test_what_a_result_depends_on_is_said(gpus, monkeypatch):
-    assert arithmetic(torch.device("cpu")) == {"torch": torch.__version__, "tf32": "not used"}
+    on_cpu = arithmetic(torch.device("cpu"))
+    assert on_cpu == {"torch": torch.__version__, "tf32": "not used", "threads": torch.get_num_threads()}
     gpus(1)
     assert arithmetic(torch.device("cuda"))["tf32"].startswith("convolutions")  # torch's default
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")

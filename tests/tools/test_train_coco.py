@@ -36,8 +36,8 @@ from detection.evaluate import METRICS
 from detection.faster_rcnn import FasterRCNN, load_detector
 from detection.recipes import RECIPES
 from detection.shapes import make_shapes
+from resbackbone.cli import load, training
 from resbackbone.cli import options as options_module
-from resbackbone.cli import training
 from resbackbone.cli.command import parse
 from resbackbone.engine.lock import release_all_folders
 from resbackbone.tools import convert_weights, evaluate_coco, train_coco
@@ -392,9 +392,12 @@ def test_a_run_that_dies_while_it_writes_a_checkpoint_resumes_from_the_one_befor
     assert_ended_alike(Path("run"), straight)
 
 
-def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(straight, tmp_path):
+def test_resuming_a_finished_run_evaluates_it_again_and_changes_nothing(straight, tmp_path, monkeypatch, capsys):
     shutil.copytree(straight, "run")
-    assert yaml.safe_load(Path("run/config.yaml").read_text())["coco_backend"] == "hotcoco"
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert config["coco_backend"] == "hotcoco" and config["effective"]["threads"] == torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(load.START, "cores_of_others", lambda: 0.0)
     train_coco.main(["--output", "run", "--resume", "--coco-backend", "pycocotools"])
     assert yaml.safe_load(Path("run/config.yaml").read_text())["coco_backend"] == "pycocotools"
     assert_ended_alike(Path("run"), straight)
