@@ -91,6 +91,9 @@ class DataOptions:
     $DETECTRON2_DATASETS/coco, $COCO_DIR or ./datasets/coco, else the built-in data set."""
     keep_empty: bool = False
     """Train on images without objects too."""
+    repeat_factor: float = 0.0
+    """Draw images more often that hold a class which is in fewer than this share of them (LVIS: 0.001); 0 draws all
+    equally often."""
     skip_bad_images: bool = False
     """Skip images that cannot be read; their names and number are printed."""
     workers: Auto[int] = None
@@ -250,7 +253,18 @@ class Detection(Task):
 
     def batches(self, start: int) -> Iterator[Batch]:
         share = {"rank": self.rank.rank, "ranks": self.rank.ranks, "start": start}
-        order = TrainBatches(self.train_set, batch_size=self.options.batch_size, seed=self.options.seed, **share)
+        rare = self.options.repeat_factor
+        order = TrainBatches(
+            self.train_set,
+            batch_size=self.options.batch_size,
+            seed=self.options.seed,
+            repeat_threshold=rare,
+            **share,
+        )
+        if rare:
+            some = f"{order.repeated} of {len(self.train_set)} images are drawn more often than once an epoch"
+            none = f"every class is in at least {100 * rare:g} % of the images, so none is drawn more often"
+            self.session.info(f"repeat: {some if order.repeated else none}")
         return train_batches(self.train_set, order, workers=self.options.workers, device=self.rank.device)
 
     def losses(self, model: nn.Module, part: Batch) -> Mapping[str, Tensor]:
@@ -320,6 +334,8 @@ def complete(options: Options) -> Options:
     given = architecture_of_weights(options, recipe)
     variant = one_of("variant", options.variant or given.get("variant", recipe.detector.variant), VARIANTS)
     one_of("COCO backend", options.coco_backend, BACKENDS)
+    if not 0 <= options.repeat_factor <= 1:
+        raise UserError(f"--repeat-factor {options.repeat_factor:g}: must be a share of the images, from 0 to 1")
     precision = options.precision
     if one_of("engine", options.engine, ENGINES) == "detectron2":
         check_detectron2(options, variant, recipe_name)

@@ -211,6 +211,16 @@ def test_a_value_that_is_set_is_used_printed_kept_and_resumed(shapes, capsys):
     assert again["recipe.augmentation.short_sides"] == [64, 80]
 
 
+@pytest.mark.parametrize(
+    "share, says", [("0.9", " of 6 images are drawn more"), ("0.0001", "so none is drawn more often")]
+)
+def test_rare_classes_are_drawn_more_often_if_there_are_any(shapes, capsys, share, says):
+    argv = [*QUICK, "--data", str(shapes), "--output", "run", "--pictures", "0", "--max-steps", "1"]
+    train_coco.main([*argv, "--repeat-factor", share])
+    assert says in capsys.readouterr().out
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["repeat_factor"] == float(share)
+
+
 @pytest.mark.parametrize("name", ["v2-100ep", "short", "paper-vgg16-c5"])
 def test_a_printed_recipe_is_a_file_for_config_and_gives_the_same_recipe(name, capsys):
     train_coco.main(["--recipe", name, "--print-recipe", "--recipe.detector.box-nms-thresh", "0.4", "--device", "cpu"])
@@ -474,6 +484,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--pictures", "-1"], "--pictures -1: must be at least 0"),
         (["--optimizer", "sgd"], "--optimizer sgd: the learning rate of recipe short is for adamw; give --lr too"),
         (["--epochs", "2", "--steps", "9"], "--epochs 2 and --steps 9 are both a length; give one"),
+        (["--repeat-factor", "2"], "--repeat-factor 2: must be a share of the images, from 0 to 1"),
         (["--lr", "0"], "--lr 0: must be a finite number above 0"),
         (["--recipe.schedule.rate", "1"], "--recipe.schedule.rate: give --lr instead"),
         (["--recipe.detector.nms", "1"], "Unrecognized options: --recipe.detector.nms"),
