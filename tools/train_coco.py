@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
-from resbackbone.cli.command import Auto, Hidden, console, main_of, parse, values_of, with_values
+from resbackbone.cli.command import Auto, Hidden, console, main_of, parse
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MAY_DIFFER,
@@ -25,10 +24,10 @@ from resbackbone.cli.options import (
     launch_command,
     training_options,
 )
+from resbackbone.cli.recipes import as_config, difference, values_of, with_values
 from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from detection.annotations import count_images
@@ -78,6 +77,7 @@ OPTION_OF = {  # values of a recipe that are options of the command
     **{f"backbone.{name}": name for name in ("norm", "frozen_through")},
     **{name: name for name in ("batch_size", "optimizer", "weight_decay", "clip_grad", "checkpoint_period")},
 }
+LENGTH = ("lr", "epochs", "steps", "warmup_steps")  # options that `Recipe.schedule_for` takes
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
@@ -174,7 +174,8 @@ def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
     if options.print_recipe:
-        print_recipe(complete(options))
+        options = complete(options)
+        console.print(as_config(options.recipe, recipe_of(options), OPTION_OF, options, (*LENGTH, "variant", "depth")))
         return
     may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile"}
     launch_command(train, training_options(options, argv, complete, default_folder, may_differ))
@@ -184,7 +185,7 @@ def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
     session = prepare_run(rank, options, default=default_folder(options))
     recipe = recipe_of(options)
-    if changes := described_changes(options):
+    if changes := difference(RECIPES[options.recipe], recipe, options, LENGTH):
         session.info(f"recipe: {options.recipe}, but {changes}")
     train_set, val_set = open_data(session, recipe)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
@@ -204,7 +205,7 @@ def train(rank: Rank, options: Options) -> None:
     if options.compile:
         detector.compile()
 
-    given = {name: getattr(options, name) for name in ("lr", "epochs", "steps", "warmup_steps")}
+    given = {name: getattr(options, name) for name in LENGTH}
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set), **given)
     if options.recipe == "small" and not options.weights:
         session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
@@ -362,11 +363,7 @@ def complete(options: Options) -> Options:
 def recipe_of(options: Options) -> Recipe:
     """The named recipe with the values that options set. Raises ValueError for one that is not accepted."""
     named = RECIPES[options.recipe]
-    for item in options.recipe_values:
-        name = item.partition("=")[0]
-        if name in OPTION_OF:
-            raise UserError(f"--recipe.{name}: give --{OPTION_OF[name].replace('_', '-')} instead")
-    recipe = with_values(named, options.recipe_values)
+    recipe = with_values(named, options.recipe_values, OPTION_OF)
     changes = {name: getattr(options, name) for name in ("optimizer", "weight_decay", "clip_grad")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes.get("optimizer", named.optimizer) != named.optimizer:
@@ -387,28 +384,6 @@ def recipe_of(options: Options) -> Recipe:
             raise UserError(f"--{name.replace('_', '-')} {value:g}: must be a finite number above 0")
     recipe = replace(recipe, **changes)
     return recipe if options.image_size is None else recipe.at_size(options.image_size)
-
-
-def described_changes(options: Options) -> str:
-    """What differs from the named recipe: "weight_decay 0.05 (0.0001), lr 0.01"."""
-    named, used = values_of(RECIPES[options.recipe]), values_of(recipe_of(options))
-    changes = [f"{name} {used[name]} ({named[name]})" for name in used if used[name] != named[name]]
-    lengths = [(name, getattr(options, name)) for name in ("lr", "epochs", "steps", "warmup_steps")]
-    return ", ".join([*changes, *(f"{name} {value:g}" for name, value in lengths if value is not None)])
-
-
-def print_recipe(options: Options) -> None:
-    """Print every value of the recipe as a line of a file for --config, at the batch size that it is stated for."""
-    values: dict[str, Any] = {"recipe": options.recipe}
-    for name, value in values_of(recipe_of(options)).items():
-        if name != "detector.version" and (name not in OPTION_OF or value is not None):
-            key = OPTION_OF.get(name, f"recipe.{name}")
-            values[key] = list(value) if isinstance(value, tuple) else value
-    given = {name: getattr(options, name) for name in ("lr", "epochs", "steps", "warmup_steps", "variant", "depth")}
-    values |= {name: value for name, value in given.items() if value is not None}
-    if options.epochs is not None:
-        del values["steps"]
-    console.print(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=1000).rstrip())
 
 
 def recipe_for(data: Path) -> str:

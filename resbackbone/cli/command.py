@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -44,7 +44,7 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
     """Parse the command line: flags override --config FILE or `default`, which override the dataclass's defaults.
 
     --help shows the docstring of the command's module, and each dataclass that `options` inherits from as a group.
-    Options with `recipe_values` take --recipe.NAME VALUE too (see `with_values`). --quiet silences `progress_console`.
+    Options with `recipe_values` take --recipe.NAME VALUE too (see `cli.recipes`). --quiet silences `progress_console`.
     Raises ValueError, in one line, for an unknown flag or a value that does not fit, such as a whole number below LEAST
     or a file as --output.
     """
@@ -81,7 +81,7 @@ def _parse(options: type[T], argv: list[str], default: T | None = None) -> T:
     doc = sys.modules[options.__module__].__doc__ or ""
     doc = re.sub("\n\n(?=(python|pip) )", "\n\nExamples:\n", doc, count=1)
     description = re.sub("^(?=(python|pip) )", "  ", doc, flags=re.M)  # tyro does not wrap indented lines
-    with _one_line("--help lists the options"):
+    with one_line_of_tyro("--help lists the options"):
         parsed = tyro.cli(
             nested, prog=Path(sys.argv[0]).stem, args=argv, default=default, description=description, config=MARKERS
         )
@@ -91,7 +91,7 @@ def _parse(options: type[T], argv: list[str], default: T | None = None) -> T:
 
 
 @contextlib.contextmanager
-def _one_line(hint: str) -> Iterator[None]:
+def one_line_of_tyro(hint: str) -> Iterator[None]:
     """Raise what tyro prints about a mistake as UserError, with a hint."""
     stderr = io.StringIO()
     try:
@@ -118,30 +118,6 @@ def _take_values(argv: list[str]) -> tuple[list[str], dict[str, str]]:
         else:
             words.append(word)
     return others, {name: shlex.join(words) for name, words in taken.items()}
-
-
-def with_values(recipe: T, values: Iterable[str]) -> T:
-    """The recipe, a dataclass, with other values: "schedule.milestones=60000 80000" for --recipe.schedule.milestones.
-
-    Raises ValueError for a name that it does not have, and for a value that does not fit.
-    """
-    flags = []
-    for item in values:
-        name, _, text = item.partition("=")
-        flags += [f"--recipe.{name}".replace("_", "-"), *shlex.split(text)]
-    holder = dataclasses.make_dataclass(
-        "Recipe", [("recipe", type(recipe), dataclasses.field(default_factory=lambda: recipe))]
-    )
-    with _one_line("--print-recipe lists the values"):
-        return tyro.cli(holder, args=flags, config=(tyro.conf.FlagConversionOff,)).recipe
-
-
-def values_of(recipe: Any) -> dict[str, Any]:
-    """Every value of a recipe by its name: {"schedule.rate": 0.02, ..}."""
-    values: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(recipe).items():
-        values |= {f"{name}.{n}": v for n, v in value.items()} if isinstance(value, Mapping) else {name: value}
-    return values
 
 
 def _unwrap_texts(options: type) -> None:
