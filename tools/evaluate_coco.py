@@ -3,6 +3,7 @@
 python tools/evaluate_coco.py runs/shapes-r18-fpn-short
 python tools/evaluate_coco.py runs/mine --data coco --output scores
 python tools/evaluate_coco.py runs/mine --box-refinement --scales 200 400 600 800 1000     as the ResNet paper tests
+python tools/evaluate_coco.py runs/mine --tta     at nine sizes, each mirrored too
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from detection.evaluate import evaluate, results_summary, results_table, write_r
 from detection.faster_rcnn import detector_file, load_detector, prepare_for_detection, run_folder
 from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
+from detection.tta import TestTimeAugmentation
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine.device import INFERENCE, choose_precision
 from resbackbone.engine.distributed import Rank, from_main
@@ -46,6 +48,10 @@ class Options:
     scales: Several[int] = ()
     """Shorter sides in pixels of an image pyramid: a region's features are the larger of those on its two best scales
     (appendix B, with 200 400 600 800 1000). Default: the detector's own size."""
+    tta: bool = False
+    """Detect at several sizes, each mirrored too, and merge the detections by box voting."""
+    tta_sizes: Several[int] = ()
+    """Shorter sides in pixels for --tta. Default: 4/8, 5/8, .. 12/8 of the detector's own (400 500 .. 1200 for 800)."""
     coco_backend: str = "hotcoco"
     """Scorer: hotcoco, or pycocotools, which gives the same numbers about a hundred times slower."""
     skip_bad_images: bool = False
@@ -66,6 +72,11 @@ def main(argv: list[str] | None = None) -> None:
     """A run -> its 12 numbers, in one process or in one for each GPU."""
     options = parse(Options, argv)
     one_of("COCO backend", options.coco_backend, BACKENDS)
+    if options.tta and (options.box_refinement or options.scales):
+        other = "--scales" if options.scales else "--box-refinement"
+        raise UserError(f"--tta and {other} exclude each other: give one of them")
+    if options.tta_sizes and not options.tta:
+        raise UserError("--tta-sizes are for --tta: give it too, or leave them out")
     launch_command(score, options, INFERENCE)
 
 
@@ -93,6 +104,9 @@ def score(rank: Rank, options: Options) -> None:
     if options.box_refinement or options.scales:
         with from_option("--scales"):
             detector = ImprovedTesting(detector, box_refinement=options.box_refinement, scales=options.scales)
+    if options.tta:
+        with from_option("--tta-sizes"):
+            detector = TestTimeAugmentation(detector, options.tta_sizes)
     evaluation = evaluate(
         detector,
         dataset,
@@ -107,6 +121,7 @@ def score(rank: Rank, options: Options) -> None:
     own = config.get("data") is not None and data.resolve() == Path(config["data"]).resolve()
     names = [] if own else [data.resolve().name]
     names += ["refined"] * options.box_refinement + [str(scale) for scale in options.scales]
+    names += ["tta"] * options.tta + [str(size) for size in options.tta_sizes]
     target = options.output or (folder / f"eval-{'-'.join(names)}" if names else folder)
     target.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError):  # a training's own results, which these replace

@@ -9,13 +9,16 @@ import yaml
 from commands import TOOLS, error_line, torchrun
 from safetensors.torch import save_file
 
-from detection import scoring
+from detection import scoring, tta
 from detection.annotations import read_annotations
-from detection.faster_rcnn import build_faster_rcnn, save_detector
-from detection.scoring import DETECTION, score
+from detection.data import open_split
+from detection.evaluate import evaluate
+from detection.faster_rcnn import build_faster_rcnn, load_detector, prepare_for_detection, save_detector
+from detection.scoring import DETECTION, entries, score
 from detection.shapes import CATEGORY_IDS, CLASSES, make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.engine.checkpoints import save_checkpoint
+from resbackbone.engine.distributed import Rank
 from resbackbone.tools import evaluate_coco
 
 
@@ -94,6 +97,16 @@ def test_other_data_and_another_place_for_the_results_can_be_given(run, model, s
     assert (tmp_path / "c" / "results.json").read_bytes() == (tmp_path / "a" / "b" / "results.json").read_bytes()
 
 
+def test_test_time_augmentation_is_scored_in_a_folder_of_its_own(run, shapes):
+    evaluated(run, "--tta", "--tta-sizes", "48")
+    detector = prepare_for_detection(load_detector(run).to(memory_format=torch.channels_last))
+    augmented = tta.TestTimeAugmentation(detector, (48,))
+    _, wanted = evaluate(augmented, open_split(shapes, "val"), Rank(0, 1, torch.device("cpu")))
+    found = json.loads((run / "eval-tta-48" / "detections.json").read_text())
+    assert len(found) > 50 and found == list(entries(wanted))
+    assert not (run / "results.json").exists()
+
+
 def test_a_run_that_still_trains_is_scored_by_its_last_checkpoint(run):
     model = run / "model.safetensors"
     save_checkpoint(run, 2, lambda folder: model.rename(folder / model.name), nbytes=model.stat().st_size)
@@ -135,6 +148,10 @@ def test_wrong_input_is_one_line_that_names_it(run, shapes, tmp_path):
     assert "--depth" in error_of(run, "--depth", "18")
     assert "--workers many: must be a whole number" in error_of(run, "--workers", "many")
     assert "--scales 200, 200: must be distinct sizes in pixels" in error_of(run, "--scales", "200", "200")
+    assert "--tta-sizes 200, 200: sizes must be distinct" in error_of(run, "--tta", "--tta-sizes", "200", "200")
+    assert "--tta-sizes are for --tta" in error_of(run, "--tta-sizes", "200")
+    assert "--tta and --scales exclude each other" in error_of(run, "--tta", "--scales", "200")
+    assert "--tta and --box-refinement exclude each other" in error_of(run, "--tta", "--box-refinement")
     assert f"--output {__file__}: is a file; give a folder" in error_of(run, "--output", __file__)
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     assert "other.safetensors hold no Faster R-CNN" in error_of("other.safetensors", "--data", shapes)
