@@ -206,7 +206,7 @@ def test_a_detector_goes_out_and_comes_back_with_its_categories(detector, capsys
     assert "note    made with torchvision's RoIAlign and anchors" in said
     said = said_by(capsys, "b.pth", "c.safetensors", "--to", "torchvision")
     assert "boxes differ" not in said
-    assert "note    torchvision has other settings: set there its categories, min_size 64 (usual: 800)" in said
+    assert "note    torchvision has other settings: set there min_size 64 (usual: 800), its categories" in said
     convert("c.safetensors", "d.safetensors")
     back = load_detector("d.safetensors")
     assert dict(back.categories) == CATEGORIES and back.config == detector.config
