@@ -34,7 +34,7 @@ def layer_responses(model: nn.Module, images: Tensor) -> list[dict]:
     A response is a layer's output on `images`, [B, channels, H, W] as the network takes them, after its norm and before
     the nonlinearity or the addition; `std` is the standard deviation of its elements. Batch norms use the statistics of
     `images`, as in training, so it is 1 at initialization in any network and later shows the learned scales. `model`
-    has torchvision's names and does not change.
+    has torchvision's names and does not change; what is in a deep stem is left out.
     """
     stds: dict[str, float] = {}
 
@@ -90,7 +90,7 @@ def _observed(model: nn.Module, record: Callable[[str, Tensor], None]) -> nn.Mod
     copied, count = copy.deepcopy(model).train(), 0
     for prefix, parent in list(copied.named_modules()):
         for name, child in list(parent.named_children()):
-            norm = getattr(parent, name.replace("conv", "bn"), None)
+            norm = getattr(parent, name.replace("conv", "bn"), None) if name.startswith("conv") else None
             if isinstance(child, nn.Conv2d) and child.kernel_size == (3, 3) and isinstance(norm, nn.Module):
                 setattr(parent, name.replace("conv", "bn"), _Observed(norm, f"{prefix}.{name}".lstrip("."), record))
                 count += 1

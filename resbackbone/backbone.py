@@ -188,6 +188,7 @@ def build_resnet_backbone(
     weights: WeightSource | None = None,
     stride_in_1x1: bool | None = None,
     eps: float | None = None,
+    stem: str | None = None,
     shortcut: str | None = None,
     dilate_c5: bool | None = None,
     groups: int | None = None,
@@ -221,7 +222,9 @@ def build_resnet_backbone(
         `hf:..`, `detectron2:..`, a URL), a state dict, or what `weights.read_weights` returned.
     stride_in_1x1: where a bottleneck strides. False (default) is torchvision's 3x3, True the paper's first 1x1.
     eps: of the norms (1e-5).
-    shortcut: "A", "B" (default), "C" (Sec. 4.1), or "none" for the plain networks of Sec. 3.3.
+    stem: "7x7" (default), or "deep": three 3x3 convolutions.
+    shortcut: "A", "B" (default), "C" (Sec. 4.1), or "none" for the plain networks of Sec. 3.3. "D" averages pixels
+        where B skips them: with a deep stem that is ResNet-D (He et al. 2018, arXiv 1812.01187, Sec. 4.2).
     dilate_c5: c5 at stride 16, its later 3x3 convolutions dilated by 2 (DC5). None: as the weights say.
     groups, width_per_group: ResNeXt (32, 4) and wide (1, 128) bottlenecks; default 1, 64.
     in_channels: of the images (3).
@@ -242,6 +245,7 @@ def build_resnet_backbone(
     trunk = resolve_architecture(
         loaded,
         depth=depth,
+        stem=stem,
         shortcut=shortcut,
         stride_in_1x1=stride_in_1x1,
         groups=groups,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from resbackbone.atomic import open_atomically
 from resbackbone.checks import UserError, one_of
 from resbackbone.folding import conv_norm_relu
-from resbackbone.layers import SHORTCUTS, conv, norm_layer
+from resbackbone.layers import conv, norm_layer
 from resbackbone.resnet import BasicBlock, Layout, Stage
 from resbackbone.weights import Weights, WeightSource, read_weights, write_weights
 from resbackbone.weights.cifar import PADDINGS, cifar_network_of, move_padding, under_our_names
@@ -22,6 +22,7 @@ from resbackbone.weights.inputs import check_input, describe_input
 
 _log = logging.getLogger("resbackbone")
 CIFAR_DEPTHS = (20, 32, 44, 56, 110, 1202)  # Table 6
+SHORTCUTS = ("A", "B", "C", "none")
 STAGES = {"layer1": (16, 1), "layer2": (32, 2), "layer3": (64, 2)}  # channels, stride
 CHOICES = (
     "shortcut='A' with shortcut_padding='end' (zero channels behind the others, as here) or 'both' (half on each side, "

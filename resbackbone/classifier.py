@@ -34,6 +34,7 @@ def build_resnet_classifier(
     norm: str | None = None,
     stride_in_1x1: bool | None = None,
     eps: float | None = None,
+    stem: str | None = None,
     shortcut: str | None = None,
     groups: int | None = None,
     width_per_group: int | None = None,
@@ -50,6 +51,7 @@ def build_resnet_classifier(
     trunk = resolve_architecture(
         loaded,
         depth=depth,
+        stem=stem,
         shortcut=shortcut,
         stride_in_1x1=stride_in_1x1,
         groups=groups,

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from resbackbone.checks import UserError, brief, one_of
 from resbackbone.fpn import PYRAMID_LEVELS, trunk_levels_for
-from resbackbone.layers import NORMS, SHORTCUTS, same_kind
+from resbackbone.layers import NORMS, SHORTCUTS, STEMS, same_kind
 from resbackbone.resnet import DEPTHS, TRUNK_LEVELS, BasicBlock, Bottleneck, sorted_levels
 
 AnyConfig = TypeVar("AnyConfig", bound="Config")
@@ -18,6 +18,7 @@ FREEZABLE = (None, "stem", *TRUNK_LEVELS)
 DEFAULT_PYRAMID = ("p2", "p3", "p4", "p5", "p6")
 ARCHITECTURE = (  # what weights determine, by their shapes or their metadata
     "depth",
+    "stem",
     "shortcut",
     "stride_in_1x1",
     "groups",
@@ -163,6 +164,7 @@ class BackboneConfig(CommonConfig):
     depth: int
     stride_in_1x1: bool = False
     eps: float = 1e-5
+    stem: str = "7x7"
     shortcut: str = "B"
     dilate_c5: bool = False
     groups: int = 1
@@ -176,6 +178,7 @@ class BackboneConfig(CommonConfig):
             object.__setattr__(self, "levels", DEFAULT_PYRAMID if self.fpn else TRUNK_LEVELS)
         super().__post_init__()
         block, _ = DEPTHS[one_of("depth", self.depth, DEPTHS)]
+        one_of("stem", self.stem, STEMS)
         one_of("shortcut", self.shortcut, SHORTCUTS)
         _at_least_one(self, "groups", "width_per_group", "in_channels")
         if not 0 <= self.eps < math.inf:
@@ -187,6 +190,10 @@ class BackboneConfig(CommonConfig):
             raise UserError(f"groups and width_per_group are for depths {depths}: a basic block has neither")
         if self.zero_init_residual and self.shortcut == "none":
             raise UserError("zero_init_residual starts a block as its shortcut alone, and a plain net has none")
+        if self.dilate_c5 and self.shortcut == "D":
+            raise UserError(
+                "dilate_c5=True with shortcut='D': a dilated c5 has no stride, and D averages only at one; drop one"
+            )
 
     def trunk(self) -> dict[str, Any]:
         """The arguments of ResNet."""

@@ -153,7 +153,7 @@ def is_worth_reusing(x: Tensor) -> bool:
 
 def is_unseen(step: tuple[nn.Module, nn.Module, nn.Module | None], *around: nn.Module, x: Tensor) -> bool:
     """Whether nobody sees x on its way through `step` (convolution, norm, ReLU) in the modules `around`."""
-    return not is_observed(*around) and _is_plain(*step, x)
+    return _is_plain(*step, x) and not is_observed(*around)
 
 
 WORTH_LOOKING = 2**20  # elements of a map; below it, looking who holds it takes longer than new memory

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.compat import is_observed
-from resbackbone.folding import FrozenBatchNorm2d, conv_block, conv_norm
+from resbackbone.folding import FrozenBatchNorm2d, conv_block, conv_norm, conv_norm_relu
 from resbackbone.kept import keep_weights
 
 Norm = Callable[[int], nn.Module]
@@ -49,6 +49,31 @@ def conv(in_channels: int, out_channels: int, *, kernel: int, stride: int = 1, d
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, groups, bias=False)
 
 
+class DeepStem(nn.Sequential):
+    """Three 3x3 convolutions in place of the 7x7 (He et al. 2018, arXiv 1812.01187, Sec. 4.2), named as in timm.
+
+    The norm and the ReLU behind the last of them are the network's own, as behind a 7x7.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, in_channels, H, W] -> [B, 64, H/2, W/2]
+        return self[6](self.before_last(x))
+
+    def before_last(self, x: Tensor) -> Tensor:  # -> [B, 32, H/2, W/2]
+        x = conv_norm_relu(self[0], self[1], self[2], x)
+        return conv_norm_relu(self[3], self[4], self[5], x)
+
+
+STEMS = ("7x7", "deep")
+
+
+def first_convolution(option: str, in_channels: int, norm: Norm) -> nn.Module:
+    """The convolution that an image goes through first, with stride 2 to 64 channels: one, or three of 3x3."""
+    if option == "7x7":
+        return conv(in_channels, 64, kernel=7, stride=2)
+    first = conv(in_channels, 32, kernel=3, stride=2), norm(32), nn.ReLU(inplace=True)
+    return DeepStem(*first, conv(32, 32, kernel=3), norm(32), nn.ReLU(inplace=True), conv(32, 64, kernel=3))
+
+
 class PaddedIdentity(nn.Module):
     """Shortcut A (He et al. 2015, Sec. 3.3): the input subsampled, new channels filled with zeros; no parameters."""
 
@@ -61,13 +86,26 @@ class PaddedIdentity(nn.Module):
 
 
 class Projection(nn.Sequential):
-    """Shortcuts B and C: a strided 1x1 convolution and its norm, named `0` and `1` as in published files."""
+    """Shortcuts B, C and D: a 1x1 convolution and its norm, named by their places as in published files.
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm):
-        super().__init__(conv(in_channels, out_channels, kernel=1, stride=stride), norm(out_channels))
+    B and C stride in the convolution. D averages 2 x 2 pixels before it, fewer at an odd border, so that none is left
+    out (He et al. 2018, Sec. 4.2).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, norm: Norm, *, averages: bool = False):
+        before: list[nn.Module] = []
+        if averages:
+            pool = nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
+            before, stride = [pool if stride == 2 else nn.Identity()], 1
+        super().__init__(*before, conv(in_channels, out_channels, kernel=1, stride=stride), norm(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(self[0], self[1], x) if len(self) == 2 else super().forward(x)
+        if len(self) < 2:
+            return super().forward(x)
+        *before, convolution, norm = self
+        for module in before:
+            x = module(x)
+        return conv_norm(convolution, norm, x)
 
     def __getitem__(self, index):  # Sequential would call __init__ for a slice
         if isinstance(index, slice):
@@ -91,19 +129,20 @@ class NoShortcut(nn.Module):
         return None
 
 
-SHORTCUTS = ("A", "B", "C", "none")
+SHORTCUTS = ("A", "B", "C", "D", "none")
 
 
 def shortcut(option: str, in_channels: int, out_channels: int, stride: int, norm: Norm) -> nn.Module | None:
     """What a block adds to its output (He et al. 2015, Sec. 4.1): None is the identity.
 
-    A pads with zeros where the shape changes, B projects there, C projects everywhere, "none" is a plain network.
+    A pads with zeros where the shape changes, B projects there, C projects everywhere, "none" is a plain network. D is
+    ResNet-D's: it averages where B skips pixels.
     """
     if option == "none":
         return NoShortcut()
     changes = stride != 1 or in_channels != out_channels
-    if option == "C" or (option == "B" and changes):
-        return Projection(in_channels, out_channels, stride, norm)
+    if option == "C" or (option in ("B", "D") and changes):
+        return Projection(in_channels, out_channels, stride, norm, averages=option == "D")
     return PaddedIdentity(in_channels, out_channels, stride) if changes else None
 
 
@@ -153,6 +192,8 @@ def fuse(module: nn.Module) -> nn.Module:
         pairs = [(name, name.replace("conv", "bn")) for name in children if name.startswith("conv")]
     for conv_name, norm_name in pairs:
         convolution, norm = children[conv_name], children.get(norm_name)
+        deep = convolution if isinstance(convolution, DeepStem) and not is_observed(convolution) else None
+        convolution = convolution if deep is None else deep[-1]
         if type(convolution) is not nn.Conv2d or is_observed(convolution, norm):
             continue
         if norm is None or not (type(norm) is FrozenBatchNorm2d or _can_freeze(norm)):
@@ -167,7 +208,8 @@ def fuse(module: nn.Module) -> nn.Module:
             (fused.weight * scale.view(-1, 1, 1, 1)).to(fused.weight.dtype), requires_grad=False
         )
         fused.bias = nn.Parameter(shift.to(fused.weight.dtype), requires_grad=False)
-        setattr(module, conv_name, fused)
+        # Another trunk may share a deep stem, but not the norm behind it (`ResNetBackbone.with_levels`).
+        setattr(module, conv_name, fused if deep is None else DeepStem(*deep[:-1], fused))
         setattr(module, norm_name, nn.Identity())
     for name, child in module.named_children():
         if type(child) is not nn.Conv2d or child.bias is None or child.weight.device.type != "cpu":

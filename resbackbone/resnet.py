@@ -8,7 +8,18 @@ from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.folding import conv_norm_relu, is_unseen, is_worth_reusing
-from resbackbone.layers import BATCH_NORMS, Norm, Projection, checkpointed, conv, freeze, norm_layer, shortcut
+from resbackbone.layers import (
+    BATCH_NORMS,
+    DeepStem,
+    Norm,
+    Projection,
+    checkpointed,
+    conv,
+    first_convolution,
+    freeze,
+    norm_layer,
+    shortcut,
+)
 
 _log = logging.getLogger("resbackbone")
 
@@ -24,7 +35,7 @@ class Layout(NamedTuple):
     """How the blocks of one stage are laid out, beside their widths and stride."""
 
     norm: Norm
-    shortcut: str = "B"  # A, B, C or none (Sec. 3.3 and 4.1)
+    shortcut: str = "B"  # A, B, C or none (Sec. 3.3 and 4.1), or ResNet-D's
     stride_in_1x1: bool = False  # bottlenecks only: True is the paper's and MSRA's, False torchvision's ("v1.5")
     groups: int = 1  # of the 3x3 (ResNeXt)
     width_per_group: int = 64
@@ -88,7 +99,7 @@ def _last(block: BasicBlock | Bottleneck, step: Step, y: Tensor, x: Tensor, spar
         return conv_norm_relu(*step, y, lambda: x, spare)
     spare = False
     if is_worth_reusing(x) and isinstance(shortcut, Projection) and type(shortcut).forward is PROJECT:
-        spare = len(shortcut) == 2 and is_unseen((shortcut[0], shortcut[1], None), shortcut, x=x)
+        spare = len(shortcut) > 1 and is_unseen((shortcut[-2], shortcut[-1], None), shortcut, x=x)
     return conv_norm_relu(*step, y, lambda: shortcut(x), spare)
 
 
@@ -148,6 +159,7 @@ class ResNet(nn.Module):
         levels: Iterable[str],
         norm: str,
         eps: float,
+        stem: str,
         shortcut: str,
         stride_in_1x1: bool,
         dilate_c5: bool,
@@ -164,7 +176,7 @@ class ResNet(nn.Module):
         self.checkpoint_activations = checkpoint_activations
         self.stage_features: dict[str, Feature] = {}  # of every stage that is built
 
-        self.conv1, self.bn1 = conv(in_channels, 64, kernel=7, stride=2), layout.norm(64)
+        self.conv1, self.bn1 = first_convolution(stem, in_channels, layout.norm), layout.norm(64)
         self.relu, self.maxpool = nn.ReLU(inplace=True), nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
         channels, stride = 64, 4  # after the max pool
         for level, count, width in zip(TRUNK_LEVELS, counts, (64, 128, 256, 512), strict=True):
@@ -201,7 +213,10 @@ class ResNet(nn.Module):
         return self.from_stem(self.stem(images))
 
     def stem(self, images: Tensor) -> Tensor:  # [B, in_channels, H, W] -> [B, 64, H/2, W/2]
-        return conv_norm_relu(self.conv1, self.bn1, self.relu, images)
+        x, last = images, self.conv1
+        if isinstance(last, DeepStem) and is_unseen((last[-1], self.bn1, self.relu), last, x=x):
+            x, last = last.before_last(x), last[-1]  # whose step the norm and the ReLU can join
+        return conv_norm_relu(last, self.bn1, self.relu, x)
 
     def from_stem(self, x: Tensor) -> dict[str, Tensor]:  # [B, 64, H/2, W/2]
         x = self.maxpool(x)  # [B, 64, H/4, W/4]

@@ -223,6 +223,7 @@ def test_what_a_file_says_of_itself_cannot_be_asked_otherwise(own_file, depth, o
         (50, {"fpn": True, "levels": ["p3", "p7"], "fpn_norm": "BN", "p6_from": "p5", "dilate_c5": True}),
         (18, {"shortcut": "none", "in_channels": 4, "checkpoint_activations": True, "eps": 1e-3}),
         (18, {"shortcut": "C", "zero_init_residual": True}),
+        (50, {"levels": ["c3"], "stem": "deep", "shortcut": "D", "in_channels": 1, "checkpoint_activations": True}),
     ],
 )
 def test_a_backbone_is_made_again_from_its_config(depth, options):
@@ -349,11 +350,27 @@ def test_what_is_not_asked_comes_from_the_weights(own_file):
         build_resnet_backbone()
 
 
-@pytest.mark.parametrize("options", [{"shortcut": "C"}, {"groups": 32, "width_per_group": 4}, {"in_channels": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shortcut": "C"},
+        {"groups": 32, "width_per_group": 4},
+        {"in_channels": 4},
+        {"stem": "deep"},
+        {"stem": "deep", "shortcut": "D"},
+    ],
+)
 def test_names_and_shapes_tell_what_a_plain_state_dict_does_not_say(options):
     state = build_resnet_backbone(50, levels=["c2", "c4"], **options).state_dict()
     loaded = build_resnet_backbone(weights=state, levels=["c4"])
     assert all(getattr(loaded.config, name) == value for name, value in {"depth": 50, **options}.items())
+
+
+def test_a_pool_in_a_shortcut_behind_a_7x7_stem_has_to_be_asked_for():
+    state = build_resnet_backbone(50, levels=["c3"], shortcut="D").state_dict()
+    with pytest.raises(ValueError, match="something without tensors in front of .*: give shortcut='D' if it averages"):
+        build_resnet_backbone(50, weights=state, levels=["c3"])
+    assert build_resnet_backbone(50, weights=state, levels=["c3"], shortcut="D").config.stem == "7x7"
 
 
 def test_group_norms_have_to_be_asked_for():

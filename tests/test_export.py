@@ -32,7 +32,7 @@ def run(path: Path, images: Tensor) -> dict[str, Tensor]:
 
 def assert_computes_the_same(path: Path, backbone, sizes) -> None:
     for batch, height, width in sizes:
-        images = torch.randn(batch, backbone.conv1.in_channels, height, width)
+        images = torch.randn(batch, backbone.config.in_channels, height, width)
         with torch.no_grad():
             expected = backbone.eval()(images)
         maps = run(path, images)
@@ -70,8 +70,9 @@ def test_an_exported_file_computes_what_the_backbone_does_at_any_batch_and_size(
         (18, {"levels": ["c3"], "shortcut": "none", "checkpoint_activations": True}),
         (18, {"levels": ["c5"], "shortcut": "A", "dilate_c5": True}),
         (18, {"levels": ["p4", "p5"], "fpn": True, "norm": "GN", "fpn_norm": "GN", "fpn_channels": 32}),
+        (18, {"levels": ["c3"], "stem": "deep", "shortcut": "D"}),
     ],
-    ids=["50 with a pyramid", "ResNeXt", "SyncBN, C, grey", "plain", "A, dilated", "GN"],
+    ids=["50 with a pyramid", "ResNeXt", "SyncBN, C, grey", "plain", "A, dilated", "GN", "ResNet-D"],
 )
 def test_every_kind_of_network_exports_to_onnx(tmp_path, randomised, depth, network):
     backbone = randomised(build_resnet_backbone(depth, **network))

@@ -146,3 +146,8 @@ def test_responses_of_a_backbone_are_measured_up_to_its_last_level():
 def test_a_network_without_3x3_layers_is_an_error():
     with pytest.raises(ValueError, match=r"no 3x3 layer \(a convN with its bnN\)"):
         layer_responses(nn.Conv2d(3, 4, 3), IMAGES)
+
+
+def test_a_deep_stem_is_no_layer_of_the_blocks():
+    found = measured(build_resnet_classifier(18, num_classes=5, stem="deep", shortcut="D"))
+    assert [name.partition(".")[0] for name in found] == [f"layer{i}" for i in (1, 2, 3, 4) for _ in range(4)]

@@ -429,6 +429,23 @@ def test_fusing_leaves_alone_what_others_share(norm, randomised):
     assert all(torch.equal(x, before[name]) for name, x in state.items())
 
 
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+def test_a_deep_stem_is_seen_by_hooks_and_fused_only_where_it_is_asked_for(norm, randomised):
+    network = randomised(build_resnet_backbone(18, stem="deep", shortcut="D", levels=["c2", "c3"])).double()
+    if norm == "FrozenBN":
+        network.freeze("c3")
+    images, seen = torch.randn(1, 3, 33, 49).double(), []
+    expected, stem = network(images), network.conv1(images)
+    handle = network.conv1.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    assert all(distance(x, expected[level]) < 1e-9 for level, x in network(images).items())
+    assert len(seen) == 1 and distance(seen[0], stem) < 1e-9  # in front of the last norm
+    handle.remove()
+    trunk = network.with_levels(["c3"])  # on the same layers
+    assert distance(trunk.fuse()(images)["c3"], expected["c3"]) < 1e-9
+    assert type(trunk.bn1) is nn.Identity
+    assert all(distance(x, expected[level]) < 1e-9 for level, x in network(images).items())
+
+
 def test_a_patched_frozen_norm_and_a_logger_of_all_calls_are_followed(randomised, monkeypatch):
     images, called = torch.randn(1, 3, 65, 49).double(), []
     network, _ = networks(18, "FrozenBN", randomised)

@@ -12,6 +12,8 @@ from resbackbone.analysis import count_multiply_adds
 from resbackbone.layers import FrozenBatchNorm2d, Projection
 from resbackbone.resnet import DEPTHS, STAGES
 
+RESNET_D = {"stem": "deep", "shortcut": "D"}
+
 
 def resnet(depth: int, **settings) -> ResNetBackbone:
     return ResNetBackbone(BackboneConfig(depth=depth, **settings))
@@ -83,6 +85,32 @@ def test_the_maps_equal_timm_given_its_weights_untranslated(depth, dilate_c5, ra
         assert_same_maps(maps, expected)
 
 
+@pytest.mark.parametrize("depth, size", [(18, (97, 130)), (50, (33, 65))])
+def test_resnet_d_equals_timm_given_its_weights_and_so_it_does_fused(depth, size, randomised):
+    reference = randomised(timm.create_model(f"resnet{depth}d", features_only=True, out_indices=(1, 2, 3, 4)))
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        expected = reference(images)
+    for maps in folded_and_loaded(reference, images, depth, **RESNET_D):
+        assert_same_maps(maps, expected)
+    fused = build_resnet_backbone(depth, weights=reference.state_dict()).fuse()
+    assert_same_maps(fused(images), expected)
+    assert not any(isinstance(m, FrozenBatchNorm2d) for m in fused.modules())
+
+
+def test_the_gradients_of_resnet_d_are_timms(randomised):
+    reference = randomised(timm.create_model("resnet18d", features_only=True, out_indices=(1, 2, 3, 4))).double()
+    network = build_resnet_backbone(weights=reference.state_dict(), frozen_through=None).double()
+    images = torch.randn(2, 3, 33, 49, dtype=torch.float64)
+    for maps in (reference(images), network(images).values()):
+        sum(x.sin().sum() for x in maps).backward()
+    convolutions = {name: p.grad for name, p in network.named_parameters()}
+    expected = {name: p.grad for name, p in reference.named_parameters() if p.dim() == 4}
+    assert convolutions.keys() == expected.keys()
+    for name, gradient in convolutions.items():
+        assert (gradient - expected[name]).norm() < 1e-9 * expected[name].norm(), name
+
+
 def test_a_dilated_c5_equals_torchvision(randomised):
     reference = randomised(torchvision.models.resnet50(replace_stride_with_dilation=[False, False, True]))
     images = torch.randn(2, 3, 65, 97)
@@ -130,9 +158,10 @@ def test_only_what_is_asked_for_is_built_and_returned_finest_first(levels, stage
     assert all(torch.equal(maps[level], everything[level]) for level in maps)
 
 
+@pytest.mark.parametrize("kind", [{}, RESNET_D], ids=["ResNet", "ResNet-D"])
 @pytest.mark.parametrize("norm", ["BN", "FrozenBN", "SyncBN", "GN"])
-def test_a_network_with_any_norm_trains_a_step(norm):
-    network = resnet(18, norm=norm).train()
+def test_a_network_with_any_norm_trains_a_step(norm, kind):
+    network = resnet(18, norm=norm, **kind).train()
     before = copy.deepcopy(dict(network.named_parameters()))
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
     sum(x.square().mean() for x in network(torch.randn(2, 3, 33, 65)).values()).backward()
@@ -149,7 +178,9 @@ def test_a_network_with_any_norm_trains_a_step(norm):
         ({"levels": []}, "no level asked for; choose from c2, c3, c4, c5"),
         ({"levels": "c5"}, r"levels is a list of names .*, not the string 'c5'"),
         ({"norm": "LN"}, "unknown norm 'LN'; choose from BN, FrozenBN, SyncBN, GN"),
-        ({"shortcut": "D"}, "unknown shortcut 'D'; choose from A, B, C, none"),
+        ({"shortcut": "E"}, "unknown shortcut 'E'; choose from A, B, C, D, none"),
+        ({"stem": "5x5"}, "unknown stem '5x5'; choose from 7x7, deep"),
+        ({"shortcut": "D", "dilate_c5": True}, "a dilated c5 has no stride, and D averages only at one"),
         ({"groups": 32}, "groups and width_per_group are for depths 50, 101, 152"),
     ],
 )
@@ -163,9 +194,10 @@ def test_a_part_to_freeze_through_that_is_not_there_is_answered_with_the_choices
         resnet(18).freeze("c6")
 
 
+@pytest.mark.parametrize("kind", [{}, RESNET_D], ids=["ResNet", "ResNet-D"])
 @pytest.mark.parametrize("through, frozen", [("stem", 0), ("c2", 1), ("c5", 4)])
-def test_freezing_stops_the_stem_and_the_stages_up_to_the_one_named(through, frozen):
-    network = resnet(18)
+def test_freezing_stops_the_stem_and_the_stages_up_to_the_one_named(through, frozen, kind):
+    network = resnet(18, **kind)
     network.freeze(through)
     trains = {name.split(".")[0] for name, p in network.named_parameters() if p.requires_grad}
     assert trains == {f"layer{k}" for k in (1, 2, 3, 4) if k > frozen}
@@ -237,17 +269,18 @@ def test_recomputing_keeps_fewer_activations():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (33, 65)])
-@pytest.mark.parametrize("depth, dilate_c5", [(18, False), (50, True)])
-def test_an_image_of_any_size_gives_maps_rounded_up(size, depth, dilate_c5):
-    network = resnet(depth, dilate_c5=dilate_c5).eval()
+@pytest.mark.parametrize("depth, options", [(18, {}), (50, {"dilate_c5": True}), (18, RESNET_D)])
+def test_an_image_of_any_size_gives_maps_rounded_up(size, depth, options):
+    network = resnet(depth, **options).eval()
     maps = network(torch.randn(1, 3, *size))
     for level, (channels, stride) in network.features.items():
         assert maps[level].shape == (1, channels, *(math.ceil(n / stride) for n in size))
         assert maps[level].isfinite().all()
 
 
-def test_a_batch_without_images_gives_maps_without_images():
-    maps = resnet(18, norm="FrozenBN")(torch.zeros(0, 3, 33, 65))
+@pytest.mark.parametrize("kind", [{}, RESNET_D], ids=["ResNet", "ResNet-D"])
+def test_a_batch_without_images_gives_maps_without_images(kind):
+    maps = resnet(18, norm="FrozenBN", **kind)(torch.zeros(0, 3, 33, 65))
     assert [x.shape[:2] for x in maps.values()] == [(0, 64), (0, 128), (0, 256), (0, 512)]
 
 

@@ -100,7 +100,7 @@ class Options:
     depth: Auto[int] = None
     """Depth of the network. Needed only for a trunk whose tensors fit several depths."""
     shortcut: Auto[str] = None
-    """A, B, C or none. Default: what the file says. Tensors show only B and C."""
+    """A, B, C, D or none. Default: what the file says. Tensors show B, C and D."""
     shortcut_padding: Auto[str] = None
     """Where shortcut A of a CIFAR network has its zero channels: end, or both (half of them on each side)."""
     explain: bool = False

@@ -49,6 +49,7 @@ from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import read_yaml
 from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
+from resbackbone.layers import STEMS
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import read_weights, write_weights
 from resbackbone.weights.fit import resolve_architecture
@@ -81,7 +82,11 @@ class NetworkOptions:
     norm: Auto[str] = None
     """BN, SyncBN or GN. Default: that of the weights, else BN."""
     shortcut: Auto[str] = None
-    """A, B or C (the paper's Sec. 4.1). Default: that of the weights, else B."""
+    """A, B or C (the paper's Sec. 4.1), or D, which averages pixels where B skips them. Default: that of the weights,
+    else B."""
+    stem: Auto[str] = None
+    """7x7, or deep: three 3x3 convolutions, which with --shortcut D is ResNet-D. Default: that of the weights, else
+    7x7."""
     plain: bool = False
     """Without shortcuts: the paper's plain nets."""
     weights: Auto[str] = None
@@ -276,6 +281,7 @@ def build(
     asked: dict[str, Any] = {
         "depth": options.depth,
         "norm": options.norm,
+        "stem": options.stem,
         "shortcut": "none" if options.plain else options.shortcut,
         "stride_in_1x1": options.stride_in_1x1 or None,
     }
@@ -365,7 +371,9 @@ def complete(options: Options) -> Options:
     one_of("evaluation", options.eval, PROTOCOLS)
     if options.norm is not None:
         one_of("norm", options.norm, NORMS)
-    check_shortcut(options)
+    check_shortcut(options, "ABCD")
+    if options.stem is not None:
+        one_of("stem", options.stem, STEMS)
     device, processes, precision = choose_machine(options, INFERENCE if options.eval_only else PRECISIONS)
     on_gpu = torch.device(device).type == "cuda"
     shares = processes * options.accumulate

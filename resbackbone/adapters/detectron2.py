@@ -119,9 +119,10 @@ def _build(cfg: CfgNode, in_channels: int, **arguments) -> ResNetBackbone:
     resnets, weights = cfg.MODEL.RESNETS, _weights(cfg)
     block, _ = DEPTHS[one_of("MODEL.RESNETS.DEPTH", resnets.DEPTH, DEPTHS)]
     supported = {"STEM_OUT_CHANNELS": 64, "RES2_OUT_CHANNELS": 64 * block.expansion, "DEFORM_ON_PER_STAGE": [False] * 4}
+    supported["STEM_TYPE"] = "basic"  # a key of DeepLab's configs
     for name, value in supported.items():
-        if resnets[name] != value:
-            raise UserError(f"MODEL.RESNETS.{name} {resnets[name]}: at depth {resnets.DEPTH} only {value} is supported")
+        if (found := resnets.get(name, value)) != value:
+            raise UserError(f"MODEL.RESNETS.{name} {found}: at depth {resnets.DEPTH} only {value} is supported")
     arguments = {
         "norm": NORMS[one_of("MODEL.RESNETS.NORM", resnets.NORM, NORMS)],
         "frozen_through": FREEZABLE[one_of("MODEL.BACKBONE.FREEZE_AT", cfg.MODEL.BACKBONE.FREEZE_AT, range(6))],

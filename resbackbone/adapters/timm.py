@@ -1,4 +1,4 @@
-"""ResNets in timm: importing this registers `resbackbone_18` .. `resbackbone_152` with `timm.create_model`.
+"""ResNets in timm: importing this registers `resbackbone_18` .. `resbackbone_152d` with `timm.create_model`.
 
 The other way, a timm network as a Backbone, is `from_timm`, found here too.
 """
@@ -22,7 +22,8 @@ from resbackbone.classifier import ResNetClassifier
 from resbackbone.config import BackboneConfig
 from resbackbone.resnet import DEPTHS, STAGES, TRUNK_LEVELS, ResNet
 
-TRUNK_ARGUMENTS = ("norm", "eps", "shortcut", "stride_in_1x1", "groups", "width_per_group", "frozen_through")
+TRUNK_ARGUMENTS = ("norm", "eps", "stem", "shortcut", "stride_in_1x1", "groups", "width_per_group", "frozen_through")
+KINDS: dict[str, dict[str, str]] = {"": {}, "d": {"stem": "deep", "shortcut": "D"}}  # by the end of timm's names
 DILATE_C5 = {32: False, 16: True}  # by timm's output_stride
 
 
@@ -76,7 +77,7 @@ class TimmClassifier(ResNetClassifier):
         one_of("global_pool", global_pool, (None, "avg"), " (forward_features gives maps that are not pooled)")
         self.num_classes = num_classes
         self.fc = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-        self.fc.to(self.conv1.weight.device)
+        self.fc.to(next(self.parameters()).device)
 
     def forward_features(self, images: Tensor) -> Tensor:  # [B, 512 or 2048, H/32, W/32]
         return ResNet.forward(self, images)["c5"]
@@ -105,20 +106,22 @@ def _freeze(network: ResNet, config: BackboneConfig) -> None:
         network.freeze(config.frozen_through)
 
 
-def _register(depth: int) -> None:
-    """Make `timm.create_model("resbackbone_50", ..)` known, its parameters named as those of timm's resnet50.
+def _register(depth: int, kind: str) -> None:
+    """Make `timm.create_model("resbackbone_50", ..)` known, its parameters named as those of timm's resnet50 (or 50d).
 
     features_only=True gives a `TimmFeatures`, otherwise it is a `TimmClassifier`. pretrained=True loads what timm has
     for its own network, and a tag chooses as it does there (`resbackbone_50.a1_in1k`). A file (`checkpoint_path`)
     goes by its names alone: for one with strides in the 1x1, say stride_in_1x1=True. timm loads weights after it has
     made a network, so frozen_through ("stem", "c2" .. "c5") is taken without pretrained=True too.
     """
-    name = f"resbackbone_{depth}"
+    name = f"resbackbone_{depth}{kind}"
 
     def create(pretrained: bool = False, features_only: bool = False, **arguments) -> nn.Module:
-        kind: Any = TimmFeatures if features_only else TimmClassifier
+        network: Any = TimmFeatures if features_only else TimmClassifier
         unused: Any = ("num_classes", "global_pool") if features_only else None
-        return build_model_with_cfg(partial(kind, depth), name, pretrained, kwargs_filter=unused, **arguments)
+        return build_model_with_cfg(
+            partial(network, depth), name, pretrained, kwargs_filter=unused, **(KINDS[kind] | arguments)
+        )
 
     create.__name__ = create.__qualname__ = name
     globals()[name] = register_model(create)  # timm adds the name to this module's __all__
@@ -127,10 +130,12 @@ def _register(depth: int) -> None:
 __all__ = ["TimmBackbone", "TimmClassifier", "TimmFeatures", "from_timm"]
 default_cfgs = generate_default_cfgs(  # where timm looks for what a module's networks can load
     {
-        f"resbackbone_{depth}.{name.partition('.')[2]}": cfg
+        f"resbackbone_{depth}{kind}.{name.partition('.')[2]}": cfg
         for depth in DEPTHS
-        for name, cfg in get_arch_pretrained_cfgs(f"resnet{depth}").items()
+        for kind in KINDS
+        for name, cfg in get_arch_pretrained_cfgs(f"resnet{depth}{kind}").items()
     }
 )
 for depth in DEPTHS:
-    _register(depth)
+    for kind in KINDS:
+        _register(depth, kind)

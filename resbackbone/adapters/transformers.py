@@ -93,7 +93,7 @@ def as_transformers(backbone: ResNetBackbone, out_features: list[str] | None = N
     config = ResBackboneConfig(depth=trunk.pop("depth"), trunk=trunk, out_features=out_features)  # type: ignore[call-arg]
     model = ResBackboneModel(config)
     _refuse_changed_layers(backbone, model.backbone)
-    model.backbone.to(backbone.conv1.weight)  # its dtype and device
+    model.backbone.to(next(backbone.parameters()))  # its dtype and device
     model.backbone.load_state_dict(backbone.state_dict())
     trains = {name: x.requires_grad for name, x in backbone.named_parameters(remove_duplicate=False)}
     for name, theirs in model.backbone.named_parameters():

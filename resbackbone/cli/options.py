@@ -56,10 +56,10 @@ class MachineOptions:
     """Use only deterministic algorithms, so that a GPU repeats a run bit for bit (slower). A CPU always does."""
 
 
-def check_shortcut(options) -> None:
+def check_shortcut(options, choices: str = "ABC") -> None:
     """Raise ValueError if --shortcut is unknown or contradicts --plain."""
     if options.shortcut is not None:
-        one_of("shortcut", options.shortcut, ("A", "B", "C"), " (or --plain)")
+        one_of("shortcut", options.shortcut, tuple(choices), " (or --plain)")
         if options.plain:
             raise UserError(f"--plain has no shortcuts, --shortcut {options.shortcut} asks for them; leave one out")
 

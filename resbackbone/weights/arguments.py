@@ -32,19 +32,17 @@ TIMM_ARGUMENTS: dict[str, Sequence] = {
     "act_layer": ("relu",),
     "norm_layer": ("batchnorm", "batchnorm2d", "frozenbatchnorm2d", "groupnorm"),
     "aa_layer": ("",),
-    "stem_type": ("",),
-    "stem_width": (64,),
+    "stem_type": ("", "deep"),
     "replace_stem_pool": (False,),
     "block_reduce_first": (1,),
     "down_kernel_size": (1,),
-    "avg_down": (False,),
     "channels": ([64, 128, 256, 512],),
     "block_args": ({},),
     "global_pool": ("avg", "fast", ""),
     # Shapes show them, or only training uses them
     **harmless(
-        "in_chans num_classes layers cardinality base_width drop_rate drop_path_rate drop_block_rate zero_init_last "
-        "device dtype"
+        "in_chans num_classes layers cardinality base_width stem_width avg_down drop_rate drop_path_rate "
+        "drop_block_rate zero_init_last device dtype"
     ),
 }
 # Tables about something else than the trunk and its input: other modules, and what a training measured or initialised.
@@ -68,7 +66,9 @@ SETTINGS: dict[str, dict[str, dict]] = {
     "replace_stride_with_dilation": {"[false, false, false]": USUAL_C5, "[false, false, true]": DC5},
     "bgr": {"false": {}, "true": BGR},
     **dict.fromkeys(("input_space", "channel_order"), {"rgb": {}, "bgr": BGR}),
-    **dict.fromkeys(("aa_layer", "stem_type", "replace_stem_pool", "avg_down"), {"": {}, "none": {}, "false": {}}),
+    **dict.fromkeys(("aa_layer", "replace_stem_pool"), {"": {}, "none": {}, "false": {}}),
+    "stem_type": {"": {}, "none": {}, "deep": {"stem": "deep"}},
+    "avg_down": {"false": {}, "true": {"shortcut": "D"}},
 }
 # Of timm's `model_kwargs`: besides what changes the network, create_model's own arguments
 MODEL_KWARGS = TIMM_ARGUMENTS | harmless(

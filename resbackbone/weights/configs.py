@@ -82,7 +82,7 @@ TIMM: dict[str, Sequence] = {
     ),
 }
 # zoo.TRUNK with the prefixes and suffixes of the same networks in timm before 0.9, and the one with group norm
-TIMM_NETWORKS = re.compile(rf"(?:(?:tv|gluon|ssl|swsl|ig)_)?{TRUNK.pattern}(?:_v1b|_gn)?")
+TIMM_NETWORKS = re.compile(rf"(?:(?:tv|gluon|ssl|swsl|ig)_)?{TRUNK.pattern}(?:_v1[bcd]|_gn)?")
 
 
 def stated_by_config(folder: Path, *, required: bool = True) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from resbackbone.checks import UserError
-from resbackbone.weights.formats import FORMATS, NAMES
+from resbackbone.weights.formats import FORMATS, NAMES, RESNET_D
 from resbackbone.weights.inputs import STATISTICS
 from resbackbone.weights.names import rename
 from resbackbone.weights.pickles import Foreign, from_array, short
@@ -59,7 +59,9 @@ SPECIAL_HEADS = (
 SIGNS: dict[tuple[str, str], set[str]] = {}
 for _known in FORMATS.values():
     _block = rename("layer1.0.conv1.weight", NAMES[2], _known.names[2])
-    SIGNS.setdefault((_known.names[0], str(_block)), set()).update(trunk for trunk, _ in _known.places)
+    _names = [*zip(RESNET_D, _known.resnet_d, strict=False), *_known.aliases]
+    for _stem in filter(None, [_known.names[0], *(rename("conv1.0.weight", *names) for names in _names)]):
+        SIGNS.setdefault((_stem, str(_block)), set()).update(trunk for trunk, _ in _known.places)
 
 
 class Part(NamedTuple):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.config import ARCHITECTURE, BackboneConfig
-from resbackbone.layers import SHORTCUTS
+from resbackbone.layers import SHORTCUTS, STEMS
 from resbackbone.resnet import DEPTHS, BasicBlock, Bottleneck
 from resbackbone.weights.read import Weights, backbone_part
 
@@ -17,8 +17,8 @@ from resbackbone.weights.read import Weights, backbone_part
 def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of `build_resnet_backbone` that a trunk's names and shapes show.
 
-    These are depth, shortcut, groups, width_per_group, in_channels and norm. A depth outside of DEPTHS is left out, and
-    so are shortcuts without parameters (A and none look the same).
+    These are depth, stem, shortcut, groups, width_per_group, in_channels and norm. A depth outside of DEPTHS is left
+    out, and so are shortcuts without parameters (A and none look the same).
     """
     blocks = _blocks(state)
     if not blocks:
@@ -31,8 +31,11 @@ def architecture_of(state: Mapping[str, Tensor]) -> dict[str, Any]:
     projected = {block for block in blocks if f"{block}downsample.0.weight" in shapes}
     if projected:
         found["shortcut"] = "C" if projected == blocks else "B"
-    if len(stem := shapes.get("conv1.weight", ())) == 4:
-        found["in_channels"] = stem[1]
+    if any(len(shapes.get(f"{block}downsample.1.weight", ())) == 4 for block in blocks):  # behind a pool
+        found["shortcut"] = "D"
+    for name, stem in (("conv1.weight", "7x7"), ("conv1.0.weight", "deep")):
+        if len(shape := shapes.get(name, ())) == 4:
+            found |= {"stem": stem, "in_channels": shape[1]}
     if bottleneck and len(conv2 := shapes.get("layer1.0.conv2.weight", ())) == 4 and conv2[1]:
         found |= {"groups": conv2[0] // conv2[1], "width_per_group": conv2[1]}
     if "bn1.weight" in shapes:
@@ -98,8 +101,9 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     ValueError if the weights contradict what is asked, and if nothing shows the depth.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
-    if "shortcut" in asked:
-        one_of("shortcut", asked["shortcut"], SHORTCUTS)
+    for name, choices in (("stem", STEMS), ("shortcut", SHORTCUTS)):
+        if name in asked:
+            one_of(name, asked[name], choices)
     if weights is None:
         one_of("depth", asked.get("depth"), DEPTHS)
         return {name: {**DEFAULTS, **asked}[name] for name in ARCHITECTURE}
@@ -107,8 +111,14 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     if trunk.get("conv1.weight", Tensor()).shape[2:] == (3, 3):
         raise UserError(
             f"weights from {weights.source} are of a network for small images or with a deep stem: conv1 is 3 x 3, and "
-            "networks built here have 7 x 7; build_cifar_resnet builds the paper's for CIFAR-10, and none of others, "
-            "such as kuangliu's"
+            "networks built here have 7 x 7, or three of 3 x 3 under timm's names (conv1.0); build_cifar_resnet builds "
+            "the paper's for CIFAR-10, and none of others, such as kuangliu's"
+        )
+    widths = [trunk[key].shape[0] for k in (0, 3, 6) if (key := f"conv1.{k}.weight") in trunk and trunk[key].dim()]
+    if len(widths) == 3 and widths != [32, 32, 64]:
+        raise UserError(
+            f"weights from {weights.source} have a deep stem of {widths} channels; networks built here have "
+            "[32, 32, 64], as timm's resnet50d; from_timm builds its others"
         )
     stated = weights.metadata.get("backbone", {})
     stated = {name: stated[name] for name in ARCHITECTURE if name in stated}
@@ -130,6 +140,11 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
             )
     known = {**stated, **shown}
     _ask_undecided(weights, {**known, **asked}, ARCHITECTURE)
+    if (known.get("stem"), known.get("shortcut")) == ("7x7", "D") and "shortcut" not in {**stated, **asked}:
+        raise UserError(
+            f"weights from {weights.source} have something without tensors in front of a shortcut's convolution, and "
+            "no deep stem that tells what: give shortcut='D' if it averages 2x2 pixels, as in timm's resnet50d"
+        )
     for name, value in asked.items():
         if name in known and not _agree(name, known[name], value):
             raise UserError(

@@ -20,6 +20,8 @@ TRUNK = (
     "layer{i}.{j}.downsample.1.{leaf}",
 )
 CLASSIFIER = (*TRUNK, "fc.{leaf}")
+# Of a deep stem, and of shortcuts with a pool; torchvision has neither.
+RESNET_D = ("conv1.{k}.{leaf}", "layer{i}.{j}.downsample.2.{leaf}")
 NAMES = (
     *CLASSIFIER,
     "fpn.extra_blocks.p6.{leaf}",
@@ -51,8 +53,9 @@ class Format(NamedTuple):
     `names` are in the order of NAMES; a format without names for pyramids, heads or deeper heads ends early.
     `names.rename` says how placeholders change (`{i+1}`, `{k-1:a,b,c}`); the first name that matches is taken. In them
     `{level+first}` counts a pyramid's levels from the image, and `{count}` is the number behind its last level.
-    `places` are the prefixes of trunk and pyramid in the files of a trunk, of one with a pyramid, of a detector on one
-    map and of one with a pyramid; further ones are read only. `aliases` are pairs (ours, theirs) that are read only.
+    `resnet_d` are in the order of RESNET_D. `places` are the prefixes of trunk and pyramid in the files of a trunk, of
+    one with a pyramid, of a detector on one map and of one with a pyramid; further ones are read only. `aliases` are
+    pairs (ours, theirs) that are read only.
     `constants` are tensors in files that follow from the network. `input` and `stride_in_1x1` are usual for networks
     with these names; where the names are `ambiguous`, they are assumed only of files whose publisher is known.
     """
@@ -60,6 +63,7 @@ class Format(NamedTuple):
     title: str
     names: tuple[str, ...]
     places: tuple[tuple[str, str], ...]
+    resnet_d: tuple[str, ...] = ()
     stage5: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
     constants: tuple[str, ...] = ()
@@ -84,6 +88,7 @@ TORCHVISION = Format(
         ("backbone.body.", "backbone."),
         ("backbone.", "backbone."),  # ours
     ),
+    resnet_d=RESNET_D,
     stage5=STAGE5,
     only_3x3_stride=True,
     relu_before_p7=True,
@@ -185,6 +190,13 @@ MMDETECTION = Format(
         "roi_head.bbox_head.fc_reg.{leaf}",
     ),
     places=(("backbone.", ""),) * 4,
+    resnet_d=("stem.{k:0,1,2,3,4,5,6}.{leaf}", RESNET_D[1]),
+    aliases=(
+        ("bn1.{leaf}", "stem.7.{leaf}"),
+        ("bn1.{leaf}", "stem.2.bn.{leaf}"),  # mmpretrain's
+        ("conv1.{k:0,3,6}.weight", "stem.{k}.conv.weight"),
+        ("conv1.{k:1,4}.{leaf}", "stem.{k}.bn.{leaf}"),
+    ),
     stage5="roi_head.shared_head.",
     background_last=True,
     ambiguous=True,

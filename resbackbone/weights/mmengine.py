@@ -20,12 +20,10 @@ LONGEST_LIST = 100  # that a product makes
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 BACKBONE: dict[str, Sequence] = {
-    "type": ("ResNet", "ResNeXt"),
+    "type": ("ResNet", "ResNeXt", "ResNetV1c", "ResNetV1d"),
     "stem_channels": (64,),
     "base_channels": (64,),
     "style": ("pytorch", "caffe"),
-    "deep_stem": (False,),
-    "avg_down": (False,),
     "contract_dilation": (False,),
     "conv_cfg": ({"type": "Conv"}, {"type": "Conv2d"}),
     "act_cfg": ({"type": "ReLU"}, {"type": "ReLU", "inplace": True}),
@@ -34,8 +32,8 @@ BACKBONE: dict[str, Sequence] = {
     "dilations": ANY,
     # Shapes show them, or only training uses them
     **harmless(
-        "depth in_channels expansion num_stages out_indices groups base_width frozen_stages norm_eval with_cp "
-        "zero_init_residual pretrained init_cfg drop_path_rate stage_with_dcn _scope_ _delete_"
+        "depth in_channels deep_stem avg_down expansion num_stages out_indices groups base_width frozen_stages "
+        "norm_eval with_cp zero_init_residual pretrained init_cfg drop_path_rate stage_with_dcn _scope_ _delete_"
     ),
 }
 NECK: dict[str, Sequence] = {

@@ -34,8 +34,8 @@ from resbackbone.weights.inputs import (
 from resbackbone.weights.mmengine import stated_by_meta
 from resbackbone.weights.pickles import read_pickle
 from resbackbone.weights.sources import locate, recognised
+from resbackbone.weights.translate import FIRST, Translated, to_ours
 from resbackbone.weights.translate import HEADS as DETECTOR_HEADS
-from resbackbone.weights.translate import Translated, to_ours
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
 GIVEN = "the given state dict"
@@ -483,7 +483,7 @@ def _has_frozen_norms(state: Mapping[str, Tensor]) -> bool:
 
 def conv1_of(state: Mapping[str, Tensor]) -> str:
     """The name of the first convolution, which in a detector starts with `backbone.`."""
-    return "conv1.weight" if "conv1.weight" in state else "backbone.conv1.weight"
+    return next(name for name in (*FIRST, *(f"backbone.{name}" for name in FIRST)) if name in state)
 
 
 def _usual(weights: Weights) -> tuple[Mapping, bool]:

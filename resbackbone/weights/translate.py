@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.weights.formats import ANCHOR_RATIOS, EPS, FORMATS, NAMES, STAGE5, TRUNK, Format
+from resbackbone.weights.formats import ANCHOR_RATIOS, EPS, FORMATS, NAMES, RESNET_D, STAGE5, Format
 from resbackbone.weights.names import rename
 
+FIRST = ("conv1.weight", "conv1.0.weight")  # the first convolution, of a 7x7 stem or a deep one
 HEADS = ("rpn.", "roi_heads.")  # how our names of a detector's heads begin
 Convert = Callable[[Tensor], Tensor]
 
@@ -33,13 +34,16 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
     for format, known in FORMATS.items():
         for place in dict.fromkeys(known.places):
             found = _renamed(state, _rules(known, place, _laterals(state), reading=True))
-            if any(ours == "conv1.weight" for ours, _ in found.values()) and (
-                best is None or len(found) > len(best[2])
-            ):
+            if any(ours in FIRST for ours, _ in found.values()) and (best is None or len(found) > len(best[2])):
                 best = format, place[0], found
     if best is None:
         return Translated(dict(state), None, [], {})
     format, trunk, found = best
+    if {"layer1.0.downsample.0.weight", "layer2.0.downsample.2.weight"} <= {ours for ours, _ in found.values()}:
+        # Where nothing strides, mmpretrain's ResNet-D has no pool, and its names have another place.
+        block = "layer1.0.downsample."
+        places = f"{block}{{k}}.{{leaf}}", f"{block}{{k+1}}.{{leaf}}"
+        found = {theirs: (rename(ours, *places) or ours, convert) for theirs, (ours, convert) in found.items()}
     templates = FORMATS[format].constants
     constants = {key: state[key] for key in state if any(rename(key, template, template) for template in templates)}
     unknown = [key for key in state if key not in found and key not in constants]
@@ -109,12 +113,13 @@ def _renamed(keys: Iterable[str], rules: list[tuple[str, str, Convert]]) -> dict
 
 def _rules(known: Format, place: tuple[str, str], laterals: int, *, reading: bool) -> list[tuple[str, str, Convert]]:
     """A format's table in one direction. Its pyramid merges `laterals` trunk levels: 4 from c2, 3 from c3."""
-    pairs = list(zip(NAMES, known.names, strict=False))
+    pairs = [*zip(NAMES, known.names, strict=False), *zip(RESNET_D, known.resnet_d, strict=False)]
     if known.stage5:
         pairs += [(STAGE5 + ours, known.stage5 + theirs) for ours, theirs in pairs if ours.startswith("layer")]
     rules = []
     for ours, theirs in [*pairs, *known.aliases] if reading else pairs:
-        theirs = (place[0] if ours in TRUNK else place[1] if ours.startswith("fpn.") else "") + theirs
+        in_trunk = ours.startswith(("conv1.", "bn1.", "layer"))
+        theirs = (place[0] if in_trunk else place[1] if ours.startswith("fpn.") else "") + theirs
         theirs = theirs.replace("{level+first}", f"{{level+{6 - laterals}}}")
         theirs = theirs.replace("{count}", str(laterals)).replace("{count+1}", str(laterals + 1))
         take, give = _conversions(ours, known)

@@ -24,6 +24,7 @@ from resbackbone.weights.translate import HEADS, from_ours, merged_norms
 
 OURS = "resbackbone"
 TARGETS = (OURS, *FORMATS)
+TIMM_LETTERS = {("deep", "D"): "d", ("deep", "B"): "c"}  # resnet50d, resnet50c
 
 
 def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> None:
@@ -76,8 +77,9 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
 
 
 def architecture_name(trunk: Mapping[str, Any]) -> str:
-    """torchvision's name for a trunk: resnet50, resnext101_32x8d, wide_resnet50_2, plain34."""
+    """torchvision's or timm's name for a trunk: resnet50, resnet50d, resnext101_32x8d, wide_resnet50_2, plain34."""
     depth, groups, width = trunk["depth"], trunk["groups"], trunk["width_per_group"]
+    depth = f"{depth}{TIMM_LETTERS.get((trunk.get('stem', '7x7'), trunk['shortcut']), '')}"
     if groups > 1:
         return f"resnext{depth}_{groups}x{width}d"
     if width > 64:
@@ -113,8 +115,12 @@ def _comparable(weights: Weights) -> dict[str, Tensor]:
 
 def _check_network(backbone: Mapping[str, Any], format: str) -> None:
     known = FORMATS[format]
-    if backbone["shortcut"] != "B":
-        raise UserError(f"shortcut={backbone['shortcut']!r}: {format} only has networks with shortcut B")
+    kind = backbone["stem"], backbone["shortcut"]
+    if kind != ("7x7", "B") and not (format == "timm" and kind in TIMM_LETTERS):
+        also = ", and with stem='deep' and shortcut B or D (ResNet-C and -D)" if format == "timm" else ""
+        raise UserError(
+            f"stem={kind[0]!r} with shortcut={kind[1]!r}: {format} only has networks with stem 7x7 and shortcut B{also}"
+        )
     if backbone["stride_in_1x1"] and DEPTHS[backbone["depth"]][0] is Bottleneck and known.only_3x3_stride:
         raise UserError(f"stride_in_1x1=True: {format}'s networks have the stride in the 3x3")
     if backbone.get("relu_before_p7") is False and known.relu_before_p7:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from resbackbone.resnet import DEPTHS
 
 # torchvision's and timm's names of the trunks that this package builds, and in them the depth
-TRUNK = re.compile(rf"(?:wide_)?resnex?t({'|'.join(map(str, DEPTHS))})(?:_2|_\d+x\d+d)?")
+TRUNK = re.compile(rf"(?:wide_)?resnex?t({'|'.join(map(str, DEPTHS))})[cd]?(?:_2|_\d+x\d+d)?")
 
 TORCHVISION_LICENCE = "BSD-3-Clause"
 TIMM_RESULTS = "https://github.com/huggingface/pytorch-image-models/tree/main/results"

@@ -195,6 +195,13 @@ def test_weights_with_input_they_are_not_made_for_are_refused(weights, setting):
         build_backbone(cfg)
 
 
+def test_the_weights_show_that_the_trunk_is_a_resnet_d(tmp_path):
+    torch.save(build_resnet_backbone(18, stem="deep", shortcut="D").state_dict(), tmp_path / "resnet18d.pth")
+    cfg = frozen(config(*CANONICAL, "MODEL.RESBACKBONE.WEIGHTS", str(tmp_path / "resnet18d.pth")))
+    trunk = build_backbone(cfg).body.config
+    assert (trunk.stem, trunk.shortcut) == ("deep", "D")
+
+
 def test_without_weights_any_input_will_do():
     assert build_backbone(config("INPUT.FORMAT", "BGR"), ShapeSpec(channels=4)).body.conv1.in_channels == 4
 

@@ -28,7 +28,7 @@ def assert_equal(given, expected) -> None:
 # ---- ours in timm ----
 
 
-@pytest.mark.parametrize("depth, stride", [*((depth, 32) for depth in DEPTHS), (18, 16), (50, 16)])
+@pytest.mark.parametrize("depth, stride", [*((depth, 32) for depth in DEPTHS), (18, 16), (50, 16), ("18d", 32)])
 def test_timm_makes_feature_maps_that_equal_its_own_on_odd_sizes(depth, stride, randomised):
     theirs = randomised(timm.create_model(f"resnet{depth}", features_only=True, output_stride=stride))
     ours = timm.create_model(f"resbackbone_{depth}", features_only=True, output_stride=stride).eval()
@@ -148,14 +148,15 @@ def test_a_file_of_timms_network_is_loaded_as_a_checkpoint(tmp_path, randomised,
         assert_equal([ours.eval()(x)[-1]], [expected if features_only else expected[-1]])
 
 
-def test_pretrained_loads_what_timm_has_for_its_own_network(tmp_path, randomised):
-    cfg = timm.get_pretrained_cfg("resbackbone_50.a1_in1k")
-    assert (cfg.hf_hub_id, cfg.num_classes) == ("timm/resnet50.a1_in1k", 1000)
-    theirs = randomised(timm.create_model("resnet18"))
+@pytest.mark.parametrize("kind", ["", "d"])
+def test_pretrained_loads_what_timm_has_for_its_own_network(tmp_path, randomised, kind):
+    cfg = timm.get_pretrained_cfg(f"resbackbone_50{kind}.a1_in1k")
+    assert (cfg.hf_hub_id, cfg.num_classes) == (f"timm/resnet50{kind}.a1_in1k", 1000)
+    theirs = randomised(timm.create_model(f"resnet18{kind}"))
     save_file(theirs.state_dict(), tmp_path / "r18.safetensors")
     source = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "r18.safetensors")}}
     for arguments in ({"in_chans": 1, "num_classes": 5}, {"features_only": True, "out_indices": (2,)}):
-        ours = timm.create_model("resbackbone_18", **source, **arguments)
+        ours = timm.create_model(f"resbackbone_18{kind}", **source, **arguments)
         assert torch.equal(ours.layer2[1].conv2.weight, theirs.layer2[1].conv2.weight)
         assert torch.equal(ours.layer2[1].bn2.running_var, theirs.layer2[1].bn2.running_var)
 

@@ -308,7 +308,8 @@ def test_runs_and_files_are_evaluated_together_and_alone_on_their_data_by_any_pr
         ),
         (["--eval", "5crop"], "unknown evaluation '5crop'; choose from 1crop, 10crop, multiscale"),
         (["--norm", "FrozenBN"], "unknown norm 'FrozenBN'; choose from BN, SyncBN, GN"),
-        (["--shortcut", "D"], "unknown shortcut 'D'; choose from A, B, C (or --plain)"),
+        (["--shortcut", "E"], "unknown shortcut 'E'; choose from A, B, C, D (or --plain)"),
+        (["--stem", "5x5"], "unknown stem '5x5'; choose from 7x7, deep"),
         (["--plain", "--shortcut", "B"], "--plain has no shortcuts, --shortcut B asks for them; leave one out"),
         (
             ["--batch-size", "5", "--accumulate", "2"],

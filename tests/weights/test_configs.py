@@ -197,9 +197,10 @@ def test_published_configs_are_read_without_assumptions(tmp_path, config, proces
 
 @torch.inference_mode()
 @pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
-def test_what_timm_saves_computes_the_same_from_folder_and_file(tmp_path, randomised, file):
+@pytest.mark.parametrize("network", ["resnet18", "resnet18d"])
+def test_what_timm_saves_computes_the_same_from_folder_and_file(tmp_path, randomised, network, file):
     overlay = {"std": (0.5, 0.25, 0.5)}
-    theirs = randomised(timm.create_model("resnet18", num_classes=3, pretrained_cfg_overlay=overlay))
+    theirs = randomised(timm.create_model(network, num_classes=3, pretrained_cfg_overlay=overlay))
     timm.models.save_for_hf(theirs, tmp_path, safe_serialization=file == "model.safetensors")
     images = torch.rand(1, 3, 65, 97)
     mean, ours, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, (0.229, 0.224, 0.225), overlay["std"]))
@@ -233,7 +234,7 @@ def test_timms_output_stride_of_16_is_a_dilated_c5(tmp_path, randomised):
         ),
         ({"model_args": {"aa_layer": "blurpool"}}, "model_args has aa_layer 'blurpool'"),
         ({"model_args": {"output_stride": 8}}, "model_args has output_stride 8"),
-        ({"model_args": {"stem_type": "deep"}}, "model_args has stem_type 'deep'"),
+        ({"model_args": {"stem_type": "deep_tiered"}}, "model_args has stem_type 'deep_tiered'"),
         ({"model_args": {"norm_layer": "layernorm2d"}}, "model_args has norm_layer 'layernorm2d'"),
         ({"model_args": {"block_args": {"attn_layer": "se"}}}, "model_args has block_args {'attn_layer': 'se'}"),
         ({"model_args": {"padding": "same"}}, "model_args has padding 'same', which this package does not know"),
@@ -463,7 +464,7 @@ def test_metadata_of_safetensors_may_hold_json_and_single_numbers(tmp_path, stat
             "its args (mean and std) and cfg (mean and std) contradict: RGB 0..1, mean 0.485 0.456 0.406, std 0.5",
         ),
         ({"args": NAMED(model_kwargs={"act_layer": "gelu"})}, "args.model_kwargs has act_layer 'gelu'; networks of"),
-        ({"args": NAMED(model_kwargs={"stem_type": "deep"})}, "args.model_kwargs has stem_type 'deep'"),
+        ({"args": NAMED(model_kwargs={"stem_type": "deep_tiered"})}, "args.model_kwargs has stem_type 'deep_tiered'"),
         ({"config": {"model": {"activation": torch.nn.GELU}}}, "its config.model has activation 'gelu'"),
         ({"args": NAMED(OUTPUT_STRIDE=8)}, "OUTPUT_STRIDE '8'; trunks here have '32' or '16'; if it is"),
         ({"args": NAMED(replace_stride_with_dilation=[False, True, True])}, "dilation '[false, true, true]'; trunks"),

@@ -26,6 +26,7 @@ def test_the_depth_is_read_off_the_names(depth):
         state = getattr(torchvision.models, f"resnet{depth}")().state_dict()
     assert architecture_of(state) == {
         "depth": depth,
+        "stem": "7x7",
         "shortcut": "B",
         "in_channels": 3,
         "norm": "BN",
@@ -51,10 +52,10 @@ def test_names_that_fit_no_or_several_published_networks_tell_no_depth(state):
     assert "depth" not in architecture_of(state)
 
 
-@pytest.mark.parametrize("shortcut, found", [("A", None), ("B", "B"), ("C", "C"), ("none", None)])
+@pytest.mark.parametrize("shortcut, found", [("A", None), ("B", "B"), ("C", "C"), ("D", "D"), ("none", None)])
 def test_shortcuts_are_found_where_they_have_parameters(shortcut, found):
     state = state_of(50, shortcut=shortcut, groups=32, width_per_group=4, in_channels=5, norm="GN")
-    expected = {"depth": 50, "groups": 32, "width_per_group": 4, "in_channels": 5, "norm": "GN"}
+    expected = {"depth": 50, "stem": "7x7", "groups": 32, "width_per_group": 4, "in_channels": 5, "norm": "GN"}
     assert architecture_of(state) == {**expected, **({"shortcut": found} if found else {})}
 
 

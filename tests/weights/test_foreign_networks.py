@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,51 @@ def test_torchvision_and_timm(depth, images, randomised, tmp_path):
         torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
         back = build_resnet_classifier(weights=tmp_path / "theirs.pth").eval()
         assert_equal(back(normalized(images)), theirs(normalized(images)))
+
+
+@pytest.mark.parametrize("name", ["resnet18d", "resnet50d", "resnet50c"])
+@torch.inference_mode()
+def test_timms_deep_stems_and_shortcuts_with_a_pool(name, images, randomised, tmp_path):
+    theirs = randomised(timm.create_model(name, num_classes=7))
+    expected = theirs(normalized(images))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    ours = build_resnet_classifier(weights=tmp_path / "theirs.pth").eval()
+    assert_equal(ours(normalized(images)), expected)
+    write_as(tmp_path / "ours.pth", weights_of(ours), "timm")
+    again = timm.create_model(name, num_classes=7)
+    again.load_state_dict(torch.load(tmp_path / "ours.pth", weights_only=True), strict=True)
+    assert_equal(again.eval()(normalized(images)), expected)
+
+
+@pytest.mark.parametrize("name", ["resnet50t", "resnet50s"])
+def test_another_deep_stem_is_refused_with_its_channels(name):
+    state = timm.create_model(name).state_dict()
+    widths = {"resnet50t": "[24, 32, 64]", "resnet50s": "[64, 64, 128]"}[name]
+    with pytest.raises(ValueError, match=re.escape(f"have a deep stem of {widths} channels; networks built here have")):
+        build_resnet_backbone(weights=state)
+
+
+MMDETECTION = {"conv1.": "stem.", "bn1.": "stem.7."}
+MMPRETRAIN = {  # where nothing strides, its shortcut has no pool
+    **{f"conv1.{3 * i}.": f"stem.{i}.conv." for i in range(3)},
+    "conv1.1.": "stem.0.bn.",
+    "conv1.4.": "stem.1.bn.",
+    "bn1.": "stem.2.bn.",
+    **{f"layer1.0.downsample.{i}.": f"layer1.0.downsample.{i - 1}." for i in (1, 2)},
+}
+
+
+@pytest.mark.parametrize("names", [MMDETECTION, MMPRETRAIN], ids=["mmdetection", "mmpretrain"])
+def test_openmmlabs_resnet_d(names, randomised):
+    timms = randomised(timm.create_model("resnet50d", num_classes=0)).state_dict()
+    theirs = {}
+    for key, tensor in timms.items():
+        start = next((start for start in names if key.startswith(start)), "")
+        theirs["backbone." + names.get(start, "") + key.removeprefix(start)] = tensor
+    read = read_weights({"state_dict": theirs}, given_input="rgb", stride_in_1x1=False)
+    assert read.format == "mmdetection"
+    assert read.state.keys() == timms.keys()
+    assert all(torch.equal(read.state[key], tensor) for key, tensor in timms.items())
 
 
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "wide_resnet50_2"])

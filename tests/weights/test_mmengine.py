@@ -124,8 +124,7 @@ def test_a_dilated_c5_is_that_of_bottlenecks_with_the_stride_in_the_1x1(saved):
     [
         (config(", dcn=dict(type='DCNv2')"), "model.backbone has dcn {'type': 'DCNv2'}, which this package does not"),
         (config(", plugins=[dict(cfg=dict(type='ContextBlock'))]"), "model.backbone has plugins"),
-        (config(", deep_stem=True"), "model.backbone has deep_stem True; networks of this package have False"),
-        (config(", avg_down=True"), "model.backbone has avg_down True"),
+        (config(", stem_channels=128"), "model.backbone has stem_channels 128; networks of this package have 64"),
         (config(", act_cfg=dict(type='GELU')"), "model.backbone has act_cfg {'type': 'GELU'}"),
         (config(", norm_cfg=dict(type='IN')"), "model.backbone.norm_cfg has type 'IN'"),
         (config(", norm_cfg=dict(type='GN', num_groups=16)"), "model.backbone.norm_cfg has num_groups 16"),
@@ -135,7 +134,7 @@ def test_a_dilated_c5_is_that_of_bottlenecks_with_the_stride_in_the_1x1(saved):
             config(", strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)"),
             "has strides [1, 2, 2, 1] and dilations [1, 1, 1, 2]",
         ),
-        (config().replace("'ResNet'", "'ResNetV1d'"), "model.backbone has type 'ResNetV1d'"),
+        (config().replace("'ResNet'", "'ResNeSt'"), "model.backbone has type 'ResNeSt'"),
         (config(", plugins=dict(a=f(1,\n    lambda: 2))"), "model.backbone has plugins"),
         (config() + "model = None", "has model None, not a dict"),
         (config() + "if debug:\n    model = make()", "has model if debug: model = make(), not a dict"),

@@ -331,5 +331,5 @@ def test_blocks_of_no_depth_here_are_counted_in_the_message():
 
 
 def test_an_unknown_shortcut_is_refused_with_the_known_ones_beside_weights_too():
-    with pytest.raises(ValueError, match="unknown shortcut 'a'; choose from A, B, C, none"):
+    with pytest.raises(ValueError, match="unknown shortcut 'a'; choose from A, B, C, D, none"):
         build_resnet_backbone(18, shortcut="a", weights=torchvision.models.resnet18().state_dict())

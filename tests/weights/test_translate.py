@@ -18,10 +18,10 @@ def numbered(module):
     return state
 
 
-def detector(variant, *, fpn_norm=None, **heads):
+def detector(variant, *, fpn_norm=None, trunk=None, **heads):
     backbones = {"fpn": {"fpn": True, "fpn_channels": 8, "fpn_norm": fpn_norm}, "c4": {"levels": ["c4", "c5"]}}
     backbones["dc5"] = {"levels": ["c5"], "dilate_c5": True}
-    backbone = build_resnet_backbone(18, **backbones[variant])
+    backbone = build_resnet_backbone(18, **backbones[variant], **(trunk or {}))
     return build_faster_rcnn(backbone, 3, variant=variant, representation_size=4, **heads)
 
 
@@ -48,6 +48,8 @@ PAIRS = [
     for network in NETWORKS
     if format not in NAMELESS or network in ("classifier", "bottlenecks", "trunk")
 ]
+NETWORKS["ResNet-D detector"] = lambda: detector("c4", trunk={"stem": "deep", "shortcut": "D"})
+PAIRS.append(("torchvision", "ResNet-D detector"))
 NETWORKS["V2 detector"] = v2_detector
 PAIRS.append(("torchvision", "V2 detector"))
 

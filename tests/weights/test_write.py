@@ -24,7 +24,15 @@ def test_our_file_says_everything_about_itself(classifier, tmp_path):
     write_as(tmp_path / "own.safetensors", weights_of(classifier, **said, backbone={"stride_in_1x1": True}))
     with safe_open(tmp_path / "own.safetensors", "pt") as file:
         metadata = {key: json.loads(value) for key, value in file.metadata().items()}
-    trunk = {"depth": 18, "shortcut": "B", "stride_in_1x1": True, "groups": 1, "width_per_group": 64, "in_channels": 3}
+    trunk = {
+        "depth": 18,
+        "stem": "7x7",
+        "shortcut": "B",
+        "stride_in_1x1": True,
+        "groups": 1,
+        "width_per_group": 64,
+        "in_channels": 3,
+    }
     more = {"format": "resbackbone", "architecture": "resnet18", "num_classes": 5, "input": INPUT}
     assert metadata == {**said, **more, "backbone": {**trunk, "eps": 1e-5, "norm": "BN"}}
 
@@ -71,7 +79,12 @@ def test_the_largest_difference_is_found_and_named(classifier):
 @pytest.mark.parametrize(
     "format, options, message",
     [
-        ("torchvision", {"shortcut": "C"}, "shortcut='C': torchvision only has networks with shortcut B"),
+        ("torchvision", {"shortcut": "C"}, "torchvision only has networks with stem 7x7 and shortcut B"),
+        *(
+            (format, {"stem": "deep", "shortcut": "D"}, f"stem='deep' with shortcut='D': {format} only has networks")
+            for format in ("torchvision", "detectron2", "msra", "mmdetection", "transformers")
+        ),
+        ("timm", {"shortcut": "D"}, r"shortcut B, and with stem='deep' and shortcut B or D \(ResNet-C and -D\)"),
         *(
             (
                 "timm",
@@ -137,6 +150,8 @@ def test_detectron2_gets_what_its_checkpointer_looks_for(classifier, tmp_path):
         ({"depth": 101, "groups": 32, "width_per_group": 8}, "resnext101_32x8d"),
         ({"depth": 50, "width_per_group": 128}, "wide_resnet50_2"),
         ({"depth": 34, "shortcut": "none"}, "plain34"),
+        ({"depth": 18, "stem": "deep", "shortcut": "D"}, "resnet18d"),
+        ({"depth": 50, "stem": "deep", "shortcut": "D", "groups": 32, "width_per_group": 4}, "resnext50d_32x4d"),
     ],
 )
 def test_trunks_have_torchvisions_names(trunk, name):

@@ -14,6 +14,7 @@ METRICS = {"classifier": "top-1", "detector": "box AP"}
 
 def test_all_weights_are_listed_once_with_depth_and_licence():
     assert len(LISTED) == len(list_sources()) > 100
+    assert LISTED["timm:resnet50d.ra2_in1k"].depth == 50
     assert {name.partition(":")[0] for name in LISTED} == {"torchvision", "timm", "hf", "detectron2"}
     for named in LISTED.values():
         assert named.depth in DEPTHS and named.kind in METRICS
