@@ -16,6 +16,7 @@ from detection.scoring import DETECTION, METRICS, entries, score
 from detection.transforms import to_model_input
 from resbackbone.atomic import open_atomically, write_atomically
 from resbackbone.engine.distributed import Rank, broadcast, gather
+from resbackbone.engine.state import mean_of
 from resbackbone.engine.termination import worker_processes
 from resbackbone.image_io import BadImage
 from resbackbone.report.numbers import percent
@@ -100,6 +101,46 @@ def detect(
             found[i]["image_id"], found[i]["bbox"], found[i]["score"] = image_ids[i], boxes, scores
             found[i]["category_id"] = category_ids[labels - 1]
     return found
+
+
+@torch.inference_mode()
+def validation_losses(
+    detector: FasterRCNN,
+    dataset: CocoImages,
+    rank: Rank,
+    *,
+    workers: int = 0,
+    bf16: bool = False,
+    progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
+) -> dict[str, float]:
+    """The training losses on every image of `dataset`, in eval mode: the mean of each, and "loss", their sum.
+
+    Anchors and regions are drawn with an image's index as the seed, so the same detector gets the same losses, on any
+    number of ranks. Images that cannot be read are left out; {} if none can.
+    """
+    share = rank.share(len(dataset))
+    loader = DataLoader(dataset, batch_size=None, sampler=share, **worker_processes(workers))
+    detector.eval()
+    losses: dict[int, dict[str, torch.Tensor]] = {}  # by image
+    for index, sample in zip(share, progress(iter(loader), len(share)), strict=True):
+        if isinstance(sample, BadImage):
+            continue
+        image, target = sample
+        target = {name: target[name].to(rank.device) for name in ("boxes", "labels")}
+        with (
+            torch.random.fork_rng([rank.device] if rank.device.type == "cuda" else []),
+            torch.autocast(rank.device.type, torch.bfloat16, enabled=bf16),
+        ):
+            torch.manual_seed(index)
+            losses[index] = detector.losses([to_model_input(image, rank.device)], [target])
+    own = {index: {name: loss.item() for name, loss in terms.items()} for index, terms in losses.items()}
+    parts = gather(own, rank)
+    mean = None
+    if parts is not None:
+        of_images = {index: terms for part in parts for index, terms in part.items()}
+        terms = mean_of([of_images[index] for index in sorted(of_images)]) if of_images else {}
+        mean = {"loss": sum(terms.values()), **terms} if terms else {}
+    return broadcast(mean, rank)
 
 
 def write_results(folder: Path, results: dict, detections: np.ndarray) -> None:

@@ -21,6 +21,7 @@ from resbackbone.cli.options import (
     MachineOptions,
     RunOptions,
     check_shortcut,
+    check_training,
     choose_machine,
     launch_command,
     training_options,
@@ -28,25 +29,26 @@ from resbackbone.cli.options import (
 from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from detection.crops import make_shape_crops
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError, one_of, usual_folder
 from resbackbone.classification.data import LAYOUT, SYNTHETIC, open_images, train_batches
-from resbackbone.classification.evaluate import PROTOCOLS, Ensemble, evaluate
+from resbackbone.classification.evaluate import PROTOCOLS, Ensemble, Predicted, evaluate
 from resbackbone.classification.images import Images
 from resbackbone.classification.recipes import RECIPES, Recipe
 from resbackbone.classification.report import Predictions, write_report
-from resbackbone.classification.training import build_average, build_loss
+from resbackbone.classification.training import build_loss
 from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
 from resbackbone.engine import loop
+from resbackbone.engine.average import build_average
 from resbackbone.engine.device import INFERENCE, PRECISIONS
 from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
 from resbackbone.engine.optimizers import build_optimizer
 from resbackbone.engine.run import read_yaml
+from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
 from resbackbone.layers import STEMS
@@ -106,6 +108,12 @@ class TrainingOptions:
     """Split each batch into this many parts, one after the other, to save GPU memory."""
     epochs: Auto[int] = None
     """Length of the training; drops and warm-up are scaled with it. Default: the recipe's."""
+    ema: Auto[float] = None
+    """Evaluate and keep an exponential moving average of the weights with this decay, such as 0.9998 (less at first);
+    0: none. Default: the recipe's (torchvision-v2: over 3.9% of the run; others: none)."""
+    clip_grad: Auto[float] = None
+    """Largest norm of the gradient, which is scaled down to it; 0: no limit. Default: the recipe's (none; LAMB has its
+    own limit of 1)."""
     size: Auto[int] = None
     """Side of a training crop in pixels; test sizes change in proportion. Default: the recipe's."""
     compile: bool = False
@@ -122,7 +130,10 @@ class EvaluationOptions:
     """Runs, weight files or named sources to evaluate instead of training; the scores of several are averaged. --data,
     --recipe (for the image sizes) and --precision default to those of the first; without a run, fp32."""
     eval_period: int = 0
-    """Updates between evaluations (1crop); 0 evaluates at the end only."""
+    """Updates between evaluations (1crop); 0 evaluates at the end only. With others on the way, best/ in the run's
+    folder keeps the weights of the best one."""
+    early_stop: int = 0
+    """Stop after this many evaluations in a row without a better one; 0: never. Needs --eval-period."""
 
 
 @dataclass(frozen=True)
@@ -153,16 +164,16 @@ def train(rank: Rank, options: Options) -> None:
     session.info(f"{metadata['architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     schedule = recipe.schedule(len(train_set), options.batch_size, options.epochs)
-    average = build_average(model, schedule.steps, schedule.warmup_steps) if recipe.ema else None
-    if average is not None and checkpoint is not None:
-        average.module.load_state_dict(load_file(checkpoint / "average.safetensors"))
+    average = average_of(model, options, recipe, schedule)
     if options.compile:
         model.compile()
     rate, decay, norms = schedule.rate, recipe.weight_decay, recipe.decay_norms
     optimizer = build_optimizer(model, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms)
-    state = TrainState(distributed(model, rank), optimizer, rank, scaled=options.precision == "fp16")
-    task = Classification(session, model, average, metadata, train_set, val_set)
-    run = session.train(task, state, schedule, parts=options.accumulate, train_set_sha256=train_set.fingerprint)
+    more: dict[str, Any] = {"clip_grad": recipe.clip_grad, "scaled": options.precision == "fp16", "average": average}
+    state = TrainState(distributed(model, rank), optimizer, rank, **more)
+    task = Classification(session, metadata, train_set, val_set)
+    more = {"parts": options.accumulate, "early_stop": options.early_stop}
+    run = session.train(task, state, schedule, **more, train_set_sha256=train_set.fingerprint)
 
     if options.data == SYNTHETIC:
         session.info(NOT_EVALUATED)
@@ -172,7 +183,7 @@ def train(rank: Rank, options: Options) -> None:
         skipped = gather(train_set.skipped, rank)
         if rank.is_main:
             bad = {"skipped_images": sorted(val_set.skipped), "skipped_training_images": sorted(set().union(*skipped))}
-            finish(session, task, {**results, **bad})
+            finish(session, task, state.evaluated, {**results, **bad})
     run.close()
 
 
@@ -193,22 +204,15 @@ def open_data(session: Session) -> tuple[Images, Images]:
 
 
 class Classification(Task):
-    """A classifier, perhaps with a moving average of its weights, on labelled images."""
+    """A classifier on labelled images."""
 
-    def __init__(
-        self, session: Session, model: ResNetClassifier, average, metadata: dict, train_set: Images, val_set: Images
-    ):
+    def __init__(self, session: Session, metadata: dict, train_set: Images, val_set: Images):
         self.session, self.options, self.rank = session, session.options, session.rank
         self.recipe = recipe = recipe_of(session.options)
-        self.model, self.average, self.metadata = model, average, metadata
-        self.train_set, self.val_set = train_set, val_set
+        self.metadata, self.train_set, self.val_set = metadata, train_set, val_set
+        self.final_differs = session.options.eval != "1crop"
         self.losses_of = build_loss(recipe, len(train_set.classes))
         self.predictions: Predictions | None = None
-
-    @property
-    def tested(self) -> nn.Module:
-        """The network that is evaluated and written: the average of the weights if there is one."""
-        return self.model if self.average is None else self.average.module
 
     def batches(self, start: int) -> Iterator[Batch]:
         recipe = self.recipe
@@ -239,24 +243,23 @@ class Classification(Task):
         return self.losses_of(model, to_model_input(pixels, self.rank.device), labels)
 
     def after_update(self, batch: Batch, step: int) -> Mapping[str, float]:
-        if self.average is not None:
-            self.average.update(self.model, step=step)
         self.session.warn_skipped(self.train_set.skipped)
         return {}
 
-    def save(self, folder: Path) -> None:
-        write_weights(folder / "model.safetensors", self.model.state_dict(), self.metadata)
-        if self.average is not None:
-            tensors = {name: tensor.contiguous() for name, tensor in self.average.module.state_dict().items()}
-            save_file(tensors, folder / "average.safetensors")
+    def save(self, model: nn.Module, folder: Path) -> None:
+        write_weights(folder / "model.safetensors", model.state_dict(), self.metadata)
 
-    def evaluate(self, *, final: bool) -> dict:
-        share_buffers(self.tested, self.rank)
+    def evaluate(self, model: nn.Module, *, final: bool) -> dict:
+        share_buffers(model, self.rank)
         protocol, val_set = self.options.eval if final else "1crop", self.val_set
-        results, best = score_of(self.tested, val_set, self.session, self.recipe, protocol=protocol)
-        if best is not None:
-            self.predictions = Predictions(val_set.classes, val_set.labels, best.numpy(), val_set.read, val_set.name)
+        results, found = score_of(model, val_set, self.session, self.recipe, protocol=protocol)
+        if found is not None:
+            best, losses = found.best.numpy(), found.losses.numpy()
+            self.predictions = Predictions(val_set.classes, val_set.labels, best, val_set.read, val_set.name, losses)
         return results
+
+    def score(self, result: Mapping) -> float:
+        return result["top1"]
 
     def summary(self, result: Mapping) -> str:
         return described(result)
@@ -266,12 +269,22 @@ class Classification(Task):
         write_report(folder, network=self.metadata["architecture"], predictions=self.predictions, **why_not)
 
 
-def finish(session: Session, task: Classification, results: dict) -> None:
+def finish(session: Session, task: Classification, model: nn.Module, results: dict) -> None:
     """Write the classifier and results.json; print the results."""
-    write_weights(session.folder / "model.safetensors", task.tested.state_dict(), task.metadata)
+    task.save(model, session.folder)
     write_results(session.folder / "results.json", results)
     session.finish({"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"})
     console.print(described(results))
+
+
+def average_of(model: nn.Module, options: Options, recipe: Recipe, schedule: Schedule):
+    """The moving average that --ema or the recipe asks for, or None; the recipe's starts after the rate's warm-up."""
+    if options.ema is not None:
+        return build_average(model, options.ema) if options.ema else None
+    if not recipe.ema_window:
+        return None
+    decay = max(0.0, 1 - 1 / (recipe.ema_window * schedule.steps))
+    return build_average(model, decay, after=schedule.warmup_steps)
 
 
 def build(
@@ -333,7 +346,7 @@ def evaluate_only(rank: Rank, options: Options) -> None:
 
 def score_of(
     model: nn.Module, val_set: Images, session: Session, recipe: Recipe, *, protocol: str
-) -> tuple[dict, Tensor | None]:
+) -> tuple[dict, Predicted | None]:
     """`evaluate` of a network; prints which images it skips."""
     results = evaluate(
         model,
@@ -369,6 +382,7 @@ def complete(options: Options) -> Options:
     recipe_name = one_of("recipe", options.recipe or default, RECIPES)
     recipe = RECIPES[recipe_name]
     one_of("evaluation", options.eval, PROTOCOLS)
+    check_training(options)
     if options.norm is not None:
         one_of("norm", options.norm, NORMS)
     check_shortcut(options, "ABCD")
@@ -445,6 +459,7 @@ def recipe_of(options: Options) -> Recipe:
         shorter_side=recipe.shorter_side and (round(scale * low), round(scale * high)),
         crop=round(scale * recipe.crop),
         resize=round(scale * recipe.resize),
+        clip_grad=recipe.clip_grad if options.clip_grad is None else options.clip_grad or None,
     )
 
 

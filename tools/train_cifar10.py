@@ -134,12 +134,12 @@ def train(rank: Rank, options: Options) -> None:
     schedule = schedule_of(options)
     optimizer = build_optimizer(model, "sgd", rate=schedule.rate, weight_decay=WEIGHT_DECAY, decay_norms=True)
     state = TrainState(distributed(model, rank), optimizer, rank, scaled=options.precision == "fp16")
-    task = Cifar10Task(options, data, model, rank)
+    task = Cifar10Task(options, data, rank)
     run = session.train(task, state, schedule, train_set_sha256=data.fingerprint())
 
     results = loop.evaluate(task, state, run, final=True)
     if rank.is_main:
-        task.save(session.folder)
+        task.save(state.evaluated, session.folder)
         content = {**results, **network, "parameters": parameters, "steps": state.step}
         write_atomically(session.folder / "results.json", json.dumps(content, indent=2) + "\n")
         session.finish({f"{split_name(options)} error": f"{100 * results['error']:.2f}%"})
@@ -154,8 +154,8 @@ def split_name(options: Options) -> str:
 class Cifar10Task(Task):
     """A CIFAR network on its images less their mean image; a batch is (images, labels)."""
 
-    def __init__(self, options: Options, data: Cifar10, model: CifarResNet, rank: Rank):
-        self.options, self.data, self.model, self.rank = options, data, model, rank
+    def __init__(self, options: Options, data: Cifar10, rank: Rank):
+        self.options, self.data, self.rank = options, data, rank
         self.mean_image = mean_image_of(data.train)
         self.wrong = torch.zeros((), device=rank.device)
         self.predictions: Predictions | None = None
@@ -181,15 +181,15 @@ class Cifar10Task(Task):
     def after_update(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, float]:
         return {"train_error": self.wrong.item()}
 
-    def save(self, folder: Path) -> None:
+    def save(self, model: Any, folder: Path) -> None:
         recipe = f"{PAPER} of {self.options.steps} updates of {self.options.batch_size} images"
         file, mean, classes = folder / "model.safetensors", self.mean_image, self.data.classes
-        save_cifar_resnet(self.model, file, mean_image=mean, classes=classes, recipe=recipe)
+        save_cifar_resnet(model, file, mean_image=mean, classes=classes, recipe=recipe)
 
-    def evaluate(self, *, final: bool) -> dict:
-        share_buffers(self.model, self.rank)
+    def evaluate(self, model: Any, *, final: bool) -> dict:
+        share_buffers(model, self.rank)
         bf16 = self.options.precision == "bf16"
-        results, best, losses = test(self.model, self.data.test, self.mean_image, self.rank, bf16=bf16)
+        results, best, losses = test(model, self.data.test, self.mean_image, self.rank, bf16=bf16)
         images, labels = self.data.test
 
         def picture(index: int) -> Image.Image:
@@ -198,6 +198,9 @@ class Cifar10Task(Task):
         if best is not None:
             self.predictions = Predictions(self.data.classes, labels.numpy(), best, picture, "image {}".format, losses)
         return results
+
+    def score(self, result: Mapping) -> float | None:
+        return 1 - result["error"] if self.options.validation else None  # nothing is chosen by the test images
 
     def summary(self, result: Mapping) -> str:
         return f"{split_name(self.options)} error {100 * result['error']:.2f}%"

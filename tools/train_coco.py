@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from resbackbone.cli.command import Auto, Hidden, console, main_of, parse
 from resbackbone.cli.errors import from_option
@@ -20,6 +21,7 @@ from resbackbone.cli.options import (
     MAY_DIFFER,
     MachineOptions,
     RunOptions,
+    check_training,
     choose_machine,
     launch_command,
     training_options,
@@ -34,7 +36,14 @@ from detection.annotations import count_images
 from detection.coco import CocoImages
 from detection.config import BACKBONE_OF, SHAPE, VARIANTS, DetectorConfig, DetectorSettings
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
-from detection.evaluate import Evaluation, evaluate, results_summary, results_table, write_results
+from detection.evaluate import (
+    Evaluation,
+    evaluate,
+    results_summary,
+    results_table,
+    validation_losses,
+    write_results,
+)
 from detection.faster_rcnn import (
     FasterRCNN,
     build_faster_rcnn,
@@ -57,6 +66,7 @@ from resbackbone import build_resnet_backbone
 from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine import loop
+from resbackbone.engine.average import build_average
 from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
 from resbackbone.engine.optimizers import OPTIMIZERS, build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
@@ -75,7 +85,7 @@ OPTION_OF = {  # values of a recipe that are options of the command
     "detector.variant": "variant",
     "backbone.depth": "depth",
     **{f"backbone.{name}": name for name in ("norm", "frozen_through")},
-    **{name: name for name in ("batch_size", "optimizer", "weight_decay", "clip_grad", "checkpoint_period")},
+    **{name: name for name in ("batch_size", "optimizer", "weight_decay", "clip_grad", "ema", "checkpoint_period")},
 }
 LENGTH = ("lr", "epochs", "steps", "warmup_steps")  # options that `Recipe.schedule_for` takes
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
@@ -131,6 +141,9 @@ class TrainingOptions:
     batch_size: Auto[int] = None
     """Images per update, over all GPUs; the recipe's learning rate and number of updates are scaled with it. Default:
     the recipe's (16); 2 on a CPU, except for short."""
+    accumulate: int = 1
+    """Split each process's images into this many parts, one after the other, to save GPU memory. The loss is the mean
+    of the parts' losses; each is normalized, and norms that train have statistics, over the part's images alone."""
     lr: Auto[float] = None
     """Learning rate, for this batch size."""
     epochs: Auto[float] = None
@@ -147,6 +160,8 @@ class TrainingOptions:
     """Weight decay."""
     clip_grad: Auto[float] = None
     """Clip the gradient to this norm; 0 does not clip."""
+    ema: Auto[float] = None
+    """Evaluate and keep a moving average of the weights with this decay, such as 0.9998 (less at first); 0: none."""
     engine: str = "torchvision"
     """Detector: torchvision (this package's own, of torchvision's parts) or detectron2's, if it is installed."""
     checkpoint_period: Auto[int] = None
@@ -158,7 +173,12 @@ class TrainingOptions:
 @dataclass(frozen=True)
 class EvaluationOptions:
     eval_period: int = 0
-    """Updates between evaluations; 0 evaluates at the end only."""
+    """Updates between evaluations; 0 evaluates at the end only. With others on the way, best/ in the run's folder keeps
+    the weights of the highest AP."""
+    early_stop: int = 0
+    """Stop after this many evaluations in a row without a higher AP; 0: never. Needs --eval-period."""
+    val_loss: bool = False
+    """Compute the losses on the validation images too, at every evaluation, which takes about twice as long."""
     coco_backend: str = "hotcoco"
     """Scorer: hotcoco, or pycocotools, which gives the same numbers about a hundred times slower."""
     pictures: int = 12
@@ -211,14 +231,17 @@ def train(rank: Rank, options: Options) -> None:
         session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
     rate, decay, norms = schedule.rate, recipe.weight_decay, recipe.decay_norms
     optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms)
-    scaled = options.precision == "fp16"
-    state = TrainState(distributed(detector, rank), optimizer, rank, clip_grad=recipe.clip_grad, scaled=scaled)
-    task = Detection(session, detector, train_set, val_set)
-    run = session.train(task, state, schedule, train_annotations_sha256=file_digest(train_set.annotation_file))
+    more: dict[str, Any] = {"clip_grad": recipe.clip_grad, "scaled": options.precision == "fp16"}
+    average = build_average(detector, recipe.ema) if recipe.ema else None
+    state = TrainState(distributed(detector, rank), optimizer, rank, average=average, **more)
+    task = Detection(session, train_set, val_set)
+    more = {"parts": options.accumulate, "early_stop": options.early_stop}
+    digest = file_digest(train_set.annotation_file)
+    run = session.train(task, state, schedule, **more, train_annotations_sha256=digest)
 
     loop.evaluate(task, state, run, final=True)
     if rank.is_main:
-        task.save(session.folder)
+        task.save(state.evaluated, session.folder)
         finish(session, task.evaluation, val_set)
     run.close()
 
@@ -247,9 +270,9 @@ def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]
 class Detection(Task):
     """A detector on COCO-format images."""
 
-    def __init__(self, session: Session, detector: FasterRCNN, train_set: CocoImages, val_set: CocoImages):
+    def __init__(self, session: Session, train_set: CocoImages, val_set: CocoImages):
         self.session, self.options, self.rank = session, session.options, session.rank
-        self.detector, self.train_set, self.val_set = detector, train_set, val_set
+        self.train_set, self.val_set = train_set, val_set
         self.evaluation: Evaluation | None = None
 
     def batches(self, start: int) -> Iterator[Batch]:
@@ -268,6 +291,11 @@ class Detection(Task):
             self.session.info(f"repeat: {some if order.repeated else none}")
         return train_batches(self.train_set, order, workers=self.options.workers, device=self.rank.device)
 
+    def parts(self, batch: Batch) -> list[Batch]:
+        images, targets = batch
+        size = len(images) // self.options.accumulate
+        return [(images[i : i + size], targets[i : i + size]) for i in range(0, len(images), size)]
+
     def losses(self, model: nn.Module, part: Batch) -> Mapping[str, Tensor]:
         return model(*part)
 
@@ -282,32 +310,33 @@ class Detection(Task):
             tensors |= {f"{name}_{i}": target[name] for i, target in enumerate(targets)}
         return tensors, f"images {', '.join(str(target['image_id']) for target in targets)}"
 
-    def save(self, folder: Path) -> None:
-        if isinstance(self.detector, FasterRCNN):
-            save_detector(self.detector, folder / "model.safetensors")
+    def save(self, model: Any, folder: Path) -> None:
+        if isinstance(model, FasterRCNN):
+            save_detector(model, folder / "model.safetensors")
         else:
-            self.detector.save(folder)
+            model.save(folder)  # detectron2's
 
-    def evaluate(self, *, final: bool) -> dict:
-        share_buffers(self.detector, self.rank)
+    def evaluate(self, model: Any, *, final: bool) -> dict:
+        share_buffers(model, self.rank)
         bf16 = self.options.precision == "bf16"
+        how: dict[str, Any] = {"workers": self.options.workers, "bf16": bf16, "progress": self.session.track}
+        detector = prepare_for_detection(copy.deepcopy(model), bf16=bf16)
+        losses = {}
         try:
-            self.evaluation = evaluate(
-                prepare_for_detection(copy.deepcopy(self.detector), bf16=bf16),
-                self.val_set,
-                self.rank,
-                workers=self.options.workers,
-                bf16=bf16,
-                backend=self.options.coco_backend,
-                progress=self.session.track,
-            )
+            evaluation = evaluate(detector, self.val_set, self.rank, backend=self.options.coco_backend, **how)
+            if self.options.val_loss:
+                losses = validation_losses(detector, self.val_set, self.rank, **how)
         finally:
             if self.rank.device.type == "cpu":
                 keep_freed_memory(False)  # a training keeps so much more at once that it would fragment
         skipped = gather(self.session.skipped, self.rank)
         if skipped is not None:
-            self.evaluation.results["skipped_training_images"] = sorted(set().union(*skipped))
-        return self.evaluation.results["bbox"]
+            evaluation.results["skipped_training_images"] = sorted(set().union(*skipped))
+        self.evaluation = evaluation
+        return evaluation.results["bbox"] | losses
+
+    def score(self, result: Mapping) -> float | None:
+        return result["AP"]
 
     def summary(self, result: Mapping) -> str:
         return f"AP {percent(result['AP'])}, AP50 {percent(result['AP50'])}"
@@ -337,6 +366,7 @@ def complete(options: Options) -> Options:
     one_of("COCO backend", options.coco_backend, BACKENDS)
     if not 0 <= options.repeat_factor <= 1:
         raise UserError(f"--repeat-factor {options.repeat_factor:g}: must be a share of the images, from 0 to 1")
+    check_training(options)
     precision = options.precision
     if one_of("engine", options.engine, ENGINES) == "detectron2":
         check_detectron2(options, variant, recipe_name)
@@ -346,13 +376,17 @@ def complete(options: Options) -> Options:
     device, processes, precision = choose_machine(replace(options, precision=precision))
     on_gpu = torch.device(device).type == "cuda"
     batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
+    shares = processes * options.accumulate
+    total = options.batch_size or max(1, batch_size // shares) * shares
+    if total % shares:
+        raise UserError(f"--batch-size {total}: must be a multiple of {shares} (processes times --accumulate)")
     return replace(
         options,
         data=data,
         recipe=recipe_name,
         variant=variant,
         depth=one_of("depth", default_depth if options.depth is None else options.depth, depths),
-        batch_size=options.batch_size or max(1, batch_size // processes) * processes,
+        batch_size=total,
         checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
         device=device,
         workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
@@ -364,7 +398,7 @@ def recipe_of(options: Options) -> Recipe:
     """The named recipe with the values that options set. Raises ValueError for one that is not accepted."""
     named = RECIPES[options.recipe]
     recipe = with_values(named, options.recipe_values, OPTION_OF)
-    changes = {name: getattr(options, name) for name in ("optimizer", "weight_decay", "clip_grad")}
+    changes = {name: getattr(options, name) for name in ("optimizer", "weight_decay", "clip_grad", "ema")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if changes.get("optimizer", named.optimizer) != named.optimizer:
         one_of("optimizer", options.optimizer, OPTIMIZERS)
@@ -412,6 +446,8 @@ def check_detectron2(options: Options, variant: str, recipe: str) -> None:
     """Raise ValueError if detectron2 is not installed or does not support an option."""
     if variant not in BACKBONE_OF or RECIPES[recipe].detector.anchor_sides is not None:
         raise UserError(f"--engine detectron2 cannot train {variant} with --recipe {recipe}; leave --engine out")
+    if options.val_loss:
+        raise UserError("--val-loss: --engine detectron2 has losses in training only; leave the option out")
     if options.compile:
         raise UserError("--compile: --engine detectron2 cannot be compiled; leave the option out")
     if options.precision not in (None, "fp32"):

@@ -1,6 +1,7 @@
 """Top-1 and top-5 by the protocols of He et al. 2015 (Sec. 3.4), every image once on any number of ranks."""
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -30,23 +31,33 @@ class Ensemble(nn.Module):
         return torch.stack([model(images).double().softmax(1) for model in self.models]).mean(0).log()
 
 
+class Predicted(NamedTuple):
+    """What a network says of n images."""
+
+    best: Tensor  # int64 [n, 5 or the number of classes if less]: classes, the best first; -1 for an unreadable image
+    losses: Tensor  # fp64 [n]: minus the log of the true class's score, in nats; nan for an unreadable image
+
+
 def evaluate(
     model: nn.Module, images: Images, rank: Rank, *, protocol: str = "1crop", **options
-) -> tuple[dict, Tensor | None]:
-    """Classify every image and count: {"top1", "top5", "images", "unreadable", "protocol"}, the same on every rank.
+) -> tuple[dict, Predicted | None]:
+    """Classify every image: {"top1", "top5", "loss", "images", "unreadable", "protocol"}, the same on every rank.
 
     `top1` and `top5` are the fractions, 0..1, of images whose class is the first, or among the first five, that
-    `predict` returns; arguments (also `options`) and errors are those of `predict`, whose result comes second. With
+    `predict` returns; `loss` is the mean cross entropy, in nats, of the images that can be read.
+    Arguments (also `options`) and errors are those of `predict`, whose result comes second. With
     `images.skip_bad_images` an unreadable image counts as wrong.
     """
     predicted = predict(model, images, rank, protocol=protocol, **options)
     results = None
     if predicted is not None:
-        right = predicted == torch.as_tensor(images.labels).view(-1, 1)  # [images, 5]
+        right = predicted.best == torch.as_tensor(images.labels).view(-1, 1)  # [images, 5]
         top1, top5 = (hits.double().mean().item() for hits in (right[:, 0], right.any(1)))
-        unreadable = int((predicted[:, 0] < 0).sum())
-        counts = {"images": len(predicted), "unreadable": unreadable}
-        results = {"top1": top1, "top5": top5, **counts, "protocol": protocol}
+        unreadable = int((predicted.best[:, 0] < 0).sum())
+        readable = unreadable < len(right)
+        loss = predicted.losses.nanmean().item() if readable else None
+        counts = {"images": len(right), "unreadable": unreadable}
+        results = {"top1": top1, "top5": top5, "loss": loss, **counts, "protocol": protocol}
     return broadcast(results, rank), predicted
 
 
@@ -63,8 +74,8 @@ def predict(
     workers: int = 0,
     bf16: bool = False,
     progress: Callable[[Iterator, int], Iterator] = lambda items, total: items,
-) -> Tensor | None:
-    """The five best classes of every image, best first, int64 [images, 5] on the CPU of rank 0; None elsewhere.
+) -> Predicted | None:
+    """The five best classes and the loss of every image, on the CPU of rank 0; None elsewhere.
 
     `model` takes [B, 3, H, W] (RGB, normalized by MEAN and STD) to logits [B, classes]. The score of a class is its
     softmax averaged over the views of `protocol`:
@@ -78,10 +89,10 @@ def predict(
       Images keep their aspect ratio and are evaluated one by one.
 
     `batch_size` is the number of crops in a forward pass on this rank. `progress` wraps the loop over this rank's
-    batches and gets their number. With fewer than five classes there are as many columns as classes. Raises BadImage
-    for an image that cannot be read; with `images.skip_bad_images` its classes are -1, and rank 0's `images.skipped`
-    holds the message. Raises UserError if the protocol is unknown, if there are no images, if the crop exceeds the
-    resized image, if the model has another number of classes than `images`, and if scores are not finite.
+    batches and gets their number. Raises BadImage for an image that cannot be read; with `images.skip_bad_images` its
+    classes are -1, and rank 0's `images.skipped` holds the message. Raises UserError if the protocol is unknown, if
+    there are no images, if the crop exceeds the resized image, if the model has another number of classes than
+    `images`, and if scores are not finite.
     """
     if not len(images.labels):
         raise UserError("nothing to evaluate: there are no images")
@@ -101,7 +112,7 @@ def predict(
     found: list = []
     skipped: list[str] = []
     try:
-        for groups, problems in progress(iter(loader), len(loader)):
+        for groups, labels, problems in progress(iter(loader), len(loader)):
             bad = torch.tensor([bool(problem) for problem in problems])
             skipped += filter(None, problems)
             if skipped and not images.skip_bad_images:
@@ -110,7 +121,10 @@ def predict(
                 _scores(model, group, rank.device, mirrored=protocol != "1crop", bf16=bf16, classes=len(images.classes))
                 for group in groups
             )
-            found.append(scores.topk(min(5, scores.shape[1])).indices.masked_fill(bad[:, None], -1))
+            best = scores.topk(min(5, scores.shape[1])).indices.masked_fill(bad[:, None], -1)
+            of_true = scores.gather(1, labels[:, None])[:, 0] / len(groups)
+            losses = -of_true.clamp_min(torch.finfo(scores.dtype).tiny).log()
+            found.append(Predicted(best, losses.masked_fill(bad, torch.nan)))
     finally:
         model.train(was_training)
     parts = gather((list(share), found, skipped), rank)
@@ -118,8 +132,9 @@ def predict(
         return None
     images.skipped.update(message for _, _, messages in parts for message in messages)
     order = torch.tensor([index for indices, _, _ in parts for index in indices])
-    predicted = torch.cat([batch for _, batches, _ in parts for batch in batches])
-    return predicted[order.argsort()]
+    columns = zip(*(batch for _, batches, _ in parts for batch in batches), strict=True)
+    best, losses = (torch.cat(column)[order.argsort()] for column in columns)
+    return Predicted(best, losses)
 
 
 def _scores(model: nn.Module, group: Tensor, device: torch.device, *, mirrored: bool, bf16: bool, classes: int):
@@ -138,7 +153,7 @@ def _scores(model: nn.Module, group: Tensor, device: torch.device, *, mirrored: 
 
 
 class _Views(Dataset):
-    """The views of each image: a list of uint8 [views, 3, H, W], before mirroring, and "".
+    """The views of each image, a list of uint8 [views, 3, H, W] before mirroring, its label, and "".
 
     An image that cannot be read is blank, and its message follows: an exception raised in a worker would lose it.
     """
@@ -146,11 +161,12 @@ class _Views(Dataset):
     def __init__(self, images: Images, protocol: str, crop: int, resize: int):
         self.images, self.protocol, self.crop, self.resize = images, protocol, crop, resize
 
-    def __getitem__(self, index: int) -> tuple[list[Tensor], str]:
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int, str]:
+        label = int(self.images.labels[index])
         try:
-            return self._views(self.images.read(index)), ""
+            return self._views(self.images.read(index)), label, ""
         except BadImage as error:
-            return self._views(Image.new("RGB", (self.crop, self.crop))), str(error)
+            return self._views(Image.new("RGB", (self.crop, self.crop))), label, str(error)
 
     def _views(self, image: Image.Image) -> list[Tensor]:
         if self.protocol == "multiscale":

@@ -24,8 +24,7 @@ SMALL = 64  # pixels; a picture no larger than that is shown pixel by pixel
 class Predictions(NamedTuple):
     """A network's predictions on n images, from which a report takes the confusions and the worst images.
 
-    losses: the cross-entropy of each image, in nats; without it the worst images are those whose class the network
-        ranks last.
+    losses: the cross-entropy of each image, in nats.
     """
 
     classes: Sequence[str]
@@ -33,7 +32,7 @@ class Predictions(NamedTuple):
     best: np.ndarray  # int64 [n, k]: the network's classes, the best first; -1 for an unreadable image
     image: Callable[[int], Image.Image]  # raises BadImage for an unreadable one
     name: Callable[[int], str]
-    losses: np.ndarray | None = None  # [n]
+    losses: np.ndarray  # [n]
 
 
 def write_report(
@@ -103,14 +102,7 @@ def _confusions(predictions: Predictions) -> Markup:
 
 def _worst(predictions: Predictions) -> Markup:
     wrong = np.flatnonzero((predictions.best[:, 0] != predictions.labels) & (predictions.best[:, 0] >= 0))
-    k = predictions.best.shape[1]
-    if predictions.losses is not None:
-        ranked = wrong[np.argsort(-predictions.losses[wrong])]
-    else:
-        hits = predictions.best == predictions.labels[:, None]
-        rank = np.where(hits.any(1), hits.argmax(1), k)  # of the true class
-        wrong = np.random.default_rng(0).permutation(wrong)  # of equally bad images, show some of the whole data set
-        ranked = wrong[np.argsort(-rank[wrong], kind="stable")]
+    ranked = wrong[np.argsort(-predictions.losses[wrong], kind="stable")]
     figures: list[dict] = []
     for index in ranked.tolist():
         if len(figures) == WORST:
@@ -121,7 +113,7 @@ def _worst(predictions: Predictions) -> Markup:
             continue
         uri, small = jpeg(image, side=SIDE, limit=PICTURE_LIMIT), max(image.size) <= SMALL
         true, taken = (short(predictions.classes[i]) for i in (predictions.labels[index], predictions.best[index, 0]))
-        loss = None if predictions.losses is None else number(float(predictions.losses[index]), 3)
+        loss = number(float(predictions.losses[index]), 3)
         file = short(Path(predictions.name(index)).name)
         figures.append({"uri": uri, "small": small, "true": true, "taken": taken, "loss": loss, "file": file})
-    return macros("classification.html").worst(figures, bool(len(wrong)), predictions.losses is not None, k)
+    return macros("classification.html").worst(figures, bool(len(wrong)))

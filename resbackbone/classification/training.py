@@ -1,4 +1,4 @@
-"""The loss of a classifier on mixed images, and the moving average of its weights."""
+"""The loss of a classifier on mixed images."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,12 +6,9 @@ import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from resbackbone.classification.recipes import Recipe
-
-EMA_WINDOW = 0.039  # of the run: torchvision's v2, a decay of 0.99998 adjusted to its 600 epochs of 1024 images
 
 
 def build_loss(recipe: Recipe, num_classes: int) -> Callable[[nn.Module, Tensor, Tensor], Mapping[str, Tensor]]:
@@ -36,13 +33,3 @@ def build_loss(recipe: Recipe, num_classes: int) -> Callable[[nn.Module, Tensor,
         return {"loss_class": criterion(model(images).float(), labels)}
 
     return losses
-
-
-def build_average(model: nn.Module, steps: int, warmup_steps: int) -> ModelEmaV3:
-    """timm's exponential moving average of a network's weights and statistics; `.module` is a network.
-
-    Its window is a fixed share of the run's `steps`, and it starts after the warm-up. Call `update(model, step=step)`
-    after every update.
-    """
-    decay = max(0.0, 1 - 1 / (EMA_WINDOW * steps))
-    return ModelEmaV3(model, decay=decay, update_after_step=warmup_steps)

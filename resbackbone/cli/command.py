@@ -36,8 +36,8 @@ progress_console = Console(**PLAIN)  # for what --quiet leaves out: progress mes
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 SECONDS_BETWEEN_LINES = 20  # of progress in a log
 # The lowest values of options that are whole numbers; 1 of the others.
-LEAST = dict.fromkeys(("eval_period", "gpus", "pictures", "seed", "shorter_side", "warmup_steps", "workers"), 0)
-LEAST["size"] = 32
+LEAST = dict.fromkeys(("early_stop", "eval_period", "gpus", "pictures", "seed", "shorter_side", "workers"), 0)
+LEAST |= {"warmup_steps": 0, "size": 32}
 
 
 def parse(options: type[T], argv: list[str] | None, *, default: T | None = None) -> T:

@@ -58,7 +58,7 @@ def _exit(error: Exception) -> NoReturn:
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
     if isinstance(error, torch.OutOfMemoryError):
-        message = ". ".join(message.split(". ")[:2]) + "; lower --batch-size, or for classifiers raise --accumulate"
+        message = ". ".join(message.split(". ")[:2]) + "; lower --batch-size or raise --accumulate"
     elif isinstance(error, BadImage):
         message += "; --skip-bad-images skips it"
     line = " ".join(message.split()) or type(error).__name__

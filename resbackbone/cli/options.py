@@ -1,6 +1,7 @@
 """Options that several commands share, their checks, and what may change when a run is resumed."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Collection
 from contextlib import nullcontext
@@ -21,7 +22,7 @@ T = TypeVar("T", bound=Any)  # a dataclass of options
 # Options that may change when a run is resumed: where it runs, how long, and how often it logs, saves and evaluates.
 MAY_DIFFER = frozenset(
     ("data", "output", "max_steps", "device", "gpus", "workers", "skip_bad_images", "resume", "config", "quiet")
-    + ("checkpoint_period", "eval_period", "log_period")
+    + ("checkpoint_period", "eval_period", "log_period", "early_stop", "val_loss", "track")
 )
 
 
@@ -37,6 +38,8 @@ class RunOptions:
     """Stop after this many updates. Default: the length of the schedule."""
     log_period: int = 20
     """Updates between lines of metrics."""
+    track: Auto[str] = None
+    """wandb or mlflow, if installed: an experiment tracker that gets the configuration and the metrics too."""
     quiet: bool = False
     """Print only warnings, errors and the result."""
 
@@ -62,6 +65,16 @@ def check_shortcut(options, choices: str = "ABC") -> None:
         one_of("shortcut", options.shortcut, tuple(choices), " (or --plain)")
         if options.plain:
             raise UserError(f"--plain has no shortcuts, --shortcut {options.shortcut} asks for them; leave one out")
+
+
+def check_training(options) -> None:
+    """Raise ValueError if --ema or --clip-grad is out of range, or if --early-stop has no evaluations to go by."""
+    if options.ema is not None and not 0 <= options.ema < 1:
+        raise UserError(f"--ema {options.ema:g}: must be from 0 (no average) to below 1, such as 0.9998")
+    if options.clip_grad is not None and not 0 <= options.clip_grad < math.inf:
+        raise UserError(f"--clip-grad {options.clip_grad:g}: must be a norm above 0, such as 10, or 0 for no limit")
+    if options.early_stop and not options.eval_period:
+        raise UserError(f"--early-stop {options.early_stop}: needs evaluations on the way; give --eval-period too")
 
 
 def choose_machine(options, precisions: Collection[str] = tuple(PRECISIONS)) -> tuple[str, int, str]:
@@ -129,9 +142,10 @@ def check_same_run(options: T, saved: T, folder: Path, may_differ: Collection[st
     """Raise ValueError if an option other than those in `may_differ` is not the saved one."""
     for name in sorted(set(option_names(type(options))) - set(may_differ)):
         if (given := getattr(options, name)) != (recorded := getattr(saved, name)):
+            made = "without it" if recorded is None else f"with {recorded}"
             raise UserError(
-                f"{_flag(name)} {given}: the run in {folder} was made with {recorded}; leave the option out to resume "
-                "that run, or give another --output to start a new one"
+                f"{_flag(name)} {given}: the run in {folder} was made {made}; leave the option out to resume that run, "
+                "or give another --output to start a new one"
             )
 
 

@@ -13,6 +13,8 @@ from resbackbone.checks import UserError
 from resbackbone.cli.command import Progress, be_quiet, console, progress_console, to_config, track
 from resbackbone.cli.errors import from_option
 from resbackbone.engine import loop
+from resbackbone.engine.best import FOLDER as BEST
+from resbackbone.engine.best import read_best
 from resbackbone.engine.checkpoints import resume_point
 from resbackbone.engine.device import arithmetic, use_deterministic
 from resbackbone.engine.distributed import Rank, from_main
@@ -21,10 +23,12 @@ from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import TrainState
 from resbackbone.engine.task import Task
 from resbackbone.engine.termination import Terminated
+from resbackbone.engine.tracking import check_tracker
 from resbackbone.report.run import summary
 
 FILES = {  # that a training writes, as its summary names them
     "weights": "model.safetensors",
+    "best": f"{BEST}/model.safetensors",
     "detectron2": "model_final.pth",
     "results": "results.json",
     "report": "report.html",
@@ -76,10 +80,20 @@ class Session:
         # Without these options, --config with this file starts a new run.
         config = to_config(replace(self.options, output=None, resume=False, config=None))
         content, writes = {**config, "effective": effective}, self.rank.is_main
-        return Run(self.folder, content, resumed_step=step, evaluates_again=evaluates_again, writes=writes)
+        again, tracker = evaluates_again, self.options.track
+        return Run(self.folder, content, resumed_step=step, evaluates_again=again, writes=writes, tracker=tracker)
 
-    def train(self, task: Task, state: TrainState, schedule: Schedule, *, parts: int = 1, **effective: str) -> Run:
-        """Load the checkpoint, open the run, and train to the end of the schedule or to --max-steps.
+    def train(
+        self,
+        task: Task,
+        state: TrainState,
+        schedule: Schedule,
+        *,
+        parts: int = 1,
+        early_stop: int = 0,
+        **effective: str,
+    ) -> Run:
+        """Load the checkpoint, open the run, and train to the end of the schedule, to --max-steps or to an early stop.
 
         A batch goes through the network in `parts`; `effective` is recorded in config.yaml.
         """
@@ -100,6 +114,7 @@ class Session:
             log_period=options.log_period,
             checkpoint_period=options.checkpoint_period,
             eval_period=options.eval_period,
+            early_stop=early_stop,
         )
         recorded = {**asdict(schedule), "milestones": list(schedule.milestones), **effective}
         again = state.step >= plan.steps or plan.evaluates(state.step)
@@ -118,13 +133,17 @@ class Session:
         return run
 
     def finish(self, results: Mapping[str, str]) -> None:
-        """Print a summary of the run, its results and the files it wrote."""
+        """Print a summary of the run, its results, its best evaluation and the files it wrote."""
+        if best := read_best(self.folder):
+            results = {**results, "best evaluation": f"{best['summary']} at step {best['step']}, in {BEST}/"}
         self.info(summary(self.folder, results, FILES))
 
 
 def prepare_run(rank: Rank, options, *, default: Path) -> Session:
     """Lock the run's folder, --output or a new one named `default`, and find the checkpoint to resume from."""
     be_quiet(options)
+    with from_option("--track"):
+        check_tracker(options.track)
     use_deterministic(options.deterministic)
     session = Session(options, rank)
 

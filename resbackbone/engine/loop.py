@@ -4,6 +4,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
+from resbackbone.engine.best import keep_if_best, read_best
 from resbackbone.engine.device import autocast
-from resbackbone.engine.distributed import gather
+from resbackbone.engine.distributed import from_main, gather
+from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import Run
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import NonFinite, TrainState, mean_of, seed_step
@@ -26,7 +29,8 @@ from resbackbone.engine.termination import Terminated, termination
 class Plan:
     """How long to train, and how often to log, save and evaluate.
 
-    Periods are in updates; with an `eval_period` of 0 the loop does not evaluate. `batch_size` is over all ranks.
+    Periods are in updates; with an `eval_period` of 0 the loop does not evaluate. `batch_size` is over all ranks. After
+    `early_stop` evaluations in a row that are not better than the best, training ends (0: it does not).
     """
 
     schedule: Schedule
@@ -37,6 +41,7 @@ class Plan:
     log_period: int
     checkpoint_period: int
     eval_period: int
+    early_stop: int = 0
 
     def evaluates(self, step: int) -> bool:
         """Whether `train` evaluates at this step; the last one is for the final evaluation."""
@@ -51,7 +56,7 @@ def train(
     progress: Callable[[int, str | None], None],
     info: Callable[[str], None],
 ) -> None:
-    """Update `state` from its step to the plan's last, with one batch of the task for each update.
+    """Update `state` from its step to the plan's last, with one batch of the task for each update, or stop early.
 
     `progress` gets every step, with a line of metrics or None, and `info` each evaluation's result.
 
@@ -59,18 +64,22 @@ def train(
     finite, raises UserError on every rank before any weight changes. After SIGTERM on any rank, all save a checkpoint
     after the same update and raise Terminated.
     """
-    rank, result = state.rank, None
+    rank, result, saved = state.rank, None, state.step
+    run.keeps_best = bool(plan.eval_period) or read_best(run.folder) is not None
 
     def checkpoint() -> None:
-        run.save(state, task.save)
+        nonlocal saved
+        run.save(state, partial(task.save, state.network))
+        saved = state.step
         if rank.is_main and not plan.eval_period:  # otherwise evaluations write it
             task.write_report(run.folder)
         termination.saved = True
 
-    def evaluate_if_due() -> None:
+    def evaluate_if_due() -> bool:
+        """Evaluate if the plan says so; whether training ends with it."""
         nonlocal result
         if not plan.evaluates(state.step):
-            return
+            return False
         try:
             with termination.deferred(False):
                 result = task.summary(evaluate(task, state, run))
@@ -78,12 +87,25 @@ def train(
             checkpoint()
             termination.stop()
         info(f"step {state.step}: {result}")
+        return stops_early()
+
+    def stops_early() -> bool:
+        if not plan.early_stop or state.step >= plan.steps:
+            return False
+        waited, best = from_main(lambda: (evaluations_since_best(run.folder), read_best(run.folder)), rank)
+        if waited < plan.early_stop:
+            return False
+        than = f"that of step {best['step']}, {best['summary']}" if best else "those before"
+        info(f"stopped early at step {state.step}: {waited} evaluations in a row were no better than {than}")
+        if saved != state.step:
+            checkpoint()
+        return True
 
     batches = task.batches(state.step)
     with termination.deferred():
-        evaluate_if_due()  # of a resumed run, which was saved before it was evaluated
+        ended = evaluate_if_due() or stops_early()  # a resumed run: it was saved before it was evaluated, or had ended
         recent, began = [], time.monotonic()
-        while state.step < plan.steps:
+        while state.step < plan.steps and not ended:
             asked = time.monotonic()  # `began` is earlier: a checkpoint may lie between
             batch = next(batches)
             loaded = time.monotonic()
@@ -118,18 +140,34 @@ def train(
             if stopping:
                 termination.stop(together=True)
             evaluated = time.monotonic()
-            evaluate_if_due()
+            ended = evaluate_if_due()
             began += time.monotonic() - evaluated
 
 
 def evaluate(task: Task, state: TrainState, run: Run, *, final: bool = False) -> Mapping[str, Any]:
-    """Evaluate the task, add the result to the metrics and rewrite the report."""
+    """Evaluate the task, add the result to the metrics, keep the weights if they are the best, rewrite the report.
+
+    After an early stop the last evaluation is the final one already, unless the task's final one differs.
+    """
+    comparable = not (final and task.final_differs)
+    if final and comparable and run.evaluated is not None and run.evaluated[0] == state.step:
+        return run.evaluated[1]
     began = time.monotonic()
-    result = task.evaluate(final=final)
+    result = task.evaluate(state.evaluated, final=final)
     run.record(state.step, {**result, "seconds": time.monotonic() - began}, kind="eval")
+    run.evaluated = state.step, result
     if state.rank.is_main:
+        if comparable and run.keeps_best:
+            write = partial(task.save, state.evaluated)
+            keep_if_best(run.folder, state.step, task.score(result), task.summary(result), result, write)
         task.write_report(run.folder)
     return result
+
+
+def evaluations_since_best(folder: Path) -> int:
+    """How many evaluations of a run came after its best."""
+    best = read_best(folder) or {"step": -1}
+    return len({line["step"] for line in read_metrics(folder, "eval") if line["step"] > best["step"]})
 
 
 def _keep_bad_batch(task: Task, batch: Any, folder: Path, error: NonFinite, state: TrainState) -> str:

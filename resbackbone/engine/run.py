@@ -15,6 +15,7 @@ from resbackbone.engine.checkpoints import save_checkpoint
 from resbackbone.engine.lock import lock_folder, release_folder
 from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.state import TrainState
+from resbackbone.engine.tracking import open_tracker
 
 CLOCK = {  # metrics that differ between equal runs
     *("seconds", "data_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"),
@@ -26,8 +27,9 @@ class Run:
     """The folder of one training run, which only one process writes (rank 0: `writes`; see `lock_folder`).
 
     It holds `config.yaml`, the run's whole configuration; `metrics.jsonl`, one JSON object a line, and the same for
-    TensorBoard in `events.out.tfevents.*`; and the last three `checkpoints/step_NNNNNNN/`. A resumed run drops the
-    metrics after `resumed_step` and, if it `evaluates_again` there, that step's evaluation.
+    TensorBoard in `events.out.tfevents.*`; the last three `checkpoints/step_NNNNNNN/`; and `best/` if it `keeps_best`
+    (see `best.keep_if_best`). A resumed run drops the metrics after `resumed_step` and, if it `evaluates_again` there,
+    that step's evaluation. A `tracker` ("wandb" or "mlflow") gets the metrics and the configuration too.
     """
 
     def __init__(
@@ -38,8 +40,13 @@ class Run:
         resumed_step: int = 0,
         evaluates_again: bool = True,
         writes: bool = True,
+        tracker: str | None = None,
     ):
         self.folder, self.writes = Path(folder), writes
+        self.keeps_best = False
+        self.evaluated: tuple[int, Mapping] | None = None  # step and result of this process's last evaluation
+        self._track: Callable[[int, Mapping[str, float]], object] | None = None
+        self._end_tracking: Callable[[], object] = lambda: None
         self._events: Any = None  # TensorBoard's SummaryWriter, where this process writes
         if not writes:
             return
@@ -56,6 +63,8 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._events = SummaryWriter(str(self.folder), purge_step=resumed_step + 1 if resumed_step else None)
+        if tracker is not None:
+            self._track, self._end_tracking = open_tracker(tracker, self.folder, config)
 
     def record(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
         """Append a line to the metrics, and its numbers to TensorBoard under `kind/`; `kind` is "train" or "eval"."""
@@ -64,11 +73,17 @@ class Run:
         try:
             self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._metrics.flush()
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            for name, value in numbers.items():
+                self._events.add_scalar(name, value, step)
         except OSError as error:
             raise UserError(f"metrics of step {step}: cannot be written to {self.folder} ({error.strerror})") from None
+        if self._track is not None:
+            try:
+                self._track(step, numbers)
+            except Exception as error:  # noqa: BLE001 - a server that fails must not end a training
+                print(f"the tracker failed at step {step} and gets no more: {' '.join(str(error).split())}")
+                self._track = None
 
     def save(self, state: TrainState, write_model: Callable[[Path], None]) -> None:
         """Write a checkpoint: the files of `write_model(folder)` and the state."""
@@ -87,6 +102,7 @@ class Run:
             self._events.close()
             self._metrics.close()
             self._events = None
+            self._end_tracking()
             release_folder(self.folder)
 
 

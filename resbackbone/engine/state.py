@@ -17,6 +17,8 @@ from resbackbone.checks import UserError
 from resbackbone.engine.distributed import Rank, any_rank
 from resbackbone.engine.stopwatch import Stopwatch
 
+AVERAGE = "average.safetensors"
+
 
 class NonFinite(UserError):
     """A loss term or a gradient is not finite on this rank (`terms` names it) or another. No weight has changed."""
@@ -30,7 +32,7 @@ class TrainState:
     """`model` (in DDP or not), its `optimizer`, and `step`, the number of updates done.
 
     `scaled` scales the loss for fp16 by torch.amp.GradScaler: an update whose gradient overflows leaves the weights
-    alone and halves the scale.
+    alone and halves the scale. `average` (`average.build_average` of the model without DDP) follows every update.
 
     After an update, `gradient_norm` is the norm of the last finite gradient before clipping, and `stopping` whether any
     rank asked to stop. `stopwatch` measures forward, backward and optimizer (checks, clipping and step).
@@ -44,11 +46,23 @@ class TrainState:
         *,
         clip_grad: float | None = None,
         scaled: bool = False,
+        average: Any = None,
     ):
         self.model, self.optimizer, self.rank, self.clip_grad = model, optimizer, rank, clip_grad
+        self.average = average
         self.step, self.gradient_norm, self.stopping = 0, 0.0, False
         self.scaler = torch.amp.GradScaler(rank.device.type, enabled=scaled)
         self.stopwatch = Stopwatch(rank.device)
+
+    @property
+    def network(self) -> nn.Module:
+        """The model without DDP."""
+        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network to evaluate and to keep: the average if there is one."""
+        return self.network if self.average is None else self.average.module
 
     def update(
         self,
@@ -86,8 +100,10 @@ class TrainState:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.stopwatch.lap("optimizer")
         self.step += 1
+        if self.average is not None:
+            self.average.update(self.network, step=self.step)
+        self.stopwatch.lap("optimizer")
         return mean_of(values)
 
     def _checked(self, terms: Sequence[Mapping[str, Tensor]], norm: Tensor, stop: bool) -> list[dict[str, float]]:
@@ -115,17 +131,22 @@ class TrainState:
 
     @property
     def nbytes(self) -> int:
-        """Size of a checkpoint: the model's tensors and the optimizer's."""
+        """Size of a checkpoint: the tensors of model, average and optimizer."""
         state = [value for entries in self.optimizer.state.values() for value in entries.values()]
         tensors = [*self.model.parameters(), *self.model.buffers(), *(v for v in state if isinstance(v, Tensor))]
+        if self.average is not None:
+            tensors += self.average.module.state_dict().values()
         return sum(tensor.nbytes for tensor in tensors)
 
     def save(self, folder: Path) -> None:
-        """Write the optimizer's state and the step into `folder`: tensors as safetensors, the rest as JSON."""
+        """Write optimizer, average and step into `folder`: tensors as safetensors, the rest as JSON."""
         content = self.optimizer.state_dict()
         state = {f"{i}.{name}": value for i, entries in content["state"].items() for name, value in entries.items()}
         tensors = {k: value.detach().cpu().contiguous() for k, value in state.items() if isinstance(value, Tensor)}
         save_file(tensors, folder / "optimizer.safetensors")
+        if self.average is not None:
+            weights = self.average.module.state_dict()
+            save_file({name: tensor.cpu().contiguous() for name, tensor in weights.items()}, folder / AVERAGE)
         described = {
             "step": self.step,
             "param_groups": content["param_groups"],
@@ -136,8 +157,15 @@ class TrainState:
 
     def load(self, folder: Path) -> None:
         """Load what `save` wrote. Raises ValueError if a file is damaged or is of another network's optimizer."""
+        if (folder / AVERAGE).exists() != (self.average is not None):
+            was, now = ("without", "with") if self.average is not None else ("with", "without")
+            raise UserError(
+                f"checkpoint {folder}: is of a run {was} an average of the weights; it cannot be resumed {now} one"
+            )
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         try:
+            if self.average is not None:
+                self.average.module.load_state_dict(load_file(folder / AVERAGE))
             described = json.loads((folder / "state.json").read_text())
             step, scaler = described["step"], described["scaler"]
             state: dict[int, dict] = {}
@@ -151,7 +179,7 @@ class TrainState:
                     value = torch.empty_like(parameter, dtype=value.dtype, device="cpu").copy_(value)
                 state.setdefault(int(index), {})[name] = value
             self.optimizer.load_state_dict({"state": state, "param_groups": described["param_groups"]})
-        except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
             reason = error if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             raise UserError(f"checkpoint {folder}: cannot be read ({reason})") from None
         if self.scaler.is_enabled():

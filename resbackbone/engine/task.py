@@ -9,7 +9,12 @@ from torch import Tensor, nn
 
 
 class Task(ABC):
-    """Data, losses, evaluation and files of one kind of training. `batches` decides what a batch is."""
+    """Data, losses, evaluation and files of one kind of training. `batches` decides what a batch is.
+
+    `final_differs`: the final evaluation is made in another way than those on the way, and is not compared with them.
+    """
+
+    final_differs = False
 
     @abstractmethod
     def batches(self, start: int) -> Iterator[Any]:
@@ -32,12 +37,16 @@ class Task(ABC):
         return dict(zip(("images", "labels"), batch, strict=True)), "its images"
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write the network's files into a checkpoint's folder."""
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write the files of a network, the trained one or its average, into a folder."""
 
     @abstractmethod
-    def evaluate(self, *, final: bool) -> Mapping[str, Any]:
-        """Evaluate on all ranks; the result, the same on each, becomes a line of metrics."""
+    def evaluate(self, model: nn.Module, *, final: bool) -> Mapping[str, Any]:
+        """Evaluate a network on all ranks; the result, the same on each, becomes a line of metrics."""
+
+    def score(self, result: Mapping[str, Any]) -> float | None:
+        """What tells better evaluations from worse: higher is better. None: this one is not compared."""
+        return None
 
     @abstractmethod
     def summary(self, result: Mapping[str, Any]) -> str:

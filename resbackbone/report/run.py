@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
+from resbackbone.engine.best import read_best
 from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import read_yaml
 from resbackbone.report.charts import bar
@@ -31,13 +32,14 @@ PARTS = {  # of an update, as metrics.jsonl and the page call them
 
 
 class RunLog:
-    """What a run's folder has recorded: `config`, and the lines of metrics.jsonl as `train` and `evaluations`."""
+    """What a run's folder has recorded: `config`, lines of metrics.jsonl as `train` and `evaluations`, and `best`."""
 
     def __init__(self, folder: Path):
         try:
             self.config = read_yaml(folder / "config.yaml")
         except UserError:
             self.config = {}
+        self.best = read_best(folder)
         started = (folder / "metrics.jsonl").exists()
         self.train, self.evaluations = (read_metrics(folder, kind) if started else [] for kind in ("train", "eval"))
 

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_the_top_five_of_a_checkpoint_are_torchvisions_own_image_for_image(data,
     transform = ImageClassification(crop_size=160, resize_size=176)
     with torch.inference_mode():
         expected = [theirs(transform(Image.open(f).convert("RGB"))[None]).topk(5).indices[0] for f in files]
-    predicted = predict(ours, Files(files), ALONE, crop=160, resize=176, batch_size=8)
+    predicted, _ = predict(ours, Files(files), ALONE, crop=160, resize=176, batch_size=8)
     assert torch.equal(predicted, torch.stack(expected))
     assert len({tuple(row.tolist()) for row in predicted}) > 5  # the images are told apart
 
@@ -109,11 +111,13 @@ def test_ten_crops_are_the_corners_and_the_centre_and_their_mirror_images():
 @pytest.mark.parametrize("protocol, views", [("10crop", 1), ("multiscale", 5)])
 def test_a_class_scores_its_softmax_averaged_over_the_views(protocol, views):
     images, model = Drawn(), Watched()
-    predicted = predict(model, images, ALONE, protocol=protocol, **SMALL, batch_size=1)
+    predicted, losses = predict(model, images, ALONE, protocol=protocol, **SMALL, batch_size=1)
     passes = [model.seen[i : i + views] for i in range(0, len(model.seen), views)]
     logits = [torch.cat([model(x) for x in one]) for one in passes]
-    expected = torch.stack([each.softmax(1).mean(0).topk(5).indices for each in logits])
-    assert torch.equal(predicted, expected)
+    scores = torch.stack([each.double().softmax(1).mean(0) for each in logits])
+    assert torch.equal(predicted, scores.topk(5).indices)
+    of_true = scores[torch.arange(len(scores)), torch.as_tensor(images.labels)]
+    torch.testing.assert_close(losses, -of_true.log())
     assert not torch.equal(predicted, torch.stack([each.mean(0).topk(5).indices for each in logits]))
 
 
@@ -142,17 +146,19 @@ def test_on_a_whole_image_the_classifier_averages_the_score_map_of_its_last_laye
 def test_an_ensemble_averages_softmax_scores():
     images = Drawn(classes=3)
     sure, other = Says(9.0, 0.0, 5.0), Says(0.0, 1.9, 1.7)  # of 1 and 2 the logits' mean prefers 2, the scores' 1
-    assert predict(Ensemble([sure, other]), images, ALONE, **SMALL)[0].tolist() == [0, 1, 2]
-    assert predict(sure, images, ALONE, **SMALL)[0].tolist() == [0, 2, 1]
-    assert predict(Ensemble([sure, sure, other]), images, ALONE, **SMALL)[0].tolist() == [0, 1, 2]
+    assert predict(Ensemble([sure, other]), images, ALONE, **SMALL).best[0].tolist() == [0, 1, 2]
+    assert predict(sure, images, ALONE, **SMALL).best[0].tolist() == [0, 2, 1]
+    assert predict(Ensemble([sure, sure, other]), images, ALONE, **SMALL).best[0].tolist() == [0, 1, 2]
 
 
 def test_what_is_counted_is_the_best_class_and_the_best_five():
     images = Drawn(classes=7)  # two images of each, and every image is said to be 6, 5, 4, 3, 2, 1, 0
-    results, _ = evaluate(Says(*map(float, range(7))), images, ALONE, **SMALL)
+    logits = torch.arange(7.0)
+    results, _ = evaluate(Says(*logits.tolist()), images, ALONE, **SMALL)
+    assert results.pop("loss") == pytest.approx(logits.logsumexp(0).item() - 3)  # 3: the mean logit of the true classes
     assert results == {"top1": 1 / 7, "top5": 5 / 7, "images": 14, "unreadable": 0, "protocol": "1crop"}
     results, _ = evaluate(Says(1.0, 2.0, 0.0), Drawn(classes=3), ALONE, protocol="10crop", **SMALL)  # fewer than five
-    assert results == {"top1": 1 / 3, "top5": 1.0, "images": 6, "unreadable": 0, "protocol": "10crop"}
+    assert results.items() >= {"top1": 1 / 3, "top5": 1.0, "images": 6, "unreadable": 0, "protocol": "10crop"}.items()
 
 
 @pytest.mark.parametrize("protocol, batch_size, largest", [("1crop", 4, 4), ("10crop", 25, 20), ("multiscale", 9, 2)])
@@ -162,14 +168,15 @@ def test_no_more_crops_than_the_batch_size_go_through_at_once_and_it_changes_no_
     images, model = Drawn(), Watched()
     predicted = predict(model, images, ALONE, protocol=protocol, **SMALL, batch_size=batch_size)
     assert max(map(len, model.seen)) == largest
-    assert torch.equal(predicted, predict(model, images, ALONE, protocol=protocol, **SMALL, batch_size=1))
-    assert torch.equal(predicted, predict(model, images, ALONE, protocol=protocol, **SMALL, workers=2))
+    for other in ({"batch_size": 1}, {"workers": 2}):
+        again = predict(model, images, ALONE, protocol=protocol, **SMALL, **other)
+        assert torch.equal(predicted.best, again.best)
 
 
 def test_logits_that_differ_in_their_last_bit_are_told_apart():
     close = [0.1, float(np.nextafter(np.float32(0.1), np.float32(1))), 0.0]  # equal after a softmax in fp32
-    assert predict(Says(*close), Drawn(classes=3), ALONE, **SMALL)[0].tolist() == [1, 0, 2]
-    assert predict(Says(*close[::-1]), Drawn(classes=3), ALONE, **SMALL)[0].tolist() == [1, 2, 0]
+    assert predict(Says(*close), Drawn(classes=3), ALONE, **SMALL).best[0].tolist() == [1, 0, 2]
+    assert predict(Says(*close[::-1]), Drawn(classes=3), ALONE, **SMALL).best[0].tolist() == [1, 2, 0]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -202,7 +209,8 @@ def test_an_image_that_cannot_be_read_is_named_and_ends_it_or_counts_as_wrong(pr
     results, predicted = evaluate(model, images, ALONE, **options)
     assert results["top1"] == 1 / 14 and results["images"] == 14 and results["unreadable"] == 2
     assert images.skipped == {"image 5: empty file", "image 8: empty file"}
-    assert [i for i, row in enumerate(predicted.tolist()) if row == [-1] * 5] == [5, 8]
+    assert [i for i, row in enumerate(predicted.best.tolist()) if row == [-1] * 5] == [5, 8]
+    assert predicted.losses.isnan().nonzero().flatten().tolist() == [5, 8] and math.isfinite(results["loss"])
 
 
 @pytest.mark.parametrize(
@@ -236,6 +244,6 @@ def test_several_ranks_share_the_images_and_end_with_the_results_of_one(monkeypa
         model.seen.clear()
         shared, predicted = evaluate(model, images, Rank(rank, 3, torch.device("cpu")), **options)
         assert shared == (None if rank else results, rank)  # what is broadcast from here
-        assert predicted is None if rank else torch.equal(predicted, alone)
+        assert predicted is None if rank else all(map(torch.equal, predicted, alone))
         looked_at.append(sum(map(len, model.seen)))
     assert looked_at == [4, 4, 5]

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resbackbone.classification.recipes import RECIPES
-from resbackbone.classification.training import build_average, build_loss
+from resbackbone.classification.training import build_loss
 
 HARD = replace(RECIPES["a3"], mixup=0, cutmix=0, bce=False)
 
@@ -82,19 +82,3 @@ def test_what_is_mixed_follows_from_the_random_state_of_torch(batch):
         losses(model, images.clone(), labels)
         seen.append(model.saw)
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
-
-
-def test_the_average_copies_while_the_rate_warms_up_and_then_follows_slowly():
-    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.BatchNorm1d(1))
-    average = build_average(model, steps=1000, warmup_steps=3)
-    kept = average.module[0].weight
-    for step in range(1, 7):
-        with torch.no_grad():
-            model[0].weight.fill_(step)
-            model[1].running_mean.fill_(step)
-        average.update(model, step=step)
-        if step <= 4:
-            assert kept.item() == step
-    decay = 1 - 1 / 39  # 0.039 of 1000 updates
-    assert kept.item() == pytest.approx(decay * (decay * 4 + (1 - decay) * 5) + (1 - decay) * 6)
-    assert average.module[1].running_mean.item() == pytest.approx(kept.item())

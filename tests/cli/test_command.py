@@ -161,8 +161,7 @@ def test_a_config_with_an_unknown_option_or_a_wrong_type_is_refused_by_name(text
         (KeyboardInterrupt(), "interrupted"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity .."),
-            "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch-size, or for classifiers raise "
-            "--accumulate",
+            "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch-size or raise --accumulate",
         ),
     ],
 )

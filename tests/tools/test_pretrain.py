@@ -34,8 +34,8 @@ error_of = partial(error_line, pretrain.main)
 QUICK = ["--depth", "18", "--device", "cpu", "--precision", "fp32", "--log-period", "1", "--size", "32"]
 SIX_STEPS = [*QUICK, "--batch-size", "4", "--checkpoint-period", "2", "--max-steps", "6"]
 RUNS = {  # what is resumed: the optimizers, an average, mixing, parts
-    "a2": ["--recipe", "a2", "--epochs", "3"],
-    "torchvision-v2": ["--recipe", "torchvision-v2", "--epochs", "8", "--accumulate", "2"],
+    "a2": ["--recipe", "a2", "--epochs", "3", "--ema", "0.9", "--clip-grad", "0.5"],
+    "torchvision-v2": ["--recipe", "torchvision-v2", "--epochs", "8", "--accumulate", "2", "--eval-period", "4"],
 }
 
 
@@ -68,7 +68,8 @@ def straight(photos, tmp_path_factory):
 def test_a_run_leaves_everything_in_its_folder(straight, photos):
     run = straight / "torchvision-v2"
     names = {path.name for path in run.iterdir() if not path.name.startswith("events")}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "model.safetensors", "results.json", "report.html"}
+    files = {"config.yaml", "metrics.jsonl", "model.safetensors", "results.json", "report.html"}
+    assert names == files | {"checkpoints", "best"}
     last = {path.name for path in (run / "checkpoints/step_0000006").iterdir()}
     tensors = {f"{name}.safetensors" for name in ("model", "average", "optimizer")}
     assert last == {*tensors, "state.json", "checksums.json"}
@@ -85,6 +86,7 @@ def test_the_results_are_what_the_written_classifier_scores(straight, photos):
     again, _ = evaluate(
         model, open_images(photos, "val"), Rank(0, 1, torch.device("cpu")), crop=32, resize=34, batch_size=50
     )
+    assert results.pop("loss") == pytest.approx(again.pop("loss"))
     assert results == {**again, "skipped_images": [], "skipped_training_images": []}
     assert results["images"] == 12 and 0 <= results["top1"] <= results["top5"] <= 1
 
@@ -100,8 +102,9 @@ def test_the_file_says_what_it_is_and_a_detectors_backbone_starts_from_it(straig
     assert torch.equal(next(v for k, v in trunk.items() if k.endswith("conv1.weight")), state["conv1.weight"])
 
 
-def test_the_average_is_what_is_evaluated_and_written(straight):
-    run = straight / "torchvision-v2"
+@pytest.mark.parametrize("recipe", RUNS)
+def test_the_average_is_what_is_evaluated_and_written(straight, recipe):
+    run = straight / recipe
     last = run / "checkpoints" / "step_0000006"
     assert differing(run / "model.safetensors", last / "average.safetensors") == []
     assert differing(run / "model.safetensors", last / "model.safetensors") != []
@@ -286,6 +289,7 @@ def test_runs_and_files_are_evaluated_together_and_alone_on_their_data_by_any_pr
     model = Ensemble(build_resnet_classifier(weights=f"{run}/model.safetensors") for run in runs)
     rank = Rank(0, 1, torch.device("cpu"))
     wanted, _ = evaluate(model, open_images(photos, "val"), rank, protocol="10crop", crop=32, resize=34)
+    assert found["loss"] == pytest.approx(wanted.pop("loss"))
     assert {name: found[name] for name in wanted} == wanted
     pretrain.main(["--eval-only", "run/model.safetensors", *argv])
     again = json.loads(Path("run/results-1crop.json").read_text())
@@ -320,6 +324,9 @@ def test_runs_and_files_are_evaluated_together_and_alone_on_their_data_by_any_pr
         (["--batch-size", "2", "--accumulate", "2"], "--batch-size 2: batch norm has no statistics of one image"),
         (["--accumulate", "0"], "--accumulate 0: must be at least 1"),
         (["--size", "8"], "--size 8: must be at least 32"),
+        (["--ema", "1"], "--ema 1: must be from 0 (no average) to below 1"),
+        (["--clip-grad", "-1"], "--clip-grad -1: must be a norm above 0"),
+        (["--early-stop", "3"], "--early-stop 3: needs evaluations on the way; give --eval-period too"),
         (["--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file"),
         (["--data", "nowhere"], "--data nowhere: no such folder"),
         (["--eval-only", "nowhere"], "--eval-only nowhere: no such run folder or file"),

@@ -17,6 +17,7 @@ from commands import (
     TOOLS,
     assert_ended_alike,
     die_in_second_checkpoint,
+    differing,
     error_line,
     kill_after_three_steps,
     metrics,
@@ -45,7 +46,7 @@ from resbackbone.tools import convert_weights, evaluate_coco, train_coco
 error_of = partial(error_line, train_coco.main)
 
 QUICK = ["--recipe", "short", "--depth", "18", "--device", "cpu", "--batch-size", "2", "--log-period", "1"]
-SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6"]
+SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6", "--ema", "0.9", "--accumulate", "2"]
 
 
 @pytest.fixture(scope="session")
@@ -156,13 +157,27 @@ def test_a_saved_configuration_starts_a_new_run_and_flags_override_it(straight):
 
 
 def test_another_seed_gives_another_run(shapes, straight):
-    train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--seed", "1", "--output", "run"])
+    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--max-steps", "1", "--seed", "1", "--output", "run"])
     assert metrics(Path("run"))[0]["loss"] != metrics(straight)[0]["loss"]
 
 
-def test_evaluations_on_the_way_change_nothing_of_the_training(shapes, straight):
-    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", "run", "--eval-period", "4"])
-    assert [line["step"] for line in metrics(Path("run"), "eval")] == [4, 6]
+def test_evaluations_on_the_way_change_nothing_of_the_training_and_the_best_is_kept(
+    shapes, straight, monkeypatch, capsys
+):
+    scores = iter([0.9, 0.1])
+    monkeypatch.setattr(train_coco.Detection, "score", lambda *_: next(scores))
+    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", "run", "--eval-period", "4", "--val-loss"])
+    evaluations = metrics(Path("run"), "eval")
+    assert [line["step"] for line in evaluations] == [4, 6]
+    for line in evaluations:
+        parts = [line[f"loss_{name}"] for name in ("classifier", "box_reg", "objectness", "rpn_box_reg")]
+        assert line["loss"] == pytest.approx(sum(parts))
+    assert differing(Path("run/best/model.safetensors"), Path("run/checkpoints/step_0000004/average.safetensors")) == []
+    assert "at step 4, in best/" in capsys.readouterr().out
+    assert "Best evaluation: after update 4, AP " in Path("run/report.html").read_text()
+    evaluate_coco.main(["run/best", "--device", "cpu"])
+    again = json.loads(Path("run/best/results.json").read_text())["bbox"]
+    assert again.items() <= evaluations[0].items()
     assert_ended_alike(Path("run"), straight)
 
 
@@ -481,6 +496,10 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--weights", "torchvision:ResNet51"], "torchvision has no such weights"),
         (["--coco-backend", "fast"], "unknown COCO backend 'fast'; choose from hotcoco, pycocotools"),
         (["--gpus", "2"], "--gpus 2: the device is cpu; leave it out"),
+        (["--accumulate", "4"], "--batch-size 2: must be a multiple of 4 (processes times --accumulate)"),
+        (["--ema", "1"], "--ema 1: must be from 0 (no average) to below 1"),
+        (["--early-stop", "3"], "--early-stop 3: needs evaluations on the way; give --eval-period too"),
+        (["--track", "wandb"], "--track wandb: is not installed; pip install wandb"),
         (["--pictures", "-1"], "--pictures -1: must be at least 0"),
         (["--optimizer", "sgd"], "--optimizer sgd: the learning rate of recipe short is for adamw; give --lr too"),
         (["--epochs", "2", "--steps", "9"], "--epochs 2 and --steps 9 are both a length; give one"),
@@ -646,22 +665,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_names_the_images_and_
 ):
     forward, calls = FasterRCNN.forward, []
 
-    def third_loss_is_nan(self, images, targets=None):
+    def a_loss_of_the_third_update_is_nan(self, images, targets=None):
         losses = forward(self, images, targets)
         if targets is not None:
             calls.append((images, targets))
-            if len(calls) == 3:
+            if len(calls) == 6:  # of two parts each
                 losses["loss_box_reg"] = losses["loss_box_reg"] * float("nan")
         return losses
 
     with monkeypatch.context() as patch:
-        patch.setattr(FasterRCNN, "forward", third_loss_is_nan)
+        patch.setattr(FasterRCNN, "forward", a_loss_of_the_third_update_is_nan)
         said = error_of([*SIX_STEPS, "--data", shapes, "--output", "run"], capsys)
-    images, targets = calls[-1]
+    images, targets = (first + second for first, second in zip(*calls[-2:], strict=True))
     ids = ", ".join(str(target["image_id"]) for target in targets)
     assert f"step 2 is not finite: loss_box_reg is nan on rank 0, images {ids} are saved in run/bad_batch" in said
     saved = load_file("run/bad_batch_step_2_rank_0.safetensors")
-    assert len(calls) == 3 and len(images) == 2
+    assert len(calls) == 6 and len(images) == 2
     for i, (image, target) in enumerate(zip(images, targets, strict=True)):
         assert torch.equal(saved[f"image_{i}"], image)
         assert torch.equal(saved[f"boxes_{i}"], target["boxes"]) and torch.equal(saved[f"labels_{i}"], target["labels"])
