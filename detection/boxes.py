@@ -1,5 +1,6 @@
-"""torchvision's box arithmetic with the same results, but without sending constants to the GPU."""
+"""torchvision's box arithmetic and box losses with the same results, but without sending constants to the GPU."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from detection.patches import is_patched, utils
 
 MIN_BOX_SIDE = 1.0  # pixels; smaller boxes teach a detector nothing and vanish when the image is resized
 TorchvisionBoxCoder: Any = utils.BoxCoder
+EPS = 1e-7  # torchvision's, in its IoU losses
 
 
 class BoxCoder(TorchvisionBoxCoder):
@@ -34,20 +36,51 @@ class BoxCoder(TorchvisionBoxCoder):
         return torch.cat((centres - halves, centres + halves), 2).flatten(1)
 
 
-def matched_offsets(coder: BoxCoder, truth: Tensor, matches: Tensor, around: Tensor, positive: Tensor) -> Tensor:
-    """Offsets from `around` [B, n, 4] to the boxes of `truth` [B, G, 4] at `matches` [B, n]; 0 where not `positive`.
+def box_loss(
+    coder: BoxCoder, deltas: Tensor, around: Tensor, truth: Tensor, positive: Tensor, kind: str = "smooth_l1"
+) -> Tensor:
+    """How far `deltas` from the boxes `around` lead from `truth`, [B, n, 4] each, summed over the `positive` [B, n].
 
-    There they may be those to a padding box, which are not finite.
+    kind: smooth L1 of the offsets (Girshick 2015, eq. 3, from 1/9), or one of the IoU losses of the boxes. What is not
+    positive may have boxes without a size, even in `truth`.
     """
-    boxes = gather_boxes(truth, matches.clamp(min=0))
-    offsets = coder.encode_single(boxes.flatten(0, 1), around.flatten(0, 1)).view_as(boxes)
-    return offsets.where(positive[..., None], 0)
+    if kind == "smooth_l1":
+        offsets = coder.encode_single(truth.flatten(0, 1), around.flatten(0, 1)).view_as(truth)
+        offsets = offsets.where(positive[..., None], 0)  # they may not be finite
+        deviation = F.smooth_l1_loss(deltas, offsets, beta=1 / 9, reduction="none")
+        return deviation.where(positive[..., None], 0).sum()
+    boxes = coder.decode_single(deltas.flatten(0, 1), around.flatten(0, 1)).view_as(deltas)
+    unit = F.pad(torch.ones_like(boxes[..., 2:]), (2, 0))  # the box 0, 0, 1, 1
+    boxes, truth = (x.where(positive[..., None], unit) for x in (boxes, truth))
+    return iou_loss(boxes, truth, kind).where(positive, 0).sum()
 
 
-def box_loss(found: Tensor, offsets: Tensor, positive: Tensor) -> Tensor:
-    """The sum of smooth L1 (Girshick 2015, eq. 3, from 1/9) over the `positive` [B, n] of two offsets [B, n, 4]."""
-    deviation = F.smooth_l1_loss(found, offsets, beta=1 / 9, reduction="none")
-    return deviation.where(positive[..., None], 0).sum()
+def iou_loss(boxes: Tensor, truth: Tensor, kind: str) -> Tensor:
+    """1 - IoU and a penalty, of boxes and ground truth [.., 4], x1 y1 x2 y2 -> [..].
+
+    kind: "giou" (Rezatofighi et al. 2019), "diou" or "ciou" (Zheng et al. 2020). Values and gradients are those of
+    torchvision.ops.generalized_box_iou_loss, .., which make the host wait for the GPU.
+    """
+    (low, high), (true_low, true_high) = (x.split(2, -1) for x in (boxes, truth))
+    sides, true_sides = high - low, true_high - true_low
+    inner = _area((high.minimum(true_high) - low.maximum(true_low)).clamp(min=0))
+    union = _area(sides) + _area(true_sides) - inner
+    iou = inner / (union + EPS)
+    hull = high.maximum(true_high) - low.minimum(true_low)
+    if kind == "giou":
+        return 1 - iou + (_area(hull) - union) / (_area(hull) + EPS)
+    apart = (0.5 * (low + high - true_low - true_high)).square().sum(-1)
+    loss = 1 - iou + apart / (hull.square().sum(-1) + EPS)
+    if kind == "diou":
+        return loss
+    angle, true_angle = ((x[..., 0] / x[..., 1]).atan() for x in (sides.clamp(min=EPS), true_sides))
+    shape = (angle - true_angle).square() * (4 / math.pi**2)
+    weight = (shape / (1 - iou + shape + EPS)).detach()
+    return loss + weight * shape
+
+
+def _area(sides: Tensor) -> Tensor:
+    return sides[..., 0] * sides[..., 1]
 
 
 def best_of(scores: Tensor, count: int, *, in_order: bool = False) -> tuple[Tensor, Tensor]:

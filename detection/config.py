@@ -16,6 +16,7 @@ BACKBONE_OF: dict[str, dict] = {  # each variant's arguments of `build_resnet_ba
 VARIANTS = (*BACKBONE_OF, "vgg16")
 SINGLE_MAP_ANCHORS = (32, 64, 128, 256, 512)  # pixels
 GEOMETRIES = ("torchvision", "detectron2")
+BOX_LOSSES = ("smooth_l1", "giou", "diou", "ciou")
 # What the weights of a detector's trunk, RPN and box head were trained for.
 SHAPE = (
     "variant",
@@ -25,6 +26,8 @@ SHAPE = (
     "rpn_conv_depth",
     "box_conv_layers",
     "representation_size",
+    "cascade_ious",
+    "bbox_reg_weights",
     "geometry",
     "global_context",
     "image_mean",
@@ -39,7 +42,8 @@ RANGES = {
     "rpn_batch_size_per_image box_batch_size_per_image box_detections_per_img": _COUNT,
     "rpn_nms_thresh rpn_fg_iou_thresh rpn_bg_iou_thresh rpn_score_thresh rpn_positive_fraction": _SHARE,
     "box_nms_thresh box_fg_iou_thresh box_bg_iou_thresh box_score_thresh box_positive_fraction": _SHARE,
-    "anchor_scale anchor_sides image_std bbox_reg_weights": _POSITIVE,
+    "cascade_ious": _SHARE,
+    "anchor_scale anchor_sides image_std bbox_reg_weights box_loss_weight": _POSITIVE,
 }
 
 
@@ -70,6 +74,13 @@ class DetectorSettings(Config):
         "detectron2": unrounded anchors, aligned RoIAlign with as many samples as cells, and single maps not padded
         to their stride. Weights trained with one detect about as well, but not the same, with the other.
     global_context: append the feature of the whole image to that of every region (He et al. 2015, appendix B).
+    cascade_ious: for fpn and dc5, a Cascade R-CNN (Cai and Vasconcelos 2018) with a stage for each of these IoUs, from
+        which on a region is an object: (0.5, 0.6, 0.7) in the paper; default () is one box head. The first one is
+        box_fg_iou_thresh. Each stage regresses one box for all classes from those of the stage before.
+    bbox_reg_weights: by which the box deltas x, y, w, h are divided; default (10, 10, 5, 5). Stage n of a cascade has
+        them n times.
+    box_loss: of the box head: "smooth_l1", or of the IoU "giou", "diou" or "ciou" (torchvision.ops).
+    box_loss_weight: of the box head's box loss; mmdetection trains its Faster R-CNN with GIoU at a weight of 10.
     rpn_.., box_..: torchvision's thresholds and numbers of proposals, with its names and defaults.
     """
 
@@ -89,6 +100,9 @@ class DetectorSettings(Config):
     representation_size: int | None = None
     geometry: str = "torchvision"
     global_context: bool = False
+    cascade_ious: tuple[float, ...] = ()
+    box_loss: str = "smooth_l1"
+    box_loss_weight: float = 1.0
     rpn_pre_nms_top_n_train: int = 2000
     rpn_pre_nms_top_n_test: int = 1000
     rpn_post_nms_top_n_train: int = 2000
@@ -114,6 +128,15 @@ class DetectorSettings(Config):
         one_of("variant", self.variant, VARIANTS)
         one_of("geometry", self.geometry, GEOMETRIES)
         one_of("norm of the box head", self.box_norm, (None, *NORMS))
+        one_of("box loss", self.box_loss, BOX_LOSSES)
+        if self.cascade_ious and (self.variant not in ("fpn", "dc5") or self.global_context):
+            kind = "global_context" if self.global_context else f"variant {self.variant!r}"
+            raise UserError(f"cascade_ious are for fpn and dc5 without global_context, not for {kind}")
+        if self.cascade_ious and self.cascade_ious[0] != self.box_fg_iou_thresh:
+            raise UserError(
+                f"cascade_ious begin with {self.cascade_ious[0]}, and box_fg_iou_thresh is {self.box_fg_iou_thresh}: "
+                "they are the same threshold; give both"
+            )
         if self.box_conv_layers and self.variant not in ("fpn", "dc5"):
             raise UserError(f"box_conv_layers are for fpn and dc5: the box head of {self.variant} has its own layers")
         if self.box_norm and not self.box_conv_layers:

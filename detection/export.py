@@ -65,8 +65,8 @@ class ExportedDetector(nn.Module):
         sizes = resized.to(images.dtype).expand(batch, 2)
         anchors = detector.rpn.anchor_generator.of(list(maps.values()), images.shape[-2:])
         proposals = detector.rpn.proposals(list(maps.values()), anchors, sizes)
-        features = heads.box_head(self._pooled(maps, proposals, sizes))
-        boxes, scores, labels, count = heads.detections(*heads.box_predictor(features), proposals, sizes)
+        found = heads.detect(lambda regions: self._pooled(maps, regions, sizes), proposals, sizes)
+        boxes, scores, labels, count = found
         return boxes * (sides / resized).flip(0).repeat(2), scores, labels, count
 
     def _pooled(self, maps: dict[str, Tensor], proposals: Tensor, sizes: Tensor) -> Any:

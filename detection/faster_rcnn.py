@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.rpn import RPNHead
@@ -18,9 +18,10 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detection.anchors import Anchors
 from detection.batch import Targets, pad_boxes, sizes_of
+from detection.box_heads import ConvFCHead, Stage5Head, build_box_head, build_roi_heads
 from detection.config import BACKBONE_OF, SHAPE, SINGLE_MAP_ANCHORS, DetectorConfig
 from detection.foreign import NOT_A_CLASS, announce_settings, describe_detector, with_settings
-from detection.paper import ContextHead, ContextRoIAlign, VGGHead
+from detection.paper import ContextRoIAlign
 from detection.roi_align import PyramidRoIAlign
 from detection.roi_heads import BatchedRoIHeads, FP32Predictor, is_real
 from detection.rpn import FP32RPNHead, SampledRPN
@@ -29,7 +30,7 @@ from resbackbone import Backbone, BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, brief, require
 from resbackbone.compat import any_size_in_graphs, is_observed
 from resbackbone.engine.checkpoints import last_whole_checkpoint
-from resbackbone.layers import ConvBlocks, fuse, norm_layer, same_kind
+from resbackbone.layers import ConvBlocks, fuse, same_kind
 from resbackbone.memory import keep_freed_memory
 from resbackbone.weights import MEAN, STD, Weights, WeightSource, read_weights, write_weights
 from resbackbone.weights.fit import fit, with_eps
@@ -45,7 +46,7 @@ TORCHVISIONS = {  # arguments of its FasterRCNN that are modules, and what sets 
     "rpn_head": "rpn_conv_depth",
     "box_roi_pool": "geometry and anchor_scale",
     "box_head": "box_conv_layers, box_norm and representation_size",
-    "box_predictor": "num_classes",
+    "box_predictor": "num_classes and cascade_ious",
 }
 # Attributes that a load may reset: outputs do not depend on them, or `_live_settings` has them.
 PASSING = {"training", "momentum", "inplace", "warned", "looked", "weights_source", "checkpoint_activations"}
@@ -81,21 +82,7 @@ class FasterRCNN(GeneralizedRCNN):
             canonical_scale=cast(int, config.canonical_scale),
             aligned=not as_torchvision,
         )
-        if c4:
-            channels = trunk.stage_features["c5"].channels
-            box_head: nn.Module = Stage5Head(trunk.layer4)
-        else:
-            channels = cast(int, config.representation_size)
-            if config.box_conv_layers:
-                eps = backbone.config.eps_of(config.box_norm)
-                norm = norm_layer(config.box_norm, eps) if config.box_norm else None
-                shape = (backbone.out_channels, 7, 7)
-                box_head = ConvFCHead(shape, list(config.box_conv_layers), [channels], norm)
-            else:
-                fully_connected = VGGHead if config.variant == "vgg16" else TwoMLPHead
-                box_head = fully_connected(backbone.out_channels * 7 * 7, channels)
-        if config.global_context:
-            box_head, channels = ContextHead(box_head), 2 * channels
+        head, channels = build_box_head(config, backbone, trunk)
         rpn = SampledRPN(
             anchors,
             FP32RPNHead(backbone.out_channels, anchors.num_anchors_per_location()[0], config.rpn_conv_depth),
@@ -108,19 +95,7 @@ class FasterRCNN(GeneralizedRCNN):
             config.rpn_nms_thresh,
             config.rpn_score_thresh,
         )
-        roi_heads = BatchedRoIHeads(
-            pool,
-            box_head,
-            FP32Predictor(channels, config.num_classes + 1),
-            config.box_fg_iou_thresh,
-            config.box_bg_iou_thresh,
-            config.box_batch_size_per_image,
-            config.box_positive_fraction,
-            config.bbox_reg_weights,
-            config.box_score_thresh,
-            config.box_nms_thresh,
-            config.box_detections_per_img,
-        )
+        roi_heads = build_roi_heads(config, pool, head, channels)
         transform = InputTransform(
             config.min_size,
             config.max_size,
@@ -312,17 +287,14 @@ def _form(value: Any) -> str:
 
 def _with_classes_of(detector: FasterRCNN) -> DetectorConfig:
     """The detector's config, with the box predictor's number of classes and default names if it has another."""
-    layer = getattr(detector.roi_heads.box_predictor, "cls_score", None)
+    predictor: Any = detector.roi_heads.box_predictor
+    if isinstance(predictor, nn.ModuleList):  # of a cascade
+        predictor = predictor[0]
+    layer = getattr(predictor, "cls_score", None)
     outputs = getattr(layer, "out_features", None)
     if type(outputs) is not int or outputs - 1 == detector.config.num_classes:
         return detector.config
     return replace(detector.config, num_classes=outputs - 1, categories=())
-
-
-class ConvFCHead(FastRCNNConvFCHead):
-    """torchvision's box head of convolutions and linear layers (Wu and He 2018), its steps joined where they can be."""
-
-    forward = ConvBlocks.forward
 
 
 SAVED_AS: dict[Any, type] = {  # torchvision's classes that ours compute the same as
@@ -332,17 +304,6 @@ SAVED_AS: dict[Any, type] = {  # torchvision's classes that ours compute the sam
     RPNHead: FP32RPNHead,
     GeneralizedRCNNTransform: InputTransform,
 }
-
-
-class Stage5Head(nn.Module):
-    """The C4 detector's box head: stage 5 on every region, then the mean (He et al. 2015, appendix A)."""
-
-    def __init__(self, stage: nn.Sequential):
-        super().__init__()
-        self.layer4 = stage
-
-    def forward(self, regions: Tensor) -> Tensor:  # [N, 1024, 14, 14] -> [N, 2048]
-        return self.layer4(regions).mean((2, 3))
 
 
 def build_faster_rcnn(
@@ -587,7 +548,7 @@ def read_described_weights(source: str | Path) -> Weights:
     """`read_weights`, with "detector" in the metadata if `load_detector` can build one from them."""
     weights = read_weights(source)
     foreign = "detector" not in weights.metadata and not weights.unknown
-    if foreign and f"{PREDICTOR}cls_score.weight" in weights.state:
+    if foreign and not weights.state.keys().isdisjoint(f"{PREDICTOR}{stage}cls_score.weight" for stage in ("", "0.")):
         described = describe_detector(weights)
         announce_settings(weights, described["detector"])
         weights.metadata.update(described)
@@ -599,15 +560,25 @@ def retarget_detector(
 ) -> tuple[FasterRCNN, list[str]]:
     """Build the detector of `read_described_weights` for other categories; also returns the names of new tensors.
 
-    Trunk, pyramid, RPN and box head start from the weights. The box predictor does if the categories are the same;
-    otherwise it is new. The weights determine the settings in SHAPE; `options` are the other settings of
-    `build_faster_rcnn`, and `backbone` overrides the backbone's configuration (norm, frozen_through). Batch norms of
-    pyramid and box head become the trunk's kind: all frozen, or all trainable.
+    Trunk, pyramid, RPN and box heads start from the weights. The box predictor does if the categories are the same;
+    otherwise what it has for each class is new. The weights determine the settings in SHAPE; `options` are the other
+    settings of `build_faster_rcnn`, and `backbone` overrides the backbone's configuration (norm, frozen_through). Batch
+    norms of pyramid and box head become the trunk's kind: all frozen, or all trainable.
+
+    Raises ValueError if the weights do not fit, or if `options` ask for a cascade of other stages than theirs.
     """
     described = DetectorConfig.from_json(weights.metadata["detector"], weights.source)
     pairs = tuple(categories.items())
     same = pairs == described.categories
     shape = {name: getattr(described, name) for name in SHAPE}
+    if asked := options.get("cascade_ious"):
+        if len(asked) != len(stages := described.cascade_ious):
+            theirs = f"a cascade of {len(stages)} stages" if stages else "one box head"
+            raise UserError(
+                f"cascade_ious {asked}: weights from {weights.source} are of a detector with {theirs}; leave "
+                "cascade_ious out to train that, or start from a backbone's weights"
+            )
+        shape["cascade_ious"] = asked
     backbone = {**weights.metadata["backbone"], **backbone}
     norm = backbone.get("norm", BackboneConfig.norm)
     backbone["fpn_norm"] = same_kind(backbone.get("fpn_norm"), norm)
@@ -616,9 +587,13 @@ def retarget_detector(
     weights.announce_assumptions()
     configs = {"backbone": backbone, "detector": retargeted}
     detector = detector_for(replace(weights, metadata=configs))
-    kept = {key: tensor for key, tensor in weights.state.items() if same or not key.startswith(PREDICTOR)}
-    fit(detector, replace(weights, state=kept), fresh=() if same else (PREDICTOR,))
-    return detector, [key for key in detector.state_dict() if key.startswith(PREDICTOR) and not same]
+    by_class = [key for key in detector.state_dict() if key.startswith(PREDICTOR)]
+    if described.cascade_ious:  # whose boxes are for all classes
+        by_class = [key for key in by_class if ".cls_score." in key]
+    new = () if same else tuple(by_class)
+    kept = {key: tensor for key, tensor in weights.state.items() if key not in new}
+    fit(detector, replace(weights, state=kept), fresh=new)
+    return detector, list(new)
 
 
 def prepare_for_detection(detector: AnyDetector, *, bf16: bool = False) -> AnyDetector:

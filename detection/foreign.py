@@ -28,9 +28,11 @@ SINGLE_MAP_PROPOSALS = {
     "rpn_post_nms_top_n_test": 1000,
 }
 
+CASCADE_IOUS = (0.5, 0.6, 0.7)  # of every published Cascade R-CNN
+
 # Parts of names that only these detectors' heads have, and what torchvision's builder of the detector begins with.
 OTHER_DETECTORS = (
-    (("box_head.0.fc", "bbox_head.0."), "Cascade R-CNN", ""),
+    (("bbox_head.0.",), "Cascade R-CNN that averages scores before softmax", ""),
     (("sem_seg_head.",), "Panoptic FPN", ""),
     (("mask_head.",), "Mask R-CNN", "maskrcnn"),
     (("keypoint_head.",), "Keypoint R-CNN", "keypointrcnn"),
@@ -57,7 +59,8 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
             "them, or, to build one of this package all the same, give their state dict alone (torch.load) to "
             "read_weights"
         )
-    scores = state.get("roi_heads.box_predictor.cls_score.weight")
+    stages = _numbered(state, "roi_heads.box_predictor.{}.cls_score.weight")
+    scores = stages[0] if stages else state.get("roi_heads.box_predictor.cls_score.weight")
     if scores is None or scores.dim() != 2:
         raise UserError(
             f"weights from {weights.source} hold no Faster R-CNN: roi_heads.box_predictor is missing; "
@@ -84,12 +87,20 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
             f"{_package_of(weights)} and the anchors they were trained with"
         )
     if variant != "c4":
-        detector |= _box_head(state)
+        detector |= _box_head(state, "roi_heads.box_head.0." if stages else "roi_heads.box_head.")
     if variant != "fpn":
         detector |= SINGLE_MAP_PROPOSALS
     settings = weights.metadata.get("settings", {})
     if unreadable := [name for name, value in settings.items() if value is None]:
         raise UserError(f"weights from {weights.source} state {', '.join(unreadable)}, but not as numbers")
+    ious = settings.get("cascade_ious", CASCADE_IOUS if stages else ())
+    if len(ious) != len(stages):
+        raise UserError(
+            f"weights from {weights.source} have {len(stages) or 'no cascade of'} box heads, and cascade_ious is "
+            f"{tuple(ious)}: it has one IoU for each head of a cascade"
+        )
+    if stages:
+        detector |= {"cascade_ious": ious, "box_fg_iou_thresh": ious[0], "box_bg_iou_thresh": ious[0]}
     detector |= settings
     backbone = _backbone_config(weights, variant)
     strides = [2 ** int(level[1]) for level in backbone.levels] if variant == "fpn" else [16]
@@ -122,6 +133,8 @@ def announce_settings(weights: Weights, described: Mapping[str, object]) -> None
         assumed.append(f"anchors {sides}, height over width 0.5, 1 and 2 ({name})")
     if "geometry" not in stated:
         assumed.append(f"{detector.geometry}'s RoIAlign (geometry, canonical_scale)")
+    if detector.cascade_ious and "cascade_ious" not in stated:
+        assumed.append(f"stages trained at the IoUs {detector.cascade_ious} (cascade_ious)")
     if "box_nms_thresh" not in stated:
         assumed.append("the usual thresholds and numbers of proposals (box_nms_thresh, rpn_nms_thresh, ..)")
     if assumed and not published:
@@ -178,15 +191,15 @@ def _check_dilation(weights: Weights) -> None:
         )
 
 
-def _box_head(state: Mapping[str, Tensor]) -> dict[str, object]:
-    """The settings of a box head that names and shapes show."""
-    convolutions = _numbered(state, "roi_heads.box_head.{}.0.weight")
-    linear = f"roi_heads.box_head.{len(convolutions) + 1 if convolutions else 'fc6'}.weight"
+def _box_head(state: Mapping[str, Tensor], head: str) -> dict[str, object]:
+    """The settings of the box head whose names begin with `head`, as names and shapes show them."""
+    convolutions = _numbered(state, head + "{}.0.weight")
+    linear = f"{head}{len(convolutions) + 1 if convolutions else 'fc6'}.weight"
     found: dict[str, object] = {"representation_size": _rows(state[linear])} if linear in state else {}
     if convolutions:
         found["box_conv_layers"] = [_rows(weight) for weight in convolutions]
-    if "roi_heads.box_head.0.1.weight" in state:
-        found["box_norm"] = "FrozenBN" if "roi_heads.box_head.0.1.running_var" in state else "GN"
+    if f"{head}0.1.weight" in state:
+        found["box_norm"] = "FrozenBN" if f"{head}0.1.running_var" in state else "GN"
     return found
 
 
@@ -215,10 +228,11 @@ def _what_they_are(weights: Weights) -> str:
             version = "_v2" if any(".0.1." in key for key in unknown) else ""  # its heads have norms
             package = f"torchvision.models.detection.{builder}_resnet50_fpn{version}"
         own = f"torchvision's {kind.replace(' ', '').replace('-', '')}" if builder else "detectron2's"
+        plug = "as_torchvision" if builder else "adapters.detectron2"
         return (
-            f"are of a {kind} ({name} and {len(unknown) - 1} more tensors), and this package builds Faster R-CNNs "
-            f"only: load them with {package}, or train {own} on their trunk and pyramid, which "
-            f"build_resnet_backbone reads and {'as_torchvision' if builder else 'adapters.detectron2'} plugs in"
+            f"are of a {kind} ({name} and {len(unknown) - 1} more tensors), and this package builds Faster R-CNN and "
+            f"detectron2's Cascade R-CNN: load them with {package}, or train {own} on their trunk and pyramid, which "
+            f"build_resnet_backbone reads and {plug} plugs in"
         )
     return (
         f"hold {len(unknown)} tensors that no Faster R-CNN of this package has (their trunk and pyramid can be read "

@@ -12,6 +12,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, remove_small_boxes
 
 from detection.batch import sizes_of
+from detection.cascade import CascadeRoIHeads
 from detection.roi_align import PyramidRoIAlign, image_of_each
 from detection.roi_heads import SMALLEST_BOX, is_real
 from detection.transforms import InputTransform, check_images
@@ -132,13 +133,15 @@ class ImprovedTesting(nn.Module):
         before NMS at an IoU of 0.3 and box voting.
 
     Without either, the detections are bit-identical to the detector's. Global context needs training, so it is part of
-    the detector. Raises ValueError if a scale is repeated or not positive.
+    the detector. Raises ValueError if a scale is repeated or not positive, and for a cascade.
     """
 
     def __init__(self, detector: GeneralizedRCNN, *, box_refinement: bool = False, scales: Sequence[int] = ()):
         super().__init__()
         if any(scale < 1 for scale in scales) or len(set(scales)) < len(scales):
             raise UserError(f"scales {', '.join(map(str, scales))}: must be distinct sizes in pixels")
+        if isinstance(detector.roi_heads, CascadeRoIHeads):
+            raise UserError("box_refinement and scales are for one box head; a cascade refines boxes by itself")
         self.detector, self.box_refinement = detector, box_refinement
         own = detector.transform
         self.resizes = nn.ModuleList(
@@ -180,8 +183,9 @@ class ImprovedTesting(nn.Module):
             found = self._refined(levels, proposals, size)
         else:
             logits, deltas = self._predict(levels, proposals)
-            sizes = sizes_of([size], proposals)
-            [found] = detector.roi_heads.detections(logits, deltas, proposals[None], sizes).as_list()
+            heads, sizes = detector.roi_heads, sizes_of([size], proposals)
+            boxes = heads.decoded(heads.box_coder, deltas, proposals[None], sizes)
+            [found] = heads.detections(logits.softmax(-1), boxes, proposals[None]).as_list()
         return detector.transform.postprocess([found], [size], [tuple(image.shape[-2:])])[0]
 
     def _level(self, image: Tensor, resize: InputTransform, own_size: tuple[int, int]) -> PyramidLevel:

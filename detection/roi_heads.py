@@ -1,21 +1,24 @@
 """The second stage of Faster R-CNN (Ren et al. 2015; Girshick 2015, Fast R-CNN, Sec. 2) over a batch of regions."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
 
 from detection.batch import Targets, needed, pad_boxes, sizes_of
-from detection.boxes import BoxCoder, best_of, box_loss, clip, gather_boxes, is_large, matched_offsets
+from detection.boxes import BoxCoder, best_of, box_loss, clip, gather_boxes, is_large
 from detection.cells import at_least_fp32
 from detection.matching import BACKGROUND, match_with
 from detection.nms import nms_sorted
 from detection.patches import is_as_built
 from detection.sampling import sample
+from resbackbone.checks import UserError
 
+Pool = Callable[[Tensor], Any]  # regions [B, R, 4] in pixels -> what a box head takes of them, [B * R, ..]
 SMALLEST_BOX = 0.01  # pixels; smaller ones are dropped, as torchvision does
 NO_LOSS = -100  # the label of a place without a region
 
@@ -40,14 +43,17 @@ class BatchedRoIHeads(RoIHeads):
     In training each image has `fg_bg_sampler.batch_size_per_image` regions. Where it has too few candidates, regions
     that were drawn are repeated, so that a norm's statistics are those of real regions, and the losses leave them out.
 
+    box_loss, box_loss_weight: of `DetectorConfig`.
+
     Where a part has been exchanged or patched, so that this would compute something else, and with mask or keypoint
-    heads, torchvision's own forward runs.
+    heads, torchvision's own forward runs. Raises UserError if that does not know the loss.
     """
 
-    def __init__(self, *arguments, **options):
+    def __init__(self, *arguments, box_loss: str = "smooth_l1", box_loss_weight: float = 1.0, **options):
         super().__init__(*arguments, **options)
         theirs: Any = self.box_coder  # type: ignore[has-type]
         self.box_coder = BoxCoder(theirs.weights)
+        self.box_loss, self.box_loss_weight = box_loss, box_loss_weight
 
     def forward(
         self,
@@ -60,40 +66,68 @@ class BatchedRoIHeads(RoIHeads):
         and losses, one of them empty."""
         proposals, targets = pad_boxes(proposals), None if targets is None else Targets.of(targets)
         if not self.is_as_built():
+            self._check_torchvisions()
             of_images = [boxes[real] for boxes, real in zip(proposals, is_real(proposals), strict=True)]
             return super().forward(features, of_images, image_shapes, None if targets is None else targets.as_list())
+
+        def pool(regions: Tensor) -> Any:
+            return self.box_roi_pool(features, list(regions), image_shapes)
+
+        sizes = sizes_of(image_shapes, proposals)
         if self.training and targets is not None:
-            return [], self.losses(features, proposals, image_shapes, targets)
-        return self.detect(features, proposals, image_shapes).as_list(), {}
+            return [], self.losses(pool, proposals, sizes, targets)
+        return self.detect(pool, proposals, sizes).as_list(), {}
 
     @torch.compiler.assume_constant_result
     def is_as_built(self) -> bool:
         return is_as_built(self, RoIHeads) and not self.has_mask() and not self.has_keypoint()
 
-    def losses(self, features, proposals: Tensor, image_shapes, targets: Targets) -> dict[str, Tensor]:
-        """The losses of the box head (Girshick 2015, eq. 1), as means over the sampled regions."""
-        regions, labels, offsets = self._sampled(proposals, targets)
-        logits, deltas = self.predict(features, regions, image_shapes)
+    def _check_torchvisions(self) -> None:
+        """Raise UserError if torchvision's own forward would compute something else than was asked for."""
+        if self.training and (self.box_loss, self.box_loss_weight) != ("smooth_l1", 1.0):
+            raise UserError(
+                f"the box heads were changed or patched, so torchvision's own code runs, which has no box_loss="
+                f"{self.box_loss!r} and box_loss_weight={self.box_loss_weight}: undo the change, or build without these"
+            )
+
+    def losses(self, pool: Pool, proposals: Tensor, sizes: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """The losses of the box head on proposals [B, K, 4] of images of heights and widths [B, 2]."""
+        regions, labels, truth = self._sampled(proposals, targets)
+        logits, deltas = self.box_predictor(self.box_head(pool(regions)))
+        classifier, box = self._losses_of(self.box_coder, logits, deltas, regions, labels, truth)
+        return {"loss_classifier": classifier, "loss_box_reg": box}
+
+    def _losses_of(
+        self, coder: BoxCoder, logits: Tensor, deltas: Tensor, regions: Tensor, labels: Tensor, truth: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The losses of class and box (Girshick 2015, eq. 1), as means over the regions [B, R, 4] with labels [B, R].
+
+        logits [B * R, K + 1], deltas [B * R, 4 * (K + 1)], or [B * R, 4] for all classes; truth [B, n, 4] of the first
+        n places, which those with an object have.
+        """
         number = (labels != NO_LOSS).sum().clamp(min=1)
         error = F.cross_entropy(logits, labels.flatten(), ignore_index=NO_LOSS, reduction="sum")
-        most = offsets.shape[1]  # positives have the first places
-        classes = labels[:, :most].clamp(min=0)
-        of_class = deltas.view(*labels.shape, -1, 4)[:, :most].gather(2, classes[..., None, None].expand(-1, -1, -1, 4))
-        deviation = box_loss(of_class.squeeze(2), offsets, labels[:, :most] > 0)
-        return {"loss_classifier": error / number, "loss_box_reg": deviation / number}
+        regions, deltas = regions[:, : truth.shape[1]], deltas.view(*labels.shape, -1, 4)[:, : truth.shape[1]]
+        labels = labels[:, : truth.shape[1]]
+        if deltas.shape[2] > 1:
+            deltas = deltas.gather(2, labels.clamp(min=0)[..., None, None].expand(-1, -1, -1, 4))
+        deviation = box_loss(coder, deltas.squeeze(2), regions, truth, labels > 0, self.box_loss)
+        return error / number, self.box_loss_weight * deviation / number
 
-    def predict(self, features, regions: Tensor, image_shapes) -> tuple[Tensor, Tensor]:
-        """Regions [B, R, 4] -> class scores before softmax [B * R, K + 1] and box deltas [B * R, 4 * (K + 1)]."""
-        return self.box_predictor(self.box_head(self.box_roi_pool(features, list(regions), image_shapes)))
+    def detect(self, pool: Pool, proposals: Tensor, sizes: Tensor) -> Detections:
+        """The detections of every image on its proposals, in as many places for each."""
+        logits, deltas = self.box_predictor(self.box_head(pool(proposals)))
+        boxes = self.decoded(self.box_coder, deltas, proposals, sizes)
+        return self.detections(logits.softmax(-1), boxes, proposals)
 
-    def detect(self, features, proposals: Tensor, image_shapes) -> Detections:
-        """Maps and proposals -> the detections of every image, in as many places for each."""
-        logits, deltas = self.predict(features, proposals, image_shapes)
-        return self.detections(logits, deltas, proposals, sizes_of(image_shapes, proposals))
+    def decoded(self, coder: BoxCoder, deltas: Tensor, regions: Tensor, sizes: Tensor) -> Tensor:
+        """Deltas [B * R, 4 * k] from regions [B, R, 4] -> boxes in the images [B, R, k, 4]."""
+        boxes = coder.decode_single(deltas, regions.flatten(0, 1))
+        return clip(boxes.view(*regions.shape[:2], -1, 4), sizes[:, None, None])
 
     @torch.no_grad()
     def _sampled(self, proposals: Tensor, targets: Targets) -> tuple[Tensor, Tensor, Tensor]:
-        """Regions [B, R, 4], their labels [B, R], and the offsets to the boxes of those with a positive's place."""
+        """Regions [B, R, 4], their labels [B, R], and the ground truth of those with a positive's place [B, n, 4]."""
         boxes = targets.boxes.to(proposals.dtype)
         candidates = torch.cat((proposals, boxes), 1)
         matches = match_with(self.proposal_matcher, targets, candidates)
@@ -107,19 +141,16 @@ class BatchedRoIHeads(RoIHeads):
         place = torch.arange(places, device=index.device)
         index = index.gather(1, place % drawn.sum(1, keepdim=True).clamp(min=1))  # drawn ones again
         regions, labels = gather_boxes(candidates, index), labels.gather(1, index).masked_fill(~drawn, NO_LOSS)
-        of_places = matches.gather(1, index[:, :most])
-        offsets = matched_offsets(self.box_coder, boxes, of_places, regions[:, :most], labels[:, :most] > 0)
-        return regions, labels, offsets
+        return regions, labels, gather_boxes(boxes, matches.gather(1, index[:, :most]).clamp(min=0))
 
-    def detections(self, logits: Tensor, deltas: Tensor, proposals: Tensor, sizes: Tensor) -> Detections:
+    def detections(self, scores: Tensor, boxes: Tensor, proposals: Tensor) -> Detections:
         """The best `detections_per_img` boxes of each image: those that score enough and survive NMS in their class.
 
-        logits [B * R, K + 1] and deltas [B * R, 4 * (K + 1)] of proposals [B, R, 4]; heights and widths [B, 2].
+        scores [B * R, K + 1] after softmax and boxes [B, R, K + 1, 4], or [B, R, 1, 4] for all classes, of proposals
+        [B, R, 4].
         """
-        images, regions = proposals.shape[:2]
-        scores = logits.softmax(-1).view(images, regions, -1)[..., 1:]  # without background
-        boxes = self.box_coder.decode_single(deltas, proposals.flatten(0, 1))
-        boxes = clip(boxes.view(images, regions, -1, 4)[:, :, 1:], sizes[:, None, None])
+        scores = scores.view(*proposals.shape[:2], -1)[..., 1:]  # without background
+        boxes = boxes[:, :, 1:] if boxes.shape[2] > 1 else boxes.expand(-1, -1, scores.shape[2], -1)
         good = (scores > self.score_thresh) & is_large(boxes, SMALLEST_BOX) & is_real(proposals)[..., None]
         scores = scores.masked_fill(~good, -1)
         falling, order = scores.transpose(1, 2).sort(dim=2, descending=True, stable=True)  # each class's regions
@@ -144,6 +175,12 @@ def is_real(proposals: Tensor) -> Tensor:
 
 class FP32Predictor(FastRCNNPredictor):
     """Class scores and box deltas in fp32 or better, since bf16 resolves 1000 pixels to 4 only."""
+
+    def __init__(self, in_channels: int, num_classes: int, *, boxes: int | None = None):
+        """num_classes: with background. boxes: of each region, 1 for all classes; by default one a class."""
+        super().__init__(in_channels, num_classes)
+        if boxes is not None:
+            self.bbox_pred = nn.Linear(in_channels, 4 * boxes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         scores, deltas = super().forward(x)

@@ -12,7 +12,7 @@ from torchvision.ops import Conv2dNormActivation
 
 from detection.anchors import Anchors
 from detection.batch import Targets, needed, pad_boxes, sizes_of
-from detection.boxes import BoxCoder, best_of, box_loss, clip, gather_boxes, is_large, matched_offsets
+from detection.boxes import BoxCoder, best_of, box_loss, clip, gather_boxes, is_large
 from detection.cells import at_least_fp32, pick, sum_cells
 from detection.matching import match_with
 from detection.nms import nms_sorted
@@ -155,12 +155,12 @@ class SampledRPN(RegionProposalNetwork):
         wanted = labels.gather(1, index)
         positive = (drawn & (wanted == 1))[:, :most]
         places = index[:, :most]
-        offsets = matched_offsets(self.box_coder, targets.boxes, matches.gather(1, places), anchors[places], positive)
+        truth = gather_boxes(targets.boxes, matches.gather(1, places).clamp(min=0))
         error = F.binary_cross_entropy_with_logits(objectness, wanted.to(objectness.dtype), reduction="none")
         number = drawn.sum().clamp(min=1)
         return {
             "loss_objectness": error.where(drawn, 0).sum() / number,
-            "loss_rpn_box_reg": box_loss(deltas[:, :most], offsets, positive) / number,
+            "loss_rpn_box_reg": box_loss(self.box_coder, deltas[:, :most], anchors[places], truth, positive) / number,
         }
 
     def _at(self, maps: list[Tensor], index: Tensor) -> tuple[Tensor, Tensor]:

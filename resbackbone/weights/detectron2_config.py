@@ -61,6 +61,17 @@ DETECTOR: dict[str, Sequence] = {
     "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": (False,),
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": (False,),
 }
+# The same of a Cascade R-CNN.
+CASCADE_SETTINGS = {
+    **{theirs: ours for theirs, ours in SETTINGS.items() if ours != "bbox_reg_weights"},
+    "MODEL.ROI_BOX_CASCADE_HEAD.IOUS": "cascade_ious",
+}
+CASCADE: dict[str, Sequence] = {
+    **DETECTOR,
+    "MODEL.ROI_HEADS.NAME": ("CascadeROIHeads",),
+    "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG": (True,),
+    "MODEL.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS": ([[10, 10, 5, 5], [20, 20, 10, 10], [30, 30, 15, 15]],),
+}
 
 
 def stated_by_detectron2(path: Path) -> dict[str, Any]:
@@ -97,7 +108,8 @@ def stated_by_detectron2(path: Path) -> dict[str, Any]:
         raise UserError(f"its {WHERE} has INPUT.FORMAT {order!r:.80}; this package converts BGR and RGB")
     mean, std = (value_at(config, f"MODEL.{name}") for name in ("PIXEL_MEAN", "PIXEL_STD"))
     settings: dict[str, Any] = {}
-    for theirs, ours in SETTINGS.items():
+    cascade = value_at(config, "MODEL.ROI_HEADS.NAME") in CASCADE["MODEL.ROI_HEADS.NAME"]
+    for theirs, ours in (CASCADE_SETTINGS if cascade else SETTINGS).items():
         if (value := value_at(config, theirs)) is not None:
             numbers = value if isinstance(value, list) else [value]
             settings[ours] = value if all(type(x) in (int, float) for x in numbers) else None
@@ -110,7 +122,7 @@ def stated_by_detectron2(path: Path) -> dict[str, Any]:
         "anchors": _anchors(config),
         "settings": settings,
     }
-    for name, accepted in DETECTOR.items():
+    for name, accepted in (CASCADE if cascade else DETECTOR).items():
         value = value_at(config, name)
         if value is not None and value not in accepted:
             stated["not_built"] = f"{name} {value!r:.80} in its {WHERE}; detectors of this package have {accepted[0]!r}"

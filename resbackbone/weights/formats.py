@@ -37,9 +37,14 @@ NAMES = (
     "roi_heads.box_head.fc{n}.{leaf}",
     "roi_heads.box_predictor.cls_score.{leaf}",
     "roi_heads.box_predictor.bbox_pred.{leaf}",
+    # The box heads of Cascade R-CNN
+    "roi_heads.box_head.{i}.fc{n}.{leaf}",
+    "roi_heads.box_predictor.{i}.cls_score.{leaf}",
+    "roi_heads.box_predictor.{i}.bbox_pred.{leaf}",
     # The deeper heads of torchvision's V2 detectors: two convolutions in the RPN, four and one fully connected layer
     "rpn.head.conv.{j}.0.{leaf}",
-    "roi_heads.box_head.{j}.{k}.{leaf}",
+    "roi_heads.box_head.{j}.{k}.{leaf}",  # or a cascade's {n}, below
+    "roi_heads.box_head.{i}.{j}.{k}.{leaf}",
     "roi_heads.box_head.{n}.{leaf}",
 )
 STAGE5 = "roi_heads.box_head."  # where a C4 detector has its layer4
@@ -125,6 +130,9 @@ DETECTRON2 = Format(
         "roi_heads.box_head.fc{n-5}.{leaf}",
         "roi_heads.box_predictor.cls_score.{leaf}",
         "roi_heads.box_predictor.bbox_pred.{leaf}",
+        "roi_heads.box_head.{i}.fc{n-5}.{leaf}",
+        "roi_heads.box_predictor.{i}.cls_score.{leaf}",
+        "roi_heads.box_predictor.{i}.bbox_pred.{leaf}",
     ),
     places=(
         ("", ""),

@@ -39,7 +39,7 @@ from resbackbone.weights.translate import HEADS as DETECTOR_HEADS
 
 _log = logging.getLogger("resbackbone")  # without a handler, warnings go to stderr, a line each
 GIVEN = "the given state dict"
-HEAD_NORM = "roi_heads.box_head.0.1.weight"
+HEAD_NORMS = ("roi_heads.box_head.0.1.weight", "roi_heads.box_head.0.0.1.weight")  # the latter in a cascade
 MOST_NAMES = 12  # in one line
 DC5_NAME = re.compile(r"(?<![a-z\d])dc5(?![a-z\d])", re.IGNORECASE)  # of detr-r50-dc5-f0fb7ef5.pth
 AUTHORS = (None, "Detectron2 Model Zoo", "Caffe2", "torchvision")  # of files of detectron2's ImageNetPretrained
@@ -440,7 +440,7 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
             undecided.append("dilate_c5")
     if weights.format == "mmdetection" and "relu_before_p7" not in stated and any(".p7." in key for key in state):
         assumed["relu_before_p7"] = False  # mmdetection's default
-    norms = [key.removesuffix(".weight") for key in state if key.endswith((".inner_blocks.0.1.weight", HEAD_NORM))]
+    norms = [key.removesuffix(".weight") for key in state if key.endswith((".inner_blocks.0.1.weight", *HEAD_NORMS))]
     bare = any(f"{norm}.running_var" not in state for norm in norms)
     if bare and "GN" not in (stated.get("norm"), stated.get("fpn_norm")):
         assumed |= {} if published else {"fpn_norm": "GN"}
@@ -472,7 +472,8 @@ def _for_our_input(weights: Weights, given_input: Mapping | None, constants: Map
 def _is_detector_on_c5(state: Mapping[str, Tensor]) -> bool:
     """Whether this is a Faster R-CNN on one map of c5, whose stride tensors do not show."""
     fpn_or_c4 = ("backbone.fpn.", f"{STAGE5}layer4.")
-    return f"{STAGE5}fc6.weight" in state and not any(key.startswith(fpn_or_c4) for key in state)
+    heads = {f"{STAGE5}fc6.weight", f"{STAGE5}0.fc6.weight"}
+    return not heads.isdisjoint(state) and not any(key.startswith(fpn_or_c4) for key in state)
 
 
 def _has_frozen_norms(state: Mapping[str, Tensor]) -> bool:

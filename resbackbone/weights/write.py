@@ -65,6 +65,8 @@ def write_as(path: str | os.PathLike, weights: Weights, format: str = OURS) -> N
             f"image_mean and image_std: {format}'s files hold none; keep the detector in a file of this package"
         )
     state, given = dict(weights.state), FORMATS[format].input
+    if format == "torchvision" and "roi_heads.box_predictor.0.cls_score.weight" in state:
+        raise UserError("torchvision has no Cascade R-CNN; write a file of this package or of detectron2")
     if given != INPUT:
         key = conv1_of(state)
         state[key] = for_given_input(state[key], given)

@@ -110,7 +110,7 @@ def lively(model):
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
         for name, parameter in model.named_parameters():
-            if name.endswith(("cls_score.weight", "box_predictor.bbox_pred.weight")):
+            if "box_predictor" in name and name.endswith("weight"):
                 parameter.mul_(5)
     return model.eval()
 

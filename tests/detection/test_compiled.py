@@ -64,7 +64,15 @@ def test_one_graph_serves_all_sizes_and_numbers_of_boxes_with_the_same_losses_an
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("options", [{"geometry": "detectron2", "global_context": True}, {"variant": "c4"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"geometry": "detectron2", "global_context": True},
+        pytest.param({"variant": "c4"}, marks=pytest.mark.slow),
+        {"variant": "dc5", "cascade_ious": (0.5, 0.6, 0.7), "box_loss": "ciou"},
+    ],
+    ids=str,
+)
 def test_every_variant_is_one_graph(options):
     detector = trained(**options)
     wanted = results(detector, *BATCHES[0])

@@ -33,6 +33,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
 ODD_SIZES = [(1, 33, 41), (2, 97, 64), (1, 200, 311), (3, 61, 122), (1, 13, 13)]  # batch, height, width
+CASCADE = (0.5, 0.6, 0.7)
 NMS = torch.ops.resbackbone.nms_sorted.default
 
 
@@ -84,8 +85,19 @@ def vgg16(**options):
         pytest.param(lambda: small_detector("fpn", geometry="detectron2"), "onnx", marks=pytest.mark.slow),
         pytest.param(lambda: small_detector("dc5", global_context=True), "onnx", marks=pytest.mark.slow),
         pytest.param(vgg16, "onnx", marks=pytest.mark.slow),
+        pytest.param(lambda: small_detector("fpn", cascade_ious=CASCADE), "onnx", marks=pytest.mark.slow),
+        pytest.param(lambda: small_detector("fpn", cascade_ious=CASCADE), "pt2", marks=pytest.mark.slow),
     ],
-    ids=["fpn", "c4 with context", "detectron2 pt2", "detectron2", "dc5 with context", "vgg16"],
+    ids=[
+        "fpn",
+        "c4 with context",
+        "detectron2 pt2",
+        "detectron2",
+        "dc5 with context",
+        "vgg16",
+        "cascade",
+        "cascade pt2",
+    ],
 )
 def test_an_exported_detector_finds_what_the_detector_does_at_any_batch_and_size(tmp_path, make, suffix):
     detector = lively(make())
@@ -101,8 +113,9 @@ def test_an_exported_detector_finds_what_the_detector_does_at_any_batch_and_size
         lambda: small_detector("dc5", global_context=True),
         lambda: small_detector("dc5", image_mean=(123.0, 117.0, 104.0), image_std=(58.0, 57.0, 57.0)),
         vgg16,
+        lambda: small_detector("fpn", cascade_ious=CASCADE),
     ],
-    ids=["like torchvision's V2", "dc5 with context", "pixels in 0..255", "vgg16"],
+    ids=["like torchvision's V2", "dc5 with context", "pixels in 0..255", "vgg16", "cascade"],
 )
 def test_every_kind_of_detector_finds_the_same_in_the_form_that_is_exported(make):
     detector = lively(make())

@@ -167,7 +167,13 @@ def test_another_eps_is_that_of_all_batch_norms_and_goes_into_the_scales_that_ar
 
 @pytest.mark.parametrize(
     "config",
-    ["faster_rcnn_R_50_FPN_1x", "faster_rcnn_R_50_C4_1x", "faster_rcnn_R_50_DC5_1x", "faster_rcnn_X_101_32x8d_FPN_3x"],
+    [
+        "COCO-Detection/faster_rcnn_R_50_FPN_1x",
+        "COCO-Detection/faster_rcnn_R_50_C4_1x",
+        "COCO-Detection/faster_rcnn_R_50_DC5_1x",
+        "COCO-Detection/faster_rcnn_X_101_32x8d_FPN_3x",
+        "Misc/cascade_mask_rcnn_R_50_FPN_1x",
+    ],
 )
 @torch.inference_mode()
 def test_a_detectron2_checkpoint_gives_detectron2s_boxes(config, tmp_path):
@@ -175,8 +181,9 @@ def test_a_detectron2_checkpoint_gives_detectron2s_boxes(config, tmp_path):
     from detectron2 import model_zoo
     from detectron2.modeling import build_model
 
-    settings = model_zoo.get_config(f"COCO-Detection/{config}.yaml")
+    settings = model_zoo.get_config(f"{config}.yaml")
     settings.MODEL.DEVICE, settings.MODEL.WEIGHTS, settings.MODEL.ROI_HEADS.SCORE_THRESH_TEST = "cpu", "", 0.0
+    settings.MODEL.MASK_ON = False
     theirs = lively(build_model(settings))
     state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items()}
     state |= {"pixel_mean": theirs.pixel_mean.numpy(), "pixel_std": theirs.pixel_std.numpy()}
@@ -546,12 +553,15 @@ def test_another_detector_of_torchvision_is_refused_with_its_builder_and_its_tru
     "format, name, says",
     [
         ("detectron2", "roi_heads.mask_head.mask_fcn1.weight", "a Mask R-CNN .* with detectron2, .*as_torchvision"),
-        ("detectron2", "roi_heads.box_head.0.fc1.weight", "a Cascade R-CNN .* with detectron2, .*adapters.detectron2"),
         ("detectron2", "head.cls_subnet.0.weight", "a RetinaNet .* load them with detectron2, "),
         ("detectron2", "roi_heads.keypoint_head.conv_fcn1.weight", "a Keypoint R-CNN "),
-        ("detectron2", "sem_seg_head.p2.0.weight", "a Panoptic FPN "),
+        ("detectron2", "sem_seg_head.p2.0.weight", "a Panoptic FPN .* with detectron2, .*adapters.detectron2"),
         ("mmdetection", "roi_head.mask_head.convs.0.conv.weight", "a Mask R-CNN .* load them with mmdetection, "),
-        ("mmdetection", "roi_head.bbox_head.0.shared_fcs.0.weight", "a Cascade R-CNN "),
+        (
+            "mmdetection",
+            "roi_head.bbox_head.0.shared_fcs.0.weight",
+            "a Cascade R-CNN that averages scores before softmax",
+        ),
         ("mmdetection", "bbox_head.retina_cls.weight", "a RetinaNet "),
         (
             "mmdetection",

@@ -217,7 +217,15 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"geometry": "detectron2"}, {"variant": "c4"}, {"global_context": True}], ids=str
+    "options",
+    [
+        {},
+        {"geometry": "detectron2"},
+        {"variant": "c4"},
+        {"global_context": True},
+        {"cascade_ious": (0.5, 0.6, 0.7), "box_loss": "ciou"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_the_host_waits_once_however_many_images_there_are(options, training, monkeypatch):

@@ -104,6 +104,24 @@ def test_a_detector_that_is_not_built_leaves_its_trunk(checkpoint, path, value):
     build_resnet_backbone(weights=weights)
 
 
+@pytest.mark.parametrize(
+    "agnostic, deltas, problem",
+    [
+        (True, [[10, 10, 5, 5], [20, 20, 10, 10], [30, 30, 15, 15]], None),
+        (False, [[10, 10, 5, 5], [20, 20, 10, 10], [30, 30, 15, 15]], "CLS_AGNOSTIC_BBOX_REG False"),
+        (True, [[10, 10, 5, 5]] * 3, "BBOX_REG_WEIGHTS"),
+    ],
+)
+def test_the_stages_of_a_cascade_are_those_of_the_config(checkpoint, agnostic, deltas, problem):
+    config = yaml.safe_load(changed("ROI_HEADS", {"NAME": "CascadeROIHeads"}))
+    config["MODEL"]["ROI_BOX_HEAD"] = {"CLS_AGNOSTIC_BBOX_REG": agnostic, "BBOX_REG_WEIGHTS": [10, 10, 5, 5]}
+    config["MODEL"]["ROI_BOX_CASCADE_HEAD"] = {"IOUS": [0.5, 0.6, 0.75], "BBOX_REG_WEIGHTS": deltas}
+    checkpoint.with_name("config.yaml").write_text(yaml.safe_dump(config))
+    stated = read_weights(checkpoint).metadata
+    assert stated["settings"]["cascade_ious"] == [0.5, 0.6, 0.75] and "bbox_reg_weights" not in stated["settings"]
+    assert ("not_built" in stated) == (problem is not None) and (problem or "") in stated.get("not_built", "")
+
+
 def test_it_is_read_beside_detectron2s_names_only_and_only_if_detectron2_wrote_it(checkpoint, trunk):
     torch.save(trunk, checkpoint.with_name("torchvisions.pth"))
     for text in (changed("RESNETS.NORM", "LN"), "a: 1", "{", "- 1", "a: !!python/object:x.Y {}"):
