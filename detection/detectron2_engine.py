@@ -37,6 +37,8 @@ KEYS = {  # torchvision's names, as recipes have them, and detectron2's
     "box_batch_size_per_image": "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE",
     "box_positive_fraction": "MODEL.ROI_HEADS.POSITIVE_FRACTION",
     "box_score_thresh": "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+    "box_loss": "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_TYPE",
+    "box_loss_weight": "MODEL.ROI_BOX_HEAD.BBOX_REG_LOSS_WEIGHT",
 }
 LOSSES = {  # detectron2's names, and torchvision's
     "loss_cls": "loss_classifier",
@@ -64,7 +66,7 @@ class Detectron2Detector(nn.Module):
             entries = [_training_entry(*sample) for sample in zip(images, targets, strict=True)]
             try:
                 with EventStorage():  # detectron2 counts regions in it
-                    return {LOSSES[name]: loss for name, loss in self.model(entries).items()}
+                    return {_our_name(name): loss for name, loss in self.model(entries).items()}
             except FloatingPointError as error:
                 raise UserError(f"detectron2: {error}") from None
         outputs = self.model([self._entry(image) for image in images])
@@ -93,6 +95,12 @@ class Detectron2Detector(nn.Module):
             raise UserError(f"{folder}: was trained on other categories than those of the data") from None
 
 
+def _our_name(loss: str) -> str:
+    """The name here of detectron2's loss: loss_classifier_1 for loss_cls_stage1, of a cascade."""
+    name, _, stage = loss.partition("_stage")
+    return f"{LOSSES[name]}_{stage}" if stage else LOSSES[name]
+
+
 def _training_entry(image: Tensor, target: dict[str, Tensor]) -> dict:
     boxes, classes = Boxes(target["boxes"]), target["labels"] - 1
     return {"image": image * 255, "instances": Instances(tuple(image.shape[-2:]), gt_boxes=boxes, gt_classes=classes)}
@@ -106,7 +114,7 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
     asked = {name: value for name, value in vars(recipe.detector).items() if value != usual[name]}
     for name in ("variant", "min_size", "max_size"):  # set below
         asked.pop(name, None)
-    scale = asked.pop("anchor_scale", 8.0) / 8
+    scale, ious = asked.pop("anchor_scale", 8.0) / 8, asked.pop("cascade_ious", ())
     trunk = recipe.backbone.arguments(fpn=True)
     if other := [*(asked.keys() - KEYS.keys()), *(trunk.keys() - {"levels", "fpn_channels"})]:
         raise UserError(
@@ -138,6 +146,10 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
     sizes = model.ANCHOR_GENERATOR.SIZES[: len(model.RPN.IN_FEATURES)]
     model.ANCHOR_GENERATOR.SIZES = [[size * scale for size in of_level] for of_level in sizes]
     model.ROI_HEADS.NUM_CLASSES = num_classes
+    if ious:
+        model.ROI_HEADS.NAME, model.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = "CascadeROIHeads", True
+        deltas = [tuple(stage * weight for weight in (10.0, 10.0, 5.0, 5.0)) for stage in range(1, len(ious) + 1)]
+        model.ROI_BOX_CASCADE_HEAD.IOUS, model.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS = ious, deltas
 
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = recipe.augmentation.short_sides, recipe.detector.min_size
     cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST = recipe.augmentation.max_size, recipe.detector.max_size

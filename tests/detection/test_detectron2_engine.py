@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,14 +123,16 @@ def test_a_resumed_run_ends_like_one_left_alone(gaps, variant):
 
 
 @needs_detectron2
-def test_losses_are_detectron2s_on_the_same_images_in_its_own_terms(gaps):
+@pytest.mark.parametrize("changes", [{}, {"cascade_ious": (0.5, 0.6, 0.7), "box_loss": "giou"}])
+def test_losses_are_detectron2s_on_the_same_images_in_its_own_terms(gaps, changes):
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage
 
     from detection.detectron2_engine import Detectron2Detector, detectron2_config
 
     options = train_coco.complete(train_coco.parse(train_coco.Options, [*QUICK, "--data", str(gaps)]))
-    config = detectron2_config(options, RECIPES["short"], num_classes=10, device=torch.device("cpu"))
+    recipe = replace(RECIPES["short"], detector=replace(RECIPES["short"].detector, **changes))
+    config = detectron2_config(options, recipe, num_classes=10, device=torch.device("cpu"))
     dataset = open_split(gaps, "train")
     detector = Detectron2Detector(config, dataset.categories).train()
     images, targets = zip(*(dataset[i] for i in range(2)), strict=True)
@@ -142,7 +145,9 @@ def test_losses_are_detectron2s_on_the_same_images_in_its_own_terms(gaps):
         wanted = detector.model(entries)
     torch.manual_seed(0)
     found = detector([image / 255 for image in images], targets)
-    assert found.keys() == {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}
+    stages = [f"_{i}" for i in range(3)] if changes else [""]
+    of_boxes = {f"loss_{name}{stage}" for name in ("classifier", "box_reg") for stage in stages}
+    assert found.keys() == {*of_boxes, "loss_objectness", "loss_rpn_box_reg"}
     torch.testing.assert_close(list(found.values()), list(wanted.values()))
 
 
@@ -170,6 +175,7 @@ def test_every_recipe_of_detectrons_own_detector_can_be_said_in_detectron2s_word
         options = train_coco.Options(recipe=name, depth=18, variant="fpn")
         config = detectron2_config(options, RECIPES[name], num_classes=3, device=device)
         assert config.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    options = train_coco.Options(recipe="v2", depth=18, variant="fpn")
     with pytest.raises(ValueError, match="cannot train recipe v2 with its box_conv_layers, box_norm, fpn_norm, rpn_"):
         detectron2_config(options, RECIPES["v2"], num_classes=3, device=device)
 
