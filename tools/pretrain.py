@@ -8,13 +8,14 @@ python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from resbackbone.cli.command import Auto, Several, be_quiet, console, main_of, parse
+from resbackbone.cli.command import Auto, Hidden, Several, be_quiet, console, main_of, parse, values_in
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MAY_DIFFER,
@@ -26,6 +27,7 @@ from resbackbone.cli.options import (
     launch_command,
     training_options,
 )
+from resbackbone.cli.recipes import as_config, difference, with_values
 from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
 import torch
@@ -58,6 +60,10 @@ from resbackbone.weights.fit import resolve_architecture
 from resbackbone.weights.sources import is_named
 from resbackbone.weights.write import architecture_name
 
+OPTION_OF = {  # values of a recipe that are options of the command
+    "rate": "lr",
+    **{name: name for name in ("epochs", "batch_size", "size", "depth", "clip_grad")},
+}
 EMBEDDED = Path("datasets/shape-crops")
 IMAGENET = ({"IMAGENET_DIR": ""}, "datasets/imagenet")
 NORMS = ("BN", "SyncBN", "GN")
@@ -100,10 +106,16 @@ class NetworkOptions:
 @dataclass(frozen=True)
 class TrainingOptions:
     recipe: Auto[str] = None
-    """paper, torchvision-v1, torchvision-v2, a1, a2, a3 or demo. Default: torchvision-v1; demo on the built-in set."""
+    """paper, torchvision-v1, torchvision-v2, a1, a2, a3 or demo. Default: torchvision-v1; demo on the built-in set. The
+    options below change values of it; any other is set by its name, as in --recipe.mixup 0.1."""
+    print_recipe: bool = False
+    """Print the recipe with every value, as a file for --config, and stop."""
+    recipe_values: Hidden[str] = ()
     batch_size: Auto[int] = None
     """Images per update, over all GPUs; the number of updates and SGD's rate are scaled with it. Default: the recipe's;
     32 on a CPU."""
+    lr: Auto[float] = None
+    """Learning rate, for this batch size. Default: the recipe's."""
     accumulate: int = 1
     """Split each batch into this many parts, one after the other, to save GPU memory."""
     epochs: Auto[int] = None
@@ -144,6 +156,10 @@ class Options(DataOptions, NetworkOptions, TrainingOptions, EvaluationOptions, R
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained classifier and its accuracy, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
+    if options.print_recipe:
+        options = complete(options)
+        console.print(as_config(options.recipe, recipe_of(options), OPTION_OF, options, ("depth", "epochs", "lr")))
+        return
     if options.eval_only:
         launch_command(evaluate_only, complete_for_evaluation(options))
         return
@@ -156,6 +172,8 @@ def train(rank: Rank, options: Options) -> None:
     session = prepare_run(rank, options, default=default_folder(options))
     train_set, val_set = open_data(session)
     recipe = recipe_of(options)
+    if changes := difference(RECIPES[options.recipe], recipe, options, ("lr",)):
+        session.info(f"recipe: {options.recipe}, but {changes}")
 
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     checkpoint = session.checkpoint
@@ -164,6 +182,8 @@ def train(rank: Rank, options: Options) -> None:
     session.info(f"{metadata['architecture']}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
 
     schedule = recipe.schedule(len(train_set), options.batch_size, options.epochs)
+    if options.lr is not None:
+        schedule = replace(schedule, rate=options.lr)
     average = average_of(model, options, recipe, schedule)
     if options.compile:
         model.compile()
@@ -380,7 +400,9 @@ def complete(options: Options) -> Options:
     data = str(options.data or usual_folder(*IMAGENET) or EMBEDDED)
     default = "demo" if Path(data) == EMBEDDED else "torchvision-v1"
     recipe_name = one_of("recipe", options.recipe or default, RECIPES)
-    recipe = RECIPES[recipe_name]
+    recipe = with_values(RECIPES[recipe_name], options.recipe_values, OPTION_OF)
+    if options.lr is not None and not 0 < options.lr < math.inf:
+        raise UserError(f"--lr {options.lr:g}: must be a finite number above 0")
     one_of("evaluation", options.eval, PROTOCOLS)
     check_training(options)
     if options.norm is not None:
@@ -445,12 +467,14 @@ def complete_for_evaluation(options: Options) -> Options:
         raise UserError(f"{first} does not say what it was trained on (no config.yaml); give --data DIR")
     if options.recipe:
         given["size"] = options.size
+    elif config:
+        given["recipe_values"] = values_in(config) if not options.recipe_values else options.recipe_values
     return complete(replace(options, **given, output=output, batch_size=None, accumulate=1))
 
 
 def recipe_of(options: Options) -> Recipe:
     """The recipe with the changes that options make."""
-    recipe = RECIPES[options.recipe]
+    recipe = with_values(RECIPES[options.recipe], options.recipe_values, OPTION_OF)
     scale = options.size / recipe.size
     low, high = recipe.shorter_side or (0, 0)
     return replace(

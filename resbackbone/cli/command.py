@@ -7,7 +7,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -224,13 +224,12 @@ def from_config(options: type[T], path: str | Path) -> T:
 
     Raises ValueError if an option is unknown, unless it is off, or if its value does not fit.
     """
-    flags, values = [], {}
-    for name, value in read_yaml(path).items():
+    flags, content = [], read_yaml(path)
+    for name, value in content.items():
         flag = f"--{name}".replace("_", "-")
         if str(name).startswith("recipe."):
-            words = value if isinstance(value, list) else [value]
-            values[name.removeprefix("recipe.")] = shlex.join(map(str, words))
-        elif isinstance(value, list):
+            continue
+        if isinstance(value, list):
             flags += [flag, *map(str, value)]
         elif value is False and name not in option_names(options):
             continue  # a run of an earlier version without an option that is removed
@@ -242,10 +241,16 @@ def from_config(options: type[T], path: str | Path) -> T:
         parsed = _parse(options, flags)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    values = values_in(content)
     if values and "recipe_values" not in option_names(options):
-        raise UserError(f"{path}: recipe.{next(iter(values))} is an option of another command; remove it")
-    items = tuple(f"{name}={text}" for name, text in values.items())
-    return dataclasses.replace(parsed, recipe_values=items) if items else parsed
+        raise UserError(f"{path}: recipe.{values[0].partition('=')[0]} is an option of another command; remove it")
+    return dataclasses.replace(parsed, recipe_values=values) if values else parsed
+
+
+def values_in(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The lines "recipe.NAME: value" of a file of options, as `recipe_values`."""
+    lines = {str(key).removeprefix("recipe."): v for key, v in config.items() if str(key).startswith("recipe.")}
+    return tuple(f"{name}={shlex.join(map(str, v if isinstance(v, list) else [v]))}" for name, v in lines.items())
 
 
 def to_config(options) -> dict:

@@ -15,6 +15,7 @@ from resbackbone.checks import UserError
 from resbackbone.cli.command import one_line_of_tyro
 
 T = TypeVar("T", bound=Any)  # a dataclass
+ABOUT = ("version", "source", "published")  # values that describe a recipe and change nothing
 
 
 def values_of(recipe: Any) -> dict[str, Any]:
@@ -57,8 +58,8 @@ def as_config(name: str, recipe: Any, option_of: Mapping[str, str], options: Any
     """
     lines: dict[str, Any] = {"recipe": name}
     for path, value in values_of(recipe).items():
-        if path.endswith(".version"):
-            continue  # of the settings' file format
+        if path.rpartition(".")[2] in ABOUT:
+            continue
         if path not in option_of:
             lines[f"recipe.{path}"] = list(value) if isinstance(value, tuple) else value
         elif value is not None:

@@ -191,6 +191,20 @@ def test_a_smaller_size_shrinks_all_that_is_seen_in_proportion(photos):
     assert (recipe.size, recipe.shorter_side, recipe.crop, recipe.resize) == (112, (128, 240), 112, 128)
 
 
+def test_a_value_of_the_recipe_that_is_set_is_used_kept_and_known_to_an_evaluation(photos, capsys):
+    argv = ["--data", str(photos), *QUICK, "--recipe", "demo", "--batch-size", "2", "--output", "run"]
+    values = ["--lr", "0.0005", "--recipe.smoothing", "0.2", "--recipe.resize=72", "--recipe.shorter-side", "None"]
+    pretrain.main([*argv, *values, "--max-steps", "1"])
+    assert "recipe: demo, but " in (said := capsys.readouterr().out) and "smoothing 0.2 (0.0)" in said
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (config["lr"], config["recipe.smoothing"], config["effective"]["rate"]) == (0.0005, 0.2, 0.0005)
+    known = pretrain.complete_for_evaluation(pretrain.parse(pretrain.Options, ["--eval-only", "run"]))
+    recipe = pretrain.recipe_of(known)
+    assert (recipe.size, recipe.resize, recipe.smoothing, recipe.shorter_side) == (32, 36, 0.2, None)
+    pretrain.main(["--print-recipe", "--config", "run/config.yaml"])
+    assert yaml.safe_load(capsys.readouterr().out)["recipe.smoothing"] == 0.2
+
+
 # Interrupted and resumed
 
 
