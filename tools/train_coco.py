@@ -132,9 +132,9 @@ class NetworkOptions:
 class TrainingOptions:
     recipe: Auto[str] = None
     """1x, 2x, 3x, rsb, v2, v2-100ep, cascade, fast, small, short, or the ResNet paper's paper-r101-c4,
-    paper-r101-c4-context or paper-vgg16-c5. Default: 1x; small (12 epochs, at least 16,000 images) for fewer than 40,000 images; short on the
-    built-in data set. The options below change values of it; any other is set by its name, as in
-    --recipe.detector.box-nms-thresh 0.6."""
+    paper-r101-c4-context or paper-vgg16-c5. Default: 1x; small (12 epochs, at least 16,000 images) for fewer than
+    40,000 images; short on the built-in data set. The options below change values of it; any other is set by its name,
+    as in --recipe.detector.box-nms-thresh 0.6."""
     print_recipe: bool = False
     """Print the recipe with every value, as a file for --config, and stop."""
     recipe_values: Hidden[str] = ()
