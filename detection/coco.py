@@ -16,6 +16,7 @@ from detection.boxes import MIN_BOX_SIDE
 from detection.copy_paste import paste_objects
 from detection.file_names import match_names, unclear
 from detection.layouts import held_out
+from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
 
@@ -95,6 +96,11 @@ class CocoImages(Dataset):
         self.offsets = torch.from_numpy(np.concatenate([[0], counts[kept].cumsum()]))  # image i: [i] to [i + 1]
         self.boxes = torch.from_numpy(boxes)  # float32 [boxes, 4]: x1, y1, x2, y2
         self.labels = self.annotations.labels[torch.from_numpy(rows)]  # int32 [boxes]
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the annotation file."""
+        return file_digest(self.annotation_file)
 
     def __len__(self) -> int:
         return len(self.image_ids)

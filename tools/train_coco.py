@@ -61,9 +61,9 @@ from detection.recipes import RECIPES, Recipe, default_recipe
 from detection.report import write_report
 from detection.sampler import TrainBatches
 from detection.scoring import BACKENDS
+from detection.synthetic import SYNTHETIC, SyntheticImages, synthetic_batches
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
-from resbackbone.atomic import file_digest
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine import loop
 from resbackbone.engine.average import build_average
@@ -97,7 +97,8 @@ class DataOptions:
     data: Auto[Path] = None
     """Folder with COCO's annotations/instances_{train,val}2017.json, train2017/ and val2017/, Roboflow's
     {train,valid}/_annotations.coco.json, annotations/instances_{train,val}.json, train/ and val/, or an export of CVAT,
-    Label Studio or FiftyOne; without a validation split, one image in ten is held out for it. Default:
+    Label Studio or FiftyOne; without a validation split, one image in ten is held out for it. Or synthetic: random
+    numbers, to measure the speed without loading images. Default:
     $DETECTRON2_DATASETS/coco, $COCO_DIR or ./datasets/coco, else the built-in data set."""
     keep_empty: bool = False
     """Train on images without objects too."""
@@ -236,19 +237,24 @@ def train(rank: Rank, options: Options) -> None:
     state = TrainState(distributed(detector, rank), optimizer, rank, average=average, **more)
     task = Detection(session, train_set, val_set)
     more = {"parts": options.accumulate, "early_stop": options.early_stop}
-    digest = file_digest(train_set.annotation_file)
-    run = session.train(task, state, schedule, **more, train_annotations_sha256=digest)
+    run = session.train(task, state, schedule, **more, train_annotations_sha256=train_set.fingerprint)
 
-    loop.evaluate(task, state, run, final=True)
-    if rank.is_main:
-        task.save(state.evaluated, session.folder)
-        finish(session, task.evaluation, val_set)
+    if options.data == SYNTHETIC:
+        session.info("nothing is evaluated: synthetic images show only the speed")
+        session.finish({})
+    else:
+        loop.evaluate(task, state, run, final=True)
+        if rank.is_main:
+            task.save(state.evaluated, session.folder)
+            finish(session, task.evaluation, val_set)
     run.close()
 
 
-def open_data(session: Session, recipe: Recipe) -> tuple[CocoImages, CocoImages]:
+def open_data(session: Session, recipe: Recipe) -> tuple[Any, Any]:
     """The images to train on and to evaluate on, checked."""
     options, rank = session.options, session.rank
+    if options.data == SYNTHETIC:
+        return SyntheticImages(), SyntheticImages()
     if options.data == EMBEDDED:
         session.info(about_built_in_data(EMBEDDED, LAYOUT))
         from_main(embedded_data, rank)
@@ -276,6 +282,12 @@ class Detection(Task):
         self.evaluation: Evaluation | None = None
 
     def batches(self, start: int) -> Iterator[Batch]:
+        if self.options.data == SYNTHETIC:
+            sizes = recipe_of(self.options).augmentation
+            height = sizes.crop_size or max(sizes.short_sides)
+            width = sizes.crop_size or min(sizes.max_size, round(height * 4 / 3))  # as most of COCO's
+            count = self.options.batch_size // self.rank.ranks
+            return synthetic_batches(count, height=height, width=width, device=self.rank.device)
         share = {"rank": self.rank.rank, "ranks": self.rank.ranks, "start": start}
         rare = self.options.repeat_factor
         order = TrainBatches(
@@ -367,6 +379,8 @@ def complete(options: Options) -> Options:
     if not 0 <= options.repeat_factor <= 1:
         raise UserError(f"--repeat-factor {options.repeat_factor:g}: must be a share of the images, from 0 to 1")
     check_training(options)
+    if data == SYNTHETIC and options.eval_period:
+        raise UserError(f"--eval-period {options.eval_period}: synthetic images are not evaluated; leave it out")
     precision = options.precision
     if one_of("engine", options.engine, ENGINES) == "detectron2":
         check_detectron2(options, variant, recipe_name)
@@ -424,6 +438,8 @@ def recipe_for(data: Path) -> str:
     """The name of the recipe for the images in a folder."""
     if data == EMBEDDED:
         return "short"
+    if data == SYNTHETIC:
+        return "1x"
     with from_option("--data"):
         return default_recipe(count_images(find_split(data, "train").annotations))
 

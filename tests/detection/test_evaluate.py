@@ -3,13 +3,20 @@ import json
 import numpy as np
 import pytest
 import torch
-from made import cats_and_dogs
+from made import cats_and_dogs, small_detector
 from PIL import Image
 
 from detection import evaluate as evaluate_module
 from detection.annotations import read_annotations
 from detection.coco import BadImage, CocoImages
-from detection.evaluate import detect, evaluate, results_summary, results_table, write_results
+from detection.evaluate import (
+    detect,
+    evaluate,
+    results_summary,
+    results_table,
+    validation_losses,
+    write_results,
+)
 from detection.scoring import DETECTION, METRICS, entries, score
 from resbackbone.engine.distributed import Rank
 
@@ -44,15 +51,15 @@ def data_set(folder, count=5, **options):
     return CocoImages(folder, folder / "instances.json", **options)
 
 
-def on_ranks(monkeypatch, ranks, *arguments):
+def on_ranks(monkeypatch, ranks, *arguments, function=evaluate):
     """evaluate() as on several ranks, one after another, the values gathered by hand; rank 0's answer."""
     sent = []
     for rank in reversed(range(ranks)):
         gathered = (lambda value, _: sent.append(value)) if rank else (lambda value, _: [value, *reversed(sent)])
         monkeypatch.setattr(evaluate_module, "gather", gathered)
         monkeypatch.setattr(evaluate_module, "broadcast", lambda value, _: value)
-        answer = evaluate(*arguments, Rank(rank, ranks, CPU))
-        assert rank == 0 or len(answer.detections) == 0
+        answer = function(*arguments, Rank(rank, ranks, CPU))
+        assert rank == 0 or function is not evaluate or len(answer.detections) == 0
     return answer
 
 
@@ -64,6 +71,24 @@ def test_any_number_of_ranks_gives_what_one_does(tmp_path, monkeypatch, ranks):
     assert len(ids) > 5 and ids == sorted(ids) and set(ids) == {1, 2, 3, 4, 5}
     results, detections = on_ranks(monkeypatch, ranks, Stub(), dataset)
     assert results == alone.results and np.array_equal(detections, alone.detections)
+
+
+def test_the_losses_on_a_data_set_are_means_over_its_images_for_any_seed_and_any_number_of_ranks(tmp_path, monkeypatch):
+    dataset, rank = data_set(tmp_path / "images", 3), Rank(0, 1, CPU)
+    detector = small_detector().eval()
+    expected = []
+    for index in range(3):
+        image, target = dataset[index]
+        torch.manual_seed(index)
+        with torch.no_grad():
+            expected.append(detector.losses([image / 255], [target]))
+    losses = validation_losses(detector, dataset, rank)
+    assert {name: sum(each[name].item() for each in expected) / 3 for name in expected[0]}.items() <= losses.items()
+    assert losses["loss"] == sum(value for name, value in losses.items() if name != "loss")
+    torch.manual_seed(7)
+    assert validation_losses(detector, dataset, rank) == losses
+    assert on_ranks(monkeypatch, 2, detector, dataset, function=validation_losses) == losses
+    assert not any(module.training for module in detector.modules())
 
 
 def test_a_detection_is_written_in_the_terms_of_the_data_set(tmp_path):

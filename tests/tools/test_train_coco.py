@@ -147,6 +147,16 @@ def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_
     assert Path("runs/shapes-r18-fpn-short/results.json").is_file()
 
 
+def test_synthetic_images_show_the_speed_and_are_not_evaluated(capsys):
+    train_coco.main([*QUICK, "--data", "synthetic", "--accumulate", "2", "--max-steps", "2", "--output", "run"])
+    first, second = metrics(Path("run"))
+    assert first["loss"] > 0 and second["data_seconds"] < 0.1 * second["seconds"]
+    assert "nothing is evaluated" in capsys.readouterr().out
+    assert not Path("run/results.json").exists() and not metrics(Path("run"), "eval")
+    said = error_of(["--data", "synthetic", "--device", "cpu", "--eval-period", "5"], capsys)
+    assert "--eval-period 5: synthetic images are not evaluated" in said
+
+
 def test_a_saved_configuration_starts_a_new_run_and_flags_override_it(straight):
     before = files(straight)
     train_coco.main(["--config", str(straight / "config.yaml"), "--max-steps", "1", "--output", "run"])
