@@ -56,7 +56,8 @@ class MachineOptions:
     seed: int = 0
     """Seed of initial weights, image order, augmentation and sampling."""
     deterministic: bool = False
-    """Use only deterministic algorithms, so that a GPU repeats a run bit for bit (slower). A CPU always does."""
+    """Use only deterministic algorithms, so that a GPU repeats a run bit for bit: slower, by how much is not measured.
+    A CPU always repeats, and the option costs nothing there."""
 
 
 def check_shortcut(options, choices: str = "ABC") -> None:
