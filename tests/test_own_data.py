@@ -1,4 +1,4 @@
-"""docs/own_data.md runs as it stands: every command and block, in the page's order, and prints what it says."""
+"""docs/own_data.md runs as it stands, in order, and prints what it says; its `bash` blocks would take too long."""
 
 import importlib
 import re
