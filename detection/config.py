@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, check_ranges, one_of
 from resbackbone.config import Config
 from resbackbone.layers import NORMS
 
@@ -145,12 +145,7 @@ class DetectorSettings(Config):
             raise UserError("anchor_sides are a single map's; on a pyramid each level has one, set by anchor_scale")
 
     def _check_ranges(self) -> None:
-        for names, (low, high, words) in RANGES.items():
-            for name in names.split():
-                value = getattr(self, name)
-                numbers = value if isinstance(value, tuple) else (low if value is None else value,)
-                if not all(low <= number <= high for number in numbers):
-                    raise UserError(f"{name} is {value}; it must be {words}")
+        check_ranges(self, RANGES)
         if () in (self.min_size, self.anchor_sides):
             raise UserError("min_size and anchor_sides need at least one number")
         for part in ("rpn", "box"):

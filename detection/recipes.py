@@ -1,12 +1,21 @@
 """Training recipes for Faster R-CNN, each with its source and what was published with it."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from detection.config import DetectorSettings
+from resbackbone.checks import check_ranges
 from resbackbone.engine.schedule import Schedule
 
 DETECTRON_SIDES = (640, 672, 704, 736, 768, 800)
 SMALL_DATA = 40_000  # images; of fewer, 1x would see each over 36 times, as often as 3x does COCO's
+_LARGEST = 1e9
+RANGES = {  # the values of a recipe: smallest, largest, in words
+    "batch_size checkpoint_period": (1, _LARGEST, "at least 1"),
+    "least_epochs weight_decay": (0, _LARGEST, "at least 0"),
+    "clip_grad": (1e-12, _LARGEST, "above 0"),
+    "ema": (0, 1 - 1e-12, "from 0 to below 1"),
+}
 PYRAMID_ONLY = ("levels", "fpn_channels", "fpn_norm")
 
 
@@ -69,6 +78,9 @@ class Recipe:
     backbone: Trunk = field(default_factory=Trunk)
     detector: DetectorSettings = field(default_factory=DetectorSettings)
 
+    def __post_init__(self):
+        check_ranges(self, RANGES)
+
     def schedule_for(
         self,
         batch_size: int,
@@ -77,11 +89,13 @@ class Recipe:
         lr: float | None = None,
         epochs: float | None = None,
         steps: int | None = None,
+        milestones: tuple[int, ...] | None = None,
         warmup_steps: int | None = None,
     ) -> Schedule:
         """The schedule for `batch_size` images per update and `images` training images.
 
-        What else is given is used as it is: `lr` for this batch size, and the length as epochs or steps.
+        What else is given is used as it is: `lr` for this batch size, the length as epochs or steps, and updates.
+        Raises ValueError if these do not fit together.
         """
         schedule = self.schedule.for_batch(batch_size, self.batch_size, scale_rate=self.optimizer == "sgd")
         least = round(self.least_epochs * images / batch_size)
@@ -89,8 +103,9 @@ class Recipe:
             steps = max(1, round(epochs * images / batch_size))
         if steps is not None or least > schedule.steps:
             schedule = schedule.of_length(steps or least)
-        warmup = schedule.warmup_steps if warmup_steps is None else warmup_steps
-        return replace(schedule, rate=schedule.rate if lr is None else lr, warmup_steps=warmup)
+        given = {"rate": lr, "milestones": milestones, "warmup_steps": warmup_steps}
+        changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        return replace(schedule, **changes)
 
     def at_size(self, side: int) -> "Recipe":
         """The recipe for test images with a shorter side of `side` pixels; all other sizes are in proportion."""

@@ -19,6 +19,19 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
     raise UserError(f"unknown {kind} {brief(value)}; choose from {listed}{note}")
 
 
+def check_ranges(values: object, ranges: Mapping[str, tuple[float, float, str]]) -> None:
+    """Raise ValueError if an attribute of `values`, or one of its numbers, is out of its range.
+
+    ranges: {"names of attributes": (smallest, largest, both in words)}; None is in every range.
+    """
+    for names, (low, high, words) in ranges.items():
+        for name in names.split():
+            value = getattr(values, name)
+            numbers = value if isinstance(value, tuple) else (low if value is None else value,)
+            if not all(low <= number <= high for number in numbers):
+                raise UserError(f"{name} is {value}; it must be {words}")
+
+
 def brief(value: object) -> str:
     """`value` as a message shows it: its repr, or for one of several lines or over 200 characters its type."""
     text = repr(value)

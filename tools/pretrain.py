@@ -8,7 +8,6 @@ python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -27,7 +26,7 @@ from resbackbone.cli.options import (
     launch_command,
     training_options,
 )
-from resbackbone.cli.recipes import as_config, difference, with_values
+from resbackbone.cli.recipes import as_config, check_rate, difference, with_values
 from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
 import torch
@@ -157,8 +156,8 @@ def main(argv: list[str] | None = None) -> None:
     """Options -> a trained classifier and its accuracy, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
     if options.print_recipe:
-        options = complete(options)
-        console.print(as_config(options.recipe, recipe_of(options), OPTION_OF, options, ("depth", "epochs", "lr")))
+        options = replace(options, recipe=complete(options).recipe)
+        console.print(as_config(options, recipe_of(complete(options)), OPTION_OF))
         return
     if options.eval_only:
         launch_command(evaluate_only, complete_for_evaluation(options))
@@ -172,7 +171,7 @@ def train(rank: Rank, options: Options) -> None:
     session = prepare_run(rank, options, default=default_folder(options))
     train_set, val_set = open_data(session)
     recipe = recipe_of(options)
-    if changes := difference(RECIPES[options.recipe], recipe, options, ("lr",)):
+    if changes := difference(RECIPES[options.recipe], recipe, options, OPTION_OF):
         session.info(f"recipe: {options.recipe}, but {changes}")
 
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
@@ -401,8 +400,7 @@ def complete(options: Options) -> Options:
     default = "demo" if Path(data) == EMBEDDED else "torchvision-v1"
     recipe_name = one_of("recipe", options.recipe or default, RECIPES)
     recipe = with_values(RECIPES[recipe_name], options.recipe_values, OPTION_OF)
-    if options.lr is not None and not 0 < options.lr < math.inf:
-        raise UserError(f"--lr {options.lr:g}: must be a finite number above 0")
+    check_rate(RECIPES[recipe_name], recipe, recipe_name, options.lr)
     one_of("evaluation", options.eval, PROTOCOLS)
     check_training(options)
     if options.norm is not None:

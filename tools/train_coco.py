@@ -26,7 +26,7 @@ from resbackbone.cli.options import (
     launch_command,
     training_options,
 )
-from resbackbone.cli.recipes import as_config, difference, values_of, with_values
+from resbackbone.cli.recipes import as_config, check_rate, difference, values_of, with_values
 from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 
 import torch
@@ -81,13 +81,14 @@ ENGINES = ("torchvision", "detectron2")
 OPTION_OF = {  # values of a recipe that are options of the command
     "schedule.rate": "lr",
     "schedule.steps": "steps",
+    "schedule.milestones": "milestones",
     "schedule.warmup_steps": "warmup_steps",
     "detector.variant": "variant",
     "backbone.depth": "depth",
     **{f"backbone.{name}": name for name in ("norm", "frozen_through")},
     **{name: name for name in ("batch_size", "optimizer", "weight_decay", "clip_grad", "ema", "checkpoint_period")},
 }
-LENGTH = ("lr", "epochs", "steps", "warmup_steps")  # options that `Recipe.schedule_for` takes
+SCHEDULE = ("lr", "epochs", "steps", "milestones", "warmup_steps")  # options that `Recipe.schedule_for` takes
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
@@ -103,8 +104,8 @@ class DataOptions:
     keep_empty: bool = False
     """Train on images without objects too."""
     repeat_factor: float = 0.0
-    """Draw images more often that hold a class which is in fewer than this share of them (LVIS: 0.001); 0 draws all
-    equally often."""
+    """Draw images of classes that appear in less than this share of the images more often (LVIS: 0.001); 0: all equally
+    often."""
     skip_bad_images: bool = False
     """Skip images that cannot be read; their names and number are printed."""
     workers: Auto[int] = None
@@ -124,7 +125,7 @@ class NetworkOptions:
     torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1. Default: random."""
     norm: Auto[str] = None
     """BN, FrozenBN, SyncBN or GN, also for the pyramid and box head of weights that have batch norms there. Default:
-    FrozenBN with weights, else the recipe's (BN)."""
+    FrozenBN with a detector's weights; else the recipe's (v2: SyncBN), or FrozenBN with weights and BN without."""
     frozen_through: Auto[str] = None
     """stem, c2 .. c5, or none. Default: none without weights; with them the recipe's (c2; vgg16: stem)."""
 
@@ -144,13 +145,15 @@ class TrainingOptions:
     the recipe's (16); 2 on a CPU, except for short."""
     accumulate: int = 1
     """Split each process's images into this many parts, one after the other, to save GPU memory. The loss is the mean
-    of the parts' losses; each is normalized, and norms that train have statistics, over the part's images alone."""
+    of the parts' losses. Each part is normalized alone: its loss, and the statistics of norms that train."""
     lr: Auto[float] = None
     """Learning rate, for this batch size."""
     epochs: Auto[float] = None
     """Length of the schedule in passes over the training images; drops of the learning rate move in proportion."""
     steps: Auto[int] = None
     """Length of the schedule in updates, instead of --epochs."""
+    milestones: Auto[tuple[int, ...]] = None
+    """Updates after which the learning rate falls to a tenth."""
     warmup_steps: Auto[int] = None
     """Updates over which the learning rate rises."""
     image_size: Auto[int] = None
@@ -195,8 +198,8 @@ def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
     if options.print_recipe:
-        options = complete(options)
-        console.print(as_config(options.recipe, recipe_of(options), OPTION_OF, options, (*LENGTH, "variant", "depth")))
+        options = replace(options, recipe=complete(options).recipe)
+        console.print(as_config(options, recipe_of(options), OPTION_OF))
         return
     may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile"}
     launch_command(train, training_options(options, argv, complete, default_folder, may_differ))
@@ -206,7 +209,7 @@ def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
     session = prepare_run(rank, options, default=default_folder(options))
     recipe = recipe_of(options)
-    if changes := difference(RECIPES[options.recipe], recipe, options, LENGTH):
+    if changes := difference(RECIPES[options.recipe], recipe, options, OPTION_OF):
         session.info(f"recipe: {options.recipe}, but {changes}")
     train_set, val_set = open_data(session, recipe)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
@@ -226,7 +229,7 @@ def train(rank: Rank, options: Options) -> None:
     if options.compile:
         detector.compile()
 
-    given = {name: getattr(options, name) for name in LENGTH}
+    given = {name: getattr(options, name) for name in SCHEDULE}
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set), **given)
     if options.recipe == "small" and not options.weights:
         session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
@@ -370,6 +373,7 @@ def finish(session: Session, evaluation: Evaluation, val_set: CocoImages) -> Non
 
 def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
+    check_training(options)
     data = options.data or find_coco() or EMBEDDED
     recipe_name = one_of("recipe", options.recipe or recipe_for(data), RECIPES)
     recipe = recipe_of(replace(options, recipe=recipe_name))
@@ -378,12 +382,15 @@ def complete(options: Options) -> Options:
     one_of("COCO backend", options.coco_backend, BACKENDS)
     if not 0 <= options.repeat_factor <= 1:
         raise UserError(f"--repeat-factor {options.repeat_factor:g}: must be a share of the images, from 0 to 1")
-    check_training(options)
+    try:
+        replace(recipe.detector, variant=variant)
+    except UserError as error:
+        raise UserError(f"--variant {variant} does not fit recipe {recipe_name}: {error}") from None
     if data == SYNTHETIC and options.eval_period:
         raise UserError(f"--eval-period {options.eval_period}: synthetic images are not evaluated; leave it out")
     precision = options.precision
     if one_of("engine", options.engine, ENGINES) == "detectron2":
-        check_detectron2(options, variant, recipe_name)
+        check_detectron2(options, variant, recipe)
         precision = "fp32"
     depths = [VGG16_DEPTH] if variant == "vgg16" else list(DEPTHS)
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.backbone.depth)
@@ -410,28 +417,29 @@ def complete(options: Options) -> Options:
 
 def recipe_of(options: Options) -> Recipe:
     """The named recipe with the values that options set. Raises ValueError for one that is not accepted."""
-    named = RECIPES[options.recipe]
-    recipe = with_values(named, options.recipe_values, OPTION_OF)
-    changes = {name: getattr(options, name) for name in ("optimizer", "weight_decay", "clip_grad", "ema")}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    if changes.get("optimizer", named.optimizer) != named.optimizer:
-        one_of("optimizer", options.optimizer, OPTIMIZERS)
-        if options.lr is None:
-            raise UserError(
-                f"--optimizer {options.optimizer}: the learning rate of recipe {options.recipe} is for "
-                f"{named.optimizer}; give --lr too"
-            )
-        changes["decay_norms"] = options.optimizer == "sgd"
-    if options.clip_grad == 0:
-        changes["clip_grad"] = None
+    named = recipe = RECIPES[options.recipe]
+    by_name = {item.partition("=")[0] for item in options.recipe_values}
     if None not in (options.epochs, options.steps):
         raise UserError(f"--epochs {options.epochs:g} and --steps {options.steps} are both a length; give one")
-    for name in ("lr", "epochs", "weight_decay", "clip_grad"):
-        value = getattr(options, name)
-        if value is not None and not 0 <= value < math.inf or value == 0 and name in ("lr", "epochs"):
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: must be a finite number above 0")
+    if options.epochs is not None and not 0 < options.epochs < math.inf:
+        raise UserError(f"--epochs {options.epochs:g}: must be a finite number above 0")
+    if options.image_size is not None:
+        if "detector.min_size" in by_name:
+            raise UserError(f"--image-size {options.image_size}: --recipe.detector.min-size sets the same; give one")
+        recipe = recipe.at_size(options.image_size)
+    recipe = with_values(recipe, options.recipe_values, OPTION_OF)
+    changes = {name: getattr(options, name) for name in ("optimizer", "weight_decay", "clip_grad", "ema")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if options.clip_grad == 0:
+        changes["clip_grad"] = None
+    if options.optimizer not in (None, named.optimizer) and "decay_norms" not in by_name:
+        changes["decay_norms"] = options.optimizer == "sgd"
     recipe = replace(recipe, **changes)
-    return recipe if options.image_size is None else recipe.at_size(options.image_size)
+    one_of("optimizer", recipe.optimizer, OPTIMIZERS)
+    check_rate(named, recipe, options.recipe, options.lr)
+    if options.milestones is not None and recipe.schedule.cosine:
+        raise UserError("--milestones: the learning rate follows a cosine; give --recipe.schedule.cosine False too")
+    return recipe
 
 
 def recipe_for(data: Path) -> str:
@@ -458,10 +466,10 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
     return {"depth": weights.metadata["backbone"]["depth"], "variant": weights.metadata["detector"]["variant"]}
 
 
-def check_detectron2(options: Options, variant: str, recipe: str) -> None:
+def check_detectron2(options: Options, variant: str, recipe: Recipe) -> None:
     """Raise ValueError if detectron2 is not installed or does not support an option."""
-    if variant not in BACKBONE_OF or RECIPES[recipe].detector.anchor_sides is not None:
-        raise UserError(f"--engine detectron2 cannot train {variant} with --recipe {recipe}; leave --engine out")
+    if variant not in BACKBONE_OF or recipe.detector.anchor_sides is not None:
+        raise UserError(f"--engine detectron2 cannot train {variant} with anchor_sides; leave --engine out")
     if options.val_loss:
         raise UserError("--val-loss: --engine detectron2 has losses in training only; leave the option out")
     if options.compile:
@@ -523,6 +531,8 @@ def check_values_for(weights: Weights, options: Options, recipe: Recipe, say: Ca
     kept = {f"detector.{name}": getattr(source, name) for name in SHAPE}
     asked, usual = values_of(recipe), values_of(replace(recipe, detector=DetectorSettings()))
     differing = [name for name in kept if asked[name] not in (usual[name], kept[name])]
+    if recipe.backbone.norm is not None and options.norm is None:
+        differing.append("backbone.norm")
     for item in options.recipe_values:
         name, _, text = item.partition("=")
         if name.startswith("backbone.") or name in kept and asked[name] not in (None, kept[name]):

@@ -2,7 +2,16 @@
 
 from dataclasses import dataclass, replace
 
+from resbackbone.checks import UserError, check_ranges
 from resbackbone.engine.schedule import Schedule
+
+_LARGEST = 1e9
+RANGES = {  # the values of a recipe: smallest, largest, in words
+    "epochs batch_size repeats size shorter_side resize crop": (1, _LARGEST, "at least 1"),
+    "rate drops warmup_epochs weight_decay mixup cutmix": (0, _LARGEST, "at least 0"),
+    "warmup_factor erase smoothing bce_threshold ema_window": (0, 1, "from 0 to 1"),
+    "clip_grad": (1e-12, _LARGEST, "above 0"),
+}
 
 
 @dataclass(frozen=True)
@@ -38,14 +47,17 @@ class Recipe:
     smoothing: float = 0.0
     bce: bool = False  # a binary cross entropy of each class, in place of the softmax's
     bce_threshold: float | None = None  # soft targets over it count as 1, others as 0
-    ema_window: float = (
-        0.0  # of the run, over which the weights are averaged (evaluated and kept: the average); 0: none
-    )
+    ema_window: float = 0.0  # share of the run over which the weights are averaged, for evaluation too; 0: none
     clip_grad: float | None = None  # norm of the gradient; LAMB has its own limit of 1
     zero_init_residual: bool = False  # every block starts as its shortcut alone
     resize: int = 256
     crop: int = 224
     depth: int = 50
+
+    def __post_init__(self):
+        check_ranges(self, RANGES)
+        if self.auto_augment not in (None, "trivial") and not self.auto_augment.startswith("rand-"):
+            raise UserError(f"auto_augment is {self.auto_augment!r}; it must be trivial or timm's rand-..")
 
     def schedule(self, images: int, batch_size: int, epochs: int | None = None) -> Schedule:
         """The rate by update for a training set of `images`; with other `epochs`, drops and warm-up in proportion."""

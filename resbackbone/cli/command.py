@@ -34,6 +34,7 @@ console = Console(**PLAIN)  # for warnings and results
 progress_console = Console(**PLAIN)  # for what --quiet leaves out: progress messages and paths
 # Flags without their group's name; no "None" among the values; RUN, not STR, for a positional argument `run`.
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+QUOTED = "'(.*?)'"
 SECONDS_BETWEEN_LINES = 20  # of progress in a log
 # The lowest values of options that are whole numbers; 1 of the others.
 LEAST = dict.fromkeys(("early_stop", "eval_period", "gpus", "pictures", "seed", "shorter_side", "workers"), 0)
@@ -148,15 +149,28 @@ def _message_in(box: str) -> str:
     title, *sections = re.split("[─-]{3,}", box)
     message = " ".join(word for word in (sections or [title])[0].split() if word not in "╮│|+")
     message = re.sub(r"^Missing from \S+: (\S+) (.*?)\.? \(required\).*", r"\1 is missing: \2", message)
-    message = re.sub(
-        r"^Error parsing (\S+): could not convert string to float: '(.*?)'.*", r"\1 \2: must be FLOAT", message
-    )
-    message = re.sub(r"^Error parsing (\S+): invalid literal for int.*: '(.*?)'.*", r"\1 \2: must be INT", message)
+    message = re.sub(r"^Unrecognized options: (--recipe\.[^,]+).*", r"unknown value \1", message)
     message = re.sub(r"^Error parsing (recipe\S*): ", r"--\1: ", message)
-    message = re.sub(
-        r"^Error parsing (\S+): no type matching (\S+) .* from \['(.*?)'\].*", r"\1 \3: must be \2", message
-    )
-    return message.replace("must be INT", "must be a whole number").replace("must be FLOAT", "must be a number")
+    for said, kind in (("could not convert string to float", "FLOAT"), ("invalid literal for int.*", "INT")):
+        message = re.sub(rf"^Error parsing (\S+): {said}: ('.*?').*", rf"\1 [\2] {kind}", message)
+    message = re.sub(r"^Error parsing (\S+): no type matching (.*?) could be .* from (\[.*?\]).*", r"\1 \3 \2", message)
+    if several := re.match(r"Error parsing (\S+): Could not find valid parse for arguments: (\[.*\])", message):
+        kinds = re.search(rf"{several[1]} (\[\w+)", " ".join(box.split()))
+        message = f"{several[1]} {several[2]} {kinds[1] if kinds else 'values of another kind'}"
+    if wrong := re.match(r"(--\S+) (\['.*'\]) (.+)", message):
+        words = " or ".join(map(_in_words, wrong[3].split("|")))
+        message = f"{wrong[1]} {' '.join(re.findall(QUOTED, wrong[2]))}: must be {words}"
+    return message
+
+
+def _in_words(kind: str) -> str:
+    """tyro's INT, {INT INT} or [INT [INT ...]] in words."""
+    nouns = {"INT": "whole number", "FLOAT": "number", "STR": "word"}
+    names = re.findall("[A-Z]+", kind)
+    if not names or names[0] not in nouns:
+        return kind.strip("{}")
+    noun = nouns[names[0]]
+    return f"{noun}s" if "[" in kind else f"a {noun}" if len(names) == 1 else f"{len(names)} {noun}s"
 
 
 def be_quiet(options) -> None:
@@ -249,17 +263,25 @@ def from_config(options: type[T], path: str | Path) -> T:
 
 def values_in(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The lines "recipe.NAME: value" of a file of options, as `recipe_values`."""
-    lines = {str(key).removeprefix("recipe."): v for key, v in config.items() if str(key).startswith("recipe.")}
-    return tuple(f"{name}={shlex.join(map(str, v if isinstance(v, list) else [v]))}" for name, v in lines.items())
+    lines = {str(key): value for key, value in config.items() if str(key).startswith("recipe.")}
+    values: list[str] = []
+    for name, value in lines.items():
+        if isinstance(value, Mapping):
+            values += values_in({f"{name}.{inner}": v for inner, v in value.items()})
+        else:
+            words = shlex.join(map(str, value if isinstance(value, list) else [value]))
+            values.append(f"{name.removeprefix('recipe.')}={words}")
+    return tuple(values)
 
 
 def to_config(options) -> dict:
-    """The options as values for YAML, without empty lists and without --quiet, which does not belong to a run.
+    """The options as values for YAML, without empty lists and what does not belong to a run (--quiet).
 
     Each of `recipe_values` is a line: "recipe.schedule.milestones: [60000, 80000]".
     """
     values = _values(options, option_names(type(options)))
-    values.pop("quiet", None)
+    for name in ("quiet", "print_recipe"):
+        values.pop(name, None)
     for item in values.pop("recipe_values", ()):
         name, _, text = item.partition("=")
         words = [yaml.safe_load(word) for word in shlex.split(text)]

@@ -12,7 +12,7 @@ import torch
 
 from resbackbone.checks import UserError, one_of
 from resbackbone.cli import load
-from resbackbone.cli.command import Auto, from_config, option_names, parse, progress_console
+from resbackbone.cli.command import Auto, from_config, parse, progress_console, to_config
 from resbackbone.cli.errors import from_option, one_line_errors
 from resbackbone.engine.device import PRECISIONS, choose_device, choose_precision
 from resbackbone.engine.distributed import count_processes, launch
@@ -35,7 +35,7 @@ class RunOptions:
     config: Auto[Path] = None
     """YAML file with options, such as another run's config.yaml; flags override it."""
     max_steps: Auto[int] = None
-    """Stop after this many updates. Default: the length of the schedule."""
+    """Stop after this many updates; the schedule stays as long as it is. Default: the length of the schedule."""
     log_period: int = 20
     """Updates between lines of metrics."""
     track: Auto[str] = None
@@ -141,14 +141,11 @@ def training_options(
 
 def check_same_run(options: T, saved: T, folder: Path, may_differ: Collection[str] = MAY_DIFFER) -> None:
     """Raise ValueError if an option other than those in `may_differ` is not the saved one."""
-    for name in sorted(set(option_names(type(options))) - set(may_differ)):
-        if (given := getattr(options, name)) != (recorded := getattr(saved, name)):
-            made = "without it" if recorded is None else f"with {recorded}"
+    given, recorded = to_config(options), to_config(saved)
+    for name in sorted((given.keys() | recorded.keys()) - set(may_differ)):
+        if (asked := given.get(name)) != (before := recorded.get(name)):
+            made = "without it" if before is None else f"with {before}"
             raise UserError(
-                f"{_flag(name)} {given}: the run in {folder} was made {made}; leave the option out to resume that run, "
-                "or give another --output to start a new one"
+                f"--{name.replace('_', '-')} {asked}: the run in {folder} was made {made}; leave the option out to "
+                "resume that run, or give another --output to start a new one"
             )
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -4,6 +4,7 @@ A name is the path to a value: "schedule.milestones". Commands keep "name=text" 
 """
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
@@ -15,7 +16,9 @@ from resbackbone.checks import UserError
 from resbackbone.cli.command import one_line_of_tyro
 
 T = TypeVar("T", bound=Any)  # a dataclass
-ABOUT = ("version", "source", "published")  # values that describe a recipe and change nothing
+LENGTHS = ("epochs", "image_size")  # options that set several values
+SCALED = ("batch_size", "checkpoint_period")  # options that every command has chosen
+ABOUT = ("version", "source", "published", "resize_in_training")  # values that are not for users to set
 
 
 def values_of(recipe: Any) -> dict[str, Any]:
@@ -27,7 +30,7 @@ def values_of(recipe: Any) -> dict[str, Any]:
 
 
 def with_values(recipe: T, values: Iterable[str], option_of: Mapping[str, str]) -> T:
-    """The recipe with other values, "schedule.milestones=60000 80000".
+    """The recipe with these values changed: "detector.min_size=600".
 
     `option_of` are values that an option of the command sets. Raises ValueError for those, for a name that the recipe
     does not have, and for a value that does not fit.
@@ -37,6 +40,8 @@ def with_values(recipe: T, values: Iterable[str], option_of: Mapping[str, str]) 
         name, _, text = item.partition("=")
         if name in option_of:
             raise UserError(f"--recipe.{name}: give --{option_of[name].replace('_', '-')} instead")
+        if name.rpartition(".")[2] in ABOUT:
+            raise UserError(f"--recipe.{name}: cannot be set")
         flags += [f"--recipe.{name}".replace("_", "-"), *shlex.split(text)]
     field = ("recipe", type(recipe), dataclasses.field(default_factory=lambda: recipe))
     with one_line_of_tyro("--print-recipe lists the values"):
@@ -44,31 +49,57 @@ def with_values(recipe: T, values: Iterable[str], option_of: Mapping[str, str]) 
         return tyro.cli(holder, args=flags, config=(tyro.conf.FlagConversionOff,)).recipe
 
 
-def difference(named: Any, used: Any, options: Any, given: Iterable[str]) -> str:
-    """What `used` has otherwise than the recipe `named`, "weight_decay 0.05 (0.0001)", and options among `given`."""
-    before, after = values_of(named), values_of(used)
-    changes = [f"{name} {after[name]} ({before[name]})" for name in after if after[name] != before[name]]
-    return ", ".join([*changes, *(f"{name} {value:g}" for name, value in _given(options, given).items())])
+def check_rate(named: Any, used: Any, name: str, lr: float | None) -> None:
+    """Raise ValueError if the optimizer is not the recipe's, whose learning rate does not suit it, or `lr` is none."""
+    if lr is not None and not 0 < lr < math.inf:
+        raise UserError(f"--lr {lr:g}: must be a finite number above 0")
+    if used.optimizer != named.optimizer and lr is None:
+        raise UserError(
+            f"optimizer {used.optimizer}: the learning rate of recipe {name} is for {named.optimizer}; give --lr too"
+        )
 
 
-def as_config(name: str, recipe: Any, option_of: Mapping[str, str], options: Any, given: Iterable[str]) -> str:
-    """The recipe as a file for --config: a line for each value, at the batch size that it is stated for.
+def difference(named: Any, used: Any, options: Any, option_of: Mapping[str, str]) -> str:
+    """How `used` and the options differ from the recipe `named`: "weight_decay 0.05 (0.0001), epochs 6.0"."""
+    changes = []
+    for (name, before), after in zip(values_of(named).items(), values_of(used).values(), strict=True):
+        option = option_of.get(name)
+        given = getattr(options, option) if option and option not in SCALED else None
+        value = after if given is None else given
+        if value not in (before, "none" if before is None else before):
+            changes.append(f"{option or name} {value} ({before})")
+    return ", ".join([*changes, *(f"{name} {value}" for name, value in _lengths(options, option_of).items())])
 
-    Options among `given` stand in place of the recipe's values.
-    """
-    lines: dict[str, Any] = {"recipe": name}
-    for path, value in values_of(recipe).items():
-        if path.rpartition(".")[2] in ABOUT:
+
+def as_config(options: Any, used: Any, option_of: Mapping[str, str]) -> str:
+    """The recipe as a file for --config. Lines of what is not set by `options` are comments, to uncomment and edit."""
+    lines = [
+        f"recipe: {options.recipe}",
+        "# Lines with # are the recipe's own values. To change one, remove the #. The learning rate and the numbers of",
+        "# updates among them are for its own batch size; once they are set, they are used as they are.",
+        *(_line(name, value) for name, value in _lengths(options, option_of).items()),
+    ]
+    changed = {item.partition("=")[0] for item in options.recipe_values}
+    for name, value in values_of(used).items():
+        option = option_of.get(name)
+        given = getattr(options, option) if option else None
+        if name.rpartition(".")[2] in ABOUT:
             continue
-        if path not in option_of:
-            lines[f"recipe.{path}"] = list(value) if isinstance(value, tuple) else value
-        elif value is not None:
-            lines[option_of[path]] = value
-    lines |= _given(options, given)
-    if "epochs" in lines and "steps" in lines:
-        del lines["steps"]
-    return yaml.safe_dump(lines, sort_keys=False, default_flow_style=None, width=1000).rstrip()
+        if option:
+            lines.append(_line(option, value) if given is None else _line(option, given))
+        else:
+            lines.append(_line(f"recipe.{name}", value))
+        if given is None and name not in changed:
+            lines[-1] = f"# {lines[-1]}"
+    return "\n".join(lines)
 
 
-def _given(options: Any, names: Iterable[str]) -> dict[str, Any]:
-    return {name: value for name in names if (value := getattr(options, name)) is not None}
+def _line(name: str, value: Any) -> str:
+    text = yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True, width=1000)
+    return f"{name}: {text.splitlines()[0]}"  # without the end of a document, which YAML writes behind a number
+
+
+def _lengths(options: Any, option_of: Mapping[str, str]) -> dict[str, Any]:
+    """Options that stand for several values of a recipe, if they are given."""
+    names = [name for name in LENGTHS if name not in option_of.values()]
+    return {name: value for name in names if (value := getattr(options, name, None)) is not None}

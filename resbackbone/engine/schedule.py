@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, replace
 
+from resbackbone.checks import UserError
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -17,6 +19,18 @@ class Schedule:
     cosine: bool = False
     warmup_steps: int = 0
     warmup_factor: float = 0.001
+
+    def __post_init__(self):
+        if not (self.steps >= 1 and 0 <= self.rate < math.inf and 0 <= self.warmup_factor <= 1):
+            raise UserError(
+                f"a schedule needs at least 1 step, a finite rate of at least 0 and a warm-up factor from 0 to 1, not "
+                f"{self.steps}, {self.rate:g} and {self.warmup_factor:g}"
+            )
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise UserError(f"a warm-up of {self.warmup_steps} steps: must be at most the schedule's {self.steps}")
+        if list(self.milestones) != sorted(self.milestones) or not all(0 <= m <= self.steps for m in self.milestones):
+            some = ", ".join(map(str, self.milestones))
+            raise UserError(f"milestones {some}: must rise, and be at most the schedule's {self.steps} steps")
 
     def learning_rate(self, step: int) -> float:
         """The rate of update `step`, counted from 0."""

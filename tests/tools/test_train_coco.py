@@ -246,17 +246,42 @@ def test_rare_classes_are_drawn_more_often_if_there_are_any(shapes, capsys, shar
     assert yaml.safe_load(Path("run/config.yaml").read_text())["repeat_factor"] == float(share)
 
 
-@pytest.mark.parametrize("name", ["v2-100ep", "short", "paper-vgg16-c5"])
-def test_a_printed_recipe_is_a_file_for_config_and_gives_the_same_recipe(name, capsys):
-    train_coco.main(["--recipe", name, "--print-recipe", "--recipe.detector.box-nms-thresh", "0.4", "--device", "cpu"])
-    Path("recipe.yaml").write_text(capsys.readouterr().out)
+@pytest.mark.parametrize("name", ["small", "paper-vgg16-c5"])
+def test_a_printed_recipe_is_a_file_for_config_that_sets_what_was_set_and_lists_the_rest(name, capsys):
+    argv = ["--recipe", name, "--recipe.detector.box-nms-thresh", "0.4", "--clip-grad", "0", "--device", "cpu"]
+    train_coco.main([*argv, "--batch-size", "3", "--lr", "0.003", "--print-recipe"])
+    Path("recipe.yaml").write_text(printed := capsys.readouterr().out)
+    assert [line.partition(":")[0] for line in printed.splitlines() if not line.startswith("#")] == [
+        *("recipe", "lr", "batch_size", "clip_grad", "recipe.detector.box_nms_thresh")
+    ]
     options = parse(train_coco.Options, ["--config", "recipe.yaml", "--device", "cpu"])
     recipe = RECIPES[name]
+    assert (options.batch_size, options.lr) == (3, 0.003)
     assert train_coco.recipe_of(options) == replace(recipe, detector=replace(recipe.detector, box_nms_thresh=0.4))
-    given = {key: getattr(options, key) for key in ("lr", "steps", "warmup_steps")}
-    assert recipe.schedule_for(options.batch_size, images=10, **given) == recipe.schedule_for(
-        recipe.batch_size, images=10
-    ), "for small data it would be longer"
+
+
+def test_a_printed_recipe_whose_lines_are_all_in_use_is_that_recipe(capsys):
+    train_coco.main(["--recipe", "v2-100ep", "--print-recipe", "--device", "cpu"])
+    comment, *lines = capsys.readouterr().out.split("\n# lr: ")
+    Path("recipe.yaml").write_text(f"{comment}\nlr: {lines[0]}".replace("\n# ", "\n").replace("\nLines", "\n#", 1))
+    Path("recipe.yaml").write_text(Path("recipe.yaml").read_text().replace("\nupdates", "\n#", 1))
+    options = parse(train_coco.Options, ["--config", "recipe.yaml", "--device", "cpu"])
+    assert train_coco.recipe_of(options) == (recipe := RECIPES["v2-100ep"])
+    given = {name: getattr(options, name) for name in train_coco.SCHEDULE}
+    assert recipe.schedule_for(3, images=10, **given) == recipe.schedule  # for another batch size it was set too
+
+
+def test_a_size_that_is_set_by_its_name_wins_over_that_of_all_images():
+    argv = ["--recipe", "1x", "--image-size", "400", "--recipe.augmentation.short-sides", "300", "310"]
+    recipe = train_coco.recipe_of(parse(train_coco.Options, argv))
+    assert recipe.augmentation.short_sides == (300, 310) and recipe.augmentation.max_size == 666
+    assert (recipe.detector.min_size, recipe.detector.max_size) == (400, 666)
+
+
+def test_norms_decay_as_the_optimizer_or_their_own_value_has_it():
+    argv = ["--recipe", "1x", "--optimizer", "adamw", "--lr", "1e-4"]
+    assert not train_coco.recipe_of(parse(train_coco.Options, argv)).decay_norms
+    assert train_coco.recipe_of(parse(train_coco.Options, [*argv, "--recipe.decay-norms", "True"])).decay_norms
 
 
 # Data of one's own
@@ -511,12 +536,27 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--early-stop", "3"], "--early-stop 3: needs evaluations on the way; give --eval-period too"),
         (["--track", "wandb"], "--track wandb: is not installed; pip install wandb"),
         (["--pictures", "-1"], "--pictures -1: must be at least 0"),
-        (["--optimizer", "sgd"], "--optimizer sgd: the learning rate of recipe short is for adamw; give --lr too"),
+        (["--optimizer", "sgd"], "optimizer sgd: the learning rate of recipe short is for adamw; give --lr too"),
+        (
+            ["--image-size", "64", "--recipe.detector.min-size", "9"],
+            "--recipe.detector.min-size sets the same; give one",
+        ),
+        (
+            ["--milestones", "2"],
+            "--milestones: the learning rate follows a cosine; give --recipe.schedule.cosine False",
+        ),
+        (["--milestones", "a"], "--milestones a: must be whole numbers"),
+        (["--steps", "4", "--warmup-steps", "9"], "a warm-up of 9 steps: must be at most the schedule's 4"),
+        (["--recipe.schedule.warmup-factor", "-3"], "a warm-up factor from 0 to 1, not 1100, 0.002 and -3"),
+        (["--recipe.least-epochs", "-3"], "--recipe: least_epochs is -3.0; it must be at least 0"),
+        (["--weight-decay", "-1"], "weight_decay is -1.0; it must be at least 0"),
+        (["--recipe.detector.bbox-reg-weights", "1", "2"], "weights 1 2: must be None or 4 numbers"),
+        (["--recipe", "v2", "--variant", "c4"], "--variant c4 does not fit recipe v2: box_conv_layers are for fpn"),
         (["--epochs", "2", "--steps", "9"], "--epochs 2 and --steps 9 are both a length; give one"),
         (["--repeat-factor", "2"], "--repeat-factor 2: must be a share of the images, from 0 to 1"),
         (["--lr", "0"], "--lr 0: must be a finite number above 0"),
         (["--recipe.schedule.rate", "1"], "--recipe.schedule.rate: give --lr instead"),
-        (["--recipe.detector.nms", "1"], "Unrecognized options: --recipe.detector.nms"),
+        (["--recipe.detector.nms", "1"], "unknown value --recipe.detector.nms (--print-recipe lists the values)"),
         (["--recipe.detector.box-nms-thresh", "x"], "--recipe.detector.box-nms-thresh x: must be a number"),
         (["--recipe.detector.box-nms-thresh", "2"], "box_nms_thresh is 2.0; it must be from 0 to 1"),
         (["--output", __file__], f"--output {__file__}: is a file; give a folder"),
