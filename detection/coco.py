@@ -110,7 +110,8 @@ class CocoImages(Dataset):
             return self._load(item)
         skipped = []
         for step in range(len(self)):
-            sample = self._load((item.index + step) % len(self))
+            index = (item.index + step) % len(self)
+            sample = self._load(index)
             if not isinstance(sample, BadImage):
                 break
             if not self.skip_bad_images:
@@ -123,8 +124,8 @@ class CocoImages(Dataset):
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(item.seed)
                 image, target = self.transform(image, target)
-                if torch.rand(()) < getattr(self.transform, "copy_paste", 0):  # the draw is the last one
-                    other = self._load(int(torch.randint(len(self), ())))
+                if torch.rand(()) < getattr(self.transform, "copy_paste", 0) and len(self) > 1:  # the last draws
+                    other = self._load((index + int(torch.randint(1, len(self), ()))) % len(self))
                     if not isinstance(other, BadImage):
                         image, target = paste_objects(image, target, *self.transform(*other))
                     elif self.skip_bad_images:

@@ -230,28 +230,28 @@ def _two_scales(boxes: Tensor, levels: list[PyramidLevel], side: int) -> Tensor:
 
 
 def select_and_vote(boxes: Tensor, scores: Tensor, *, score_thresh: float, count: int) -> dict[str, Tensor]:
-    """The `count` best of the boxes [n, K, 4] with scores [n, K] of K classes, labelled 1..K, by falling score.
+    """The `count` best of the boxes [n, K, 4] with scores [n, K] of K classes, labelled 1..K, sorted by score.
 
     NMS is by class at an IoU of 0.3. The boxes above `score_thresh` then vote on the place of those that remain, from
     an IoU of 0.5 on.
     """
     kept = (scores > score_thresh).nonzero()
     boxes, scores, labels = boxes[kept[:, 0], kept[:, 1]], scores[kept[:, 0], kept[:, 1]], kept[:, 1] + 1
-    large = remove_small_boxes(boxes, SMALLEST_BOX)
-    boxes, scores, labels = boxes[large], scores[large], labels[large]
     return nms_and_vote(boxes, scores, labels, nms_iou=REFINEMENT_NMS, voting_iou=VOTING_IOU, count=count)
 
 
 def nms_and_vote(
     boxes: Tensor, scores: Tensor, labels: Tensor, *, nms_iou: float, voting_iou: float, count: int
 ) -> dict[str, Tensor]:
-    """The `count` best of the boxes [n, 4] after NMS by class, by falling score, each where the others vote it to be.
+    """The `count` best of the boxes [n, 4] after NMS by class, sorted by score, each moved to a weighted mean.
 
-    It becomes the score-weighted mean of the boxes of its class that overlap it at an IoU of `voting_iou` or more,
-    itself included (Gidaris & Komodakis 2015).
+    The mean is of the boxes of its class that overlap it at an IoU of `voting_iou` or more, itself included, weighted
+    by their scores (Gidaris & Komodakis 2015). Boxes with a side under `SMALLEST_BOX` pixels are dropped.
     """
+    large = remove_small_boxes(boxes, SMALLEST_BOX)
+    boxes, scores, labels = boxes[large], scores[large], labels[large]
     best = batched_nms(boxes, scores, labels, nms_iou)[:count]
     voting = (box_iou(boxes[best], boxes) >= voting_iou) & (labels[best, None] == labels)
-    weights = (voting * scores)[..., None]
+    weights = (voting * scores.clamp(min=torch.finfo(scores.dtype).eps))[..., None]  # a score may be 0
     voted = (weights * boxes).sum(1) / weights.sum(1)  # no matrix product: autocast would round it to bf16
     return {"boxes": voted, "labels": labels[best], "scores": scores[best]}

@@ -36,7 +36,8 @@ class TrainTransform:
         resized to fit into `crop_size` x `crop_size` pixels times a factor drawn from `scale_jitter`, cut where it is
         larger, and padded at the right and bottom with ImageNet's mean colour where it is smaller.
     photometric: SSD's random brightness, contrast, saturation, hue and order of channels, each at one half.
-    copy_paste: probability with which `CocoImages` pastes objects of another image (`copy_paste.paste_objects`).
+    copy_paste: probability with which `CocoImages` pastes objects of another image, if there is one
+        (`copy_paste.paste_objects`).
 
     (uint8 [3, H, W], {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels": int64 [n], ...}) to the same. Boxes are
     clipped; those left with under a pixel a side are dropped. An image whose crop shows no object is trained on as
@@ -63,15 +64,19 @@ class TrainTransform:
         if (scale_jitter is None) != (crop_size is None):
             given, missing = ("scale_jitter", "crop_size") if crop_size is None else ("crop_size", "scale_jitter")
             raise UserError(f"{given} without {missing}: give both (the paper's are 0.1 2.0 and 1024) or neither")
-        resize: list[v2.Transform] = [v2.RandomShortestSize(list(short_sides), max_size)]
-        if scale_jitter is not None and crop_size is not None:
-            if len(scale_jitter) != 2 or not 0 < scale_jitter[0] <= scale_jitter[1] < math.inf:
+        resize: list[v2.Transform]
+        if scale_jitter is None or crop_size is None:
+            if not isinstance(short_sides, Sequence) or not short_sides or min(*short_sides, max_size) < 1:
                 raise UserError(
-                    f"scale_jitter {' '.join(map(str, scale_jitter))}: must be the smallest and the largest factor, "
-                    "such as 0.1 2.0"
+                    f"short_sides {short_sides} and max_size {max_size}: must be such as (640, 800) and 1333"
                 )
-            if crop_size < 1:
-                raise UserError(f"crop_size {crop_size}: must be at least 1 pixel")
+            resize = [RandomShortestSize(list(short_sides), max_size)]
+        else:
+            pair = isinstance(scale_jitter, Sequence) and len(scale_jitter) == 2
+            if not pair or not 0 < scale_jitter[0] <= scale_jitter[1] < math.inf:
+                raise UserError(f"scale_jitter {scale_jitter}: must be the least and the largest factor, as (0.1, 2)")
+            if not isinstance(crop_size, int) or crop_size < 1:
+                raise UserError(f"crop_size {crop_size}: must be a whole number of pixels, at least 1")
             resize = [ScaleJitter((crop_size, crop_size), tuple(scale_jitter)), CropAndPad(crop_size)]
         self.copy_paste = copy_paste
         self.transforms = v2.Compose(
@@ -96,11 +101,19 @@ class TrainTransform:
         return image.as_subclass(Tensor), {**target, "boxes": boxes[kept], "labels": target["labels"][kept]}
 
 
-class ScaleJitter(v2.ScaleJitter):
-    """torchvision's, which fails where a long, thin image is left without a pixel."""
+class LeavesAPixel(v2.Transform):
+    """For torchvision's random sizes, which fail where a long, thin image is left without a pixel."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
+
+
+class RandomShortestSize(LeavesAPixel, v2.RandomShortestSize):
+    pass
+
+
+class ScaleJitter(LeavesAPixel, v2.ScaleJitter):
+    pass
 
 
 class CropAndPad(v2.Transform):

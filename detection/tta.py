@@ -2,60 +2,71 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import clip_boxes_to_image
 
 from detection.paper import VOTING_IOU, nms_and_vote
 from detection.transforms import check_images
 from resbackbone.checks import UserError
 
+SMALLEST = 32  # pixels; on fewer, nothing can be seen, and images may be left without a pixel
 EIGHTHS = range(4, 13)  # of the detector's own size; for 800 pixels detectron2's 400, 500, .. 1200
 
 
 class TestTimeAugmentation(nn.Module):
     """A detector on every image at each of `sizes` and, with `flip`, mirrored too; to use in place of the detector.
 
-    sizes: shorter sides in pixels; the longer side is limited in proportion. Default: 4/8, 5/8, .. 12/8 of the
-        detector's own size, which costs ten times as much as detecting once, twenty with flip.
+    sizes: shorter sides in pixels, at least 32 or the detector's own size if that is smaller; the longer side is
+        limited in proportion. Default: 4/8, 5/8, .. 12/8 of the detector's own size, which costs ten times as much as
+        detecting once, twenty with flip.
 
     The detections of all versions go through NMS at the detector's threshold, and those of a class that overlap a
     remaining one at an IoU of 0.5 (or at that threshold if it is larger) vote on its place (`nms_and_vote`). At the
     detector's own size without flip, the detections are bit-identical to the detector's.
 
     `detector` is any of this package or torchvision: [3, H, W] RGB floats in 0..1 -> boxes, labels and scores an image;
-    masks and keypoints are left out. Raises UserError if a size is repeated or not positive, or if the detector resizes
-    every image to one fixed size (SSD) and sizes are given.
+    masks and keypoints are left out, and so are gradients. Raises UserError if `sizes` are not whole numbers, repeated
+    or too small, or if the detector resizes every image to one fixed size (SSD) and sizes are given.
     """
+
+    __test__ = False  # pytest takes a class of this name for tests
 
     def __init__(self, detector: Any, sizes: Sequence[int] = (), flip: bool = True):
         super().__init__()
-        if any(size < 1 for size in sizes) or len(set(sizes)) < len(sizes):
-            raise UserError(f"{', '.join(map(str, sizes))}: sizes must be distinct and at least 1 pixel")
         own = detector.transform.min_size[-1]
+        least = min(SMALLEST, own)
+        whole = isinstance(sizes, Sequence) and all(isinstance(size, Integral) and size >= least for size in sizes)
+        if not whole or len(set(sizes)) < len(sizes):
+            given = str(sizes).strip("()[],")
+            raise UserError(f"{given}: sizes must be a list of distinct whole numbers of at least {least} pixels")
         if detector.transform.fixed_size is not None:
             if sizes:
                 raise UserError(f"{', '.join(map(str, sizes))}: this detector has one fixed size; leave sizes out")
             sizes = (own,)
         self.detector, self.flip = detector, flip
-        self.sizes = tuple(sizes) or tuple(dict.fromkeys(max(1, own * part // 8) for part in EIGHTHS))
+        self.sizes = tuple(sizes) or tuple(dict.fromkeys(max(least, own * part // 8) for part in EIGHTHS))
         self.eval()
 
     @property
-    def categories(self) -> dict[int, str]:
-        return self.detector.categories
+    def categories(self) -> dict[int, str] | None:
+        """The detector's; torchvision's have none."""
+        return getattr(self.detector, "categories", None)
 
+    @torch.no_grad()
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-        """[3, H, W] RGB floats in 0..1 -> boxes, labels and scores an image, by falling score."""
+        """[3, H, W] RGB floats in 0..1 -> boxes, labels and scores an image, sorted by score."""
         check_images(images, self.detector.transform)
         versions = [found for size in self.sizes for found in self._detect(images, size)]
         if len(versions) == 1:
             return versions[0]
         heads = getattr(self.detector, "roi_heads", self.detector)
         iou, count = heads.nms_thresh, heads.detections_per_img
-        return [
+        merged = [
             nms_and_vote(
                 *(torch.cat([found[name] for found in of_image]) for name in ("boxes", "scores", "labels")),
                 nms_iou=iou,
@@ -64,6 +75,9 @@ class TestTimeAugmentation(nn.Module):
             )
             for of_image in zip(*versions, strict=True)
         ]
+        for found, image in zip(merged, images, strict=True):  # rounding puts boxes at the border outside
+            found["boxes"] = clip_boxes_to_image(found["boxes"], image.shape[-2:])
+        return merged
 
     def _detect(self, images: list[Tensor], size: int) -> list[list[dict[str, Tensor]]]:
         """The detections on the images at this size and, with flip, those on the mirrored ones, mirrored back."""

@@ -51,6 +51,13 @@ def test_an_object_that_shows_in_a_pasted_rectangle_comes_along_whole():
     assert all(2 in labels for labels in drawn if 1 in labels)
 
 
+def test_an_object_that_shows_in_two_pasted_rectangles_together_comes_along():
+    partner = coloured(HEIGHT, WIDTH, {1: (0, 0, 15, 20), 2: (25, 0, 40, 20), 3: (11, 2, 29, 18)})  # 2/9 of 3 in each
+    assert labels_over_seeds(coloured(HEIGHT, WIDTH, {}), partner, 40) == {
+        *((), (1,), (2,), (3,), (1, 3), (2, 3), (1, 2, 3))
+    }
+
+
 @pytest.mark.parametrize("height, width", [(31, 90), (90, 35)])
 def test_what_lies_outside_the_base_is_cut_off(height, width):
     base = coloured(height, width, {1: (0, 0, 20, 15)})

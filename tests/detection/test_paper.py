@@ -15,7 +15,7 @@ from detection.config import BACKBONE_OF
 from detection.data import open_split
 from detection.evaluate import evaluate
 from detection.faster_rcnn import build_faster_rcnn, load_detector, prepare_for_detection, save_detector
-from detection.paper import ImprovedTesting, VGGHead, build_vgg16_backbone, load_vgg16, select_and_vote
+from detection.paper import ImprovedTesting, VGGHead, build_vgg16_backbone, load_vgg16, nms_and_vote, select_and_vote
 from detection.recipes import RECIPES, Augmentation
 from detection.scoring import entries
 from detection.shapes import make_shapes
@@ -383,6 +383,8 @@ def test_a_box_without_extent_is_none_and_nothing_found_an_empty_answer():
     boxes = torch.tensor([[[5.0, 5, 5, 9]], [[0.0, 0, 3, 3]]])
     found = select_and_vote(boxes, torch.tensor([[0.9], [0.1]]), score_thresh=0.0, count=5)
     assert found["boxes"].tolist() == [[0, 0, 3, 3]]
+    found = nms_and_vote(boxes[:, 0], torch.tensor([0.9, 0]), torch.ones(2), nms_iou=0.5, voting_iou=0.5, count=5)
+    assert found["boxes"].tolist() == [[0, 0, 3, 3]]  # though its vote weighs nothing
     found = select_and_vote(torch.rand(4, 3, 4), torch.zeros(4, 3), score_thresh=0.0, count=5)
     assert found["boxes"].shape == (0, 4) and found["labels"].shape == found["scores"].shape == (0,)
     detector = small_detector(box_score_thresh=0.999)

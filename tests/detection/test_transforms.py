@@ -110,6 +110,12 @@ def test_a_crop_that_shows_no_object_is_background():
     assert empty["boxes"].shape == (0, 4) and empty["labels"].shape == (0,) and empty["labels"].dtype == torch.int64
 
 
+@pytest.mark.parametrize("height, width, size", [(1, 500, (1, 96)), (2000, 3, (96, 1))])
+def test_a_strip_keeps_a_pixel_where_the_longer_side_is_limited(height, width, size):
+    image, target = TrainTransform((64,), 96)(*sample(height, width, [(0, 0, width, height)]))
+    assert image.shape == (3, *size) and target["boxes"].tolist() == [[0, 0, size[1], size[0]]]
+
+
 def test_a_strip_keeps_a_pixel_at_the_smallest_scale():
     image, target = TrainTransform((), 0, scale_jitter=(0.1, 0.1), crop_size=32)(*sample(2, 200, [(0, 0, 200, 2)]))
     assert image.shape == (3, 32, 32) and (image[:, 1:] != 255).all()
@@ -146,13 +152,18 @@ def test_the_same_random_state_gives_the_same_sample():
     [
         ({"crop_size": 64}, "crop_size without scale_jitter: give both"),
         ({"scale_jitter": (0.1, 2.0)}, "scale_jitter without crop_size: give both"),
-        ({"scale_jitter": (2.0, 0.1), "crop_size": 64}, "scale_jitter 2.0 0.1: must be the smallest and the largest"),
-        ({"scale_jitter": (0, 1), "crop_size": 64}, "scale_jitter 0 1: must be the smallest"),
-        ({"scale_jitter": (0.1, 2.0), "crop_size": 0}, "crop_size 0: must be at least 1 pixel"),
+        ({"scale_jitter": (2.0, 0.1), "crop_size": 64}, r"scale_jitter \(2.0, 0.1\): must be the least and the"),
+        ({"scale_jitter": (0, 1), "crop_size": 64}, r"scale_jitter \(0, 1\): must be the least"),
+        ({"scale_jitter": 1.0, "crop_size": 64}, "scale_jitter 1.0: must be the least"),
+        ({"scale_jitter": (0.1, 2.0), "crop_size": 0}, "crop_size 0: must be a whole number of pixels, at least 1"),
+        ({"scale_jitter": (0.1, 2.0), "crop_size": 5.5}, "crop_size 5.5: must be a whole number"),
+        ({"short_sides": ()}, r"short_sides \(\) and max_size 99: must be such as"),
+        ({"short_sides": 64}, "short_sides 64 and max_size 99"),
+        ({"max_size": 0}, r"short_sides \(64,\) and max_size 0"),
         ({"flip": 1.5}, "flip 1.5: must be a probability"),
         ({"copy_paste": -1}, "copy_paste -1: must be a probability"),
     ],
 )
 def test_settings_that_contradict_one_another_or_their_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
-        TrainTransform((64,), 99, **options)
+        TrainTransform(**{"short_sides": (64,), "max_size": 99, **options})

@@ -88,6 +88,16 @@ def test_a_mirrored_image_gives_mirrored_detections(detector):
     assert not torch.allclose(mirrored["boxes"], found["boxes"], atol=1)
 
 
+def test_merged_boxes_lie_in_the_image_and_keep_no_graph_of_the_passes(detector):
+    [found] = tta.TestTimeAugmentation(detector, (48, 64))([torch.rand(3, 33, 65)])
+    assert (found["boxes"] >= 0).all() and (found["boxes"] <= torch.tensor([65, 33, 65, 33])).all()
+    assert not found["boxes"].requires_grad and not found["scores"].requires_grad
+
+
+def test_a_detectors_categories_are_those_of_the_augmented_one(detector):
+    assert tta.TestTimeAugmentation(detector).categories == getattr(detector, "categories", None)
+
+
 def test_detections_of_the_versions_are_voted_on_at_the_detectors_thresholds(detector):
     image = torch.rand(3, *IMAGE)
     heads = getattr(detector, "roi_heads", detector)
@@ -109,14 +119,19 @@ def test_detections_of_the_versions_are_voted_on_at_the_detectors_thresholds(det
 def test_the_default_sizes_are_in_proportion_to_the_detectors_own():
     detector = ByColour()
     assert tta.TestTimeAugmentation(detector).sizes == (32, 40, 48, 56, 64, 72, 80, 88, 96)
-    detector.transform.min_size = (600, 3)  # of which inference takes the last
-    assert tta.TestTimeAugmentation(detector).sizes == (1, 2, 3, 4)
+    detector.transform.min_size = (600, 48)  # of which inference takes the last
+    assert tta.TestTimeAugmentation(detector).sizes == (32, 36, 42, 48, 54, 60, 66, 72)
+    detector.transform.min_size = (17,)
+    assert tta.TestTimeAugmentation(detector, (17,)).sizes == (17,)
 
 
-def test_sizes_that_make_no_sense_or_no_difference_are_refused():
-    for sizes in ((64, 64), (0,), (-3, 5)):
-        with pytest.raises(UserError, match="sizes must be distinct and at least 1 pixel"):
-            tta.TestTimeAugmentation(ByColour(), sizes)
+@pytest.mark.parametrize("sizes", [(64, 64), (31,), (-3, 64), 64, (float("nan"),), (48.5,), "64"])
+def test_sizes_that_make_no_sense_or_no_difference_are_refused(sizes):
+    with pytest.raises(UserError, match="sizes must be a list of distinct whole numbers of at least 32 pixels"):
+        tta.TestTimeAugmentation(ByColour(), sizes)
+
+
+def test_a_detector_of_one_fixed_size_takes_no_others():
     fixed = ByColour()
     fixed.transform.fixed_size = (64, 64)
     with pytest.raises(UserError, match="32: this detector has one fixed size; leave sizes out"):

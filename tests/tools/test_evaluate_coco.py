@@ -148,7 +148,7 @@ def test_wrong_input_is_one_line_that_names_it(run, shapes, tmp_path):
     assert "--depth" in error_of(run, "--depth", "18")
     assert "--workers many: must be a whole number" in error_of(run, "--workers", "many")
     assert "--scales 200, 200: must be distinct sizes in pixels" in error_of(run, "--scales", "200", "200")
-    assert "--tta-sizes 200, 200: sizes must be distinct" in error_of(run, "--tta", "--tta-sizes", "200", "200")
+    assert "--tta-sizes 1: sizes must be a list of distinct whole" in error_of(run, "--tta", "--tta-sizes", "1")
     assert "--tta-sizes are for --tta" in error_of(run, "--tta-sizes", "200")
     assert "--tta and --scales exclude each other" in error_of(run, "--tta", "--scales", "200")
     assert "--tta and --box-refinement exclude each other" in error_of(run, "--tta", "--box-refinement")
