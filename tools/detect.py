@@ -29,6 +29,7 @@ from detection.inputs import find_inputs, frames_file, image_ids_of, output_file
 from detection.scoring import entries
 from detection.video import Video, video_file
 from resbackbone.checks import UserError
+from resbackbone.engine.best import is_best
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.image_io import BadImage, read_image
 
@@ -45,7 +46,8 @@ class Options:
     inputs: tyro.conf.Positional[Several[str]]
     """Images, folders of images, quoted patterns such as 'photos/**/*.jpg', video files, or a camera's number."""
     output: Auto[Path] = None
-    """Folder for pictures and JSON. Default: detected/ in the run's folder, or beside the weight file."""
+    """Folder for pictures and JSON. Default: detected/ in the run's folder, or beside the weight file; for a
+    run's best/ detected-best/ beside it."""
     recursive: bool = False
     """Include images in subfolders."""
     threshold: float = 0.5
@@ -106,7 +108,9 @@ def main(argv: list[str] | None = None) -> None:
         bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
     use(device)
     file = detector_file(options.run)
-    folder = options.output or run_folder(options.run) / "detected"
+    folder = run_folder(options.run)
+    beside = folder.resolve().with_name("detected-best") if is_best(folder) else folder / "detected"
+    folder = options.output or beside
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
     with from_option("--output"):
         pictures = output_files(inputs, folder)

@@ -26,6 +26,7 @@ from detection.paper import ImprovedTesting
 from detection.scoring import BACKENDS
 from detection.tta import TestTimeAugmentation
 from resbackbone.checks import UserError, one_of
+from resbackbone.engine.best import is_best
 from resbackbone.engine.device import INFERENCE, choose_precision
 from resbackbone.engine.distributed import Rank, from_main
 from resbackbone.engine.run import read_yaml
@@ -42,7 +43,7 @@ class Options:
     """Folder of COCO-format data, as tools/train_coco.py takes it. Default: the one the run was trained on."""
     output: Auto[Path] = None
     """Folder for detections.json and results.json. Default: the run's folder, or eval-NAME/ in it if --data or an
-    option changes the detections."""
+    option changes the detections, and eval-best/ for its best/."""
     box_refinement: bool = False
     """Score and regress once more from the regressed boxes, and vote (He et al. 2015, appendix B)."""
     scales: Several[int] = ()
@@ -120,6 +121,8 @@ def score(rank: Rank, options: Options) -> None:
         return
     own = config.get("data") is not None and data.resolve() == Path(config["data"]).resolve()
     names = [] if own else [data.resolve().name]
+    if is_best(folder):
+        folder, names = folder.resolve().parent, ["best", *names]
     names += ["refined"] * options.box_refinement + [str(scale) for scale in options.scales]
     names += ["tta"] * options.tta + [str(size) for size in options.tta_sizes]
     target = options.output or (folder / f"eval-{'-'.join(names)}" if names else folder)

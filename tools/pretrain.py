@@ -45,6 +45,7 @@ from resbackbone.classification.transforms import TrainAugment, to_model_input
 from resbackbone.classifier import ResNetClassifier, build_resnet_classifier
 from resbackbone.engine import loop
 from resbackbone.engine.average import build_average
+from resbackbone.engine.best import is_best
 from resbackbone.engine.device import INFERENCE, PRECISIONS
 from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
 from resbackbone.engine.optimizers import build_optimizer
@@ -141,8 +142,8 @@ class EvaluationOptions:
     """Runs, weight files or named sources to evaluate instead of training; the scores of several are averaged. --data,
     --recipe (for the image sizes) and --precision default to those of the first; without a run, fp32."""
     eval_period: int = 0
-    """Updates between evaluations (1crop); 0 evaluates at the end only. With others on the way, best/ in the run's
-    folder keeps the weights of the best one."""
+    """Updates between evaluations (1crop); 0 evaluates at the end only. With intermediate evaluations, best/ in
+    the run's folder keeps the weights of the best one."""
     early_stop: int = 0
     """Stop after this many evaluations in a row without a better one; 0: never. Needs --eval-period."""
 
@@ -403,6 +404,8 @@ def complete(options: Options) -> Options:
     check_rate(RECIPES[recipe_name], recipe, recipe_name, options.lr)
     one_of("evaluation", options.eval, PROTOCOLS)
     check_training(options)
+    if data == SYNTHETIC and options.eval_period:
+        raise UserError(f"--eval-period {options.eval_period}: synthetic images are not evaluated; leave it out")
     if options.norm is not None:
         one_of("norm", options.norm, NORMS)
     check_shortcut(options, "ABCD")
@@ -454,7 +457,7 @@ def complete_for_evaluation(options: Options) -> Options:
         path = Path(first)
         folder = path if path.is_dir() else path.parent
         if len(options.eval_only) == 1:  # the results of several belong to none of their folders
-            output = output or folder
+            output = output or (folder.resolve().with_name("eval-best") if is_best(folder) else folder)
         config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
     if given["precision"] not in INFERENCE and not options.precision:

@@ -177,8 +177,8 @@ class TrainingOptions:
 @dataclass(frozen=True)
 class EvaluationOptions:
     eval_period: int = 0
-    """Updates between evaluations; 0 evaluates at the end only. With others on the way, best/ in the run's folder keeps
-    the weights of the highest AP."""
+    """Updates between evaluations; 0 evaluates at the end only. With intermediate evaluations, best/ in the run's
+    folder keeps the weights of the highest AP."""
     early_stop: int = 0
     """Stop after this many evaluations in a row without a higher AP; 0: never. Needs --eval-period."""
     val_loss: bool = False

@@ -80,8 +80,8 @@ class Session:
         # Without these options, --config with this file starts a new run.
         config = to_config(replace(self.options, output=None, resume=False, config=None))
         content, writes = {**config, "effective": effective}, self.rank.is_main
-        again, tracker = evaluates_again, self.options.track
-        return Run(self.folder, content, resumed_step=step, evaluates_again=again, writes=writes, tracker=tracker)
+        more: dict[str, Any] = {"writes": writes, "tracker": self.options.track, "warn": self.warn}
+        return Run(self.folder, content, resumed_step=step, evaluates_again=evaluates_again, **more)
 
     def train(
         self,

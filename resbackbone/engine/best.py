@@ -28,6 +28,11 @@ def read_best(run: Path) -> dict | None:
         return None
 
 
+def is_best(folder: Path) -> bool:
+    """Whether a folder is a run's best/: the run replaces it as a whole, so commands write beside it, not in it."""
+    return folder.resolve().name == FOLDER and (folder / FILE).is_file()
+
+
 def keep_if_best(
     run: Path,
     step: int,

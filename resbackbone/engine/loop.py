@@ -45,7 +45,18 @@ class Plan:
 
     def evaluates(self, step: int) -> bool:
         """Whether `train` evaluates at this step; the last one is for the final evaluation."""
-        return bool(self.eval_period) and step % self.eval_period == 0 and step not in (0, self.steps)
+        return step not in (0, self.steps) and self._is_due(step)
+
+    def logs(self, step: int) -> bool:
+        """Whether `train` records a line of metrics at this step; before an evaluation too, as that may end it."""
+        return step % self.log_period == 0 or step == self.steps or self.evaluates(step)
+
+    def cuts(self, step: int) -> bool:
+        """Whether training that ends at this step is cut short where one left alone would not evaluate."""
+        return step < self.schedule.steps and not self._is_due(step)
+
+    def _is_due(self, step: int) -> bool:
+        return bool(self.eval_period) and step % self.eval_period == 0
 
 
 def train(
@@ -96,7 +107,8 @@ def train(
         if waited < plan.early_stop:
             return False
         than = f"that of step {best['step']}, {best['summary']}" if best else "those before"
-        info(f"stopped early at step {state.step}: {waited} evaluations in a row were no better than {than}")
+        some = "1 evaluation was" if waited == 1 else f"{waited} evaluations in a row were"
+        info(f"stopped early at step {state.step}: {some} no better than {than}")
         if saved != state.step:
             checkpoint()
         return True
@@ -127,7 +139,7 @@ def train(
             now = time.monotonic()
             recent.append({**values, "seconds": now - began, "data_seconds": loaded - asked})
             began, line = now, None
-            if state.step % plan.log_period == 0 or state.step == plan.steps:
+            if plan.logs(state.step):
                 parts = state.stopwatch.take(len(recent))
                 record = {**mean_of(recent), **parts, "lr": rate, **memory(rank.device)}
                 record["images_per_second"] = plan.batch_size / record["seconds"]
@@ -142,19 +154,23 @@ def train(
             evaluated = time.monotonic()
             ended = evaluate_if_due()
             began += time.monotonic() - evaluated
+    run.is_cut = plan.cuts(state.step)
 
 
 def evaluate(task: Task, state: TrainState, run: Run, *, final: bool = False) -> Mapping[str, Any]:
     """Evaluate the task, add the result to the metrics, keep the weights if they are the best, rewrite the report.
 
-    After an early stop the last evaluation is the final one already, unless the task's final one differs.
+    After an early stop the last evaluation is the final one already, unless the task's final one differs. A final
+    evaluation that differs, or that a longer run would not make, counts neither for best/ nor for an early stop of the
+    resumed run: its line has `"compared": false`.
     """
-    comparable = not (final and task.final_differs)
+    comparable = not (final and (task.final_differs or run.is_cut))
     if final and comparable and run.evaluated is not None and run.evaluated[0] == state.step:
         return run.evaluated[1]
     began = time.monotonic()
     result = task.evaluate(state.evaluated, final=final)
-    run.record(state.step, {**result, "seconds": time.monotonic() - began}, kind="eval")
+    line = {**result, "seconds": time.monotonic() - began}
+    run.record(state.step, line if comparable else {**line, "compared": False}, kind="eval")
     run.evaluated = state.step, result
     if state.rank.is_main:
         if comparable and run.keeps_best:
@@ -165,9 +181,10 @@ def evaluate(task: Task, state: TrainState, run: Run, *, final: bool = False) ->
 
 
 def evaluations_since_best(folder: Path) -> int:
-    """How many evaluations of a run came after its best."""
+    """How many evaluations of a run that are compared came after its best."""
     best = read_best(folder) or {"step": -1}
-    return len({line["step"] for line in read_metrics(folder, "eval") if line["step"] > best["step"]})
+    compared = [line["step"] for line in read_metrics(folder, "eval") if line.get("compared", True)]
+    return len({step for step in compared if step > best["step"]})
 
 
 def _keep_bad_batch(task: Task, batch: Any, folder: Path, error: NonFinite, state: TrainState) -> str:

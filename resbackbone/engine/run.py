@@ -29,7 +29,8 @@ class Run:
     It holds `config.yaml`, the run's whole configuration; `metrics.jsonl`, one JSON object a line, and the same for
     TensorBoard in `events.out.tfevents.*`; the last three `checkpoints/step_NNNNNNN/`; and `best/` if it `keeps_best`
     (see `best.keep_if_best`). A resumed run drops the metrics after `resumed_step` and, if it `evaluates_again` there,
-    that step's evaluation. A `tracker` ("wandb" or "mlflow") gets the metrics and the configuration too.
+    that step's evaluation. A `tracker` ("wandb" or "mlflow") gets the metrics and the configuration too; `warn` gets a
+    line if it fails.
     """
 
     def __init__(
@@ -41,9 +42,10 @@ class Run:
         evaluates_again: bool = True,
         writes: bool = True,
         tracker: str | None = None,
+        warn: Callable[[str], object] = print,
     ):
-        self.folder, self.writes = Path(folder), writes
-        self.keeps_best = False
+        self.folder, self.writes, self._warn = Path(folder), writes, warn
+        self.keeps_best = self.is_cut = False  # `loop.train` sets them; `is_cut`: see `loop.Plan.cuts`
         self.evaluated: tuple[int, Mapping] | None = None  # step and result of this process's last evaluation
         self._track: Callable[[int, Mapping[str, float]], object] | None = None
         self._end_tracking: Callable[[], object] = lambda: None
@@ -53,6 +55,8 @@ class Run:
         lock_folder(self.folder)
         remove_unfinished(self.folder)
         remove_unfinished(self.folder / "checkpoints")
+        if tracker is not None:  # before config.yaml, which makes the folder a run's: it may fail
+            self._track, self._end_tracking = open_tracker(tracker, self.folder, config)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         path, kept = self.folder / "metrics.jsonl", []
         if path.exists():
@@ -63,8 +67,6 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
 
         self._events = SummaryWriter(str(self.folder), purge_step=resumed_step + 1 if resumed_step else None)
-        if tracker is not None:
-            self._track, self._end_tracking = open_tracker(tracker, self.folder, config)
 
     def record(self, step: int, values: Mapping[str, float | None], *, kind: str = "train") -> None:
         """Append a line to the metrics, and its numbers to TensorBoard under `kind/`; `kind` is "train" or "eval"."""
@@ -73,7 +75,11 @@ class Run:
         try:
             self._metrics.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             self._metrics.flush()
-            numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+            numbers = {
+                f"{kind}/{name}": value
+                for name, value in values.items()
+                if isinstance(value, int | float) and not isinstance(value, bool)
+            }
             for name, value in numbers.items():
                 self._events.add_scalar(name, value, step)
         except OSError as error:
@@ -82,7 +88,7 @@ class Run:
             try:
                 self._track(step, numbers)
             except Exception as error:  # noqa: BLE001 - a server that fails must not end a training
-                print(f"the tracker failed at step {step} and gets no more: {' '.join(str(error).split())}")
+                self._warn(f"the tracker failed at step {step} and gets no more: {' '.join(str(error).split())}")
                 self._track = None
 
     def save(self, state: TrainState, write_model: Callable[[Path], None]) -> None:

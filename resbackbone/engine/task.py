@@ -45,7 +45,7 @@ class Task(ABC):
         """Evaluate a network on all ranks; the result, the same on each, becomes a line of metrics."""
 
     def score(self, result: Mapping[str, Any]) -> float | None:
-        """What tells better evaluations from worse: higher is better. None: this one is not compared."""
+        """The score by which evaluations are compared: higher is better. None: this one is not compared."""
         return None
 
     @abstractmethod

@@ -10,6 +10,10 @@ from resbackbone.checks import UserError, one_of
 
 TRACKERS = ("wandb", "mlflow")
 PROJECT = "resbackbone"  # unless WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME names another
+HINTS = {
+    "wandb": "WANDB_MODE=offline needs no account",
+    "mlflow": "MLFLOW_TRACKING_URI names the server or a folder",
+}
 
 
 def check_tracker(name: str | None) -> None:
@@ -24,7 +28,18 @@ def open_tracker(
     """Start the tracker's run for a run's folder, or continue it; returns log(step, values) and its end.
 
     Servers, keys and offline modes are set by the trackers' own variables: WANDB_MODE, MLFLOW_TRACKING_URI, ..
+    Raises ValueError if it cannot start.
     """
+    try:
+        return _start(name, folder, config)
+    except Exception as error:  # no key, no server, ..: each tracker has exceptions of its own
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"tracker {name}: cannot start ({why}); {HINTS[name]}") from None
+
+
+def _start(
+    name: str, folder: Path, config: Mapping[str, Any]
+) -> tuple[Callable[[int, Mapping[str, float]], object], Callable[[], object]]:
     named = folder / f"{name}_run.txt"  # a resumed run continues the same one
     known = named.read_text() if named.exists() else None
     if name == "wandb":

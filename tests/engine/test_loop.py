@@ -11,6 +11,7 @@ from resbackbone.engine.average import build_average
 from resbackbone.engine.best import read_best
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.engine.distributed import Rank
+from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import CLOCK, Run
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import TrainState
@@ -75,7 +76,19 @@ class Line(nn.Linear):
 SCORES = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.55, 5: 0.6, 6: 0.6, 7: 0.2, 8: 0.4}
 
 
-def train(folder, *, dies=None, early_stop=0, period=1, said=print, decay=0.5, scores=SCORES, differs=False):
+def train(
+    folder,
+    *,
+    dies=None,
+    early_stop=0,
+    period=1,
+    said=print,
+    decay=0.5,
+    scores=SCORES,
+    differs=False,
+    log=1,
+    steps=8,
+):
     """Eight updates in `folder`, or the rest from its last checkpoint; a run that dies leaves the folder as it is."""
     torch.manual_seed(0)
     model, checkpoint = Line(), last_whole_checkpoint(folder)
@@ -86,7 +99,7 @@ def train(folder, *, dies=None, early_stop=0, period=1, said=print, decay=0.5, s
     state = TrainState(model, optimizer, Rank(0, 1, torch.device("cpu")), average=average)
     if checkpoint is not None:
         state.load(checkpoint)
-    plan = loop.Plan(Schedule(0.01, 8), 8, 8, 0, "fp32", 1, 3, period, early_stop)
+    plan = loop.Plan(Schedule(0.01, 8), steps, 8, 0, "fp32", log, 3, period, early_stop)
     again = state.step >= plan.steps or plan.evaluates(state.step)
     run = Run(folder, {"kept": 1}, resumed_step=state.step, evaluates_again=again)
     task = Scripted(scores, dies)
@@ -187,6 +200,31 @@ def test_a_killed_run_stops_where_one_left_alone_stops(tmp_path, dies):
     train(tmp_path / "run", early_stop=2, dies=dies)
     train(tmp_path / "run", early_stop=2)
     assert content(tmp_path / "run") == content(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("dies", [("train", 3), ("score", 6)])
+def test_a_run_that_stops_early_between_two_lines_has_the_metrics_of_every_update(tmp_path, dies):
+    options = {"early_stop": 1, "period": 3, "log": 4, "scores": {3: 0.5, 6: 0.4}}
+    said = []
+    train(tmp_path / "alone", said=said.append, **options)
+    assert said[-1] == "stopped early at step 6: 1 evaluation was no better than that of step 3, AP 0.5"
+    assert [line["step"] for line in read_metrics(tmp_path / "alone", "train")] == [3, 4, 6]
+    train(tmp_path / "run", dies=dies, **options)
+    train(tmp_path / "run", **options)
+    assert content(tmp_path / "run") == content(tmp_path / "alone")
+
+
+@pytest.mark.parametrize("differs", [False, True])
+@pytest.mark.parametrize("score", [0.1, 0.9])
+def test_the_last_evaluation_of_a_run_cut_short_counts_neither_as_best_nor_for_an_early_stop(tmp_path, score, differs):
+    options = {"early_stop": 2, "period": 2, "scores": {2: 0.5, 3: score, 4: 0.4, 6: 0.6, 8: 0.3}, "differs": differs}
+    train(tmp_path / "alone", **options)
+    train(tmp_path / "run", steps=3, **options)
+    assert read_best(tmp_path / "run")["step"] == 2
+    train(tmp_path / "run", **options)
+    assert evaluations(tmp_path / "run") == [(step, options["scores"][step]) for step in (2, 3, 4, 6, 8)]
+    for name in ("best/best.json", "best/model.safetensors", "model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
 
 
 def test_a_final_evaluation_of_another_kind_is_made_and_is_not_compared(tmp_path):

@@ -3,6 +3,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from resbackbone.checks import UserError
+from resbackbone.engine.lock import release_folder
 from resbackbone.engine.run import Run
 from resbackbone.engine.tracking import check_tracker
 
@@ -53,7 +55,7 @@ def test_a_tracker_gets_configuration_and_metrics_and_a_resumed_run_goes_on_in_i
     monkeypatch.setitem(sys.modules, name, stub(calls))
     for step in (1, 2):
         run = Run(folder, CONFIG, resumed_step=step - 1, tracker=name)
-        run.record(step, {"loss": 0.5, "note": "not a number"})
+        run.record(step, {"loss": 0.5, "note": "not a number", "compared": False})
         run.record(step, {"AP": None, "AP50": 0.25}, kind="eval")
         run.close()
     logs = [[("log", {"step": step, "train/loss": 0.5}), ("log", {"step": step, "eval/AP50": 0.25})] for step in (1, 2)]
@@ -63,19 +65,34 @@ def test_a_tracker_gets_configuration_and_metrics_and_a_resumed_run_goes_on_in_i
     ]
 
 
-def test_a_tracker_that_fails_is_one_line_and_ends_nothing(tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_fails_is_one_line_and_ends_nothing(tmp_path, monkeypatch):
     def log_metrics(values, step):
         raise ConnectionError("no route\nto host")
 
     stub = mlflow_of([])
     stub.log_metrics = log_metrics
     monkeypatch.setitem(sys.modules, "mlflow", stub)
-    run = Run(tmp_path, CONFIG, tracker="mlflow")
+    said = []
+    run = Run(tmp_path, CONFIG, tracker="mlflow", warn=said.append)
     for step in (1, 2):
         run.record(step, {"loss": 0.5})
     run.close()
-    assert capsys.readouterr().out == "the tracker failed at step 1 and gets no more: no route to host\n"
+    assert said == ["the tracker failed at step 1 and gets no more: no route to host"]
     assert (tmp_path / "metrics.jsonl").read_text().count("loss") == 2
+
+
+@pytest.mark.parametrize("name, hint", [("wandb", "WANDB_MODE=offline"), ("mlflow", "MLFLOW_TRACKING_URI")])
+def test_a_tracker_that_cannot_start_is_one_line_and_leaves_no_run_behind(tmp_path, monkeypatch, name, hint):
+    def fails(**options):
+        raise RuntimeError("No API key\nconfigured")
+
+    stub = mlflow_of([])
+    stub.init = stub.start_run = fails
+    monkeypatch.setitem(sys.modules, name, stub)
+    with pytest.raises(UserError, match=rf"tracker {name}: cannot start \(No API key configured\); {hint}"):
+        Run(tmp_path / "run", CONFIG, tracker=name)
+    release_folder(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_tracker_and_one_that_is_not_installed_are_named(monkeypatch):

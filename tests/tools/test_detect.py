@@ -68,6 +68,18 @@ def test_what_a_run_that_still_trains_finds_is_in_its_folder_and_not_in_the_chec
     assert (tmp_path / "run" / "detected" / "detections.json").is_file()
 
 
+def test_what_the_best_weights_of_a_run_find_is_beside_them_as_the_run_replaces_their_folder(run, monkeypatch):
+    best = Path("run/best")
+    shutil.copytree(run, best, ignore=shutil.ignore_patterns("detected"))
+    (best / "best.json").write_text("{}")
+    kept = list(best.iterdir())
+    detected(best, "a.png")
+    monkeypatch.chdir(best)
+    detected("model.safetensors", "../../b.jpg", "--no-pictures")
+    assert sorted(path.name for path in Path("../detected-best").iterdir()) == ["a.png", "detections.json"]
+    assert [path.name for path in Path().iterdir()] == [path.name for path in kept]
+
+
 def test_the_threshold_decides_what_is_drawn_and_not_what_is_written(run, capsys):
     written, drawn = [], []
     for threshold in ("0", "1"):

@@ -185,9 +185,10 @@ def test_evaluations_on_the_way_change_nothing_of_the_training_and_the_best_is_k
     assert differing(Path("run/best/model.safetensors"), Path("run/checkpoints/step_0000004/average.safetensors")) == []
     assert "at step 4, in best/" in capsys.readouterr().out
     assert "Best evaluation: after update 4, AP " in Path("run/report.html").read_text()
+    kept = files(Path("run/best"))
     evaluate_coco.main(["run/best", "--device", "cpu"])
-    again = json.loads(Path("run/best/results.json").read_text())["bbox"]
-    assert again.items() <= evaluations[0].items()
+    again = json.loads(Path("run/eval-best/results.json").read_text())["bbox"]
+    assert again.items() <= evaluations[0].items() and files(Path("run/best")) == kept
     assert_ended_alike(Path("run"), straight)
 
 
