@@ -46,7 +46,8 @@ from resbackbone.tools import convert_weights, evaluate_coco, train_coco
 error_of = partial(error_line, train_coco.main)
 
 QUICK = ["--recipe", "short", "--depth", "18", "--device", "cpu", "--batch-size", "2", "--log-period", "1"]
-SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6", "--ema", "0.9", "--accumulate", "2"]
+SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6"]
+SIX_STEPS += ["--ema", "0.9", "--accumulate", "2", "--repeat-factor", "0.9"]  # are resumed exactly too
 
 
 @pytest.fixture(scope="session")
