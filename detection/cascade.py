@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detection.batch import Targets
 from detection.boxes import BoxCoder, gather_boxes
@@ -33,7 +33,19 @@ class CascadeRoIHeads(BatchedRoIHeads):
         )
 
     def stages(self) -> Iterator[tuple[Any, Any, BoxCoder]]:
-        """Box head, predictor and box coder of each stage; later ones have finer deltas (Sec. 4.2 of the paper)."""
+        """Box head, predictor and box coder of each stage; later ones have finer deltas (Sec. 4.2 of the paper).
+
+        Raises UserError if modules that are no stages have taken the place of the built ones.
+        """
+        number = len(self.ious)
+        lists = all(isinstance(x, nn.ModuleList) and len(x) == number for x in (self.box_head, self.box_predictor))
+        layers = [getattr(predictor, "bbox_pred", None) for predictor in self.box_predictor] if lists else []
+        if not lists or any(getattr(layer, "out_features", 4) != 4 for layer in layers):
+            raise UserError(
+                f"a cascade of {number} stages has lists of {number} modules as roi_heads.box_head and "
+                "roi_heads.box_predictor, and predictors with one box for all classes (bbox_pred of 4 outputs); "
+                "detection.faster_rcnn.retarget_detector builds those for other classes"
+            )
         for i, (head, predictor) in enumerate(zip(self.box_head, self.box_predictor, strict=True), 1):
             yield head, predictor, BoxCoder(tuple(i * weight for weight in self.box_coder.weights))
 

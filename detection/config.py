@@ -37,12 +37,12 @@ SHAPE = (
 # The values that a setting may have, or each of its numbers: smallest, largest, in words.
 _POSITIVE, _COUNT, _SHARE = (5e-324, math.inf, "above 0"), (1, math.inf, "at least 1"), (0, 1, "from 0 to 1")
 RANGES = {
+    "cascade_ious": _SHARE,
     "min_size max_size canonical_scale rpn_conv_depth box_conv_layers representation_size": _COUNT,
     "rpn_pre_nms_top_n_train rpn_pre_nms_top_n_test rpn_post_nms_top_n_train rpn_post_nms_top_n_test": _COUNT,
     "rpn_batch_size_per_image box_batch_size_per_image box_detections_per_img": _COUNT,
     "rpn_nms_thresh rpn_fg_iou_thresh rpn_bg_iou_thresh rpn_score_thresh rpn_positive_fraction": _SHARE,
     "box_nms_thresh box_fg_iou_thresh box_bg_iou_thresh box_score_thresh box_positive_fraction": _SHARE,
-    "cascade_ious": _SHARE,
     "anchor_scale anchor_sides image_std bbox_reg_weights box_loss_weight": _POSITIVE,
 }
 
@@ -76,7 +76,8 @@ class DetectorSettings(Config):
     global_context: append the feature of the whole image to that of every region (He et al. 2015, appendix B).
     cascade_ious: for fpn and dc5, a Cascade R-CNN (Cai and Vasconcelos 2018) with a stage for each of these IoUs, from
         which on a region is an object: (0.5, 0.6, 0.7) in the paper; default () is one box head. The first one is
-        box_fg_iou_thresh. Each stage regresses one box for all classes from those of the stage before.
+        box_fg_iou_thresh, and box_bg_iou_thresh unless that is set. Each stage regresses one box for all classes from
+        those of the stage before.
     bbox_reg_weights: by which the box deltas x, y, w, h are divided; default (10, 10, 5, 5). Stage n of a cascade has
         them n times.
     box_loss: of the box head: "smooth_l1", or of the IoU "giou", "diou" or "ciou" (torchvision.ops).
@@ -124,6 +125,9 @@ class DetectorSettings(Config):
 
     def __post_init__(self):
         super().__post_init__()
+        for name in ("box_fg_iou_thresh", "box_bg_iou_thresh") if self.cascade_ious else ():
+            if getattr(self, name) == getattr(DetectorSettings, name):
+                object.__setattr__(self, name, self.cascade_ious[0])
         self._check_ranges()
         one_of("variant", self.variant, VARIANTS)
         one_of("geometry", self.geometry, GEOMETRIES)
@@ -135,7 +139,7 @@ class DetectorSettings(Config):
         if self.cascade_ious and self.cascade_ious[0] != self.box_fg_iou_thresh:
             raise UserError(
                 f"cascade_ious begin with {self.cascade_ious[0]}, and box_fg_iou_thresh is {self.box_fg_iou_thresh}: "
-                "they are the same threshold; give both"
+                "they are the same threshold; leave box_fg_iou_thresh out"
             )
         if self.box_conv_layers and self.variant not in ("fpn", "dc5"):
             raise UserError(f"box_conv_layers are for fpn and dc5: the box head of {self.variant} has its own layers")

@@ -115,6 +115,9 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
     for name in ("variant", "min_size", "max_size"):  # set below
         asked.pop(name, None)
     scale, ious = asked.pop("anchor_scale", 8.0) / 8, asked.pop("cascade_ious", ())
+    for name in ("box_fg_iou_thresh", "box_bg_iou_thresh"):
+        if ious and asked.get(name) == ious[0]:  # as in detectron2's first stage
+            del asked[name]
     trunk = recipe.backbone.arguments(fpn=True)
     if other := [*(asked.keys() - KEYS.keys()), *(trunk.keys() - {"levels", "fpn_channels"})]:
         raise UserError(
@@ -150,6 +153,7 @@ def detectron2_config(options, recipe: Recipe, *, num_classes: int, device: torc
         model.ROI_HEADS.NAME, model.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG = "CascadeROIHeads", True
         deltas = [tuple(stage * weight for weight in (10.0, 10.0, 5.0, 5.0)) for stage in range(1, len(ious) + 1)]
         model.ROI_BOX_CASCADE_HEAD.IOUS, model.ROI_BOX_CASCADE_HEAD.BBOX_REG_WEIGHTS = ious, deltas
+        model.ROI_HEADS.IOU_THRESHOLDS = [ious[0]]
 
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = recipe.augmentation.short_sides, recipe.detector.min_size
     cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TEST = recipe.augmentation.max_size, recipe.detector.max_size

@@ -458,6 +458,8 @@ def _live_settings(detector: FasterRCNN) -> dict[str, Any]:
         settings[f"{prefix}_bg_iou_thresh"] = part.proposal_matcher.low_threshold
         settings[f"{prefix}_batch_size_per_image"] = part.fg_bg_sampler.batch_size_per_image
         settings[f"{prefix}_positive_fraction"] = part.fg_bg_sampler.positive_fraction
+    if ious := detector.config.cascade_ious:
+        settings["cascade_ious"] = (settings["box_fg_iou_thresh"], *ious[1:])
     return settings
 
 
@@ -561,24 +563,22 @@ def retarget_detector(
     """Build the detector of `read_described_weights` for other categories; also returns the names of new tensors.
 
     Trunk, pyramid, RPN and box heads start from the weights. The box predictor does if the categories are the same;
-    otherwise what it has for each class is new. The weights determine the settings in SHAPE; `options` are the other
+    otherwise its per-class layers are new. The weights determine the settings in SHAPE; `options` are the other
     settings of `build_faster_rcnn`, and `backbone` overrides the backbone's configuration (norm, frozen_through). Batch
     norms of pyramid and box head become the trunk's kind: all frozen, or all trainable.
 
-    Raises ValueError if the weights do not fit, or if `options` ask for a cascade of other stages than theirs.
+    Raises ValueError if the weights do not fit, or if `options` have a setting in SHAPE with another value than theirs.
     """
     described = DetectorConfig.from_json(weights.metadata["detector"], weights.source)
     pairs = tuple(categories.items())
     same = pairs == described.categories
     shape = {name: getattr(described, name) for name in SHAPE}
-    if asked := options.get("cascade_ious"):
-        if len(asked) != len(stages := described.cascade_ious):
-            theirs = f"a cascade of {len(stages)} stages" if stages else "one box head"
+    for name in shape.keys() & options.keys():
+        if options[name] is not None and _as_tuples(options[name]) != shape[name]:
             raise UserError(
-                f"cascade_ious {asked}: weights from {weights.source} are of a detector with {theirs}; leave "
-                "cascade_ious out to train that, or start from a backbone's weights"
+                f"weights from {weights.source} are of a detector with {name}={shape[name]}, but you asked for "
+                f"{name}={options[name]}; leave {name} out to use theirs, or start from a backbone's weights"
             )
-        shape["cascade_ious"] = asked
     backbone = {**weights.metadata["backbone"], **backbone}
     norm = backbone.get("norm", BackboneConfig.norm)
     backbone["fpn_norm"] = same_kind(backbone.get("fpn_norm"), norm)

@@ -29,10 +29,11 @@ SINGLE_MAP_PROPOSALS = {
 }
 
 CASCADE_IOUS = (0.5, 0.6, 0.7)  # of every published Cascade R-CNN
+TRAIN_CASCADE = "train this package's on their trunk and pyramid: tools/train_coco.py --recipe cascade --weights FILE"
 
 # Parts of names that only these detectors' heads have, and what torchvision's builder of the detector begins with.
 OTHER_DETECTORS = (
-    (("bbox_head.0.",), "Cascade R-CNN that averages scores before softmax", ""),
+    (("bbox_head.0.",), "Cascade R-CNN that averages logits", ""),
     (("sem_seg_head.",), "Panoptic FPN", ""),
     (("mask_head.",), "Mask R-CNN", "maskrcnn"),
     (("keypoint_head.",), "Keypoint R-CNN", "keypointrcnn"),
@@ -95,13 +96,19 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
         raise UserError(f"weights from {weights.source} state {', '.join(unreadable)}, but not as numbers")
     ious = settings.get("cascade_ious", CASCADE_IOUS if stages else ())
     if len(ious) != len(stages):
+        given = f", and cascade_ious is {tuple(ious)}" if "cascade_ious" in settings else ""
+        instead = "state its IoUs: load_detector(.., cascade_ious=(..)) with one for each head"
         raise UserError(
-            f"weights from {weights.source} have {len(stages) or 'no cascade of'} box heads, and cascade_ious is "
-            f"{tuple(ious)}: it has one IoU for each head of a cascade"
+            f"weights from {weights.source} have {len(stages) or 'no cascade of'} box heads{given}; "
+            f"{instead if stages else 'leave it out'}"
         )
-    if stages:
-        detector |= {"cascade_ious": ious, "box_fg_iou_thresh": ious[0], "box_bg_iou_thresh": ious[0]}
-    detector |= settings
+    if stages and _rows(state.get("roi_heads.box_predictor.0.bbox_pred.weight")) > 4:
+        raise UserError(
+            f"weights from {weights.source} are of a Cascade R-CNN with a box for each class, and this package's have "
+            "one for all (detectron2's MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG True): load them with "
+            f"the package that trained them, or {TRAIN_CASCADE}, written by convert_weights.py --part backbone"
+        )
+    detector |= {"cascade_ious": ious, **settings}
     backbone = _backbone_config(weights, variant)
     strides = [2 ** int(level[1]) for level in backbone.levels] if variant == "fpn" else [16]
     detector |= _anchor_settings(weights, strides)
@@ -223,16 +230,19 @@ def _what_they_are(weights: Weights) -> str:
         name = next((key for mark in marks for key in unknown if mark in key), None)
         if name is None:
             continue
+        if "roi_heads.box_predictor.0.cls_score.weight" in weights.state:
+            kind, builder = f"Cascade {kind}", ""
         package = _package_of(weights)
         if package == "torchvision" and builder:
             version = "_v2" if any(".0.1." in key for key in unknown) else ""  # its heads have norms
             package = f"torchvision.models.detection.{builder}_resnet50_fpn{version}"
         own = f"torchvision's {kind.replace(' ', '').replace('-', '')}" if builder else "detectron2's"
         plug = "as_torchvision" if builder else "adapters.detectron2"
+        train = f"train {own} on their trunk and pyramid, which build_resnet_backbone reads and {plug} plugs in"
         return (
             f"are of a {kind} ({name} and {len(unknown) - 1} more tensors), and this package builds Faster R-CNN and "
-            f"detectron2's Cascade R-CNN: load them with {package}, or train {own} on their trunk and pyramid, which "
-            f"build_resnet_backbone reads and {plug} plugs in"
+            f"detectron2's Cascade R-CNN: load them with {package}, or "
+            f"{TRAIN_CASCADE if kind.startswith('Cascade') else train}"
         )
     return (
         f"hold {len(unknown)} tensors that no Faster R-CNN of this package has (their trunk and pyramid can be read "

@@ -133,14 +133,14 @@ class ImprovedTesting(nn.Module):
         before NMS at an IoU of 0.3 and box voting.
 
     Without either, the detections are bit-identical to the detector's. Global context needs training, so it is part of
-    the detector. Raises ValueError if a scale is repeated or not positive, and for a cascade.
+    the detector. Raises ValueError if a scale is repeated or not positive, and with either for a cascade.
     """
 
     def __init__(self, detector: GeneralizedRCNN, *, box_refinement: bool = False, scales: Sequence[int] = ()):
         super().__init__()
         if any(scale < 1 for scale in scales) or len(set(scales)) < len(scales):
             raise UserError(f"scales {', '.join(map(str, scales))}: must be distinct sizes in pixels")
-        if isinstance(detector.roi_heads, CascadeRoIHeads):
+        if (box_refinement or scales) and isinstance(detector.roi_heads, CascadeRoIHeads):
             raise UserError("box_refinement and scales are for one box head; a cascade refines boxes by itself")
         self.detector, self.box_refinement = detector, box_refinement
         own = detector.transform
@@ -162,6 +162,8 @@ class ImprovedTesting(nn.Module):
 
     def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
         """[3, H, W] RGB floats in 0..1 -> boxes, labels and scores an image."""
+        if not (self.box_refinement or self.resizes):
+            return self.detector(images)
         check_images(images, self.detector.transform)
         return [self._detect(image) for image in images]
 

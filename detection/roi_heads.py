@@ -103,7 +103,7 @@ class BatchedRoIHeads(RoIHeads):
         """The losses of class and box (Girshick 2015, eq. 1), as means over the regions [B, R, 4] with labels [B, R].
 
         logits [B * R, K + 1], deltas [B * R, 4 * (K + 1)], or [B * R, 4] for all classes; truth [B, n, 4] of the first
-        n places, which those with an object have.
+        n regions of each image, among which are all that have an object.
         """
         number = (labels != NO_LOSS).sum().clamp(min=1)
         error = F.cross_entropy(logits, labels.flatten(), ignore_index=NO_LOSS, reduction="sum")

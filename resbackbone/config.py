@@ -192,7 +192,8 @@ class BackboneConfig(CommonConfig):
             raise UserError("zero_init_residual starts a block as its shortcut alone, and a plain net has none")
         if self.dilate_c5 and self.shortcut == "D":
             raise UserError(
-                "dilate_c5=True with shortcut='D': a dilated c5 has no stride, and D averages only at one; drop one"
+                "dilate_c5=True with shortcut='D' (ResNet-D) is not supported, as the shortcut averages pixels only "
+                "where c5 has a stride; leave dilate_c5 (timm's output_stride=16) out"
             )
 
     def trunk(self) -> dict[str, Any]:

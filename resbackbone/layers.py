@@ -22,6 +22,11 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def _group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+    if channels % 32:
+        raise UserError(
+            f"norm GN has 32 groups, and a layer here has {channels} channels (of fpn_channels, box_conv_layers or "
+            "width_per_group): give multiples of 32, or another norm"
+        )
     return nn.GroupNorm(32, channels, eps)  # 32 groups as in Wu and He 2018
 
 

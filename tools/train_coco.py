@@ -538,6 +538,12 @@ def check_values_for(weights: Weights, options: Options, recipe: Recipe, say: Ca
         if name.startswith("backbone.") or name in kept and asked[name] not in (None, kept[name]):
             has = f" has {kept[name]}" if name in kept else " comes with its backbone"
             raise UserError(f"--recipe.{name} {text}: the detector in {options.weights}{has}; leave the option out")
+    stages, theirs = len(recipe.detector.cascade_ious), len(source.cascade_ious) or 1
+    if stages not in (0, theirs):
+        raise UserError(
+            f"--recipe {options.recipe} trains {stages} box heads, and the detector in {options.weights} has {theirs}: "
+            "give another recipe, or the weights of its backbone alone (convert_weights.py --part backbone)"
+        )
     if differing:
         say(f"recipe: without its {', '.join(differing)}: the weights determine the architecture")
 
@@ -572,6 +578,7 @@ def build_from_detector(
             f"--variant {options.variant}: the detector in {options.weights} is {source['variant']}; leave it out"
         )
     parts["backbone"]["norm"] = options.norm or ("GN" if trunk["norm"] == "GN" else "FrozenBN")
+    parts = {name: value for name, value in parts.items() if name not in SHAPE}
     built, new = retarget_detector(weights, categories, **parts)
     count = sum(name != NOT_A_CLASS for _, name in source["categories"])
     changed = f"; new, for {len(categories)} others: {', '.join(new)}" if new else ""

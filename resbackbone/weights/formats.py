@@ -197,7 +197,7 @@ MMDETECTION = Format(
         "roi_head.bbox_head.fc_cls.{leaf}",
         "roi_head.bbox_head.fc_reg.{leaf}",
     ),
-    places=(("backbone.", ""),) * 4,
+    places=(("backbone.", ""),) * 4 + (("", ""),),
     resnet_d=("stem.{k:0,1,2,3,4,5,6}.{leaf}", RESNET_D[1]),
     aliases=(
         ("bn1.{leaf}", "stem.7.{leaf}"),

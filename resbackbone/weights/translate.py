@@ -34,7 +34,9 @@ def to_ours(state: Mapping[str, Tensor]) -> Translated:
     for format, known in FORMATS.items():
         for place in dict.fromkeys(known.places):
             found = _renamed(state, _rules(known, place, _laterals(state), reading=True))
-            if any(ours in FIRST for ours, _ in found.values()) and (best is None or len(found) > len(best[2])):
+            first = next((theirs for theirs, (ours, _) in found.items() if ours in FIRST), None)
+            # Whole names that are ours, which are torchvision's, are nobody else's: it comes first.
+            if first and (best is None or (first not in FIRST and len(found) > len(best[2]))):
                 best = format, place[0], found
     if best is None:
         return Translated(dict(state), None, [], {})

@@ -123,6 +123,7 @@ def test_checkpointed_activations_give_the_same_gradients(features_only):
         ({"drop_path_rate": 0.1}, "drop_path_rate=0.1; it takes num_classes"),
         ({"output_stride": 8}, "unknown output_stride 8; choose from 32, 16"),
         ({"norm": "IN"}, "unknown norm 'IN'"),
+        ({"shortcut": "D", "output_stride": 16}, r"not supported, .*; leave dilate_c5 \(timm's output_stride=16\) out"),
     ],
 )
 def test_what_it_does_not_do_is_refused_in_a_sentence(arguments, message, features_only):

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from made import lively, small_detector
+from torch import nn
 from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from detection.boxes import is_large
@@ -312,36 +314,32 @@ def test_detectron2_may_have_it_and_give_it_back(tmp_path):
 def test_a_bare_state_dict_shows_its_stages_and_their_ious_are_assumed(caplog):
     detector = cascade(cascade_ious=(0.5, 0.6, 0.7, 0.8), box_conv_layers=(32,), box_norm="GN")
     weights, image = read_weights(detector.state_dict()), torch.rand(3, 64, 97)
-    with pytest.raises(
-        ValueError, match=r"have 4 box heads, and cascade_ious is \(0.5, 0.6, 0.7\): it has one IoU for"
-    ):
+    with pytest.raises(ValueError, match=r"have 4 box heads; state its IoUs: load_detector\(.., cascade_ious="):
         load_detector(weights)
     settings = {"min_size": 64, "max_size": 97, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 30}
     back = load_detector(weights, **settings, canonical_scale=60, cascade_ious=(0.5, 0.6, 0.7, 0.8))
     torch.testing.assert_close(back([image]), detector.float()([image]), rtol=1e-4, atol=1e-3)
     load_detector(cascade().state_dict())
     assert "stages trained at the IoUs (0.5, 0.6, 0.7) (cascade_ious)" in caplog.text
+    by_class = {f"roi_heads.box_predictor.{i}.bbox_pred.weight": torch.zeros(16, 8) for i in range(3)}
+    with pytest.raises(ValueError, match="a box for each class, and .*CLS_AGNOSTIC_BBOX_REG True.* --part backbone"):
+        load_detector(cascade().state_dict() | by_class)
 
 
-def test_boxes_are_kept_for_other_classes_and_scores_are_new(tmp_path):
-    detector = cascade().float()
+@pytest.mark.parametrize("ious", [IOUS, (0.6, 0.7), (0.4, 0.5)])
+def test_boxes_are_kept_for_other_classes_and_scores_are_new(ious, tmp_path):
+    detector = cascade(cascade_ious=ious).float()
     save_detector(detector, tmp_path / "ours.safetensors")
     weights = read_described_weights(tmp_path / "ours.safetensors")
-    built, new = retarget_detector(weights, {1: "cat", 2: "dog"}, backbone={})
-    scores = [f"roi_heads.box_predictor.{i}.cls_score.{leaf}" for i in range(3) for leaf in ("weight", "bias")]
-    assert sorted(new) == sorted(scores) and built.roi_heads.box_predictor[2].cls_score.out_features == 3
+    built, new = retarget_detector(weights, {1: "cat", 2: "dog"}, backbone={}, box_bg_iou_thresh=0.5)
+    scores = [f"roi_heads.box_predictor.{i}.cls_score.{leaf}" for i in range(len(ious)) for leaf in ("weight", "bias")]
+    assert sorted(new) == sorted(scores) and built.roi_heads.box_predictor[1].cls_score.out_features == 3
     assert all(torch.equal(x, weights.state[key]) for key, x in built.state_dict().items() if key not in new)
-    built, _ = retarget_detector(weights, {1: "cat"}, backbone={}, cascade_ious=(0.5, 0.55, 0.6))
-    assert built.roi_heads.ious == (0.5, 0.55, 0.6)
-    with pytest.raises(ValueError, match=r"cascade_ious \(0.5, 0.6\): .* detector with a cascade of 3 stages; leave"):
-        retarget_detector(weights, {1: "cat"}, backbone={}, cascade_ious=(0.5, 0.6))
-
-
-def test_a_cascade_is_no_start_from_one_box_head(tmp_path):
-    save_detector(small_detector(), tmp_path / "single.safetensors")
-    weights = read_described_weights(tmp_path / "single.safetensors")
-    with pytest.raises(ValueError, match="are of a detector with one box head; leave cascade_ious out to train that"):
-        retarget_detector(weights, {1: "cat"}, backbone={}, cascade_ious=IOUS)
+    matcher = built.roi_heads.proposal_matcher
+    assert built.roi_heads.ious == ious and (matcher.low_threshold, matcher.high_threshold) == (ious[0], ious[0])
+    matcher.high_threshold = 0.9
+    with pytest.raises(ValueError, match="roi_heads.ious is .*, and load_detector would make it"):
+        save_detector(built, tmp_path / "ours.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -350,6 +348,7 @@ def test_a_cascade_is_no_start_from_one_box_head(tmp_path):
         ({"variant": "c4"}, "cascade_ious are for fpn and dc5 without global_context, not for variant 'c4'"),
         ({"global_context": True}, "without global_context, not for global_context"),
         ({"box_fg_iou_thresh": 0.6}, "cascade_ious begin with 0.5, and box_fg_iou_thresh is 0.6: they are the same"),
+        ({"box_conv_layers": (16,), "box_norm": "GN"}, "norm GN has 32 groups, and a layer here has 16 channels"),
         ({"cascade_ious": (0.5, 1.5)}, r"cascade_ious is \(0.5, 1.5\); it must be from 0 to 1"),
         ({"box_loss": "iou"}, "unknown box loss 'iou'; choose from smooth_l1, giou, diou, ciou"),
         ({"box_loss_weight": 0.0}, "box_loss_weight is 0.0; it must be above 0"),
@@ -360,10 +359,25 @@ def test_settings_that_contradict_each_other_are_refused(options, named):
         small_detector(**{"cascade_ious": IOUS, **options})
 
 
-def test_where_torchvisions_code_would_run_it_says_that_this_has_no_cascade(monkeypatch):
-    detector, single = cascade(), small_detector(box_loss="giou").train()
+def test_improvements_of_testing_are_for_one_box_head():
+    detector, image = cascade(), torch.rand(3, 64, 97).double()
+    assert ImprovedTesting(detector)([image])[0]["scores"].equal(detector([image])[0]["scores"])
     with pytest.raises(ValueError, match="box_refinement and scales are for one box head"):
         ImprovedTesting(detector, box_refinement=True)
+
+
+@pytest.mark.parametrize(
+    "predictor", [FastRCNNPredictor(8, 6), nn.ModuleList(FastRCNNPredictor(8, 6) for _ in IOUS), nn.ModuleList()]
+)
+def test_a_predictor_that_is_no_list_of_stages_is_refused(predictor):
+    detector = cascade()
+    detector.roi_heads.box_predictor = predictor.double()
+    with pytest.raises(ValueError, match="a cascade of 3 stages has lists of 3 modules .*retarget_detector builds"):
+        detector([torch.rand(3, 64, 97).double()])
+
+
+def test_where_torchvisions_code_would_run_it_says_that_this_has_no_cascade(monkeypatch):
+    detector, single = cascade(), small_detector(box_loss="giou").train()
     monkeypatch.setattr(torchvision.models.detection.roi_heads, "fastrcnn_loss", lambda *_: None)
     with pytest.raises(ValueError, match="has no cascade: undo the change"):
         detector([torch.rand(3, 64, 97).double()])

@@ -123,7 +123,7 @@ def test_a_resumed_run_ends_like_one_left_alone(gaps, variant):
 
 
 @needs_detectron2
-@pytest.mark.parametrize("changes", [{}, {"cascade_ious": (0.5, 0.6, 0.7), "box_loss": "giou"}])
+@pytest.mark.parametrize("changes", [{}, {"cascade_ious": (0.6, 0.7, 0.8), "box_loss": "giou"}])
 def test_losses_are_detectron2s_on_the_same_images_in_its_own_terms(gaps, changes):
     from detectron2.structures import Boxes, Instances
     from detectron2.utils.events import EventStorage

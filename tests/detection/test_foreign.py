@@ -560,7 +560,7 @@ def test_another_detector_of_torchvision_is_refused_with_its_builder_and_its_tru
         (
             "mmdetection",
             "roi_head.bbox_head.0.shared_fcs.0.weight",
-            "a Cascade R-CNN that averages scores before softmax",
+            "a Cascade R-CNN that averages logits .* mmdetection, or train this .*--recipe cascade --weights FILE",
         ),
         ("mmdetection", "bbox_head.retina_cls.weight", "a RetinaNet "),
         (
@@ -574,6 +574,13 @@ def test_other_detectors_of_other_packages_are_refused_by_their_kind(small, form
     weights = read_weights({**from_ours(small.state_dict(), format), name: torch.zeros(1)}, given_input="rgb")
     with pytest.raises(ValueError, match=says):
         describe_detector(weights)
+
+
+def test_a_cascade_with_a_mask_head_is_refused_as_one(small):
+    state = from_ours(small.state_dict(), "detectron2") | {"roi_heads.mask_head.mask_fcn1.weight": torch.zeros(1)}
+    state = {key.replace("box_predictor.", "box_predictor.0."): tensor for key, tensor in state.items()}
+    with pytest.raises(ValueError, match="of a Cascade Mask R-CNN .* with detectron2, or train this .*recipe cascade"):
+        describe_detector(read_weights(state, given_input="rgb"))
 
 
 def test_a_classifier_is_no_detector(tmp_path):

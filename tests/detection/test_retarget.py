@@ -54,12 +54,17 @@ def test_a_detector_of_the_same_classes_is_started_from_whole(file):
     assert len(new) == 4
 
 
-def test_what_the_weights_shape_is_not_what_a_recipe_would_have(file):
-    built, _ = retarget_detector(
-        read_described_weights(file), PETS, backbone=FROZEN, anchor_scale=8.0, representation_size=1024
-    )
+@pytest.mark.parametrize(
+    "other", [{"anchor_scale": 8.0}, {"bbox_reg_weights": (1.0,) * 4}, {"cascade_ious": (0.5, 0.6)}]
+)
+def test_settings_that_the_weights_determine_are_theirs_and_others_are_refused(file, other):
+    same = {"anchor_scale": 4.0, "image_mean": None, "cascade_ious": []}
+    built, _ = retarget_detector(read_described_weights(file), PETS, backbone=FROZEN, **same)
     assert (built.config.anchor_scale, built.config.canonical_scale) == (4.0, 112)
     assert built.roi_heads.box_head.fc7.out_features == 16
+    [name] = other
+    with pytest.raises(ValueError, match=f"of a detector with {name}=.*, but you asked for {name}=.*leave {name} out"):
+        retarget_detector(read_described_weights(file), PETS, backbone=FROZEN, **other)
 
 
 def test_a_torchvision_detector_of_other_classes_is_started_from(tmp_path):
@@ -69,6 +74,7 @@ def test_a_torchvision_detector_of_other_classes_is_started_from(tmp_path):
     assert len(new) == 4 and torch.equal(built.backbone.conv1.weight, theirs.backbone.body.conv1.weight)
     assert torch.equal(built.roi_heads.box_head.fc6.weight, theirs.roi_heads.box_head.fc6.weight)
     assert torch.equal(built.rpn.head.cls_logits.weight, theirs.rpn.head.cls_logits.weight)
+    assert tuple(built.rpn.anchor_generator.sizes) == tuple(theirs.rpn.anchor_generator.sizes)
 
 
 @pytest.mark.parametrize("norm", ["FrozenBN", "BN", "SyncBN"])
@@ -86,15 +92,6 @@ def test_batch_norms_of_trunk_pyramid_and_box_head_are_all_frozen_or_all_trainab
     assert again.config.box_norm == again.backbone.config.fpn_norm == again.backbone.config.norm == "BN"
     maps = build_resnet_backbone(weights=tmp_path / "v2.safetensors", fpn=True, norm=norm, frozen_through=None)
     assert maps.config.fpn_norm == norm
-
-
-def test_the_anchors_of_a_foreign_detector_are_torchvisions_whatever_the_recipe_has(tmp_path):
-    theirs = TorchvisionFasterRCNN(resnet_fpn_backbone(backbone_name="resnet18", weights=None), num_classes=3)
-    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
-    built, _ = retarget_detector(
-        read_described_weights(tmp_path / "theirs.pth"), PETS, backbone=FROZEN, anchor_scale=4.0
-    )
-    assert tuple(built.rpn.anchor_generator.sizes) == tuple(theirs.rpn.anchor_generator.sizes)
 
 
 def test_a_backbones_weights_describe_no_detector(tmp_path):

@@ -34,9 +34,10 @@ from torchvision.models.detection.rpn import RPNHead
 
 from detection import data as data_module
 from detection.evaluate import METRICS
-from detection.faster_rcnn import FasterRCNN, load_detector
+from detection.faster_rcnn import FasterRCNN, build_faster_rcnn, load_detector, save_detector
 from detection.recipes import RECIPES
 from detection.shapes import make_shapes
+from resbackbone import build_resnet_backbone
 from resbackbone.cli import load, training
 from resbackbone.cli import options as options_module
 from resbackbone.cli.command import parse
@@ -414,11 +415,26 @@ def test_of_another_detectors_weights_the_backbone_is_taken_and_the_rest_is_name
     assert len(said) == 1 and "m.pth; left out: rpn.head.conv.0.0.weight, rpn.head" in said[0] and "(39)" in said[0]
 
 
+def test_the_stages_of_a_cascade_are_those_of_the_weights_whatever_the_recipe_has(tmp_path):
+    pyramid = build_resnet_backbone(18, fpn=True, fpn_channels=8)
+    cascade = build_faster_rcnn(pyramid, 2, cascade_ious=(0.5, 0.55, 0.6), representation_size=8)
+    save_detector(cascade, tmp_path / "m.safetensors")
+    options = train_coco.Options(weights=str(tmp_path / "m.safetensors"), depth=18, variant="fpn")
+    for recipe, line in (("cascade", "recipe: without its detector.cascade_ious"), ("1x", "weights: a detector of 2")):
+        said = []
+        built = train_coco.build(options, RECIPES[recipe], {1: "cat"}, said.append)
+        assert built.roi_heads.ious == (0.5, 0.55, 0.6) and said[0].startswith(line)
+
+
 @pytest.mark.parametrize(
     "argv, says",
     [
         (["--depth", "34"], "are for depth=18, but you asked for depth=34"),
         (["--variant", "c4"], "--variant c4: the detector in {} is fpn; leave it out"),
+        (
+            ["--recipe", "cascade"],
+            "--recipe cascade trains 3 box heads, and the detector in {} has 1: give another recip",
+        ),
         (["--norm", "GN"], "are for norm=BN, but you asked for norm=GN"),
         (["--recipe.detector.anchor-scale", "8"], "anchor_scale 8: the detector in {} has 4.0; leave the option out"),
         (["--recipe.backbone.fpn-norm", "GN"], "fpn_norm GN: the detector in {} comes with its backbone; leave the"),

@@ -93,13 +93,14 @@ MMPRETRAIN = {  # where nothing strides, its shortcut has no pool
 }
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", ""])
 @pytest.mark.parametrize("names", [MMDETECTION, MMPRETRAIN], ids=["mmdetection", "mmpretrain"])
-def test_openmmlabs_resnet_d(names, randomised):
+def test_openmmlabs_resnet_d(names, prefix, randomised):
     timms = randomised(timm.create_model("resnet50d", num_classes=0)).state_dict()
     theirs = {}
     for key, tensor in timms.items():
         start = next((start for start in names if key.startswith(start)), "")
-        theirs["backbone." + names.get(start, "") + key.removeprefix(start)] = tensor
+        theirs[prefix + names.get(start, "") + key.removeprefix(start)] = tensor
     read = read_weights({"state_dict": theirs}, given_input="rgb", stride_in_1x1=False)
     assert read.format == "mmdetection"
     assert read.state.keys() == timms.keys()

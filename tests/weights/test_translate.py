@@ -163,6 +163,12 @@ def test_two_names_for_one_tensor_are_refused(keys, told):
         to_ours({key: torch.full((1,), float(i)) for i, key in enumerate(keys)})
 
 
+def test_whole_names_of_torchvision_are_not_mmdetections_with_its_head():
+    state = build_resnet_classifier(18, 5).state_dict()
+    found = to_ours({key.replace("fc.", "head.fc."): tensor for key, tensor in state.items()})
+    assert found.format == "torchvision" and found.unknown == ["head.fc.weight", "head.fc.bias"]
+
+
 def test_a_tensor_with_two_names_is_one():
     for other in ("linear.weight", "backbone.fc.weight"):
         read = to_ours({"conv1.weight": torch.zeros(1), "fc.weight": torch.ones(1), other: torch.ones(1)})
