@@ -180,7 +180,7 @@ def test_a_network_with_any_norm_trains_a_step(norm, kind):
         ({"norm": "LN"}, "unknown norm 'LN'; choose from BN, FrozenBN, SyncBN, GN"),
         ({"shortcut": "E"}, "unknown shortcut 'E'; choose from A, B, C, D, none"),
         ({"stem": "5x5"}, "unknown stem '5x5'; choose from 7x7, deep"),
-        ({"shortcut": "D", "dilate_c5": True}, "a dilated c5 has no stride, and D averages only at one"),
+        ({"shortcut": "D", "dilate_c5": True}, r"leave dilate_c5 \(timm's output_stride=16\) out"),
         ({"groups": 32}, "groups and width_per_group are for depths 50, 101, 152"),
     ],
 )
