@@ -1,0 +1,29 @@
+"""docs/experiments/README.md against the runs that it describes."""
+
+import json
+import statistics
+from pathlib import Path
+
+import yaml
+
+FOLDER = Path(__file__).parents[1] / "docs" / "experiments"
+
+
+def test_the_table_of_a_recipes_parts_is_what_their_runs_gave():
+    section = (FOLDER / "README.md").read_text(encoding="utf-8").partition("## Parts of a recipe")[2]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if "| `" in line]
+    runs = sorted(path.parent for path in FOLDER.glob("bccd/*/results.json"))
+    assert {run.name.rpartition("-")[0] for run in runs} == {row[0].strip("`") for row in rows}
+    for name, flags, *figures in rows:
+        own = [run for run in runs if run.name.rpartition("-")[0] == name.strip("`")]
+        results = [json.loads((run / "results.json").read_text())["bbox"] for run in own]
+        ap, ap50, ap75 = ([100 * result[key] for result in results] for key in ("AP", "AP50", "AP75"))
+        spread = f"{statistics.mean(ap):.1f} ± {statistics.stdev(ap):.1f}"
+        assert figures[:3] == [spread, f"{statistics.mean(ap50):.1f}", f"{statistics.mean(ap75):.1f}"], name
+        for run in own:
+            config = yaml.safe_load((run / "config.yaml").read_text())
+            assert run.name.endswith(f"-{config['seed']}") and config["steps"] == 400
+            for flag in [flag for flag in flags.strip("`").split("--") if flag.strip()]:
+                key, *values = flag.split()
+                wanted = [yaml.safe_load(value) for value in values]
+                assert config[key.replace("-", "_")] == (wanted[0] if len(wanted) == 1 else wanted), run.name
