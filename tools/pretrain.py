@@ -157,8 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     """Options -> a trained classifier and its accuracy, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
     if options.print_recipe:
-        options = replace(options, recipe=complete(options).recipe)
-        console.print(as_config(options, recipe_of(complete(options)), OPTION_OF))
+        completed = complete(options)
+        console.print(as_config(replace(options, recipe=completed.recipe), recipe_of(completed), OPTION_OF))
         return
     if options.eval_only:
         launch_command(evaluate_only, complete_for_evaluation(options))

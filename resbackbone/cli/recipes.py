@@ -81,16 +81,12 @@ def as_config(options: Any, used: Any, option_of: Mapping[str, str]) -> str:
     ]
     changed = {item.partition("=")[0] for item in options.recipe_values}
     for name, value in values_of(used).items():
-        option = option_of.get(name)
-        given = getattr(options, option) if option else None
         if name.rpartition(".")[2] in ABOUT:
             continue
-        if option:
-            lines.append(_line(option, value) if given is None else _line(option, given))
-        else:
-            lines.append(_line(f"recipe.{name}", value))
-        if given is None and name not in changed:
-            lines[-1] = f"# {lines[-1]}"
+        option = option_of.get(name)
+        given = getattr(options, option) if option else None
+        line = _line(option or f"recipe.{name}", value if given is None else given)
+        lines.append(line if given is not None or name in changed else f"# {line}")
     return "\n".join(lines)
 
 
