@@ -6,6 +6,7 @@ from resbackbone.compat import check_torchvision
 check_torchvision()
 require("detection", "hotcoco", "msgspec", "pycocotools", "simplejpeg", "yaml", user="detection")
 
-from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector  # noqa: E402 - after the check
+from detection.faster_rcnn import build_faster_rcnn  # noqa: E402 - after the check
+from detection.saved import load_detector, save_detector  # noqa: E402 - after the check
 
 __all__ = ["build_faster_rcnn", "load_detector", "save_detector"]

@@ -1,15 +1,19 @@
-"""The ground truth and the sizes of a batch of images in one tensor each."""
+"""The ground truth of a batch, checked, and the sizes of its images, in one tensor each."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from detection.cells import at_least_fp32
+from resbackbone.checks import UserError
 
 FEWEST_BOXES = 16  # that there is room for
+A_TARGET = 'a dict {"boxes": [n, 4] x1 y1 x2 y2, "labels": [n]}'
+BOX_TYPES = (torch.float32, torch.float64, torch.float16)  # that torchvision takes
 
 
 class Targets(NamedTuple):
@@ -62,3 +66,64 @@ def sizes_of(image_sizes: Sequence[tuple[int, int]] | Tensor, like: Tensor) -> T
     if isinstance(image_sizes, Tensor):
         return image_sizes.to(like)
     return torch.tensor(image_sizes, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def check_targets(targets: Any, images: int, names: Sequence[str]) -> None:
+    """Raise UserError unless `targets` are boxes and labels of the classes `names`, for each of so many images.
+
+    Waits once for a GPU; in a compiled graph the numbers are not looked at.
+    """
+    _check_form(targets, images)
+    if torch.compiler.is_compiling():
+        return
+
+    def labels_fit(labels: Tensor) -> Tensor:
+        return ((labels >= 1) & (labels <= len(names))).all()
+
+    def boxes_fit(boxes: Tensor) -> Tensor:
+        return boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2]).all()
+
+    labels, boxes = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
+    if numbers_of(labels_fit(labels) & boxes_fit(boxes)):
+        return
+    for target in targets:
+        name = f"image {target['image_id']}: " if "image_id" in target else ""
+        if not labels_fit(target["labels"]):
+            raise UserError(
+                f"{name}labels {sorted(set(target['labels'].tolist()))}: a label is 1..{len(names)} "
+                f"({', '.join(names[:3])} ..), 0 is background"
+            )
+        if not boxes_fit(target["boxes"]):
+            raise UserError(
+                f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
+            )
+
+
+def _check_form(targets: Any, images: int) -> None:
+    """Raise UserError unless `targets` has a dict of boxes and labels, tensors that fit together, for each image."""
+    if not isinstance(targets, list | tuple) or len(targets) != images:
+        given = f"{len(targets)}" if isinstance(targets, list | tuple) else type(targets).__name__
+        raise UserError(f"{images} images need a list of {images} targets, not {given}: {A_TARGET} for each image")
+    for i, target in enumerate(targets):
+        if not isinstance(target, Mapping):
+            raise UserError(f"targets[{i}] is {A_TARGET}, not {type(target).__name__}")
+        boxes, labels = target.get("boxes"), target.get("labels")
+        name = f"image {target['image_id']}" if "image_id" in target else f"targets[{i}]"
+        if not isinstance(boxes, Tensor) or boxes.shape[1:] != (4,) or boxes.dtype not in BOX_TYPES:
+            raise UserError(
+                f"{name}: boxes are a float tensor [n, 4] x1 y1 x2 y2 in pixels, not {_form(boxes)} (none: "
+                "torch.zeros(0, 4))"
+            )
+        if not isinstance(labels, Tensor) or labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
+            raise UserError(
+                f"{name}: labels of {len(boxes)} boxes are an int64 tensor [{len(boxes)}], not {_form(labels)}"
+            )
+
+
+def _form(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def numbers_of(tensor: Tensor) -> np.ndarray:
+    """The tensor's numbers on the CPU; of a CPU's own without an operation that anyone would count as a wait."""
+    return tensor.cpu().numpy()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import nms, roi_align
 
-from detection.faster_rcnn import description, fuse_detector
+from detection.faster_rcnn import fuse_detector
 from detection.paper import ContextRoIAlign
 from detection.roi_heads import Detections
+from detection.saved import description
 from resbackbone.checks import UserError, one_of, require
 from resbackbone.compat import is_observed
 from resbackbone.export import SUFFIXES, check_destination, export_network

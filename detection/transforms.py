@@ -14,6 +14,7 @@ from torchvision.models.detection.roi_heads import paste_masks_in_image
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_keypoints
 from torchvision.transforms import v2
 
+from detection.batch import numbers_of
 from detection.boxes import MIN_BOX_SIDE
 from detection.patches import is_patched, keeps
 from resbackbone.checks import UserError
@@ -285,11 +286,6 @@ def check_images(images: Any, transform: GeneralizedRCNNTransform) -> None:
             raise UserError(f"images are floats in 0..1, not {image.dtype}: divide uint8 images by 255")
     if isinstance(transform, InputTransform):
         transform.check_range(list(images))
-
-
-def numbers_of(tensor: Tensor) -> np.ndarray:
-    """The tensor's numbers on the CPU; of a CPU's own without an operation that anyone would count as a wait."""
-    return tensor.cpu().numpy()
 
 
 def to_model_input(image: Tensor, device: torch.device) -> Tensor:

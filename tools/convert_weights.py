@@ -22,8 +22,8 @@ import tyro
 from torch import nn
 
 from detection.config import SHAPE, DetectorConfig
-from detection.faster_rcnn import detector_for
 from detection.foreign import announce_settings, describe_detector
+from detection.saved import detector_for
 from resbackbone import BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, one_of
 from resbackbone.cifar import (

@@ -19,9 +19,10 @@ import tyro
 from markupsafe import Markup
 from PIL import Image
 
-from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection
+from detection.faster_rcnn import FasterRCNN, prepare_for_detection
 from detection.gallery import draw_boxes
 from detection.responses import Look, heat_map, look
+from detection.saved import detector_file, load_detector
 from detection.scoring import entries
 from resbackbone.checks import UserError, require
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use

@@ -23,9 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 from detection.evaluate import detect, json_list
-from detection.faster_rcnn import FasterRCNN, detector_file, load_detector, prepare_for_detection, run_folder
+from detection.faster_rcnn import FasterRCNN, prepare_for_detection
 from detection.gallery import draw_boxes
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
+from detection.saved import detector_file, load_detector, run_folder
 from detection.scoring import entries
 from detection.video import Video, video_file
 from resbackbone.checks import UserError

@@ -21,8 +21,9 @@ import tyro
 
 from detection.data import open_split
 from detection.evaluate import evaluate, results_summary, results_table, write_results
-from detection.faster_rcnn import detector_file, load_detector, prepare_for_detection, run_folder
+from detection.faster_rcnn import prepare_for_detection
 from detection.paper import ImprovedTesting
+from detection.saved import detector_file, load_detector, run_folder
 from detection.scoring import BACKENDS
 from detection.tta import TestTimeAugmentation
 from resbackbone.checks import UserError, one_of

@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from detection.export import INPUT_TYPES, load_exported, white_of
-from detection.faster_rcnn import detector_file, load_detector
+from detection.saved import detector_file, load_detector
 from resbackbone.checks import UserError, one_of, require
 from resbackbone.export import check_destination
 from resbackbone.image_io import BadImage, read_image

@@ -44,15 +44,7 @@ from detection.evaluate import (
     validation_losses,
     write_results,
 )
-from detection.faster_rcnn import (
-    FasterRCNN,
-    build_faster_rcnn,
-    load_detector,
-    prepare_for_detection,
-    read_described_weights,
-    retarget_detector,
-    save_detector,
-)
+from detection.faster_rcnn import FasterRCNN, build_faster_rcnn, prepare_for_detection
 from detection.foreign import NOT_A_CLASS
 from detection.gallery import save_pictures
 from detection.layouts import LAYOUT, describe_layout, find_split
@@ -60,6 +52,7 @@ from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
 from detection.recipes import RECIPES, Recipe, default_recipe
 from detection.report import write_report
 from detection.sampler import TrainBatches
+from detection.saved import load_detector, read_described_weights, retarget_detector, save_detector
 from detection.scoring import BACKENDS
 from detection.synthetic import SYNTHETIC, SyntheticImages, synthetic_batches
 from detection.transforms import TrainTransform

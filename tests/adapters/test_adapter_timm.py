@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import resbackbone.adapters.timm  # noqa: F401 - registers resbackbone_18 .. resbackbone_152
-from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
+from detection.faster_rcnn import build_faster_rcnn
+from detection.saved import load_detector, save_detector
 from resbackbone import Feature, build_resnet_backbone
 from resbackbone.adapters.from_timm import TimmBackbone, from_timm
 from resbackbone.resnet import DEPTHS

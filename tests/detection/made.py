@@ -7,6 +7,9 @@ import numpy as np
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign
 
 from detection.config import BACKBONE_OF
 from detection.faster_rcnn import build_faster_rcnn
@@ -23,6 +26,10 @@ FEW = {  # regions: enough to train on a tiny image, and to find something
     "box_batch_size_per_image": 8,
     "representation_size": 16,
 }
+
+TWO_IMAGES = (64, 97), (50, 61)
+SOME_BOXES = (3, 4, 40, 50), (20, 10, 96, 60)
+V2 = {"rpn_conv_depth": 2, "box_conv_layers": (256,) * 4, "box_norm": "BN"}
 
 
 def content(images=1, boxes=((1, 2, 10, 8),), **changes):
@@ -94,6 +101,15 @@ def keys_of_torchvisions_draws(labels):
     return keys
 
 
+def target(*boxes, labels=None):
+    labels = [1 + i % 3 for i in range(len(boxes))] if labels is None else labels
+    return {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64)}
+
+
+def two_images():
+    return [torch.rand(3, *size) for size in TWO_IMAGES]
+
+
 def small_detector(variant="fpn", *, depth=18, norm="BN", **options):
     arguments = dict(BACKBONE_OF[variant]) | ({"fpn_channels": 16} if variant == "fpn" else {})
     backbone = build_resnet_backbone(depth, norm=norm, **arguments)
@@ -113,6 +129,15 @@ def lively(model):
             if "box_predictor" in name and name.endswith("weight"):
                 parameter.mul_(5)
     return model.eval()
+
+
+def with_masks_and_keypoints(detector):
+    heads, levels = detector.roi_heads, ["p2", "p3", "p4", "p5"]
+    heads.mask_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    heads.mask_head, heads.mask_predictor = MaskRCNNHeads(16, (16,), 1), MaskRCNNPredictor(16, 16, 4)
+    heads.keypoint_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
+    heads.keypoint_head, heads.keypoint_predictor = KeypointRCNNHeads(16, (16,)), KeypointRCNNPredictor(16, 5)
+    return detector
 
 
 def pycocotools_says(annotations, detections, category=None):

@@ -12,9 +12,9 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
 from detection.boxes import is_large
 from detection.cascade import CascadeRoIHeads
-from detection.faster_rcnn import load_detector, read_described_weights, retarget_detector, save_detector
 from detection.paper import ImprovedTesting
 from detection.roi_heads import NO_LOSS, is_real
+from detection.saved import load_detector, read_described_weights, retarget_detector, save_detector
 from resbackbone.weights import read_weights, write_as
 from resbackbone.weights.translate import from_ours
 

@@ -3,54 +3,28 @@ import operator
 
 import pytest
 import torch
-from made import FEW, lively, small_detector
+from made import FEW, SOME_BOXES, TWO_IMAGES, V2, lively, small_detector, target, two_images, with_masks_and_keypoints
 from torch import nn
 from torchvision.models import detection as torchvision_detection
 from torchvision.models.detection import _utils as detection_utils
 from torchvision.models.detection import fasterrcnn_resnet50_fpn, fasterrcnn_resnet50_fpn_v2
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import MultiScaleRoIAlign, poolers
 from torchvision.ops import boxes as box_ops
+from torchvision.ops import poolers
 
 from detection.config import BACKBONE_OF
 from detection.data import open_split
-from detection.faster_rcnn import (
-    build_faster_rcnn,
-    detector_file,
-    load_detector,
-    prepare_for_detection,
-    retarget_detector,
-    save_detector,
-)
+from detection.faster_rcnn import build_faster_rcnn, prepare_for_detection
+from detection.saved import load_detector, retarget_detector, save_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.adapters.torchvision import as_torchvision
 from resbackbone.checks import UserError
-from resbackbone.engine.checkpoints import save_checkpoint
 from resbackbone.weights import MEAN, STD, read_weights
 from resbackbone.weights.write import write_as
 
-
-def target(*boxes, labels=None):
-    labels = [1 + i % 3 for i in range(len(boxes))] if labels is None else labels
-    return {"boxes": torch.tensor(boxes).float().reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64)}
-
-
-TWO_IMAGES = (64, 97), (50, 61)
-SOME_BOXES = (3, 4, 40, 50), (20, 10, 96, 60)
-
-
-def two_images():
-    return [torch.rand(3, *size) for size in TWO_IMAGES]
-
-
 # Beside torchvision
-
-
-V2 = {"rpn_conv_depth": 2, "box_conv_layers": (256,) * 4, "box_norm": "BN"}
 
 
 @pytest.fixture(scope="module", params=["v1", pytest.param("v2", marks=pytest.mark.slow)])
@@ -585,15 +559,6 @@ def test_a_single_map_has_all_anchor_sides_and_stride_16(variant, level):
 # Torchvision's heads
 
 
-def with_masks_and_keypoints(detector):
-    heads, levels = detector.roi_heads, ["p2", "p3", "p4", "p5"]
-    heads.mask_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
-    heads.mask_head, heads.mask_predictor = MaskRCNNHeads(16, (16,), 1), MaskRCNNPredictor(16, 16, 4)
-    heads.keypoint_roi_pool = MultiScaleRoIAlign(levels, output_size=14, sampling_ratio=2)
-    heads.keypoint_head, heads.keypoint_predictor = KeypointRCNNHeads(16, (16,)), KeypointRCNNPredictor(16, 5)
-    return detector
-
-
 def test_masks_and_keypoints_train_and_are_found_on_the_images_as_with_torchvisions_transform():
     detector, images, targets = with_masks_and_keypoints(lively(small_detector())), two_images(), []
     detector.roi_heads.detections_per_img = 5
@@ -628,79 +593,6 @@ def test_classes_are_counted_from_the_box_predictor():
         detector(two_images(), [target((1, 1, 9, 9), labels=[8]), target()])
 
 
-# Use
-
-
-def test_several_shorter_sides_are_kept_and_the_last_is_that_of_inference(tmp_path):
-    detector = lively(small_detector(min_size=(40, 64)))
-    save_detector(detector, tmp_path / "model.safetensors")
-    loaded, image = load_detector(tmp_path / "model.safetensors"), torch.rand(3, 64, 97)
-    assert loaded.config.min_size == loaded.transform.min_size == (40, 64)
-    assert detector.transform([image])[0].image_sizes == loaded.transform([image])[0].image_sizes == [(64, 97)]
-    sizes = {detector.train().transform([image])[0].image_sizes[0][0] for _ in range(20)}
-    assert sizes == {40, 64}
-
-
-@pytest.mark.parametrize("variant, heads", [*((variant, {}) for variant in BACKBONE_OF), ("fpn", V2), ("dc5", V2)])
-def test_a_saved_detector_loads_to_bit_equal_outputs(tmp_path, variant, heads):
-    categories = {3: "car", 13: "stop sign", 90: "[b]猫[/b]"}
-    detector = small_detector(variant, categories=categories, **heads).train()
-    detector(two_images(), [target(*SOME_BOXES), target()])  # moves the statistics
-    save_detector(detector.eval(), tmp_path / "model.safetensors")
-    loaded = load_detector(tmp_path / "model.safetensors")
-    assert not loaded.training and loaded.categories == categories and loaded.config == detector.config
-    images = two_images()
-    with torch.inference_mode():
-        for wanted, found in zip(detector(images), loaded(images), strict=True):
-            assert len(wanted["boxes"]) > 0
-            assert all(torch.equal(found[name], wanted[name]) for name in ("boxes", "labels", "scores"))
-
-
-def test_a_saved_detector_keeps_the_settings_that_its_parts_have_now(tmp_path):
-    detector = lively(small_detector(categories={3: "car", 13: "stop sign", 90: "cat"}))
-    detector.transform = GeneralizedRCNNTransform(80, 120, [0.4] * 3, [0.3] * 3).eval()
-    detector.roi_heads.box_predictor = FastRCNNPredictor(16, 8)
-    detector.roi_heads.score_thresh, detector.roi_heads.nms_thresh = 0.02, 0.4
-    detector.rpn._post_nms_top_n["testing"] = 20
-    detector.rpn.proposal_matcher.high_threshold = 0.6
-    save_detector(detector, tmp_path / "model.safetensors")
-    loaded = load_detector(tmp_path / "model.safetensors")
-    assert loaded.num_classes == 7 and loaded.config.rpn_fg_iou_thresh == 0.6
-    assert loaded.config.image_mean == (0.4,) * 3 and loaded.config.box_nms_thresh == 0.4
-    with torch.inference_mode():
-        [wanted], [found] = (network([torch.full((3, 64, 97), 0.3)]) for network in (detector, loaded))
-    assert len(wanted["boxes"]) > 0
-    for name, value in wanted.items():
-        torch.testing.assert_close(found[name], value, atol=1e-3, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    "change, says",
-    [
-        (
-            lambda d: setattr(d.backbone.bn1, "eps", 0.1),
-            "backbone.bn1.eps is 0.1, and load_detector would make it 1e-05",
-        ),
-        (
-            lambda d: setattr(d.backbone.conv1, "padding_mode", "circular"),
-            "conv1.padding_mode is circular, .* zeros",
-        ),
-        (lambda d: setattr(d.rpn.head.conv[0], "1", nn.GELU()), r"rpn.head.conv.0.1 is GELU, .* make it ReLU"),
-        (with_masks_and_keypoints, "roi_heads.mask_roi_pool is MultiScaleRoIAlign, .* make it None"),
-        (lambda d: d.rpn.anchor_generator.cell_anchors[0].mul_(2), "rpn.anchor_generator.cell_anchors is"),
-        (lambda d: setattr(d.roi_heads.box_roi_pool, "canonical_scale", 100), "canonical_scale is 100, .* make it 224"),
-        (lambda d: nn.utils.spectral_norm(d.rpn.head.cls_logits), "rpn.head.cls_logits.weight_orig is .* make it None"),
-        (prepare_for_detection, "is .*, and load_detector would make it"),
-    ],
-)
-def test_a_change_that_the_file_cannot_state_is_refused_when_a_detector_is_saved(tmp_path, change, says):
-    detector = small_detector()
-    change(detector)
-    with pytest.raises(UserError, match=says):
-        save_detector(detector, tmp_path / "model.safetensors")
-    assert not (tmp_path / "model.safetensors").exists()
-
-
 @pytest.mark.parametrize("heads", [V2, {**V2, "box_norm": "GN"}, {**V2, "box_norm": None}])
 def test_a_detector_prepared_for_inference_has_no_batch_norm_left_and_the_same_boxes(heads):
     detector = lively(small_detector(**heads))
@@ -710,21 +602,6 @@ def test_a_detector_prepared_for_inference_has_no_batch_norm_left_and_the_same_b
     with torch.inference_mode():
         [wanted], [found] = (network([image]) for network in (detector, fused))
     torch.testing.assert_close(found["boxes"], wanted["boxes"], atol=1e-3, rtol=1e-4)
-
-
-def test_a_runs_detector_is_its_final_one_or_that_of_its_last_checkpoint(tmp_path):
-    with pytest.raises(ValueError, match="nowhere: no such run folder or file"):
-        detector_file(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="holds no detector"):
-        detector_file(tmp_path)
-    for step in (900, 10_000_000, 1000):
-        save_checkpoint(tmp_path, step, lambda folder: (folder / "model.safetensors").write_text("weights"), nbytes=7)
-    assert detector_file(tmp_path).parent.name == "step_10000000"
-    (tmp_path / "checkpoints" / "step_10000000" / "model.safetensors").write_text("weight")
-    assert detector_file(tmp_path).parent.name == "step_0001000"
-    (tmp_path / "model.safetensors").touch()
-    assert detector_file(tmp_path) == tmp_path / "model.safetensors"
-    assert detector_file(tmp_path / "model.safetensors") == tmp_path / "model.safetensors"
 
 
 @pytest.mark.parametrize("variant", BACKBONE_OF)

@@ -14,8 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detection import build_faster_rcnn
 from detection.config import DetectorConfig
-from detection.faster_rcnn import load_detector, save_detector
 from detection.foreign import SINGLE_MAP_PROPOSALS, describe_detector
+from detection.saved import load_detector, save_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.atomic import file_digest
 from resbackbone.weights import MEAN, STD, read_weights

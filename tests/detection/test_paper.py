@@ -14,9 +14,10 @@ from detection import paper
 from detection.config import BACKBONE_OF
 from detection.data import open_split
 from detection.evaluate import evaluate
-from detection.faster_rcnn import build_faster_rcnn, load_detector, prepare_for_detection, save_detector
+from detection.faster_rcnn import build_faster_rcnn, prepare_for_detection
 from detection.paper import ImprovedTesting, VGGHead, build_vgg16_backbone, load_vgg16, nms_and_vote, select_and_vote
 from detection.recipes import RECIPES, Augmentation
+from detection.saved import load_detector, save_detector
 from detection.scoring import entries
 from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone

@@ -13,7 +13,8 @@ import torchvision
 from commands import error_line
 from safetensors import safe_open
 
-from detection.faster_rcnn import build_faster_rcnn, load_detector, save_detector
+from detection.faster_rcnn import build_faster_rcnn
+from detection.saved import load_detector, save_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.cifar import build_cifar_resnet, save_for_akamaster
 from resbackbone.tools import convert_weights

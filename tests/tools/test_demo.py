@@ -7,8 +7,9 @@ import torch
 from commands import error_line
 from PIL import Image
 
-from detection.faster_rcnn import build_faster_rcnn, save_detector
+from detection.faster_rcnn import build_faster_rcnn
 from detection.responses import look
+from detection.saved import save_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.image_io import read_image
 from resbackbone.tools import demo

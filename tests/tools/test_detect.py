@@ -11,7 +11,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from detection.faster_rcnn import build_faster_rcnn, save_detector
+from detection.faster_rcnn import build_faster_rcnn
+from detection.saved import save_detector
 from detection.video import Video, video_file
 from resbackbone import build_resnet_backbone
 from resbackbone.engine.checkpoints import save_checkpoint

@@ -13,7 +13,8 @@ from detection import scoring, tta
 from detection.annotations import read_annotations
 from detection.data import open_split
 from detection.evaluate import evaluate
-from detection.faster_rcnn import build_faster_rcnn, load_detector, prepare_for_detection, save_detector
+from detection.faster_rcnn import build_faster_rcnn, prepare_for_detection
+from detection.saved import load_detector, save_detector
 from detection.scoring import DETECTION, entries, score
 from detection.shapes import CATEGORY_IDS, CLASSES, make_shapes
 from resbackbone import build_resnet_backbone

@@ -8,7 +8,8 @@ import torch
 from commands import error_line
 from PIL import Image
 
-from detection.faster_rcnn import build_faster_rcnn, save_detector
+from detection.faster_rcnn import build_faster_rcnn
+from detection.saved import save_detector
 from resbackbone import build_resnet_backbone
 from resbackbone.tools import export
 

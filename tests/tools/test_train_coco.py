@@ -34,8 +34,9 @@ from torchvision.models.detection.rpn import RPNHead
 
 from detection import data as data_module
 from detection.evaluate import METRICS
-from detection.faster_rcnn import FasterRCNN, build_faster_rcnn, load_detector, save_detector
+from detection.faster_rcnn import FasterRCNN, build_faster_rcnn
 from detection.recipes import RECIPES
+from detection.saved import load_detector, save_detector
 from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.cli import load, training
