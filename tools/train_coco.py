@@ -60,6 +60,7 @@ from resbackbone import build_resnet_backbone
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine import loop
 from resbackbone.engine.average import build_average
+from resbackbone.engine.device import choose_device
 from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
 from resbackbone.engine.optimizers import OPTIMIZERS, build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
@@ -108,7 +109,7 @@ class DataOptions:
 @dataclass(frozen=True)
 class NetworkOptions:
     depth: Auto[int] = None
-    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; short: 18)."""
+    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; scratch, short: 18)."""
     variant: Auto[str] = None
     """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: that of --weights if they
     are a detector's, else the recipe's (fpn)."""
@@ -126,16 +127,16 @@ class NetworkOptions:
 @dataclass(frozen=True)
 class TrainingOptions:
     recipe: Auto[str] = None
-    """1x, 2x, 3x, rsb, v2, v2-100ep, cascade, fast, small, short, or the ResNet paper's paper-r101-c4,
-    paper-r101-c4-context or paper-vgg16-c5. Default: 1x; small (12 epochs, at least 16,000 images) for fewer than
-    40,000 images; short on the built-in data set. The options below change values of it; any other is set by its name,
-    as in --recipe.detector.box-nms-thresh 0.6."""
+    """1x, 2x, 3x, rsb, v2, v2-100ep, cascade, fast, small, scratch, short, or the ResNet paper's paper-r101-c4,
+    paper-r101-c4-context or paper-vgg16-c5. Default: 1x; for fewer than 40,000 images small (12 epochs, at least 16,000
+    images), or scratch (images of 128 pixels) without --weights on a CPU; short on the built-in data set. The options
+    below change values of it; any other is set by its name, as in --recipe.detector.box-nms-thresh 0.6."""
     print_recipe: bool = False
     """Print the recipe with every value, as a file for --config, and stop."""
     recipe_values: Hidden[str] = ()
     batch_size: Auto[int] = None
     """Images per update, over all GPUs; the recipe's learning rate and number of updates are scaled with it. Default:
-    the recipe's (16); 2 on a CPU, except for short."""
+    the recipe's (16); 2 on a CPU, except for scratch and short."""
     accumulate: int = 1
     """Split each process's images into this many parts, one after the other, to save GPU memory. The loss is the mean
     of the parts' losses. Each part is normalized alone: its loss, and the statistics of norms that train."""
@@ -162,7 +163,7 @@ class TrainingOptions:
     engine: str = "torchvision"
     """Detector: torchvision (this package's own, of torchvision's parts) or detectron2's, if it is installed."""
     checkpoint_period: Auto[int] = None
-    """Updates between checkpoints. Default: the recipe's (5000; short: 200)."""
+    """Updates between checkpoints. Default: the recipe's (5000; scratch, short: 200)."""
     compile: bool = False
     """Compile the detector and its losses as one graph (torch.compile): minutes at the start for faster updates."""
 
@@ -224,8 +225,11 @@ def train(rank: Rank, options: Options) -> None:
 
     given = {name: getattr(options, name) for name in SCHEDULE}
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set), **given)
-    if options.recipe == "small" and not options.weights:
+    if options.recipe in ("small", "scratch") and not options.weights:
         session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
+    if options.recipe == "scratch":
+        side = recipe.detector.min_size
+        session.info(f"images:  of {side} pixels, for speed on a CPU; --image-size {2 * side} finds smaller objects")
     rate, decay, norms = schedule.rate, recipe.weight_decay, recipe.decay_norms
     optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms)
     more: dict[str, Any] = {"clip_grad": recipe.clip_grad, "scaled": options.precision == "fp16"}
@@ -368,7 +372,7 @@ def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     check_training(options)
     data = options.data or find_coco() or EMBEDDED
-    recipe_name = one_of("recipe", options.recipe or recipe_for(data), RECIPES)
+    recipe_name = one_of("recipe", options.recipe or recipe_for(options, data), RECIPES)
     recipe = recipe_of(replace(options, recipe=recipe_name))
     given = architecture_of_weights(options, recipe)
     variant = one_of("variant", options.variant or given.get("variant", recipe.detector.variant), VARIANTS)
@@ -389,7 +393,7 @@ def complete(options: Options) -> Options:
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.backbone.depth)
     device, processes, precision = choose_machine(replace(options, precision=precision))
     on_gpu = torch.device(device).type == "cuda"
-    batch_size = recipe.batch_size if on_gpu or recipe_name == "short" else 2
+    batch_size = recipe.batch_size if on_gpu or recipe_name in ("scratch", "short") else 2
     shares = processes * options.accumulate
     total = options.batch_size or max(1, batch_size // shares) * shares
     if total % shares:
@@ -435,14 +439,18 @@ def recipe_of(options: Options) -> Recipe:
     return recipe
 
 
-def recipe_for(data: Path) -> str:
+def recipe_for(options: Options, data: Path) -> str:
     """The name of the recipe for the images in a folder."""
     if data == EMBEDDED:
         return "short"
     if data == SYNTHETIC:
         return "1x"
     with from_option("--data"):
-        return default_recipe(count_images(find_split(data, "train").annotations))
+        images = count_images(find_split(data, "train").annotations)
+    with from_option("--device"):
+        on_cpu = torch.device(choose_device(options.device)).type == "cpu"
+    plain = options.engine == "torchvision" and options.variant in (None, "fpn")
+    return default_recipe(images, scratch=on_cpu and plain and not options.weights)
 
 
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:

@@ -27,16 +27,17 @@ def test_small_data_are_seen_twelve_times_and_in_sixteen_thousand_images_at_leas
     assert 0 < schedule.learning_rate(steps - 1) < schedule.rate / 1000
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"small"}))
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"small", "scratch"}))
 def test_the_schedule_of_every_other_recipe_does_not_follow_the_data(name):
     recipe = RECIPES[name]
     for images in (1, 10**6):
         assert recipe.schedule_for(recipe.batch_size, images=images) == recipe.schedule
 
 
-def test_the_recipe_of_small_data_is_small_and_that_of_coco_1x():
-    assert (default_recipe(1), default_recipe(SMALL_DATA - 1)) == ("small", "small")
-    assert (default_recipe(SMALL_DATA), default_recipe(118_287)) == ("1x", "1x")
+@pytest.mark.parametrize("scratch, small", [(True, "scratch"), (False, "small")])
+def test_small_data_have_recipes_of_their_own_and_coco_1x(scratch, small):
+    assert [default_recipe(images, scratch=scratch) for images in (1, SMALL_DATA - 1)] == [small] * 2
+    assert [default_recipe(images, scratch=scratch) for images in (SMALL_DATA, 118_287)] == ["1x"] * 2
     seen = RECIPES["1x"].schedule.steps * RECIPES["1x"].batch_size
     assert seen / SMALL_DATA == 36 == RECIPES["small"].least_epochs * 3
 

@@ -288,26 +288,20 @@ def test_norms_decay_as_the_optimizer_or_their_own_value_has_it():
 # Data of one's own
 
 
-def short_and_small(monkeypatch):
-    """The recipe `small` with the network and images of `short`, so that it runs on a CPU."""
-    small = replace(train_coco.RECIPES["short"], schedule=RECIPES["small"].schedule, optimizer="sgd")
-    monkeypatch.setitem(train_coco.RECIPES, "small", small)
-
-
 def without_val(folder):
     shutil.rmtree(folder / "val2017")
     annotation_file(folder, "val").unlink()
     return folder
 
 
-def test_small_data_get_the_small_recipe_which_is_recorded_and_resumed(shapes, monkeypatch, capsys):
-    short_and_small(monkeypatch)
+def test_small_data_get_a_recipe_of_their_own_which_is_recorded_and_resumed(shapes, capsys):
     argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--output", "run", "--pictures", "0"]
     train_coco.main([*argv, "--max-steps", "1"])
     said = capsys.readouterr().out
     assert "weights: random; with so few images, start from a detector" in said
+    assert "of 128 pixels, for speed on a CPU; --image-size 256" in said
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["recipe"] == "small" and config["effective"]["steps"] == 8000
+    assert config["recipe"] == "scratch" and config["effective"]["steps"] == 4400
     train_coco.main([*argv, "--max-steps", "2", "--resume"])
     assert yaml.safe_load(Path("run/config.yaml").read_text()) == {**config, "max_steps": 2}
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
@@ -327,7 +321,9 @@ def test_a_compiled_run_trains_saves_and_evaluates(shapes, monkeypatch):
 
 def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, monkeypatch):
     options = train_coco.Options(data=shapes, device="cpu")
-    assert train_coco.complete(options).recipe == "small"
+    assert train_coco.complete(options).recipe == "scratch"
+    for other in ({"variant": "c4"}, {"weights": "torchvision:ResNet18_Weights.IMAGENET1K_V1", "depth": 18}):
+        assert train_coco.recipe_for(replace(options, **other), shapes) == "small"
     assert train_coco.complete(replace(options, recipe="1x")).recipe == "1x"
     monkeypatch.setattr("detection.recipes.SMALL_DATA", 6)
     assert train_coco.complete(options).recipe == "1x"
