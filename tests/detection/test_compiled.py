@@ -47,9 +47,9 @@ def trained(**options):
 
 
 BATCHES = [
-    a_batch((192, 256), (64, 61), counts=(2, 0)),
-    a_batch((320, 192), (100, 61), counts=(30, 5)),
-    a_batch((256, 256), (30, 61), counts=(0, 0)),
+    a_batch((128, 192), (64, 61), counts=(2, 0)),
+    a_batch((192, 128), (100, 61), counts=(30, 5)),
+    a_batch((128, 128), (30, 61), counts=(0, 0)),
 ]
 
 

@@ -20,7 +20,7 @@ LOSSES = {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_re
 NETWORKS = {
     "fpn": {},
     "fpn in detectron2's geometry": {"geometry": "detectron2"},
-    "c4": {"variant": "c4"},
+    "c4": pytest.param({"variant": "c4"}, marks=pytest.mark.slow),
     "c4 in detectron2's geometry": {"variant": "c4", "geometry": "detectron2"},
     "dc5": {"variant": "dc5"},
     "global context": {"global_context": True},
