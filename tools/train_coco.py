@@ -229,7 +229,9 @@ def train(rank: Rank, options: Options) -> None:
         session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
     if options.recipe == "scratch":
         side = recipe.detector.min_size
-        session.info(f"images:  of {side} pixels, for speed on a CPU; --image-size {2 * side} finds smaller objects")
+        session.info(
+            f"recipe: scratch, on images of {side} pixels for speed; --image-size {2 * side} finds smaller objects"
+        )
     rate, decay, norms = schedule.rate, recipe.weight_decay, recipe.decay_norms
     optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms)
     more: dict[str, Any] = {"clip_grad": recipe.clip_grad, "scaled": options.precision == "fp16"}

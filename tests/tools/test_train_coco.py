@@ -299,7 +299,7 @@ def test_small_data_get_a_recipe_of_their_own_which_is_recorded_and_resumed(shap
     train_coco.main([*argv, "--max-steps", "1"])
     said = capsys.readouterr().out
     assert "weights: random; with so few images, start from a detector" in said
-    assert "of 128 pixels, for speed on a CPU; --image-size 256" in said
+    assert "recipe: scratch, on images of 128 pixels for speed; --image-size 256" in said
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["recipe"] == "scratch" and config["effective"]["steps"] == 4400
     train_coco.main([*argv, "--max-steps", "2", "--resume"])
