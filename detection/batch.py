@@ -68,14 +68,11 @@ def sizes_of(image_sizes: Sequence[tuple[int, int]] | Tensor, like: Tensor) -> T
     return torch.tensor(image_sizes, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def check_targets(targets: Any, images: int, names: Sequence[str]) -> None:
-    """Raise UserError unless `targets` are boxes and labels of the classes `names`, for each of so many images.
+def check_targets(targets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
+    """Raise UserError unless labels are of the classes `names` and boxes finite, with a width and height.
 
-    Waits once for a GPU; in a compiled graph the numbers are not looked at.
+    Waits once for a GPU.
     """
-    _check_form(targets, images)
-    if torch.compiler.is_compiling():
-        return
 
     def labels_fit(labels: Tensor) -> Tensor:
         return ((labels >= 1) & (labels <= len(names))).all()
@@ -99,7 +96,7 @@ def check_targets(targets: Any, images: int, names: Sequence[str]) -> None:
             )
 
 
-def _check_form(targets: Any, images: int) -> None:
+def check_form(targets: Any, images: int) -> None:
     """Raise UserError unless `targets` has a dict of boxes and labels, tensors that fit together, for each image."""
     if not isinstance(targets, list | tuple) or len(targets) != images:
         given = f"{len(targets)}" if isinstance(targets, list | tuple) else type(targets).__name__

@@ -44,7 +44,7 @@ class CascadeRoIHeads(BatchedRoIHeads):
             raise UserError(
                 f"a cascade of {number} stages has lists of {number} modules as roi_heads.box_head and "
                 "roi_heads.box_predictor, and predictors with one box for all classes (bbox_pred of 4 outputs); "
-                "detection.faster_rcnn.retarget_detector builds those for other classes"
+                "detection.saved.retarget_detector builds those for other classes"
             )
         for i, (head, predictor) in enumerate(zip(self.box_head, self.box_predictor, strict=True), 1):
             yield head, predictor, BoxCoder(tuple(i * weight for weight in self.box_coder.weights))

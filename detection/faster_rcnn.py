@@ -13,7 +13,7 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.image_list import ImageList
 
 from detection.anchors import Anchors
-from detection.batch import A_TARGET, Targets, check_targets, pad_boxes, sizes_of
+from detection.batch import A_TARGET, Targets, check_form, check_targets, pad_boxes, sizes_of
 from detection.box_heads import Stage5Head, build_box_head, build_roi_heads
 from detection.config import BACKBONE_OF, SINGLE_MAP_ANCHORS, DetectorConfig
 from detection.foreign import NOT_A_CLASS
@@ -116,7 +116,9 @@ class FasterRCNN(GeneralizedRCNN):
         check_images(images, self.transform)
         self._check_type(images[0])
         if targets is not None:
-            check_targets(targets, len(images), list(self.categories.values()))
+            check_form(targets, len(images))
+            if not torch.compiler.is_compiling():
+                check_targets(targets, list(self.categories.values()))
         elif self.training:
             raise UserError(f"training needs targets: {A_TARGET} for each image")
         sizes = [tuple(image.shape[-2:]) for image in images]

@@ -84,6 +84,11 @@ OPTION_OF = {  # values of a recipe that are options of the command
 }
 SCHEDULE = ("lr", "epochs", "steps", "milestones", "warmup_steps")  # options that `Recipe.schedule_for` takes
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
+ABOUT_SCRATCH = (
+    "recipe: scratch, the default for small data on a CPU: images are resized to a shorter side of "
+    f"{RECIPES['scratch'].detector.min_size} pixels for speed; --image-size 256 keeps smaller objects, and --recipe "
+    "small is for a start from trained weights"
+)
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
 
@@ -128,15 +133,15 @@ class NetworkOptions:
 class TrainingOptions:
     recipe: Auto[str] = None
     """1x, 2x, 3x, rsb, v2, v2-100ep, cascade, fast, small, scratch, short, or the ResNet paper's paper-r101-c4,
-    paper-r101-c4-context or paper-vgg16-c5. Default: 1x; for fewer than 40,000 images small (12 epochs, at least 16,000
-    images), or scratch (images of 128 pixels) without --weights on a CPU; short on the built-in data set. The options
-    below change values of it; any other is set by its name, as in --recipe.detector.box-nms-thresh 0.6."""
+    paper-r101-c4-context or paper-vgg16-c5. Default: 1x; for under 40,000 images small, or for fpn without --weights on
+    a CPU scratch (shorter side 128 pixels); on the built-in data set short. The options below change values of it; any
+    other is set by its name, as in --recipe.detector.box-nms-thresh 0.6."""
     print_recipe: bool = False
     """Print the recipe with every value, as a file for --config, and stop."""
     recipe_values: Hidden[str] = ()
     batch_size: Auto[int] = None
     """Images per update, over all GPUs; the recipe's learning rate and number of updates are scaled with it. Default:
-    the recipe's (16); 2 on a CPU, except for scratch and short."""
+    the recipe's (16; small, scratch, short: 8); on a CPU 2, but 8 for scratch and short."""
     accumulate: int = 1
     """Split each process's images into this many parts, one after the other, to save GPU memory. The loss is the mean
     of the parts' losses. Each part is normalized alone: its loss, and the statistics of norms that train."""
@@ -163,7 +168,7 @@ class TrainingOptions:
     engine: str = "torchvision"
     """Detector: torchvision (this package's own, of torchvision's parts) or detectron2's, if it is installed."""
     checkpoint_period: Auto[int] = None
-    """Updates between checkpoints. Default: the recipe's (5000; scratch, short: 200)."""
+    """Updates between checkpoints. Default: the recipe's (5000; small: 500; scratch, short: 200)."""
     compile: bool = False
     """Compile the detector and its losses as one graph (torch.compile): minutes at the start for faster updates."""
 
@@ -205,6 +210,8 @@ def train(rank: Rank, options: Options) -> None:
     recipe = recipe_of(options)
     if changes := difference(RECIPES[options.recipe], recipe, options, OPTION_OF):
         session.info(f"recipe: {options.recipe}, but {changes}")
+    elif options.recipe == "scratch":
+        session.info(ABOUT_SCRATCH)
     train_set, val_set = open_data(session, recipe)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     if options.engine == "detectron2":
@@ -225,13 +232,8 @@ def train(rank: Rank, options: Options) -> None:
 
     given = {name: getattr(options, name) for name in SCHEDULE}
     schedule = recipe.schedule_for(options.batch_size, images=len(train_set), **given)
-    if options.recipe in ("small", "scratch") and not options.weights:
+    if options.recipe == "small" and not options.weights:
         session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
-    if options.recipe == "scratch":
-        side = recipe.detector.min_size
-        session.info(
-            f"recipe: scratch, on images of {side} pixels for speed; --image-size {2 * side} finds smaller objects"
-        )
     rate, decay, norms = schedule.rate, recipe.weight_decay, recipe.decay_norms
     optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms)
     more: dict[str, Any] = {"clip_grad": recipe.clip_grad, "scaled": options.precision == "fp16"}
@@ -442,7 +444,7 @@ def recipe_of(options: Options) -> Recipe:
 
 
 def recipe_for(options: Options, data: Path) -> str:
-    """The name of the recipe for the images in a folder."""
+    """The name of the default recipe for this data, device, network and weights."""
     if data == EMBEDDED:
         return "short"
     if data == SYNTHETIC:
@@ -451,8 +453,8 @@ def recipe_for(options: Options, data: Path) -> str:
         images = count_images(find_split(data, "train").annotations)
     with from_option("--device"):
         on_cpu = torch.device(choose_device(options.device)).type == "cpu"
-    plain = options.engine == "torchvision" and options.variant in (None, "fpn")
-    return default_recipe(images, scratch=on_cpu and plain and not options.weights)
+    own_fpn = options.engine == "torchvision" and options.variant in (None, "fpn")
+    return default_recipe(images, scratch=on_cpu and own_fpn and not options.weights)
 
 
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:

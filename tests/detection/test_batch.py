@@ -1,7 +1,9 @@
 import pytest
 import torch
+from made import target
 
-from detection.batch import Targets, needed, pad_boxes
+from detection.batch import Targets, check_form, needed, pad_boxes
+from resbackbone.checks import UserError
 
 
 def boxes(*rows, dtype=torch.float32):
@@ -38,3 +40,23 @@ def test_regions_fill_up_to_one_at_least():
 @pytest.mark.parametrize("counts, places", [([0, 0], 1), ([3, 5], 5), ([9, 2], 8)])
 def test_a_cpu_computes_the_places_that_some_image_uses(counts, places):
     assert needed(torch.tensor(counts), 8) == places
+
+
+@pytest.mark.parametrize(
+    "targets, says",
+    [
+        ([target()], "2 images need a list of 2 targets, not 1"),
+        (target(), "2 images need a list of 2 targets, not dict"),
+        ([target(), None], r"targets\[1\] is a dict .*, not NoneType"),
+        ([target(), {"labels": torch.ones(1)}], r"targets\[1\]: boxes are a float tensor \[n, 4\] .*, not NoneType"),
+        ([target(), {**target(), "boxes": [[1, 2, 3, 4]]}], r"boxes are a float tensor \[n, 4\] .*, not list"),
+        ([target(), {**target(), "boxes": torch.rand(0)}], r"not torch.float32 \[0\] \(none: torch.zeros\(0, 4\)\)"),
+        ([target(), {**target(), "boxes": torch.ones(1, 4).int()}], r"not torch.int32 \[1, 4\]"),
+        ([target(), {"boxes": torch.rand(1, 4), "image_id": 5}], "image 5: labels of 1 boxes .*, not NoneType"),
+        ([target(), target((1, 2, 9, 9), labels=[1, 2])], r"labels of 1 boxes are an int64 tensor \[1\], not .* \[2\]"),
+        ([target(), {**target((1, 2, 9, 9)), "labels": torch.ones(1)}], r"not torch.float32 \[1\]"),
+    ],
+)
+def test_targets_that_do_not_fit_the_images_are_refused_in_words(targets, says):
+    with pytest.raises(UserError, match=says):
+        check_form(targets, 2)

@@ -1,12 +1,12 @@
 """Exported detectors, run by ONNX Runtime, OpenVINO and torch, against the detectors they were made from."""
 
-import io
 import json
 import math
+import os
 import subprocess
 import sys
 import warnings
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
@@ -205,28 +205,52 @@ def test_suppression_is_torchvisions_exactly_for_boxes_whose_overlap_is_the_thre
             assert not none.any()  # nothing is valid
 
 
+@contextmanager
+def prints_into(file):
+    """Whatever the process prints, by Python or not, goes into the file."""
+    sys.stdout.flush(), sys.stderr.flush()
+    kept = [os.dup(number) for number in (1, 2)]
+    try:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+        with redirect_stdout(file), redirect_stderr(file):
+            yield
+        file.flush()
+    finally:
+        for number, own in zip((1, 2), kept, strict=True):
+            os.dup2(own, number)
+            os.close(own)
+
+
 def condition(detector):
-    modules = {name: (type(module), module.training) for name, module in detector.named_modules()}
-    return modules, {name: (id(p), p.requires_grad) for name, p in detector.named_parameters()}
+    modules = [(name, str(type(module)), module.training) for name, module in detector.named_modules()]
+    parameters = [(name, id(p), p.requires_grad) for name, p in detector.named_parameters()]
+    return str(modules + parameters), deepcopy(detector.state_dict())
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A detector on a single map, which exports sooner, with its two files; the exports say and change nothing."""
+    """A detector on a single map, which exports sooner, with its two files."""
     torch.manual_seed(0)
     detector = lively(small_detector("dc5", categories={3: "car", 13: "stop sign", 90: "cup"}, box_score_thresh=0.2))
     detector.train().roi_heads.eval()
     detector.rpn.head.requires_grad_(False)
-    folder, before, state = tmp_path_factory.mktemp("exported"), condition(detector), deepcopy(detector.state_dict())
-    said = io.StringIO()
-    with warnings.catch_warnings(record=True) as warned, redirect_stdout(said), redirect_stderr(said):
+    folder, before = tmp_path_factory.mktemp("exported"), condition(detector)
+    with open(folder / "said.txt", "w+") as said, warnings.catch_warnings(record=True) as warned, prints_into(said):
         warnings.simplefilter("always")
         detector.export(folder / "detector.onnx")
         detector.export(folder / "detector.pt2", input_type="float32")
-    assert said.getvalue() == "" and not warned
-    assert condition(detector) == before
-    torch.testing.assert_close(detector.state_dict(), state, rtol=0, atol=0)
+    detector.effects = {"said": (folder / "said.txt").read_text(), "warned": warned, "before": before}
+    detector.effects["after"] = condition(detector)
     return detector.eval(), folder
+
+
+def test_export_prints_nothing_and_leaves_the_detector_as_it_is(exported):
+    effects = exported[0].effects
+    assert effects["said"] == "" and not effects["warned"]
+    (before, state), (after, same_state) = effects["before"], effects["after"]
+    assert after == before
+    torch.testing.assert_close(same_state, state, rtol=0, atol=0)
 
 
 def test_floats_in_0_to_1_are_taken_too_in_a_pt2(exported):

@@ -415,25 +415,14 @@ def test_what_is_no_list_of_images_is_refused_in_words(images, says):
         small_detector().eval()(images)
 
 
-@pytest.mark.parametrize(
-    "targets, says",
-    [
-        (None, 'training needs targets: a dict {"boxes"'),
-        ([target()], "2 images need a list of 2 targets, not 1"),
-        (target(), "2 images need a list of 2 targets, not dict"),
-        ([target(), None], r"targets\[1\] is a dict .*, not NoneType"),
-        ([target(), {"labels": torch.ones(1)}], r"targets\[1\]: boxes are a float tensor \[n, 4\] .*, not NoneType"),
-        ([target(), {**target(), "boxes": [[1, 2, 3, 4]]}], r"boxes are a float tensor \[n, 4\] .*, not list"),
-        ([target(), {**target(), "boxes": torch.rand(0)}], r"not torch.float32 \[0\] \(none: torch.zeros\(0, 4\)\)"),
-        ([target(), {**target(), "boxes": torch.ones(1, 4).int()}], r"not torch.int32 \[1, 4\]"),
-        ([target(), {"boxes": torch.rand(1, 4), "image_id": 5}], "image 5: labels of 1 boxes .*, not NoneType"),
-        ([target(), target((1, 2, 9, 9), labels=[1, 2])], r"labels of 1 boxes are an int64 tensor \[1\], not .* \[2\]"),
-        ([target(), {**target((1, 2, 9, 9)), "labels": torch.ones(1)}], r"not torch.float32 \[1\]"),
-    ],
-)
-def test_targets_that_do_not_fit_the_images_are_refused_in_words(targets, says):
-    with pytest.raises(UserError, match=says):
-        small_detector().train()(two_images(), targets)
+def test_training_without_targets_is_refused_in_words():
+    with pytest.raises(UserError, match='training needs targets: a dict {"boxes"'):
+        small_detector().train()(two_images())
+
+
+def test_targets_that_do_not_fit_the_images_are_refused_in_words():
+    with pytest.raises(UserError, match="2 images need a list of 2 targets, not 1"):
+        small_detector().train()(two_images(), [target()])
 
 
 def test_torchvisions_transform_can_take_the_place_of_ours():

@@ -27,17 +27,24 @@ def test_small_data_are_seen_twelve_times_and_in_sixteen_thousand_images_at_leas
     assert 0 < schedule.learning_rate(steps - 1) < schedule.rate / 1000
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"small", "scratch"}))
+@pytest.mark.parametrize("name", [name for name, recipe in RECIPES.items() if not recipe.least_epochs])
 def test_the_schedule_of_every_other_recipe_does_not_follow_the_data(name):
     recipe = RECIPES[name]
     for images in (1, 10**6):
         assert recipe.schedule_for(recipe.batch_size, images=images) == recipe.schedule
 
 
-@pytest.mark.parametrize("scratch, small", [(True, "scratch"), (False, "small")])
-def test_small_data_have_recipes_of_their_own_and_coco_1x(scratch, small):
-    assert [default_recipe(images, scratch=scratch) for images in (1, SMALL_DATA - 1)] == [small] * 2
-    assert [default_recipe(images, scratch=scratch) for images in (SMALL_DATA, 118_287)] == ["1x"] * 2
+@pytest.mark.parametrize("images, steps", [(205, 1100), (4000, 6000)])
+def test_scratch_has_twelve_epochs_and_1100_updates_at_least(images, steps):
+    assert RECIPES["scratch"].schedule_for(8, images=images).steps == steps
+    half = RECIPES["scratch"].schedule_for(4, images=images)
+    assert (half.steps, half.rate) == (2 * steps, 0.002)  # AdamW's rate does not follow the batch size
+
+
+def test_small_data_have_recipes_of_their_own_and_coco_1x():
+    for scratch, small in ((True, "scratch"), (False, "small")):
+        assert [default_recipe(images, scratch=scratch) for images in (1, SMALL_DATA - 1)] == [small] * 2
+        assert [default_recipe(images, scratch=scratch) for images in (SMALL_DATA, 118_287)] == ["1x"] * 2
     seen = RECIPES["1x"].schedule.steps * RECIPES["1x"].batch_size
     assert seen / SMALL_DATA == 36 == RECIPES["small"].least_epochs * 3
 

@@ -41,16 +41,17 @@ def content_of(folder="out"):
 
 
 @pytest.fixture
-def without_exports(monkeypatch):
-    """The pyramid alone is exported for the runtimes: every export takes its time, a detector's half a minute."""
-    for name in ("inference", "detector-inference"):
+def few_exports(monkeypatch, request):
+    """No detector is exported for the runtimes, which takes half a minute, and no trunk in the quick case."""
+    quick = "fp32" in request.node.name
+    for name in ["detector-inference", *(["inference"] if quick else [])]:
         job = benchmark.JOBS[name]
         names = tuple(one for one in job.names if one not in runtimes.RUNTIMES)
         monkeypatch.setitem(benchmark.JOBS, name, replace(job, names=names))
 
 
 @pytest.mark.parametrize("mode, size", [("fp32", 1), pytest.param("bf16-channels-last", 2, marks=pytest.mark.slow)])
-def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, without_memory, without_exports, capsys):
+def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, without_memory, few_exports, capsys):
     asked = ["inference", "pyramid-inference", "training", "detector-inference", "detector-training"]
     if mode.startswith("bf16"):  # its only mode by default
         asked.append("imagenet")
@@ -60,7 +61,7 @@ def test_every_package_does_the_network_jobs_and_computes_the_same(mode, size, w
     assert {r["batch_size"] for r in content["contests"]} == {size}
     suited = [name for name in RUNTIMES if name != "onnxruntime" or mode == "fp32"]  # it has no bf16
     wanted = {
-        "inference": ["resbackbone", "resbackbone, fused", *INSTALLED],
+        "inference": ["resbackbone", "resbackbone, fused", *INSTALLED, *(suited if mode.startswith("bf16") else [])],
         "pyramid-inference": ["resbackbone", "resbackbone, fused", *DETECTING, *suited],
         "training": ["resbackbone", *INSTALLED],
         "detector-inference": ["resbackbone", "resbackbone, fused", *DETECTING],

@@ -298,8 +298,7 @@ def test_small_data_get_a_recipe_of_their_own_which_is_recorded_and_resumed(shap
     argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--output", "run", "--pictures", "0"]
     train_coco.main([*argv, "--max-steps", "1"])
     said = capsys.readouterr().out
-    assert "weights: random; with so few images, start from a detector" in said
-    assert "recipe: scratch, on images of 128 pixels for speed; --image-size 256" in said
+    assert "recipe: scratch, the default for small data on a CPU: " in said and "a shorter side of 128 pixels" in said
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["recipe"] == "scratch" and config["effective"]["steps"] == 4400
     train_coco.main([*argv, "--max-steps", "2", "--resume"])
@@ -322,8 +321,11 @@ def test_a_compiled_run_trains_saves_and_evaluates(shapes, monkeypatch):
 def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, monkeypatch):
     options = train_coco.Options(data=shapes, device="cpu")
     assert train_coco.complete(options).recipe == "scratch"
-    for other in ({"variant": "c4"}, {"weights": "torchvision:ResNet18_Weights.IMAGENET1K_V1", "depth": 18}):
+    for other in ({"variant": "c4"}, {"engine": "detectron2"}, {"weights": "some.safetensors"}):
         assert train_coco.recipe_for(replace(options, **other), shapes) == "small"
+    with monkeypatch.context() as patch:
+        patch.setattr(train_coco, "choose_device", lambda asked: "cuda")
+        assert train_coco.recipe_for(options, shapes) == "small"
     assert train_coco.complete(replace(options, recipe="1x")).recipe == "1x"
     monkeypatch.setattr("detection.recipes.SMALL_DATA", 6)
     assert train_coco.complete(options).recipe == "1x"

@@ -13,6 +13,7 @@ import torchvision
 from PIL import Image
 
 from resbackbone import build_resnet_backbone, build_resnet_classifier
+from resbackbone.resnet import DEPTHS
 from resbackbone.weights import MEAN, STD, Weights, read_weights
 from resbackbone.weights.write import write_as
 
@@ -42,7 +43,9 @@ def weights_of(model, **architecture):
     return Weights(model.state_dict(), {"backbone": architecture}, "a model", format="resbackbone")
 
 
-@pytest.mark.parametrize("depth", [18, 34, 50, pytest.param(101, marks=pytest.mark.slow), 152])
+@pytest.mark.parametrize(
+    "depth", [pytest.param(depth, marks=[pytest.mark.slow] if depth == 101 else []) for depth in DEPTHS]
+)  # 152 has the blocks of 101
 @torch.inference_mode()
 def test_torchvision_and_timm(depth, images, randomised, tmp_path):
     ours = randomised(build_resnet_classifier(depth, 7))
