@@ -98,7 +98,8 @@ def test_everything_that_a_cpu_can_do_runs_end_to_end_where_the_package_is_not_i
 
 
 @pytest.mark.parametrize(
-    "signal_number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGHUP]
+    "signal_number",
+    [signal.SIGINT, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGTERM, signal.SIGHUP))],
 )
 def test_ctrl_c_leaves_what_is_done_and_no_process(tmp_path, signal_number):
     if signal.getsignal(signal_number) == signal.SIG_IGN:

@@ -44,8 +44,8 @@ def weights_of(model, **architecture):
 
 
 @pytest.mark.parametrize(
-    "depth", [pytest.param(depth, marks=[pytest.mark.slow] if depth == 101 else []) for depth in DEPTHS]
-)  # 152 has the blocks of 101
+    "depth", [pytest.param(depth, marks=[pytest.mark.slow] if depth == 152 else []) for depth in DEPTHS]
+)  # 101 has the blocks of 152
 @torch.inference_mode()
 def test_torchvision_and_timm(depth, images, randomised, tmp_path):
     ours = randomised(build_resnet_classifier(depth, 7))
