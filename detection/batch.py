@@ -1,4 +1,4 @@
-"""The ground truth of a batch, checked, and the sizes of its images, in one tensor each."""
+"""The ground truth and the sizes of a batch of images in one tensor each, and checks of the targets given."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -68,6 +68,31 @@ def sizes_of(image_sizes: Sequence[tuple[int, int]] | Tensor, like: Tensor) -> T
     return torch.tensor(image_sizes, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
+def check_form(targets: Any, images: int) -> None:
+    """Raise UserError unless `targets` has a dict of boxes and labels, tensors that fit together, for each image."""
+    if not isinstance(targets, list | tuple) or len(targets) != images:
+        given = f"{len(targets)}" if isinstance(targets, list | tuple) else type(targets).__name__
+        raise UserError(f"{images} images need a list of {images} targets, not {given}: {A_TARGET} for each image")
+    for i, target in enumerate(targets):
+        if not isinstance(target, Mapping):
+            raise UserError(f"targets[{i}] is {A_TARGET}, not {type(target).__name__}")
+        boxes, labels = target.get("boxes"), target.get("labels")
+        name = f"image {target['image_id']}" if "image_id" in target else f"targets[{i}]"
+        if not isinstance(boxes, Tensor) or boxes.shape[1:] != (4,) or boxes.dtype not in BOX_TYPES:
+            raise UserError(
+                f"{name}: boxes are a float tensor [n, 4] x1 y1 x2 y2 in pixels, not {_form(boxes)} (none: "
+                "torch.zeros(0, 4))"
+            )
+        if not isinstance(labels, Tensor) or labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
+            raise UserError(
+                f"{name}: labels of {len(boxes)} boxes are an int64 tensor [{len(boxes)}], not {_form(labels)}"
+            )
+
+
+def _form(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def check_targets(targets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
     """Raise UserError unless labels are of the classes `names` and boxes finite, with a width and height.
 
@@ -94,31 +119,6 @@ def check_targets(targets: Sequence[Mapping[str, Tensor]], names: Sequence[str])
             raise UserError(
                 f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
             )
-
-
-def check_form(targets: Any, images: int) -> None:
-    """Raise UserError unless `targets` has a dict of boxes and labels, tensors that fit together, for each image."""
-    if not isinstance(targets, list | tuple) or len(targets) != images:
-        given = f"{len(targets)}" if isinstance(targets, list | tuple) else type(targets).__name__
-        raise UserError(f"{images} images need a list of {images} targets, not {given}: {A_TARGET} for each image")
-    for i, target in enumerate(targets):
-        if not isinstance(target, Mapping):
-            raise UserError(f"targets[{i}] is {A_TARGET}, not {type(target).__name__}")
-        boxes, labels = target.get("boxes"), target.get("labels")
-        name = f"image {target['image_id']}" if "image_id" in target else f"targets[{i}]"
-        if not isinstance(boxes, Tensor) or boxes.shape[1:] != (4,) or boxes.dtype not in BOX_TYPES:
-            raise UserError(
-                f"{name}: boxes are a float tensor [n, 4] x1 y1 x2 y2 in pixels, not {_form(boxes)} (none: "
-                "torch.zeros(0, 4))"
-            )
-        if not isinstance(labels, Tensor) or labels.shape != boxes.shape[:1] or labels.dtype != torch.int64:
-            raise UserError(
-                f"{name}: labels of {len(boxes)} boxes are an int64 tensor [{len(boxes)}], not {_form(labels)}"
-            )
-
-
-def _form(value: Any) -> str:
-    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def numbers_of(tensor: Tensor) -> np.ndarray:

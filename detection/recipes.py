@@ -272,7 +272,7 @@ RECIPES: dict[str, Recipe] = {
 def default_recipe(images: int, *, scratch: bool) -> str:
     """The name of the default recipe for that many training images.
 
-    `scratch`: a pyramid is trained on a CPU from random weights.
+    `scratch`: whether an FPN detector is trained on a CPU from random weights.
     """
     if images >= SMALL_DATA:
         return "1x"

@@ -9,6 +9,7 @@ import warnings
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -223,34 +224,40 @@ def prints_into(file):
 
 
 def condition(detector):
-    modules = [(name, str(type(module)), module.training) for name, module in detector.named_modules()]
-    parameters = [(name, id(p), p.requires_grad) for name, p in detector.named_parameters()]
-    return str(modules + parameters), deepcopy(detector.state_dict())
+    modules = {name: (type(module), module.training) for name, module in detector.named_modules()}
+    return modules, {name: (id(p), p.requires_grad) for name, p in detector.named_parameters()}
 
 
 @pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A detector on a single map, which exports sooner, with its two files."""
+def export(tmp_path_factory):
+    """A detector on a single map, which exports sooner, the folder of its two files, and what exporting did besides."""
     torch.manual_seed(0)
     detector = lively(small_detector("dc5", categories={3: "car", 13: "stop sign", 90: "cup"}, box_score_thresh=0.2))
     detector.train().roi_heads.eval()
     detector.rpn.head.requires_grad_(False)
-    folder, before = tmp_path_factory.mktemp("exported"), condition(detector)
+    folder, before, state = tmp_path_factory.mktemp("exported"), condition(detector), deepcopy(detector.state_dict())
     with open(folder / "said.txt", "w+") as said, warnings.catch_warnings(record=True) as warned, prints_into(said):
         warnings.simplefilter("always")
         detector.export(folder / "detector.onnx")
         detector.export(folder / "detector.pt2", input_type="float32")
-    detector.effects = {"said": (folder / "said.txt").read_text(), "warned": warned, "before": before}
-    detector.effects["after"] = condition(detector)
-    return detector.eval(), folder
+    conditions = before, condition(detector)
+    states = state, deepcopy(detector.state_dict())
+    said = (folder / "said.txt").read_text()
+    return SimpleNamespace(
+        detector=detector.eval(), folder=folder, said=said, warned=warned, conditions=conditions, states=states
+    )
 
 
-def test_export_prints_nothing_and_leaves_the_detector_as_it_is(exported):
-    effects = exported[0].effects
-    assert effects["said"] == "" and not effects["warned"]
-    (before, state), (after, same_state) = effects["before"], effects["after"]
+@pytest.fixture
+def exported(export):
+    return export.detector, export.folder
+
+
+def test_export_prints_nothing_and_leaves_the_detector_as_it_is(export):
+    assert export.said == "" and not export.warned
+    before, after = export.conditions
     assert after == before
-    torch.testing.assert_close(same_state, state, rtol=0, atol=0)
+    torch.testing.assert_close(*export.states, rtol=0, atol=0)
 
 
 def test_floats_in_0_to_1_are_taken_too_in_a_pt2(exported):

@@ -41,10 +41,9 @@ def content_of(folder="out"):
 
 
 @pytest.fixture
-def few_exports(monkeypatch, request):
+def few_exports(monkeypatch, mode):
     """No detector is exported for the runtimes, which takes half a minute, and no trunk in the quick case."""
-    quick = "fp32" in request.node.name
-    for name in ["detector-inference", *(["inference"] if quick else [])]:
+    for name in ("detector-inference", "inference") if mode == "fp32" else ("detector-inference",):
         job = benchmark.JOBS[name]
         names = tuple(one for one in job.names if one not in runtimes.RUNTIMES)
         monkeypatch.setitem(benchmark.JOBS, name, replace(job, names=names))
