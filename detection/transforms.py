@@ -139,6 +139,7 @@ class CropAndPad(v2.Transform):
 class InputTransform(GeneralizedRCNNTransform):
     """torchvision's normalisation, resizing and padding, with mean and std kept on the device."""
 
+    fixed_size: tuple[int, int] | None  # width and height, if not None
     warned = looked = False  # whether `check_range` has warned, and whether it has looked at pixels
 
     def __init__(
@@ -240,7 +241,14 @@ class InputTransform(GeneralizedRCNNTransform):
         if self.training and not self.resize_in_training:
             return image, target
         drawn = target is not None and not target.keys().isdisjoint(("masks", "keypoints"))
-        resized, with_resized = super().resize(image, {**target} if target is not None and drawn else None)
+        height, width = image.shape[-2:]
+        scale, fixed = self.max_size / max(height, width), self.fixed_size
+        if min(height, width) * scale < 1:  # torchvision fails where a long, thin image is left without a pixel
+            self.fixed_size = max(1, int(width * scale)), max(1, int(height * scale))
+        try:
+            resized, with_resized = super().resize(image, {**target} if target is not None and drawn else None)
+        finally:
+            self.fixed_size = fixed
         if target is not None:
             target = {
                 **(with_resized or target),

@@ -12,7 +12,7 @@ import torch
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage
 
-HEAD_START = 2.0  # seconds for rank 0, because all ranks find most mistakes at once, and one line is enough
+HEAD_START = 5.0  # seconds for rank 0, because all ranks find most mistakes at once, and one line is enough
 
 
 @contextmanager

@@ -165,8 +165,20 @@ def broadcast(value, rank: Rank):
 
 
 def from_main(make: Callable[[], T], rank: Rank) -> T:
-    """Call `make` on rank 0 only, as for claiming a folder, and return its result on every rank."""
-    return broadcast(make() if rank.is_main else None, rank)
+    """Call `make` on rank 0 only, as for claiming a folder; every rank returns its result, or raises its error.
+
+    The error is sent because gloo sometimes aborts a rank whose peer leaves while the rank waits for it.
+    """
+    made = error = None
+    if rank.is_main:
+        try:
+            made = make()
+        except (UserError, OSError) as raised:
+            error = raised
+    made, error = broadcast((made, error), rank)
+    if error is not None:
+        raise error
+    return made
 
 
 def any_rank(flags: Tensor, rank: Rank) -> Tensor:

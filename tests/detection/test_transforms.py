@@ -3,7 +3,7 @@ import pytest
 import torch
 from made import assert_boxes_are_seen, coloured
 
-from detection.transforms import TrainTransform, to_model_input
+from detection.transforms import InputTransform, TrainTransform, to_model_input
 from resbackbone.checks import UserError
 
 
@@ -120,6 +120,19 @@ def test_a_strip_keeps_a_pixel_at_the_smallest_scale():
     image, target = TrainTransform((), 0, scale_jitter=(0.1, 0.1), crop_size=32)(*sample(2, 200, [(0, 0, 200, 2)]))
     assert image.shape == (3, 32, 32) and (image[:, 1:] != 255).all()
     assert target["boxes"].tolist() == [[0, 0, 3, 1]]
+
+
+@pytest.mark.parametrize("size, resized", [((1, 512), (1, 128)), ((512, 3), (128, 1)), ((1, 128), (1, 128))])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_detector_too_leaves_a_strip_a_pixel_and_its_boxes_fit(size, resized, training):
+    transform = InputTransform(64, 128, [0.5] * 3, [0.2] * 3).train(training)
+    height, width = size
+    target = {"boxes": torch.tensor([[0.0, 0.0, width, height]]), "labels": torch.tensor([1])}
+    images, [target] = transform([torch.rand(3, *size)], [{**target, "masks": torch.ones(1, *size, dtype=torch.uint8)}])
+    assert images.image_sizes == [resized] and target["masks"].shape == (1, *resized)
+    torch.testing.assert_close(target["boxes"], torch.tensor([[0.0, 0.0, resized[1], resized[0]]]))
+    ordinary, _ = transform([torch.rand(3, 64, 80)])
+    assert ordinary.image_sizes == [(64, 80)]
 
 
 def test_photometric_distortion_changes_colours_and_nothing_else():

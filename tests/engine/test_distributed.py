@@ -16,14 +16,23 @@ ROOT = Path(__file__).parents[2]
 # What each of the processes that torchrun starts runs; it writes what it saw to a file of its own.
 PROGRAM = """
 import json, math, sys, torch
-from resbackbone.engine.distributed import any_rank, broadcast, gather, launch
+from resbackbone.engine.distributed import any_rank, broadcast, from_main, gather, launch
 from resbackbone.engine.termination import quick_exit
 from resbackbone.engine.state import NonFinite, TrainState
+from resbackbone.image_io import read_image
+
+def tried(make, rank):
+    try:
+        return from_main(make, rank)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
 
 def work(rank, folder):
     seen = {"rank": rank.rank, "ranks": rank.ranks, "main": rank.is_main, "device": str(rank.device)}
     seen["gathered"] = gather({"from": rank.rank, "n": [rank.rank] * (rank.rank + 1)}, rank)
     seen["broadcast"] = broadcast(f"of {rank.rank}", rank)
+    made = [lambda: f"by {rank.rank}", lambda: read_image("nowhere.png"), lambda: open(f"{folder}/nowhere")]
+    seen["from main"] = [tried(make, rank) for make in made]
     flags = torch.tensor([True, rank.is_main, not rank.is_main, False])
     seen["any"] = any_rank(flags, rank).tolist()
 
@@ -79,6 +88,13 @@ def test_the_processes_of_torchrun_know_their_rank_and_exchange_values(seen):
     assert [s["gathered"] for s in seen] == [[{"from": 0, "n": [0]}, {"from": 1, "n": [1, 1]}], None]
     assert [s["broadcast"] for s in seen] == ["of 0", "of 0"]
     assert [s["any"] for s in seen] == [[True, True, True, False]] * 2
+
+
+def test_what_the_first_rank_makes_or_raises_reaches_all(seen):
+    assert seen[0]["from main"] == seen[1]["from main"]
+    made, bad_image, missing = seen[1]["from main"]
+    assert made == "by 0"
+    assert bad_image.startswith("BadImage: image nowhere.png: ") and missing.startswith("FileNotFoundError: ")
 
 
 def test_when_one_rank_asks_to_stop_every_rank_stops_after_the_same_update(seen):

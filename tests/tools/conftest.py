@@ -9,8 +9,9 @@ from resbackbone.classification import cifar10
 
 
 @pytest.fixture(autouse=True)
-def empty_place(tmp_path_factory, monkeypatch):
-    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+def empty_place(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     for name in ("IMAGENET_DIR", "CIFAR10_DIR", "COCO_DIR", "DETECTRON2_DATASETS", "RESBACKBONE_DEBUG"):
         monkeypatch.delenv(name, raising=False)
 

@@ -53,13 +53,12 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
-def straight(photos, tmp_path_factory):
+@pytest.fixture(scope="module")
+def straight(photos, module_path):
     """Runs of six steps that were left alone, by recipe; tests only read them."""
-    folder = tmp_path_factory.mktemp("pretrain_runs")
     for name, argv in RUNS.items():
-        pretrain.main([*SIX_STEPS, *argv, "--data", str(photos), "--output", str(folder / name)])
-    return folder
+        pretrain.main([*SIX_STEPS, *argv, "--data", str(photos), "--output", str(module_path / name)])
+    return module_path
 
 
 # A run

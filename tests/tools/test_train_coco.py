@@ -57,10 +57,10 @@ def shapes(tmp_path_factory):
     return make_shapes(tmp_path_factory.mktemp("train_coco") / "shapes", train_images=6, val_images=3, size=64)
 
 
-@pytest.fixture(scope="session")
-def straight(shapes, tmp_path_factory):
+@pytest.fixture(scope="module")
+def straight(shapes, module_path):
     """A run of six steps that was left alone; tests only read it."""
-    folder = tmp_path_factory.mktemp("runs") / "straight"
+    folder = module_path / "straight"
     train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", str(folder)])
     return folder
 
@@ -524,7 +524,9 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
     with pytest.raises(SystemExit) as exit:
         train_coco.main([*QUICK, "--data", str(own_shapes), *(["--output", str(straight)] * (found_by == "rank 0"))])
     assert exit.value.code == 1
-    [line] = capfd.readouterr().err.splitlines()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    [line] = lines
     says = "instances_train2017.json: not JSON" if found_by == "both ranks" else "already holds a run"
     assert line.startswith("error: ") and says in line
     assert files() == {}
