@@ -1,7 +1,7 @@
 """The command that writes shards, and the one that measures what they bring."""
 
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -148,6 +148,7 @@ def test_an_index_can_be_written_for_shards_that_are_there(folder):
 )
 def test_a_mistake_is_answered_in_one_line(folder, flags, says, monkeypatch):
     monkeypatch.chdir(folder.parent)
+    before = sorted(Path().rglob("*"))
     with pytest.raises(ValueError, match=says):
         make_shards.main(flags)
-    assert os.listdir() == ["data"]
+    assert sorted(Path().rglob("*")) == before
