@@ -1,5 +1,6 @@
 """Augmentation of training images and boxes (torchvision's transforms v2), and a detector's own input transform."""
 
+import copy
 import logging
 import math
 from collections.abc import Sequence
@@ -242,13 +243,12 @@ class InputTransform(GeneralizedRCNNTransform):
             return image, target
         drawn = target is not None and not target.keys().isdisjoint(("masks", "keypoints"))
         height, width = image.shape[-2:]
-        scale, fixed = self.max_size / max(height, width), self.fixed_size
-        if min(height, width) * scale < 1:  # torchvision fails where a long, thin image is left without a pixel
-            self.fixed_size = max(1, int(width * scale)), max(1, int(height * scale))
-        try:
-            resized, with_resized = super().resize(image, {**target} if target is not None and drawn else None)
-        finally:
-            self.fixed_size = fixed
+        scale, resizer = self.max_size / max(height, width), self
+        if self.fixed_size is None and min(height, width) * scale < 1:  # a strip without a pixel: torchvision fails
+            resizer = copy.copy(self)  # other threads may use this one
+            resizer.fixed_size = max(1, int(width * scale)), max(1, int(height * scale))
+        own = {**target} if target is not None and drawn else None
+        resized, with_resized = super(InputTransform, resizer).resize(image, own)
         if target is not None:
             target = {
                 **(with_resized or target),
