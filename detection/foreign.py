@@ -129,7 +129,14 @@ def with_settings(weights: Weights, settings: Mapping[str, object]) -> Weights:
     return replace(weights, metadata={**weights.metadata, "settings": {**stated, **settings}})
 
 
-def announce_settings(weights: Weights, described: Mapping[str, object]) -> None:
+def add_description(weights: Weights) -> None:
+    """Put what `describe_detector` says into the metadata of `weights`, and log what it assumes."""
+    described = describe_detector(weights)
+    _announce_settings(weights, described["detector"])
+    weights.metadata.update(described)
+
+
+def _announce_settings(weights: Weights, described: Mapping[str, object]) -> None:
     """Log, in one line, the settings in `described` that neither a file nor its publisher states."""
     published = "publisher" in weights.metadata or weights.origins.get("input", "").startswith("torchvision")
     stated, detector = weights.metadata.get("settings", {}), DetectorConfig.from_json(described, weights.source)

@@ -15,7 +15,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from detection.box_heads import ConvFCHead
 from detection.config import BACKBONE_OF, SHAPE, DetectorConfig
 from detection.faster_rcnn import FasterRCNN, fuse_detector, in_channels_of, with_classes_of
-from detection.foreign import announce_settings, describe_detector, with_settings
+from detection.foreign import add_description, with_settings
 from detection.roi_heads import FP32Predictor
 from detection.rpn import FP32RPNHead
 from detection.transforms import InputTransform
@@ -172,9 +172,7 @@ def load_detector(path: WeightSource, *, eps: float | None = None, **settings: A
             raise UserError(f"{weights.source} does not hold a detector of this package: its metadata describe none")
         weights.announce_assumptions()
         weights = with_settings(weights, settings)
-        described = describe_detector(weights)
-        announce_settings(weights, described["detector"])
-        weights.metadata.update(described)
+        add_description(weights)
     elif settings:
         raise UserError(f"weights from {weights.source} state their detector; leave out {', '.join(settings)}")
     detector = detector_for(weights)
@@ -204,9 +202,7 @@ def read_described_weights(source: str | Path) -> Weights:
     weights = read_weights(source)
     foreign = "detector" not in weights.metadata and not weights.unknown
     if foreign and not weights.state.keys().isdisjoint(f"{PREDICTOR}{stage}cls_score.weight" for stage in ("", "0.")):
-        described = describe_detector(weights)
-        announce_settings(weights, described["detector"])
-        weights.metadata.update(described)
+        add_description(weights)
     return weights
 
 

@@ -22,7 +22,7 @@ import tyro
 from torch import nn
 
 from detection.config import SHAPE, DetectorConfig
-from detection.foreign import announce_settings, describe_detector
+from detection.foreign import add_description, describe_detector
 from detection.saved import detector_for
 from resbackbone import BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, one_of
@@ -207,11 +207,9 @@ def described(weights: Weights, options: Options) -> Weights:
     weights = replace(weights, metadata=metadata, assumed=assumed)
     if is_detector(weights) and "detector" not in metadata:
         try:
-            told = describe_detector(weights)
+            add_description(weights)
         except UserError as error:
             raise UserError(f"{error}; --part backbone converts these") from None
-        announce_settings(weights, told["detector"])
-        weights.metadata.update(told)
     return weights
 
 
