@@ -80,11 +80,10 @@ def mutated(chance: random.Random) -> str:
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fuzz")
+def images(module_path):
     for entry in GOOD["images"]:
-        Image.new("RGB", (entry["width"], entry["height"])).save(folder / entry["file_name"])
-    return folder
+        Image.new("RGB", (entry["width"], entry["height"])).save(module_path / entry["file_name"])
+    return module_path
 
 
 @many

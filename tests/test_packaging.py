@@ -41,8 +41,8 @@ def environment(folder: Path, wheel: Path, *site_packages: str) -> tuple[Path, P
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+def wheel(module_path) -> Path:
+    folder = module_path / "wheel"
     source = folder / "source"  # a copy, for a build leaves folders in its source
     others = (".*", "build", "datasets", "docs", "runs", "site", "tests", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*others))
@@ -53,17 +53,18 @@ def wheel(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def full(tmp_path_factory, wheel):
+def full(module_path, wheel):
     """An environment with the wheel and all packages of this one."""
-    return environment(tmp_path_factory.mktemp("full"), wheel, *(p for p in sys.path if p.endswith("site-packages")))
+    return environment(module_path / "full", wheel, *(p for p in sys.path if p.endswith("site-packages")))
 
 
 @pytest.fixture(scope="module")
-def bare(tmp_path_factory, wheel):
+def bare(module_path, wheel):
     """An environment with the wheel and, of the packages here, only the core's and what these need themselves."""
     if os.name == "nt":
         pytest.skip("symbolic links need rights on Windows")
-    folder = tmp_path_factory.mktemp("packages")
+    folder = module_path / "packages"
+    folder.mkdir()
     queue, seen = list(BROUGHT), set()
     while queue:
         name = re.sub(r"[-_.]+", "-", queue.pop()).lower()
@@ -81,7 +82,7 @@ def bare(tmp_path_factory, wheel):
         for requirement in distribution.requires or ():
             if "extra ==" not in requirement:
                 queue.append(re.match(r"[\w.-]+", requirement)[0])
-    return environment(tmp_path_factory.mktemp("bare"), wheel, str(folder))
+    return environment(module_path / "bare", wheel, str(folder))
 
 
 def test_the_wheel_has_this_version_and_the_files_that_are_not_python(wheel):

@@ -229,22 +229,26 @@ def condition(detector):
 
 
 @pytest.fixture(scope="module")
-def export(tmp_path_factory):
+def export(module_path):
     """A detector on a single map, which exports sooner, the folder of its two files, and what exporting did besides."""
     torch.manual_seed(0)
     detector = lively(small_detector("dc5", categories={3: "car", 13: "stop sign", 90: "cup"}, box_score_thresh=0.2))
     detector.train().roi_heads.eval()
     detector.rpn.head.requires_grad_(False)
-    folder, before, state = tmp_path_factory.mktemp("exported"), condition(detector), deepcopy(detector.state_dict())
-    with open(folder / "said.txt", "w+") as said, warnings.catch_warnings(record=True) as warned, prints_into(said):
+    before, state = condition(detector), deepcopy(detector.state_dict())
+    with (
+        open(module_path / "said.txt", "w+") as said,
+        warnings.catch_warnings(record=True) as warned,
+        prints_into(said),
+    ):
         warnings.simplefilter("always")
-        detector.export(folder / "detector.onnx")
-        detector.export(folder / "detector.pt2", input_type="float32")
+        detector.export(module_path / "detector.onnx")
+        detector.export(module_path / "detector.pt2", input_type="float32")
     conditions = before, condition(detector)
     states = state, deepcopy(detector.state_dict())
-    said = (folder / "said.txt").read_text()
+    said = (module_path / "said.txt").read_text()
     return SimpleNamespace(
-        detector=detector.eval(), folder=folder, said=said, warned=warned, conditions=conditions, states=states
+        detector=detector.eval(), folder=module_path, said=said, warned=warned, conditions=conditions, states=states
     )
 
 

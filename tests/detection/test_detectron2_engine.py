@@ -32,16 +32,16 @@ QUICK = ["--engine", "detectron2", "--recipe", "short", "--depth", "18", "--devi
 QUICK += ["--log-period", "1", "--pictures", "1"]
 
 
-@pytest.fixture(scope="session")
-def gaps(tmp_path_factory):
+@pytest.fixture(scope="module")
+def gaps(module_path):
     """A small data set; its category ids have gaps, as COCO's own have."""
-    return make_shapes(tmp_path_factory.mktemp("detectron2") / "gaps", train_images=6, val_images=3, size=64)
+    return make_shapes(module_path / "gaps", train_images=6, val_images=3, size=64)
 
 
-@pytest.fixture(scope="session")
-def finished(gaps, tmp_path_factory):
+@pytest.fixture(scope="module")
+def finished(gaps, module_path):
     """A run of two steps; tests only read it."""
-    folder = tmp_path_factory.mktemp("detectron2_runs") / "finished"
+    folder = module_path / "finished"
     train_coco.main([*QUICK, "--data", str(gaps), "--max-steps", "2", "--output", str(folder)])
     return folder
 

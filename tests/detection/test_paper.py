@@ -396,8 +396,8 @@ def test_a_box_without_extent_is_none_and_nothing_found_an_empty_answer():
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("paper") / "shapes", train_images=2, val_images=2, size=64)
+def shapes(module_path):
+    return make_shapes(module_path / "shapes", train_images=2, val_images=2, size=64)
 
 
 @pytest.fixture
@@ -471,9 +471,10 @@ def test_vgg16_trains_from_scratch_and_refuses_what_it_has_not_got(small_recipes
 
 
 @pytest.fixture(scope="module")
-def run(shapes, tmp_path_factory):
+def run(shapes, module_path):
     """The folder of a run, as far as it matters to evaluate it."""
-    folder = tmp_path_factory.mktemp("run")
+    folder = module_path / "run"
+    folder.mkdir()
     categories = open_split(shapes, "val").categories
     arguments = {"fpn_channels": 16, "fpn": True}
     options = {**FEW, "anchor_scale": 4.0, "categories": categories}

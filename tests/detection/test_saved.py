@@ -114,13 +114,13 @@ def test_a_runs_detector_is_its_final_one_or_that_of_its_last_checkpoint(tmp_pat
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory):
+def file(module_path):
     """A detector of two classes whose parts are none of the defaults."""
     torch.manual_seed(1)
     backbone = build_resnet_backbone(18, fpn=True, levels=["p2", "p3"], fpn_channels=8)
     numbers = {"anchor_scale": 4.0, "representation_size": 16, "min_size": 64, "box_score_thresh": 0.3}
     detector = build_faster_rcnn(backbone, 2, categories={1: "car", 2: "bus"}, **numbers)
-    path = tmp_path_factory.mktemp("detector") / "model.safetensors"
+    path = module_path / "model.safetensors"
     save_detector(detector, path)
     return path
 

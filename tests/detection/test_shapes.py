@@ -22,9 +22,9 @@ def annotations(folder: Path, split: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
+def drawn(module_path):
     """A set of moderate size, shared by the tests that only read it."""
-    return make_shapes(tmp_path_factory.mktemp("shapes") / "set", seed=3, train_images=60, val_images=7, size=97)
+    return make_shapes(module_path / "set", seed=3, train_images=60, val_images=7, size=97)
 
 
 def test_the_same_arguments_give_the_same_bytes_and_another_seed_gives_others(tmp_path):

@@ -72,12 +72,11 @@ def run_program(folder, program, *launcher):
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
+def seen(module_path):
     """What the two processes of a torchrun saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run = run_program(folder, PROGRAM, *TORCHRUN)
+    run = run_program(module_path, PROGRAM, *TORCHRUN)
     assert run.returncode == 0, run.stderr
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in "01"]
+    return [json.loads((module_path / f"{rank}.json").read_text()) for rank in "01"]
 
 
 def test_the_processes_of_torchrun_know_their_rank_and_exchange_values(seen):

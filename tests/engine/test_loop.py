@@ -133,8 +133,8 @@ def content(folder):
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("loop") / "straight"
+def straight(module_path):
+    folder = module_path / "straight"
     train(folder)
     return folder
 

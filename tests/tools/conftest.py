@@ -25,8 +25,8 @@ def few_synthetic_images():
 
 
 @pytest.fixture(scope="module")  # other modules' tests may change the number of threads, and with it the last bits
-def six_steps_left_alone(tmp_path_factory, few_synthetic_images):
+def six_steps_left_alone(module_path, few_synthetic_images):
     """The folder of a CIFAR training of SIX_STEPS on few synthetic images; tests only read it."""
-    folder = tmp_path_factory.mktemp("runs") / "alone"
+    folder = module_path / "alone"
     importlib.import_module("resbackbone.tools.train_cifar10").main([*SIX_STEPS, "--output", str(folder)])
     return folder

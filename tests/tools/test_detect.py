@@ -22,13 +22,12 @@ CATEGORIES = {3: "car", 13: "stop sign"}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(module_path):
     torch.manual_seed(0)
     backbone = build_resnet_backbone(18, fpn=True, fpn_channels=16)
     options = {"min_size": 64, "max_size": 97, "box_score_thresh": 0.0, "representation_size": 16}
-    folder = tmp_path_factory.mktemp("run")
-    save_detector(build_faster_rcnn(backbone, 2, categories=CATEGORIES, **options), folder / "model.safetensors")
-    return folder
+    save_detector(build_faster_rcnn(backbone, 2, categories=CATEGORIES, **options), module_path / "model.safetensors")
+    return module_path
 
 
 @pytest.fixture(autouse=True)

@@ -24,19 +24,19 @@ from resbackbone.tools import evaluate_coco
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("evaluate_coco") / "shapes", train_images=1, val_images=5, size=64)
+def shapes(module_path):
+    return make_shapes(module_path / "shapes", train_images=1, val_images=5, size=64)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(module_path):
     """A detector that finds things at random, and many of them."""
     torch.manual_seed(0)
     backbone = build_resnet_backbone(18, fpn=True, fpn_channels=16)
     options = {"min_size": 64, "max_size": 97, "box_score_thresh": 0.0, "representation_size": 16}
     categories = dict(zip(CATEGORY_IDS, CLASSES, strict=True))
     detector = build_faster_rcnn(backbone, len(CLASSES), categories=categories, anchor_scale=4.0, **options)
-    path = tmp_path_factory.mktemp("model") / "model.safetensors"
+    path = module_path / "model.safetensors"
     save_detector(detector, path)
     return path
 

@@ -18,14 +18,13 @@ pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(module_path):
     torch.manual_seed(0)
     backbone = build_resnet_backbone(18, levels=["c5"], dilate_c5=True)
     options = {"min_size": 64, "max_size": 97, "representation_size": 16, "rpn_post_nms_top_n_test": 30}
     detector = build_faster_rcnn(backbone, 2, variant="dc5", categories={3: "car", 13: "stop sign"}, **options)
-    folder = tmp_path_factory.mktemp("run")
-    save_detector(detector, folder / "model.safetensors")
-    return folder
+    save_detector(detector, module_path / "model.safetensors")
+    return module_path
 
 
 @pytest.fixture(autouse=True)

@@ -39,10 +39,10 @@ RUNS = {  # what is resumed: the optimizers, an average, mixing, parts
 }
 
 
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory):
+@pytest.fixture(scope="module")
+def photos(module_path):
     """Three classes told by their colour, of unequal size; odd-sized images."""
-    folder, rng = tmp_path_factory.mktemp("pretrain") / "photos", np.random.default_rng(0)
+    folder, rng = module_path / "photos", np.random.default_rng(0)
     for split, count in (("train", 5), ("val", 3)):
         for label, name in enumerate(("blue", "green", "red")):
             (folder / split / name).mkdir(parents=True)
@@ -243,10 +243,10 @@ def test_a_run_is_not_resumed_on_other_images_or_with_another_recipe(straight, p
     )
 
 
-@pytest.fixture(scope="session")
-def shards(photos, tmp_path_factory):
+@pytest.fixture(scope="module")
+def shards(photos, module_path):
     """The same images in shards, 18 of them in three to train on."""
-    folder = tmp_path_factory.mktemp("pretrain_shards")
+    folder = module_path / "shards"
     argv = ["--data", str(photos), "--output", str(folder), "--images-per-shard", "7", "--workers", "1"]
     make_shards.main([*argv, "--shorter-side", "40"])
     return f"{folder}/train-{{000000..000002}}.tar"

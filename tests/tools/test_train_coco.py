@@ -52,9 +52,9 @@ SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6"]
 SIX_STEPS += ["--ema", "0.9", "--accumulate", "2", "--repeat-factor", "0.9"]  # are resumed exactly too
 
 
-@pytest.fixture(scope="session")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("train_coco") / "shapes", train_images=6, val_images=3, size=64)
+@pytest.fixture(scope="module")
+def shapes(module_path):
+    return make_shapes(module_path / "shapes", train_images=6, val_images=3, size=64)
 
 
 @pytest.fixture(scope="module")
