@@ -54,6 +54,8 @@ def _report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | N
     config = log.config
     variant = config.get("variant", "?")
     network = "VGG-16" if variant == "vgg16" else f"R{config.get('depth', '?')}-{variant}"
+    if config.get("backbone"):
+        network = f"{config['backbone'].removeprefix('timm:')}-{variant}"
     ap = {name: log.curve(name, evaluations=True, scale=100) for name in METRICS[:3]}
     summary = absent("No evaluation yet.")
     titles = ("The 12 numbers", "Classes", "Precision and recall", "Errors", "Worst and best images")

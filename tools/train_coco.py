@@ -3,6 +3,7 @@
 python tools/train_coco.py                                            the built-in data set, minutes on a CPU
 python tools/train_coco.py --data my_folder --weights torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1  own data
 python tools/train_coco.py --data coco --depth 50 --weights torchvision:ResNet50_Weights.IMAGENET1K_V1
+python tools/train_coco.py --data my_folder --backbone timm:convnext_tiny --weights timm:convnext_tiny.fb_in22k
 python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume     resumes where it stopped
 """
 
@@ -57,7 +58,7 @@ from detection.scoring import BACKENDS
 from detection.synthetic import SYNTHETIC, SyntheticImages, synthetic_batches
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, one_of, require
 from resbackbone.engine import loop
 from resbackbone.engine.average import build_average
 from resbackbone.engine.device import choose_device
@@ -69,6 +70,7 @@ from resbackbone.memory import keep_freed_memory
 from resbackbone.report.numbers import percent
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import Weights
+from resbackbone.weights.file import is_ours
 from resbackbone.weights.fit import architecture_of, backbone_part, resolve_architecture
 
 ENGINES = ("torchvision", "detectron2")
@@ -113,6 +115,10 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class NetworkOptions:
+    backbone: Auto[str] = None
+    """timm:NAME trains any network of timm that has feature maps, such as timm:tf_efficientnet_lite0, under the pyramid
+    of fpn instead of a ResNet. Its --weights are timm:NAME too, or a file (.safetensors, .pth) with timm's names.
+    Default: that of --weights if they are a detector's on such a network, else a ResNet of --depth."""
     depth: Auto[int] = None
     """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; scratch, short: 18)."""
     variant: Auto[str] = None
@@ -123,8 +129,9 @@ class NetworkOptions:
     a backbone, a classifier or a Faster R-CNN with any classes: a run's model.safetensors,
     torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1. Default: random."""
     norm: Auto[str] = None
-    """BN, FrozenBN, SyncBN or GN, also for the pyramid and box head of weights that have batch norms there. Default:
-    FrozenBN with a detector's weights; else the recipe's (v2: SyncBN), or FrozenBN with weights and BN without."""
+    """BN, FrozenBN, SyncBN or GN (--backbone: BN or FrozenBN), also for the pyramid and box head of weights that have
+    batch norms there. Default: FrozenBN with a detector's weights; else the recipe's (v2: SyncBN), or FrozenBN with
+    weights and BN without."""
     frozen_through: Auto[str] = None
     """stem, c2 .. c5, or none. Default: none without weights; with them the recipe's (c2; vgg16: stem)."""
 
@@ -393,6 +400,9 @@ def complete(options: Options) -> Options:
     if one_of("engine", options.engine, ENGINES) == "detectron2":
         check_detectron2(options, variant, recipe)
         precision = "fp32"
+    backbone = options.backbone or given.get("backbone")
+    if backbone is not None:
+        check_backbone(replace(options, backbone=backbone, variant=variant), recipe)
     depths = [VGG16_DEPTH] if variant == "vgg16" else list(DEPTHS)
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.backbone.depth)
     device, processes, precision = choose_machine(replace(options, precision=precision))
@@ -407,7 +417,8 @@ def complete(options: Options) -> Options:
         data=data,
         recipe=recipe_name,
         variant=variant,
-        depth=one_of("depth", default_depth if options.depth is None else options.depth, depths),
+        backbone=backbone,
+        depth=None if backbone else one_of("depth", options.depth or default_depth, depths),
         batch_size=total,
         checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
         device=device,
@@ -458,17 +469,48 @@ def recipe_for(options: Options, data: Path) -> str:
 
 
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
-    """The "depth" and "variant" of --weights, if one of these options was left out."""
-    given = None not in (options.depth, options.variant)
-    if not options.weights or given or "vgg16" in (options.variant, recipe.detector.variant):
+    """The "depth" or "backbone" and the "variant" of --weights, if one of these options was left out."""
+    given = None not in (options.depth or options.backbone, options.variant)
+    variant = options.variant or recipe.detector.variant
+    weights = None if given else described_weights(replace(options, variant=variant))
+    if weights is None:
         return {}
-    weights = read_described_weights(options.weights)
     if "detector" not in weights.metadata or options.engine == "detectron2":
         depth = architecture_of(backbone_part(weights.state)).get("depth")
         return {} if depth is None else {"depth": depth}
-    if "timm" in weights.metadata["backbone"]:
-        raise UserError(f"--weights {options.weights}: a detector on a timm network; give one on a ResNet")
-    return {"depth": weights.metadata["backbone"]["depth"], "variant": weights.metadata["detector"]["variant"]}
+    trunk = weights.metadata["backbone"]
+    network = {"backbone": f"timm:{trunk['timm']}"} if "timm" in trunk else {"depth": trunk["depth"]}
+    return {**network, "variant": weights.metadata["detector"]["variant"]}
+
+
+def described_weights(options: Options) -> Weights | None:
+    """What --weights holds; None without, and for those that `load_vgg16` and `from_timm` read."""
+    others = options.variant == "vgg16" or options.backbone and not is_ours(Path(options.weights or ""))
+    return None if others or not options.weights else read_described_weights(options.weights)
+
+
+def check_backbone(options: Options, recipe: Recipe) -> None:
+    """Raise ValueError if --backbone is no network of timm, or another option does not go with it."""
+    given = f"--backbone {options.backbone}"
+    if not options.backbone.startswith("timm:"):
+        raise UserError(f"{given}: give timm:NAME, a network of timm; this package's ResNets are --depth 18, 50, ..")
+    if options.depth is not None:
+        raise UserError(f"--depth {options.depth}: is for ResNets, and the network is {options.backbone}; leave it out")
+    if options.variant != "fpn":
+        raise UserError(f"--variant {options.variant}: {given} is for fpn; leave one of them out")
+    if options.engine != "torchvision":
+        raise UserError(f"{given}: --engine {options.engine} has ResNets alone; leave one of them out")
+    norm = options.norm or recipe.backbone.norm
+    if norm not in (None, "BN", "FrozenBN"):
+        raise UserError(f"{given}: its norm can be BN or FrozenBN, not {norm}; give --norm BN")
+    for name in ("stem", "shortcut"):
+        if getattr(recipe.backbone, name) is not None:
+            raise UserError(f"--recipe.backbone.{name}: is for ResNets, and the network is {options.backbone}")
+    with from_option("--backbone"):
+        require("train", "timm", user=options.backbone)
+        from resbackbone.adapters.from_timm import check_name  # only here: a ResNet needs no timm
+
+        check_name(options.backbone.removeprefix("timm:"))
 
 
 def check_detectron2(options: Options, variant: str, recipe: Recipe) -> None:
@@ -489,7 +531,8 @@ def check_detectron2(options: Options, variant: str, recipe: Recipe) -> None:
 
 
 def default_folder(options: Options) -> Path:
-    name = f"{options.data.resolve().name}-r{options.depth}-{options.variant}-{options.recipe}"
+    network = options.backbone.removeprefix("timm:") if options.backbone else f"r{options.depth}"
+    name = f"{options.data.resolve().name}-{network}-{options.variant}-{options.recipe}"
     return Path("runs") / (name if options.engine == "torchvision" else f"{name}-{options.engine}")
 
 
@@ -497,9 +540,11 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
     """Build the detector of a new run; `say` gets a line about a detector's weights."""
     frozen_through = options.frozen_through or (recipe.backbone.frozen_through if options.weights else "auto")
     settings = {**vars(recipe.detector), "variant": options.variant, "resize_in_training": False}
-    weights = read_described_weights(options.weights) if options.weights and options.variant in BACKBONE_OF else None
+    weights = described_weights(options)
     if weights is not None and "detector" in weights.metadata:
         frozen = {"frozen_through": "c2" if frozen_through == "auto" else frozen_through}
+        if frozen_through == "auto" and options.backbone:
+            frozen = {}  # as the detector has it: timm does not show the order of every network's parts
         check_values_for(weights, options, recipe, say)
         return build_from_detector(options, weights, categories, say, backbone=frozen, **settings)
     if weights is not None and (others := heads_of(weights)):
@@ -513,6 +558,17 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
         if frozen_through == "auto":
             frozen_through = "stem" if options.weights else None
         backbone = build_vgg16_backbone(frozen_through=frozen_through)
+    elif options.backbone:
+        from resbackbone.adapters.from_timm import from_timm  # only here: a ResNet needs no timm
+
+        backbone = from_timm(
+            options.backbone.removeprefix("timm:"),
+            fpn=True,
+            weights=options.weights,
+            norm=options.norm or recipe.backbone.norm,
+            frozen_through=None if frozen_through == "none" else frozen_through,
+            **recipe.backbone.arguments(fpn=True),
+        )
     else:
         backbone = build_resnet_backbone(
             options.depth,
@@ -576,7 +632,15 @@ def build_from_detector(
     options: Options, weights: Weights, categories: dict[int, str], say: Callable[[str], None], **parts
 ) -> FasterRCNN:
     """Build the detector in --weights, with a new box predictor if its classes differ."""
-    trunk = resolve_architecture(weights, depth=options.depth, norm=options.norm)
+    trunk = weights.metadata["backbone"]
+    network = f"timm:{trunk['timm']}" if "timm" in trunk else None
+    if options.backbone != network:
+        raise UserError(
+            f"--backbone {options.backbone}: the detector in {options.weights} is on {network or 'a ResNet'}; leave it "
+            "out"
+        )
+    if network is None:
+        trunk = resolve_architecture(weights, depth=options.depth, norm=options.norm)
     source = weights.metadata["detector"]
     if options.variant != source["variant"]:
         raise UserError(

@@ -1,14 +1,18 @@
 """Networks of timm as a Backbone: VGG (the paper's baseline), ConvNeXt, Swin, a plain ViT, and whatever gives maps."""
 
+import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import Format, freeze_batch_norm_2d
-from timm.models import FeatureDictNet
+from timm.models import FeatureDictNet, clean_state_dict
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
 from torch import Tensor, nn
@@ -19,9 +23,14 @@ from resbackbone.config import DEFAULT_PYRAMID, CommonConfig, ordered_levels
 from resbackbone.fpn import FPN
 from resbackbone.layers import BATCH_NORMS
 from resbackbone.resnet import TRUNK_LEVELS, Feature
-from resbackbone.weights import MEAN, STD
+from resbackbone.weights import MEAN, STD, Weights
+from resbackbone.weights.file import is_safetensors, read_safetensors
+from resbackbone.weights.fit import fitting
+from resbackbone.weights.pickles import read_pickle
+from resbackbone.weights.sources import is_named
 
 SOURCE_OPTIONS = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # where weights are, not what is built
+ENTRIES = ("state_dict_ema", "model_ema", "state_dict", "model")  # of a checkpoint, as timm chooses among them
 IN_ORDER = (FeatureDictNet, EfficientNetFeatures, MobileNetV3Features)  # register their parts in running order
 
 
@@ -65,7 +74,12 @@ class TimmBackbone(Backbone):
 
         outputs = sorted({taps[level] for level in self.trunk_features})
         self.outputs = {level: outputs.index(taps[level]) for level in self.trunk_features}
-        network, _ = _features_of(name, {**options, "out_indices": tuple(outputs), **source}, pretrained=pretrained)
+        log = logging.getLogger("timm.models._builder")
+        said, log.disabled = log.disabled, True  # that the weights have layers behind the last map is no news
+        try:
+            network, _ = _features_of(name, {**options, "out_indices": tuple(outputs), **source}, pretrained=pretrained)
+        finally:
+            log.disabled = said
         if config.norm == "FrozenBN":
             network = freeze_batch_norm_2d(network)
         if config.frozen_through is not None:
@@ -73,6 +87,7 @@ class TimmBackbone(Backbone):
         if pretrained:
             given = network.pretrained_cfg
             config = replace(config, mean=given.get("mean", MEAN), std=given.get("std", STD))
+            given.pop("state_dict", None)  # of a file, which is in the network now
         self.network, self.config = network, config
         self.channels_last = getattr(network, "output_fmt", Format.NCHW) == Format.NHWC
         self.map_strides = network.feature_info.reduction()
@@ -114,6 +129,7 @@ def from_timm(
     levels: Iterable[str] | None = None,
     fpn: bool = False,
     pretrained: bool = False,
+    weights: str | os.PathLike | None = None,
     norm: str | None = None,
     frozen_through: str | None = None,
     fpn_channels: int = 256,
@@ -131,9 +147,13 @@ def from_timm(
     levels: which of c2..c5, or with `fpn` of p2..p7, to return. Default: c2..c5, or p2..p6, if the network has maps
         for them.
     pretrained: load the weights that timm has for `name`, which may include a tag ("vgg16.tv_in1k").
+    weights: the same by a named source ("timm:vgg16.tv_in1k"), or a file (.safetensors, .pth) of this network with
+        timm's names, all of them; its classifier is left out. Files do not state the mean and std that they were
+        trained with: those are timm's for `name`, which needs a tag where timm's weights differ in them.
     norm: "BN" or "FrozenBN", for the network's batch norms. Default: FrozenBN with weights, BN without.
     frozen_through: None freezes nothing; "stem", "c2" .. "c5" everything up to that map (for VGG, "stem" is conv1 and
-        conv2, as in Ren et al. 2015). Only for networks that timm runs part after part.
+        conv2, as in Ren et al. 2015). Only for networks that timm runs part after part. "auto" is "c2" with weights
+        for these, and None for others.
     fpn_channels, fpn_norm, p6_from: settings of the pyramid, as in `build_resnet_backbone`.
     options: those of timm.create_model (output_stride, img_size, patch_size, pretrained_cfg_overlay, ..).
 
@@ -147,6 +167,11 @@ def from_timm(
         )
     one_of("norm", norm, (None, "BN", "FrozenBN"))
     source = {key: options.pop(key) for key in SOURCE_OPTIONS if key in options}
+    if weights is not None:
+        name, source = _located(name, os.fspath(weights), options, source)
+        pretrained = True
+    if frozen_through == "auto":
+        frozen_through = "c2" if pretrained and isinstance(_features_of(name, options)[0], IN_ORDER) else None
     config = TimmConfig(
         timm=name,
         levels=() if levels is None else ordered_levels(levels, fpn=fpn),
@@ -162,15 +187,72 @@ def from_timm(
         raise UserError(
             f"from_timm({name!r}) without pretrained=True would freeze random weights; set it, or freeze nothing"
         )
-    return TimmBackbone(config, pretrained=pretrained, **source)
+    backbone = TimmBackbone(config, pretrained=pretrained, **source)
+    if weights is not None:
+        backbone.weights_source = os.fspath(weights)
+    return backbone
+
+
+def _located(name: str, weights: str, options: Mapping, source: Mapping) -> tuple[str, dict]:
+    """The network's name, with the weights' tag if they have one, and `source` such that timm finds them."""
+    check_name(name)
+    (architecture, _, tag), published = name.partition("."), weights.removeprefix("timm:")
+    if published != weights:
+        theirs, _, other = published.partition(".")
+        if theirs != architecture or tag and other not in ("", tag):
+            raise UserError(f"weights {weights!r} are of another network than {name!r}; give timm:{name}")
+        return (published if other else name), dict(source)
+    if is_named(weights):
+        raise UserError(f"weights {weights!r}: give a file of {name}, or timm:{name} for those that timm publishes")
+    inputs: dict[tuple, list[str]] = {}
+    for listed in timm.list_pretrained(f"{architecture}.*"):
+        published_as: Any = timm.get_pretrained_cfg(listed)
+        inputs.setdefault((published_as.mean, published_as.std), []).append(listed)
+    if not tag and len(inputs) > 1:
+        said = "; ".join(f"mean {_brief(mean)}, std {_brief(std)}: {names[0]}" for (mean, std), names in inputs.items())
+        raise UserError(
+            f"weights {weights!r}: networks {name} are trained with several inputs, and the file does not state which; "
+            f"name the network with a tag that has the same: {said}"
+        )
+    overlay = {**source.get("pretrained_cfg_overlay", {}), "state_dict": _state_of(name, Path(weights), options)}
+    return name, {**source, "pretrained_cfg_overlay": overlay}
+
+
+def _brief(numbers: Iterable[float]) -> str:
+    return " ".join(f"{number:.3g}" for number in numbers)
+
+
+def _state_of(name: str, path: Path, options: Mapping) -> dict[str, Tensor]:
+    """The tensors in a file, all that timm's network has but its classifier."""
+    if not path.is_file():
+        raise UserError(f"weights '{path}': no such file; give a .safetensors or .pth of {name}, or timm:{name}")
+    content: Any = read_safetensors(path)[0] if is_safetensors(path) else read_pickle(path)
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in ENTRIES if isinstance(content.get(key), Mapping)), content)
+    tensors = (
+        {key: x for key, x in dict(content).items() if isinstance(x, Tensor)} if isinstance(content, Mapping) else {}
+    )
+    if not tensors:
+        raise UserError(f"weights '{path}': holds no tensors by name; save the network's state_dict()")
+    whole: Any = timm.create_model(name, **options)
+    classifiers = whole.pretrained_cfg.get("classifier") or ()
+    heads = tuple(f"{head}." for head in ([classifiers] if isinstance(classifiers, str) else classifiers))
+    state = {key: x for key, x in clean_state_dict(tensors).items() if not key.startswith(heads)}
+    return fitting(whole, Weights(state, {}, str(path)), fresh=heads)
+
+
+def check_name(name: str) -> None:
+    """Raise ValueError with similar names if timm has no network `name`, which may include a tag."""
+    if not timm.is_model(name.partition(".")[0]):
+        close = get_close_matches(name.partition(".")[0], timm.list_models(), n=3)
+        meant = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise UserError(f"timm has no network {name!r}{meant or '; timm.list_models() names those it has'}")
 
 
 def _features_of(name: str, options: Mapping, *, pretrained: bool = False) -> tuple[Any, dict]:
     """timm's network with feature maps, and `options`, with those that let it take any size where it needs them."""
-    architecture = name.partition(".")[0]
-    if not timm.is_model(architecture):
-        raise UserError(f"timm has no network {name!r}; timm.list_models() names those it has")
-    published = timm.get_pretrained_cfg(architecture)
+    check_name(name)
+    published = timm.get_pretrained_cfg(name.partition(".")[0])
     fixed = published is not None and published.fixed_input_size and "img_size" not in options
     refusal = None
     dynamic = {"dynamic_img_size": True}  # which Swin ignores in silence before timm 1.0.30
