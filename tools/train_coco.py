@@ -9,12 +9,13 @@ python tools/train_coco.py --data coco --depth 50 --output runs/mine --resume   
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from resbackbone.cli.command import Auto, Hidden, console, main_of, parse
 from resbackbone.cli.errors import from_option
@@ -39,6 +40,7 @@ from detection.config import BACKBONE_OF, SHAPE, VARIANTS, DetectorConfig, Detec
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
 from detection.evaluate import (
     Evaluation,
+    detect,
     evaluate,
     results_summary,
     results_table,
@@ -50,6 +52,15 @@ from detection.foreign import NOT_A_CLASS
 from detection.gallery import save_pictures
 from detection.layouts import LAYOUT, describe_layout, find_split
 from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
+from detection.planning import (
+    ANCHOR_SCALES,
+    LEAST_UPDATES,
+    SMALLEST,
+    choose_anchor_scale,
+    make_plan,
+    seconds_of,
+    sides_for,
+)
 from detection.recipes import RECIPES, Recipe, default_recipe
 from detection.report import write_report
 from detection.sampler import TrainBatches
@@ -61,7 +72,7 @@ from resbackbone import build_resnet_backbone
 from resbackbone.checks import UserError, one_of, require
 from resbackbone.engine import loop
 from resbackbone.engine.average import build_average
-from resbackbone.engine.device import choose_device
+from resbackbone.engine.device import autocast
 from resbackbone.engine.distributed import Rank, distributed, from_main, gather, share_buffers
 from resbackbone.engine.optimizers import OPTIMIZERS, build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
@@ -80,17 +91,16 @@ OPTION_OF = {  # values of a recipe that are options of the command
     "schedule.milestones": "milestones",
     "schedule.warmup_steps": "warmup_steps",
     "detector.variant": "variant",
+    "detector.anchor_scale": "anchor_scale",
     "backbone.depth": "depth",
     **{f"backbone.{name}": name for name in ("norm", "frozen_through")},
     **{name: name for name in ("batch_size", "optimizer", "weight_decay", "clip_grad", "ema", "checkpoint_period")},
 }
 SCHEDULE = ("lr", "epochs", "steps", "milestones", "warmup_steps")  # options that `Recipe.schedule_for` takes
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
-ABOUT_SCRATCH = (
-    "recipe: scratch, the default for small data on a CPU: images are resized to a shorter side of "
-    f"{RECIPES['scratch'].detector.min_size} pixels for speed; --image-size 256 keeps smaller objects, and --recipe "
-    "small is for a start from trained weights"
-)
+DEFAULT_MINUTES = 10.0
+FITTED = ("scratch", "small")  # recipes whose image size --minutes chooses on a CPU
+OTHER_SECONDS = 20  # of a run, for what is not measured: imports, pictures and report
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
 
@@ -158,12 +168,18 @@ class TrainingOptions:
     """Length of the schedule in passes over the training images; drops of the learning rate move in proportion."""
     steps: Auto[int] = None
     """Length of the schedule in updates, instead of --epochs."""
+    minutes: Auto[float] = None
+    """Length of the run instead of --epochs or --steps: timed updates and the data decide on the number of updates and,
+    without --recipe, on image size and anchors. Default: 10 on a CPU without --recipe, --epochs or --steps."""
     milestones: Auto[tuple[int, ...]] = None
     """Updates after which the learning rate falls to a tenth."""
     warmup_steps: Auto[int] = None
     """Updates over which the learning rate rises."""
     image_size: Auto[int] = None
     """Shorter side of test images in pixels; the recipe's other sizes change in proportion."""
+    anchor_scale: Auto[float | Literal["auto"]] = None
+    """Sides of the anchors in strides of their level (8: 32 pixels on p2 .. 512 on p6), or auto, which fits them to the
+    boxes. Default: the recipe's, or that of a detector in --weights; auto with --minutes and without --recipe."""
     optimizer: Auto[str] = None
     """sgd, adamw or lamb. Give --lr with it."""
     weight_decay: Auto[float] = None
@@ -207,19 +223,23 @@ def main(argv: list[str] | None = None) -> None:
         options = replace(options, recipe=complete(options).recipe)
         console.print(as_config(options, recipe_of(options), OPTION_OF))
         return
-    may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile"}
+    may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile", "minutes"}
     launch_command(train, training_options(options, argv, complete, default_folder, may_differ))
 
 
 def train(rank: Rank, options: Options) -> None:
     """Data -> detector -> updates -> evaluation, in every process; rank 0 writes."""
     session = prepare_run(rank, options, default=default_folder(options))
+    train_set, val_set = open_data(session)
+    minutes = options.minutes
+    if minutes is not None:
+        session.options = options = from_main(partial(planned, session, train_set, val_set), rank)
+    elif options.anchor_scale == "auto":
+        session.options = options = from_main(partial(with_fitted_anchors, session, train_set), rank)
     recipe = recipe_of(options)
-    if changes := difference(RECIPES[options.recipe], recipe, options, OPTION_OF):
+    train_set.transform = TrainTransform(**asdict(recipe.augmentation))
+    if minutes is None and (changes := difference(RECIPES[options.recipe], recipe, options, OPTION_OF)):
         session.info(f"recipe: {options.recipe}, but {changes}")
-    elif options.recipe == "scratch":
-        session.info(ABOUT_SCRATCH)
-    train_set, val_set = open_data(session, recipe)
     seed_step(options.seed, 0, 0)  # every rank starts from the same weights
     if options.engine == "detectron2":
         detector = build_with_detectron2(session, recipe, train_set.categories)
@@ -248,7 +268,8 @@ def train(rank: Rank, options: Options) -> None:
     state = TrainState(distributed(detector, rank), optimizer, rank, average=average, **more)
     task = Detection(session, train_set, val_set)
     more = {"parts": options.accumulate, "early_stop": options.early_stop}
-    run = session.train(task, state, schedule, **more, train_annotations_sha256=train_set.fingerprint)
+    more |= {"train_annotations_sha256": train_set.fingerprint}
+    run = session.train(task, state, schedule, **more)
 
     if options.data == SYNTHETIC:
         session.info("nothing is evaluated: synthetic images show only the speed")
@@ -261,8 +282,8 @@ def train(rank: Rank, options: Options) -> None:
     run.close()
 
 
-def open_data(session: Session, recipe: Recipe) -> tuple[Any, Any]:
-    """The images to train on and to evaluate on, checked."""
+def open_data(session: Session) -> tuple[Any, Any]:
+    """The images to train on and to evaluate on, checked, without augmentation."""
     options, rank = session.options, session.rank
     if options.data == SYNTHETIC:
         return SyntheticImages(), SyntheticImages()
@@ -273,15 +294,93 @@ def open_data(session: Session, recipe: Recipe) -> tuple[Any, Any]:
         with from_option("--data"):
             session.info(f"data:  {describe_layout(options.data)}")
     opened = partial(open_checked, options.data, skip_bad_images=options.skip_bad_images)
-    transform = TrainTransform(**asdict(recipe.augmentation))
     with from_option("--data"):
-        train_set = from_main(partial(opened, "train", transform=transform, keep_empty=options.keep_empty), rank)
+        train_set = from_main(partial(opened, "train", keep_empty=options.keep_empty), rank)
         val_set = from_main(partial(opened, "val", keep_empty=True, categories=train_set.categories), rank)
     session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
     if rank.is_main:
         session.warn_skipped({*train_set.broken})
     session.skipped.update(train_set.broken)
     return train_set, val_set
+
+
+def planned(session: Session, train_set: CocoImages, val_set: CocoImages) -> Options:
+    """The options with what --minutes leaves open: image size, anchors and number of updates. Prints the plan."""
+    options, recipe = session.options, recipe_of(session.options)
+    detector, update_seconds, detect_seconds = timers(session, recipe, train_set, val_set)
+    seconds = 60 * options.minutes - (time.monotonic() - session.began) - OTHER_SECONDS
+    if seconds <= 0:
+        raise UserError(f"--minutes {options.minutes:g}: start and end of a run take longer than that; give more")
+    size_by_name = any(item.startswith("detector.min_size=") for item in options.recipe_values)
+    fitted = options.recipe in FITTED and session.rank.device.type == "cpu"
+    free_size = fitted and options.image_size is None and not size_by_name
+    free_anchors = options.anchor_scale == "auto" or fitted and options.anchor_scale is None
+    weights = described_weights(options)
+    if weights is not None and "detector" in weights.metadata:
+        free_anchors = False  # the weights are of anchors of their own
+    usual = shorter_side(recipe)
+    plan = make_plan(
+        train_set,
+        seconds=seconds,
+        batch_size=options.batch_size,
+        sides=sides_for(train_set, min(usual, SMALLEST)) if free_size else [usual],
+        aspect=recipe.detector.max_size / usual,
+        scales=ANCHOR_SCALES if free_anchors else [detector.config.anchor_scale],
+        levels=list(detector.backbone.features),
+        least_updates=LEAST_UPDATES["trained" if options.weights else "random"],
+        update_seconds=update_seconds,
+        detect_seconds=detect_seconds,
+        images_to_test=len(val_set),
+    )
+    chosen: dict[str, Any] = {"anchor_scale": plan.anchor_scale, "steps": plan.steps}
+    if not size_by_name:
+        chosen["image_size"] = plan.image_size
+    flags = {"recipe": options.recipe, "batch_size": options.batch_size, **chosen}
+    same = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
+    lines = [f"plan:  {options.minutes:g} minutes", *plan.reasons, f"the same by hand: {same}"]
+    session.info("\n       ".join(lines))
+    return replace(options, minutes=None, **chosen)
+
+
+def timers(
+    session: Session, recipe: Recipe, train_set: CocoImages, val_set: CocoImages
+) -> tuple[FasterRCNN, Callable[[int], float], Callable[[int], float]]:
+    """A detector to throw away, and functions of a shorter side: the seconds of its updates and of its detections."""
+    options, alone = session.options, session.rank._replace(rank=0, ranks=1)
+    detector = build(options, recipe, train_set.categories, lambda line: None)
+    detector.to(alone.device, memory_format=torch.channels_last).train()
+    optimizer = build_optimizer(detector, recipe.optimizer, rate=0.0, weight_decay=0.0, decay_norms=False)
+    state, task = TrainState(detector, optimizer, alone), Detection(session, train_set, val_set)
+
+    def losses(part: Batch) -> Mapping[str, Tensor]:
+        with autocast(alone.device, options.precision):
+            return task.losses(detector, part)
+
+    def update_seconds(side: int) -> float:
+        train_set.transform = TrainTransform(**asdict(recipe.at_size(side).augmentation))
+        order = TrainBatches(train_set, batch_size=options.batch_size // session.rank.ranks, seed=options.seed)
+        batches = train_batches(train_set, order, workers=options.workers, device=alone.device)
+        return seconds_of(lambda: state.update(losses, task.parts(next(batches)), learning_rate=0.0))
+
+    def detect_seconds(side: int) -> float:
+        bf16, sizes = options.precision == "bf16", recipe.at_size(side).detector
+        prepared = prepare_for_detection(copy.deepcopy(detector), bf16=bf16)
+        prepared.transform.min_size, prepared.transform.max_size = (side,), sizes.max_size
+        try:
+            return seconds_of(lambda: detect(prepared, [val_set[0][0]], [0], alone.device, bf16=bf16))
+        finally:
+            keep_freed_memory(False)
+
+    return detector, update_seconds, detect_seconds
+
+
+def with_fitted_anchors(session: Session, train_set: CocoImages) -> Options:
+    """The options with the anchor scale that suits the boxes."""
+    options, recipe = session.options, recipe_of(session.options)
+    levels = recipe.backbone.levels or ("p2", "p3", "p4", "p5", "p6")
+    scale, share = choose_anchor_scale(train_set, ANCHOR_SCALES, levels, shorter_side(recipe), recipe.detector.max_size)
+    session.info(f"anchors: --anchor-scale {scale:g}, which does not reach {100 * share:.1f} % of the boxes")
+    return replace(options, anchor_scale=scale)
 
 
 class Detection(Task):
@@ -383,7 +482,11 @@ def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     check_training(options)
     data = options.data or find_coco() or EMBEDDED
-    recipe_name = one_of("recipe", options.recipe or recipe_for(options, data), RECIPES)
+    own_engine = one_of("engine", options.engine, ENGINES) == "torchvision"
+    device, processes, precision = choose_machine(options if own_engine else replace(options, precision="fp32"))
+    kind = torch.device(device).type
+    minutes = minutes_for(options, data, kind)
+    recipe_name = one_of("recipe", options.recipe or recipe_for(options, data, kind), RECIPES)
     recipe = recipe_of(replace(options, recipe=recipe_name))
     given = architecture_of_weights(options, recipe)
     variant = one_of("variant", options.variant or given.get("variant", recipe.detector.variant), VARIANTS)
@@ -396,18 +499,15 @@ def complete(options: Options) -> Options:
         raise UserError(f"--variant {variant} does not fit recipe {recipe_name}: {error}") from None
     if data == SYNTHETIC and options.eval_period:
         raise UserError(f"--eval-period {options.eval_period}: synthetic images are not evaluated; leave it out")
-    precision = options.precision
-    if one_of("engine", options.engine, ENGINES) == "detectron2":
+    if not own_engine:
         check_detectron2(options, variant, recipe)
-        precision = "fp32"
     backbone = options.backbone or given.get("backbone")
     if backbone is not None:
         check_backbone(replace(options, backbone=backbone, variant=variant), recipe)
     depths = [VGG16_DEPTH] if variant == "vgg16" else list(DEPTHS)
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.backbone.depth)
-    device, processes, precision = choose_machine(replace(options, precision=precision))
-    on_gpu = torch.device(device).type == "cuda"
-    batch_size = recipe.batch_size if on_gpu or recipe_name in ("scratch", "short") else 2
+    small_images = shorter_side(recipe) <= 256
+    batch_size = recipe.batch_size if kind == "cuda" or small_images else 2
     shares = processes * options.accumulate
     total = options.batch_size or max(1, batch_size // shares) * shares
     if total % shares:
@@ -420,11 +520,29 @@ def complete(options: Options) -> Options:
         backbone=backbone,
         depth=None if backbone else one_of("depth", options.depth or default_depth, depths),
         batch_size=total,
+        minutes=minutes,
         checkpoint_period=options.checkpoint_period or recipe.checkpoint_period,
         device=device,
-        workers=(6 if on_gpu else 0) if options.workers is None else options.workers,
+        workers=(6 if kind == "cuda" else 0) if options.workers is None else options.workers,
         precision=precision,
     )
+
+
+def minutes_for(options: Options, data: Path, kind: str) -> float | None:
+    """The time that the training is planned for, if it is, on this kind of device."""
+    length = next((name for name in ("epochs", "steps") if getattr(options, name) is not None), None)
+    if options.minutes is None:
+        default = kind == "cpu" and options.recipe is None and length is None and options.engine == "torchvision"
+        return DEFAULT_MINUTES if default and data not in (EMBEDDED, SYNTHETIC) else None
+    if length and options.resume:  # the plan was made when the run began
+        return None
+    if length:
+        raise UserError(f"--minutes {options.minutes:g} and --{length} {getattr(options, length):g}: give one of them")
+    if not 0 < options.minutes < math.inf:
+        raise UserError(f"--minutes {options.minutes:g}: must be a finite number above 0")
+    if data == SYNTHETIC or options.engine != "torchvision":
+        raise UserError(f"--minutes {options.minutes:g}: give --steps for synthetic data and for --engine detectron2")
+    return options.minutes
 
 
 def recipe_of(options: Options) -> Recipe:
@@ -440,6 +558,8 @@ def recipe_of(options: Options) -> Recipe:
             raise UserError(f"--image-size {options.image_size}: --recipe.detector.min-size sets the same; give one")
         recipe = recipe.at_size(options.image_size)
     recipe = with_values(recipe, options.recipe_values, OPTION_OF)
+    if options.anchor_scale not in (None, "auto"):
+        recipe = replace(recipe, detector=replace(recipe.detector, anchor_scale=float(options.anchor_scale)))
     changes = {name: getattr(options, name) for name in ("optimizer", "weight_decay", "clip_grad", "ema")}
     changes = {name: value for name, value in changes.items() if value is not None}
     if options.clip_grad == 0:
@@ -454,18 +574,23 @@ def recipe_of(options: Options) -> Recipe:
     return recipe
 
 
-def recipe_for(options: Options, data: Path) -> str:
-    """The name of the default recipe for this data, device, network and weights."""
+def recipe_for(options: Options, data: Path, kind: str) -> str:
+    """The name of the default recipe for this data, kind of device, network and weights."""
     if data == EMBEDDED:
         return "short"
     if data == SYNTHETIC:
         return "1x"
-    with from_option("--data"):
-        images = count_images(find_split(data, "train").annotations)
-    with from_option("--device"):
-        on_cpu = torch.device(choose_device(options.device)).type == "cpu"
     own_fpn = options.engine == "torchvision" and options.variant in (None, "fpn")
-    return default_recipe(images, scratch=on_cpu and own_fpn and not options.weights)
+    if kind == "cpu" and own_fpn and not options.weights:
+        return "scratch"
+    with from_option("--data"):
+        return default_recipe(count_images(find_split(data, "train").annotations))
+
+
+def shorter_side(recipe: Recipe) -> int:
+    """Of test images, in pixels."""
+    side = recipe.detector.min_size
+    return side if isinstance(side, int) else side[-1]
 
 
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
@@ -594,6 +719,11 @@ def check_values_for(weights: Weights, options: Options, recipe: Recipe, say: Ca
     differing = [name for name in kept if asked[name] not in (usual[name], kept[name])]
     if recipe.backbone.norm is not None and options.norm is None:
         differing.append("backbone.norm")
+    if options.anchor_scale not in (None, source.anchor_scale):
+        raise UserError(
+            f"--anchor-scale {options.anchor_scale}: the detector in {options.weights} has {source.anchor_scale}; "
+            "leave the option out"
+        )
     for item in options.recipe_values:
         name, _, text = item.partition("=")
         if name.startswith("backbone.") or name in kept and asked[name] not in (None, kept[name]):

@@ -1,6 +1,7 @@
 """What all training commands share: the run's folder, the checkpoint to resume from, messages and the loop."""
 
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -45,6 +46,7 @@ class Session:
     folder: Path = Path()
     checkpoint: Path | None = None
     skipped: set[str] = field(default_factory=set)
+    began: float = field(default_factory=time.monotonic)
 
     def info(self, message: str) -> None:
         """Print a progress message; --quiet omits it."""

@@ -42,9 +42,8 @@ def test_scratch_has_twelve_epochs_and_1100_updates_at_least(images, steps):
 
 
 def test_small_data_have_recipes_of_their_own_and_coco_1x():
-    for scratch, small in ((True, "scratch"), (False, "small")):
-        assert [default_recipe(images, scratch=scratch) for images in (1, SMALL_DATA - 1)] == [small] * 2
-        assert [default_recipe(images, scratch=scratch) for images in (SMALL_DATA, 118_287)] == ["1x"] * 2
+    assert [default_recipe(images) for images in (1, SMALL_DATA - 1)] == ["small"] * 2
+    assert [default_recipe(images) for images in (SMALL_DATA, 118_287)] == ["1x"] * 2
     seen = RECIPES["1x"].schedule.steps * RECIPES["1x"].batch_size
     assert seen / SMALL_DATA == 36 == RECIPES["small"].least_epochs * 3
 

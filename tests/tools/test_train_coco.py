@@ -2,6 +2,7 @@ import contextlib
 import io
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -294,16 +295,55 @@ def without_val(folder):
     return folder
 
 
-def test_small_data_get_a_recipe_of_their_own_which_is_recorded_and_resumed(shapes, capsys):
-    argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--output", "run", "--pictures", "0"]
-    train_coco.main([*argv, "--max-steps", "1"])
+def test_a_planned_run_is_resumed_and_repeated_by_the_flags_that_it_prints(shapes, capsys, monkeypatch):
+    monkeypatch.setattr(train_coco, "seconds_of", lambda work: work() and 0.5)
+    argv = ["--data", str(shapes), "--device", "cpu", "--batch-size", "2", "--pictures", "0", "--max-steps"]
+    train_coco.main([*argv, "1", "--output", "run"])
     said = capsys.readouterr().out
-    assert "recipe: scratch, the default for small data on a CPU: " in said and "a shorter side of 128 pixels" in said
+    assert "plan:  10 minutes" in said
+    [flags] = re.findall("the same by hand: (.*)", said)
     config = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert config["recipe"] == "scratch" and config["effective"]["steps"] == 4400
-    train_coco.main([*argv, "--max-steps", "2", "--resume"])
+    assert config["recipe"] == "scratch" and config["steps"] == config["effective"]["steps"] > 900
+    assert flags == (
+        f"--recipe scratch --batch-size 2 --anchor-scale {config['anchor_scale']} --steps {config['steps']} "
+        "--image-size 128"
+    )
+    train_coco.main([*argv, "2", "--output", "run", "--minutes", "10", "--resume"])
     assert yaml.safe_load(Path("run/config.yaml").read_text()) == {**config, "max_steps": 2}
-    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+    train_coco.main([*argv, "2", "--output", "again", *flags.split()])
+    assert not differing("run/model.safetensors", "again/model.safetensors")
+
+
+def test_the_time_for_a_named_recipe_sets_its_length_alone(shapes, capsys, monkeypatch):
+    monkeypatch.setattr(train_coco, "seconds_of", lambda work: work() and 1.0)
+    argv = ["--data", str(shapes), *QUICK, "--pictures", "0", "--max-steps", "1", "--output", "run"]
+    train_coco.main([*argv, "--minutes", "5"])
+    assert "plan:  5 minutes" in capsys.readouterr().out
+    config = yaml.safe_load(Path("run/config.yaml").read_text())
+    short = RECIPES["short"].detector
+    assert (config["image_size"], config["anchor_scale"]) == (short.min_size, short.anchor_scale)
+    assert 100 < config["steps"] < 300
+
+
+def test_anchors_are_fitted_to_the_boxes_without_a_time_too(shapes, capsys):
+    train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--anchor-scale", "auto", "--output", "run"])
+    [scale] = re.findall("anchors: --anchor-scale ([0-9.]+), which does not reach", capsys.readouterr().out)
+    assert load_detector("run/model.safetensors").config.anchor_scale == float(scale)
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["anchor_scale"] == float(scale)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--minutes", "5", "--steps", "7"], "--minutes 5 and --steps 7: give one of them"),
+        (["--minutes", "0"], "--minutes 0: must be a finite number above 0"),
+        (["--minutes", "0.001"], "--minutes 0.001: start and end of a run take"),
+        (["--minutes", "5", "--data", "synthetic"], "--minutes 5: give --steps for synthetic data"),
+        (["--anchor-scale", "none"], "--anchor-scale"),
+    ],
+)
+def test_a_time_that_cannot_be_planned_for_is_refused(shapes, flags, message):
+    assert message in error_of([*QUICK, "--data", str(shapes), *flags])
 
 
 @pytest.mark.slow
@@ -320,15 +360,16 @@ def test_a_compiled_run_trains_saves_and_evaluates(shapes, monkeypatch):
 
 def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, monkeypatch):
     options = train_coco.Options(data=shapes, device="cpu")
-    assert train_coco.complete(options).recipe == "scratch"
+    completed = train_coco.complete(options)
+    assert (completed.recipe, completed.minutes) == ("scratch", 10)
     for other in ({"variant": "c4"}, {"engine": "detectron2"}, {"weights": "some.safetensors"}):
-        assert train_coco.recipe_for(replace(options, **other), shapes) == "small"
-    with monkeypatch.context() as patch:
-        patch.setattr(train_coco, "choose_device", lambda asked: "cuda")
-        assert train_coco.recipe_for(options, shapes) == "small"
+        assert train_coco.recipe_for(replace(options, **other), shapes, "cpu") == "small"
+    for given in ({"recipe": "1x"}, {"steps": 3}, {"epochs": 2.0}):
+        assert train_coco.complete(replace(options, **given)).minutes is None
     assert train_coco.complete(replace(options, recipe="1x")).recipe == "1x"
+    assert train_coco.recipe_for(options, shapes, "cuda") == "small"
     monkeypatch.setattr("detection.recipes.SMALL_DATA", 6)
-    assert train_coco.complete(options).recipe == "1x"
+    assert train_coco.recipe_for(options, shapes, "cuda") == "1x"
 
 
 def test_a_tenth_is_held_out_where_there_is_no_validation_split_and_found_again(own_shapes, capsys):
@@ -432,7 +473,7 @@ def test_the_stages_of_a_cascade_are_those_of_the_weights_whatever_the_recipe_ha
             "--recipe cascade trains 3 box heads, and the detector in {} has 1: give another recip",
         ),
         (["--norm", "GN"], "are for norm=BN, but you asked for norm=GN"),
-        (["--recipe.detector.anchor-scale", "8"], "anchor_scale 8: the detector in {} has 4.0; leave the option out"),
+        (["--anchor-scale", "8"], "--anchor-scale 8.0: the detector in {} has 4.0; leave the option out"),
         (["--recipe.backbone.fpn-norm", "GN"], "fpn_norm GN: the detector in {} comes with its backbone; leave the"),
     ],
 )

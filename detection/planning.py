@@ -1,0 +1,164 @@
+"""What fits a time budget: image size, anchors and number of updates, from the data and timed updates."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from detection.coco import CocoImages
+from detection.statistics import object_sizes, unreached
+from resbackbone.checks import UserError
+
+ANCHOR_SCALES = (4.0, 3.0, 6.0, 8.0, 2.0, 12.0, 16.0)  # the first of those that are equally good
+ENOUGH = 16  # pixels: where half of the objects of every class are this large, larger images are not worth their time
+SMALLEST, LARGEST, STEP = 256, 800, 32  # pixels of a shorter side: where recipes with larger ones begin, and the end
+LEAST_UPDATES = {"random": 600, "trained": 150}  # by the initial weights: larger images are not worth fewer
+MARGIN = 1.05  # updates measured one after the other, to those between which checkpoints and metrics are written
+SAME_SHARE = 0.01  # of the boxes: smaller differences between anchor scales do not count
+
+
+def sides_for(dataset: CocoImages, smallest: int) -> list[int]:
+    """The image sizes to choose from: from `smallest` to those that the images have, but at most LARGEST."""
+    own = int(dataset.widths_heights.min(1).values.median())
+    return [smallest, *range(smallest + STEP, min(own, LARGEST) + 1, STEP)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a repeated work as a + b * side ** 2, from measurements at two sides in pixels."""
+
+    fixed: float
+    per_pixel: float
+
+    @classmethod
+    def through(cls, seconds: dict[int, float]) -> "Cost":
+        """The cost through {side: seconds} at one or two sides; noise does not make larger images cheaper."""
+        (low, fast), (high, slow) = min(seconds.items()), max(seconds.items())
+        if low == high:
+            return cls(fast, 0.0)
+        per_pixel = max(0.0, (slow - fast) / (high**2 - low**2))
+        return cls(max(0.0, fast - per_pixel * low**2), per_pixel)
+
+    def at(self, side: int) -> float:
+        return self.fixed + self.per_pixel * side**2
+
+
+def seconds_of(work: Callable[[], object], repeat: int = 3) -> float:
+    """The fastest of `repeat` calls of `work`, in seconds, after one call that is not timed."""
+    work()
+    times = []
+    for _ in range(repeat):
+        began = time.monotonic()
+        work()
+        times.append(time.monotonic() - began)
+    return min(times)
+
+
+class Plan(NamedTuple):
+    """The shorter side of images in pixels, the anchor scale, the number of updates, and lines that say why."""
+
+    image_size: int
+    anchor_scale: float
+    steps: int
+    reasons: tuple[str, ...]
+
+
+def make_plan(
+    dataset: CocoImages,
+    *,
+    seconds: float,
+    batch_size: int,
+    sides: Sequence[int],
+    aspect: float,
+    scales: Sequence[float],
+    levels: Sequence[str],
+    least_updates: int,
+    update_seconds: Callable[[int], float],
+    detect_seconds: Callable[[int], float],
+    images_to_test: int,
+) -> Plan:
+    """Choose how to train on `dataset` and to evaluate `images_to_test` images in `seconds`.
+
+    sides: image sizes to choose from, rising, in pixels of the shorter side; the longer one has at most `aspect` times
+        as many. The chosen one is the first at which half of the objects of each class are ENOUGH pixels large, or else
+        the last at which the time suffices for `least_updates`.
+    scales: anchor scales to choose from, for anchors on `levels`.
+    update_seconds, detect_seconds: measure an update, and a detection in an image, at a side. They are called at two
+        sides, and the cost at others follows from these.
+
+    Raises UserError if the time does not suffice for an update.
+    """
+    measured = (sides[0], sides[len(sides) // 4]) if len(sides) > 1 else (sides[0],)
+    update = Cost.through({side: update_seconds(side) for side in measured})
+    detect = Cost.through({side: detect_seconds(side) for side in measured})
+
+    def updates(side: int) -> int:
+        return int((seconds - images_to_test * detect.at(side)) / (update.at(side) * MARGIN))
+
+    def small_object(side: int) -> float:
+        sizes = object_sizes(dataset, side, round(aspect * side))
+        return min(of_class.median().item() for of_class in by_class(dataset, sizes))
+
+    side = choose_side(sides, small_object, updates, least_updates)
+    steps, testing = updates(side), images_to_test * detect.at(side)
+    if steps < 1:
+        raise UserError(
+            f"--minutes: the time does not suffice for an update, which takes {update.at(side):.1f} s, and for "
+            f"evaluating {images_to_test} images, which takes {testing:.0f} s; give more"
+        )
+    scale, share = choose_anchor_scale(dataset, scales, levels, side, round(aspect * side))
+    first, last = (scale * 2 ** int(level[1]) for level in (levels[0], levels[-1]))
+    own = int(dataset.widths_heights.min(1).values.median())
+    return Plan(
+        side,
+        scale,
+        steps,
+        (
+            f"{steps} updates of {batch_size} images at {update.at(side):.2f} s, "
+            f"{steps * batch_size / len(dataset):.1f} epochs; then {testing:.0f} s to evaluate {images_to_test} images",
+            f"images with a shorter side of {side} pixels (own: {own}); half of the objects of the class with the "
+            f"smallest ones are then under {small_object(side):.0f} pixels",
+            f"anchors of {first:g} to {last:g} pixels, which do not reach {100 * share:.1f} % of the boxes (mean over "
+            "the classes)",
+        ),
+    )
+
+
+def choose_side(
+    sides: Sequence[int], small_object: Callable[[int], float], updates: Callable[[int], int], least: int
+) -> int:
+    """The first of rising `sides` at which small objects are ENOUGH pixels large, or the last that has `least` updates.
+
+    The first side, if none has.
+    """
+    chosen = sides[0]
+    for side in sides:
+        if updates(side) < least:
+            break
+        chosen = side
+        if small_object(side) >= ENOUGH:
+            break
+    return chosen
+
+
+def choose_anchor_scale(
+    dataset: CocoImages, scales: Sequence[float], levels: Sequence[str], side: int, max_size: int
+) -> tuple[float, float]:
+    """The scale of `scales` whose anchors reach most boxes at this image size, and the share that they do not reach.
+
+    The share is the mean over classes, as AP is. Of scales that differ by less than SAME_SHARE, the first.
+    """
+    shares = {}
+    for scale in scales:
+        missed = by_class(dataset, unreached(dataset, side, max_size, scale, levels).float())
+        shares[scale] = sum(of_class.mean().item() for of_class in missed) / len(missed)
+    scale = next(scale for scale in scales if shares[scale] <= min(shares.values()) + SAME_SHARE)
+    return scale, shares[scale]
+
+
+def by_class(dataset: CocoImages, values: Tensor) -> list[Tensor]:
+    """The values of all boxes, [boxes], as one tensor for each class that has any."""
+    counts = dataset.labels.long().bincount()
+    return [of_class for of_class in values[dataset.labels.argsort()].split(counts.tolist()) if len(of_class)]
