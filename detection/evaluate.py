@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from detection.coco import CocoImages
 from detection.faster_rcnn import FasterRCNN
+from detection.predict import boxes_of
 from detection.scoring import DETECTION, METRICS, entries, score
 from detection.transforms import to_model_input
 from resbackbone.atomic import open_atomically, write_atomically
@@ -72,7 +73,6 @@ def evaluate(
     return Evaluation(broadcast(results, rank), detections)
 
 
-@torch.inference_mode()
 def detect(
     detector: FasterRCNN,
     images: Sequence[torch.Tensor],
@@ -81,25 +81,16 @@ def detect(
     *,
     bf16: bool = False,
 ) -> list[np.ndarray]:
-    """Images, uint8 [3, H, W] each, to the detections of each, DETECTION [n], by falling score.
-
-    Images of one size go through the network together, without padding, which would change the boxes.
-    """
+    """Images, uint8 [3, H, W] each, to the detections of each, DETECTION [n], as `predict.boxes_of` finds them."""
     category_ids = np.array(list(detector.categories))
-    found: list[np.ndarray] = [np.empty(0, DETECTION)] * len(images)
-    for shape in {image.shape: None for image in images}:
-        which = [i for i, image in enumerate(images) if image.shape == shape]
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            outputs = detector([to_model_input(images[i], device) for i in which])
-        columns = [torch.cat((o["boxes"], o["scores"][:, None], o["labels"][:, None]), 1) for o in outputs]
-        rows = torch.cat(columns).cpu().double().numpy()  # one wait for the GPU
-        ends = np.cumsum([len(of_image) for of_image in columns])[:-1]
-        for i, of_image in zip(which, np.split(rows, ends), strict=True):
-            boxes, scores, labels = of_image[:, :4], of_image[:, 4], of_image[:, 5].astype(np.int64)
-            boxes[:, 2:] -= boxes[:, :2]
-            found[i] = np.empty(len(scores), DETECTION)
-            found[i]["image_id"], found[i]["bbox"], found[i]["score"] = image_ids[i], boxes, scores
-            found[i]["category_id"] = category_ids[labels - 1]
+    found = []
+    for image_id, of_image in zip(image_ids, boxes_of(detector, images, device, bf16=bf16), strict=True):
+        rows = of_image.double().numpy()
+        rows[:, 2:4] -= rows[:, :2]
+        detections = np.empty(len(rows), DETECTION)
+        detections["image_id"], detections["bbox"], detections["score"] = image_id, rows[:, :4], rows[:, 4]
+        detections["category_id"] = category_ids[rows[:, 5].astype(np.int64) - 1]
+        found.append(detections)
     return found
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,9 @@ from resbackbone.compat import any_size_in_graphs, is_observed
 from resbackbone.layers import fuse
 from resbackbone.memory import keep_freed_memory
 from resbackbone.weights import MEAN, STD
+
+if TYPE_CHECKING:
+    from detection.predict import Prediction
 
 LEVEL_OF = {"c4": "c4", "dc5": "c5", "vgg16": "c4"}  # the single map that a variant uses
 BUCKET = 64  # pixels; the sides of a compiled batch are multiples of it
@@ -139,6 +142,42 @@ class FasterRCNN(GeneralizedRCNN):
         regions = proposals if own else [boxes[is_real(boxes)] for boxes in proposals]
         detections, losses = heads(maps, regions, batch.image_sizes, targets if own else given)
         return detections, {**losses, **rpn_losses}
+
+    @overload
+    def predict(
+        self, images: list | tuple, *, score: float = ..., batch_size: int = ..., precision: str | None = ...
+    ) -> "list[Prediction]": ...
+
+    @overload
+    def predict(
+        self, images: Any, *, score: float = ..., batch_size: int = ..., precision: str | None = ...
+    ) -> "Prediction | Any": ...
+
+    def predict(self, images: Any, *, score: float = 0.5, batch_size: int = 1, precision: str | None = None) -> Any:
+        """Find objects: a `predict.Prediction` for an image, and a list of them for a list or a folder.
+
+        images: a file (str or Path), a folder (the images in it, sorted by name), or a list of any of these:
+            - a PIL image of any mode;
+            - an array [H, W, 3] in RGB (of OpenCV's BGR give `frame[:, :, ::-1]`), [H, W, 4] with alpha, which is
+              dropped, or gray [H, W]; uint8, or floats in 0..1;
+            - a tensor [3, H, W], [4, H, W] or [1, H, W] of the same, on any device.
+            PIL images and files are turned as their EXIF orientation says.
+        score: the lowest score of the boxes that are returned, in 0..1. To compute AP, give 0: it counts all that the
+            detector finds (from `box_score_thresh` of its config on).
+        batch_size: images read at a time; those of equal size go through the network together.
+        precision: "fp32", or "bf16" for autocast; by default bf16 where the device computes in it, as in the commands.
+
+        Boxes are those of tools/detect.py. The detector computes on the device of its weights, in eval mode and without
+        gradients, and stays as it is: each call makes a copy with folded norms (0.1 s with a ResNet-18 on a CPU core).
+        Before a loop over single images, as those of a camera, call
+        `detection.faster_rcnn.prepare_for_detection(detector)` once; then there is no copy.
+
+        Raises UserError (BadImage for a file) for an image that cannot be read, a URL, a video, an empty folder, other
+        types and shapes, and floats that are not finite or not in 0..1.
+        """
+        from detection.predict import predict  # it imports this file
+
+        return predict(self, images, score=score, batch_size=batch_size, precision=precision)
 
     def compile(self, **options: Any) -> None:
         """Compile training from the normalized batch to the losses as one graph, which `forward` then uses.

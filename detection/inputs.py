@@ -34,7 +34,7 @@ def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) 
             videos[int(word)] = None
             continue
         if path.is_dir():
-            files = _images_in(path, output, recursive=recursive)
+            files = _images_not_below(output, path, recursive=recursive)
         elif glob.has_magic(word) and not path.exists():  # a name may contain brackets
             files = [file for file in map(Path, sorted(glob.glob(word, recursive=True))) if file.is_file()]
             if not files:
@@ -44,13 +44,18 @@ def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) 
     return Inputs(list(images), list(videos))
 
 
-def _images_in(folder: Path, output: Path, *, recursive: bool) -> list[Path]:
-    files = [f for f in (folder.rglob("*") if recursive else folder.iterdir()) if f.suffix.lower() in SUFFIXES]
+def images_in(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """The image files of a folder, sorted by name."""
+    return sorted(f for f in (folder.rglob("*") if recursive else folder.iterdir()) if f.suffix.lower() in SUFFIXES)
+
+
+def _images_not_below(output: Path, folder: Path, *, recursive: bool) -> list[Path]:
+    files = images_in(folder, recursive=recursive)
     if folder.resolve() != output.resolve():
         files = [file for file in files if output.resolve() not in file.resolve().parents]
     if not files:
         raise UserError(f"{folder}: holds no image ({', '.join(SUFFIXES)}){'' if recursive else '; try --recursive'}")
-    return sorted(files)
+    return files
 
 
 def frames_file(video_file: Path) -> Path:

@@ -1,5 +1,6 @@
 """Detectors in files: saved, loaded, and given other classes to start a training from."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -152,19 +153,22 @@ def _as_tuples(value: Any) -> Any:
 
 
 def load_detector(path: WeightSource, *, eps: float | None = None, **settings: Any) -> FasterRCNN:
-    """Load the detector that `save_detector` wrote to `path`, or one in a foreign format, in eval mode.
+    """Load a run's detector, the one that `save_detector` wrote to a file, or one in a foreign format, in eval mode.
 
-    What a foreign file leaves open goes to `read_weights(path, given_input=.., stride_in_1x1=.., dilate_c5=..)`, whose
-    result this takes as well.
+    path: a run's folder (its final weights, or while it trains those of its last complete checkpoint) or `best/` in
+        it, a file, or a named source such as torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1. What a foreign
+        file leaves open goes to `read_weights(file, given_input=.., stride_in_1x1=.., dilate_c5=..)`, whose result
+        this takes as well.
 
     eps: of the norms, where the file does not state it. Of a torchvision detector's file the default is 1e-5, which a
         message says; those that torchvision publishes, and what was trained from them, have 0.
     settings: fields of `DetectorConfig` that a foreign file does not state: anchor_scale, geometry, box_nms_thresh, ..
         A message names what is assumed of them.
 
-    Raises ValueError if the weights are not of a Faster R-CNN that this package builds, or state what is given.
+    Raises ValueError if there is no such folder or file, and if the weights are not of a Faster R-CNN that this package
+    builds, or state what is given.
     """
-    weights = read_weights(path)
+    weights = read_weights(detector_file(path) if isinstance(path, str | os.PathLike) else path)
     if eps is not None:
         weights = with_eps(weights, eps)
     if "detector" not in weights.metadata:
@@ -245,7 +249,7 @@ def retarget_detector(
     return detector, list(new)
 
 
-def detector_file(run: str | Path) -> str | Path:
+def detector_file(run: str | os.PathLike) -> str | os.PathLike:
     """The weights of a run: its model.safetensors, or while it trains those of its last complete checkpoint.
 
     Files, named sources and URLs are returned as they are.

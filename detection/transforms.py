@@ -166,9 +166,8 @@ class InputTransform(GeneralizedRCNNTransform):
         larger numbers: every time on a CPU, and once on a GPU, which would have to be waited for.
         """
         larger = max(self.image_mean) > 1
-        own_range = not all(0 < mean <= 1 for mean in self.image_mean) or max(self.image_std) > 1
         watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed()
-        if (own_range and not larger) or watched or (self.looked and images[0].device.type != "cpu"):
+        if (self.has_own_range() and not larger) or watched or (self.looked and images[0].device.type != "cpu"):
             return
         self.looked = True
         ends = numbers_of(torch.stack([torch.stack(image.detach().aminmax()) for image in images]).float())
@@ -195,6 +194,10 @@ class InputTransform(GeneralizedRCNNTransform):
                 low,
                 high,
             )
+
+    def has_own_range(self) -> bool:
+        """Whether mean and standard deviation are not those of images in 0..1."""
+        return not all(0 < mean <= 1 for mean in self.image_mean) or max(self.image_std) > 1
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None):
         """[3, H, W] floats in 0..1 -> the images normalized and resized in one tensor, padded with 0, and targets."""
@@ -297,5 +300,6 @@ def check_images(images: Any, transform: GeneralizedRCNNTransform) -> None:
 
 
 def to_model_input(image: Tensor, device: torch.device) -> Tensor:
-    """uint8 pixels of any shape -> floats in 0..1 on `device`, as every detector here takes them."""
-    return image.to(device, non_blocking=True).float().div_(255)
+    """uint8 pixels of any shape -> floats in 0..1 on `device`, as detectors take them; floats stay as they are."""
+    image = image.to(device, non_blocking=True)
+    return image if image.is_floating_point() else image.float().div_(255)

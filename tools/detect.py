@@ -7,34 +7,32 @@ python tools/detect.py torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1 cl
 python tools/detect.py runs/mine 0                                    the first camera, until Ctrl-C
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TypeVar
 
 from resbackbone.cli.command import Auto, Several, console, main_of, parse, progress_console, track
 from resbackbone.cli.errors import from_option
 
 import torch
 import tyro
-from PIL import Image
 from torch import Tensor
 
-from detection.evaluate import detect, json_list
-from detection.faster_rcnn import FasterRCNN, prepare_for_detection
-from detection.gallery import draw_boxes
+from detection.evaluate import json_list
+from detection.faster_rcnn import prepare_for_detection
 from detection.inputs import find_inputs, frames_file, image_ids_of, output_files
-from detection.saved import detector_file, load_detector, run_folder
-from detection.scoring import entries
+from detection.predict import Prediction, batches, predictions
+from detection.saved import load_detector, run_folder
 from detection.video import Video, video_file
 from resbackbone.checks import UserError
 from resbackbone.engine.best import is_best
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.image_io import BadImage, read_image
 
-T = TypeVar("T")
+Find = Callable[[Sequence[Tensor]], list[Prediction]]
 
 
 @dataclass(frozen=True)
@@ -71,31 +69,6 @@ class Options:
     """Print only warnings, errors and the paths of the results."""
 
 
-@dataclass(frozen=True)
-class Finder:
-    """A detector, its device and precision, and the lowest score that is drawn."""
-
-    detector: FasterRCNN
-    device: torch.device
-    bf16: bool
-    threshold: float
-
-    def find(self, images: Sequence[Tensor], image_ids: Sequence[int]) -> list[list[dict]]:
-        """For each image, uint8 [3, H, W], a list of {"category", "image_id", "category_id", "bbox", "score"}."""
-        names = self.detector.real_categories  # without the outputs that stand for no class
-        found = detect(self.detector, images, image_ids, self.device, bf16=self.bf16)
-        return [
-            [{"category": names[e["category_id"]], **e} for e in entries(rows) if e["category_id"] in names]
-            for rows in found
-        ]
-
-    def sure(self, found: list[dict]) -> list[dict]:
-        return [entry for entry in found if entry["score"] >= self.threshold]
-
-    def picture(self, image: Tensor, found: list[dict]) -> Image.Image:
-        return draw_boxes(image, self.sure(found), self.detector.categories)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Images and videos -> pictures with boxes, and what was found as JSON."""
     options = parse(Options, argv)
@@ -108,7 +81,6 @@ def main(argv: list[str] | None = None) -> None:
     with from_option("--precision"):
         bf16 = choose_precision(options.precision, str(device), INFERENCE) == "bf16"
     use(device)
-    file = detector_file(options.run)
     folder = run_folder(options.run)
     beside = folder.resolve().with_name("detected-best") if is_best(folder) else folder / "detected"
     folder = options.output or beside
@@ -116,32 +88,34 @@ def main(argv: list[str] | None = None) -> None:
     with from_option("--output"):
         pictures = output_files(inputs, folder)
 
-    detector = load_detector(file).to(device, memory_format=torch.channels_last)
+    detector = load_detector(options.run).to(device, memory_format=torch.channels_last)
     with from_option("--annotations"):
         image_ids = image_ids_of(images, options.annotations, detector.real_categories)
-    finder = Finder(prepare_for_detection(detector, bf16=bf16), device, bf16, options.threshold)
+    prepare_for_detection(detector, bf16=bf16)
+    find = partial(predictions, detector, bf16=bf16)
     folder.mkdir(parents=True, exist_ok=True)
     if images:
-        detect_images(finder, images, image_ids, pictures, folder / "detections.json", options)
+        detect_images(find, images, image_ids, pictures, folder / "detections.json", options)
     for source in videos:
-        detect_video(finder, source, pictures[source], options)
+        detect_video(find, source, pictures[source], options)
 
 
 def detect_images(
-    finder: Finder, images: list[Path], image_ids: list[int], pictures: dict, out: Path, options: Options
+    find: Find, images: list[Path], image_ids: list[int], pictures: dict, out: Path, options: Options
 ) -> None:
     """Image files -> pictures, and the list `out` of detections, each with the file's name."""
     readable = read_images(track(images, len(images), "detect"), image_ids, skip_bad=options.skip_bad_images)
     with json_list(out) as add:
         for batch in batches(readable, options.batch_size):
             paths, tensors, ids = zip(*batch, strict=True)
-            for path, image, found in zip(paths, tensors, finder.find(tensors, ids), strict=True):
-                for entry in found:
+            for path, image_id, found in zip(paths, ids, find(tensors), strict=True):
+                for entry in named_entries(found, image_id):
                     add({"image": str(path), **entry})
+                sure = found.at_least(options.threshold)
                 if options.pictures:
-                    finder.picture(image, found).save(pictures[path])
+                    sure.picture().save(pictures[path])
                 where = f", {pictures[path]}" if options.pictures else ""
-                progress_console.print(f"{path}: {len(finder.sure(found))} found{where}")
+                progress_console.print(f"{path}: {len(sure)} found{where}")
     console.print(f"all detections: {out}")
 
 
@@ -158,7 +132,12 @@ def read_images(
             console.print(f"skipped {error}")
 
 
-def detect_video(finder: Finder, source: Path | int, out: Path, options: Options) -> None:
+def named_entries(found: Prediction, image_id: int) -> list[dict]:
+    """A list of {"category", "image_id", "category_id", "bbox", "score"}."""
+    return [{"category": name, **entry} for name, entry in zip(found.names, found.to_coco(image_id), strict=True)]
+
+
+def detect_video(find: Find, source: Path | int, out: Path, options: Options) -> None:
     """Video -> video with boxes, and a list of {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
     video = Video(source)
     total = min(filter(None, (video.count, options.max_frames)), default=None)
@@ -168,13 +147,15 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
     with json_list(frames_file(out)) as add, pictures as add_picture:
         try:
             for batch in batches(frames, options.batch_size):
-                for frame, found in zip(batch, finder.find(batch, range(len(batch))), strict=True):
+                for found in find(batch):
+                    sure = found.at_least(options.threshold)
                     if options.pictures:
-                        add_picture(finder.picture(frame, found))
-                    for entry in found:
+                        add_picture(sure.picture())
+                    detections = named_entries(found, number)
+                    for entry in detections:
                         del entry["image_id"]
-                    add({"frame": number, "seconds": round(number / video.rate, 3), "detections": found})
-                    number, boxes = number + 1, boxes + len(finder.sure(found))
+                    add({"frame": number, "seconds": round(number / video.rate, 3), "detections": detections})
+                    number, boxes = number + 1, boxes + len(sure)
         except KeyboardInterrupt:
             if isinstance(source, Path):
                 raise
@@ -182,13 +163,6 @@ def detect_video(finder: Finder, source: Path | int, out: Path, options: Options
             raise UserError(f"{video.name}: no frame can be read")
     progress_console.print(f"{video.name}: {boxes} found in {number} frames{f', {out}' if options.pictures else ''}")
     console.print(f"all detections: {frames_file(out)}")
-
-
-def batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Yield the items in lists of `size`; the last may be shorter."""
-    items = iter(items)
-    while batch := list(islice(items, size)):
-        yield batch
 
 
 def run() -> None:

@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor
 
 from detection.export import INPUT_TYPES, load_exported, white_of
-from detection.saved import detector_file, load_detector
+from detection.saved import load_detector
 from resbackbone.checks import UserError, one_of, require
 from resbackbone.export import check_destination
 from resbackbone.image_io import BadImage, read_image
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     if check_destination(options.file).suffix == ".onnx" and options.check:
         require("export", "onnxruntime", user="--check of an .onnx")
     images = read_images(options.check)
-    detector = load_detector(detector_file(options.run))
+    detector = load_detector(options.run)
     if options.score_thresh is not None:
         with from_option("--score-thresh"):
             checked = replace(detector.config, box_score_thresh=options.score_thresh)
