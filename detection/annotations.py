@@ -1,6 +1,7 @@
-"""COCO instances files, checked and read into flat arrays: the only module that reads annotation files."""
+"""The one index of a data set's images and boxes, in flat arrays, and COCO instances files read into it."""
 
 import contextlib
+import hashlib
 import json
 import math
 import mmap
@@ -19,7 +20,7 @@ from resbackbone.checks import UserError
 
 
 class Annotations(NamedTuple):
-    """An instances file of N images and M annotations: 49 bytes per annotation, 16 per image plus the longest name.
+    """N images and M annotations, of whatever format: 49 bytes per annotation, 16 per image plus the longest name.
 
     Flat tensors instead of objects, so that forked and spawned workers share one copy.
     """
@@ -34,12 +35,53 @@ class Annotations(NamedTuple):
     areas: Tensor  # float64 [M]: the file's, or else width * height
     crowds: Tensor  # bool [M]
     grouping: dict[int, str]  # categories left out because they only group the others
+    notes: tuple[str, ...] = ()  # what a reader assumed or passed over
 
     def file_name(self, index: int) -> str:
         return self.names[index].numpy().tobytes().rstrip(b"\0").decode()
 
     def file_names(self) -> list[str]:
-        return [name.decode() for name in self.names.numpy().view(f"S{self.names.shape[1]}")[:, 0].tolist()]
+        return [name.decode() for name in self._bytes().tolist()]
+
+    def by_name(self) -> "Annotations":
+        """The same sorted by file name: the same set in another format then has the same order, and draws the same."""
+        order = np.argsort(self._bytes(), kind="stable")
+        places = torch.from_numpy(np.argsort(order).astype(np.int32))
+        image_indices = places[self.image_indices.long()]
+        rows = torch.argsort(image_indices, stable=True)
+        if (np.diff(order) == 1).all() and (rows.diff() == 1).all():
+            return self
+        return self._replace(
+            **{name: getattr(self, name)[torch.from_numpy(order)] for name in OF_IMAGES},
+            **{name: getattr(self, name)[rows] for name in OF_BOXES},
+            image_indices=image_indices[rows],
+        )
+
+    def digest(self) -> str:
+        """The hash of all that is trained on and evaluated against, in hexadecimal digits."""
+        digest = hashlib.sha256(repr(self.categories).encode())
+        for name in (*OF_IMAGES, "image_indices", *OF_BOXES):
+            digest.update(np.ascontiguousarray(getattr(self, name).numpy()).data)
+        return digest.hexdigest()
+
+    def _bytes(self) -> np.ndarray:
+        return np.ascontiguousarray(self.names.numpy()).view(f"S{self.names.shape[1]}")[:, 0]
+
+
+OF_IMAGES = ("image_ids", "widths_heights", "names")
+OF_BOXES = ("labels", "boxes_xywh", "areas", "crowds")
+
+
+class CocoFile(NamedTuple):
+    """The reader of a COCO instances file; its images are opened later."""
+
+    path: Path
+
+    def read(self, bad: list[str] | None) -> Annotations:
+        return read_annotations(self.path)
+
+    def count_images(self) -> int:
+        return count_images(self.path)
 
 
 def read_annotations(path: str | os.PathLike) -> Annotations:
@@ -72,14 +114,63 @@ def count_images(path: str | os.PathLike) -> int:
         return len(read_annotations(path).image_ids)
 
 
+def first_image(path: str | os.PathLike) -> str | None:
+    """The first image's name in an instances file, "" without an image, None if it is no instances file."""
+    try:
+        text = _mapped(path)
+        try:
+            images = msgspec.json.decode(text, type=_Sections).images[:1]
+            records = [json.loads(bytes(image)) for image in images]
+        except (msgspec.DecodeError, UnicodeDecodeError):  # NaN, Infinity or UTF-16, or no instances file
+            content = msgspec.convert(json.loads(bytes(text)), type=_Sections)
+            records = content.images[:1]
+        return str(records[0]["file_name"]) if records else ""
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
 def select_images(annotations: Annotations, chosen: np.ndarray) -> Annotations:
     """The images where `chosen`, bool [N], is True, with their annotations and all categories, in the same order."""
     rows = torch.from_numpy(chosen)[annotations.image_indices.long()]
     places = torch.from_numpy(np.cumsum(chosen, dtype=np.int32) - 1)  # among the chosen
-    of_images = {name: getattr(annotations, name)[chosen] for name in ("image_ids", "widths_heights", "names")}
-    of_boxes = {name: getattr(annotations, name)[rows] for name in ("labels", "boxes_xywh", "areas", "crowds")}
+    of_images = {name: getattr(annotations, name)[chosen] for name in OF_IMAGES}
+    of_boxes = {name: getattr(annotations, name)[rows] for name in OF_BOXES}
     image_indices = places[annotations.image_indices[rows].long()]
     return annotations._replace(**of_images, image_indices=image_indices, **of_boxes)
+
+
+def indexed(
+    names: Sequence[str],
+    sizes: Sequence[tuple[int, int]],
+    categories: dict[int, str],
+    objects: Sequence[np.ndarray],
+    notes: Sequence[str] = (),
+    *,
+    digits: int,
+) -> Annotations:
+    """The index of images that have names and (width, height) but no ids: these count from 1 in the order of names.
+
+    objects: for each image float [n, 6], category id, box x y width height in pixels, and 1 for a crowd. Boxes are
+    rounded to `digits` decimals, which removes what is left of computing them.
+    """
+    rows = np.concatenate([np.empty((0, 6)), *objects])
+    images = np.repeat(np.arange(len(names), dtype=np.int32), [len(of_image) for of_image in objects])
+    boxes_xywh = torch.from_numpy(np.round(rows[:, 1:5], digits))
+    labels = np.searchsorted(sorted(categories), rows[:, 0]) + 1
+    index = Annotations(
+        torch.zeros(len(names), dtype=torch.int64),
+        torch.tensor(sizes, dtype=torch.int32).reshape(-1, 2),
+        packed(names),
+        dict(sorted(categories.items())),
+        torch.from_numpy(images),
+        torch.from_numpy(labels.astype(np.int32)),
+        boxes_xywh,
+        boxes_xywh[:, 2] * boxes_xywh[:, 3],
+        torch.from_numpy(rows[:, 5] == 1),
+        {},
+        tuple(notes),
+    ).by_name()
+    return index._replace(image_ids=torch.arange(1, len(names) + 1))
 
 
 def packed(names: Sequence[str]) -> Tensor:
@@ -122,6 +213,12 @@ class _Category(msgspec.Struct, gc=False):
 
 class _Count(msgspec.Struct):
     images: list[msgspec.Raw]
+
+
+class _Sections(msgspec.Struct):
+    images: list[msgspec.Raw]
+    annotations: msgspec.Raw
+    categories: msgspec.Raw
 
 
 class _File(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""COCO-format images and targets: the only module that turns category ids into labels."""
+"""The images and targets of a split, of whatever format: the only module that turns category ids into labels."""
 
 import contextlib
 import os
@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from detection.annotations import Annotations, leaves_its_folder, packed, read_annotations, select_images
+from detection.annotations import Annotations, CocoFile, leaves_its_folder, packed, select_images
 from detection.boxes import MIN_BOX_SIDE
 from detection.copy_paste import paste_objects
 from detection.file_names import match_names, unclear
 from detection.layouts import held_out
-from resbackbone.atomic import file_digest
+from detection.splits import Reader
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
 
@@ -33,22 +33,24 @@ class ImageRequest(NamedTuple):
 class CocoImages(Dataset):
     """The images of one split with their boxes; category ids become contiguous labels 1..N (0 is background).
 
-    Boxes are clipped to their image. Those that are not finite or keep less than a pixel a side are left out, and so
-    are crowds; `report` counts both. `annotations` keeps every box as it is in the file. `part` "train" or "val" takes
-    this part of a file that holds both (`layouts.held_out`).
+    Images are sorted by file name. Boxes are clipped to their image. Those that are not finite or keep less than a
+    pixel a side are left out, and so are crowds; `report` counts both. `annotations` keeps every box as it is in the
+    file. `reader` reads the annotations; without one, `annotations` is a COCO file. `part` "train" or "val" takes this
+    part of annotations that hold both (`layouts.held_out`).
 
     An item is (image, target): uint8 [3, H, W] RGB, and {"boxes": float [n, 4] x1 y1 x2 y2 in pixels, "labels":
     int64 [n], "image_id": int}. An index gives the image as it is, an `ImageRequest` the image augmented by `transform`
     with its seed and, at the probability `transform.copy_paste`, with objects of another image, drawn and augmented
     with the same seed. The item of a broken image is its BadImage (an exception raised in a worker would lose its
     message). With `skip_bad_images` an ImageRequest gives the next readable image, and target["skipped"] holds the
-    messages; `broken` holds those that `check_files` found.
+    messages; `broken` holds those of the reader and those that `check_files` found.
 
     File names with other folders, backslashes, percent-encoding or another Unicode form mean the file below `images`
     that they or that ends in them (`file_names.match_names`); `summary` counts them. Nothing outside is read.
 
-    Raises UserError if `categories` are given and differ, if no image is left, if no image file exists or if one lies
-    outside the folder, and BadImage if some are missing and `skip_bad_images` is off.
+    `categories` are those of a detector or a training set: with other ids, or fewer classes, the data's classes take
+    the ids of the same names. Raises UserError if they lack a class that has boxes, if no image is left, if no image
+    file exists or if one lies outside the folder, and BadImage if some are missing and `skip_bad_images` is off.
     """
 
     def __init__(
@@ -61,20 +63,26 @@ class CocoImages(Dataset):
         skip_bad_images: bool = False,
         categories: Mapping[int, str] | None = None,
         part: str | None = None,
+        reader: Reader | None = None,
     ):
-        self.annotations = read_annotations(annotations)
+        self.folder, self.annotation_file = Path(images), Path(annotations)
+        self.transform, self.skip_bad_images = transform, skip_bad_images
+        self.report: Counter[str] = Counter()
+        self.broken: list[str] = []
+        self.annotations = (reader or CocoFile(self.annotation_file)).read(self.broken if skip_bad_images else None)
+        names = self.annotations.file_names()
+        matched, several, missing = self._find_files(names)
+        if matched:
+            self.annotations = self.annotations._replace(names=packed([matched.get(name, name) for name in names]))
+        self.annotations = self.annotations.by_name()
         if part is not None:
             for_validation = held_out(self.annotations.file_names())
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
-        self.folder, self.annotation_file = Path(images), Path(annotations)
-        self.transform, self.skip_bad_images = transform, skip_bad_images
-        self.categories = self.annotations.categories
-        if categories is not None and dict(categories) != self.categories:
-            raise UserError(_category_difference(annotations, self.categories, categories))
-        self.report: Counter[str] = Counter()
-        self.broken: list[str] = []
         for name in self.annotations.grouping.values():
             self.report[f"category without boxes that only groups the others, {name!r}"] += 1
+        if categories is not None:
+            self.annotations = with_categories(self.annotations, categories, annotations)
+        self.categories = self.annotations.categories
 
         _refuse_corners(annotations, self.annotations)
         boxes, rows = usable_boxes(self.annotations, self.report)  # rows of the annotations, by image
@@ -86,11 +94,12 @@ class CocoImages(Dataset):
             why = f" ({reasons})" if (reasons := self._counts()) else ""
             raise UserError(f"{annotations}: no image{'' if keep_empty else ' with a usable box'} in it{why}")
         names = self.annotations.file_names()
-        self.matched = self._find_files([names[i] for i in kept.tolist()])
-        if self.matched:
-            self.annotations = self.annotations._replace(names=packed([self.matched.get(name, name) for name in names]))
+        names = [names[i] for i in kept.tolist()]
+        self._refuse_missing(names, missing, several)
+        there = set(names)
+        self.matched = {name: file for name, file in matched.items() if file in there}
 
-        self.kept = torch.from_numpy(kept)  # int64 [n]: which of the file's images these are
+        self.kept = torch.from_numpy(kept)  # int64 [n]: which of the split's images these are
         self.image_ids = self.annotations.image_ids[self.kept]  # int64 [n]
         self.widths_heights = self.annotations.widths_heights[self.kept]  # int32 [n, 2]
         self.offsets = torch.from_numpy(np.concatenate([[0], counts[kept].cumsum()]))  # image i: [i] to [i + 1]
@@ -99,8 +108,8 @@ class CocoImages(Dataset):
 
     @property
     def fingerprint(self) -> str:
-        """The hash of the annotation file."""
-        return file_digest(self.annotation_file)
+        """The hash of the images' names and sizes and of all boxes and categories."""
+        return self.annotations.digest()
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -161,7 +170,7 @@ class CocoImages(Dataset):
             raise BadImage(f"{bad[0]}{others}")
         self.report["images that cannot be used"] = len(bad)
         lost = [f"{self.path(i)}: no such file" for i in range(len(self)) if small and i not in sizes]
-        self.broken = sorted([*map(str, bad), *lost])
+        self.broken = sorted({*self.broken, *map(str, bad), *lost})
 
     def summary(self) -> str:
         """One line: images, boxes and classes, and what was dropped or clipped."""
@@ -169,6 +178,7 @@ class CocoImages(Dataset):
         line = f"{len(self)} images, {len(self.boxes)} boxes, {len(self.categories)} classes in {self.folder}"
         for name, file in list(self.matched.items())[:1]:
             line += f"; file names found by their ends: {len(self.matched)} ({name} is {file})"
+        line = "; ".join([line, *self.annotations.notes])
         return f"{line}; dropped or clipped: {done}" if done else line
 
     def _counts(self) -> str:
@@ -181,8 +191,8 @@ class CocoImages(Dataset):
             return error
         return image, self.target(index)
 
-    def _find_files(self, names: list[str]) -> dict[str, str]:
-        """Check that the images are there; returns the names that mean a file of another name, and that file."""
+    def _find_files(self, names: list[str]) -> tuple[dict[str, str], dict[str, list[str]], set[str]]:
+        """(the names that mean a file of another name, and that file; those of which it is not clear; all without)."""
         there = set()
         inside = [name for name in names if not leaves_its_folder(name)]
         for below in {os.path.dirname(name) for name in inside}:  # checking 118,000 files one by one is slow
@@ -191,13 +201,17 @@ class CocoImages(Dataset):
         known = there.intersection(inside)
         missing = [name for name in names if name not in known]
         if not missing:
-            return {}
+            return {}, {}, set()
         files = {
             Path(path, file).relative_to(self.folder).as_posix() for path, _, of in os.walk(self.folder) for file in of
         }
         matched, several = match_names(missing, files - known)
-        missing = [name for name in missing if name not in matched]
-        hint = next((f"; {name}{unclear(name, several)}" for name in several), "")
+        return matched, several, {name for name in missing if name not in matched}
+
+    def _refuse_missing(self, names: list[str], unknown: set[str], several: dict[str, list[str]]) -> None:
+        """Check that the images `names` are there, as none of `unknown` is."""
+        missing = [name for name in names if name in unknown]
+        hint = next((f"; {name}{unclear(name, several)}" for name in missing if name in several), "")
         if missing and len(missing) == len(names):
             raise UserError(
                 f"{self.annotation_file}: none of its {len(names)} images (the first is {names[0]}) is in "
@@ -214,7 +228,6 @@ class CocoImages(Dataset):
                 f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}{hint}"
             )
         self.report["images missing"] = len(missing)
-        return matched
 
 
 def _refuse_corners(path: str | Path, annotations: Annotations) -> None:
@@ -256,10 +269,35 @@ def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray,
     return clipped[rows].astype(np.float32), rows
 
 
-def _category_difference(path, found: Mapping[int, str], wanted: Mapping[int, str]) -> str:
-    differing = [i for i in sorted({*found, *wanted}) if found.get(i) != wanted.get(i)]
-    first = differing[0]
-    return (
-        f"{path}: categories differ from those the detector was made for in {len(differing)} of "
-        f"{len({*found, *wanted})}; id {first} is {found.get(first)!r} here, {wanted.get(first)!r} there"
+def with_categories(annotations: Annotations, wanted: Mapping[int, str], path: str | Path) -> Annotations:
+    """The same annotations with the categories `wanted`, which take those of the same names and may be more.
+
+    Raises UserError if a class that has boxes is not among them, or if names repeat and ids differ.
+    """
+    found = annotations.categories
+    if found == dict(wanted):
+        return annotations
+    by_name = {name: label for label, name in enumerate(dict(sorted(wanted.items())).values(), 1)}
+    used = np.bincount(annotations.labels.numpy(), minlength=len(found) + 1)[1:]
+    unknown = [name for name, boxes in zip(found.values(), used.tolist(), strict=True) if boxes and name not in by_name]
+    if unknown or len(by_name) < len(wanted) or len({*found.values()}) < len(found):
+        what = f"its classes {', '.join(map(repr, unknown[:5]))} are not among" if unknown else "its ids differ from"
+        why = "" if unknown else ", and names that repeat do not tell which are meant"
+        raise UserError(
+            f"{path}: {what} the {len(wanted)} of the detector or the training set "
+            f"({', '.join(list(by_name)[:5])}{', ..' if len(by_name) > 5 else ''}){why}"
+        )
+    notes = []
+    table = torch.tensor([0, *(by_name.get(name, 0) for name in found.values())], dtype=torch.int32)
+    absent = [name for name in by_name if name not in found.values()]
+    extra = [name for name in found.values() if name not in by_name]
+    if any(wanted.get(i) != name for i, name in found.items() if name in by_name):
+        notes.append("category ids differ and are matched by name")
+    lists = {"classes that are not in these annotations": absent, "classes without a box left out": extra}
+    for says, names in lists.items():
+        if names:
+            notes.append(f"{says}: {len(names)} ({', '.join(names[:3])}{', ..' if len(names) > 3 else ''})")
+    labels = table[annotations.labels.long()]
+    return annotations._replace(
+        categories=dict(sorted(wanted.items())), labels=labels, notes=(*annotations.notes, *notes)
     )

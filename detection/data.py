@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from detection.coco import CocoImages
-from detection.layouts import find_split
+from detection.layouts import Data, find_split
 from detection.sampler import TrainBatches
 from detection.shapes import make_shapes
 from detection.transforms import to_model_input
@@ -34,13 +34,13 @@ def embedded_data() -> Path:
     return make_shapes(EMBEDDED, **EMBEDDED_SET)
 
 
-def open_split(data: Path, split: str, **options) -> CocoImages:
-    """The images of `split`, "train" or "val", of a folder in a known layout; `options` are those of CocoImages."""
+def open_split(data: Data, split: str, **options) -> CocoImages:
+    """The images of `split`, "train", "val" or "test", of data in a known layout; `options` are those of CocoImages."""
     found = find_split(data, split)
-    return CocoImages(found.images, found.annotations, part=found.part, **options)
+    return CocoImages(found.images, found.annotations, part=found.part, reader=found.reader, **options)
 
 
-def open_checked(data: Path, split: str, **options) -> CocoImages:
+def open_checked(data: Data, split: str, **options) -> CocoImages:
     """`open_split`, and a check of the image files (`CocoImages.check_files`)."""
     opened = open_split(data, split, **options)
     opened.check_files()

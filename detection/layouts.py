@@ -1,27 +1,30 @@
-"""The folder layouts of COCO-format data that are recognised, and where each keeps its splits."""
+"""The folder layouts that are recognised, COCO's and others', and where each keeps its splits."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from detection.annotations import CocoFile, first_image, leaves_its_folder
+from detection.splits import SPLIT_NAMES, Found, Split
+from detection.voc import find_voc
+from detection.yolo import find_yolo
 from resbackbone.checks import UserError
 
 LAYOUT = (
     "annotations/instances_{train,val}2017.json with train2017/ and val2017/ (COCO's layout), "
     "{train,valid}/_annotations.coco.json beside the images (Roboflow's), "
     "annotations/instances_{train,val}.json with train/ and val/, annotations/instances_default.json with images/ "
-    "(CVAT's), result.json with images/ (Label Studio's), or labels.json with data/ (FiftyOne's)"
+    "(CVAT's), result.json with images/ (Label Studio's), labels.json with data/ (FiftyOne's), data.yaml with images/ "
+    "and labels/ (YOLO's), Annotations/*.xml with JPEGImages/ (Pascal VOC's), or one COCO .json and images"
 )
-SPLIT_NAMES = {  # CVAT's single split is "default", and the splits that it suggests have capitals
-    "train": ("train", "Train", "default"),
-    "val": ("val", "valid", "validation", "Validation"),
-}
 DRAWN = "shapes.json"  # in a folder of `make_shapes`: what it was drawn with
 HELD_OUT = 10  # without a validation split, one image in this many is held out
+DEPTH = 2  # levels of folders that hold nothing but one folder, as archives unpack
 
 
 class Layout(NamedTuple):
@@ -35,7 +38,7 @@ class Layout(NamedTuple):
     images: tuple[str, ...]
 
     def paths(self, folder: Path, split: str) -> tuple[Path | None, Path | None]:
-        """(image folder, annotation file) of "train" or "val", None for a missing one."""
+        """(image folder, annotation file) of a split, None for a missing one."""
         half: tuple[Path | None, Path | None] = (None, None)
         for name in SPLIT_NAMES[split]:
             files = [folder / path.format(name) for path in self.annotations if "{}" in path or split == "train"]
@@ -48,15 +51,28 @@ class Layout(NamedTuple):
             half = half if any(half) else (images, file)
         return half
 
-    def fit(self, folder: Path) -> tuple[bool, bool, bool]:
-        """Whether the folder has a whole split to train on, a whole one to validate on, any part of one."""
-        train, val = (self.paths(folder, split) for split in SPLIT_NAMES)
-        return all(train), all(val), any((*train, *val))
+    def find(self, folder: Path) -> Found:
+        """The splits of a folder; a split is broken if it has images or annotations only."""
+        splits, broken, annotated = {}, {}, False
+        for split, (name, *_) in SPLIT_NAMES.items():
+            images, file = self.paths(folder, split)
+            annotated |= file is not None
+            if images and file:
+                splits[split] = Split(self.title, images, file, CocoFile(file))
+            elif images or file:
+                wanted = {self.annotations[0].format(name): file, self.images[0].format(name): images}
+                broken[split] = "no " + " and no ".join(path for path, at in wanted.items() if at is None)
+        if set(broken) == {"test"}:
+            broken = {}
+        if (splits or broken) and "train" not in {**splits, **broken}:
+            missing = self.annotations[0], min(self.images, key=len)
+            broken["train"] = " and ".join(f"no {path.format('train')}" for path in missing)
+        return Found(self.title, splits, broken, annotated)
 
 
 LAYOUTS = (
     Layout("COCO's layout", ("annotations/instances_{}2017.json",), ("{}2017", "images/{}2017")),
-    Layout("Roboflow's layout", ("{}/_annotations.coco.json",), ("{}",)),
+    Layout("Roboflow's layout", ("{}/_annotations.coco.json",), ("{}/images", "{}")),
     Layout(
         "the layout of annotations/instances_train.json",
         ("annotations/instances_{}.json", "annotations/{}.json"),
@@ -65,68 +81,167 @@ LAYOUTS = (
     Layout("Label Studio's layout", ("{}/result.json", "result.json", "result_coco.json"), ("{}/images", "images")),
     Layout("FiftyOne's layout", ("{}/labels.json", "labels.json"), ("{}/data", "data")),
 )
+FINDERS: dict[str, Callable[[Path], Found | None]] = {
+    **{layout.title: layout.find for layout in LAYOUTS},
+    "YOLO's layout": find_yolo,
+    "Pascal VOC's layout": find_voc,
+}
 
 
-class Split(NamedTuple):
-    """The files of one split. `part` is None, or "train" or "val" if the annotation file holds both (`held_out`)."""
+class Files(NamedTuple):
+    """COCO files in places of their own, as --train-json, --train-images, --val-json and --val-images give them."""
 
-    layout: str
-    images: Path
-    annotations: Path
-    part: str | None
+    train_json: Path
+    train_images: Path | None = None
+    val_json: Path | None = None
+    val_images: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.train_json)
+
+    def find(self) -> Found:
+        given = {"train": (self.train_json, self.train_images)}
+        if self.val_json is not None:
+            given["val"] = (self.val_json, self.val_images or self.train_images)
+        return _of_files(given, self.train_json.parent)
 
 
-def find_split(data: str | os.PathLike, split: str) -> Split:
-    """Find "train" or "val" in the folder `data`, by the first of LAYOUTS that fits.
+Data = str | os.PathLike | Files  # where data are: a folder, its data.yaml or only .json file, or several files
+
+
+def find_split(data: Data, split: str) -> Split:
+    """Find "train", "val" or "test" in `data`, by the one of FINDERS that has most of train and val, or the first.
 
     Without any trace of a validation split, a tenth of the training images serves as one: both splits are then parts
-    of one file. Raises UserError if the folder is missing, has no known layout, or holds half a split.
+    of the same annotations. Raises UserError if the data are missing, have no known layout, or hold half a split.
     """
-    folder = Path(data)
-    if not folder.is_dir():
-        raise UserError(f"{data}: no such folder; it should contain {LAYOUT}")
-    layout = max(LAYOUTS, key=lambda layout: layout.fit(folder))  # the first of several that fit alike
-    if not any(layout.fit(folder)):
-        raise UserError(f"{data}: no known data layout; it should contain {LAYOUT}")
-    train, val = (layout.paths(folder, name) for name in SPLIT_NAMES)
-    part = split if all(train) and not any(val) else None
-    images, annotations = train if part or split == "train" else val
-    if images is None or annotations is None:
-        name = SPLIT_NAMES[split][0]
-        wanted = {layout.annotations[0].format(name): annotations, layout.images[0].format(name): images}
-        missing = " and no ".join(path for path, at in wanted.items() if at is None)
-        raise UserError(f"{data}: {layout.title}, but no {missing}; it should contain {LAYOUT}")
-    return Split(layout.title, images, annotations, part)
+    found, _ = _find(data)
+    held = {*found.splits, *found.broken}
+    if "train" in found.splits and "val" not in held and split != "test":
+        return found.splits["train"]._replace(part=split)
+    if split in found.splits:
+        return found.splits[split]
+    says = found.broken.get(split, f"no {split} split: no folder, list or key of data.yaml of this name")
+    layouts = f"; it should contain {LAYOUT}" if any(found.title == layout.title for layout in LAYOUTS) else ""
+    raise UserError(f"{data}: {found.title}, but {says}{layouts}")
 
 
-def describe_layout(data: str | os.PathLike) -> str:
-    """One line on `data`: its layout, the annotation files that are read, those beside them, in `data` and of the
-    same name in another folder that are not, and whether a part is held out. Raises as `find_split`."""
-    train, val = (find_split(data, split) for split in SPLIT_NAMES)
-    read = [split.annotations for split in ((train,) if val.part else (train, val))]
-    line = f"{data} in {train.layout}: {' and '.join(_below(data, read))}"
+def describe_layout(data: Data) -> str:
+    """One line on `data`: its layout, what is read, annotations in it that are not, whether a part is held out.
+
+    Raises as `find_split`.
+    """
+    train, val = (find_split(data, split) for split in ("train", "val"))
+    found, folder = _find(data)
+    read = list(dict.fromkeys((train.annotations, val.annotations)))
+    line = f"{data} in {train.layout}: {' and '.join(_below(folder, read))}"
     if val.part:
         line += f"; there is no validation split, so one image in {HELD_OUT} is held out for it"
-    folder = Path(data)
-    beside = {path for file in read for path in (*file.parent.glob("*.json"), *folder.glob(f"*/{file.name}"))}
-    if unread := sorted(beside.union(folder.glob("*.json")) - {*read, folder / DRAWN}):
-        others = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
-        line += f"; not read: {', '.join(_below(data, unread[:3]))}{others}"
+    if test := found.splits.get("test"):
+        line += "; the test split is for evaluate_coco.py --split test"
+        read.append(test.annotations)
+    if isinstance(data, Files):
+        return line
+    unread: set[Path] = set()
+    if isinstance(train.reader, CocoFile):
+        unread.update(*(file.parent.glob("*.json") for file in read), *(folder.glob(f"*/{file.name}") for file in read))
+        unread.update(folder.glob("*.json"))
+    for other in (_attempt(title, find, folder) for title, find in FINDERS.items() if title != found.title):
+        unread.update(split.annotations for split in (other.splits if other else {}).values())
+    if others := sorted(unread - {*read, folder / DRAWN}):
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        line += f"; not read: {', '.join(_below(folder, others[:3]))}{more}"
     return line
 
 
-def _below(data: str | os.PathLike, paths: Sequence[Path]) -> list[str]:
-    return [str(path.relative_to(data)) for path in paths]
+def _find(data: Data) -> tuple[Found, Path]:
+    """(what is found in the layout that fits best, the folder that has it)."""
+    if isinstance(data, Files):
+        return data.find(), data.train_json.parent
+    folder = Path(data)
+    if folder.is_file() and folder.suffix in (".yaml", ".yml", ".data"):
+        return find_yolo(folder.parent, folder) or Found("", {}, {}), folder.parent
+    if folder.is_file() and folder.suffix == ".json":
+        return Files(folder).find(), folder.parent
+    if not folder.is_dir():
+        raise UserError(f"{data}: no such folder; it should contain {LAYOUT}")
+    for _ in range(DEPTH + 1):
+        if any((best := _best(folder)).fit):
+            return best, folder
+        below = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
+        if len(below) != 1:
+            break
+        folder = below[0]
+    raise UserError(f"{data}: no known data layout; it should contain {LAYOUT}")
+
+
+def _best(folder: Path) -> Found:
+    best = Found("", {}, {})
+    for title, find in FINDERS.items():
+        found = _attempt(title, find, folder)
+        best = found if found and found.fit > best.fit else best
+        if all(best.fit):
+            break
+    return (not best.splits and find_json(folder)) or best
+
+
+def _attempt(title: str, find: Callable[[Path], Found | None], folder: Path) -> Found | None:
+    try:
+        return find(folder)
+    except UserError as error:
+        return Found(title, {}, dict.fromkeys(SPLIT_NAMES, str(error)))
+
+
+def find_json(folder: Path) -> Found | None:
+    """COCO files under any names in a folder or one level below it, told apart by the split's name in theirs.
+
+    Without such names, one file is for training.
+    """
+    files = sorted({*folder.glob("*.json"), *folder.glob("*/*.json")} - {folder / DRAWN})
+    by_split: dict[str, list[Path]] = {split: [] for split in SPLIT_NAMES}
+    plain: list[Path] = []
+    for file in files:
+        if first_image(file) is None:
+            continue
+        words = {*re.findall("[a-z]+", file.relative_to(folder).with_suffix("").as_posix().lower())}
+        named = [split for split, names in SPLIT_NAMES.items() if words & {*names} - {"default"}]
+        (by_split[named[0]] if named else plain).append(file)
+    by_split["train"] = by_split["train"] or plain
+    if not any(by_split.values()):
+        return None
+    found = _of_files({split: (of[0], None) for split, of in by_split.items() if len(of) == 1}, folder)
+    several = {
+        split: f"{of[0].relative_to(folder)} and {of[1].relative_to(folder)} may both be it: name one with --train-json"
+        for split, of in by_split.items()
+        if len(of) > 1
+    }
+    return found._replace(broken=several)
+
+
+def _of_files(files: dict[str, tuple[Path, Path | None]], folder: Path) -> Found:
+    """Splits of COCO files, each with its folder of images, if it is known: else where the first image is."""
+    title, splits = "the layout of a COCO file", {}
+    for split, (file, images) in files.items():
+        name = first_image(file) if images is None else None
+        places = [file.parent, file.parent / "images", folder, folder / "images"]
+        found = (place for place in places if name and not leaves_its_folder(name) and (place / name).is_file())
+        splits[split] = Split(title, images or next(found, folder), file, CocoFile(file))
+    return Found(title, splits, {})
+
+
+def _below(folder: Path, paths: Sequence[Path]) -> list[str]:
+    return [os.path.relpath(path, folder) for path in paths]
 
 
 def held_out(file_names: Sequence[str]) -> np.ndarray:
     """Which images to validate on if the data have no validation split: bool [n], one in ten, at least one.
 
-    The names alone decide: those with the lowest hashes are held out. Names that differ only after ".rf.", as in
-    Roboflow's augmented copies of an image, stay together: copies on both sides would inflate the AP. Raises UserError
-    if there are fewer than two images.
+    The names alone decide, without folders if they differ without: those with the lowest hashes are held out. Names
+    that differ only after ".rf.", as in Roboflow's augmented copies of an image, stay together: copies on both sides
+    would inflate the AP. Raises UserError if there are fewer than two images.
     """
-    originals = np.array([name.partition(".rf.")[0] for name in file_names])
+    last = [name.rpartition("/")[2] for name in file_names]
+    originals = np.array([name.partition(".rf.")[0] for name in (last if len({*last}) == len(last) else file_names)])
     distinct = sorted(set(originals.tolist()), key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(distinct) < 2:
         raise UserError(

@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -57,10 +58,20 @@ def read_file(path: str | os.PathLike) -> bytes:
         raise BadImage(f"image {path}: cannot be read ({error.strerror})") from None
 
 
-def image_size(path: str | os.PathLike) -> tuple[int, int]:
-    """(width, height) of the stored image, in pixels. Raises BadImage if the file is not an image."""
-    with _opened(read_file(path), path) as image:
-        return image.size
+def image_sizes(path: str | os.PathLike) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) in pixels as shown, turned by the EXIF orientation, and as stored; reads only the file's head.
+
+    Raises BadImage if the file is missing or not an image.
+    """
+    try:
+        with open(path, "rb") as file, _opened(file, path) as image:
+            decodes = image.format == "PNG" and "exif" not in image.info  # the whole file, to look behind the pixels
+            turned = not decodes and image.getexif().get(EXIF_ORIENTATION, 1) > 4
+            return image.size[::-1] if turned else image.size, image.size
+    except FileNotFoundError:
+        raise BadImage(f"image {path}: no such file") from None
+    except OSError as error:
+        raise BadImage(f"image {path}: cannot be read ({error.strerror})") from None
 
 
 def decode(file: bytes, name: str) -> np.ndarray:
@@ -101,12 +112,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 @contextmanager
-def _opened(file: bytes, name: str | os.PathLike) -> Iterator[Image.Image]:
+def _opened(file: bytes | BinaryIO, name: str | os.PathLike) -> Iterator[Image.Image]:
     """Open an image with PIL. Errors in the block, where PIL decodes, become BadImage."""
+    stream = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with Image.open(io.BytesIO(file)) as image:
+        with Image.open(stream) as image:
             yield image
     except UnidentifiedImageError:
-        raise BadImage(f"image {name}: {'not an image' if file else 'empty file'}") from None
+        empty = stream.seek(0, os.SEEK_END) == 0
+        raise BadImage(f"image {name}: {'empty file' if empty else 'not an image'}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, struct.error, ..
         raise BadImage(f"image {name}: cannot be decoded ({error})") from None

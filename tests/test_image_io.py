@@ -8,7 +8,7 @@ import torch
 from pictures import encoded
 from PIL import Image
 
-from resbackbone.image_io import BadImage, decode, image_size, open_rgb, read_image
+from resbackbone.image_io import BadImage, decode, image_sizes, open_rgb, read_image
 
 EXIF_ORIENTATION = 0x0112
 STORED_OF = {  # how a camera stores an upright image [H, W, 3] under each EXIF orientation
@@ -36,7 +36,7 @@ def test_an_image_is_turned_upright_unless_its_annotations_are_of_the_stored_one
             assert np.array_equal(pixels(read_image(path, size)), upright)
     if orientation > 4:
         assert np.array_equal(pixels(read_image(path, (21, 33))), STORED_OF[orientation](upright))
-        assert image_size(path) == (21, 33)
+        assert image_sizes(path)[1] == (21, 33)
 
 
 def test_an_orientation_in_a_jpeg_is_followed_and_an_unknown_one_passed_over(tmp_path):
@@ -45,6 +45,7 @@ def test_an_orientation_in_a_jpeg_is_followed_and_an_unknown_one_passed_over(tmp
     stored = Image.new("RGB", (32, 16), "red")
     stored.save(tmp_path / "phone.jpg", exif=exif)
     assert read_image(tmp_path / "phone.jpg").shape == (3, 32, 16)
+    assert image_sizes(tmp_path / "phone.jpg") == ((16, 32), (32, 16))
     exif[EXIF_ORIENTATION] = 42
     stored.save(tmp_path / "odd.jpg", exif=exif)
     assert read_image(tmp_path / "odd.jpg").shape == (3, 16, 32)

@@ -34,7 +34,6 @@ from resbackbone.cli.training import Session, about_built_in_data, prepare_run
 import torch
 from torch import Tensor, nn
 
-from detection.annotations import count_images
 from detection.coco import CocoImages
 from detection.config import BACKBONE_OF, SHAPE, VARIANTS, DetectorConfig, DetectorSettings
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
@@ -584,7 +583,7 @@ def recipe_for(options: Options, data: Path, kind: str) -> str:
     if kind == "cpu" and own_fpn and not options.weights:
         return "scratch"
     with from_option("--data"):
-        return default_recipe(count_images(find_split(data, "train").annotations))
+        return default_recipe(find_split(data, "train").reader.count_images())
 
 
 def shorter_side(recipe: Recipe) -> int:

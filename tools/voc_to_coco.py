@@ -25,7 +25,7 @@ import tyro
 
 from resbackbone.atomic import folder_atomically
 from resbackbone.checks import UserError
-from resbackbone.image_io import SUFFIXES, image_size
+from resbackbone.image_io import SUFFIXES, image_sizes
 
 LAYOUT = "Annotations/, JPEGImages/ and ImageSets/Main/*.txt"
 Image = tuple[Path, dict, list[dict]]  # the file; its name and size, and its objects, in COCO's words
@@ -113,7 +113,7 @@ def read(year: Path, name: str) -> Image:
     if image is None:
         raise UserError(f"{path}: no image {name} in {year / 'JPEGImages'}")
     boxes = [read_box(path, number, element) for number, element in enumerate(root.findall("object"), 1)]
-    width, height = image_size(image)
+    (width, height), _ = image_sizes(image)
     return image, {"file_name": image.name, "width": width, "height": height}, boxes
 
 

@@ -349,4 +349,4 @@ def test_an_annotation_costs_its_numbers_and_nothing_more(tmp_path):
 
     assert nbytes(101) - nbytes(1) == 100 * 49
     others = {name for name, kind in Annotations.__annotations__.items() if kind is not torch.Tensor}
-    assert others == {"categories", "grouping"}
+    assert others == {"categories", "grouping", "notes"}

@@ -190,11 +190,12 @@ def test_missing_images_are_named_at_once_or_counted(tmp_path):
     files = write(tmp_path, content(images=6))
     for number in (8, 9, 10, 12):
         (files[0] / f"{number}.png").unlink()
-    with pytest.raises(BadImage, match="lacks 4 of 6 images.*8.png, 9.png, 10.png, [.]"):
+    with pytest.raises(BadImage, match="lacks 4 of 6 images.*10.png, 12.png, 8.png, [.]"):
         CocoImages(*files)
     dataset = CocoImages(*files, skip_bad_images=True)
     assert dataset.report["images missing"] == 4 and "images missing (4)" in dataset.summary()
-    assert dataset[ImageRequest(1, 0)][1]["image_id"] == 11
+    assert dataset.image_ids.tolist() == [10, 11, 12, 7, 8, 9]
+    assert dataset[ImageRequest(2, 0)][1]["image_id"] == 7
 
 
 def test_images_may_lie_in_folders_of_their_own(tmp_path):
@@ -246,7 +247,7 @@ def test_an_image_is_found_under_another_spelling_of_its_name(tmp_path, name, fi
     files = write(tmp_path, content(images=2))
     (files[0] / "7.png").rename(files[0] / file)
     files[1].write_text(files[1].read_text().replace("7.png", name))
-    assert CocoImages(*files).path(0).name == file
+    assert CocoImages(*files).path(1).name == file
 
 
 def test_the_longest_end_decides_and_what_stays_ambiguous_is_named(tmp_path):
@@ -266,7 +267,8 @@ def test_the_longest_end_decides_and_what_stays_ambiguous_is_named(tmp_path):
 
     dataset = opened_with(names)
     paths = [dataset.path(i).relative_to(dataset.folder).as_posix() for i in range(4)]
-    assert paths == ["a/1.png", "b/1.png", "c/b/1.png", "2.png"] and len(dataset.matched) == 4
+    assert paths == ["2.png", "a/1.png", "b/1.png", "c/b/1.png"] and len(dataset.matched) == 4
+    assert dataset.image_ids.tolist() == [10, 7, 8, 9]
     with pytest.raises(BadImage, match=r"lacks 1 of 4 images .*: 1.png; 1.png may be a/1.png or b/1.png"):
         opened_with({**names, 7: "1.png"})
     with pytest.raises(BadImage, match="lacks 1 of 4 images .*: other/1.png$"):  # in no folder of that name
@@ -379,7 +381,7 @@ def test_what_a_worker_is_sent_does_not_grow_with_the_data_of_which_it_sees_the_
     again = ForkingPickler.loads(ForkingPickler.dumps(dataset))  # in shared memory, as a worker gets it
     assert again.boxes.is_shared() and again.annotations.boxes_xywh.is_shared() and dataset.boxes.is_shared()
     assert all(torch.equal(again.target(i)["boxes"], dataset.target(i)["boxes"]) for i in range(50))
-    assert again.path(49) == dataset.path(49) == tmp_path / "again" / "56.png"
+    assert again.path(49) == dataset.path(49) == tmp_path / "again" / "9.png"
 
 
 # Annotation files
@@ -405,14 +407,25 @@ def test_boxes_in_parts_of_the_image_are_counted_as_under_a_pixel(tmp_path):
         opened(tmp_path, content(boxes=[(0.1, 0.2, 0.5, 0.5)] * 3), keep_empty=False)
 
 
-def test_categories_that_differ_from_the_detectors_are_an_error_that_names_the_first(tmp_path):
-    files = write(tmp_path, content())
+def test_categories_are_matched_by_name_where_ids_differ_or_classes_are_missing(tmp_path):
+    files = write(tmp_path, content(boxes=[(1, 2, 10, 8)] * 3))  # a toothbrush, a car, a stop sign
     table = {3: "car", 13: "stop sign", 90: "toothbrush"}
-    assert len(CocoImages(*files, categories=table)) == 1
-    with pytest.raises(ValueError, match="differ.* 1 of 3; id 13 is 'stop sign' here, 'bus' there"):
-        CocoImages(*files, categories={**table, 13: "bus"})
-    with pytest.raises(ValueError, match="differ.* 1 of 4; id 1 is None here, 'person' there"):
-        CocoImages(*files, categories={**table, 1: "person"})
+    assert "matched by name" not in CocoImages(*files, categories=table).summary()
+    others = CocoImages(*files, categories={0: "toothbrush", 1: "bus", 2: "car", 3: "stop sign"})
+    assert others.target(0)["labels"].tolist() == others.annotations.labels.tolist() == [1, 3, 4]
+    assert others.categories == {0: "toothbrush", 1: "bus", 2: "car", 3: "stop sign"}
+    says = "category ids differ and are matched by name; classes that are not in these annotations: 1 (bus)"
+    assert others.summary().endswith(says)
+
+
+def test_a_class_with_boxes_that_the_detector_lacks_is_an_error_that_names_it(tmp_path):
+    files = write(tmp_path, content(boxes=[(1, 2, 10, 8)] * 2))
+    with pytest.raises(ValueError, match="its classes 'toothbrush' are not among the 2 of .* .car, bus.$"):
+        CocoImages(*files, categories={3: "car", 13: "bus"})
+    left = CocoImages(*files, categories={3: "car", 90: "toothbrush"})
+    assert left.summary().endswith("classes without a box left out: 1 (stop sign)")
+    with pytest.raises(ValueError, match="its ids differ from the 3 .*, and names that repeat do not tell"):
+        CocoImages(*files, categories={1: "car", 2: "toothbrush", 3: "car"})
 
 
 def test_broken_images_are_found_before_training_or_counted(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from formats import BOXES, FORMATS, NAMES, SIZES
 from PIL import Image
 
 from detection.data import open_split
@@ -56,6 +57,8 @@ def test_both_splits_are_found_in_every_layout(tmp_path, layout, val):
         assert found.part is None and open_split(tmp_path, split).image_ids.tolist() == ids
     line = describe_layout(tmp_path)
     assert file.format("train") in line and file.format(val) in line and "held out" not in line
+    assert line.endswith("; the test split is for evaluate_coco.py --split test")
+    assert open_split(tmp_path, "test").image_ids.tolist() == [21, 22]
 
 
 def test_a_validation_split_alone_is_evaluated_on_and_not_trained_on(tmp_path):
@@ -142,7 +145,7 @@ def test_annotation_files_that_are_not_read_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     "layout, unread",
-    [("Roboflow", "test/_annotations.coco.json"), ("plain", "instances_train.json"), ("plain", "labels_v2.json")],
+    [("Roboflow", "old/_annotations.coco.json"), ("plain", "instances_train.json"), ("plain", "labels_v2.json")],
 )
 def test_annotation_files_in_other_places_that_are_not_read_are_named(tmp_path, layout, unread):
     file, images = LAYOUTS[layout]
@@ -170,3 +173,63 @@ def test_of_one_image_none_can_be_held_out(tmp_path):
     for split in ("train", "val"):
         with pytest.raises(ValueError, match="no validation split, and holding one out takes at least 2 images, not 1"):
             open_split(tmp_path, split)
+
+
+# The same set in every format
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_same_set_in_every_format_gives_the_same_index(tmp_path, name):
+    FORMATS["coco"](tmp_path / "coco")
+    FORMATS[name](tmp_path / name)
+    for split in SIZES:
+        wanted, found = (open_split(tmp_path / of, split) for of in ("coco", name))
+        assert list(found.categories.values()) == NAMES
+        assert [found.path(i).name for i in range(len(found))] == [wanted.path(i).name for i in range(len(wanted))]
+        for one, other in zip(wanted.annotations, found.annotations, strict=True):
+            if isinstance(one, torch.Tensor) and one is not wanted.annotations.image_ids:
+                assert one.shape[0] == other.shape[0] and (one.dtype == torch.uint8 or torch.equal(one, other))
+        boxes = [BOXES.get(found.path(i).stem, []) for i in range(len(found))]
+        assert found.boxes.tolist() == [[x, y, x + w, y + h] for of in boxes for _, x, y, w, h in of]
+        assert torch.equal(found[0][0], wanted[0][0])
+    as_trained = open_split(tmp_path / name, "val", categories=open_split(tmp_path / "coco", "train").categories)
+    assert as_trained.categories == {1: "big cat", 2: "dog"} and torch.equal(as_trained.labels, wanted.labels)
+
+
+def test_what_is_held_out_is_the_same_in_every_format(tmp_path):
+    put(tmp_path / "coco", "annotations/instances_train.json", "train", count=21)
+    put(tmp_path / "more", "all.json", "below/pictures", count=21)
+    val = open_split(tmp_path / "coco", "val")
+    assert [val.path(i).name for i in range(3)] == [open_split(tmp_path / "more", "val").path(i).name for i in range(3)]
+    for i in range(1, 22):
+        (tmp_path / f"yolo/labels/{i:03}.txt").parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"yolo/labels/{i:03}.txt").write_text("0 .5 .5 .5 .5")
+    (tmp_path / "coco/train").rename(tmp_path / "yolo/images")
+    (tmp_path / "yolo/classes.txt").write_text("cat\n")
+    assert [val.path(i).name for i in range(3)] == [open_split(tmp_path / "yolo", "val").path(i).name for i in range(3)]
+
+
+def test_of_two_formats_with_all_splits_cocos_is_read_and_the_other_named(tmp_path):
+    for name in ("ultralytics", "voc", "coco"):
+        FORMATS[name](tmp_path)
+    line = describe_layout(tmp_path)
+    assert "in COCO's layout" in line and "; not read: ImageSets/Main/train.txt, ImageSets/Main/val.txt, " in line
+    for path in tmp_path.glob("annotations/*.json"):
+        path.unlink()
+    assert "in YOLO's layout: mine.yaml; not read: ImageSets" in describe_layout(tmp_path)
+
+
+def test_two_files_that_may_both_be_the_training_set_are_an_error_that_names_them(tmp_path):
+    for name in ("one", "two"):
+        put(tmp_path, f"{name}.json", "images")
+    with pytest.raises(ValueError, match="one.json and two.json may both be it: name one with --train-json"):
+        find_split(tmp_path, "train")
+    (tmp_path / "two.json").write_text('{"a": 1}')
+    assert find_split(tmp_path, "val").annotations == tmp_path / "one.json"
+
+
+@pytest.mark.parametrize("name", ["coco", "ultralytics", "voc"])
+def test_a_split_to_test_on_that_is_not_there_is_an_error_that_says_so(tmp_path, name):
+    FORMATS[name](tmp_path)
+    with pytest.raises(ValueError, match="no test split"):
+        find_split(tmp_path, "test")

@@ -164,4 +164,4 @@ def test_data_of_other_categories_than_the_detectors_is_refused(run, shapes, tmp
     data = Path(shutil.copytree(shapes, tmp_path / "own"))
     path = data / "annotations" / "instances_val2017.json"
     path.write_text(path.read_text().replace('"ring"', '"bracelet"'))
-    assert "id 2 is 'bracelet' here, 'ring' there" in error_of(run, "--data", data)
+    assert "its classes 'bracelet' are not among the 10 of the detector" in error_of(run, "--data", data)

@@ -648,7 +648,7 @@ def first_image_lost(folder):
 
 def other_categories_in_val(folder):
     content = json.loads(annotation_file(folder, "val").read_text())
-    content["categories"][0]["name"] = "person"
+    content["categories"][content["annotations"][0]["category_id"] - 1]["name"] = "person"
     annotation_file(folder, "val").write_text(json.dumps(content))
 
 
@@ -657,7 +657,10 @@ def other_categories_in_val(folder):
     [
         (first_image_lost, "lacks 1 of 6 images that"),
         (lambda folder: half(annotation_file(folder)), "instances_train2017.json: not JSON"),
-        (other_categories_in_val, "id 1 is 'person' here, 'disk' there"),
+        (
+            other_categories_in_val,
+            "its classes 'person' are not among the 10 of the detector or the training set (disk, ",
+        ),
         (
             lambda folder: annotation_file(folder, "val").unlink(),
             "no annotations/instances_val2017.json; it should contain",

@@ -1,0 +1,48 @@
+"""What a layout finds in a folder: for each split its images, and what reads its annotations into the one index."""
+
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from detection.annotations import Annotations
+
+SPLIT_NAMES = {  # CVAT's single split is "default", and the splits that it suggests have capitals
+    "train": ("train", "Train", "default"),
+    "val": ("val", "valid", "validation", "Validation"),
+    "test": ("test", "Test"),
+}
+
+
+class Reader(Protocol):
+    def read(self, bad: list[str] | None) -> Annotations:
+        """The index, with file names relative to the split's folder of images.
+
+        Images that cannot be used are left out and their messages appended to `bad`, or raised if it is None.
+        """
+
+    def count_images(self) -> int:
+        """The number of images."""
+
+
+class Split(NamedTuple):
+    """One split. `part` is None, or "train" or "val" if the annotations hold both (`layouts.held_out`)."""
+
+    layout: str
+    images: Path  # the folder that file names are relative to
+    annotations: Path  # COCO's file, YOLO's data.yaml or the folder of VOC's XML files, for messages
+    reader: Reader
+    part: str | None = None
+
+
+class Found(NamedTuple):
+    """What a folder holds in one layout: its whole splits, and for each that is not whole what is wrong with it."""
+
+    title: str
+    splits: dict[str, Split]
+    broken: dict[str, str]
+    annotated: bool = True  # whether it has annotations of this layout, and not just images
+
+    @property
+    def fit(self) -> tuple[bool, bool, bool, bool]:
+        """Whether there is a whole split to train on, a whole one to validate on, annotations, any part of a split."""
+        found = bool(self.splits or self.broken)
+        return "train" in self.splits, "val" in self.splits, found and self.annotated, found

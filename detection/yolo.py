@@ -1,0 +1,328 @@
+"""YOLO's labels, a text file for each image, as Ultralytics, Roboflow, CVAT, Label Studio and darknet write them."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+
+from detection.annotations import Annotations, indexed
+from detection.file_names import match_names
+from detection.splits import SPLIT_NAMES, Found, Split
+from resbackbone.checks import UserError
+from resbackbone.image_io import SUFFIXES, BadImage, image_sizes
+
+TITLE = "YOLO's layout"
+CLASSES = "classes.txt"  # labelImg's and Label Studio's
+KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
+EXCESS = 0.01  # of the image's side by which a coordinate may be out of it
+LINE = "a line is: class x_center y_center width height, in parts of the image from 0 to 1, or class x1 y1 x2 y2 x3 .."
+THREADS = 8
+
+
+def find_yolo(folder: Path, file: Path | None = None) -> Found | None:
+    """The splits that data.yaml (or `file`, or darknet's obj.data) names, or those of the folders images/ and labels/.
+
+    Paths in it that lead nowhere mean the longest end of them that is in `folder`: Roboflow writes ../train/images for
+    train/images. Raises UserError if the classes have no names.
+    """
+    file = file or _described(folder)
+    if file is not None:
+        content = _content(file)
+        names, notes = _names(content, file)
+        bases = [file.parent / content["path"]] if isinstance(content.get("path"), str) else []
+        bases.append(file.parent)
+    else:
+        file = next((path for path in _classes_files(folder) if path.is_file()), None)
+        content = _folders(folder)
+        if not _has_labels(folder / content["train"], folder):
+            return None
+        if file is None:
+            raise UserError(f"labels but no {CLASSES} that names their classes: write one name a line, from class 0")
+        names, notes, bases = dict(enumerate(_lines(file))), [], [folder]
+    splits: dict[str, Split] = {}
+    broken: dict[str, str] = {}
+    taken: dict[Path, str] = {}
+    for split, keys in KEYS.items():
+        value: str | list[str] = next((content[key] for key in keys if content.get(key)), [])
+        values: list[str] = [value] if isinstance(value, str) else list(value)
+        places, missing = [], []
+        for value in values:
+            place, exact = _resolved(value, bases, folder)
+            if place is None or (taken.setdefault(place, value) != value and not exact):
+                missing.append(value)  # two different paths do not mean one folder
+            else:
+                places.append(place)
+        if missing:
+            broken[split] = f"no {missing[0]}, its {split} in {file.name}: correct the path, or leave it out"
+        elif places:
+            pose = "kpt_shape" in content
+            reader = YoloImages(_root(places, folder), tuple(places), names, file, folder, pose, tuple(notes))
+            splits[split] = Split(TITLE, reader.root, file, reader)
+    if "train" not in splits and "train" not in broken:
+        broken["train"] = f"{file.name} has no train: write the folder of the images to train on"
+    return Found(TITLE, splits, broken)
+
+
+class YoloImages(NamedTuple):
+    """The reader of the images in `places`, folders or .txt lists of them, and of their labels."""
+
+    root: Path
+    places: tuple[Path, ...]
+    names: dict[int, str]
+    file: Path  # what names the classes
+    folder: Path  # the data's
+    pose: bool  # key points follow the box in a line
+    notes: tuple[str, ...]
+
+    def count_images(self) -> int:
+        return len(self.images())
+
+    def images(self) -> list[Path]:
+        """Every image once, in the order of names."""
+        found = {image for place in self.places for image in images_in(place, self.folder)}
+        if not found:
+            raise UserError(f"{self.places[0]}: no images in it")
+        return sorted(found)
+
+    def read(self, bad: list[str] | None) -> Annotations:
+        """See `splits.Reader`. Missing and empty label files are images without objects; polygons become their boxes.
+
+        Raises UserError, with file and line, for a line that is neither, a class that has no name and a coordinate
+        outside 0..1 (by up to 1 % it is clipped), and if no image at all has a label file.
+        """
+        images = self.images()
+        labels = {folder: label_folder(folder, self.folder) for folder in {image.parent for image in images}}
+        there = {folder: _stems(folder) for folder in set(labels.values())}
+        files = [there[place := labels[image.parent]].get(image.stem, place / f"{image.stem}.txt") for image in images]
+        with ThreadPoolExecutor(THREADS) as pool:
+            read = list(pool.map(self._read_image, images, files, chunksize=64))
+        broken = [found for found in read if isinstance(found, BadImage)]
+        if broken and bad is None:
+            raise BadImage(f"{broken[0]}{f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''}")
+        if bad is not None:
+            bad += map(str, broken)
+        kept = [(image, found) for image, found in zip(images, read, strict=True) if not isinstance(found, BadImage)]
+        without = sum(found.without for _, found in kept)
+        if kept and without == len(kept):
+            raise UserError(f"{self.file}: none of {len(kept)} images has a label file; the first would be {files[0]}")
+        counts = {
+            "images that cannot be used": len(broken),
+            "images without a label file, taken as without objects": without,
+            "polygons, taken as their boxes": sum(found.polygons for _, found in kept),
+        }
+        if all(place.is_dir() for place in self.places):  # a list may leave images out
+            counts["label files without an image"] = len({*chain(*(of.values() for of in there.values()))} - {*files})
+        # Six decimals of a side make out a hundredth of a pixel, which gives back what they were made of.
+        longest = max((found.longest for _, found in kept), default=0)
+        return indexed(
+            [image.relative_to(self.root).as_posix() for image, _ in kept],
+            [found.size for _, found in kept],
+            self.names,
+            [found.objects for _, found in kept],
+            [*self.notes, *(f"{what}: {count}" for what, count in counts.items() if count)],
+            digits=2 if longest <= len("-0.123456") else 6,
+        )
+
+    def _read_image(self, image: Path, labels: Path) -> "Image | BadImage":
+        try:
+            (width, height), _ = image_sizes(image)
+        except BadImage as error:
+            return error
+        try:
+            text = labels.read_text("utf-8-sig")
+        except FileNotFoundError:
+            return Image((width, height), np.empty((0, 6)), 0, 0, True)
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{labels}: cannot be read ({error})") from None
+        lines = list(self._parsed(text, labels))
+        objects = np.array([(line.category, *line.box, 0) for line in lines]).reshape(-1, 6)
+        objects[:, 1:5] *= width, height, width, height
+        longest = max((line.longest for line in lines), default=0)
+        return Image((width, height), objects, sum(line.polygon for line in lines), longest, False)
+
+    def _parsed(self, text: str, path: Path) -> "Iterator[Line]":
+        for number, line in enumerate(text.splitlines(), 1):
+            words = line.split()
+            if not words:
+                continue
+            at = f"{path}, line {number}"
+            try:
+                category, *values = map(float, words)
+            except ValueError:
+                raise UserError(f"{at}: {line[:80]!r} is not all numbers; {LINE}") from None
+            if category not in self.names:
+                known = f"{min(self.names)} to {max(self.names)}"
+                raise UserError(f"{at}: class {words[0]} has no name; {self.file} names {known}")
+            if self.pose:
+                values = values[:4]
+            if len(values) == 5:
+                raise UserError(f"{at}: 6 numbers, as predictions have with a confidence; {LINE}")
+            if len(values) != 4 and (len(values) < 6 or len(values) % 2):
+                raise UserError(f"{at}: {len(words)} numbers; {LINE}")
+            if outside := [value for value in values if not -EXCESS <= value <= 1 + EXCESS]:
+                pixels = ", as pixels are" if abs(outside[0]) > 2 else ""
+                raise UserError(f"{at}: {outside[0]:g} is outside 0 to 1{pixels}; {LINE}")
+            values = [min(max(value, 0.0), 1.0) for value in values]
+            longest = max(map(len, words[1:]))
+            if len(values) == 4:
+                x, y, w, h = values
+                yield Line(int(category), (x - w / 2, y - h / 2, w, h), False, longest)
+            else:
+                left, top = min(values[::2]), min(values[1::2])
+                box = (left, top, max(values[::2]) - left, max(values[1::2]) - top)
+                yield Line(int(category), box, True, longest)
+
+
+class Image(NamedTuple):
+    """What is read of an image and its label file."""
+
+    size: tuple[int, int]  # width, height
+    objects: np.ndarray  # float [n, 6]: class, x, y, width, height in pixels, 0
+    polygons: int
+    longest: int
+    without: bool  # there is no label file
+
+
+class Line(NamedTuple):
+    """An object; its box is x, y, width, height in parts of the image."""
+
+    category: int
+    box: tuple[float, float, float, float]
+    polygon: bool
+    longest: int  # characters of its longest number
+
+
+def images_in(place: Path, folder: Path) -> Iterator[Path]:
+    """The images in a folder and below it, or of a .txt list; those of another machine are found by their ends."""
+    if place.is_dir():
+        for path, _, files in os.walk(place, followlinks=True):
+            yield from (Path(path, file) for file in files if file.lower().endswith(SUFFIXES))
+        return
+    lost = []
+    for line in _lines(place):
+        found = next((base / line for base in (place.parent, folder) if (base / line).is_file()), None)
+        if found is None:
+            lost.append(line)
+        else:
+            yield Path(os.path.normpath(found))
+    if lost:
+        there = {path.relative_to(folder).as_posix(): path for path in images_in(folder, folder)}
+        matched, _ = match_names(lost, there)
+        if missing := [line for line in lost if line not in matched]:
+            raise BadImage(f"{place}: {len(missing)} of its images are not there; the first is {missing[0]}")
+        yield from (there[matched[line]] for line in lost)
+
+
+def label_folder(images: Path, folder: Path) -> Path:
+    """Where the labels of the images in a folder are: `labels` for the last `images` of its path, it, or beside it."""
+    parts = images.parts
+    last = max((i for i, part in enumerate(parts) if part.lower() == "images"), default=None)
+    places = [images] if images == folder else [images, images.parent / "labels"]
+    if last is not None:
+        places.insert(0, Path(*parts[:last], "labels", *parts[last + 1 :]))
+    return next((place for place in places if place.is_dir() and _stems(place)), places[0])
+
+
+def _described(folder: Path) -> Path | None:
+    """The file that describes the data: data.yaml, another .yaml that names classes, or obj.data."""
+    files = sorted({*folder.glob("*.yaml"), *folder.glob("*.yml")})
+    usual = [file for file in files if file.stem in ("data", "dataset")]
+    usual = usual or [file for file in files if {"names", "nc"} & _content(file, strict=False).keys()]
+    if len(usual) > 1:
+        raise UserError(f"{' and '.join(file.name for file in usual)} describe data; give one of them as --data FILE")
+    return usual[0] if usual else next((file for file in [folder / "obj.data"] if file.is_file()), None)
+
+
+def _content(file: Path, *, strict: bool = True) -> dict:
+    """The keys of a .yaml file, all values as text, or of darknet's obj.data. Unless `strict`, {} for another file."""
+    try:
+        text = file.read_text("utf-8-sig")
+        if file.suffix == ".data":
+            pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
+            return {key.strip(): value.strip() for key, _, value in pairs}
+        content = yaml.load(text, yaml.BaseLoader)  # "no" is a name, not False
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if not strict:
+            return {}
+        raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
+    if isinstance(content, dict):
+        return content
+    if strict:
+        raise UserError(f"{file}: no keys in it; it should have names, train and val")
+    return {}
+
+
+def _names(content: Mapping, file: Path) -> tuple[dict[int, str], list[str]]:
+    """({class: name}, what to say about them)."""
+    names = content.get("names")
+    if isinstance(names, str) and names and (place := _resolved(names, [file.parent], file.parent)[0]):
+        names = _lines(place)
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    try:
+        by_class = {int(key): name for key, name in (names or {}).items()}
+    except (AttributeError, ValueError):
+        by_class = {}
+    if not by_class or not all(isinstance(name, str) for name in by_class.values()):
+        raise UserError(f"{file}: names is {str(names)[:80]!r}; it must list the names of the classes, as [cat, dog]")
+    count = content.get("nc", content.get("classes", len(by_class)))
+    return by_class, [] if str(count) == str(len(by_class)) else [f"{file.name} has {len(by_class)} names, not {count}"]
+
+
+def _folders(folder: Path) -> dict[str, str]:
+    """The splits of a folder without a description, by the names of its folders; one without splits is for training."""
+    found = {}
+    for split, names in SPLIT_NAMES.items():
+        for place in (path.format(name) for name in names for path in ("images/{}", "{}/images", "{}")):
+            if split not in found and (folder / place).is_dir():
+                found[split] = place
+    if "train" not in found:
+        found["train"] = "images" if (folder / "images").is_dir() else "."
+    return found
+
+
+def _classes_files(folder: Path) -> list[Path]:
+    return [folder / place / CLASSES for place in ("", "labels", "labels/train", "train/labels", "train")]
+
+
+def _has_labels(images: Path, folder: Path) -> bool:
+    stems = {path.stem for path in images.iterdir() if path.suffix.lower() in SUFFIXES}
+    return bool(stems and stems & _stems(label_folder(images, folder)).keys())
+
+
+def _resolved(value: str, bases: Sequence[Path], folder: Path) -> tuple[Path | None, bool]:
+    """(the path that a value of the description means, whether it is there as it is written)."""
+    value = value.replace("\\", "/")
+    for base in bases:
+        if (base / value).exists():
+            return Path(os.path.normpath(base / value)), True
+    parts = [part for part in PurePosixPath(value).parts if part not in ("/", "..", ".") and not part.endswith(":")]
+    ends = (folder.joinpath(*parts[i:]) for i in range(len(parts)))
+    return next((end for end in ends if end.exists()), None), False
+
+
+def _root(places: Sequence[Path], folder: Path) -> Path:
+    """The folder that holds all images of these folders and lists."""
+    folders = [place for place in places if place.is_dir()]
+    folders += {image.parent for place in places if not place.is_dir() for image in images_in(place, folder)}
+    return Path(os.path.commonpath(folders)) if folders else folder
+
+
+def _stems(folder: Path) -> dict[str, Path]:
+    """{stem: label file} of a folder."""
+    if not folder.is_dir():
+        return {}
+    files = [Path(entry) for entry in os.scandir(folder) if entry.name.endswith(".txt") and entry.name != CLASSES]
+    return {file.stem: file for file in files}
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        return [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None

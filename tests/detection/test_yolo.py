@@ -1,0 +1,171 @@
+"""What YOLO's label files hold, box by box, and what is said about those that cannot be used."""
+
+import pytest
+from formats import FORMATS, NAMES, SIZES, images, ultralytics, yolo_labels
+from PIL import Image
+
+from detection.data import open_split
+from detection.layouts import describe_layout, find_split
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """images/{train,val}, labels/{train,val} and data.yaml."""
+    ultralytics(tmp_path)
+    (tmp_path / "mine.yaml").rename(tmp_path / "data.yaml")
+    return tmp_path
+
+
+def described(folder, old, new):
+    text = (folder / "data.yaml").read_text()
+    assert old in text
+    (folder / "data.yaml").write_text(text.replace(old, new))
+
+
+def test_data_may_be_the_yaml_itself_and_its_keys_lists_of_folders_and_absolute_paths(folder):
+    described(folder, "path: ../datasets/mine", f"path: {folder}")
+    described(folder, "train: images/train", f"train: [images/train, {folder}/images/val]")
+    found = open_split(folder / "data.yaml", "train")
+    assert found.folder == folder / "images" and found.annotations.file_names()[::4] == ["train/a.png", "val/f.png"]
+    assert found.image_ids.tolist() == [1, 2, 3, 4, 5] and len(found.boxes) == 6
+    assert describe_layout(folder / "data.yaml").endswith("data.yaml in YOLO's layout: data.yaml")
+    assert open_split(folder, "val").fingerprint == open_split(folder / "data.yaml", "val").fingerprint
+
+
+def test_labels_lie_beside_the_images_where_there_is_no_folder_of_them(folder):
+    for split, names in SIZES.items():
+        yolo_labels(folder / "images" / split, names)
+        for file in (folder / "labels" / split).iterdir():
+            file.unlink()
+    assert len(open_split(folder, "train").boxes) == 3
+
+
+def test_images_with_an_empty_label_file_and_without_one_have_no_objects_and_are_counted(folder):
+    (folder / "labels/train/b.txt").unlink()
+    (folder / "labels/train/lost.txt").write_text("")
+    train = open_split(folder, "train")
+    assert len(train) == 3 and len(train.boxes) == 2
+    says = "images without a label file, taken as without objects: 1; label files without an image: 1"
+    assert train.summary().endswith(says)
+    assert len(open_split(folder, "train", keep_empty=False)) == 1
+
+
+def test_an_image_turned_by_its_exif_orientation_has_the_size_that_is_shown(folder):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 24)).save(folder / "images/train/a.png", exif=exif)
+    (folder / "labels/train/a.txt").write_text("0 0.5 0.25 1 0.5\n")
+    image, target = open_split(folder, "train")[0]
+    assert image.shape == (3, 40, 24) and target["boxes"].tolist() == [[0, 0, 24, 20]]
+
+
+def test_coordinates_are_clipped_where_they_are_rounded_and_boxes_that_leave_the_image_counted(folder):
+    (folder / "labels/train/a.txt").write_text("1.0 0.5 0.5 1.000001 1.005\n\n0 0.9 0.5 0.4 0.5\n")
+    train = open_split(folder, "train")
+    assert train.boxes.tolist()[0] == [0, 0, 33, 21] and train.report["boxes clipped to their image"] == 1
+
+
+def test_key_points_after_the_box_are_passed_over_where_the_yaml_has_their_shape(folder):
+    described(folder, "names:", "kpt_shape: [2, 3]\nnames:")
+    (folder / "labels/train/a.txt").write_text("0 0.5 0.5 1 1 0.1 0.1 2 0.9 0.9 0\n")
+    assert open_split(folder, "train").boxes[0].tolist() == [0, 0, 33, 21]
+
+
+def test_names_are_text_whatever_yaml_makes_of_them_and_their_number_is_what_counts(folder):
+    described(folder, f"  0: {NAMES[0]}\n  1: {NAMES[1]}\n", " [no, 1.0]\nnc: 5\n")
+    train = open_split(folder, "train")
+    assert train.categories == {0: "no", 1: "1.0"} and "data.yaml has 2 names, not 5" in train.summary()
+
+
+@pytest.mark.parametrize("name", ["ultralytics", "roboflow_yolo", "yolo_without_yaml"])
+def test_the_fingerprint_changes_with_any_label(tmp_path, name):
+    FORMATS[name](tmp_path)
+    before = open_split(tmp_path, "train").fingerprint
+    assert open_split(tmp_path, "train").fingerprint == before
+    [file] = tmp_path.glob("**/b.txt")
+    file.write_text("")
+    assert open_split(tmp_path, "train").fingerprint != before
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("2 0.5 0.5 1 1", "class 2 has no name; .*data.yaml names 0 to 1"),
+        ("0.5 0.5 0.5 1 1", "class 0.5 has no name"),
+        ("-1 0.5 0.5 1 1", "class -1 has no name"),
+        ("0 0.5 0.5 1 1.2", "1.2 is outside 0 to 1; a line is: class x_center"),
+        ("0 -0.1 0.5 1 1", "-0.1 is outside 0 to 1; "),
+        ("0 16 10 33 21", "16 is outside 0 to 1, as pixels are; "),
+        ("0 nan 0.5 1 1", "nan is outside 0 to 1"),
+        ("0 0.5 0.5 1", "4 numbers; a line is"),
+        ("0 0.5 0.5 1 1 0.93", "6 numbers, as predictions have with a confidence; "),
+        ("0 0.1 0.1 0.2 0.2 0.3 0.3 0.4", "8 numbers; "),
+        ("dog 0.5 0.5 1 1", "'dog 0.5 0.5 1 1' is not all numbers"),
+    ],
+)
+def test_a_line_that_is_no_object_is_an_error_with_its_file_and_number(folder, line, says):
+    (folder / "labels/train/b.txt").write_text(f"1 0.5 0.5 0.5 0.5\n{line}\n")
+    with pytest.raises(ValueError, match=f"labels/train/b.txt, line 2: {says}"):
+        open_split(folder, "train")
+
+
+def no_labels(folder):
+    for file in (folder / "labels/train").iterdir():
+        file.unlink()
+
+
+def no_images(folder):
+    for file in (folder / "images/train").iterdir():
+        file.unlink()
+
+
+def two_descriptions(folder):
+    for name in ("one", "two"):
+        (folder / f"{name}.yaml").write_text("names: [cat]\ntrain: images/train\n")
+    (folder / "data.yaml").unlink()
+
+
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (lambda at: described(at, "val: images/val", "val: images/no"), "no images/no, its val in data.yaml"),
+        (lambda at: described(at, "names", "nmaes"), "names is 'None'; it must list the names"),
+        (lambda at: described(at, "names:", "names: {"), "data.yaml: cannot be read"),
+        (lambda at: described(at, "train: images/train", ""), "has no train"),
+        (lambda at: (at / "data.yaml").unlink(), "labels but no classes.txt that names their classes: write one"),
+        (no_labels, "none of 3 images has a label file; the first would be .*/labels/train/a.txt"),
+        (no_images, "images/train: no images in it"),
+        (lambda at: (at / "images/train/b.png").write_bytes(b""), "b.png: empty file$"),
+        (two_descriptions, "one.yaml and two.yaml describe data; give one of them as --data FILE"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_one_line_that_says_why(folder, harm, says):
+    harm(folder)
+    with pytest.raises(ValueError, match=says) as error:
+        [open_split(folder, split) for split in SIZES]
+    assert "\n" not in str(error.value)
+
+
+def test_a_list_with_an_image_that_is_nowhere_names_it(tmp_path):
+    FORMATS["yolo_lists"](tmp_path)
+    with open(tmp_path / "train.txt", "a") as file:
+        file.write("data/obj_train_data/none.png\n")
+    with pytest.raises(ValueError, match="train.txt: 1 of its images are not there; the first is .*none.png"):
+        open_split(tmp_path, "train")
+
+
+def test_a_broken_image_is_left_out_and_named_where_that_is_asked_for(folder):
+    (folder / "images/train/b.png").write_bytes(b"")
+    train = open_split(folder, "train", skip_bad_images=True)
+    assert len(train) == 2 and "images that cannot be used: 1" in train.summary()
+    [message] = train.broken
+    assert message.endswith("b.png: empty file")
+
+
+def test_two_paths_that_lead_nowhere_do_not_mean_one_folder(tmp_path):
+    images(tmp_path / "images", SIZES["train"])
+    yolo_labels(tmp_path / "labels", SIZES["train"])
+    (tmp_path / "data.yaml").write_text(f"train: ../train/images\nval: ../valid/images\nnames: {NAMES}\n")
+    assert len(open_split(tmp_path, "train")) == 3
+    with pytest.raises(ValueError, match="no ../valid/images, its val in data.yaml"):
+        find_split(tmp_path, "val")
