@@ -648,7 +648,8 @@ def first_image_lost(folder):
 
 def other_categories_in_val(folder):
     content = json.loads(annotation_file(folder, "val").read_text())
-    content["categories"][content["annotations"][0]["category_id"] - 1]["name"] = "person"
+    used = content["annotations"][0]["category_id"]
+    next(category for category in content["categories"] if category["id"] == used)["name"] = "person"
     annotation_file(folder, "val").write_text(json.dumps(content))
 
 
@@ -659,7 +660,7 @@ def other_categories_in_val(folder):
         (lambda folder: half(annotation_file(folder)), "instances_train2017.json: not JSON"),
         (
             other_categories_in_val,
-            "its classes 'person' are not among the 10 of the detector or the training set (disk, ",
+            "its classes 'person' are not among the 10 of the detector or the training set",
         ),
         (
             lambda folder: annotation_file(folder, "val").unlink(),
