@@ -21,6 +21,7 @@ from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
 
 SMALL_SET = 64_000_000  # bytes
+CLIPPED = "boxes clipped to their image"
 
 
 class ImageRequest(NamedTuple):
@@ -247,6 +248,16 @@ def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray,
 
     They are sorted by image, then by the file's order. `report` counts what was left out or clipped.
     """
+    faults, clipped = box_faults(annotations)
+    report.update({what: int(mask.sum()) for what, mask in faults.items()})
+    rows = np.flatnonzero(~np.any([mask for what, mask in faults.items() if what != CLIPPED], axis=0))
+    rows = rows[np.argsort(annotations.image_indices.numpy()[rows], kind="stable")]
+    return clipped[rows].astype(np.float32), rows
+
+
+def box_faults(annotations: Annotations) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(what is wrong with boxes: bool [M] masks by kind, each box of the first kind that it fits; all boxes clipped to
+    their images, float64 [M, 4] x1 y1 x2 y2). Only CLIPPED boxes are usable."""
     xywh = annotations.boxes_xywh.numpy()
     sizes = annotations.widths_heights.numpy()[annotations.image_indices.numpy()]
     with np.errstate(invalid="ignore", over="ignore"):  # boxes with infinities or 1e308 + 1e308 are left out
@@ -255,18 +266,17 @@ def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray,
         large = (clipped[:, 2:] - clipped[:, :2] >= MIN_BOX_SIDE).all(1)
         moved = (np.abs(clipped - corners) > 0.5).any(1)  # up to half a pixel is rounding
     left = np.ones(len(xywh), bool)
+    faults = {}
     for what, wrong in {
         "crowds": annotations.crowds.numpy(),
         "boxes that are not finite": ~np.isfinite(xywh).all(1),
         "boxes of zero or negative size": (xywh[:, 2:] <= 0).any(1),
         "boxes under a pixel or outside their image": ~large,
+        CLIPPED: moved,
     }.items():
-        report[what] += int((left & wrong).sum())
+        faults[what] = left & wrong
         left &= ~wrong
-    report["boxes clipped to their image"] += int((left & moved).sum())
-    rows = np.flatnonzero(left)
-    rows = rows[np.argsort(annotations.image_indices.numpy()[rows], kind="stable")]
-    return clipped[rows].astype(np.float32), rows
+    return faults, clipped
 
 
 def with_categories(annotations: Annotations, wanted: Mapping[int, str], path: str | Path) -> Annotations:

@@ -21,6 +21,8 @@ from resbackbone.report.page import Section, jpeg, macros, short
 IOU, SCORE = 0.5, 0.5  # detections from this score on count, and are right from this IoU on
 SHOWN = 6  # worst images, and as many best ones
 SIDE, PICTURE_LIMIT = 512, 100_000  # pixels and characters of a picture; twelve fit into a page of 2 MB
+SHEET = 12  # images of a contact sheet
+THUMB_SIDE, THUMB_LIMIT, THUMB_BOXES = 400, 40_000, 50  # as SIDE, PICTURE_LIMIT and MOST_BOXES
 DRAWN = 400  # SVG units of a picture's longer side; text is 11 high
 MOST_BOXES = 100  # in a picture
 MIN_SIDE = 480  # pixels; smaller pictures are enlarged so that labels can be read
@@ -141,6 +143,26 @@ def outcomes(dataset: CocoImages, detections: np.ndarray) -> list[Outcome]:
     return result
 
 
+def contact_sheet(splits: Mapping[str, CocoImages]) -> Markup:
+    """SHEET images, evenly spread over the splits and the images of each, with their boxes; unreadable ones are left
+    out."""
+    figures = []
+    for split, dataset in splits.items():
+        count = min(SHEET // len(splits), len(dataset))
+        for index in sorted(set(np.linspace(0, len(dataset) - 1, count, dtype=int).tolist())):
+            if isinstance(sample := dataset[index], BadImage):
+                continue
+            image, target = sample
+            uri, size, scale = _picture(image, THUMB_SIDE, THUMB_LIMIT)
+            names = list(dataset.categories.values())
+            found = zip(target["boxes"].numpy(), target["labels"].tolist(), strict=True)
+            boxes = [_box(xyxy * scale, size["width"], label, names[label - 1], True) for xyxy, label in found]
+            boxes.sort(key=lambda box: -box["width"] * box["height"])  # drawn last to first: the small ones on top
+            caption = f"{split}: {short(dataset.path(index).name)}"
+            figures.append(macros("data.html").thumbnail(uri, size, boxes, THUMB_BOXES, caption))
+    return Markup("").join(figures)
+
+
 def gallery(dataset: CocoImages, detections: np.ndarray) -> Section:
     """The section with the worst and best images under `detections`, DETECTION [n]."""
     every = outcomes(dataset, detections)
@@ -165,9 +187,8 @@ def _figures(dataset: CocoImages, ranked: Sequence[Outcome]) -> dict[int, Markup
 
 
 def _figure(dataset: CocoImages, image: Tensor, target: dict, outcome: Outcome) -> Markup:
-    uri = jpeg(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), side=SIDE, limit=PICTURE_LIMIT)
-    scale = DRAWN / max(image.shape[1:])
-    height, width = (round(side * scale, 1) for side in image.shape[1:])
+    uri, size, scale = _picture(image, SIDE, PICTURE_LIMIT)
+    width = size["width"]
     found, names, ids = outcome.found, list(dataset.categories.values()), list(dataset.categories)
     found_xyxy = box_convert(torch.tensor(found["bbox"]), "xywh", "xyxy").numpy()
     labels = [ids.index(category) + 1 for category in found["category_id"].tolist()]
@@ -179,8 +200,16 @@ def _figure(dataset: CocoImages, image: Tensor, target: dict, outcome: Outcome) 
         _box(xyxy * scale, width, label, names[label - 1], right, f" {score:.2f}")
         for xyxy, label, right, score in zip(found_xyxy, labels, outcome.right, found["score"].tolist(), strict=True)
     ]
-    file, size = short(dataset.path(outcome.image_index).name), {"width": width, "height": height}
+    file = short(dataset.path(outcome.image_index).name)
     return macros("detection.html").figure(outcome, uri, size, truth_boxes, found_boxes, MOST_BOXES, file)
+
+
+def _picture(image: Tensor, side: int, limit: int) -> tuple[str, dict[str, float], float]:
+    """uint8 [3, H, W] as a data: URI, its size in the units in which it is drawn, and these units per pixel."""
+    uri = jpeg(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()), side=side, limit=limit)
+    scale = DRAWN / max(image.shape[1:])
+    height, width = (round(length * scale, 1) for length in image.shape[1:])
+    return uri, {"width": width, "height": height}, scale
 
 
 def _box(xyxy: np.ndarray, width: float, label: int, name: str, right: bool, score: str = "") -> dict:

@@ -1,5 +1,6 @@
 """report.html of a detector's run."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +41,21 @@ MEANING = {  # of COCO's 12 numbers: IoU, area in pixels, detections per image
 }
 
 
-def write_report(folder: Path, dataset: CocoImages | None = None, evaluation: Evaluation | None = None) -> Path | None:
+def write_report(
+    folder: Path,
+    dataset: CocoImages | None = None,
+    evaluation: Evaluation | None = None,
+    about_data: Callable[[], Section] | None = None,
+) -> Path | None:
     """Write report.html for the detector's run in `folder`, finished or not; returns the file.
 
-    `evaluation` is the last one, on `dataset`, or None if there was none yet. A failure does not stop the run: it is
-    printed in one line, and the result is None.
+    `evaluation` is the last one, on `dataset`, or None if there was none yet. `about_data` makes the first section
+    (`data_report.data_section`). A failure does not stop the run: it is printed in one line, and the result is None.
     """
-    return write_page(folder, lambda: _report(folder, dataset, evaluation))
+    return write_page(folder, lambda: _report(folder, dataset, evaluation, [about_data()] if about_data else []))
 
 
-def _report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | None) -> str:
+def _report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | None, first: list[Section]) -> str:
     log, words, results = RunLog(folder), macros("detection.html"), None
     config = log.config
     variant = config.get("variant", "?")
@@ -77,7 +83,8 @@ def _report(folder: Path, dataset: CocoImages | None, evaluation: Evaluation | N
             gallery(dataset, evaluation.detections),
         ]
     over_time = words.ap_over_time(ap, len(log.evaluations))
-    return report_page(log, f"Faster R-CNN {network}", results, summary=summary, over_time=over_time, sections=sections)
+    title = f"Faster R-CNN {network}"
+    return report_page(log, title, results, summary=summary, over_time=over_time, sections=sections, before=first)
 
 
 def _curves_and_errors(dataset: CocoImages, detections: np.ndarray) -> tuple[Markup, Markup]:

@@ -11,7 +11,7 @@ from markupsafe import Markup, escape
 from PIL import Image
 
 from resbackbone.report import page as page_module
-from resbackbone.report.charts import MAX_POINTS, line_chart, ticks
+from resbackbone.report.charts import MAX_POINTS, histogram, line_chart, ticks
 from resbackbone.report.numbers import number, percent
 from resbackbone.report.page import (
     ENVIRONMENT,
@@ -204,6 +204,19 @@ def test_a_long_curve_is_thinned_and_its_band_shows_the_extremes():
 def test_any_range_can_be_drawn_inside_its_frame(values):
     for curve in curves_of(line_chart("t", {"a": list(enumerate(values))}, x="x")):
         assert (curve >= 0).all() and (curve[:, 0] <= 420).all() and (curve[:, 1] <= 230).all()
+
+
+def test_a_histogram_has_a_step_as_high_as_each_bins_share_and_no_empty_ends():
+    edges, counts = [1, 2, 4, 8, 16, 32], {"a": [0, 3, 0, 1, 0], "b": [0, 50, 50, 0, 0], "none": [0] * 5}
+    html = histogram("t", edges, counts, x="x")
+    assert re.findall(r'text-anchor="middle">([^<]*)</text>', html) == ["2", "4", "8", "16", "x"]
+    outlines = re.findall(r'class="curve[^"]*" d="M48 192([^"]*)V192"', html)
+    high, low = 192 - 182 * 75 / 80, 192 - 182 * 25 / 80  # the axis ends at 80 percent
+    heights = [[float(step) for step in re.findall(r"V([\d.]+)H", outline)] for outline in outlines]
+    middle = 192 - 182 * 50 / 80
+    assert heights == [pytest.approx([high, 192, low], abs=0.06), pytest.approx([middle, middle, 192], abs=0.06)]
+    assert outlines[0].endswith("H398.0") and "none" not in html
+    assert "No finite value to draw." in histogram("t", edges, {"none": [0] * 5}, x="x")
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0, 90_000), (-0.3, 2.5), (1e-5, 9e-5), (17, 18)])

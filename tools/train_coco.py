@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from detection.coco import CocoImages
 from detection.config import BACKBONE_OF, SHAPE, VARIANTS, DetectorConfig, DetectorSettings
 from detection.data import EMBEDDED, embedded_data, find_coco, open_checked, train_batches
+from detection.data_report import data_section
 from detection.evaluate import (
     Evaluation,
     detect,
@@ -389,6 +390,8 @@ class Detection(Task):
         self.session, self.options, self.rank = session, session.options, session.rank
         self.train_set, self.val_set = train_set, val_set
         self.evaluation: Evaluation | None = None
+        about_data = partial(data_section, {"train": train_set, "val": val_set})
+        self.about_data = cache(about_data) if self.options.data != SYNTHETIC else None
 
     def batches(self, start: int) -> Iterator[Batch]:
         if self.options.data == SYNTHETIC:
@@ -463,7 +466,7 @@ class Detection(Task):
         return f"AP {percent(result['AP'])}, AP50 {percent(result['AP50'])}"
 
     def write_report(self, folder: Path) -> None:
-        write_report(folder, self.val_set, self.evaluation)
+        write_report(folder, self.val_set, self.evaluation, self.about_data)
 
 
 def finish(session: Session, evaluation: Evaluation, val_set: CocoImages) -> None:

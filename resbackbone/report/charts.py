@@ -10,6 +10,8 @@ from resbackbone.report.page import ENVIRONMENT, macros
 
 WIDTH, HEIGHT = 420, 230  # units, which on a phone are a little less than pixels
 LEFT, RIGHT, TOP, BOTTOM = 48, WIDTH - 22, 10, HEIGHT - 38  # edges of the plot
+FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
+MAX_LABELS = 7  # of a histogram's edges
 MAX_POINTS = 250  # of a curve; of more, each stands for several
 
 Points = Sequence[tuple[float, float | None]]
@@ -43,11 +45,37 @@ def line_chart(title: str, curves: Mapping[str, Points], *, x: str, x_range=None
     return macros("chart.html").line_chart(
         title,
         x,
-        {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM},
+        FRAME,
         [(across(value), _label(value)) for value in x_ticks],
         [(up(value), _label(value)) for value in y_ticks],
         {name: [_drawn(part, across, up) for part in _unbroken(points)] for name, points in shown.items()},
     )
+
+
+def histogram(title: str, edges: Sequence[float], counts: Mapping[str, Sequence[int]], *, x: str) -> Markup:
+    """Counts between `edges` as steps, in percent of the curve's sum; bins are equally wide, empty ends left out."""
+    shares = {name: 100 * np.array(values) / sum(values) for name, values in counts.items() if sum(values)}
+    if not shares:
+        return macros("chart.html").empty(title)
+    filled = np.flatnonzero(sum(shares.values()))
+    first, bins = int(filled[0]), int(filled[-1] - filled[0]) + 1
+    y_ticks = ticks(0, _widened(0, max(map(max, shares.values())))[1], 5)
+    y_ticks.append(2 * y_ticks[-1] - y_ticks[-2])
+
+    def across(edge: int) -> float:
+        return round(LEFT + edge / bins * (RIGHT - LEFT), 1)
+
+    def up(value: float) -> float:
+        return round(BOTTOM - value / y_ticks[-1] * (BOTTOM - TOP), 1)
+
+    every = next(step for step in (1, 2, 4, 8, 16) if bins < MAX_LABELS * step)
+    curves = {}
+    for name, values in shares.items():
+        steps = "".join(f"V{up(y)}H{across(i + 1)}" for i, y in enumerate(values[first : first + bins].tolist()))
+        outline = f"M{LEFT} {BOTTOM}{steps}V{BOTTOM}"
+        curves[name] = [{"band": f"{outline}Z", "curve": outline, "dot": None}]
+    labels = [(across(i), _label(edges[first + i])) for i in range(bins + 1) if (first + i) % every == 0]
+    return macros("chart.html").line_chart(title, x, FRAME, labels, [(up(y), _label(y)) for y in y_ticks], curves)
 
 
 def bar(share: float) -> Markup:
@@ -105,4 +133,4 @@ def _drawn(part: np.ndarray, across: Callable, up: Callable) -> dict:
     return {"band": band, "curve": "M" + "L".join(mean), "dot": mean[0].split() if len(part) == 1 else None}
 
 
-ENVIRONMENT.globals["line_chart"] = line_chart
+ENVIRONMENT.globals |= {"line_chart": line_chart, "histogram": histogram}

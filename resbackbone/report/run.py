@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -89,15 +89,22 @@ class RunLog:
 
 
 def report_page(
-    log: RunLog, network: str, results: Mapping | None, *, summary: Markup, over_time: Markup, sections: list[Section]
+    log: RunLog,
+    network: str,
+    results: Mapping | None,
+    *,
+    summary: Markup,
+    over_time: Markup,
+    sections: list[Section],
+    before: Sequence[Section] = (),
 ) -> str:
-    """The page of a run: `sections` between those that every run has; `over_time` is a chart of its evaluations."""
+    """The page of a run; `before` comes first, `sections` after the training; `over_time` charts its evaluations."""
     subtitle = [f"recipe {log.config['recipe']}"] if "recipe" in log.config else []
     subtitle += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
     subtitle += [f"{number(results['images'])} images evaluated" if results else "no evaluation"]
     first = [Section("Summary", summary), training_section(log, over_time)]
     last = [timing_section(log), configuration_section(log)]
-    return page(f"{network} on {log.data_name()}", ", ".join(subtitle), [*first, *sections, *last])
+    return page(f"{network} on {log.data_name()}", ", ".join(subtitle), [*before, *first, *sections, *last])
 
 
 def summary(folder: Path, results: Mapping[str, str], files: Mapping[str, str]) -> str:

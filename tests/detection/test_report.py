@@ -1,5 +1,6 @@
 import json
 import re
+from functools import partial
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import torch
 from PIL import Image
 
 from detection.coco import CocoImages
+from detection.data_report import data_section
 from detection.evaluate import Evaluation
 from detection.gallery import GAP, MIN_SIDE, class_colour, draw_boxes, outcomes, save_pictures
 from detection.report import write_report
@@ -104,7 +106,7 @@ def found(*rows):
     return np.array([(i, 5 + k, box, score) for i, k, *box, score in rows], DETECTION)
 
 
-def report_of(folder, dataset=None, detections=None, *, evaluations=1, updates=2, **changed):
+def report_of(folder, dataset=None, detections=None, *, evaluations=1, updates=2, about_data=None, **changed):
     """The report of a run that ended with these detections: (HTML, results)."""
     results = evaluation = None
     lines = [
@@ -119,7 +121,7 @@ def report_of(folder, dataset=None, detections=None, *, evaluations=1, updates=2
     folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "config.yaml").write_text("data: a/shapes\ndepth: 18\nvariant: fpn\nrecipe: short\nbatch_size: 2\n")
-    assert write_report(folder, dataset, evaluation) == folder / "report.html"
+    assert write_report(folder, dataset, evaluation, about_data) == folder / "report.html"
     return (folder / "report.html").read_text(), results
 
 
@@ -160,6 +162,18 @@ def test_a_report_has_every_section_and_loads_nothing(tmp_path):
     assert addresses and all(address.startswith(("#", "data:image/jpeg;base64,")) for address in addresses)
     assert "AP over time, percent" in html and "needs two evaluations" not in html
     assert len(html.encode()) < LIMIT
+
+
+def test_a_report_begins_with_the_data_that_was_trained_on(tmp_path):
+    train, val = boxed(tmp_path / "train", [*TWO, [], [(1, 0, 0, 60, 39)]]), boxed(tmp_path / "val", TWO)
+    about_data = partial(data_section, {"train": train, "val": val})
+    html, _ = report_of(tmp_path / "run", val, NEAR, about_data=about_data)
+    assert re.findall("<h2>([^<]*)</h2>", html) == ["Data", *SECTIONS]
+    data = part(html, "Data")
+    assert "<b>4</b><span>images, train</span>" in data and "<b>3</b><span>boxes, val</span>" in data
+    assert "train: boxes over 95% of their image: 1; the first: dog in 4.png" in data
+    assert values(data, "cat") == [2, 2, 2, 2] and values(data, "boxes clipped to their image") == [0, 0]
+    assert data.count("data:image/jpeg") == 4 + 2 and data.count("<details>") == 1
 
 
 @pytest.mark.parametrize("updates", [0, 1])
