@@ -126,6 +126,11 @@ def find_split(data: Data, split: str) -> Split:
     raise UserError(f"{data}: {found.title}, but {says}{layouts}")
 
 
+def has_test_split(data: Data) -> bool:
+    """Whether `data` hold a whole test split. Raises UserError as `find_split` does if they have no known layout."""
+    return "test" in _find(data)[0].splits
+
+
 def describe_layout(data: Data) -> str:
     """One line on `data`: its layout, what is read, annotations in it that are not, whether a part is held out.
 

@@ -19,7 +19,7 @@ import tyro
 
 from detection.data import open_checked
 from detection.data_report import data_sections
-from detection.layouts import describe_layout
+from detection.layouts import describe_layout, has_test_split
 from detection.statistics import describe
 from resbackbone.atomic import write_atomically
 from resbackbone.report.page import page
@@ -30,7 +30,7 @@ class Options:
     """Report on a data set: classes, sizes, duplicates, leaks between splits and suspicious boxes."""
 
     data: tyro.conf.Positional[Path]
-    """Folder of the data set, as tools/train_coco.py takes it."""
+    """The data set, as tools/train_coco.py takes it: a folder, its data.yaml, or a COCO file beside its images."""
     output: Auto[Path] = None
     """Folder for data.html and data.json; existing ones are replaced. Default: runs/data-NAME, by the data's folder."""
     quiet: bool = False
@@ -41,17 +41,19 @@ def main(argv: list[str] | None = None) -> None:
     """A folder of data -> its splits -> statistics -> a page and the same as JSON."""
     options = parse(Options, argv)
     layout = describe_layout(options.data)
-    splits = {split: open_checked(options.data, split, skip_bad_images=True) for split in ("train", "val")}
+    names = ["train", "val", *(["test"] if has_test_split(options.data) else [])]
+    splits = {name: open_checked(options.data, name, skip_bad_images=True) for name in names}
     progress_console.print(f"data:  {layout}")
     for split, dataset in splits.items():
         progress_console.print(f"{split + ':':6} {dataset.summary()}")
     data = describe(splits)
-    folder = options.output or Path("runs") / f"data-{options.data.resolve().name}"
+    name = options.data.resolve().name
+    folder = options.output or Path("runs") / f"data-{name}"
     with from_option("--output"):
         folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "data.json", json.dumps({"data": str(options.data), **asdict(data)}, indent=1))
-    title, subtitle = options.data.resolve().name, f"{', '.join(splits)} in {options.data}"
-    write_atomically(folder / "data.html", page(f"Data set {title}", subtitle, data_sections(splits, data)))
+    subtitle = f"{', '.join(splits)} in {options.data}"
+    write_atomically(folder / "data.html", page(f"Data set {name}", subtitle, data_sections(splits, data)))
     for line in data.findings:
         console.print(line)
     console.print(f"written: {folder / 'data.html'}, {folder / 'data.json'}")

@@ -88,3 +88,13 @@ def test_a_folder_without_a_data_set_is_one_line(tmp_path):
     assert "no such folder" in error_of(["nowhere"])
     assert "no known data layout" in error_of([tmp_path / "here"])
     assert not Path("runs").exists()
+
+
+def test_a_test_split_is_compared_with_the_others():
+    folder = make_shapes("shapes", train_images=2, val_images=2, size=64)
+    shutil.copytree(folder / "val2017", folder / "test2017")
+    shutil.copy(*(folder / "annotations" / f"instances_{split}2017.json" for split in ("val", "test")))
+    inspect_data.main(["shapes", "--quiet"])
+    data = json.loads(Path("runs/data-shapes/data.json").read_text())
+    assert list(data["splits"]) == ["train", "val", "test"] and data["splits"]["test"]["images"] == 2
+    assert data["leaks"] == {"val in train": 0, "test in train": 0, "test in val": 2}
