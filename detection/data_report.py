@@ -21,6 +21,7 @@ SPREADS = {  # of a split
     "aspect_ratios": "box width / height",
     "boxes_per_image": "boxes per image",
 }
+NAMED = 20  # files of a group of equal ones; data.json has all
 QUANTILES = ("least", "5 %", "median", "95 %", "most")
 
 
@@ -49,19 +50,17 @@ def data_section(splits: Mapping[str, CocoImages]) -> Section:
 
 
 def _classes(data: DataStatistics) -> tuple[list[str], list[list]]:
-    header = ["class"]
-    for split in data.splits:
-        header += [f"boxes, {split}", "", f"images, {split}"]
-    most = {split: max((c.boxes.get(split, 0) for c in data.classes), default=0) or 1 for split in data.splits}
+    first = next(iter(data.splits))
+    most = max((c.boxes.get(first, 0) for c in data.classes), default=0) or 1
     rows: list[list] = []
     for of_class in data.classes:
-        row: list = [short(of_class.name)]
+        row: list = [short(of_class.name), bar(of_class.boxes.get(first, 0) / most)]
         for split in data.splits:
             boxes = of_class.boxes.get(split)
             shown = Cell("not listed", -1) if boxes is None else Cell(number(boxes), boxes)
-            row += [shown, bar((boxes or 0) / most[split]), of_class.images.get(split, 0)]
+            row += [shown, of_class.images.get(split, 0)]
         rows.append(row)
-    return header, rows
+    return ["class", "", *(f"{what}, {split}" for split in data.splits for what in ("boxes", "images"))], rows
 
 
 def _at_network_sizes(data: DataStatistics) -> tuple[list[str], list[list]]:
@@ -97,6 +96,8 @@ def _odd(data: DataStatistics) -> tuple[list[str], list[list], list[list], list[
     rows: list[list] = [[kind, *(of.odd_boxes[kind].boxes for of in data.splits.values())] for kind in kinds]
     rows.append(["crowds, which are neither trained on nor count in AP", *(of.crowds for of in data.splits.values())])
     rows.append(["images equal to an earlier one of their split", *data.copies.values()])
+    leaked = [sum(n for pair, n in data.leaks.items() if pair.startswith(f"{split} in ")) for split in data.splits]
+    rows.append(["images equal to one of an earlier split", *leaked])
     examples: list[list] = [
         [
             kind,
@@ -110,7 +111,7 @@ def _odd(data: DataStatistics) -> tuple[list[str], list[list], list[list], list[
         for e in of.odd_boxes[kind].examples
     ]
     equal: list[list] = [
-        [len(files), ", ".join(files)]
+        [len(files), ", ".join(files[:NAMED]) + (", …" if len(files) > NAMED else "")]
         for group in data.equal_images
         for files in [[f"{split}: {short(name)}" for split, names in group.items() for name in names]]
     ]
