@@ -42,7 +42,7 @@ def test_every_command_and_block_of_the_page_runs_and_prints_what_it_says(tmp_pa
     monkeypatch.chdir(tmp_path)
     draw_voc(Path("VOCdevkit/VOC2007"))
     blocks = re.findall(r"```(sh|python|text)\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert [kind for kind, _ in blocks].count("sh") == 5
+    assert [kind for kind, _ in blocks].count("sh") == 6
     said, names = "", {}
     for kind, block in blocks:
         if kind == "python":
@@ -56,7 +56,7 @@ def test_every_command_and_block_of_the_page_runs_and_prints_what_it_says(tmp_pa
                 assert line in said.splitlines()
     assert names["result"].image_size == (96, 96) and Path("boxes.png").is_file()
     assert "a detector of 10 classes, from runs/first/model.safetensors" in said
-    assert {path.name for path in Path("runs").iterdir()} == {"first", "mine", "voc2007-r18-fpn-short"}
+    assert {path.name for path in Path("runs").iterdir()} == {"data-my_folder", "first", "mine", "voc2007-r18-fpn-short"}
 
 
 def test_the_recipes_that_the_page_names_are_there_with_its_figures():
