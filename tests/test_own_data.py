@@ -56,7 +56,8 @@ def test_every_command_and_block_of_the_page_runs_and_prints_what_it_says(tmp_pa
                 assert line in said.splitlines()
     assert names["result"].image_size == (96, 96) and Path("boxes.png").is_file()
     assert "a detector of 10 classes, from runs/first/model.safetensors" in said
-    assert {path.name for path in Path("runs").iterdir()} == {"data-my_folder", "first", "mine", "voc2007-r18-fpn-short"}
+    runs = {path.name for path in Path("runs").iterdir()}
+    assert runs == {"data-my_folder", "first", "mine", "voc2007-r18-fpn-short"}
 
 
 def test_the_recipes_that_the_page_names_are_there_with_its_figures():
