@@ -501,11 +501,11 @@ def complete(options: Options) -> Options:
         raise UserError(f"--variant {variant} does not fit recipe {recipe_name}: {error}") from None
     if data == SYNTHETIC and options.eval_period:
         raise UserError(f"--eval-period {options.eval_period}: synthetic images are not evaluated; leave it out")
-    if not own_engine:
-        check_detectron2(options, variant, recipe)
     backbone = options.backbone or given.get("backbone")
     if backbone is not None:
         check_backbone(replace(options, backbone=backbone, variant=variant), recipe)
+    if not own_engine:
+        check_detectron2(options, variant, recipe)
     depths = [VGG16_DEPTH] if variant == "vgg16" else list(DEPTHS)
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.backbone.depth)
     small_images = shorter_side(recipe) <= 256
@@ -633,7 +633,7 @@ def check_backbone(options: Options, recipe: Recipe) -> None:
     for name in ("stem", "shortcut"):
         if getattr(recipe.backbone, name) is not None:
             raise UserError(f"--recipe.backbone.{name}: is for ResNets, and the network is {options.backbone}")
-    with from_option("--backbone"):
+    with from_option(f"{given}:"):
         require("train", "timm", user=options.backbone)
         from resbackbone.adapters.from_timm import check_name  # only here: a ResNet needs no timm
 

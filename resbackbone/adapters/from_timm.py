@@ -11,7 +11,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Format, freeze_batch_norm_2d
+from timm.layers import Conv2dSame, Format, freeze_batch_norm_2d
 from timm.models import FeatureDictNet, clean_state_dict
 from timm.models.efficientnet import EfficientNetFeatures
 from timm.models.mobilenetv3 import MobileNetV3Features
@@ -80,6 +80,7 @@ class TimmBackbone(Backbone):
             network, _ = _features_of(name, {**options, "out_indices": tuple(outputs), **source}, pretrained=pretrained)
         finally:
             log.disabled = said
+        _fix_padding(network)
         if config.norm == "FrozenBN":
             network = freeze_batch_norm_2d(network)
         if config.frozen_through is not None:
@@ -277,7 +278,32 @@ def _levels_of(name: str, info: list[dict]) -> tuple[dict[str, int], dict[str, F
         taps = dict.fromkeys(strides, index)
     else:
         taps = {level: last[stride] for level, stride in strides.items() if stride in last}
+        if not taps:
+            raise UserError(f"{name} has maps of strides {', '.join(map(str, last))}, none of 4, 8, 16 or 32")
     return taps, {level: Feature(info[index]["num_chs"], strides[level]) for level, index in taps.items()}
+
+
+class SameConv2d(nn.Conv2d):
+    """timm's Conv2dSame (TensorFlow's padding) on maps whose sides are multiples of its stride."""
+
+    same: list[int]  # left, right, top, bottom
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(F.pad(x, self.same), self.weight, self.bias)
+
+
+def _fix_padding(network: nn.Module) -> None:
+    """Let convolutions with TensorFlow's padding have a constant one, in place.
+
+    It follows from each map's size, which torch.export cannot simplify; here it is the same for all sizes, as images
+    are padded to the coarsest stride.
+    """
+    for module in network.modules():
+        if type(module) is Conv2dSame:
+            sides = zip(reversed(module.kernel_size), reversed(module.stride), reversed(module.dilation), strict=True)
+            totals = [max(dilation * (kernel - 1) + 1 - stride, 0) for kernel, stride, dilation in sides]
+            module.__class__ = SameConv2d
+            module.same = [part for total in totals for part in (total // 2, total - total // 2)]
 
 
 def _at_stride(stride: int, x: Tensor, given: int) -> Tensor:

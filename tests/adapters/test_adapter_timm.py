@@ -199,7 +199,7 @@ def test_a_pyramid_stands_on_it(levels):
     assert_as_advertised(backbone)
 
 
-@pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize("name", ["resnet10t", "swin_tiny_patch4_window7_224", "tf_mobilenetv3_small_minimal_100"])
 def test_on_padded_images_maps_are_timms(name):
     backbone = from_timm(name, levels=["c3", "c5"]).eval()
     size = {"strict_img_size": False} if "swin" in name else {}
@@ -303,7 +303,8 @@ def test_another_input_than_ours_is_met_exactly(pretrained):
     "name, arguments, message",
     [
         (nn.Conv2d(3, 8, 3), {}, "a network by its timm name, such as .vgg16.; it takes no Conv2d"),
-        ("resnet1000", {}, "timm has no network 'resnet1000'"),
+        ("resnet1000", {}, "timm has no network 'resnet1000'; did you mean resnet"),
+        ("unheard_of", {}, r"timm has no network 'unheard_of'; timm.list_models\(\) names those it has"),
         ("resnet10t", {"levels": ["c6"]}, "unknown level 'c6'"),
         ("resnet10t", {"output_stride": 16, "levels": ["c5"]}, "unknown level 'c5'; choose from c2, c3, c4"),
         ("resnet10t", {"output_stride": 16, "fpn": True}, "needs all from its finest to c5"),
@@ -372,3 +373,80 @@ def test_our_own_network_comes_back_through_timm():
     x = images(64, 96)
     with torch.no_grad():
         assert torch.equal(backbone(x)["c4"], plain(x)["c4"]) and backbone.features == {"c4": Feature(256, 16)}
+
+
+# ---- files of timm's networks ----
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "pth"])
+def test_a_file_of_a_network_gives_its_trunk_and_the_input_that_timm_states(tmp_path, randomised, kind):
+    network = randomised(timm.create_model("tf_mobilenetv3_small_minimal_100", num_classes=3))
+    state, path = network.state_dict(), tmp_path / f"trained.{kind}"
+    if kind == "pth":  # as timm's train.py writes it
+        average = {f"module.{key}": x for key, x in state.items()}
+        others = {key: torch.zeros_like(x) for key, x in state.items()}
+        torch.save({"epoch": 3, "arch": "x", "state_dict": others, "state_dict_ema": average}, path)
+    else:
+        del state["classifier.bias"], state["classifier.weight"]
+        save_file(state, path)
+    backbone = from_timm("tf_mobilenetv3_small_minimal_100", weights=path, frozen_through="auto").train()
+    assert backbone.summary().startswith("frozen BN 34, trainable BN 0") and backbone.weights_source == str(path)
+    assert (backbone.config.mean, backbone.config.frozen_through) == ((0.5, 0.5, 0.5), "c2")
+    pixels = torch.rand(1, 3, 64, 96)
+    ours = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        assert_equal([backbone(ours)["c5"]], [network.forward_features((pixels - 0.5) / 0.5)])  # eps 1e-3 is kept
+    assert "state_dict" not in backbone.network.pretrained_cfg  # which every copy of the network would copy
+
+
+def test_the_networks_whose_order_timm_shows_are_frozen_through_c2_by_auto(tmp_path, pretrained):
+    for name, through in (("test_convnext", "c2"), ("test_vit", None)):
+        network, _ = pretrained(name)
+        torch.save(network.state_dict(), tmp_path / "net.pth")
+        assert from_timm(name, weights=tmp_path / "net.pth", frozen_through="auto").config.frozen_through == through
+    assert from_timm("test_convnext", frozen_through="auto").config.frozen_through is None
+
+
+@pytest.mark.parametrize(
+    "name, harm, message",
+    [
+        ("test_resnet", lambda state: state.pop("layer1.0.bn1.running_var"), "1 missing: layer1.0.bn1.running_var$"),
+        ("test_resnet", lambda state: state.update({"neck.weight": torch.ones(2)}), "1 unexpected: neck.weight$"),
+        (
+            "test_resnet",
+            lambda state: state.update({"conv1.0.weight": torch.ones(8, 3, 3, 3)}),
+            r"1 of another shape: conv1.0.weight is \[8, 3, 3, 3\], not \[16",
+        ),
+        ("test_resnet", lambda state: state["conv1.0.weight"].fill_(torch.nan), "not finite: conv1.0.weight$"),
+        ("test_resnet", lambda state: state.clear(), "holds no tensors by name; save the network's state_dict()"),
+        (
+            "resnet10t",
+            lambda state: None,
+            "do not fit: 5 unexpected: layer3.0.bn3.bias, .*; 70 of another shape: conv1",
+        ),
+        ("resnet34", lambda state: None, "does not state which; .* mean 0.485 0.456 0.406, .*: resnet34.a1_in1k; mean"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_by_the_names_of_its_tensors(tmp_path, name, harm, message):
+    state = timm.create_model("test_resnet").state_dict()
+    harm(state)
+    save_file(state, tmp_path / "resnet.safetensors")
+    with pytest.raises(ValueError, match=message):
+        from_timm(name, weights=tmp_path / "resnet.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name, weights, message",
+    [
+        ("test_resnet", "nowhere.pth", "weights 'nowhere.pth': no such file; .* or timm:test_resnet"),
+        ("test_resnet", __file__, "a damaged file, or not a PyTorch or pickle file"),
+        ("test_resnet", "hf:timm/test_resnet", "give a file of test_resnet, or timm:test_resnet for those"),
+        ("test_resnet", "timm:test_vit", "are of another network than 'test_resnet'; give timm:test_resnet$"),
+        ("test_resnet.r160_in1k", "timm:test_resnet.x", "are of another network than 'test_resnet.r160_in1k'"),
+        ("test_resnet", "timm:test_resnet.x", r"of 'test_resnet.x': Invalid pretrained tag \(x\)"),
+        ("test_resmet", "nowhere.pth", "timm has no network 'test_resmet'; did you mean test_resnet"),
+    ],
+)
+def test_weights_of_nothing_that_timm_has_are_refused_in_a_sentence(name, weights, message):
+    with pytest.raises(ValueError, match=message):
+        from_timm(name, weights=weights)

@@ -27,7 +27,7 @@ from commands import (
 )
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision.models.detection import FasterRCNN as TorchvisionFasterRCNN
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
@@ -44,7 +44,7 @@ from resbackbone.cli import load, training
 from resbackbone.cli import options as options_module
 from resbackbone.cli.command import parse
 from resbackbone.engine.lock import release_all_folders
-from resbackbone.tools import convert_weights, evaluate_coco, train_coco
+from resbackbone.tools import convert_weights, detect, evaluate_coco, export, train_coco
 
 error_of = partial(error_line, train_coco.main)
 
@@ -481,6 +481,102 @@ def test_a_detectors_weights_for_another_network_are_an_error(shapes, straight, 
     weights = straight / "model.safetensors"
     wanted = [*QUICK[:2], *QUICK[4:], "--data", shapes, "--max-steps", "1", "--weights", weights]
     assert says.format(weights) in error_of([*wanted, *argv], capsys)
+
+
+# On a network of timm
+
+NETWORK = "timm:tf_mobilenetv3_small_minimal_100"  # small, of another input than ours, with TensorFlow's padding
+ON_TIMM = [*QUICK[:2], *QUICK[4:], "--image-size", "64", "--checkpoint-period", "2", "--max-steps", "6"]
+
+
+@pytest.fixture(scope="module")
+def timm_weights(module_path):
+    """A file of NETWORK as timm's users have it."""
+    torch.manual_seed(0)
+    timm = pytest.importorskip("timm")
+    save_file(timm.create_model(NETWORK[5:], num_classes=5).state_dict(), module_path / "timm.safetensors")
+    return module_path / "timm.safetensors"
+
+
+@pytest.fixture(scope="module")
+def on_timm(shapes, timm_weights, module_path):
+    """A run on NETWORK that was left alone; tests only read it."""
+    argv = [*ON_TIMM, "--backbone", NETWORK, "--weights", str(timm_weights)]
+    train_coco.main([*argv, "--data", str(shapes), "--output", str(module_path / "on_timm")])
+    return module_path / "on_timm"
+
+
+def test_a_run_on_a_network_of_timm_resumes_exactly_and_is_loaded_as_a_resnets_is(
+    shapes, timm_weights, on_timm, capsys
+):
+    argv = [*ON_TIMM, "--backbone", NETWORK, "--weights", str(timm_weights), "--data", str(shapes)]
+    die_in_second_checkpoint(train_coco.main, argv, Path("run"))
+    train_coco.main(["--output", "run", "--resume", "--max-steps", "6"])
+    assert_ended_alike(Path("run"), on_timm)
+    Path("run/results.json").unlink()
+    evaluate_coco.main(["run", "--data", str(shapes), "--device", "cpu"])
+    results = [json.loads((folder / "results.json").read_text()) for folder in (on_timm, Path("run"))]
+    assert results[0]["bbox"] == results[1]["bbox"]
+    photo = str(next((shapes / "val2017").iterdir()))
+    detect.main(["run", photo, "--device", "cpu", "--output", "found"])
+    assert Path("found/detections.json").is_file()
+    detector = load_detector(on_timm)
+    assert detector.backbone.summary().startswith("frozen BN 34, trainable BN 0")
+    assert (detector.backbone.config.mean, detector.backbone.config.frozen_through) == ((0.5, 0.5, 0.5), "c2")
+    assert list(detector.backbone.features) == ["p2", "p3", "p4", "p5"] and detector.backbone.out_channels == 64
+    given, trained = load_file(timm_weights), load_file(on_timm / "model.safetensors")
+    moved = {key for key, x in given.items() if not torch.equal(x, trained.get(f"backbone.network.{key}", x))}
+    assert "blocks.4.0.conv_pw.weight" in moved and not any(key.startswith(("conv_stem", "bn1")) for key in moved)
+    assert not any(key.endswith("running_mean") for key in moved)
+    assert "tf_mobilenetv3_small_minimal_100-fpn" in (on_timm / "report.html").read_text()
+
+
+def test_a_run_starts_from_a_detector_on_a_network_of_timm(own_shapes, on_timm, capsys):
+    path = on_timm / "model.safetensors"
+    argv = [*QUICK[:2], *QUICK[4:], "--data", str(own_shapes), "--weights", str(path), "--max-steps", "1"]
+    train_coco.main([*argv, "--pictures", "0"])
+    assert "weights: a detector of 10 classes" in capsys.readouterr().out
+    (run,) = Path("runs").iterdir()
+    assert run.name == "own-tf_mobilenetv3_small_minimal_100-fpn-short"
+    assert yaml.safe_load((run / "config.yaml").read_text())["backbone"] == NETWORK
+    for words, says in (
+        (["--depth", "18"], f"--depth 18: is for ResNets, and the network is {NETWORK}; leave it out"),
+        (["--backbone", "timm:test_resnet"], f"the detector in {path} is on {NETWORK}; leave it out"),
+    ):
+        assert says in error_of([*argv, *words, "--output", "other"], capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_a_detector_on_a_network_of_timm_is_exported(shapes, on_timm, suffix, capsys):
+    pytest.importorskip("onnxruntime")
+    export.main([str(on_timm), f"net.{suffix}", "--check", *map(str, sorted((shapes / "val2017").iterdir()))])
+    assert capsys.readouterr().out.count("objects, boxes within") == 3
+
+
+@pytest.mark.parametrize(
+    "argv, says",
+    [
+        (["--backbone", "resnet50"], "--backbone resnet50: give timm:NAME, a network of timm; this package's ResNets"),
+        (
+            ["--backbone", "timm:resmet50"],
+            "--backbone timm:resmet50: timm has no network 'resmet50'; did you mean resnet50",
+        ),
+        (["--backbone", NETWORK, "--depth", "50"], "--depth 50: is for ResNets, and the network is timm:tf_mob"),
+        (["--backbone", NETWORK, "--variant", "c4"], f"--variant c4: --backbone {NETWORK} is for fpn; leave one"),
+        (["--backbone", NETWORK, "--engine", "detectron2"], "--engine detectron2 has ResNets alone; leave one of"),
+        (["--backbone", NETWORK, "--norm", "GN"], "its norm can be BN or FrozenBN, not GN; give --norm BN"),
+        (["--backbone", NETWORK, "--recipe", "v2"], "its norm can be BN or FrozenBN, not SyncBN; give --norm BN"),
+        (["--backbone", NETWORK, "--recipe.backbone.stem", "deep"], "--recipe.backbone.stem: is for ResNets, and"),
+        (["--backbone", NETWORK, "--norm", "FrozenBN"], "would freeze random weights"),
+        (["--backbone", NETWORK, "--weights", "nowhere.pth"], "weights 'nowhere.pth': no such file; give a .safet"),
+        (["--backbone", "timm:crossvit_9_240"], "crossvit_9_240 has maps of strides "),
+        (["--backbone", NETWORK, "--weights", "RESNET"], "/model.safetensors is on a ResNet; leave it out"),
+    ],
+)
+def test_what_a_network_of_timm_cannot_be_is_one_line(shapes, straight, capsys, argv, says):
+    argv = [str(straight / "model.safetensors") if word == "RESNET" else word for word in argv]
+    assert says in error_of([*QUICK[:2], *QUICK[4:], "--data", shapes, "--max-steps", "1", *argv], capsys)
 
 
 # Interrupted and resumed
