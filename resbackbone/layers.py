@@ -207,12 +207,11 @@ def fuse(module: nn.Module) -> nn.Module:
         scale, shift = frozen.scale_and_shift()
         if convolution.bias is not None:
             shift = shift + convolution.bias * scale
-        fused = deepcopy(convolution)  # whoever shares the convolution or its weights keeps what it has
+        weight = convolution.weight
+        fused = deepcopy(convolution, {id(weight): weight})  # whoever shares the convolution keeps what it has
+        fused.weight = nn.Parameter((weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), requires_grad=False)
+        fused.bias = nn.Parameter(shift.to(weight.dtype), requires_grad=False)
         keep_weights(fused)
-        fused.weight = nn.Parameter(
-            (fused.weight * scale.view(-1, 1, 1, 1)).to(fused.weight.dtype), requires_grad=False
-        )
-        fused.bias = nn.Parameter(shift.to(fused.weight.dtype), requires_grad=False)
         # Another trunk may share a deep stem, but not the norm behind it (`ResNetBackbone.with_levels`).
         setattr(module, conv_name, fused if deep is None else DeepStem(*deep[:-1], fused))
         setattr(module, norm_name, nn.Identity())
