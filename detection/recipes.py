@@ -250,6 +250,8 @@ SCRATCH = replace(
     augmentation=replace(SHORT.augmentation, short_sides=(112, 128, 144), max_size=288, copy_paste=0.5),
     detector=replace(SHORT.detector, cascade_ious=(0.5, 0.6, 0.7)),
 )
+# The same from the weights of a trained backbone.
+TRANSFER = replace(SCRATCH, schedule=replace(SCRATCH.schedule, rate=0.001))
 
 RECIPES: dict[str, Recipe] = {
     "1x": ONE_X,
@@ -262,6 +264,7 @@ RECIPES: dict[str, Recipe] = {
     "fast": FAST,
     "small": SMALL,
     "scratch": SCRATCH,
+    "transfer": TRANSFER,
     "short": SHORT,
     "paper-r101-c4": PAPER_R101_C4,
     "paper-r101-c4-context": PAPER_R101_C4_CONTEXT,

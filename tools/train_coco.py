@@ -99,7 +99,7 @@ OPTION_OF = {  # values of a recipe that are options of the command
 SCHEDULE = ("lr", "epochs", "steps", "milestones", "warmup_steps")  # options that `Recipe.schedule_for` takes
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
 DEFAULT_MINUTES = 10.0
-FITTED = ("scratch", "small")  # recipes whose image size --minutes chooses on a CPU
+FITTED = ("scratch", "transfer", "small")  # recipes whose image size --minutes chooses on a CPU
 OTHER_SECONDS = 20  # of a run, for what is not measured: imports, pictures and report
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
@@ -130,7 +130,8 @@ class NetworkOptions:
     of fpn instead of a ResNet. Its --weights are timm:NAME too, or a file (.safetensors, .pth) with timm's names.
     Default: that of --weights if they are a detector's on such a network, else a ResNet of --depth."""
     depth: Auto[int] = None
-    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; scratch, short: 18)."""
+    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; 18 for scratch, transfer and
+    short)."""
     variant: Auto[str] = None
     """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: that of --weights if they
     are a detector's, else the recipe's (fpn)."""
@@ -149,16 +150,16 @@ class NetworkOptions:
 @dataclass(frozen=True)
 class TrainingOptions:
     recipe: Auto[str] = None
-    """1x, 2x, 3x, rsb, v2, v2-100ep, cascade, fast, small, scratch, short, or the ResNet paper's paper-r101-c4,
-    paper-r101-c4-context or paper-vgg16-c5. Default: 1x; for under 40,000 images small, or for fpn without --weights on
-    a CPU scratch (shorter side 128 pixels); on the built-in data set short. The options below change values of it; any
-    other is set by its name, as in --recipe.detector.box-nms-thresh 0.6."""
+    """1x, 2x, 3x, rsb, v2, v2-100ep, cascade, fast, small, scratch, transfer, short, or the ResNet paper's
+    paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default: 1x, for under 40,000 images small; for fpn on a CPU
+    scratch without --weights and transfer with those of a backbone; on the built-in data set short. The options below
+    change values of it; any other is set by its name, as in --recipe.detector.box-nms-thresh 0.6."""
     print_recipe: bool = False
     """Print the recipe with every value, as a file for --config, and stop."""
     recipe_values: Hidden[str] = ()
     batch_size: Auto[int] = None
     """Images per update, over all GPUs; the recipe's learning rate and number of updates are scaled with it. Default:
-    the recipe's (16; small, scratch, short: 8); on a CPU 2, but 8 for scratch and short."""
+    the recipe's (16; small, scratch, transfer, short: 8); on a CPU 2, but 8 for images of up to 256 pixels."""
     accumulate: int = 1
     """Split each process's images into this many parts, one after the other, to save GPU memory. The loss is the mean
     of the parts' losses. Each part is normalized alone: its loss, and the statistics of norms that train."""
@@ -191,7 +192,7 @@ class TrainingOptions:
     engine: str = "torchvision"
     """Detector: torchvision (this package's own, of torchvision's parts) or detectron2's, if it is installed."""
     checkpoint_period: Auto[int] = None
-    """Updates between checkpoints. Default: the recipe's (5000; small: 500; scratch, short: 200)."""
+    """Updates between checkpoints. Default: the recipe's (5000; small: 500; scratch, transfer, short: 200)."""
     compile: bool = False
     """Compile the detector and its losses as one graph (torch.compile): minutes at the start for faster updates."""
 
@@ -315,15 +316,15 @@ def planned(session: Session, train_set: CocoImages, val_set: CocoImages) -> Opt
     fitted = options.recipe in FITTED and session.rank.device.type == "cpu"
     free_size = fitted and options.image_size is None and not size_by_name
     free_anchors = options.anchor_scale == "auto" or fitted and options.anchor_scale is None
-    weights = described_weights(options)
-    if weights is not None and "detector" in weights.metadata:
+    usual = smallest = shorter_side(recipe.detector)
+    if source := detector_in(options):
         free_anchors = False  # the weights are of anchors of their own
-    usual = shorter_side(recipe)
+        smallest = min(smallest, shorter_side(source))
     plan = make_plan(
         train_set,
         seconds=seconds,
         batch_size=options.batch_size,
-        sides=sides_for(train_set, min(usual, SMALLEST)) if free_size else [usual],
+        sides=sides_for(train_set, min(smallest, SMALLEST)) if free_size else [usual],
         aspect=recipe.detector.max_size / usual,
         scales=ANCHOR_SCALES if free_anchors else [detector.config.anchor_scale],
         levels=list(detector.backbone.features),
@@ -378,7 +379,9 @@ def with_fitted_anchors(session: Session, train_set: CocoImages) -> Options:
     """The options with the anchor scale that suits the boxes."""
     options, recipe = session.options, recipe_of(session.options)
     levels = recipe.backbone.levels or ("p2", "p3", "p4", "p5", "p6")
-    scale, share = choose_anchor_scale(train_set, ANCHOR_SCALES, levels, shorter_side(recipe), recipe.detector.max_size)
+    scale, share = choose_anchor_scale(
+        train_set, ANCHOR_SCALES, levels, shorter_side(recipe.detector), recipe.detector.max_size
+    )
     session.info(f"anchors: --anchor-scale {scale:g}, which does not reach {100 * share:.1f} % of the boxes")
     return replace(options, anchor_scale=scale)
 
@@ -508,7 +511,7 @@ def complete(options: Options) -> Options:
         check_detectron2(options, variant, recipe)
     depths = [VGG16_DEPTH] if variant == "vgg16" else list(DEPTHS)
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.backbone.depth)
-    small_images = shorter_side(recipe) <= 256
+    small_images = shorter_side(recipe.detector) <= 256
     batch_size = recipe.batch_size if kind == "cuda" or small_images else 2
     shares = processes * options.accumulate
     total = options.batch_size or max(1, batch_size // shares) * shares
@@ -585,14 +588,23 @@ def recipe_for(options: Options, data: Path, kind: str) -> str:
     own_fpn = options.engine == "torchvision" and options.variant in (None, "fpn")
     if kind == "cpu" and own_fpn and not options.weights:
         return "scratch"
+    if kind == "cpu" and own_fpn and detector_in(options) is None:
+        return "transfer"
     with from_option("--data"):
         return default_recipe(find_split(data, "train").reader.count_images())
 
 
-def shorter_side(recipe: Recipe) -> int:
+def shorter_side(detector: DetectorSettings) -> int:
     """Of test images, in pixels."""
-    side = recipe.detector.min_size
-    return side if isinstance(side, int) else side[-1]
+    return detector.min_size if isinstance(detector.min_size, int) else detector.min_size[-1]
+
+
+def detector_in(options: Options) -> DetectorConfig | None:
+    """The detector that --weights hold; None without, and for those of a backbone."""
+    weights = described_weights(options)
+    if weights is None or "detector" not in weights.metadata:
+        return None
+    return DetectorConfig.from_json(weights.metadata["detector"], weights.source)
 
 
 def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
