@@ -26,7 +26,10 @@ DEV = [
     *("openvino>=2026", "transformers>=4.50", "webdataset>=0.2.100"),
 ]
 
-COMMANDS = ("train_coco", "pretrain", "detect", "evaluate_coco", "export", "convert_weights", "inspect_data", "doctor")
+COMMANDS = (
+    *("train_coco", "pretrain", "detect", "evaluate_coco", "export", "convert_weights", "convert_data", "inspect_data"),
+    "doctor",
+)
 
 setup(
     name="resbackbone",

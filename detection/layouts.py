@@ -126,9 +126,11 @@ def find_split(data: Data, split: str) -> Split:
     raise UserError(f"{data}: {found.title}, but {says}{layouts}")
 
 
-def has_test_split(data: Data) -> bool:
-    """Whether `data` hold a whole test split. Raises UserError as `find_split` does if they have no known layout."""
-    return "test" in _find(data)[0].splits
+def whole_splits(data: Data) -> dict[str, Split]:
+    """{name: split} of train and of those of val and test that there are, nothing held out. Raises as `find_split`."""
+    found, _ = _find(data)
+    names = {"train", *found.splits} | ({*found.broken} - {"test"})  # a data.yaml often names a test split in vain
+    return {name: find_split(data, name)._replace(part=None) for name in SPLIT_NAMES if name in names}
 
 
 def describe_layout(data: Data) -> str:

@@ -53,7 +53,7 @@ def find_voc(folder: Path, lists: Mapping[str, Sequence[str]] = LISTS) -> Found 
             places.append(place)
     if not places:
         return None
-    images: dict[str, list[tuple[Place, str]]] = {split: [] for split in lists}
+    images: dict[str, list[tuple[Place, str]]] = {split: [] for split in SPLIT_NAMES}
     split_of = {name: split for split, names in SPLIT_NAMES.items() for name in names}
     empty: dict[str, str] = {}
     sources: dict[str, Path] = {}  # for messages

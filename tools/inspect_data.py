@@ -19,7 +19,7 @@ import tyro
 
 from detection.data import open_checked
 from detection.data_report import data_sections
-from detection.layouts import describe_layout, has_test_split
+from detection.layouts import describe_layout, whole_splits
 from detection.statistics import describe
 from resbackbone.atomic import write_atomically
 from resbackbone.report.page import page
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     """A folder of data -> its splits -> statistics -> a page and the same as JSON."""
     options = parse(Options, argv)
     layout = describe_layout(options.data)
-    names = ["train", "val", *(["test"] if has_test_split(options.data) else [])]
+    names = ["train", "val", *(["test"] if "test" in whole_splits(options.data) else [])]
     splits = {name: open_checked(options.data, name, skip_bad_images=True) for name in names}
     progress_console.print(f"data:  {layout}")
     for split, dataset in splits.items():

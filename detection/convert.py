@@ -1,0 +1,159 @@
+"""The splits of a data set in files of COCO's, YOLO's or Pascal VOC's format; reading them gives the same index.
+
+Images are hard links where the file system supports them, else copies.
+"""
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+from xml.sax.saxutils import escape
+
+import numpy as np
+import yaml
+
+from detection.annotations import Annotations
+from detection.coco import CocoImages, usable_boxes
+from resbackbone.checks import UserError
+
+OBJECT = (
+    "<object><name>{}</name><difficult>{}</difficult>"
+    "<bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"
+)
+
+
+class Image(NamedTuple):
+    id: int
+    name: str  # relative to its folder
+    size: tuple[int, int]  # width, height
+    rows: slice  # its annotations
+
+
+def write_coco(folder: Path, splits: dict[str, CocoImages]) -> None:
+    """annotations/instances_SPLIT.json and SPLIT/, with every box as it was read."""
+    for split, images in splits.items():
+        found, ids, index = list(_images(images)), list(images.categories), images.annotations
+        annotations: list[dict] = []
+        for image in found:
+            columns = (index.labels, index.boxes_xywh, index.areas, index.crowds.int())
+            for label, box, area, crowd in zip(*(column[image.rows].tolist() for column in columns), strict=True):
+                of_image = {"id": len(annotations) + 1, "image_id": image.id, "category_id": ids[label - 1]}
+                annotations.append({**of_image, "bbox": box, "area": area, "iscrowd": crowd})
+        content = {
+            "images": [
+                {"id": image.id, "file_name": image.name, "width": image.size[0], "height": image.size[1]}
+                for image in found
+            ],
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name} for i, name in images.categories.items()],
+        }
+        _write(folder / "annotations" / f"instances_{split}.json", json.dumps(content))
+        _link(images, found, folder / split)
+
+
+def write_yolo(folder: Path, splits: dict[str, CocoImages]) -> None:
+    """data.yaml, images/SPLIT/ and labels/SPLIT/; without crowds, for which YOLO has no word."""
+    for split, images in splits.items():
+        found = list(_images(images))
+        boxes, usable = _clipped(images.annotations, crowds=False)
+        for image, name in zip(found, _stems(found), strict=True):
+            lines = []
+            for row in range(image.rows.start, image.rows.stop):
+                if usable[row]:
+                    (x, y, w, h), (width, height) = boxes[row].tolist(), image.size
+                    numbers = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
+                    label = int(images.annotations.labels[row]) - 1
+                    lines.append(" ".join([str(label), *(f"{number:.12f}" for number in numbers)]))
+            _write(folder / "labels" / split / f"{name}.txt", "".join(f"{line}\n" for line in lines))
+        _link(images, found, folder / "images" / split)
+    names = next(iter(splits.values())).categories.values()
+    content = {**{split: f"images/{split}" for split in splits}, "names": dict(enumerate(names))}
+    _write(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def write_voc(folder: Path, splits: dict[str, CocoImages]) -> None:
+    """Annotations/, JPEGImages/ and ImageSets/Main/SPLIT.txt; crowds become difficult objects.
+
+    Corners are VOC's, which count from 1, if all boxes are of whole pixels and of more than one; else they are edges
+    that count from 0, written with a decimal point, by which `detection.voc` tells them.
+    """
+    found = {split: list(_images(images)) for split, images in splits.items()}
+    boxes = {split: _clipped(images.annotations, crowds=True) for split, images in splits.items()}
+    used = np.concatenate([of_split[usable] for of_split, usable in boxes.values()])
+    whole = bool((used == used.round()).all() and (used[:, 2:] >= 2).all())
+    stems = [stem for of_split in found.values() for stem in _stems(of_split)]
+    apart = len({*stems}) < len(stems)  # splits have images of the same name
+    for split, images in splits.items():
+        below, names = split if apart else "", list(images.categories.values())
+        of_split, usable = boxes[split]
+        listed = [os.path.join(below, stem) for stem in _stems(found[split])]
+        for image, stem in zip(found[split], listed, strict=True):
+            text = f"<annotation><filename>{escape(Path(image.name).name)}</filename>"
+            text += "<size><width>{}</width><height>{}</height><depth>3</depth></size>".format(*image.size)
+            for row in range(image.rows.start, image.rows.stop):
+                if usable[row]:
+                    x, y, w, h = of_split[row].tolist()
+                    edges = (x + 1, y + 1, x + w, y + h) if whole else (x, y, x + w, y + h)
+                    name = escape(names[int(images.annotations.labels[row]) - 1])
+                    numbers = (f"{edge:.0f}" if whole else f"{edge:.6f}" for edge in edges)
+                    text += OBJECT.format(name, int(images.annotations.crowds[row]), *numbers)
+            _write(folder / "Annotations" / f"{stem}.xml", f"{text}</annotation>\n")
+        _write(folder / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in listed))
+        _link(images, found[split], folder / "JPEGImages" / below)
+
+
+FORMATS: dict[str, Callable[[Path, dict[str, CocoImages]], None]] = {
+    "coco": write_coco,
+    "yolo": write_yolo,
+    "voc": write_voc,
+}
+
+
+def _images(images: CocoImages) -> Iterator[Image]:
+    """The images of a split whose files are there."""
+    index = images.annotations
+    ends = np.searchsorted(index.image_indices.numpy(), np.arange(len(index.image_ids) + 1)).tolist()
+    ids, sizes, names = index.image_ids.tolist(), index.widths_heights.tolist(), index.file_names()
+    for i, name in enumerate(names):
+        if (images.folder / name).is_file():
+            yield Image(ids[i], name, tuple(sizes[i]), slice(ends[i], ends[i + 1]))
+
+
+def _clipped(annotations: Annotations, *, crowds: bool) -> tuple[np.ndarray, np.ndarray]:
+    """(float64 [M, 4] boxes x, y, width, height clipped to the image; bool [M]: trained on, or a crowd)."""
+    xywh, of_image = annotations.boxes_xywh.numpy(), annotations.image_indices.long()
+    plain = annotations._replace(crowds=annotations.crowds & (not crowds))
+    usable = np.zeros(len(xywh), bool)
+    usable[usable_boxes(plain, Counter())[1]] = True
+    first = np.maximum(xywh[:, :2], 0)
+    last = np.minimum(xywh[:, :2] + xywh[:, 2:], annotations.widths_heights[of_image].numpy())
+    return np.concatenate([first, last - first], axis=1), usable
+
+
+def _stems(images: list[Image]) -> list[str]:
+    """The images' names without suffix. Raises UserError if two are the same: they would have one label file."""
+    stems: dict[str, str] = {}
+    for image in images:
+        stem = os.path.splitext(image.name)[0]
+        if stem in stems:
+            raise UserError(f"{stems[stem]} and {image.name} would have one label file; rename one of them")
+        stems[stem] = image.name
+    return list(stems)
+
+
+def _link(images: CocoImages, found: list[Image], folder: Path) -> None:
+    for image in found:
+        target = folder / image.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(images.folder / image.name, target)
+        except OSError:  # another file system, or no links there
+            shutil.copyfile(images.folder / image.name, target)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
