@@ -130,8 +130,8 @@ class NetworkOptions:
     of fpn instead of a ResNet. Its --weights are timm:NAME too, or a file (.safetensors, .pth) with timm's names.
     Default: that of --weights if they are a detector's on such a network, else a ResNet of --depth."""
     depth: Auto[int] = None
-    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; 18 for scratch, transfer and
-    short)."""
+    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; 18 for scratch,
+    transfer and short)."""
     variant: Auto[str] = None
     """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: that of --weights if they
     are a detector's, else the recipe's (fpn)."""

@@ -358,12 +358,18 @@ def test_a_compiled_run_trains_saves_and_evaluates(shapes, monkeypatch):
     assert yaml.safe_load(Path("run/config.yaml").read_text())["compile"] and Path("run/results.json").exists()
 
 
-def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, monkeypatch):
+def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, straight, tmp_path, monkeypatch):
     options = train_coco.Options(data=shapes, device="cpu")
     completed = train_coco.complete(options)
     assert (completed.recipe, completed.minutes) == ("scratch", 10)
-    for other in ({"variant": "c4"}, {"engine": "detectron2"}, {"weights": "some.safetensors"}):
+    for other in ({"variant": "c4"}, {"engine": "detectron2"}):
         assert train_coco.recipe_for(replace(options, **other), shapes, "cpu") == "small"
+    torch.save(build_resnet_backbone(18).state_dict(), tmp_path / "trunk.pth")
+    detector = straight / "model.safetensors"
+    for file, recipe in ((tmp_path / "trunk.pth", "transfer"), (detector, "small")):
+        with_weights = replace(options, weights=str(file))
+        assert train_coco.recipe_for(with_weights, shapes, "cpu") == recipe
+        assert train_coco.recipe_for(with_weights, shapes, "cuda") == "small"
     for given in ({"recipe": "1x"}, {"steps": 3}, {"epochs": 2.0}):
         assert train_coco.complete(replace(options, **given)).minutes is None
     assert train_coco.complete(replace(options, recipe="1x")).recipe == "1x"
