@@ -78,6 +78,7 @@ def make_plan(
     update_seconds: Callable[[int], float],
     detect_seconds: Callable[[int], float],
     images_to_test: int,
+    eval_period: int = 0,
 ) -> Plan:
     """Choose how to train on `dataset` and to evaluate `images_to_test` images in `seconds`.
 
@@ -87,6 +88,7 @@ def make_plan(
     scales: anchor scales to choose from, for anchors on `levels`.
     update_seconds, detect_seconds: measure an update, and a detection in an image, at a side. They are called at two
         sides, and the cost at others follows from these.
+    eval_period: updates between evaluations; 0 for one at the end.
 
     Raises UserError if the time does not suffice for an update.
     """
@@ -95,7 +97,8 @@ def make_plan(
     detect = Cost.through({side: detect_seconds(side) for side in measured})
 
     def updates(side: int) -> int:
-        return int((seconds - images_to_test * detect.at(side)) / (update.at(side) * MARGIN))
+        testing = images_to_test * detect.at(side)
+        return int((seconds - testing) / (update.at(side) * MARGIN + (testing / eval_period if eval_period else 0)))
 
     def small_object(side: int) -> float:
         sizes = object_sizes(dataset, side, round(aspect * side))

@@ -77,6 +77,7 @@ from resbackbone.engine.distributed import Rank, distributed, from_main, gather,
 from resbackbone.engine.optimizers import OPTIMIZERS, build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
+from resbackbone.image_io import BadImage
 from resbackbone.memory import keep_freed_memory
 from resbackbone.report.numbers import percent
 from resbackbone.resnet import DEPTHS
@@ -331,7 +332,8 @@ def planned(session: Session, train_set: CocoImages, val_set: CocoImages) -> Opt
         least_updates=LEAST_UPDATES["trained" if options.weights else "random"],
         update_seconds=update_seconds,
         detect_seconds=detect_seconds,
-        images_to_test=len(val_set),
+        images_to_test=len(val_set) * (2 if options.val_loss else 1),
+        eval_period=options.eval_period,
     )
     chosen: dict[str, Any] = {"anchor_scale": plan.anchor_scale, "steps": plan.steps}
     if not size_by_name:
@@ -367,8 +369,11 @@ def timers(
         bf16, sizes = options.precision == "bf16", recipe.at_size(side).detector
         prepared = prepare_for_detection(copy.deepcopy(detector), bf16=bf16)
         prepared.transform.min_size, prepared.transform.max_size = (side,), sizes.max_size
+        readable = next((i for i in range(len(val_set)) if not isinstance(val_set[i], BadImage)), None)
+        if readable is None:
+            return 0.0
         try:
-            return seconds_of(lambda: detect(prepared, [val_set[0][0]], [0], alone.device, bf16=bf16))
+            return seconds_of(lambda: detect(prepared, [val_set[readable][0]], [0], alone.device, bf16=bf16))
         finally:
             keep_freed_memory(False)
 

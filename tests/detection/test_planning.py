@@ -35,6 +35,13 @@ def test_with_less_time_images_are_as_large_as_leaves_enough_updates(two_sizes, 
     assert seconds * 0.9 < cost <= seconds
 
 
+def test_evaluations_on_the_way_take_time_from_the_updates(two_sizes):
+    often = planned(two_sizes, seconds=60, eval_period=10, update=lambda side: 1.0)
+    once = planned(two_sizes, seconds=60, update=lambda side: 1.0)
+    assert once.steps * 1.05 + 1 == pytest.approx(60, abs=1.1)
+    assert often.steps * 1.05 + 1 + often.steps / 10 == pytest.approx(60, abs=1.2) and often.steps < once.steps
+
+
 def test_the_cost_of_a_side_follows_from_two_and_never_falls():
     cost = Cost.through({100: 2.0, 200: 5.0})
     assert [cost.at(side) for side in (100, 200, 300)] == [2, 5, 10]
