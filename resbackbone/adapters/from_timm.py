@@ -104,7 +104,11 @@ class TimmBackbone(Backbone):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, channels, H, W]
         height, width = images.shape[-2:]
-        x = F.pad(images, (0, -width % self.size_divisibility, 0, -height % self.size_divisibility))
+        multiple = self.size_divisibility
+        right, bottom = (
+            (multiple - side % multiple) % multiple for side in (width, height)
+        )  # compiles; -side % .. not
+        x = F.pad(images, (0, right, 0, bottom))
         outputs = self.network(x if self.scale is None or self.shift is None else x * self.scale + self.shift)
         if self.channels_last:
             outputs = [y.permute(0, 3, 1, 2).contiguous() for y in outputs]
@@ -283,13 +287,14 @@ def _levels_of(name: str, info: list[dict]) -> tuple[dict[str, int], dict[str, F
     return taps, {level: Feature(info[index]["num_chs"], strides[level]) for level, index in taps.items()}
 
 
-class SameConv2d(nn.Conv2d):
+class SameConv2d(Conv2dSame):
     """timm's Conv2dSame (TensorFlow's padding) on maps whose sides are multiples of its stride."""
 
-    same: list[int]  # left, right, top, bottom
-
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(F.pad(x, self.same), self.weight, self.bias)
+        sides = zip(reversed(self.kernel_size), reversed(self.stride), reversed(self.dilation), strict=True)
+        totals = [max(dilation * (kernel - 1) + 1 - stride, 0) for kernel, stride, dilation in sides]
+        padding = [part for total in totals for part in (total // 2, total - total // 2)]  # left, right, top, bottom
+        return self._conv_forward(F.pad(x, padding), self.weight, self.bias)
 
 
 def _fix_padding(network: nn.Module) -> None:
@@ -298,12 +303,9 @@ def _fix_padding(network: nn.Module) -> None:
     It follows from each map's size, which torch.export cannot simplify; here it is the same for all sizes, as images
     are padded to the coarsest stride.
     """
-    for module in network.modules():
-        if type(module) is Conv2dSame:
-            sides = zip(reversed(module.kernel_size), reversed(module.stride), reversed(module.dilation), strict=True)
-            totals = [max(dilation * (kernel - 1) + 1 - stride, 0) for kernel, stride, dilation in sides]
-            module.__class__ = SameConv2d
-            module.same = [part for total in totals for part in (total // 2, total - total // 2)]
+    for conv in network.modules():
+        if type(conv) is Conv2dSame:
+            conv.__class__ = SameConv2d
 
 
 def _at_stride(stride: int, x: Tensor, given: int) -> Tensor:
