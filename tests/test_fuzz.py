@@ -213,7 +213,7 @@ WORDS = (
 )
 
 
-@many
+@settings(many, max_examples=100 * TIMES)  # a parser takes long to build
 @given(st.sampled_from(COMMANDS), seeds)
 def test_wrong_command_lines_are_options_or_one_sentence(tmp_path_factory, name, seed):
     chance = random.Random(seed)

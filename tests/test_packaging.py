@@ -1,5 +1,7 @@
 """The wheel is enough to use the library and to train; a package that is missing is one line that names its extra."""
 
+import importlib
+import json
 import os
 import re
 import shutil
@@ -13,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import resbackbone
+from detection.shapes import make_shapes
 
 ROOT = Path(__file__).parents[1]
 BROUGHT = ("torch", "torchvision", "safetensors")  # what the core needs
@@ -93,20 +96,23 @@ def test_the_wheel_has_this_version_and_the_files_that_are_not_python(wheel):
     assert not [name for name in names if name.startswith(("tools/", "tests/"))]
 
 
-def test_every_console_script_has_its_function(wheel, full, tmp_path):
-    [entries] = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("entry_points.txt")]
+def test_every_console_script_has_its_function(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    [entries] = [name for name in names if name.endswith("entry_points.txt")]
     scripts = re.findall(r"resbackbone-[\w-]+ = ([\w.]+):run", zipfile.ZipFile(wheel).read(entries).decode())
     assert len(scripts) == 7
-    code = "import importlib, sys; [importlib.import_module(name).run for name in sys.argv[1:]]"
-    run(full[0], "-c", code, *scripts, folder=tmp_path)
+    for script in scripts:
+        assert callable(importlib.import_module(script).run) and f"{script.replace('.', '/')}.py" in names
 
 
 def test_the_installed_commands_train_and_check(full, tmp_path):
     python, scripts = full
-    draw = "from detection.shapes import make_shapes; make_shapes('shapes', train_images=8, val_images=2, size=64)"
-    run(python, "-c", draw, folder=tmp_path)
-    where = "import detection, resbackbone.tools.detect as tool; print(detection.__file__, tool.__file__)"
-    for file in run(python, "-c", where, folder=tmp_path).stdout.split():
+    make_shapes(tmp_path / "shapes", train_images=8, val_images=2, size=64)
+    where = (
+        "from importlib.util import find_spec as find; "
+        "print(*(find(name).origin for name in ('detection', 'resbackbone.tools.detect')), sep='\\n')"
+    )
+    for file in run(python, "-c", where, folder=tmp_path).stdout.splitlines():
         assert Path(file).is_relative_to(scripts.parent)
     train = ("--data", "shapes", "--recipe", "short", "--max-steps", "5", "--log-period", "1", "--device", "cpu")
     run(scripts / "resbackbone-train-coco", *train, "--output", "run", folder=tmp_path)
@@ -123,25 +129,36 @@ def test_the_core_needs_torch_torchvision_and_safetensors_alone(bare, tmp_path):
     assert run(python, "-c", code, folder=tmp_path).stdout.split() == ["p2", "p3", "p4", "p5", "p6"]
 
 
-@pytest.mark.parametrize(
-    "code, line",
-    [
-        ("import detection", "detection needs .*pycocotools.*: pip install 'resbackbone[detection]'"),
-        ("import resbackbone.classification", "resbackbone.classification needs .*: pip install 'resbackbone[train]'"),
-        ("import resbackbone.engine", "resbackbone.engine needs yaml: pip install 'resbackbone[train]'"),
-        ("build(18, weights='timm:resnet18.a1_in1k')", "a timm: source needs timm: pip install 'resbackbone[train]'"),
-        (
-            "build(18, weights='hf:owner/name')",
-            "on the Hugging Face hub needs huggingface_hub: pip install 'resbackbone[train]'",
-        ),
-    ],
-)
-def test_a_missing_package_is_one_line_that_names_its_extra(bare, tmp_path, code, line):
-    python, _ = bare
-    code = f"from resbackbone import build_resnet_backbone as build; {code}"
-    error = run(python, "-c", code, folder=tmp_path, status=1).stderr
-    assert "During handling" not in error
-    assert re.search(line.replace("[", r"\[") + "$", error.splitlines()[-1])
+MISSING = {  # what a line says when a package is missing
+    "import detection": "detection needs .*pycocotools.*: pip install 'resbackbone[detection]'",
+    "import resbackbone.classification": "resbackbone.classification needs .*: pip install 'resbackbone[train]'",
+    "import resbackbone.engine": "resbackbone.engine needs yaml: pip install 'resbackbone[train]'",
+    "build(18, weights='timm:resnet18.a1_in1k')": "a timm: source needs timm: pip install 'resbackbone[train]'",
+    "build(18, weights='hf:owner/name')": "Hugging Face hub needs huggingface_hub: pip install 'resbackbone[train]'",
+}
+
+
+@pytest.fixture(scope="module")
+def tracebacks(bare, module_path):
+    """What Python prints of each of MISSING; all in one process, which takes seconds to start."""
+    program = """
+import json, sys, traceback
+from resbackbone import build_resnet_backbone as build
+printed = {}
+for code in sys.argv[1:]:
+    try:
+        exec(code)
+    except Exception:
+        printed[code] = traceback.format_exc()
+print(json.dumps(printed))
+"""
+    return json.loads(run(bare[0], "-c", program, *MISSING, folder=module_path).stdout)
+
+
+@pytest.mark.parametrize("code", MISSING)
+def test_a_missing_package_is_one_line_that_names_its_extra(tracebacks, code):
+    assert "During handling" not in tracebacks[code]
+    assert re.search(MISSING[code].replace("[", r"\[") + "$", tracebacks[code].splitlines()[-1])
 
 
 def test_a_command_whose_packages_are_missing_is_one_line(bare, tmp_path):

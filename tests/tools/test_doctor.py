@@ -81,7 +81,7 @@ def test_help_and_an_unknown_option_check_nothing(capsys, word, status):
     assert "Check this machine" in said.out or "unrecognized arguments: --gpus" in said.err
 
 
-@pytest.mark.parametrize("words", [[f"{name}.py", "--help"] for name in ("train_coco", "train_cifar10", "pretrain")])
+@pytest.mark.parametrize("words", [[f"{name}.py", "--help"] for name in ("train_coco", "pretrain")])
 def test_with_a_torchvision_that_cannot_be_imported_a_command_points_to_it_in_one_line(tmp_path, words):
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     tool, *words = words

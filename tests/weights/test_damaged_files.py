@@ -144,7 +144,7 @@ def test_every_file_cut_off_anywhere_is_refused(tmp_path, name):
 outcomes = {"read": 0, "refused": 0}
 
 
-@settings(max_examples=4000, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(st.integers(0, 2**64))
 def test_a_mutated_file_is_read_or_refused_and_runs_nothing(tmp_path, no_code_runs, seed):
     outcomes[outcome(tmp_path / "mutated.pth", mutated(random.Random(seed)))] += 1
