@@ -9,8 +9,12 @@ import pickle
 import pytest
 import torch
 import torch._inductor.config
-from made import lively, small_detector
+from made import FEW, lively
 from torch._dynamo.testing import CompileCounterWithBackend
+
+from detection.config import BACKBONE_OF
+from detection.faster_rcnn import build_faster_rcnn
+from resbackbone import build_resnet_backbone
 
 
 def a_batch(*sizes, counts):
@@ -38,8 +42,12 @@ def assert_same(found, wanted):
         torch.testing.assert_close(found[name], value, atol=1e-9, rtol=1e-9)
 
 
-def trained(**options):
-    detector = lively(small_detector(resize_in_training=False, **options)).train().double()
+def trained(variant="fpn", **options):
+    """In training; a pyramid has two levels, the fewest, since compiling takes long."""
+    levels = {"levels": ["p2", "p3"], "fpn_channels": 16} if variant == "fpn" else {}
+    backbone = build_resnet_backbone(18, norm=options.pop("norm", "BN"), **BACKBONE_OF[variant] | levels)
+    options = {**FEW, "resize_in_training": False, **options}
+    detector = lively(build_faster_rcnn(backbone, 3, variant=variant, **options)).train().double()
     for module in detector.modules():  # statistics that stay, so that calls can be compared
         if isinstance(module, torch.nn.BatchNorm2d):
             module.eval()

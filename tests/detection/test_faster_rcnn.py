@@ -31,7 +31,7 @@ from resbackbone.weights.write import write_as
 def torchvisions_and_ours(request):
     """torchvision's R50-FPN with weights under which boxes, classes and scores vary, and ours with its state dict."""
     torch.manual_seed(0)
-    options = {"min_size": 200, "max_size": 333, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 200}
+    options = {"min_size": 128, "max_size": 213, "box_score_thresh": 0.0, "rpn_post_nms_top_n_test": 200}
     build, fpn_norm, heads = fasterrcnn_resnet50_fpn, None, {}
     if request.param == "v2":
         build, fpn_norm, heads = fasterrcnn_resnet50_fpn_v2, "BN", V2
@@ -202,10 +202,9 @@ def test_patches_of_torchvision_are_followed(place, name, change, monkeypatch):
 # Training
 
 
-@pytest.mark.parametrize(  # every depth, and every variant on both kinds of block
-    "depth, variant", [(18, "fpn"), (18, "c4"), (34, "dc5"), (50, "fpn"), (101, "c4"), (152, "dc5")]
-)
-def test_every_depth_and_variant_trains_also_on_images_without_objects(depth, variant):
+@pytest.mark.parametrize("depth", [18, 50])
+@pytest.mark.parametrize("variant", ["fpn", "c4", "dc5"])
+def test_every_variant_trains_on_both_kinds_of_block_also_on_images_without_objects(variant, depth):
     detector = small_detector(variant, depth=depth, resize_in_training=False).train()
     optimizer = torch.optim.SGD(detector.parameters(), lr=1e-4)
     for targets in ([target(*SOME_BOXES), target()], [target(), target()]):

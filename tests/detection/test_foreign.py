@@ -530,9 +530,7 @@ def test_a_head_without_a_shape_is_refused(small, name, tmp_path):
     "builder, kind",
     [
         ("maskrcnn_resnet50_fpn", "Mask R-CNN"),
-        ("maskrcnn_resnet50_fpn_v2", "Mask R-CNN"),
         ("keypointrcnn_resnet50_fpn", "Keypoint R-CNN"),
-        ("retinanet_resnet50_fpn", "RetinaNet"),
         ("retinanet_resnet50_fpn_v2", "RetinaNet"),
         ("fcos_resnet50_fpn", "FCOS"),
     ],

@@ -4,8 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -653,25 +651,21 @@ def test_two_processes_train_one_detector_and_evaluate_every_image_once(shapes):
     detections = json.loads(Path("run/detections.json").read_text())
     assert {entry["image_id"] for entry in detections} == {1_000_001, 1_000_002, 1_000_003}
     # Both ranks evaluated the detector that was saved, statistics included: one process finds the same with it.
-    torchrun(TOOLS / "evaluate_coco.py", ["run"], processes=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the ranks, whose bits depend on it
+    evaluate_coco.main(["run"])
+    torch.set_num_threads(threads)
     assert json.loads(Path("run/detections.json").read_text()) == detections
 
 
-@pytest.mark.parametrize("found_by", ["both ranks", "rank 0"])
-def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
-    own_shapes, straight, capfd, monkeypatch, found_by
-):
+def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(shapes, straight, capfd, monkeypatch):
     monkeypatch.setattr(options_module, "count_processes", lambda device, gpus: 2)  # as with two GPUs
-    if found_by == "both ranks":
-        half(annotation_file(own_shapes))
-    with pytest.raises(SystemExit) as exit:
-        train_coco.main([*QUICK, "--data", str(own_shapes), *(["--output", str(straight)] * (found_by == "rank 0"))])
+    with pytest.raises(SystemExit) as exit:  # rank 0 finds it, and both raise it
+        train_coco.main([*QUICK, "--data", str(shapes), "--output", str(straight)])
     assert exit.value.code == 1
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1, lines
-    [line] = lines
-    says = "instances_train2017.json: not JSON" if found_by == "both ranks" else "already holds a run"
-    assert line.startswith("error: ") and says in line
+    assert lines[0].startswith("error: ") and "already holds a run" in lines[0]
     assert files() == {}
 
 
@@ -720,6 +714,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
         (["--recipe.detector.box-nms-thresh", "x"], "--recipe.detector.box-nms-thresh x: must be a number"),
         (["--recipe.detector.box-nms-thresh", "2"], "box_nms_thresh is 2.0; it must be from 0 to 1"),
         (["--output", __file__], f"--output {__file__}: is a file; give a folder"),
+        (["--data", "."], "no known data layout; it should contain"),
         (
             ["--data", "nowhere"],
             "--data nowhere: no such folder; it should contain annotations/instances_{train,val}2017.js",
@@ -728,15 +723,6 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(
 )
 def test_a_wrong_option_is_one_line_that_names_it_and_nothing_is_written(shapes, capsys, argv, says):
     assert says in error_of([*QUICK, "--data", shapes, "--max-steps", "1", *argv], capsys)
-    assert files() == {}
-
-
-def test_from_the_shell_it_is_exit_status_1_and_one_line_on_stderr(shapes):
-    argv = [*QUICK, "--data", str(shapes / "train2017")]
-    process = subprocess.run([sys.executable, TOOLS / "train_coco.py", *argv], capture_output=True, text=True)
-    assert process.returncode == 1
-    [line] = process.stderr.splitlines()
-    assert line.startswith("error: --data") and "no known data layout; it should contain" in line
     assert files() == {}
 
 
@@ -795,9 +781,8 @@ def test_unusable_boxes_are_counted_and_printed_once_and_training_goes_on(own_sh
     assert all(math.isfinite(line["loss"]) for line in metrics(Path("run")))
 
 
-@pytest.mark.parametrize("harm", [half, lambda path: path.write_bytes(b""), lambda path: path.write_text("<html>")])
-def test_a_broken_training_image_stops_with_its_name_or_is_skipped_and_named(own_shapes, capsys, harm):
-    harm(own_shapes / "train2017" / "000000000003.jpg")
+def test_a_broken_training_image_stops_with_its_name_or_is_skipped_and_named(own_shapes, capsys):
+    half(own_shapes / "train2017" / "000000000003.jpg")
     argv = [*QUICK, "--data", own_shapes, "--max-steps", "4", "--pictures", "0"]
     assert "train2017/000000000003.jpg: " in error_of([*argv, "--output", "run"], capsys)
     assert not Path("run/model.safetensors").exists() and not Path("run/results.json").exists()
