@@ -6,7 +6,6 @@ Images are hard links where the file system supports them, else copies.
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +15,7 @@ import numpy as np
 import yaml
 
 from detection.annotations import Annotations
-from detection.coco import CocoImages, usable_boxes
+from detection.coco import CocoImages
 from resbackbone.checks import UserError
 
 OBJECT = (
@@ -58,11 +57,11 @@ def write_yolo(folder: Path, splits: dict[str, CocoImages]) -> None:
     """data.yaml, images/SPLIT/ and labels/SPLIT/; without crowds, for which YOLO has no word."""
     for split, images in splits.items():
         found = list(_images(images))
-        boxes, usable = _clipped(images.annotations, crowds=False)
+        boxes, kept = _clipped(images.annotations, crowds=False)
         for image, name in zip(found, _stems(found), strict=True):
             lines = []
             for row in range(image.rows.start, image.rows.stop):
-                if usable[row]:
+                if kept[row]:
                     (x, y, w, h), (width, height) = boxes[row].tolist(), image.size
                     numbers = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
                     label = int(images.annotations.labels[row]) - 1
@@ -77,26 +76,26 @@ def write_yolo(folder: Path, splits: dict[str, CocoImages]) -> None:
 def write_voc(folder: Path, splits: dict[str, CocoImages]) -> None:
     """Annotations/, JPEGImages/ and ImageSets/Main/SPLIT.txt; crowds become difficult objects.
 
-    Corners are VOC's, which count from 1, if all boxes are of whole pixels and of more than one; else they are edges
-    that count from 0, written with a decimal point, by which `detection.voc` tells them.
+    Corners are VOC's, which count from 1, if all boxes are of whole pixels and none is one wide, which is read as of no
+    size; else they are edges that count from 0, written with a decimal point, by which `detection.voc` tells them.
     """
     found = {split: list(_images(images)) for split, images in splits.items()}
     boxes = {split: _clipped(images.annotations, crowds=True) for split, images in splits.items()}
-    used = np.concatenate([of_split[usable] for of_split, usable in boxes.values()])
-    whole = bool((used == used.round()).all() and (used[:, 2:] >= 2).all())
+    used = np.concatenate([of_split[kept] for of_split, kept in boxes.values()])
+    whole = bool((used == used.round()).all() and (used[:, 2:] != 1).all())
     stems = [stem for of_split in found.values() for stem in _stems(of_split)]
     apart = len({*stems}) < len(stems)  # splits have images of the same name
     for split, images in splits.items():
         below, names = split if apart else "", list(images.categories.values())
-        of_split, usable = boxes[split]
+        of_split, kept = boxes[split]
         listed = [os.path.join(below, stem) for stem in _stems(found[split])]
         for image, stem in zip(found[split], listed, strict=True):
             text = f"<annotation><filename>{escape(Path(image.name).name)}</filename>"
             text += "<size><width>{}</width><height>{}</height><depth>3</depth></size>".format(*image.size)
             for row in range(image.rows.start, image.rows.stop):
-                if usable[row]:
+                if kept[row]:
                     x, y, w, h = of_split[row].tolist()
-                    edges = (x + 1, y + 1, x + w, y + h) if whole else (x, y, x + w, y + h)
+                    edges = (x + 1, y + 1, max(x + w, x + 1), max(y + h, y + 1)) if whole else (x, y, x + w, y + h)
                     name = escape(names[int(images.annotations.labels[row]) - 1])
                     numbers = (f"{edge:.0f}" if whole else f"{edge:.6f}" for edge in edges)
                     text += OBJECT.format(name, int(images.annotations.crowds[row]), *numbers)
@@ -123,14 +122,15 @@ def _images(images: CocoImages) -> Iterator[Image]:
 
 
 def _clipped(annotations: Annotations, *, crowds: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(float64 [M, 4] boxes x, y, width, height clipped to the image; bool [M]: trained on, or a crowd)."""
+    """(float64 [M, 4] boxes x, y, width, height clipped to their image; bool [M] whether something of them is in it).
+
+    Boxes of no size are, as they count in AP; crowds only if asked for.
+    """
     xywh, of_image = annotations.boxes_xywh.numpy(), annotations.image_indices.long()
-    plain = annotations._replace(crowds=annotations.crowds & (not crowds))
-    usable = np.zeros(len(xywh), bool)
-    usable[usable_boxes(plain, Counter())[1]] = True
     first = np.maximum(xywh[:, :2], 0)
     last = np.minimum(xywh[:, :2] + xywh[:, 2:], annotations.widths_heights[of_image].numpy())
-    return np.concatenate([first, last - first], axis=1), usable
+    there = (xywh[:, 2:] >= 0).all(1) & (last >= first).all(1)  # False for NaN
+    return np.concatenate([first, last - first], axis=1), there & (crowds | ~annotations.crowds.numpy())
 
 
 def _stems(images: list[Image]) -> list[str]:

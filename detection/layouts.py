@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +106,25 @@ class Files(NamedTuple):
         return _of_files(given, self.train_json.parent)
 
 
-Data = str | os.PathLike | Files  # where data are: a folder, its data.yaml or only .json file, or several files
+Data = Path | Files  # where data are: a folder, its data.yaml or only .json file, or several files
+FILES = Files._fields
+
+
+def data_of(values: Mapping[str, str | Path | None]) -> Data | None:
+    """The data that options, or a run's config.yaml, name as "data" or as FILES; None if neither is given.
+
+    Raises UserError if both are, or other files without that of the training.
+    """
+    files = {name: Path(path) for name in FILES if (path := values.get(name)) is not None}
+    data = Path(path) if (path := values.get("data")) is not None else None
+    if not files:
+        return data
+    if "train_json" not in files:
+        [name, *_] = files
+        raise UserError(f"--{name.replace('_', '-')} {files[name]}: give --train-json too")
+    if data not in (None, files["train_json"]):
+        raise UserError(f"--data {data} and --train-json {files['train_json']} exclude each other: give one of them")
+    return Files(**files)
 
 
 def find_split(data: Data, split: str) -> Split:
@@ -141,7 +159,8 @@ def describe_layout(data: Data) -> str:
     train, val = (find_split(data, split) for split in ("train", "val"))
     found, folder = _find(data)
     read = list(dict.fromkeys((train.annotations, val.annotations)))
-    line = f"{data} in {train.layout}: {' and '.join(_below(folder, read))}"
+    names = map(str, read) if isinstance(data, Files) else _below(folder, read)
+    line = f"{data} in {train.layout}: {' and '.join(names)}"
     if val.part:
         line += f"; there is no validation split, so one image in {HELD_OUT} is held out for it"
     if test := found.splits.get("test"):

@@ -259,6 +259,25 @@ def _equal_images(
     return [{split: [name for of, name in equal if of == split] for split, _ in equal} for equal in groups], 0
 
 
+def leaked_images(train: CocoImages, val: CocoImages) -> int:
+    """The number of images of `val` whose files have the bytes of one of `train`. Reads only files of equal sizes.
+
+    Where these are over HASHED bytes, only those of equal names are compared.
+    """
+    splits = {"train": train, "val": val}
+    files = {name: _file_sizes(dataset) for name, dataset in splits.items()}
+    common = set(files["train"].values()) & set(files["val"].values())
+    alike = {split: {name: size for name, size in of.items() if size in common} for split, of in files.items()}
+    if sum(sum(of.values()) for of in alike.values()) > HASHED:
+        last = [{os.path.basename(name) for name in of} for of in alike.values()]
+        names = last[0] & last[1]
+        alike = {
+            split: {n: size for n, size in of.items() if os.path.basename(n) in names} for split, of in alike.items()
+        }
+    groups, _ = _equal_images(splits, alike)
+    return sum(len(group["val"]) for group in groups if len(group) == 2)
+
+
 def _split_statistics(dataset: CocoImages, files: Mapping[str, int]) -> SplitStatistics:
     annotations, sizes = dataset.annotations, dataset.annotations.widths_heights.numpy()
     boxes, rows = usable_boxes(annotations, Counter())

@@ -1,6 +1,7 @@
 """Evaluate a trained detector: the 12 COCO numbers, a table by class, detections.json and results.json.
 
 python tools/evaluate_coco.py runs/shapes-r18-fpn-short
+python tools/evaluate_coco.py runs/mine --split test
 python tools/evaluate_coco.py runs/mine --data coco --output scores
 python tools/evaluate_coco.py runs/mine --box-refinement --scales 200 400 600 800 1000     as the ResNet paper tests
 python tools/evaluate_coco.py runs/mine --tta     at nine sizes, each mirrored too
@@ -22,9 +23,11 @@ import tyro
 from detection.data import open_split
 from detection.evaluate import evaluate, results_summary, results_table, write_results
 from detection.faster_rcnn import prepare_for_detection
+from detection.layouts import data_of
 from detection.paper import ImprovedTesting
 from detection.saved import detector_file, load_detector, run_folder
 from detection.scoring import BACKENDS
+from detection.splits import SPLIT_NAMES
 from detection.tta import TestTimeAugmentation
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine.best import is_best
@@ -35,16 +38,18 @@ from resbackbone.engine.run import read_yaml
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a trained detector on the validation split of COCO-format data."""
+    """Evaluate a trained detector on a split of a data set."""
 
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
     source: torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1."""
     data: Auto[Path] = None
-    """Folder of COCO-format data, as tools/train_coco.py takes it. Default: the one the run was trained on."""
+    """Folder of data, as tools/train_coco.py takes it. Default: the data the run was trained on."""
+    split: str = "val"
+    """val, test or train."""
     output: Auto[Path] = None
-    """Folder for detections.json and results.json. Default: the run's folder, or eval-NAME/ in it if --data or an
-    option changes the detections, and eval-best/ for its best/."""
+    """Folder for detections.json and results.json. Default: the run's folder, or eval-NAME/ in it if --data, --split or
+    an option changes the detections, and eval-best/ for its best/."""
     box_refinement: bool = False
     """Score and regress once more from the regressed boxes, and vote (He et al. 2015, appendix B)."""
     scales: Several[int] = ()
@@ -73,6 +78,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """A run -> its 12 numbers, in one process or in one for each GPU."""
     options = parse(Options, argv)
+    one_of("split", options.split, SPLIT_NAMES)
     one_of("COCO backend", options.coco_backend, BACKENDS)
     if options.tta and (options.box_refinement or options.scales):
         other = "--scales" if options.scales else "--box-refinement"
@@ -89,7 +95,7 @@ def score(rank: Rank, options: Options) -> None:
     file = detector_file(options.run)
     folder = run_folder(options.run)
     config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
-    data = options.data or (Path(config["data"]) if config.get("data") else None)
+    data = options.data or data_of(config)
     if data is None:
         raise UserError(f"{options.run} does not say what it was trained on (no config.yaml); give --data DIR")
     recorded = config.get("precision") if rank.device.type != "mps" else None
@@ -99,7 +105,7 @@ def score(rank: Rank, options: Options) -> None:
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
     given = {"categories": detector.real_categories, "skip_bad_images": options.skip_bad_images}
     with from_option("--data"):
-        dataset = from_main(lambda: open_split(data, "val", **given), rank)
+        dataset = from_main(lambda: open_split(data, options.split, **given), rank)
     session.info(f"{file} on {dataset.summary()}, {precision}")
     bf16 = precision == "bf16"
     prepare_for_detection(detector, bf16=bf16)
@@ -120,8 +126,9 @@ def score(rank: Rank, options: Options) -> None:
     )
     if not rank.is_main:
         return
-    own = config.get("data") is not None and data.resolve() == Path(config["data"]).resolve()
-    names = [] if own else [data.resolve().name]
+    own = options.data is None or config.get("data") and options.data.resolve() == Path(config["data"]).resolve()
+    names = [] if own else [options.data.resolve().name]
+    names += [options.split] * (options.split != "val")
     if is_best(folder):
         folder, names = folder.resolve().parent, ["best", *names]
     names += ["refined"] * options.box_refinement + [str(scale) for scale in options.scales]

@@ -50,7 +50,7 @@ from detection.evaluate import (
 from detection.faster_rcnn import FasterRCNN, build_faster_rcnn, prepare_for_detection
 from detection.foreign import NOT_A_CLASS
 from detection.gallery import save_pictures
-from detection.layouts import LAYOUT, describe_layout, find_split
+from detection.layouts import FILES, LAYOUT, Data, Files, data_of, describe_layout, find_split
 from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
 from detection.planning import (
     ANCHOR_SCALES,
@@ -66,6 +66,7 @@ from detection.report import write_report
 from detection.sampler import TrainBatches
 from detection.saved import load_detector, read_described_weights, retarget_detector, save_detector
 from detection.scoring import BACKENDS
+from detection.statistics import leaked_images
 from detection.synthetic import SYNTHETIC, SyntheticImages, synthetic_batches
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
@@ -108,11 +109,18 @@ Batch = tuple[list[Tensor], list[dict]]  # images, targets
 @dataclass(frozen=True)
 class DataOptions:
     data: Auto[Path] = None
-    """Folder with COCO's annotations/instances_{train,val}2017.json, train2017/ and val2017/, Roboflow's
-    {train,valid}/_annotations.coco.json, annotations/instances_{train,val}.json, train/ and val/, or an export of CVAT,
-    Label Studio or FiftyOne; without a validation split, one image in ten is held out for it. Or synthetic: random
-    numbers, to measure the speed without loading images. Default:
-    $DETECTRON2_DATASETS/coco, $COCO_DIR or ./datasets/coco, else the built-in data set."""
+    """Folder of images and boxes as COCO, YOLO (or its data.yaml), Pascal VOC, Roboflow, CVAT, Label Studio or FiftyOne
+    write them, or a COCO .json beside its images; without a validation split, one image in ten is held out for it. Or
+    synthetic: random numbers, to measure the speed without loading images. Default: $DETECTRON2_DATASETS/coco,
+    $COCO_DIR or ./datasets/coco, else the built-in data set."""
+    train_json: Auto[Path] = None
+    """A COCO file in any place, in place of --data. Default: --data finds it."""
+    train_images: Auto[Path] = None
+    """Folder of the images that --train-json names. Default: that of the file."""
+    val_json: Auto[Path] = None
+    """The COCO file to validate on. Default: one image in ten of --train-json."""
+    val_images: Auto[Path] = None
+    """Folder of the images that --val-json names. Default: --train-images, else that of the file."""
     keep_empty: bool = False
     """Train on images without objects too."""
     repeat_factor: float = 0.0
@@ -225,7 +233,7 @@ def main(argv: list[str] | None = None) -> None:
         options = replace(options, recipe=complete(options).recipe)
         console.print(as_config(options, recipe_of(options), OPTION_OF))
         return
-    may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile", "minutes"}
+    may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile", "minutes", *FILES}
     launch_command(train, training_options(options, argv, complete, default_folder, may_differ))
 
 
@@ -251,7 +259,7 @@ def train(rank: Rank, options: Options) -> None:
         detector = load_detector(session.checkpoint / "model.safetensors")
         if dict(detector.categories) != train_set.categories:
             raise UserError(
-                f"{session.checkpoint}: was trained on other categories than those of {options.data}; "
+                f"{session.checkpoint}: was trained on other categories than those of {data_of(vars(options))}; "
                 "give its data, or another --output"
             )
     detector.to(rank.device, memory_format=torch.channels_last).train()
@@ -287,6 +295,7 @@ def train(rank: Rank, options: Options) -> None:
 def open_data(session: Session) -> tuple[Any, Any]:
     """The images to train on and to evaluate on, checked, without augmentation."""
     options, rank = session.options, session.rank
+    data = data_of(vars(options)) or EMBEDDED
     if options.data == SYNTHETIC:
         return SyntheticImages(), SyntheticImages()
     if options.data == EMBEDDED:
@@ -294,14 +303,16 @@ def open_data(session: Session) -> tuple[Any, Any]:
         from_main(embedded_data, rank)
     else:
         with from_option("--data"):
-            session.info(f"data:  {describe_layout(options.data)}")
-    opened = partial(open_checked, options.data, skip_bad_images=options.skip_bad_images)
+            session.info(f"data:  {describe_layout(data)}")
+    opened = partial(open_checked, data, skip_bad_images=options.skip_bad_images)
     with from_option("--data"):
         train_set = from_main(partial(opened, "train", keep_empty=options.keep_empty), rank)
         val_set = from_main(partial(opened, "val", keep_empty=True, categories=train_set.categories), rank)
     session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
     if rank.is_main:
         session.warn_skipped({*train_set.broken})
+        if leaked := leaked_images(train_set, val_set):
+            session.warn(f"{leaked} of {len(val_set)} images of val are also in train: the AP will be too high")
     session.skipped.update(train_set.broken)
     return train_set, val_set
 
@@ -491,7 +502,7 @@ def finish(session: Session, evaluation: Evaluation, val_set: CocoImages) -> Non
 def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     check_training(options)
-    data = options.data or find_coco() or EMBEDDED
+    data = data_of(vars(options)) or find_coco() or EMBEDDED
     own_engine = one_of("engine", options.engine, ENGINES) == "torchvision"
     device, processes, precision = choose_machine(options if own_engine else replace(options, precision="fp32"))
     kind = torch.device(device).type
@@ -524,7 +535,7 @@ def complete(options: Options) -> Options:
         raise UserError(f"--batch-size {total}: must be a multiple of {shares} (processes times --accumulate)")
     return replace(
         options,
-        data=data,
+        data=None if isinstance(data, Files) else data,
         recipe=recipe_name,
         variant=variant,
         backbone=backbone,
@@ -538,7 +549,7 @@ def complete(options: Options) -> Options:
     )
 
 
-def minutes_for(options: Options, data: Path, kind: str) -> float | None:
+def minutes_for(options: Options, data: Data, kind: str) -> float | None:
     """The time that the training is planned for, if it is, on this kind of device."""
     length = next((name for name in ("epochs", "steps") if getattr(options, name) is not None), None)
     if options.minutes is None:
@@ -584,7 +595,7 @@ def recipe_of(options: Options) -> Recipe:
     return recipe
 
 
-def recipe_for(options: Options, data: Path, kind: str) -> str:
+def recipe_for(options: Options, data: Data, kind: str) -> str:
     """The name of the default recipe for this data, kind of device, network and weights."""
     if data == EMBEDDED:
         return "short"
@@ -676,7 +687,8 @@ def check_detectron2(options: Options, variant: str, recipe: Recipe) -> None:
 
 def default_folder(options: Options) -> Path:
     network = options.backbone.removeprefix("timm:") if options.backbone else f"r{options.depth}"
-    name = f"{options.data.resolve().name}-{network}-{options.variant}-{options.recipe}"
+    place = Path(str(data_of(vars(options)))).resolve()
+    name = f"{place.stem if place.is_file() else place.name}-{network}-{options.variant}-{options.recipe}"
     return Path("runs") / (name if options.engine == "torchvision" else f"{name}-{options.engine}")
 
 

@@ -76,7 +76,7 @@ class Session:
             recorded = read_yaml(self.folder / "config.yaml").get("effective", {})
             if any(recorded.get(name) != effective[name] for name in effective if name.endswith("sha256")):
                 raise UserError(
-                    f"--data {self.options.data}: the run in {self.folder} was trained on other data; "
+                    f"the run in {self.folder} was trained on other data than {self.options.data or 'these'}; "
                     "give that data, or another --output"
                 )
         # Without these options, --config with this file starts a new run.

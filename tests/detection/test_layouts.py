@@ -9,7 +9,7 @@ from formats import BOXES, FORMATS, NAMES, SIZES
 from PIL import Image
 
 from detection.data import open_split
-from detection.layouts import LAYOUT, describe_layout, find_split, held_out
+from detection.layouts import LAYOUT, data_of, describe_layout, find_split, held_out
 
 LAYOUTS = {  # annotation file and image folder of each split
     "COCO": ("annotations/instances_{}2017.json", "{}2017"),
@@ -233,3 +233,41 @@ def test_a_split_to_test_on_that_is_not_there_is_an_error_that_says_so(tmp_path,
     FORMATS[name](tmp_path)
     with pytest.raises(ValueError, match="no test split"):
         find_split(tmp_path, "test")
+
+
+# Files in places of their own
+
+
+def test_given_files_are_the_splits_and_without_one_to_validate_on_a_tenth_is_held_out(tmp_path):
+    put(tmp_path, "a/one.json", "a/below", count=21)
+    put(tmp_path, "b/two.json", "pictures", first=31)
+    given = {"train_json": tmp_path / "a/one.json"}
+    assert [len(open_split(data_of(given), split)) for split in ("train", "val")] == [18, 3]
+    assert len(open_split(tmp_path / "a/one.json", "train")) == 18  # as --data
+    more = {"data": None, "val_json": str(tmp_path / "b/two.json"), "val_images": str(tmp_path / "pictures")}
+    splits = [open_split(data_of(given | more), split) for split in ("train", "val")]
+    assert [len(split) for split in splits] == [21, 2]
+    line = describe_layout(data_of(given | more))
+    assert line.endswith(f"in the layout of a COCO file: {tmp_path}/a/one.json and {tmp_path}/b/two.json")
+
+
+@pytest.mark.parametrize(
+    "given, says",
+    [
+        ({"val_json": "a.json"}, "--val-json a.json: give --train-json too"),
+        (
+            {"data": "b", "train_json": "a.json"},
+            "--data b and --train-json a.json exclude each other: give one of them",
+        ),
+    ],
+)
+def test_files_that_contradict_the_folder_or_lack_that_to_train_on_are_refused(given, says):
+    with pytest.raises(ValueError, match=says):
+        data_of(given)
+    assert data_of({}) is None and data_of({"data": "b"}) == Path("b")
+
+
+def test_a_given_file_that_is_not_there_is_named():
+    for split in ("train", "val"):
+        with pytest.raises(ValueError, match="none.json: cannot be read .No such file or directory."):
+            open_split(data_of({"train_json": "none.json"}), split)

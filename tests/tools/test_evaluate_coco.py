@@ -20,7 +20,7 @@ from detection.shapes import CATEGORY_IDS, CLASSES, make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.engine.checkpoints import save_checkpoint
 from resbackbone.engine.distributed import Rank
-from resbackbone.tools import evaluate_coco
+from resbackbone.tools import convert_data, evaluate_coco
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +165,18 @@ def test_data_of_other_categories_than_the_detectors_is_refused(run, shapes, tmp
     path = data / "annotations" / "instances_val2017.json"
     path.write_text(path.read_text().replace('"ring"', '"bracelet"'))
     assert "its classes 'bracelet' are not among the 10 of the detector" in error_of(run, "--data", data)
+
+
+def test_the_test_split_of_another_format_is_scored_with_the_same_numbers(run, shapes, capsys):
+    evaluated(run)
+    wanted = json.loads((run / "results.json").read_text())["bbox"]
+    shutil.copytree(shapes, "own")
+    Path("own/val2017").rename("own/test2017")
+    Path("own/annotations/instances_val2017.json").rename("own/annotations/instances_test2017.json")
+    convert_data.main(["own", "yolo", "--to", "yolo"])
+    capsys.readouterr()
+    evaluated(run, "--data", "yolo", "--split", "test")
+    assert "category ids differ and are matched by name" in capsys.readouterr().out
+    assert json.loads((run / "eval-yolo-test" / "results.json").read_text())["bbox"] == wanted
+    assert "no test split" in error_of(run, "--split", "test")
+    assert "unknown split 'best'; choose from train, val, test" in error_of(run, "--split", "best")

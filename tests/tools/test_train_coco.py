@@ -388,6 +388,30 @@ def test_a_tenth_is_held_out_where_there_is_no_validation_split_and_found_again(
     assert json.loads(Path("run/results.json").read_text()) == results and results["images"] == 1
 
 
+def test_files_in_any_places_are_trained_on_kept_and_found_again_and_a_leak_is_counted(own_shapes, capsys):
+    (own_shapes / "more").mkdir()
+    for split, place in (("train", "one.json"), ("val", "more/two.json")):
+        annotation_file(own_shapes, split).rename(own_shapes / place)
+    shutil.copy(own_shapes / "train2017/000000000002.jpg", own_shapes / "val2017/000001000001.jpg")
+    given = ["--train-json", str(own_shapes / "one.json"), "--val-json", str(own_shapes / "more/two.json")]
+    argv = [*QUICK, *given, "--output", "run", "--pictures", "0"]
+    train_coco.main([*argv, "--val-images", str(own_shapes / "val2017"), "--max-steps", "1"])
+    said = capsys.readouterr().out
+    assert (
+        f"{own_shapes}/one.json in the layout of a COCO file: {own_shapes}/one.json and {own_shapes}/more/two" in said
+    )
+    assert "train: 6 images" in said and "1 of 3 images of val are also in train: the AP will be too high" in said
+    config, results = yaml.safe_load(Path("run/config.yaml").read_text()), Path("run/results.json").read_bytes()
+    assert config["data"] is None and config["train_json"] == given[1] and config["val_images"].endswith("val2017")
+    evaluate_coco.main(["run", "--device", "cpu"])
+    assert Path("run/results.json").read_bytes() == results
+    moved = Path(shutil.move(own_shapes, "moved"))
+    files = {"train-json": "one.json", "val-json": "more/two.json", "val-images": "val2017"}
+    argv = [word for name, place in files.items() for word in (f"--{name}", str(moved / place))]
+    train_coco.main(["--output", "run", "--resume", "--max-steps", "2", *argv])
+    assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
+
+
 def test_a_run_starts_from_a_detector_of_other_classes_with_a_new_head(own_shapes, straight, capsys):
     for split in ("train", "val"):
         content = json.loads(annotation_file(own_shapes, split).read_text())
