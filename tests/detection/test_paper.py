@@ -176,7 +176,7 @@ def test_weights_that_are_not_of_a_vgg16_are_refused_in_words(tmp_path, vgg16, s
 
 def test_a_backbone_of_several_levels_is_refused_for_vgg16():
     with pytest.raises(ValueError, match=r"variant 'vgg16' does not fit .*: build it with levels=\('c4',\)"):
-        build_faster_rcnn(from_timm("vgg16"), 3, variant="vgg16")
+        build_faster_rcnn(from_timm("resnet10t"), 3, variant="vgg16")
 
 
 # Recipes
@@ -234,8 +234,7 @@ def test_global_context_is_trained_end_to_end():
     assert [name for name, p in detector.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("make", [small_detector, small_vgg16])
-@pytest.mark.parametrize("context", [False, True])
+@pytest.mark.parametrize("make, context", [(small_detector, True), (small_vgg16, False), (small_vgg16, True)])
 def test_a_saved_detector_of_the_paper_loads_to_bit_equal_outputs(tmp_path, make, context):
     detector = make(global_context=context, anchor_sides=(16, 24, 32, 64), categories={3: "a", 5: "b", 9: "c"})
     save_detector(detector, tmp_path / "model.safetensors")
@@ -425,14 +424,14 @@ def error_of(command):
     return exit.value.code
 
 
-@pytest.mark.parametrize("name", ["paper-r101-c4", "paper-r101-c4-context"])
-def test_the_papers_resnet_trains_from_weights_with_its_norms_alone_frozen(name, small_recipes, shapes, tmp_path):
+def test_the_papers_resnet_trains_from_weights_with_its_norms_alone_frozen(small_recipes, shapes, tmp_path):
+    name = "paper-r101-c4-context"
     weights = build_resnet_backbone(18).state_dict()
     save_file(weights, tmp_path / "r18.safetensors")
     detector = trained(shapes, tmp_path / "run", "--recipe", name, "--weights", tmp_path / "r18.safetensors")
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (config["variant"], config["recipe"]) == ("c4", name)
-    assert detector.config.global_context == ("context" in name)
+    assert detector.config.global_context
     assert (detector.backbone.config.norm, detector.backbone.config.frozen_through) == ("FrozenBN", None)
     assert not torch.equal(detector.backbone.conv1.weight, weights["conv1.weight"])
     assert torch.equal(detector.backbone.bn1.weight, weights["bn1.weight"])

@@ -150,7 +150,7 @@ from resbackbone.engine.termination import quick_exit
 
 def work(rank, folder):
     torch.manual_seed(0)
-    backbone = build_resnet_backbone(50, levels=("c4", "c5"))  # trained norms; stage 5 becomes the box head
+    backbone = build_resnet_backbone(18, levels=("c4", "c5"))  # trained norms; stage 5 becomes the box head
     options = {"rpn_batch_size_per_image": 16, "box_batch_size_per_image": 8, "rpn_post_nms_top_n_train": 20}
     detector = build_faster_rcnn(backbone, 3, variant="c4", min_size=64, max_size=96, **options)
     detector.to(memory_format=torch.channels_last).train()

@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import json
 import subprocess
@@ -23,6 +24,14 @@ INSTALLED = [name for name in ("torchvision", "timm", "detectron2") if importlib
 DETECTING = [name for name in INSTALLED if name in detectors.DETECTORS]
 RUNTIMES = [name for name in runtimes.RUNTIMES if importlib.util.find_spec(name)]
 SMALL = contest.Workload("fp32", "cpu", 18, 64, 96, 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage():
+    """Every contender collects garbage; what other tests imported need not be looked through each time."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
