@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,6 +41,23 @@ def torchrun(tool, argv, *, processes=2):
     process = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return process.stdout
+
+
+def as_srun_starts(tool, argv, *, processes=2):
+    """What the first rank of a tool prints, started as srun starts it: each rank a process told its place."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    places = [{"RANK": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(processes)]
+    command = [sys.executable, tool, *map(str, argv)]
+    ranks = [
+        subprocess.Popen(command, env={**os.environ, **shared, **place}, stdout=subprocess.PIPE, text=True)
+        for place in places
+    ]
+    said = [rank.communicate(timeout=100)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * processes
+    return said[0]
 
 
 def kill_after_three_steps(tool, argv, run):

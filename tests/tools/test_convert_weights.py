@@ -1,10 +1,7 @@
 """The command that converts weights: what it writes, what it says, and what it refuses."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,8 +21,6 @@ from resbackbone.weights.file import write_weights
 from resbackbone.weights.sources import is_named
 from resbackbone.weights.translate import from_ours, merged_norms
 from resbackbone.weights.write import TARGETS
-
-TOOL = Path(__file__).parents[2] / "tools" / "convert_weights.py"
 
 CATEGORIES = {3: "car", 13: "stop sign"}
 INPUT = "RGB 0..1, mean 0.485 0.456 0.406, std 0.229 0.224 0.225"
@@ -242,10 +237,9 @@ def test_a_mask_head_is_refused_by_name_and_its_backbone_converts(detector):
     assert_same_tensors(read_weights("mask.safetensors").state, detector.backbone.state_dict())
 
 
-def test_the_list_has_every_source_in_a_line_of_its_own_that_begins_with_its_name():
-    narrow = {**os.environ, "COLUMNS": "40"}
-    done = subprocess.run([sys.executable, TOOL, "--list"], capture_output=True, text=True, check=True, env=narrow)
-    heading, *rows = done.stdout.splitlines()
+def test_the_list_has_every_source_in_a_line_of_its_own_that_begins_with_its_name(capsys, monkeypatch):
+    monkeypatch.setattr(convert_weights.console, "width", 40)
+    heading, *rows = said_by(capsys, "--list").splitlines()
     names = [row.split()[0] for row in rows]
     assert heading.split()[0] == "weights" and len(names) == len(set(names)) > 100
     assert all(is_named(name) and name.partition(":")[2] for name in names)

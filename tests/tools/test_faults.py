@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -145,23 +144,6 @@ def test_a_folder_that_another_process_writes_is_refused_and_left_as_it_is(run, 
             assert exit.value.code.startswith(f"error: --output {run} is being written by process {another.pid} on ")
         assert sorted(path.name for path in run.iterdir()) == before and LOCK in before
         another.kill()
-
-
-def test_ranks_that_srun_starts_train_together(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    argv = [*CIFAR, "--steps", "4", "--eval-period", "0", "--output", str(tmp_path / "run")]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, TOOLS / "train_cifar10.py", *argv],
-            env={**os.environ, **shared, "RANK": rank, "SLURM_LOCALID": rank},
-        )
-        for rank in "01"
-    ]
-    assert [rank.wait(100) for rank in ranks] == [0, 0]
-    assert [line["step"] for line in subject.metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
 @pytest.mark.slow

@@ -211,6 +211,7 @@ def test_a_value_of_the_recipe_that_is_set_is_used_kept_and_known_to_an_evaluati
 # Interrupted and resumed
 
 
+@pytest.mark.slow  # the two tests below show the same, one of either recipe
 @pytest.mark.parametrize("recipe", RUNS)
 def test_three_steps_and_three_resumed_are_six_steps(straight, photos, recipe):
     argv = [*SIX_STEPS, *RUNS[recipe], "--data", str(photos)]

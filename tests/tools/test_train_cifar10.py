@@ -13,13 +13,13 @@ from commands import (
     CIFAR,
     SIX_STEPS,
     TOOLS,
+    as_srun_starts,
     assert_ended_alike,
     die_in_second_checkpoint,
     differing,
     error_line,
     metrics,
     timeless,
-    torchrun,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -192,14 +192,14 @@ def test_a_run_is_not_resumed_on_other_images(straight, capsys, monkeypatch):
     assert "was trained on other data" in error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
 
 
-def test_two_processes_train_one_network_and_test_every_image_once(tmp_path):
+def test_two_ranks_that_srun_starts_train_one_network_and_test_every_image_once(tmp_path):
     data = tmp_path / "data"
     for split, count in (("train", 5), ("test", 3)):
         for label in range(2):
             (data / split / str(label)).mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (32, 32), (60 * i, 100 * label, 9)).save(data / split / str(label) / f"{i}.png")
-    said = torchrun(TOOLS / "train_cifar10.py", [*CIFAR, "--data", data, "--steps", "2", "--output", "run"])
+    said = as_srun_starts(TOOLS / "train_cifar10.py", [*CIFAR, "--data", data, "--steps", "2", "--output", "run"])
     assert "8 images per update on 2 cpu" in said and said.count("from step 0") == 1
     assert [line["step"] for line in metrics(Path("run"))] == [1, 2]
     results = json.loads(Path("run/results.json").read_text())

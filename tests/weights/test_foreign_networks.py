@@ -44,8 +44,8 @@ def weights_of(model, **architecture):
 
 
 @pytest.mark.parametrize(
-    "depth", [pytest.param(depth, marks=[pytest.mark.slow] if depth == 152 else []) for depth in DEPTHS]
-)  # 101 has the blocks of 152
+    "depth", [pytest.param(depth, marks=[] if depth in (34, 101) else [pytest.mark.slow]) for depth in DEPTHS]
+)  # 34 has all names of 18, and 101 those of 50 and 152
 @torch.inference_mode()
 def test_torchvision_and_timm(depth, images, randomised, tmp_path):
     ours = randomised(build_resnet_classifier(depth, 7))
