@@ -199,7 +199,10 @@ def stated_by_timm(config: Mapping) -> dict[str, Any]:
     name = " ".join(str(config["architecture"]).split()).partition(".")[0]  # without its tag
     refuse_blurring_names(name)
     if (network := _timm_network(name)) is None:
-        raise UserError(f"{name} is not one of timm's ResNets that this package builds; list_sources() names those")
+        raise UserError(
+            f"{name} is not one of timm's ResNets that this package builds, which list_sources() names; of others, name "
+            "the network too: from_timm(NAME, weights=..), or train_coco.py --backbone timm:NAME"
+        )
     backbone: dict[str, Any] = {"stride_in_1x1": False, "eps": 1e-5, "depth": int(network[1])}
     if (channels := _whole("model_args", arguments, "in_chans")) is not None:
         backbone["in_channels"] = channels

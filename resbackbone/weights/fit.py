@@ -121,6 +121,11 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
             "[32, 32, 64], as timm's resnet50d; from_timm builds its others"
         )
     stated = weights.metadata.get("backbone", {})
+    if "timm" in stated:
+        raise UserError(
+            f"weights from {weights.source} are of a detector on timm's {stated['timm']}, and a ResNet's are needed: "
+            "load_detector and --weights of train_coco.py take them"
+        )
     stated = {name: stated[name] for name in ARCHITECTURE if name in stated}
     BackboneConfig.from_json({"depth": 50, **stated}, weights.source)
     shown = architecture_of(trunk)
@@ -155,7 +160,10 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
     if "depth" not in resolved:
         if not known:
             names = ", ".join([*list(weights.state)[:3], ".."])
-            raise UserError(f"weights from {weights.source} hold no ResNet under known names ({names})")
+            raise UserError(
+                f"weights from {weights.source} hold no ResNet under known names ({names}); for one of timm's networks, "
+                "name it: from_timm(NAME, weights=..), or train_coco.py --backbone timm:NAME"
+            )
         if fits := _depths(trunk):
             raise UserError(
                 f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, fits))}"
