@@ -200,8 +200,8 @@ def stated_by_timm(config: Mapping) -> dict[str, Any]:
     refuse_blurring_names(name)
     if (network := _timm_network(name)) is None:
         raise UserError(
-            f"{name} is not one of timm's ResNets that this package builds, which list_sources() names; of others, name "
-            "the network too: from_timm(NAME, weights=..), or train_coco.py --backbone timm:NAME"
+            f"{name} is not one of timm's ResNets that this package builds, which list_sources() names; for another "
+            "network, name it too: from_timm(NAME, weights=..), or train_coco.py --backbone timm:NAME"
         )
     backbone: dict[str, Any] = {"stride_in_1x1": False, "eps": 1e-5, "depth": int(network[1])}
     if (channels := _whole("model_args", arguments, "in_chans")) is not None:

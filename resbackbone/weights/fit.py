@@ -157,13 +157,13 @@ def resolve_architecture(weights: Weights | None, **asked: Any) -> dict[str, Any
                 f"leave {name} out to use theirs"
             )
     resolved = {**DEFAULTS, **weights.assumed, **known, **asked}
+    if not known and ("depth" not in resolved or not any(key.startswith("layer1.") for key in trunk)):
+        names = ", ".join([*list(weights.state)[:3], ".."])
+        raise UserError(
+            f"weights from {weights.source} hold no ResNet under known names ({names}); if they are of one of timm's "
+            "networks, name it too: from_timm(NAME, weights=..), or train_coco.py --backbone timm:NAME"
+        )
     if "depth" not in resolved:
-        if not known:
-            names = ", ".join([*list(weights.state)[:3], ".."])
-            raise UserError(
-                f"weights from {weights.source} hold no ResNet under known names ({names}); for one of timm's networks, "
-                "name it: from_timm(NAME, weights=..), or train_coco.py --backbone timm:NAME"
-            )
         if fits := _depths(trunk):
             raise UserError(
                 f"weights from {weights.source} do not show their depth; give it, one of {', '.join(map(str, fits))}"

@@ -572,6 +572,7 @@ def test_a_run_starts_from_a_detector_on_a_network_of_timm(own_shapes, on_timm, 
         (["--backbone", "timm:test_resnet"], f"the detector in {path} is on {NETWORK}; leave it out"),
     ):
         assert says in error_of([*argv, *words, "--output", "other"], capsys)
+    assert "a ResNet's are needed" in error_line(convert_weights.main, [path, "x.pth", "--to", "torchvision"])
 
 
 @pytest.mark.slow

@@ -103,9 +103,10 @@ def test_a_group_norm_in_the_pyramid_that_nothing_states_is_said(caplog):
     assert "group norms of 32 groups and eps 1e-05 in the pyramid or box head" in caplog.text
 
 
-def test_weights_of_no_known_names_are_refused_by_their_names():
+@pytest.mark.parametrize("depth", [None, 18])
+def test_weights_of_no_known_names_are_refused_by_their_names(depth):
     with pytest.raises(ValueError, match=r"hold no ResNet under known names \(stem.0.weight, \.\.\)"):
-        resolve_architecture(Weights({"stem.0.weight": torch.zeros(1)}, {}, "a file"))
+        resolve_architecture(Weights({"stem.0.weight": torch.zeros(1)}, {}, "a file"), depth=depth)
 
 
 def test_a_detectors_backbone_is_taken_out_and_any_other_dict_is_taken_whole():
