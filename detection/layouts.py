@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from detection.annotations import CocoFile, first_image, leaves_its_folder
-from detection.splits import SPLIT_NAMES, Found, Split
+from detection.splits import SPLIT_NAMES, Found, Split, folders_in
 from detection.voc import find_voc
 from detection.yolo import find_yolo
 from resbackbone.checks import UserError
@@ -194,10 +194,9 @@ def _find(data: Data) -> tuple[Found, Path]:
     for _ in range(DEPTH + 1):
         if any((best := _best(folder)).fit):
             return best, folder
-        below = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))]
-        if len(below) != 1:
+        if len(below := folders_in(folder)) != 1:
             break
-        folder = below[0]
+        [folder] = below
     raise UserError(f"{data}: no known data layout; it should contain {LAYOUT}")
 
 
@@ -249,7 +248,8 @@ def _of_files(files: dict[str, tuple[Path, Path | None]], folder: Path) -> Found
     title, splits = "the layout of a COCO file", {}
     for split, (file, images) in files.items():
         name = first_image(file) if images is None else None
-        places = [file.parent, file.parent / "images", folder, folder / "images"]
+        below = (at / of for at in (folder, folder / "images") for of in SPLIT_NAMES[split])
+        places = [file.parent, file.parent / "images", *below, folder, folder / "images"]
         found = (place for place in places if name and not leaves_its_folder(name) and (place / name).is_file())
         splits[split] = Split(title, images or next(found, folder), file, CocoFile(file))
     return Found(title, splits, {})

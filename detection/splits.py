@@ -1,5 +1,6 @@
 """What a layout finds in a folder: for each split its images, and what reads its annotations into the one index."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -46,3 +47,8 @@ class Found(NamedTuple):
         """Whether there is a whole split to train on, a whole one to validate on, annotations, any part of a split."""
         found = bool(self.splits or self.broken)
         return "train" in self.splits, "val" in self.splits, found and self.annotated, found
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, without hidden ones and those that archives of macOS add (__MACOSX)."""
+    return sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in "._")

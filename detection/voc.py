@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from detection.annotations import Annotations, indexed, leaves_its_folder
-from detection.splits import SPLIT_NAMES, Found, Split
+from detection.splits import SPLIT_NAMES, Found, Split, folders_in
 from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES, BadImage, image_sizes
 
@@ -35,7 +35,7 @@ class Place(NamedTuple):
 
     def names(self) -> list[str]:
         """The names of all annotated images, without suffix."""
-        found = self.annotations.rglob("*.xml")
+        found = self.annotations.glob("*.xml" if self.annotations == self.folder else "**/*.xml")
         return sorted(path.relative_to(self.annotations).with_suffix("").as_posix() for path in found)
 
 
@@ -45,8 +45,8 @@ def find_voc(folder: Path, lists: Mapping[str, Sequence[str]] = LISTS) -> Found 
     Without lists, and in folders that are not called after a split, all annotated images are for training. `lists`
     names those of each split.
     """
-    below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    deeper = (path for path in below for path in sorted(path.iterdir()) if path.is_dir())
+    below = folders_in(folder)
+    deeper = (path for of in below for path in folders_in(of))
     places: list[Place] = []
     for path in (folder, *below, *deeper):
         if not any(path.is_relative_to(of.folder) for of in places) and (place := _place(path)):

@@ -1,6 +1,7 @@
 """YOLO's labels, a text file for each image, as Ultralytics, Roboflow, CVAT, Label Studio and darknet write them."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -18,6 +19,7 @@ from resbackbone.image_io import SUFFIXES, BadImage, image_sizes
 
 TITLE = "YOLO's layout"
 CLASSES = "classes.txt"  # labelImg's and Label Studio's
+NAMES_FILES = (CLASSES, "obj.names", "_darknet.labels")  # the last is Roboflow's
 KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 EXCESS = 0.01  # of the image's side by which a coordinate may be out of it
 LINE = "a line is: class x_center y_center width height, in parts of the image from 0 to 1, or class x1 y1 x2 y2 x3 .."
@@ -82,7 +84,7 @@ class YoloImages(NamedTuple):
     def count_images(self) -> int:
         return len(self.images())
 
-    def images(self) -> list[Path]:
+    def images(self) -> list[str]:
         """Every image once, in the order of names."""
         found = {image for place in self.places for image in images_in(place, self.folder)}
         if not found:
@@ -96,11 +98,13 @@ class YoloImages(NamedTuple):
         outside 0..1 (by up to 1 % it is clipped), and if no image at all has a label file.
         """
         images = self.images()
-        labels = {folder: label_folder(folder, self.folder) for folder in {image.parent for image in images}}
-        there = {folder: _stems(folder) for folder in set(labels.values())}
-        files = [there[place := labels[image.parent]].get(image.stem, place / f"{image.stem}.txt") for image in images]
+        folders = [os.path.dirname(image) for image in images]
+        labels = {folder: label_folder(Path(folder), self.folder) for folder in {*folders}}
+        files = [os.path.join(labels[of], f"{_stem(image)}.txt") for of, image in zip(folders, images, strict=True)]
+        pairs = list(zip(images, files, strict=True))
+        tasks = [pairs[i : i + 200] for i in range(0, len(pairs), 200)]  # one for each image would cost as much again
         with ThreadPoolExecutor(THREADS) as pool:
-            read = list(pool.map(self._read_image, images, files, chunksize=64))
+            read = [*chain(*pool.map(lambda task: [self._read_image(*pair) for pair in task], tasks))]
         broken = [found for found in read if isinstance(found, BadImage)]
         if broken and bad is None:
             raise BadImage(f"{broken[0]}{f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''}")
@@ -116,11 +120,12 @@ class YoloImages(NamedTuple):
             "polygons, taken as their boxes": sum(found.polygons for _, found in kept),
         }
         if all(place.is_dir() for place in self.places):  # a list may leave images out
-            counts["label files without an image"] = len({*chain(*(of.values() for of in there.values()))} - {*files})
+            there = {os.path.join(folder, file) for folder in {*labels.values()} for file in _label_files(folder)}
+            counts["label files without an image"] = len(there - {*files})
         # Six decimals of a side make out a hundredth of a pixel, which gives back what they were made of.
         longest = max((found.longest for _, found in kept), default=0)
         return indexed(
-            [image.relative_to(self.root).as_posix() for image, _ in kept],
+            [os.path.relpath(image, self.root).replace(os.sep, "/") for image, _ in kept],
             [found.size for _, found in kept],
             self.names,
             [found.objects for _, found in kept],
@@ -128,13 +133,14 @@ class YoloImages(NamedTuple):
             digits=2 if longest <= len("-0.123456") else 6,
         )
 
-    def _read_image(self, image: Path, labels: Path) -> "Image | BadImage":
+    def _read_image(self, image: str, labels: str) -> "Image | BadImage":
         try:
             (width, height), _ = image_sizes(image)
         except BadImage as error:
             return error
         try:
-            text = labels.read_text("utf-8-sig")
+            with open(labels, encoding="utf-8-sig") as file:
+                text = file.read()
         except FileNotFoundError:
             return Image((width, height), np.empty((0, 6)), 0, 0, True)
         except (OSError, UnicodeDecodeError) as error:
@@ -145,7 +151,7 @@ class YoloImages(NamedTuple):
         longest = max((line.longest for line in lines), default=0)
         return Image((width, height), objects, sum(line.polygon for line in lines), longest, False)
 
-    def _parsed(self, text: str, path: Path) -> "Iterator[Line]":
+    def _parsed(self, text: str, path: str) -> "Iterator[Line]":
         for number, line in enumerate(text.splitlines(), 1):
             words = line.split()
             if not words:
@@ -197,11 +203,11 @@ class Line(NamedTuple):
     longest: int  # characters of its longest number
 
 
-def images_in(place: Path, folder: Path) -> Iterator[Path]:
+def images_in(place: Path, folder: Path) -> Iterator[str]:
     """The images in a folder and below it, or of a .txt list; those of another machine are found by their ends."""
     if place.is_dir():
         for path, _, files in os.walk(place, followlinks=True):
-            yield from (Path(path, file) for file in files if file.lower().endswith(SUFFIXES))
+            yield from (os.path.join(path, file) for file in files if file.lower().endswith(SUFFIXES))
         return
     lost = []
     for line in _lines(place):
@@ -209,9 +215,9 @@ def images_in(place: Path, folder: Path) -> Iterator[Path]:
         if found is None:
             lost.append(line)
         else:
-            yield Path(os.path.normpath(found))
+            yield os.path.normpath(found)
     if lost:
-        there = {path.relative_to(folder).as_posix(): path for path in images_in(folder, folder)}
+        there = {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in images_in(folder, folder)}
         matched, _ = match_names(lost, there)
         if missing := [line for line in lost if line not in matched]:
             raise BadImage(f"{place}: {len(missing)} of its images are not there; the first is {missing[0]}")
@@ -225,7 +231,7 @@ def label_folder(images: Path, folder: Path) -> Path:
     places = [images] if images == folder else [images, images.parent / "labels"]
     if last is not None:
         places.insert(0, Path(*parts[:last], "labels", *parts[last + 1 :]))
-    return next((place for place in places if place.is_dir() and _stems(place)), places[0])
+    return next((place for place in places if place.is_dir() and _label_files(place)), places[0])
 
 
 def _described(folder: Path) -> Path | None:
@@ -287,17 +293,22 @@ def _folders(folder: Path) -> dict[str, str]:
 
 
 def _classes_files(folder: Path) -> list[Path]:
-    return [folder / place / CLASSES for place in ("", "labels", "labels/train", "train/labels", "train")]
+    return [
+        folder / at / name for at in ("", "labels", "labels/train", "train/labels", "train") for name in NAMES_FILES
+    ]
 
 
 def _has_labels(images: Path, folder: Path) -> bool:
-    stems = {path.stem for path in images.iterdir() if path.suffix.lower() in SUFFIXES}
-    return bool(stems and stems & _stems(label_folder(images, folder)).keys())
+    stems = {_stem(file) for file in os.listdir(images) if file.lower().endswith(SUFFIXES)}
+    return any(_stem(file) in stems for file in _label_files(label_folder(images, folder)))
 
 
 def _resolved(value: str, bases: Sequence[Path], folder: Path) -> tuple[Path | None, bool]:
     """(the path that a value of the description means, whether it is there as it is written)."""
     value = value.replace("\\", "/")
+    inside = folder / re.sub(r"^(\.\./)+", "", value)
+    if value.startswith("../") and inside.exists():  # Roboflow's; what is outside may be another set that lies beside
+        return inside, True
     for base in bases:
         if (base / value).exists():
             return Path(os.path.normpath(base / value)), True
@@ -308,17 +319,19 @@ def _resolved(value: str, bases: Sequence[Path], folder: Path) -> tuple[Path | N
 
 def _root(places: Sequence[Path], folder: Path) -> Path:
     """The folder that holds all images of these folders and lists."""
-    folders = [place for place in places if place.is_dir()]
-    folders += {image.parent for place in places if not place.is_dir() for image in images_in(place, folder)}
+    folders = {str(place) for place in places if place.is_dir()}
+    folders |= {os.path.dirname(image) for place in places if not place.is_dir() for image in images_in(place, folder)}
+    if len({*map(os.path.isabs, folders)}) > 1:
+        folders = {*map(os.path.abspath, folders)}
     return Path(os.path.commonpath(folders)) if folders else folder
 
 
-def _stems(folder: Path) -> dict[str, Path]:
-    """{stem: label file} of a folder."""
-    if not folder.is_dir():
-        return {}
-    files = [Path(entry) for entry in os.scandir(folder) if entry.name.endswith(".txt") and entry.name != CLASSES]
-    return {file.stem: file for file in files}
+def _label_files(folder: Path) -> list[str]:
+    return [file for file in os.listdir(folder) if file.endswith(".txt") and file != CLASSES] if folder.is_dir() else []
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _lines(file: Path) -> list[str]:

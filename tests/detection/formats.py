@@ -127,6 +127,13 @@ def yolo_without_yaml(folder: Path) -> None:
     (folder / "classes.txt").write_text("\n".join(NAMES))
 
 
+def roboflow_darknet(folder: Path) -> None:
+    for split, place in (("train", "train"), ("val", "valid")):
+        images(folder / place, SIZES[split])
+        yolo_labels(folder / place, SIZES[split])
+        (folder / place / "_darknet.labels").write_text("\n".join(NAMES))
+
+
 def voc(folder: Path) -> None:
     lists = folder / "ImageSets" / "Main"
     lists.mkdir(parents=True)
@@ -150,7 +157,16 @@ def unpacked(folder: Path) -> None:
 FORMATS = {
     make.__name__: make
     for make in (
-        *(coco, roboflow_coco, files_by_name, ultralytics, roboflow_yolo, yolo_lists, yolo_without_yaml),
+        *(
+            coco,
+            roboflow_coco,
+            files_by_name,
+            ultralytics,
+            roboflow_yolo,
+            yolo_lists,
+            yolo_without_yaml,
+            roboflow_darknet,
+        ),
         *(voc, roboflow_voc, unpacked),
     )
 }

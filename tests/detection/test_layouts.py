@@ -219,6 +219,19 @@ def test_of_two_formats_with_all_splits_cocos_is_read_and_the_other_named(tmp_pa
     assert "in YOLO's layout: mine.yaml; not read: ImageSets" in describe_layout(tmp_path)
 
 
+def test_images_of_the_same_name_in_two_splits_are_those_of_the_splits_folder(tmp_path):
+    for split, name in (("train", "train"), ("val", "valid")):
+        put(tmp_path, f"{split}_boxes.json", f"images/{name}")
+        assert find_split(tmp_path, split).images == tmp_path / "images" / name
+
+
+def test_cvats_own_xml_is_refused_with_what_to_export(tmp_path):
+    put(tmp_path, "unused", "images")
+    (tmp_path / "annotations.xml").write_text("<annotations><version>1.1</version></annotations>")
+    with pytest.raises(ValueError, match="its root is <annotations>, where VOC's is <annotation>; export as COCO"):
+        open_split(tmp_path, "train")
+
+
 def test_two_files_that_may_both_be_the_training_set_are_an_error_that_names_them(tmp_path):
     for name in ("one", "two"):
         put(tmp_path, f"{name}.json", "images")

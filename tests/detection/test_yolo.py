@@ -162,6 +162,12 @@ def test_a_broken_image_is_left_out_and_named_where_that_is_asked_for(folder):
     assert message.endswith("b.png: empty file")
 
 
+def test_another_set_beside_the_folder_is_not_taken_for_its_own(tmp_path):
+    FORMATS["roboflow_yolo"](tmp_path)
+    FORMATS["roboflow_yolo"](tmp_path / "mine")
+    assert open_split(tmp_path / "mine", "train").folder == tmp_path / "mine/train/images"
+
+
 def test_two_paths_that_lead_nowhere_do_not_mean_one_folder(tmp_path):
     images(tmp_path / "images", SIZES["train"])
     yolo_labels(tmp_path / "labels", SIZES["train"])
