@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from commands import TOOLS, error_line, torchrun
+from commands import TOOLS, as_srun_starts, error_line
 from safetensors.torch import save_file
 
 from detection import scoring, tta
@@ -116,7 +116,7 @@ def test_a_run_that_still_trains_is_scored_by_its_last_checkpoint(run):
 
 
 def test_two_processes_write_what_one_does(run):
-    torchrun(TOOLS / "evaluate_coco.py", [run, "--device", "cpu", "--output", "two"])
+    as_srun_starts(TOOLS / "evaluate_coco.py", [run, "--device", "cpu", "--output", "two"])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -68,12 +68,12 @@ def test_an_option_that_argparse_refuses_ends_with_its_status(words):
 
 
 def test_parts_that_a_cpu_can_do_run_end_to_end_and_are_written_down(tmp_path):
-    asked = ["machine", "waits", "profile"]
+    asked = ["machine", "waits"]
     run = ran("--device", "cpu", "--parts", *asked, "--output", tmp_path / "out")
     assert run.returncode == 0, run.stdout + run.stderr
     content = content_of(tmp_path / "out")
     assert list(content["parts"]) == asked
-    assert [found["status"] for found in content["parts"].values()] == ["ok", "skipped", "ok"]
+    assert [found["status"] for found in content["parts"].values()] == ["ok", "skipped"]
     assert content["parts"]["waits"]["reason"] == "needs a GPU"
     assert content["parts"]["machine"]["rows"][0]["value"] == "all works"
     assert any("torchvision operators" in line for line in content["parts"]["machine"]["details"]["doctor"])
@@ -81,7 +81,7 @@ def test_parts_that_a_cpu_can_do_run_end_to_end_and_are_written_down(tmp_path):
     lines = run.stdout.splitlines()
     assert lines[0].startswith("machine: ok, ") and lines[-2] == "nothing wrong was found; skipped: waits"
     text = (tmp_path / "out" / "gpu_check.md").read_text()
-    assert "### profile: ok" in text and "| doctor | all works | " in text and content["machine"]["commit"] in text
+    assert "### machine: ok" in text and "| doctor | all works | " in text and content["machine"]["commit"] in text
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"gpu_check.json", "gpu_check.md"}
 
 
@@ -298,6 +298,14 @@ def test_waits_are_counted_by_the_line_that_waits(monkeypatch):
 
     [(line, count)] = steps.waits_of(step).items()
     assert count == 2 and re.fullmatch(r"tests/tools/test_gpu_check\.py:\d+", line)
+
+
+def test_a_profile_has_the_time_of_a_step_and_the_operators_in_it(record, tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "WARM_UP", 1)
+    monkeypatch.setattr(steps, "STEPS", 1)
+    steps.profiled(Setting("profile", "cpu", tmp_path), record)
+    assert [row["what"] for row in record.content["rows"]] == ["2 images: a step", "2 images: waiting for data"]
+    assert any("aten::" in line for line in record.content["details"]["2 images: profile"])
 
 
 def test_a_time_stands_beside_that_of_the_fastest_other_package(record):

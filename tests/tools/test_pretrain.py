@@ -9,13 +9,13 @@ import torch
 import yaml
 from commands import (
     TOOLS,
+    as_srun_starts,
     assert_ended_alike,
     die_in_second_checkpoint,
     differing,
     error_line,
     kill_after_three_steps,
     metrics,
-    torchrun,
 )
 from PIL import Image
 from safetensors.torch import load_file
@@ -290,7 +290,7 @@ def test_two_processes_train_one_classifier_and_both_hold_it(photos):
     Path("spy.py").write_text(script)
     argv = [*QUICK, "--data", str(photos), "--recipe", "torchvision-v2", "--batch-size", "8", "--accumulate", "2"]
     argv += ["--max-steps", "2", "--output", "run"]
-    assert "8 images per update in 2 parts on 2 cpu" in torchrun("spy.py", [TOOLS, *argv])
+    assert "8 images per update in 2 parts on 2 cpu" in as_srun_starts("spy.py", [TOOLS, *argv])
     assert {name for name in differing("trained-0.st", "trained-1.st") if "running" not in name} == set()
     assert differing("evaluated-0.st", "evaluated-1.st") == []  # statistics included
     assert differing("evaluated-0.st", "run/model.safetensors") == []
