@@ -174,8 +174,11 @@ def indexed(
 
 
 def packed(names: Sequence[str]) -> Tensor:
-    """`Annotations.names` of these names."""
-    return torch.from_numpy(np.array([name.encode() for name in names], bytes)[:, None].view(np.uint8))
+    """`Annotations.names` of these names. Raises UserError if one is not in UTF-8."""
+    try:
+        return torch.from_numpy(np.array([name.encode() for name in names], bytes)[:, None].view(np.uint8))
+    except UnicodeEncodeError as error:
+        raise UserError(f"{error.object!r}: this file's name is not in UTF-8; rename it") from None
 
 
 def leaves_its_folder(name: str) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -50,8 +50,10 @@ def find_yolo(folder: Path, file: Path | None = None) -> Found | None:
     broken: dict[str, str] = {}
     taken: dict[Path, str] = {}
     for split, keys in KEYS.items():
-        value: str | list[str] = next((content[key] for key in keys if content.get(key)), [])
-        values: list[str] = [value] if isinstance(value, str) else list(value)
+        value: Any = next((content[key] for key in keys if content.get(key)), [])
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise UserError(f"{file}: {split} is neither a path nor a list of paths")
         places, missing = [], []
         for value in values:
             place, exact = _resolved(value, bases, folder)
@@ -251,8 +253,8 @@ def _content(file: Path, *, strict: bool = True) -> dict:
         if file.suffix == ".data":
             pairs = (line.partition("=") for line in text.splitlines() if "=" in line)
             return {key.strip(): value.strip() for key, _, value in pairs}
-        content = yaml.load(text, yaml.BaseLoader)  # "no" is a name, not False
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.BaseLoader(text).get_single_data()  # text, lists and keys only: "no" is a name, not False
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         if not strict:
             return {}
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
@@ -275,9 +277,10 @@ def _names(content: Mapping, file: Path) -> tuple[dict[int, str], list[str]]:
     except (AttributeError, ValueError):
         by_class = {}
     if not by_class or not all(isinstance(name, str) for name in by_class.values()):
-        raise UserError(f"{file}: names is {str(names)[:80]!r}; it must list the names of the classes, as [cat, dog]")
-    count = content.get("nc", content.get("classes", len(by_class)))
-    return by_class, [] if str(count) == str(len(by_class)) else [f"{file.name} has {len(by_class)} names, not {count}"]
+        raise UserError(f"{file}: names must list the names of the classes, as in [cat, dog]")
+    own = str(len(by_class))
+    count = content.get("nc", content.get("classes", own))
+    return by_class, [] if count == own else [f"{file.name} has {own} names, and another number as nc"]
 
 
 def _folders(folder: Path) -> dict[str, str]:

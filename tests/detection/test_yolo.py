@@ -74,7 +74,9 @@ def test_key_points_after_the_box_are_passed_over_where_the_yaml_has_their_shape
 def test_names_are_text_whatever_yaml_makes_of_them_and_their_number_is_what_counts(folder):
     described(folder, f"  0: {NAMES[0]}\n  1: {NAMES[1]}\n", " [no, 1.0]\nnc: 5\n")
     train = open_split(folder, "train")
-    assert train.categories == {0: "no", 1: "1.0"} and "data.yaml has 2 names, not 5" in train.summary()
+    assert (
+        train.categories == {0: "no", 1: "1.0"} and "data.yaml has 2 names, and another number as nc" in train.summary()
+    )
 
 
 @pytest.mark.parametrize("name", ["ultralytics", "roboflow_yolo", "yolo_without_yaml"])
@@ -129,8 +131,16 @@ def two_descriptions(folder):
     "harm, says",
     [
         (lambda at: described(at, "val: images/val", "val: images/no"), "no images/no, its val in data.yaml"),
-        (lambda at: described(at, "names", "nmaes"), "names is 'None'; it must list the names"),
+        (
+            lambda at: described(at, "names", "nmaes"),
+            "data.yaml: names must list the names of the classes",
+        ),
+        (lambda at: described(at, "names:", "names: " + 9999 * "["), "data.yaml: cannot be read"),
         (lambda at: described(at, "names:", "names: {"), "data.yaml: cannot be read"),
+        (lambda at: described(at, "names:", "names: [[cat]]\nother:"), "names must list the names"),
+        (lambda at: described(at, "names:", "names: {a: cat}\nother:"), "names must list the names"),
+        (lambda at: described(at, "train: images/train", "train: {a: b}"), "train is neither a path nor a list of"),
+        (lambda at: described(at, "train: images/train", "train: [[a]]"), "train is neither a path nor a list of"),
         (lambda at: described(at, "train: images/train", ""), "has no train"),
         (lambda at: (at / "data.yaml").unlink(), "labels but no classes.txt that names their classes: write one"),
         (no_labels, "none of 3 images has a label file; the first would be .*/labels/train/a.txt"),
@@ -175,3 +185,19 @@ def test_two_paths_that_lead_nowhere_do_not_mean_one_folder(tmp_path):
     assert len(open_split(tmp_path, "train")) == 3
     with pytest.raises(ValueError, match="no ../valid/images, its val in data.yaml"):
         find_split(tmp_path, "val")
+
+
+def test_a_file_name_that_is_no_text_is_named(folder):
+    try:
+        (folder / "images/train/a.png").rename(folder / "images/train/\udce4.png")
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with pytest.raises(ValueError, match="udce4.png.: this file's name is not in UTF-8; rename it"):
+        open_split(folder, "train")
+
+
+def test_without_a_usable_image_there_is_one_line(folder):
+    for file in (folder / "images/train").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match="data.yaml: no image in it"):
+        open_split(folder, "train", skip_bad_images=True)
