@@ -100,7 +100,7 @@ def test_every_console_script_has_its_function(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     [entries] = [name for name in names if name.endswith("entry_points.txt")]
     scripts = re.findall(r"resbackbone-[\w-]+ = ([\w.]+):run", zipfile.ZipFile(wheel).read(entries).decode())
-    assert len(scripts) == 7
+    assert "resbackbone.tools.train_coco" in scripts
     for script in scripts:
         assert callable(importlib.import_module(script).run) and f"{script.replace('.', '/')}.py" in names
 

@@ -106,7 +106,7 @@ def test_every_kind_of_detector_is_exported_and_finds_the_same_at_any_batch_and_
     detector = lively(make())
     path = tmp_path / f"detector.{suffix}"
     detector.export(path)
-    assert_runs_everywhere(path, detector, torch.uint8)
+    assert_runs_everywhere(runs_of(path), detector, torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_every_kind_of_detector_finds_the_same_in_the_form_that_is_exported(make
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
-def assert_runs_everywhere(path: Path, detector, dtype: torch.dtype) -> None:
-    for name, run in runs_of(path):
+def assert_runs_everywhere(runs, detector, dtype: torch.dtype) -> None:
+    for name, run in runs:
         found = 0
         for size in ODD_SIZES:
             images = torch.randint(0, 256, (size[0], 3, *size[1:]), dtype=torch.uint8)
@@ -240,6 +240,14 @@ def exported(export):
     return export.detector, export.folder
 
 
+@pytest.fixture(scope="module")
+def program(export):
+    """The detector's .pt2 read, which takes seconds, and its metadata."""
+    files = {"metadata.json": ""}
+    program = torch.export.load(export.folder / "detector.pt2", extra_files=files)
+    return program.module(), json.loads(files["metadata.json"])
+
+
 def test_export_prints_nothing_and_leaves_the_detector_as_it_is(export):
     assert export.said == "" and not export.warned
     before, after = export.conditions
@@ -249,12 +257,11 @@ def test_export_prints_nothing_and_leaves_the_detector_as_it_is(export):
 
 def test_an_onnx_finds_what_the_detector_does_at_any_batch_and_size(exported):
     detector, folder = exported
-    assert_runs_everywhere(folder / "detector.onnx", detector, torch.uint8)
+    assert_runs_everywhere(runs_of(folder / "detector.onnx"), detector, torch.uint8)
 
 
-def test_floats_in_0_to_1_are_taken_too_in_a_pt2(exported):
-    detector, folder = exported
-    assert_runs_everywhere(folder / "detector.pt2", detector, torch.float32)
+def test_floats_in_0_to_1_are_taken_too_in_a_pt2(exported, program):
+    assert_runs_everywhere([("torch", program[0])], exported[0], torch.float32)
 
 
 def test_either_kind_of_file_runs_by_one_function(exported):
@@ -274,7 +281,7 @@ def test_a_pt2_needs_torch_and_torchvision_alone(exported):
     subprocess.run([sys.executable, "-c", code, exported[1] / "detector.pt2"], check=True, cwd=exported[1])
 
 
-def test_an_exported_file_says_what_it_takes_what_its_labels_are_and_at_which_thresholds(exported):
+def test_an_exported_file_says_what_it_takes_what_its_labels_are_and_at_which_thresholds(exported, program):
     detector, folder = exported
     model = onnx.load(folder / "detector.onnx")
     onnx.checker.check_model(model, full_check=True)
@@ -287,9 +294,7 @@ def test_an_exported_file_says_what_it_takes_what_its_labels_are_and_at_which_th
     assert [name for name, _ in outputs] == list(OUTPUTS)
     assert [sizes for _, sizes in outputs] == [["batch", 100, 4], ["batch", 100], ["batch", 100], ["batch"]]
     in_onnx = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
-    files = {"metadata.json": ""}
-    torch.export.load(folder / "detector.pt2", extra_files=files)
-    in_pt2 = json.loads(files["metadata.json"])
+    _, in_pt2 = program
     assert in_onnx["input"] == {"type": "uint8", "range": [0, 255], "channels": "RGB"}
     assert in_pt2["input"] == {"type": "float32", "range": [0, 1], "channels": "RGB"}
     assert in_onnx == {**in_pt2, "input": in_onnx["input"]}

@@ -47,7 +47,9 @@ from resbackbone.tools import convert_weights, detect, evaluate_coco, export, tr
 error_of = partial(error_line, train_coco.main)
 
 QUICK = ["--recipe", "short", "--depth", "18", "--device", "cpu", "--batch-size", "2", "--log-period", "1"]
-SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6"]
+# Where the network does not matter; a ResNet-18 takes seconds to write and read.
+TINY = [*QUICK[:2], "--backbone", "timm:test_resnet", *QUICK[4:], "--pictures", "0"]
+SIX_STEPS = [*QUICK, "--checkpoint-period", "2", "--max-steps", "6", "--pictures", "0"]
 SIX_STEPS += ["--ema", "0.9", "--accumulate", "2", "--repeat-factor", "0.9"]  # are resumed exactly too
 
 
@@ -60,7 +62,7 @@ def shapes(module_path):
 def straight(shapes, module_path):
     """A run of six steps that was left alone; tests only read it."""
     folder = module_path / "straight"
-    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", str(folder)])
+    train_coco.main([*SIX_STEPS, "--data", str(shapes), "--output", str(folder), "--pictures", "3"])
     return folder
 
 
@@ -132,7 +134,9 @@ def rescored(data, run):
 
 
 def test_real_images_train_and_evaluate(data, capsys):
-    train_coco.main([*QUICK, "--data", str(data / "coco_tiny"), "--max-steps", "2", "--output", "run"])
+    train_coco.main(
+        [*QUICK, "--data", str(data / "coco_tiny"), "--max-steps", "2", "--output", "run", "--pictures", "0"]
+    )
     results = json.loads(Path("run/results.json").read_text())
     assert results["images"] == 50 and len(results["per_class"]) == 80
     assert rescored(data / "coco_tiny", Path("run")) == [results["bbox"][name] for name in METRICS]
@@ -150,7 +154,7 @@ def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_
 
 
 def test_synthetic_images_show_the_speed_and_are_not_evaluated(capsys):
-    train_coco.main([*QUICK, "--data", "synthetic", "--accumulate", "2", "--max-steps", "2", "--output", "run"])
+    train_coco.main([*TINY, "--data", "synthetic", "--accumulate", "2", "--max-steps", "2", "--output", "run"])
     first, second = metrics(Path("run"))
     assert first["loss"] > 0 and second["data_seconds"] < 0.1 * second["seconds"]
     assert "nothing is evaluated" in capsys.readouterr().out
@@ -195,7 +199,7 @@ def test_evaluations_on_the_way_change_nothing_of_the_training_and_the_best_is_k
 
 
 def test_no_detections_give_zero_and_the_reason_is_printed(shapes, capsys):
-    argv = [*QUICK, "--data", str(shapes), "--max-steps", "1", "--output", "run"]
+    argv = [*TINY, "--data", str(shapes), "--max-steps", "1", "--output", "run"]
     train_coco.main([*argv, "--recipe.detector.box-score-thresh", "0.999"])
     said = capsys.readouterr().out
     assert "no detections at all" in said and "AP 0.0, AP50 0.0 on 3 images" in said
@@ -214,7 +218,7 @@ def test_the_other_variants_train_and_resume(shapes, variant):
 
 
 def test_a_value_that_is_set_is_used_printed_kept_and_resumed(shapes, capsys):
-    argv = [*QUICK, "--data", str(shapes), "--output", "run", "--pictures", "0"]
+    argv = [*TINY, "--data", str(shapes), "--output", "run"]
     values = ["--lr", "0.004", "--epochs", "2", "--image-size", "96", "--weight-decay", "0.01", "--clip-grad", "0"]
     values += ["--recipe.detector.rpn-nms-thresh=0.6", "--recipe.augmentation.short-sides", "64", "80"]
     train_coco.main([*argv, *values, "--recipe.augmentation.photometric", "True", "--max-steps", "1"])
@@ -240,7 +244,7 @@ def test_a_value_that_is_set_is_used_printed_kept_and_resumed(shapes, capsys):
 
 
 def test_it_says_that_no_class_is_rare(shapes, capsys):
-    argv = [*QUICK, "--data", str(shapes), "--output", "run", "--pictures", "0", "--max-steps", "1"]
+    argv = [*TINY, "--data", str(shapes), "--output", "run", "--max-steps", "1"]
     train_coco.main([*argv, "--repeat-factor", "0.0001"])
     assert "every class is in at least 0.01 % of the images, so none is drawn" in capsys.readouterr().out
     assert yaml.safe_load(Path("run/config.yaml").read_text())["repeat_factor"] == 0.0001
@@ -377,7 +381,7 @@ def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, str
 
 
 def test_a_tenth_is_held_out_where_there_is_no_validation_split_and_found_again(own_shapes, capsys):
-    argv = [*QUICK, "--data", str(without_val(own_shapes)), "--output", "run", "--pictures", "0"]
+    argv = [*TINY, "--data", str(without_val(own_shapes)), "--output", "run"]
     train_coco.main([*argv, "--max-steps", "1"])
     said = capsys.readouterr().out
     assert "there is no validation split, so one image in 10 is held out for it" in said
@@ -655,12 +659,12 @@ def test_resume_without_a_run_stops_and_writes_nothing(shapes, capsys, folder):
 
 
 def test_resume_without_a_folder_goes_on_with_the_latest_run_of_the_name(shapes):
-    argv = [*QUICK, "--data", str(shapes), "--pictures", "0"]
+    argv = [*TINY, "--data", str(shapes)]
     for _ in range(2):
         train_coco.main([*argv, "--max-steps", "1"])
     train_coco.main([*argv, "--max-steps", "2", "--resume"])
     steps = {path.name: [line["step"] for line in metrics(path)] for path in Path("runs").iterdir()}
-    assert steps == {"shapes-r18-fpn-short": [1], "shapes-r18-fpn-short-2": [1, 2]}
+    assert steps == {"shapes-test_resnet-fpn-short": [1], "shapes-test_resnet-fpn-short-2": [1, 2]}
 
 
 # Several processes
@@ -794,7 +798,7 @@ def test_unusable_boxes_are_counted_and_printed_once_and_training_goes_on(own_sh
     for i, box in enumerate(boxes):
         content["annotations"].append({"id": 900 + i, "image_id": 1, "category_id": 1, "bbox": box})
     annotation_file(own_shapes).write_text(json.dumps(content))
-    train_coco.main([*QUICK, "--data", str(own_shapes), "--max-steps", "4", "--output", "run"])
+    train_coco.main([*TINY, "--data", str(own_shapes), "--max-steps", "4", "--output", "run"])
     said = capsys.readouterr().out
     counts = (
         "boxes that are not finite (2)",
@@ -808,7 +812,7 @@ def test_unusable_boxes_are_counted_and_printed_once_and_training_goes_on(own_sh
 
 def test_a_broken_training_image_stops_with_its_name_or_is_skipped_and_named(own_shapes, capsys):
     half(own_shapes / "train2017" / "000000000003.jpg")
-    argv = [*QUICK, "--data", own_shapes, "--max-steps", "4", "--pictures", "0"]
+    argv = [*TINY, "--data", own_shapes, "--max-steps", "4"]
     assert "train2017/000000000003.jpg: " in error_of([*argv, "--output", "run"], capsys)
     assert not Path("run/model.safetensors").exists() and not Path("run/results.json").exists()
     train_coco.main([*map(str, argv), "--output", "other", "--skip-bad-images"])
@@ -819,7 +823,7 @@ def test_a_broken_training_image_stops_with_its_name_or_is_skipped_and_named(own
 def test_missing_and_broken_images_are_named_in_the_results_and_the_report(own_shapes, capsys):
     first_image_lost(own_shapes)
     half(own_shapes / "val2017" / "000001000002.jpg")
-    argv = [*QUICK, "--data", str(own_shapes), "--max-steps", "1", "--output", "run"]
+    argv = [*TINY, "--data", str(own_shapes), "--max-steps", "1", "--output", "run", "--pictures", "3"]
     train_coco.main([*argv, "--skip-bad-images"])
     said = capsys.readouterr().out
     assert "images missing (1)" in said and "val2017/000001000002.jpg" in said
