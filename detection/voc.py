@@ -112,7 +112,9 @@ class VocImages(NamedTuple):
                 if isinstance(objects, BadImage):
                     raise objects
                 image = _image_of(at, objects, files[at[0]])
-                size = _size(image, objects)
+                size, name = _size(image, objects), image.relative_to(self.root).as_posix()
+                if name in read:
+                    raise BadImage(f"image {image}: has two annotations; one is {_annotation(*at)}")
             except BadImage as error:
                 broken.append(error)
                 continue
@@ -121,7 +123,6 @@ class VocImages(NamedTuple):
             first, sides = objects.corners[:, :2], objects.corners[:, 2:] - objects.corners[:, :2]
             if not edges:
                 first, sides = first - 1, np.where(sides > 0, sides + 1, sides)  # of no size, as in BCCD, stays so
-            name = image.relative_to(self.root).as_posix()
             read[name] = size, np.column_stack([ids, first, sides, objects.difficult])
         if broken and bad is None:
             raise BadImage(f"{broken[0]}{f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''}")

@@ -109,6 +109,10 @@ def test_an_image_is_found_by_the_name_in_its_annotation_too(folder):
     (folder / "JPEGImages/a.png").rename(folder / "JPEGImages/other.png")
     annotate(folder, ("dog", 0, 1, 1, 4, 4), more="<filename>other.jpg</filename>")
     assert open_split(folder, "train").annotations.file_names() == ["b.png", "c d.png", "other.png"]
+    (folder / "JPEGImages/b.png").unlink()
+    annotate(folder, ("dog", 0, 1, 1, 4, 4), name="b", more="<filename>other.jpg</filename>")
+    with pytest.raises(ValueError, match="other.png: has two annotations; one is .*Annotations/b.xml"):
+        open_split(folder, "train")
 
 
 @pytest.mark.parametrize(
