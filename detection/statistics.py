@@ -24,6 +24,7 @@ ANCHOR_SCALES = (4, 8)  # an anchor's side over its level's stride: the recipe `
 SMALL = 8  # pixels; objects below are hardly found
 COMPARED = 100_000  # boxes with anchors, spread over the data set
 HASHED = 2_000_000_000  # bytes: of more, equal files are not looked for
+HASHED_AT_START = 250_000_000  # the same before a training, which a slow disk must not delay
 EXAMPLES = 5
 EDGES = {  # of the histograms; values beyond lie in the first or last bin
     "box_sides": [round(2 ** (k / 2), 2) for k in range(25)],
@@ -262,13 +263,13 @@ def _equal_images(
 def leaked_images(train: CocoImages, val: CocoImages) -> int:
     """The number of images of `val` whose files have the bytes of one of `train`. Reads only files of equal sizes.
 
-    Where these are over HASHED bytes, only those of equal names are compared.
+    Where these are over HASHED_AT_START bytes, only those of equal names are compared.
     """
     splits = {"train": train, "val": val}
     files = {name: _file_sizes(dataset) for name, dataset in splits.items()}
     common = set(files["train"].values()) & set(files["val"].values())
     alike = {split: {name: size for name, size in of.items() if size in common} for split, of in files.items()}
-    if sum(sum(of.values()) for of in alike.values()) > HASHED:
+    if sum(sum(of.values()) for of in alike.values()) > HASHED_AT_START:
         last = [{os.path.basename(name) for name in of} for of in alike.values()]
         names = last[0] & last[1]
         alike = {
