@@ -16,7 +16,7 @@ from detection.boxes import MIN_BOX_SIDE
 from detection.copy_paste import paste_objects
 from detection.file_names import match_names, unclear
 from detection.layouts import held_out
-from detection.splits import Reader
+from detection.splits import Reader, report_bad
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
 
@@ -166,12 +166,10 @@ class CocoImages(Dataset):
         small = sum(sizes.values()) <= SMALL_SET
         suspects = [i for i, size in sizes.items() if small or size == 0]  # missing files were counted before
         bad = [sample for i in suspects if isinstance(sample := self._load(i), BadImage)]
-        if bad and not self.skip_bad_images:
-            others = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
-            raise BadImage(f"{bad[0]}{others}")
+        report_bad(bad, self.broken if self.skip_bad_images else None)
         self.report["images that cannot be used"] = len(bad)
         lost = [f"{self.path(i)}: no such file" for i in range(len(self)) if small and i not in sizes]
-        self.broken = sorted({*self.broken, *map(str, bad), *lost})
+        self.broken = sorted({*self.broken, *lost})
 
     def summary(self) -> str:
         """One line: images, boxes and classes, and what was dropped or clipped."""
@@ -292,7 +290,7 @@ def with_categories(annotations: Annotations, wanted: Mapping[int, str], path: s
     unknown = [name for name, boxes in zip(found.values(), used.tolist(), strict=True) if boxes and name not in by_name]
     if unknown or len(by_name) < len(wanted) or len({*found.values()}) < len(found):
         what = f"its classes {', '.join(map(repr, unknown[:5]))} are not among" if unknown else "its ids differ from"
-        why = "" if unknown else ", and names that repeat do not tell which are meant"
+        why = "" if unknown else ", and repeated names are ambiguous"
         raise UserError(
             f"{path}: {what} the {len(wanted)} of the detector or the training set "
             f"({', '.join(list(by_name)[:5])}{', ..' if len(by_name) > 5 else ''}){why}"

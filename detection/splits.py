@@ -1,10 +1,16 @@
-"""What a layout finds in a folder: for each split its images, and what reads its annotations into the one index."""
+"""What a layout finds in a folder: for each split its images, and what reads its annotations into the one index.
+
+Also what the readers share.
+"""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from detection.annotations import Annotations
+from resbackbone.checks import UserError
+from resbackbone.image_io import BadImage
 
 SPLIT_NAMES = {  # CVAT's single split is "default", and the splits that it suggests have capitals
     "train": ("train", "Train", "default"),
@@ -52,3 +58,21 @@ class Found(NamedTuple):
 def folders_in(folder: Path) -> list[Path]:
     """The folders in a folder, without hidden ones and those that archives of macOS add (__MACOSX)."""
     return sorted(Path(entry) for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] not in "._")
+
+
+def report_bad(broken: Sequence[BadImage], bad: list[str] | None) -> None:
+    """Append the messages of images that cannot be used to `bad`. If it is None, raise the first one."""
+    if bad is not None:
+        bad += map(str, broken)
+    elif broken:
+        raise BadImage(f"{broken[0]}{f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''}")
+
+
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file without the spaces around them and without empty lines."""
+    try:
+        return [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not text in UTF-8 ({error}); save it in UTF-8") from None

@@ -424,7 +424,7 @@ def test_a_class_with_boxes_that_the_detector_lacks_is_an_error_that_names_it(tm
         CocoImages(*files, categories={3: "car", 13: "bus"})
     left = CocoImages(*files, categories={3: "car", 90: "toothbrush"})
     assert left.summary().endswith("classes without a box left out: 1 (stop sign)")
-    with pytest.raises(ValueError, match="its ids differ from the 3 .*, and names that repeat do not tell"):
+    with pytest.raises(ValueError, match="its ids differ from the 3 .*, and repeated names are ambiguous"):
         CocoImages(*files, categories={1: "car", 2: "toothbrush", 3: "car"})
 
 
