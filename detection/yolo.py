@@ -13,7 +13,7 @@ import yaml
 
 from detection.annotations import Annotations, indexed
 from detection.file_names import match_names
-from detection.splits import SPLIT_NAMES, Found, Split
+from detection.splits import SPLIT_NAMES, Found, Split, read_lines, report_bad
 from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES, BadImage, image_sizes
 
@@ -45,22 +45,25 @@ def find_yolo(folder: Path, file: Path | None = None) -> Found | None:
             return None
         if file is None:
             raise UserError(f"labels but no {CLASSES} that names their classes: write one name a line, from class 0")
-        names, notes, bases = dict(enumerate(_lines(file))), [], [folder]
+        names, notes, bases = dict(enumerate(read_lines(file))), [], [folder]
     splits: dict[str, Split] = {}
     broken: dict[str, str] = {}
-    taken: dict[Path, str] = {}
+    given: dict[str, list[tuple[str, Path | None, bool]]] = {}
     for split, keys in KEYS.items():
         value: Any = next((content[key] for key in keys if content.get(key)), [])
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise UserError(f"{file}: {split} is neither a path nor a list of paths")
+        given[split] = [(value, *_resolved(value, bases, folder)) for value in values]
+    taken = [(split, value, place) for split, of in given.items() for value, place, exact in of if place and exact]
+    for split, of_split in given.items():
         places, missing = [], []
-        for value in values:
-            place, exact = _resolved(value, bases, folder)
-            if place is None or (taken.setdefault(place, value) != value and not exact):
-                missing.append(value)  # two different paths do not mean one folder
+        for value, place, exact in of_split:
+            if place is None or (not exact and _is_anothers(split, value, place, taken)):
+                missing.append(value)
             else:
                 places.append(place)
+                taken.append((split, value, place))
         if missing:
             broken[split] = f"no {missing[0]}, its {split} in {file.name}: correct the path, or leave it out"
         elif places:
@@ -108,10 +111,7 @@ class YoloImages(NamedTuple):
         with ThreadPoolExecutor(THREADS) as pool:
             read = [*chain(*pool.map(lambda task: [self._read_image(*pair) for pair in task], tasks))]
         broken = [found for found in read if isinstance(found, BadImage)]
-        if broken and bad is None:
-            raise BadImage(f"{broken[0]}{f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''}")
-        if bad is not None:
-            bad += map(str, broken)
+        report_bad(broken, bad)
         kept = [(image, found) for image, found in zip(images, read, strict=True) if not isinstance(found, BadImage)]
         without = sum(found.without for _, found in kept)
         if kept and without == len(kept):
@@ -212,7 +212,7 @@ def images_in(place: Path, folder: Path) -> Iterator[str]:
             yield from (os.path.join(path, file) for file in files if file.lower().endswith(SUFFIXES))
         return
     lost = []
-    for line in _lines(place):
+    for line in read_lines(place):
         found = next((base / line for base in (place.parent, folder) if (base / line).is_file()), None)
         if found is None:
             lost.append(line)
@@ -228,12 +228,16 @@ def images_in(place: Path, folder: Path) -> Iterator[str]:
 
 def label_folder(images: Path, folder: Path) -> Path:
     """Where the labels of the images in a folder are: `labels` for the last `images` of its path, it, or beside it."""
+    usual = usual_label_folder(images)
+    places = [usual, images] if images == folder else [usual, images, images.parent / "labels"]
+    return next((place for place in places if place.is_dir() and _label_files(place)), places[0])
+
+
+def usual_label_folder(images: Path) -> Path:
+    """The path of a folder of images, with `labels` for its last `images`, if it has one."""
     parts = images.parts
     last = max((i for i, part in enumerate(parts) if part.lower() == "images"), default=None)
-    places = [images] if images == folder else [images, images.parent / "labels"]
-    if last is not None:
-        places.insert(0, Path(*parts[:last], "labels", *parts[last + 1 :]))
-    return next((place for place in places if place.is_dir() and _label_files(place)), places[0])
+    return images if last is None else Path(*parts[:last], "labels", *parts[last + 1 :])
 
 
 def _described(folder: Path) -> Path | None:
@@ -269,7 +273,7 @@ def _names(content: Mapping, file: Path) -> tuple[dict[int, str], list[str]]:
     """({class: name}, what to say about them)."""
     names = content.get("names")
     if isinstance(names, str) and names and (place := _resolved(names, [file.parent], file.parent)[0]):
-        names = _lines(place)
+        names = read_lines(place)
     if isinstance(names, list):
         names = dict(enumerate(names))
     try:
@@ -320,6 +324,15 @@ def _resolved(value: str, bases: Sequence[Path], folder: Path) -> tuple[Path | N
     return next((end for end in ends if end.exists()), None), False
 
 
+def _is_anothers(split: str, value: str, place: Path, taken: Sequence[tuple[str, str, Path]]) -> bool:
+    """Whether a place is that of another path, or contains or lies in another split's: its images would be in both."""
+    at = place.resolve()
+    others = [(of, path.resolve()) for of, written, path in taken if written != value]
+    return any(
+        at == other or (of != split and (at.is_relative_to(other) or other.is_relative_to(at))) for of, other in others
+    )
+
+
 def _root(places: Sequence[Path], folder: Path) -> Path:
     """The folder that holds all images of these folders and lists."""
     folders = {str(place) for place in places if place.is_dir()}
@@ -335,10 +348,3 @@ def _label_files(folder: Path) -> list[str]:
 
 def _stem(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        return [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})") from None

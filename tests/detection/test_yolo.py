@@ -201,3 +201,18 @@ def test_without_a_usable_image_there_is_one_line(folder):
         file.write_bytes(b"")
     with pytest.raises(ValueError, match="data.yaml: no image in it"):
         open_split(folder, "train", skip_bad_images=True)
+
+
+@pytest.mark.parametrize("train, val", [("images/train", "images"), ("images", "images/train")])
+def test_a_path_that_leads_nowhere_does_not_mean_a_folder_around_or_in_another_splits(folder, train, val):
+    described(folder, "train: images/train", f"train: {train}")
+    described(folder, "val: images/val", f"val: /kaggle/x/{val}")
+    with pytest.raises(ValueError, match=f"no /kaggle/x/{val}, its val in data.yaml"):
+        find_split(folder, "val")
+
+
+def test_a_list_that_is_not_in_utf_8_is_an_error_in_a_line(folder):
+    described(folder, "train: images/train", "train: train.txt")
+    (folder / "train.txt").write_bytes(b"\xe4.png")
+    with pytest.raises(ValueError, match="train.txt: not text in UTF-8 .*; save it in UTF-8"):
+        open_split(folder, "train")
