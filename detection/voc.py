@@ -16,7 +16,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from detection.annotations import Annotations, indexed, leaves_its_folder
-from detection.splits import SPLIT_NAMES, Found, Split, folders_in
+from detection.splits import SPLIT_NAMES, Found, Split, folders_in, read_lines, report_bad
 from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES, BadImage, image_sizes
 
@@ -42,8 +42,8 @@ class Place(NamedTuple):
 def find_voc(folder: Path, lists: Mapping[str, Sequence[str]] = LISTS) -> Found | None:
     """The splits of a folder of VOC's layout, or of several years' such folders in it, by lists or folders' names.
 
-    Without lists, and in folders that are not called after a split, all annotated images are for training. `lists`
-    names those of each split.
+    Without lists, all annotated images are for training, except those in folders below that are called after a split.
+    `lists` names those of each split.
     """
     below = folders_in(folder)
     deeper = (path for of in below for path in folders_in(of))
@@ -67,14 +67,16 @@ def find_voc(folder: Path, lists: Mapping[str, Sequence[str]] = LISTS) -> Found 
                 sources.setdefault(split, file or place.annotations)
                 empty |= {split: f"no image in {file.name}"} if file and not of_list else {}
         else:
-            images[split_of.get(place.folder.name, "train")] += [(place, name) for name in place.names()]
+            name = "" if place.folder == folder else place.folder.name  # that of all the data is no split's
+            images[split_of.get(name, "train")] += [(place, of) for of in place.names()]
     splits = {}
     for split, of_split in images.items():
         if of_split:
             root = Path(os.path.commonpath({place.images for place, _ in of_split}))
             reader = VocImages(root, tuple(of_split), tuple(places))
             splits[split] = Split(TITLE, root, sources.get(split, of_split[0][0].annotations), reader)
-    missing = {"train": f"no image in ImageSets/Main/{lists['train'][0]}.txt", **empty}
+    without = f"no image in ImageSets/Main/{lists['train'][0]}.txt" if sources else "no folder named train"
+    missing = {"train": without, **empty}
     return Found(TITLE, splits, {split: says for split, says in missing.items() if split not in splits})
 
 
@@ -124,10 +126,7 @@ class VocImages(NamedTuple):
             if not edges:
                 first, sides = first - 1, np.where(sides > 0, sides + 1, sides)  # of no size, as in BCCD, stays so
             read[name] = size, np.column_stack([ids, first, sides, objects.difficult])
-        if broken and bad is None:
-            raise BadImage(f"{broken[0]}{f' (and {len(broken) - 1} more)' if len(broken) > 1 else ''}")
-        if bad is not None:
-            bad += map(str, broken)
+        report_bad(broken, bad)
         counts = {
             "images that cannot be used": len(broken),
             "images of another size than their annotation says": other_sizes,
@@ -247,9 +246,13 @@ def _has(folder: Path, suffixes: tuple[str, ...], *, below: bool) -> bool:
 
 
 def _listed(file: Path, place: Place) -> list[str]:
-    """The images in a list, of which each line may end in 1, 0 or -1, as those of VOC's classes do."""
-    lines = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
-    return [line if _annotation(place, line).is_file() else re.sub(r"\s+-?[01]$", "", line) for line in lines]
+    """The images in a list: each line may end in 1, 0 or -1, as in VOC's lists of a class, and in an image's suffix."""
+    names = []
+    for line in read_lines(file):
+        word = re.sub(r"\s+-?[01]$", "", line)
+        stem = os.path.splitext(word)[0] if word.lower().endswith(SUFFIXES) else word
+        names.append(next((name for name in (line, word) if _annotation(place, name).is_file()), stem))
+    return names
 
 
 def _annotation(place: Place, name: str) -> Path:

@@ -157,3 +157,31 @@ def test_a_list_without_images_and_annotations_without_objects_are_errors(folder
         file.write_text("<annotation/>")
     with pytest.raises(ValueError, match="Annotations: no object in any of the annotations"):
         open_split(folder, "train")
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_the_name_of_the_data_folder_is_no_splits(tmp_path, name):
+    images(tmp_path / name, SIZES["train"])
+    voc_files(tmp_path / name, SIZES["train"])
+    assert [len(open_split(tmp_path / name, split)) for split in SIZES] == [2, 1]
+
+
+def test_without_lists_no_list_is_missing(tmp_path):
+    images(tmp_path / "val", SIZES["val"])
+    voc_files(tmp_path / "val", SIZES["val"])
+    (tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match="Pascal VOC's layout, but no folder named train$"):
+        find_split(tmp_path, "train")
+
+
+def test_a_list_that_is_not_in_utf_8_is_an_error_in_a_line(folder):
+    (folder / "ImageSets/Main/train.txt").write_bytes(b"\xe4")
+    with pytest.raises(ValueError, match="train.txt: not text in UTF-8 .*; save it in UTF-8"):
+        find_split(folder, "train")
+
+
+def test_lines_of_a_list_may_end_in_an_images_suffix(folder):
+    (folder / "Annotations/b.xml").rename(folder / "Annotations/b.jpg.xml")
+    (folder / "JPEGImages/b.png").rename(folder / "JPEGImages/b.jpg.png")
+    (folder / "ImageSets/Main/train.txt").write_text("a.png 1\nb.jpg\n")
+    assert open_split(folder, "train").annotations.file_names() == ["a.png", "b.jpg.png"]
