@@ -16,6 +16,7 @@ import yaml
 
 from detection.annotations import Annotations
 from detection.coco import CocoImages
+from detection.yolo import usual_label_folder
 from resbackbone.checks import UserError
 
 OBJECT = (
@@ -54,11 +55,14 @@ def write_coco(folder: Path, splits: dict[str, CocoImages]) -> None:
 
 
 def write_yolo(folder: Path, splits: dict[str, CocoImages]) -> None:
-    """data.yaml, images/SPLIT/ and labels/SPLIT/; without crowds, for which YOLO has no word."""
+    """data.yaml, images/SPLIT/ and labels/SPLIT/; crowds are left out: YOLO cannot mark them."""
     for split, images in splits.items():
-        found = list(_images(images))
+        found, below = list(_images(images)), Path("images", split)
         boxes, kept = _clipped(images.annotations, crowds=False)
-        for image, name in zip(found, _stems(found), strict=True):
+        paths = [below / image.name for image in found]
+        files = [str(usual_label_folder(path.parent) / f"{path.stem}.txt") for path in paths]
+        _refuse_shared(found, files)
+        for image, file in zip(found, files, strict=True):
             lines = []
             for row in range(image.rows.start, image.rows.stop):
                 if kept[row]:
@@ -66,8 +70,8 @@ def write_yolo(folder: Path, splits: dict[str, CocoImages]) -> None:
                     numbers = ((x + w / 2) / width, (y + h / 2) / height, w / width, h / height)
                     label = int(images.annotations.labels[row]) - 1
                     lines.append(" ".join([str(label), *(f"{number:.12f}" for number in numbers)]))
-            _write(folder / "labels" / split / f"{name}.txt", "".join(f"{line}\n" for line in lines))
-        _link(images, found, folder / "images" / split)
+            _write(folder / file, "".join(f"{line}\n" for line in lines))
+        _link(images, found, folder / below)
     names = next(iter(splits.values())).categories.values()
     content = {**{split: f"images/{split}" for split in splits}, "names": dict(enumerate(names))}
     _write(folder / "data.yaml", yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -124,7 +128,7 @@ def _images(images: CocoImages) -> Iterator[Image]:
 def _clipped(annotations: Annotations, *, crowds: bool) -> tuple[np.ndarray, np.ndarray]:
     """(float64 [M, 4] boxes x, y, width, height clipped to their image; bool [M] whether something of them is in it).
 
-    Boxes of no size are, as they count in AP; crowds only if asked for.
+    Boxes of zero size are kept, because they count in AP; crowds only if asked for.
     """
     xywh, of_image = annotations.boxes_xywh.numpy(), annotations.image_indices.long()
     first = np.maximum(xywh[:, :2], 0)
@@ -134,14 +138,18 @@ def _clipped(annotations: Annotations, *, crowds: bool) -> tuple[np.ndarray, np.
 
 
 def _stems(images: list[Image]) -> list[str]:
-    """The images' names without suffix. Raises UserError if two are the same: they would have one label file."""
-    stems: dict[str, str] = {}
-    for image in images:
-        stem = os.path.splitext(image.name)[0]
-        if stem in stems:
-            raise UserError(f"{stems[stem]} and {image.name} would have one label file; rename one of them")
-        stems[stem] = image.name
-    return list(stems)
+    """The images' names without suffix, all different."""
+    stems = [os.path.splitext(image.name)[0] for image in images]
+    _refuse_shared(images, stems)
+    return stems
+
+
+def _refuse_shared(images: list[Image], files: list[str]) -> None:
+    """Raise UserError if two images would have the same label file of `files`."""
+    of_file: dict[str, str] = {}
+    for image, file in zip(images, files, strict=True):
+        if (other := of_file.setdefault(file, image.name)) != image.name:
+            raise UserError(f"{other} and {image.name} would have one label file; rename one of them")
 
 
 def _link(images: CocoImages, found: list[Image], folder: Path) -> None:

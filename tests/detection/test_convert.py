@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from formats import FORMATS, SIZES, coco, images, voc_files
+from formats import FORMATS, SIZES, coco, coco_file, images, voc_files
 from PIL import Image
 
 from detection.annotations import Annotations
@@ -73,3 +73,14 @@ def test_images_of_the_same_name_in_two_splits_stay_apart(tmp_path):
     written(tmp_path / "a", tmp_path / "b", "voc")
     for split, color in (("train", [255, 0, 0]), ("val", [0, 0, 255])):
         assert open_split(tmp_path / "b", split)[0][0][:, 5, 5].tolist() == color
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_names_with_a_folder_called_images_are_read_back(tmp_path, form):
+    for split, names in SIZES.items():
+        images(tmp_path / "a" / split / "images", names)
+        coco_file(tmp_path / f"a/annotations/{split}.json", names, name_of="images/{}.png")
+    written(tmp_path / "a", tmp_path / "b", form)
+    for split in SIZES:
+        wanted, found = (open_split(tmp_path / of, split).annotations for of in "ab")
+        assert torch.equal(found.boxes_xywh, wanted.boxes_xywh) and len(found.boxes_xywh)
