@@ -133,13 +133,16 @@ def find_split(data: Data, split: str) -> Split:
     Without any trace of a validation split, a tenth of the training images serves as one: both splits are then parts
     of the same annotations. Raises UserError if the data are missing, have no known layout, or hold half a split.
     """
-    found, _ = _find(data)
+    return _split(data, split, _find(data)[0])
+
+
+def _split(data: Data, split: str, found: Found) -> Split:
     held = {*found.splits, *found.broken}
     if "train" in found.splits and "val" not in held and split != "test":
         return found.splits["train"]._replace(part=split)
     if split in found.splits:
         return found.splits[split]
-    says = found.broken.get(split, f"no {split} split: no folder, list or key of data.yaml of this name")
+    says = found.broken.get(split, f"there is no folder, list or data.yaml key named {split}")
     layouts = f"; it should contain {LAYOUT}" if any(found.title == layout.title for layout in LAYOUTS) else ""
     raise UserError(f"{data}: {found.title}, but {says}{layouts}")
 
@@ -148,7 +151,7 @@ def whole_splits(data: Data) -> dict[str, Split]:
     """{name: split} of train and of those of val and test that there are, nothing held out. Raises as `find_split`."""
     found, _ = _find(data)
     names = {"train", *found.splits} | ({*found.broken} - {"test"})  # a data.yaml often names a test split in vain
-    return {name: find_split(data, name)._replace(part=None) for name in SPLIT_NAMES if name in names}
+    return {name: _split(data, name, found)._replace(part=None) for name in SPLIT_NAMES if name in names}
 
 
 def describe_layout(data: Data) -> str:
@@ -156,8 +159,8 @@ def describe_layout(data: Data) -> str:
 
     Raises as `find_split`.
     """
-    train, val = (find_split(data, split) for split in ("train", "val"))
     found, folder = _find(data)
+    train, val = (_split(data, split, found) for split in ("train", "val"))
     read = list(dict.fromkeys((train.annotations, val.annotations)))
     names = map(str, read) if isinstance(data, Files) else _below(folder, read)
     line = f"{data} in {train.layout}: {' and '.join(names)}"
@@ -236,7 +239,8 @@ def find_json(folder: Path) -> Found | None:
         return None
     found = _of_files({split: (of[0], None) for split, of in by_split.items() if len(of) == 1}, folder)
     several = {
-        split: f"{of[0].relative_to(folder)} and {of[1].relative_to(folder)} may both be it: name one with --train-json"
+        split: f"{of[0].relative_to(folder)} and {of[1].relative_to(folder)} could both be the {split} split: "
+        "name yours with --train-json and --val-json"
         for split, of in by_split.items()
         if len(of) > 1
     }

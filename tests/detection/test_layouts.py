@@ -8,8 +8,9 @@ import torch
 from formats import BOXES, FORMATS, NAMES, SIZES
 from PIL import Image
 
+from detection import layouts
 from detection.data import open_split
-from detection.layouts import LAYOUT, data_of, describe_layout, find_split, held_out
+from detection.layouts import LAYOUT, data_of, describe_layout, find_split, held_out, whole_splits
 
 LAYOUTS = {  # annotation file and image folder of each split
     "COCO": ("annotations/instances_{}2017.json", "{}2017"),
@@ -235,7 +236,7 @@ def test_cvats_own_xml_is_refused_with_what_to_export(tmp_path):
 def test_two_files_that_may_both_be_the_training_set_are_an_error_that_names_them(tmp_path):
     for name in ("one", "two"):
         put(tmp_path, f"{name}.json", "images")
-    with pytest.raises(ValueError, match="one.json and two.json may both be it: name one with --train-json"):
+    with pytest.raises(ValueError, match="one.json and two.json could both be the train split: name yours with"):
         find_split(tmp_path, "train")
     (tmp_path / "two.json").write_text('{"a": 1}')
     assert find_split(tmp_path, "val").annotations == tmp_path / "one.json"
@@ -244,7 +245,7 @@ def test_two_files_that_may_both_be_the_training_set_are_an_error_that_names_the
 @pytest.mark.parametrize("name", ["coco", "ultralytics", "voc"])
 def test_a_split_to_test_on_that_is_not_there_is_an_error_that_says_so(tmp_path, name):
     FORMATS[name](tmp_path)
-    with pytest.raises(ValueError, match="no test split"):
+    with pytest.raises(ValueError, match="there is no folder, list or data.yaml key named test"):
         find_split(tmp_path, "test")
 
 
@@ -284,3 +285,12 @@ def test_a_given_file_that_is_not_there_is_named():
     for split in ("train", "val"):
         with pytest.raises(ValueError, match="none.json: cannot be read .No such file or directory."):
             open_split(data_of({"train_json": "none.json"}), split)
+
+
+@pytest.mark.parametrize("look", [describe_layout, whole_splits])
+def test_data_are_searched_once_for_all_splits(tmp_path, monkeypatch, look):
+    FORMATS["yolo_lists"](tmp_path)
+    calls, best = [], layouts._best
+    monkeypatch.setattr(layouts, "_best", lambda folder: calls.append(folder) or best(folder))
+    look(tmp_path)
+    assert calls == [tmp_path]

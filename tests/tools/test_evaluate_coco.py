@@ -178,5 +178,5 @@ def test_the_test_split_of_another_format_is_scored_with_the_same_numbers(run, s
     evaluated(run, "--data", "yolo", "--split", "test")
     assert "category ids differ and are matched by name" in capsys.readouterr().out
     assert json.loads((run / "eval-yolo-test" / "results.json").read_text())["bbox"] == wanted
-    assert "no test split" in error_of(run, "--split", "test")
+    assert "key named test" in error_of(run, "--split", "test")
     assert "unknown split 'best'; choose from train, val, test" in error_of(run, "--split", "best")
