@@ -68,7 +68,7 @@ class Plan(NamedTuple):
 def make_plan(
     dataset: CocoImages,
     *,
-    seconds: float,
+    seconds_left: Callable[[], float],
     batch_size: int,
     sides: Sequence[int],
     aspect: float,
@@ -80,14 +80,15 @@ def make_plan(
     images_to_test: int,
     eval_period: int = 0,
 ) -> Plan:
-    """Choose how to train on `dataset` and to evaluate `images_to_test` images in `seconds`.
+    """Choose how to train on `dataset` and to evaluate `images_to_test` images in the time that is left.
 
+    seconds_left: gives that time, and is called after the measurements.
     sides: image sizes to choose from, rising, in pixels of the shorter side; the longer one has at most `aspect` times
         as many. The chosen one is the first at which half of the objects of each class are ENOUGH pixels large, or else
         the last at which the time suffices for `least_updates`.
-    scales: anchor scales to choose from, for anchors on `levels`.
-    update_seconds, detect_seconds: measure an update, and a detection in an image, at a side. They are called at two
-        sides, and the cost at others follows from these.
+    scales: anchor scales to choose from, for anchors on `levels`; without levels, the first.
+    update_seconds, detect_seconds: measure an update and a detection in an image at a side. They are called at two
+        sides, from which the cost at others follows.
     eval_period: updates between evaluations; 0 for one at the end.
 
     Raises UserError if the time does not suffice for an update.
@@ -95,6 +96,7 @@ def make_plan(
     measured = (sides[0], sides[len(sides) // 4]) if len(sides) > 1 else (sides[0],)
     update = Cost.through({side: update_seconds(side) for side in measured})
     detect = Cost.through({side: detect_seconds(side) for side in measured})
+    seconds = seconds_left()
 
     def updates(side: int) -> int:
         testing = images_to_test * detect.at(side)
@@ -108,25 +110,27 @@ def make_plan(
     steps, testing = updates(side), images_to_test * detect.at(side)
     if steps < 1:
         raise UserError(
-            f"--minutes: the time does not suffice for an update, which takes {update.at(side):.1f} s, and for "
-            f"evaluating {images_to_test} images, which takes {testing:.0f} s; give more"
+            f"--minutes: too short; one update takes {update.at(side):.1f} s and evaluating {images_to_test} images "
+            f"{testing:.0f} s; give more minutes"
         )
-    scale, share = choose_anchor_scale(dataset, scales, levels, side, round(aspect * side))
-    first, last = (scale * 2 ** int(level[1]) for level in (levels[0], levels[-1]))
     own = int(dataset.widths_heights.min(1).values.median())
-    return Plan(
-        side,
-        scale,
-        steps,
-        (
-            f"{steps} updates of {batch_size} images at {update.at(side):.2f} s, "
-            f"{steps * batch_size / len(dataset):.1f} epochs; then {testing:.0f} s to evaluate {images_to_test} images",
-            f"images with a shorter side of {side} pixels (own: {own}); half of the objects of the class with the "
-            f"smallest ones are then under {small_object(side):.0f} pixels",
-            f"anchors of {first:g} to {last:g} pixels, which do not reach {100 * share:.1f} % of the boxes (mean over "
-            "the classes)",
-        ),
-    )
+    reasons = [
+        f"{steps} updates of {batch_size} images at {update.at(side):.2f} s, "
+        f"{steps * batch_size / len(dataset):.1f} epochs; then {testing:.0f} s to evaluate {images_to_test} images",
+        f"images with a shorter side of {side} pixels (own: {own}); half of the objects of the class with the "
+        f"smallest ones are then under {small_object(side):.0f} pixels",
+    ]
+    scale = scales[0]
+    if levels:
+        scale, share = choose_anchor_scale(dataset, scales, levels, side, round(aspect * side))
+        first, last = (scale * 2 ** int(level[1]) for level in (levels[0], levels[-1]))
+        reasons.append(f"anchors of {first:g} to {last:g} pixels; {about_share(share)}")
+    return Plan(side, scale, steps, tuple(reasons))
+
+
+def about_share(share: float) -> str:
+    """What the share of `choose_anchor_scale` says, in words."""
+    return f"none overlaps {100 * share:.1f} % of the boxes (mean over the classes) with an IoU of 0.5"
 
 
 def choose_side(
@@ -163,5 +167,7 @@ def choose_anchor_scale(
 
 def by_class(dataset: CocoImages, values: Tensor) -> list[Tensor]:
     """The values of all boxes, [boxes], as one tensor for each class that has any."""
+    if not len(dataset.labels):
+        raise UserError("the training images have no boxes to plan by; give --steps, and a number for --anchor-scale")
     counts = dataset.labels.long().bincount()
     return [of_class for of_class in values[dataset.labels.argsort()].split(counts.tolist()) if len(of_class)]

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from resbackbone.cli.command import Auto, Hidden, console, main_of, parse
+from resbackbone.cli.command import Auto, Hidden, console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
 from resbackbone.cli.options import (
     MAY_DIFFER,
@@ -56,6 +56,7 @@ from detection.planning import (
     ANCHOR_SCALES,
     LEAST_UPDATES,
     SMALLEST,
+    about_share,
     choose_anchor_scale,
     make_plan,
     seconds_of,
@@ -179,8 +180,9 @@ class TrainingOptions:
     steps: Auto[int] = None
     """Length of the schedule in updates, instead of --epochs."""
     minutes: Auto[float] = None
-    """Length of the run instead of --epochs or --steps: timed updates and the data decide on the number of updates and,
-    without --recipe, on image size and anchors. Default: 10 on a CPU without --recipe, --epochs or --steps."""
+    """Length of the run instead of --epochs or --steps: timed updates decide on the number of updates. With the recipes
+    scratch, transfer and small on a CPU, the boxes decide on image size and anchors, unless these are given. Default:
+    10 on a CPU without --recipe, --epochs or --steps."""
     milestones: Auto[tuple[int, ...]] = None
     """Updates after which the learning rate falls to a tenth."""
     warmup_steps: Auto[int] = None
@@ -189,7 +191,7 @@ class TrainingOptions:
     """Shorter side of test images in pixels; the recipe's other sizes change in proportion."""
     anchor_scale: Auto[float | Literal["auto"]] = None
     """Sides of the anchors in strides of their level (8: 32 pixels on p2 .. 512 on p6), or auto, which fits them to the
-    boxes. Default: the recipe's, or that of a detector in --weights; auto with --minutes and without --recipe."""
+    boxes. Default: that of a detector in --weights, else the recipe's, or auto where --minutes decides."""
     optimizer: Auto[str] = None
     """sgd, adamw or lamb. Give --lr with it."""
     weight_decay: Auto[float] = None
@@ -321,29 +323,26 @@ def planned(session: Session, train_set: CocoImages, val_set: CocoImages) -> Opt
     """The options with what --minutes leaves open: image size, anchors and number of updates. Prints the plan."""
     options, recipe = session.options, recipe_of(session.options)
     detector, update_seconds, detect_seconds = timers(session, recipe, train_set, val_set)
-    seconds = 60 * options.minutes - (time.monotonic() - session.began) - OTHER_SECONDS
-    if seconds <= 0:
-        raise UserError(f"--minutes {options.minutes:g}: start and end of a run take longer than that; give more")
     size_by_name = any(item.startswith("detector.min_size=") for item in options.recipe_values)
-    fitted = options.recipe in FITTED and session.rank.device.type == "cpu"
+    fpn, fitted = options.variant == "fpn", options.recipe in FITTED and session.rank.device.type == "cpu"
     free_size = fitted and options.image_size is None and not size_by_name
-    free_anchors = options.anchor_scale == "auto" or fitted and options.anchor_scale is None
+    free_anchors = fpn and (options.anchor_scale == "auto" or fitted and options.anchor_scale is None)
     usual = smallest = shorter_side(recipe.detector)
     if source := detector_in(options):
         free_anchors = False  # the weights are of anchors of their own
         smallest = min(smallest, shorter_side(source))
     plan = make_plan(
         train_set,
-        seconds=seconds,
+        seconds_left=lambda: 60 * options.minutes - (time.monotonic() - session.began) - OTHER_SECONDS,
         batch_size=options.batch_size,
         sides=sides_for(train_set, min(smallest, SMALLEST)) if free_size else [usual],
         aspect=recipe.detector.max_size / usual,
         scales=ANCHOR_SCALES if free_anchors else [detector.config.anchor_scale],
-        levels=list(detector.backbone.features),
+        levels=list(detector.backbone.features) if fpn else [],
         least_updates=LEAST_UPDATES["trained" if options.weights else "random"],
         update_seconds=update_seconds,
         detect_seconds=detect_seconds,
-        images_to_test=len(val_set) * (2 if options.val_loss else 1),
+        images_to_test=math.ceil(len(val_set) / session.rank.ranks) * (2 if options.val_loss else 1),
         eval_period=options.eval_period,
     )
     chosen: dict[str, Any] = {"anchor_scale": plan.anchor_scale, "steps": plan.steps}
@@ -351,7 +350,7 @@ def planned(session: Session, train_set: CocoImages, val_set: CocoImages) -> Opt
         chosen["image_size"] = plan.image_size
     flags = {"recipe": options.recipe, "batch_size": options.batch_size, **chosen}
     same = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in flags.items())
-    lines = [f"plan:  {options.minutes:g} minutes", *plan.reasons, f"the same by hand: {same}"]
+    lines = [f"plan:  {options.minutes:g} minutes", *plan.reasons, f"equivalent flags: {same}"]
     session.info("\n       ".join(lines))
     return replace(options, minutes=None, **chosen)
 
@@ -394,11 +393,10 @@ def timers(
 def with_fitted_anchors(session: Session, train_set: CocoImages) -> Options:
     """The options with the anchor scale that suits the boxes."""
     options, recipe = session.options, recipe_of(session.options)
-    levels = recipe.backbone.levels or ("p2", "p3", "p4", "p5", "p6")
-    scale, share = choose_anchor_scale(
-        train_set, ANCHOR_SCALES, levels, shorter_side(recipe.detector), recipe.detector.max_size
-    )
-    session.info(f"anchors: --anchor-scale {scale:g}, which does not reach {100 * share:.1f} % of the boxes")
+    levels = list(build(options, recipe, train_set.categories, lambda line: None).backbone.features)
+    side, longest = shorter_side(recipe.detector), recipe.detector.max_size
+    scale, share = choose_anchor_scale(train_set, ANCHOR_SCALES, levels, side, longest)
+    session.info(f"anchors: --anchor-scale {scale:g}; {about_share(share)}")
     return replace(options, anchor_scale=scale)
 
 
@@ -525,6 +523,11 @@ def complete(options: Options) -> Options:
         check_backbone(replace(options, backbone=backbone, variant=variant), recipe)
     if not own_engine:
         check_detectron2(options, variant, recipe)
+    if options.anchor_scale == "auto" and (variant != "fpn" or data == SYNTHETIC):
+        raise UserError("--anchor-scale auto: is for fpn and real data; give a number, or leave it out")
+    norms = (options.norm or recipe.backbone.norm, recipe.backbone.fpn_norm, recipe.detector.box_norm)
+    if minutes is not None and processes > 1 and "SyncBN" in norms:
+        raise UserError(f"--minutes {minutes:g}: cannot time SyncBN in one of {processes} processes; give --steps")
     depths = [VGG16_DEPTH] if variant == "vgg16" else list(DEPTHS)
     default_depth = VGG16_DEPTH if variant == "vgg16" else given.get("depth", recipe.backbone.depth)
     small_images = shorter_side(recipe.detector) <= 256
@@ -552,17 +555,20 @@ def complete(options: Options) -> Options:
 def minutes_for(options: Options, data: Data, kind: str) -> float | None:
     """The time that the training is planned for, if it is, on this kind of device."""
     length = next((name for name in ("epochs", "steps") if getattr(options, name) is not None), None)
+    unplanned = data == SYNTHETIC or options.engine != "torchvision" or options.compile
     if options.minutes is None:
-        default = kind == "cpu" and options.recipe is None and length is None and options.engine == "torchvision"
-        return DEFAULT_MINUTES if default and data not in (EMBEDDED, SYNTHETIC) else None
-    if length and options.resume:  # the plan was made when the run began
+        default = kind == "cpu" and options.recipe is None and length is None
+        return DEFAULT_MINUTES if default and not unplanned and data != EMBEDDED else None
+    given = f"--minutes {options.minutes:g}"
+    if length and options.resume:
+        progress_console.print(f"{given}: the resumed run keeps its plan; give a new --output to plan again")
         return None
     if length:
-        raise UserError(f"--minutes {options.minutes:g} and --{length} {getattr(options, length):g}: give one of them")
+        raise UserError(f"{given} and --{length} {getattr(options, length):g}: give one of them")
     if not 0 < options.minutes < math.inf:
-        raise UserError(f"--minutes {options.minutes:g}: must be a finite number above 0")
-    if data == SYNTHETIC or options.engine != "torchvision":
-        raise UserError(f"--minutes {options.minutes:g}: give --steps for synthetic data and for --engine detectron2")
+        raise UserError(f"{given}: must be a finite number above 0")
+    if unplanned:
+        raise UserError(f"{given}: give --steps for synthetic data, for --engine detectron2 and with --compile")
     return options.minutes
 
 

@@ -18,7 +18,7 @@ def planned(dataset, *, seconds, update=lambda side: (side / 128) ** 2, **option
     given = {"batch_size": 8, "sides": [128, 160, 192, 224, 256, 480], "aspect": 2.0, "scales": ANCHOR_SCALES}
     given |= {"levels": LEVELS, "least_updates": 100, "images_to_test": 10}
     timed = {"update_seconds": update, "detect_seconds": lambda side: 0.1}
-    return make_plan(dataset, seconds=seconds, **(given | timed | options))
+    return make_plan(dataset, seconds_left=lambda: seconds, **(given | timed | options))
 
 
 def test_images_are_as_large_as_the_smallest_class_needs_if_there_is_time(two_sizes):
@@ -51,7 +51,7 @@ def test_the_cost_of_a_side_follows_from_two_and_never_falls():
 
 
 def test_a_time_too_short_for_one_update_is_refused(two_sizes):
-    with pytest.raises(UserError, match=r"--minutes: .* evaluating 10 images, which takes 1 s; give more"):
+    with pytest.raises(UserError, match=r"--minutes: too short; .* evaluating 10 images 1 s; give more minutes"):
         planned(two_sizes, seconds=1.5)
 
 
@@ -59,6 +59,13 @@ def test_anchors_suit_every_class_alike_however_rare(two_sizes):
     scale, share = choose_anchor_scale(two_sizes, ANCHOR_SCALES, LEVELS, 128, 256)
     assert scale == 2.0 and share < 0.5  # the speck, one of 19 boxes, is 8 pixels large: half of the classes
     assert choose_anchor_scale(two_sizes, (16.0, 4.0), LEVELS, 128, 256) == (4.0, 0.5)
+
+
+def test_a_single_map_keeps_its_anchors_and_boxes_are_needed_for_others(two_sizes, tmp_path):
+    plan = planned(two_sizes, seconds=60, levels=[], scales=[8.0])
+    assert plan.anchor_scale == 8.0 and not any("anchors" in reason for reason in plan.reasons)
+    with pytest.raises(UserError, match="have no boxes to plan by; give --steps"):
+        planned(drawn(tmp_path / "empty", [(30, 20, [])]), seconds=60, sides=[128])
 
 
 def test_values_are_split_by_class_and_classes_without_boxes_left_out(tmp_path):

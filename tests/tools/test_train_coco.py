@@ -303,7 +303,7 @@ def test_a_planned_run_is_resumed_and_repeated_by_the_flags_that_it_prints(shape
     train_coco.main([*argv, "1", "--output", "run"])
     said = capsys.readouterr().out
     assert "plan:  10 minutes" in said
-    [flags] = re.findall("the same by hand: (.*)", said)
+    [flags] = re.findall("equivalent flags: (.*)", said)
     config = yaml.safe_load(Path("run/config.yaml").read_text())
     assert config["recipe"] == "scratch" and config["steps"] == config["effective"]["steps"] > 900
     assert flags == (
@@ -311,6 +311,7 @@ def test_a_planned_run_is_resumed_and_repeated_by_the_flags_that_it_prints(shape
         "--image-size 128"
     )
     train_coco.main([*argv, "2", "--output", "run", "--minutes", "10", "--resume"])
+    assert "--minutes 10: the resumed run keeps its plan" in capsys.readouterr().out
     assert yaml.safe_load(Path("run/config.yaml").read_text()) == {**config, "max_steps": 2}
     train_coco.main([*argv, "2", "--output", "again", *flags.split()])
     assert not differing("run/model.safetensors", "again/model.safetensors")
@@ -329,7 +330,7 @@ def test_the_time_for_a_named_recipe_sets_its_length_alone(shapes, capsys, monke
 
 def test_anchors_are_fitted_to_the_boxes_without_a_time_too(shapes, capsys):
     train_coco.main([*QUICK, "--data", str(shapes), "--max-steps", "1", "--anchor-scale", "auto", "--output", "run"])
-    [scale] = re.findall("anchors: --anchor-scale ([0-9.]+), which does not reach", capsys.readouterr().out)
+    [scale] = re.findall("anchors: --anchor-scale ([0-9.]+); none overlaps", capsys.readouterr().out)
     assert load_detector("run/model.safetensors").config.anchor_scale == float(scale)
     assert yaml.safe_load(Path("run/config.yaml").read_text())["anchor_scale"] == float(scale)
 
@@ -339,9 +340,11 @@ def test_anchors_are_fitted_to_the_boxes_without_a_time_too(shapes, capsys):
     [
         (["--minutes", "5", "--steps", "7"], "--minutes 5 and --steps 7: give one of them"),
         (["--minutes", "0"], "--minutes 0: must be a finite number above 0"),
-        (["--minutes", "0.001"], "--minutes 0.001: start and end of a run take"),
+        (["--minutes", "0.001"], "--minutes: too short; one update takes"),
         (["--minutes", "5", "--data", "synthetic"], "--minutes 5: give --steps for synthetic data"),
+        (["--minutes", "5", "--compile"], "--minutes 5: give --steps for synthetic data"),
         (["--anchor-scale", "none"], "--anchor-scale"),
+        (["--anchor-scale", "auto", "--variant", "c4"], "--anchor-scale auto: is for fpn and real data"),
     ],
 )
 def test_a_time_that_cannot_be_planned_for_is_refused(shapes, flags, message):
