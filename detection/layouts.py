@@ -131,7 +131,8 @@ def find_split(data: Data, split: str) -> Split:
     """Find "train", "val" or "test" in `data`, by the one of FINDERS that has most of train and val, or the first.
 
     Without any trace of a validation split, a tenth of the training images serves as one: both splits are then parts
-    of the same annotations. Raises UserError if the data are missing, have no known layout, or hold half a split.
+    of the same annotations, and "all" is the whole. Raises UserError if the data are missing, have no known layout, or
+    hold half a split.
     """
     return _split(data, split, _find(data)[0])
 
@@ -139,7 +140,9 @@ def find_split(data: Data, split: str) -> Split:
 def _split(data: Data, split: str, found: Found) -> Split:
     held = {*found.splits, *found.broken}
     if "train" in found.splits and "val" not in held and split != "test":
-        return found.splits["train"]._replace(part=split)
+        return found.splits["train"]._replace(part=None if split == "all" else split)
+    if split == "all":
+        raise UserError(f"{data}: has splits; name one of them: {', '.join(held)}")
     if split in found.splits:
         return found.splits[split]
     says = found.broken.get(split, f"there is no folder, list or data.yaml key named {split}")

@@ -23,7 +23,7 @@ import tyro
 from detection.data import open_split
 from detection.evaluate import evaluate, results_summary, results_table, write_results
 from detection.faster_rcnn import prepare_for_detection
-from detection.layouts import data_of
+from detection.layouts import data_of, describe_layout
 from detection.paper import ImprovedTesting
 from detection.saved import detector_file, load_detector, run_folder
 from detection.scoring import BACKENDS
@@ -46,7 +46,7 @@ class Options:
     data: Auto[Path] = None
     """Folder of data, as tools/train_coco.py takes it. Default: the data the run was trained on."""
     split: str = "val"
-    """val, test or train."""
+    """val, test or train; or all images of --data that has no splits, of which val is a tenth."""
     output: Auto[Path] = None
     """Folder for detections.json and results.json. Default: the run's folder, or eval-NAME/ in it if --data, --split or
     an option changes the detections, and eval-best/ for its best/."""
@@ -78,7 +78,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """A run -> its 12 numbers, in one process or in one for each GPU."""
     options = parse(Options, argv)
-    one_of("split", options.split, SPLIT_NAMES)
+    one_of("split", options.split, (*SPLIT_NAMES, "all"))
     one_of("COCO backend", options.coco_backend, BACKENDS)
     if options.tta and (options.box_refinement or options.scales):
         other = "--scales" if options.scales else "--box-refinement"
@@ -105,6 +105,8 @@ def score(rank: Rank, options: Options) -> None:
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
     given = {"categories": detector.real_categories, "skip_bad_images": options.skip_bad_images}
     with from_option("--data"):
+        if options.data:
+            session.info(f"data:  {from_main(lambda: describe_layout(data), rank)}")
         dataset = from_main(lambda: open_split(data, options.split, **given), rank)
     session.info(f"{file} on {dataset.summary()}, {precision}")
     bf16 = precision == "bf16"

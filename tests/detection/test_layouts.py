@@ -11,6 +11,8 @@ from PIL import Image
 from detection import layouts
 from detection.data import open_split
 from detection.layouts import LAYOUT, data_of, describe_layout, find_split, held_out, whole_splits
+from detection.shapes import make_shapes
+from resbackbone.checks import UserError
 
 LAYOUTS = {  # annotation file and image folder of each split
     "COCO": ("annotations/instances_{}2017.json", "{}2017"),
@@ -294,3 +296,17 @@ def test_data_are_searched_once_for_all_splits(tmp_path, monkeypatch, look):
     monkeypatch.setattr(layouts, "_best", lambda folder: calls.append(folder) or best(folder))
     look(tmp_path)
     assert calls == [tmp_path]
+
+
+def test_all_images_of_data_without_splits_are_found_and_of_others_none(tmp_path):
+    (tmp_path / "images").mkdir()
+    images = [{"id": i, "file_name": f"{i}.png", "width": 9, "height": 7} for i in range(1, 6)]
+    for image in images:
+        Image.new("RGB", (9, 7)).save(tmp_path / "images" / image["file_name"])
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}
+    content = {"images": images, "annotations": [box], "categories": [{"id": 1, "name": "cell"}]}
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    assert [len(open_split(tmp_path, split)) for split in ("train", "val", "all")] == [4, 1, 5]
+    shapes = make_shapes(tmp_path / "shapes", train_images=1, val_images=1, size=64)
+    with pytest.raises(UserError, match="has splits; name one of them: train, val"):
+        find_split(shapes, "all")
