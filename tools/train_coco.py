@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -80,6 +80,7 @@ from resbackbone.engine.optimizers import OPTIMIZERS, build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
 from resbackbone.image_io import BadImage
+from resbackbone.logs import silenced
 from resbackbone.memory import keep_freed_memory
 from resbackbone.report.numbers import percent
 from resbackbone.resnet import DEPTHS
@@ -231,6 +232,7 @@ class Options(DataOptions, NetworkOptions, TrainingOptions, EvaluationOptions, R
 def main(argv: list[str] | None = None) -> None:
     """Options -> a trained detector and its AP, in a run folder; in one process, or in one for each GPU."""
     options = parse(Options, argv)
+    read_once.cache_clear()
     if options.print_recipe:
         options = replace(options, recipe=complete(options).recipe)
         console.print(as_config(options, recipe_of(options), OPTION_OF))
@@ -264,6 +266,7 @@ def train(rank: Rank, options: Options) -> None:
                 f"{session.checkpoint}: was trained on other categories than those of {data_of(vars(options))}; "
                 "give its data, or another --output"
             )
+    read_once.cache_clear()
     detector.to(rank.device, memory_format=torch.channels_last).train()
     session.info(detector.backbone.summary())
     if options.compile:
@@ -280,8 +283,7 @@ def train(rank: Rank, options: Options) -> None:
     state = TrainState(distributed(detector, rank), optimizer, rank, average=average, **more)
     task = Detection(session, train_set, val_set)
     more = {"parts": options.accumulate, "early_stop": options.early_stop}
-    more |= {"train_annotations_sha256": train_set.fingerprint}
-    run = session.train(task, state, schedule, **more)
+    run = session.train(task, state, schedule, **more, train_annotations_sha256=train_set.fingerprint)
 
     if options.data == SYNTHETIC:
         session.info("nothing is evaluated: synthetic images show only the speed")
@@ -360,7 +362,7 @@ def timers(
 ) -> tuple[FasterRCNN, Callable[[int], float], Callable[[int], float]]:
     """A detector to throw away, and functions of a shorter side: the seconds of its updates and of its detections."""
     options, alone = session.options, session.rank._replace(rank=0, ranks=1)
-    detector = build(options, recipe, train_set.categories, lambda line: None)
+    detector = built_to_plan(options, recipe, train_set)
     detector.to(alone.device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(detector, recipe.optimizer, rate=0.0, weight_decay=0.0, decay_norms=False)
     state, task = TrainState(detector, optimizer, alone), Detection(session, train_set, val_set)
@@ -393,11 +395,17 @@ def timers(
 def with_fitted_anchors(session: Session, train_set: CocoImages) -> Options:
     """The options with the anchor scale that suits the boxes."""
     options, recipe = session.options, recipe_of(session.options)
-    levels = list(build(options, recipe, train_set.categories, lambda line: None).backbone.features)
+    levels = list(built_to_plan(options, recipe, train_set).backbone.features)
     side, longest = shorter_side(recipe.detector), recipe.detector.max_size
     scale, share = choose_anchor_scale(train_set, ANCHOR_SCALES, levels, side, longest)
     session.info(f"anchors: --anchor-scale {scale:g}; {about_share(share)}")
     return replace(options, anchor_scale=scale)
+
+
+def built_to_plan(options: Options, recipe: Recipe, train_set: CocoImages) -> FasterRCNN:
+    """The detector that will be trained, to throw away; what there is to say about its weights is said for that one."""
+    with silenced("resbackbone"):
+        return build(options, recipe, train_set.categories, lambda line: None)
 
 
 class Detection(Task):
@@ -647,7 +655,16 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
 def described_weights(options: Options) -> Weights | None:
     """What --weights holds; None without, and for those that `load_vgg16` and `from_timm` read."""
     others = options.variant == "vgg16" or options.backbone and not is_ours(Path(options.weights or ""))
-    return None if others or not options.weights else read_described_weights(options.weights)
+    if others or not options.weights:
+        return None
+    file = Path(options.weights)
+    return read_once(options.weights, file.stat().st_mtime_ns if file.is_file() else None)
+
+
+@lru_cache(maxsize=1)
+def read_once(source: str, changed: int | None) -> Weights:
+    """`read_described_weights`, for all that ask on the way from the options to the detector."""
+    return read_described_weights(source)
 
 
 def check_backbone(options: Options, recipe: Recipe) -> None:

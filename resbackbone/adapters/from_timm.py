@@ -1,6 +1,5 @@
 """Networks of timm as a Backbone: VGG (the paper's baseline), ConvNeXt, Swin, a plain ViT, and whatever gives maps."""
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from resbackbone.checks import UserError, one_of
 from resbackbone.config import DEFAULT_PYRAMID, CommonConfig, ordered_levels
 from resbackbone.fpn import FPN
 from resbackbone.layers import BATCH_NORMS
+from resbackbone.logs import silenced
 from resbackbone.resnet import TRUNK_LEVELS, Feature
 from resbackbone.weights import MEAN, STD, Weights
 from resbackbone.weights.file import is_safetensors, read_safetensors
@@ -74,12 +74,8 @@ class TimmBackbone(Backbone):
 
         outputs = sorted({taps[level] for level in self.trunk_features})
         self.outputs = {level: outputs.index(taps[level]) for level in self.trunk_features}
-        log = logging.getLogger("timm.models._builder")
-        said, log.disabled = log.disabled, True  # that the weights have layers behind the last map is no news
-        try:
+        with silenced("timm.models._builder"):  # that the weights have layers behind the last map is no news
             network, _ = _features_of(name, {**options, "out_indices": tuple(outputs), **source}, pretrained=pretrained)
-        finally:
-            log.disabled = said
         _fix_padding(network)
         if config.norm == "FrozenBN":
             network = freeze_batch_norm_2d(network)
@@ -105,9 +101,8 @@ class TimmBackbone(Backbone):
     def forward(self, images: Tensor) -> dict[str, Tensor]:  # [B, channels, H, W]
         height, width = images.shape[-2:]
         multiple = self.size_divisibility
-        right, bottom = (
-            (multiple - side % multiple) % multiple for side in (width, height)
-        )  # compiles; -side % .. not
+        # -side % multiple would be shorter, but torch.compile cannot trace it.
+        right, bottom = ((multiple - side % multiple) % multiple for side in (width, height))
         x = F.pad(images, (0, right, 0, bottom))
         outputs = self.network(x if self.scale is None or self.shift is None else x * self.scale + self.shift)
         if self.channels_last:

@@ -453,7 +453,7 @@ def v2_of_torchvision(channels=16):
 
 
 def test_torchvisions_v2_detector_is_fine_tuned_resumed_evaluated_and_converted_back(
-    shapes, tmp_path, capsys, monkeypatch
+    shapes, tmp_path, capsys, caplog, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     torch.save(v2_of_torchvision().state_dict(), "v2.pth")
@@ -471,8 +471,13 @@ def test_torchvisions_v2_detector_is_fine_tuned_resumed_evaluated_and_converted_
     assert torch.equal(
         theirs.rpn.head.conv[1][0].weight, load_file("run/model.safetensors")["rpn.head.conv.1.0.weight"]
     )
-    train_coco.main([*argv[:-4], "--output", "trainable", "--norm", "BN", "--max-steps", "1", "--pictures", "0"])
+    caplog.clear()
+    monkeypatch.setattr(train_coco, "seconds_of", lambda work: work() and 0.5)
+    argv = [*argv[:-4], "--output", "trainable", "--norm", "BN", "--max-steps", "1", "--pictures", "0"]
+    train_coco.main([*argv, "--minutes", "2"])
     assert "frozen BN 5, trainable BN 23, " in capsys.readouterr().out  # frozen: those up to c2
+    for assumed in ("do not state how their detector was built", "do not state all settings"):
+        assert caplog.text.count(assumed) == 1  # though the plan builds a detector too
     moved = load_file("trainable/model.safetensors")["roi_heads.box_head.3.1.running_var"]
     assert not torch.equal(moved, torch.ones(16))
 
