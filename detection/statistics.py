@@ -20,7 +20,7 @@ CROWDED = 100  # boxes, the most that a detector returns by default
 NEARLY_ALL = 0.95  # of an image's area
 NETWORK_SIDES = (128, 256, 512, 800)  # shorter sides in pixels
 LONGEST = 1333 / 800  # of the longer side over the shorter one, as published detectors limit it
-ANCHOR_SCALES = (4, 8)  # an anchor's side over its level's stride: the recipe `scratch`'s, and the published one
+COMPARED_SCALES = (4, 8)  # an anchor's side over its level's stride: the recipe `scratch`'s, and the published one
 SMALL = 8  # pixels; objects below are hardly found
 COMPARED = 100_000  # boxes with anchors, spread over the data set
 HASHED = 2_000_000_000  # bytes: of more, equal files are not looked for
@@ -132,8 +132,7 @@ def describe(splits: Mapping[str, CocoImages]) -> DataStatistics:
 
 def object_sizes(dataset: CocoImages, shorter_side: int, max_size: int) -> Tensor:
     """sqrt(width * height) of every box, float [boxes], in pixels of the images as a detector resizes them."""
-    boxes, _ = _resized(dataset, shorter_side, max_size)
-    return ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
+    return _sizes_of(_resized(dataset, shorter_side, max_size)[0])
 
 
 def unreached(
@@ -209,6 +208,10 @@ def odd_boxes(dataset: CocoImages) -> dict[str, OddBoxes]:
         kind: OddBoxes(int(mask.sum()), [shown(int(row)) for row in np.flatnonzero(mask)[:EXAMPLES]])
         for kind, mask in masks.items()
     }
+
+
+def _sizes_of(boxes: Tensor) -> Tensor:
+    return ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
 
 
 def _resized(dataset: CocoImages, shorter_side: int, max_size: int) -> tuple[Tensor, Tensor]:
@@ -307,9 +310,10 @@ def _split_statistics(dataset: CocoImages, files: Mapping[str, int]) -> SplitSta
 
 def _network_sizes(dataset: CocoImages, shorter_side: int) -> NetworkSizes:
     size = shorter_side, round(shorter_side * LONGEST)
-    sides = object_sizes(dataset, *size).numpy()
-    boxes, sizes = (x[:: -(-len(x) // COMPARED) or 1] for x in _resized(dataset, *size))
-    ious = {str(scale): _best_ious(boxes, sizes, scale, LEVELS, ASPECT_RATIOS) for scale in ANCHOR_SCALES}
+    resized = _resized(dataset, *size)
+    sides = _sizes_of(resized[0]).numpy()
+    boxes, sizes = (x[:: -(-len(x) // COMPARED) or 1] for x in resized)
+    ious = {str(scale): _best_ious(boxes, sizes, scale, LEVELS, ASPECT_RATIOS) for scale in COMPARED_SCALES}
     shares = {scale: int((best < 0.5).sum()) / max(len(best), 1) for scale, best in ious.items()}
     return NetworkSizes(*size, _spread(sides), int((sides < SMALL).sum()) / max(len(sides), 1), shares)
 
