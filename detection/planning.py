@@ -14,7 +14,7 @@ from resbackbone.checks import UserError
 ANCHOR_SCALES = (4.0, 3.0, 6.0, 8.0, 2.0, 12.0, 16.0)  # the first of those that are equally good
 ENOUGH = 16  # pixels: where half of the objects of every class are this large, larger images are not worth their time
 SMALLEST, LARGEST, STEP = 256, 800, 32  # pixels of a shorter side: where recipes with larger ones begin, and the end
-LEAST_UPDATES = {"random": 600, "trained": 150}  # by the initial weights: larger images are not worth fewer
+LEAST_UPDATES = {"detector": 150, "backbone": 600}  # by trained weights, if any: larger images are not worth fewer
 MARGIN = 1.05  # updates measured one after the other, to those between which checkpoints and metrics are written
 SAME_SHARE = 0.01  # of the boxes: smaller differences between anchor scales do not count
 

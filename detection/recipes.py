@@ -242,16 +242,14 @@ SHORT = Recipe(
     ),
 )
 
-# For small data without weights, on a CPU: SHORT with three box heads, copy-paste and three image sizes, which all help
-# (docs/experiments).
+# For small data on a CPU, from random weights or those of a backbone: SHORT with three box heads, copy-paste and three
+# image sizes, which all help (docs/experiments/bccd.md).
 SCRATCH = replace(
     SHORT,
     least_epochs=12,
     augmentation=replace(SHORT.augmentation, short_sides=(112, 128, 144), max_size=288, copy_paste=0.5),
     detector=replace(SHORT.detector, cascade_ious=(0.5, 0.6, 0.7)),
 )
-# The same from the weights of a trained backbone.
-TRANSFER = replace(SCRATCH, schedule=replace(SCRATCH.schedule, rate=0.001))
 
 RECIPES: dict[str, Recipe] = {
     "1x": ONE_X,
@@ -264,7 +262,6 @@ RECIPES: dict[str, Recipe] = {
     "fast": FAST,
     "small": SMALL,
     "scratch": SCRATCH,
-    "transfer": TRANSFER,
     "short": SHORT,
     "paper-r101-c4": PAPER_R101_C4,
     "paper-r101-c4-context": PAPER_R101_C4_CONTEXT,

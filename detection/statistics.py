@@ -140,7 +140,7 @@ def unreached(
     shorter_side: int,
     max_size: int,
     anchor_scale: float,
-    levels: Sequence[str] = ("p2", "p3", "p4", "p5"),
+    levels: Sequence[str] = LEVELS,
     ratios: Sequence[float] = ASPECT_RATIOS,
     iou: float = 0.5,
 ) -> Tensor:

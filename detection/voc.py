@@ -7,7 +7,7 @@ set decides which is meant: edges, if a corner is 0 or most are written with a d
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -130,11 +130,22 @@ class VocImages(NamedTuple):
         counts = {
             "images that cannot be used": len(broken),
             "images of another size than their annotation says": other_sizes,
+            "images without an XML file, not used": self._without(files, read),
         }
         notes = [f"{what}: {count}" for what, count in counts.items() if count]
         notes.append(f"corners {'are edges that count from 0' if edges else 'count from 1, and the last is inside'}")
         sizes, rows = zip(*read.values(), strict=True) if read else ((), ())
         return indexed(list(read), sizes, dict(enumerate(classes, 1)), rows, notes, digits=6)
+
+    def _without(self, files: Mapping[Place, Mapping[str, Path]], used: Iterable[str]) -> int:
+        """The number of images without an XML file, in folders that have no list of images."""
+        listed, count = {*self.images}, 0
+        for place in {place for place, _ in self.images}:
+            names = {*place.names()}
+            if all((place, name) in listed for name in names):
+                unused = {image for name, image in files[place].items() if name not in names}
+                count += len(unused - {self.root / name for name in used})
+        return count
 
 
 class Objects(NamedTuple):

@@ -103,7 +103,7 @@ OPTION_OF = {  # values of a recipe that are options of the command
 SCHEDULE = ("lr", "epochs", "steps", "milestones", "warmup_steps")  # options that `Recipe.schedule_for` takes
 A_DETECTOR = "torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1"
 DEFAULT_MINUTES = 10.0
-FITTED = ("scratch", "transfer", "small")  # recipes whose image size --minutes chooses on a CPU
+FITTED = ("scratch", "small")  # recipes whose image size --minutes chooses on a CPU
 OTHER_SECONDS = 20  # of a run, for what is not measured: imports, pictures and report
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
 
@@ -141,8 +141,8 @@ class NetworkOptions:
     of fpn instead of a ResNet. Its --weights are timm:NAME too, or a file (.safetensors, .pth) with timm's names.
     Default: that of --weights if they are a detector's on such a network, else a ResNet of --depth."""
     depth: Auto[int] = None
-    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; 18 for scratch,
-    transfer and short)."""
+    """18, 34, 50, 101 or 152 (vgg16: 16). Default: that of --weights, else the recipe's (50; 18 for scratch
+    and short)."""
     variant: Auto[str] = None
     """fpn, c4 (the ResNet paper's detector), dc5 or vgg16 (the paper's baseline). Default: that of --weights if they
     are a detector's, else the recipe's (fpn)."""
@@ -161,16 +161,16 @@ class NetworkOptions:
 @dataclass(frozen=True)
 class TrainingOptions:
     recipe: Auto[str] = None
-    """1x, 2x, 3x, rsb, v2, v2-100ep, cascade, fast, small, scratch, transfer, short, or the ResNet paper's
-    paper-r101-c4, paper-r101-c4-context or paper-vgg16-c5. Default: 1x, for under 40,000 images small; for fpn on a CPU
-    scratch without --weights and transfer with those of a backbone; on the built-in data set short. The options below
-    change values of it; any other is set by its name, as in --recipe.detector.box-nms-thresh 0.6."""
+    """1x, 2x, 3x, rsb, v2, v2-100ep, cascade, fast, small, scratch, short, or the ResNet paper's paper-r101-c4,
+    paper-r101-c4-context or paper-vgg16-c5. Default: 1x, for under 40,000 images small; scratch for fpn on a CPU,
+    unless --weights are a detector's; on the built-in data set short. The options below change values of it; any other
+    is set by its name, as in --recipe.detector.box-nms-thresh 0.6."""
     print_recipe: bool = False
     """Print the recipe with every value, as a file for --config, and stop."""
     recipe_values: Hidden[str] = ()
     batch_size: Auto[int] = None
     """Images per update, over all GPUs; the recipe's learning rate and number of updates are scaled with it. Default:
-    the recipe's (16; small, scratch, transfer, short: 8); on a CPU 2, but 8 for images of up to 256 pixels."""
+    the recipe's (16; small, scratch, short: 8); on a CPU 2, but 8 for images of up to 256 pixels."""
     accumulate: int = 1
     """Split each process's images into this many parts, one after the other, to save GPU memory. The loss is the mean
     of the parts' losses. Each part is normalized alone: its loss, and the statistics of norms that train."""
@@ -182,8 +182,8 @@ class TrainingOptions:
     """Length of the schedule in updates, instead of --epochs."""
     minutes: Auto[float] = None
     """Length of the run instead of --epochs or --steps: timed updates decide on the number of updates. With the recipes
-    scratch, transfer and small on a CPU, the boxes decide on image size and anchors, unless these are given. Default:
-    10 on a CPU without --recipe, --epochs or --steps."""
+    scratch and small on a CPU, the boxes decide on image size and anchors, unless these are given. Default: 10 on a CPU
+    without --recipe, --epochs or --steps."""
     milestones: Auto[tuple[int, ...]] = None
     """Updates after which the learning rate falls to a tenth."""
     warmup_steps: Auto[int] = None
@@ -204,7 +204,7 @@ class TrainingOptions:
     engine: str = "torchvision"
     """Detector: torchvision (this package's own, of torchvision's parts) or detectron2's, if it is installed."""
     checkpoint_period: Auto[int] = None
-    """Updates between checkpoints. Default: the recipe's (5000; small: 500; scratch, transfer, short: 200)."""
+    """Updates between checkpoints. Default: the recipe's (5000; small: 500; scratch, short: 200)."""
     compile: bool = False
     """Compile the detector and its losses as one graph (torch.compile): minutes at the start for faster updates."""
 
@@ -341,7 +341,7 @@ def planned(session: Session, train_set: CocoImages, val_set: CocoImages) -> Opt
         aspect=recipe.detector.max_size / usual,
         scales=ANCHOR_SCALES if free_anchors else [detector.config.anchor_scale],
         levels=list(detector.backbone.features) if fpn else [],
-        least_updates=LEAST_UPDATES["trained" if options.weights else "random"],
+        least_updates=LEAST_UPDATES["detector" if source else "backbone"],
         update_seconds=update_seconds,
         detect_seconds=detect_seconds,
         images_to_test=math.ceil(len(val_set) / session.rank.ranks) * (2 if options.val_loss else 1),
@@ -616,10 +616,8 @@ def recipe_for(options: Options, data: Data, kind: str) -> str:
     if data == SYNTHETIC:
         return "1x"
     own_fpn = options.engine == "torchvision" and options.variant in (None, "fpn")
-    if kind == "cpu" and own_fpn and not options.weights:
-        return "scratch"
     if kind == "cpu" and own_fpn and detector_in(options) is None:
-        return "transfer"
+        return "scratch"
     with from_option("--data"):
         return default_recipe(find_split(data, "train").reader.count_images())
 

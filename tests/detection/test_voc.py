@@ -50,6 +50,14 @@ def test_boxes_without_a_size_as_bccd_has_them_are_left_out_and_counted(folder):
     assert found.target(0)["boxes"].tolist() == [[0, 0, 4, 4]] and found.report["boxes of zero or negative size"] == 2
 
 
+def test_images_without_an_annotation_are_counted_where_no_list_leaves_them_out(folder):
+    Image.new("RGB", (9, 9)).save(folder / "JPEGImages/unlabelled.png")
+    assert "without an XML file" not in open_split(folder, "train").summary()
+    for file in (folder / "ImageSets/Main").iterdir():
+        file.unlink()
+    assert "images without an XML file, not used: 1" in open_split(folder, "train").summary()
+
+
 def test_difficult_objects_are_crowds_and_parts_no_objects(folder):
     annotate(folder, ("dog", 1, 1, 1, 4, 4), ("dog", 0, 1, 1, 8, 8))
     found = open_split(folder, "train")

@@ -371,7 +371,7 @@ def test_a_recipe_that_is_asked_for_wins_over_that_of_the_datas_size(shapes, str
         assert train_coco.recipe_for(replace(options, **other), shapes, "cpu") == "small"
     torch.save(build_resnet_backbone(18).state_dict(), tmp_path / "trunk.pth")
     detector = straight / "model.safetensors"
-    for file, recipe in ((tmp_path / "trunk.pth", "transfer"), (detector, "small")):
+    for file, recipe in ((tmp_path / "trunk.pth", "scratch"), (detector, "small")):
         with_weights = replace(options, weights=str(file))
         assert train_coco.recipe_for(with_weights, shapes, "cpu") == recipe
         assert train_coco.recipe_for(with_weights, shapes, "cuda") == "small"
