@@ -230,14 +230,15 @@ class CocoImages(Dataset):
 
 
 def _refuse_corners(path: str | Path, annotations: Annotations) -> None:
-    """Raise UserError if boxes are x1, y1, x2, y2: all fit their images so, and as COCO's many reach out of them."""
+    """Raise UserError if boxes are x1, y1, x2, y2: 99 % fit their images so, and as COCO's many reach out of them."""
     boxes, sizes = annotations.boxes_xywh, annotations.widths_heights[annotations.image_indices.long()]
     as_corners = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= sizes + 0.5).all(1)
     outside = ((boxes[:, :2] + boxes[:, 2:]) > sizes + 0.5).any(1)
-    if len(boxes) >= 10 and as_corners.all() and outside.sum() * 10 > len(boxes):
+    if len(boxes) >= 10 and as_corners.sum() >= 0.99 * len(boxes) and outside.sum() * 10 > len(boxes):
         raise UserError(
             f"{path}: {int(outside.sum())} of {len(boxes)} boxes reach out of their image as COCO's x, y, width, "
-            "height, and all lie in it as x1, y1, x2, y2: subtract the first two numbers from the last two"
+            f"height, and {int(as_corners.sum())} lie in it as x1, y1, x2, y2: subtract the first two numbers from the "
+            "last two"
         )
 
 
@@ -290,7 +291,7 @@ def with_categories(annotations: Annotations, wanted: Mapping[int, str], path: s
     unknown = [name for name, boxes in zip(found.values(), used.tolist(), strict=True) if boxes and name not in by_name]
     if unknown or len(by_name) < len(wanted) or len({*found.values()}) < len(found):
         what = f"its classes {', '.join(map(repr, unknown[:5]))} are not among" if unknown else "its ids differ from"
-        why = "" if unknown else ", and repeated names are ambiguous"
+        why = ": remove their boxes, or train with them" if unknown else ", and repeated names are ambiguous"
         raise UserError(
             f"{path}: {what} the {len(wanted)} of the detector or the training set "
             f"({', '.join(list(by_name)[:5])}{', ..' if len(by_name) > 5 else ''}){why}"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from detection.coco import CocoImages
 from detection.gallery import contact_sheet
-from detection.statistics import EDGES, LEVELS, SMALL, DataStatistics, Spread, describe
+from detection.statistics import EDGES, LEVELS, SMALL, DataStatistics, describe
 from resbackbone.report.charts import bar, histogram
 from resbackbone.report.numbers import number
 from resbackbone.report.page import Cell, Section, fraction, macros, short
@@ -78,7 +78,7 @@ def _at_network_sizes(data: DataStatistics) -> tuple[list[str], list[list]]:
 
 def _images(data: DataStatistics) -> tuple[list[str], list[list], list[str], list[list], list[list]]:
     spreads = [
-        [what, split, *map(_pixels, _values(getattr(of, name)))]
+        [what, split, *map(_pixels, vars(getattr(of, name)).values())]
         for name, what in SPREADS.items()
         for split, of in data.splits.items()
     ]
@@ -116,10 +116,6 @@ def _odd(data: DataStatistics) -> tuple[list[str], list[list], list[list], list[
         for files in [[f"{split}: {short(name)}" for split, names in group.items() for name in names]]
     ]
     return ["", *data.splits], rows, examples, equal
-
-
-def _values(spread: Spread) -> tuple[float | None, ...]:
-    return spread.min, spread.p5, spread.median, spread.p95, spread.max
 
 
 def _pixels(value: float | None) -> Cell:

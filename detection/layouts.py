@@ -138,7 +138,7 @@ def find_split(data: Data, split: str) -> Split:
 
 
 def _split(data: Data, split: str, found: Found) -> Split:
-    held = {*found.splits, *found.broken}
+    held = [*found.splits, *found.broken]
     if "train" in found.splits and "val" not in held and split != "test":
         return found.splits["train"]._replace(part=None if split == "all" else split)
     if split == "all":
@@ -147,13 +147,14 @@ def _split(data: Data, split: str, found: Found) -> Split:
         return found.splits[split]
     says = found.broken.get(split, f"there is no folder, list or data.yaml key named {split}")
     layouts = f"; it should contain {LAYOUT}" if any(found.title == layout.title for layout in LAYOUTS) else ""
+    layouts += "" if found.annotated else _about_tables(data)
     raise UserError(f"{data}: {found.title}, but {says}{layouts}")
 
 
 def whole_splits(data: Data) -> dict[str, Split]:
     """{name: split} of train and of those of val and test that there are, nothing held out. Raises as `find_split`."""
     found, _ = _find(data)
-    names = {"train", *found.splits} | ({*found.broken} - {"test"})  # a data.yaml often names a test split in vain
+    names = {"train", *found.splits} | ({*found.broken} - {"test"})  # one that data.yaml names may not exist
     return {name: _split(data, name, found)._replace(part=None) for name in SPLIT_NAMES if name in names}
 
 
@@ -203,7 +204,12 @@ def _find(data: Data) -> tuple[Found, Path]:
         if len(below := folders_in(folder)) != 1:
             break
         [folder] = below
-    raise UserError(f"{data}: no known data layout; it should contain {LAYOUT}")
+    raise UserError(f"{data}: no known data layout; it should contain {LAYOUT}{_about_tables(data)}")
+
+
+def _about_tables(data: Data) -> str:
+    tables = sorted(Path(data).glob("*.csv")) if isinstance(data, Path) else []
+    return f"; {tables[0].name} cannot be read: export the boxes as COCO, YOLO or VOC" if tables else ""
 
 
 def _best(folder: Path) -> Found:

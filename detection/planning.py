@@ -1,8 +1,8 @@
 """What fits a time budget: image size, anchors and number of updates, from the data and timed updates."""
 
-import time
+import timeit
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from itertools import takewhile
 from typing import NamedTuple
 
 from torch import Tensor
@@ -25,35 +25,20 @@ def sides_for(dataset: CocoImages, smallest: int) -> list[int]:
     return [smallest, *range(smallest + STEP, min(own, LARGEST) + 1, STEP)]
 
 
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of a repeated work as a + b * side ** 2, from measurements at two sides in pixels."""
+def cost_through(seconds: dict[int, float]) -> Callable[[int], float]:
+    """Seconds of a repeated work at a side as a + b * side ** 2, through {side in pixels: seconds} at one or two sides.
 
-    fixed: float
-    per_pixel: float
-
-    @classmethod
-    def through(cls, seconds: dict[int, float]) -> "Cost":
-        """The cost through {side: seconds} at one or two sides; noise does not make larger images cheaper."""
-        (low, fast), (high, slow) = min(seconds.items()), max(seconds.items())
-        if low == high:
-            return cls(fast, 0.0)
-        per_pixel = max(0.0, (slow - fast) / (high**2 - low**2))
-        return cls(max(0.0, fast - per_pixel * low**2), per_pixel)
-
-    def at(self, side: int) -> float:
-        return self.fixed + self.per_pixel * side**2
+    Noise does not make larger images cheaper.
+    """
+    (low, fast), (high, slow) = min(seconds.items()), max(seconds.items())
+    per_pixel = max(0.0, slow - fast) / max(1, high**2 - low**2)
+    fixed = max(0.0, fast - per_pixel * low**2)
+    return lambda side: fixed + per_pixel * side**2
 
 
-def seconds_of(work: Callable[[], object], repeat: int = 3) -> float:
-    """The fastest of `repeat` calls of `work`, in seconds, after one call that is not timed."""
-    work()
-    times = []
-    for _ in range(repeat):
-        began = time.monotonic()
-        work()
-        times.append(time.monotonic() - began)
-    return min(times)
+def seconds_of(work: Callable[[], object]) -> float:
+    """The fastest of three calls of `work`, in seconds, after one that is not timed."""
+    return min(timeit.repeat(work, "gc.enable()", number=1, repeat=4)[1:])
 
 
 class Plan(NamedTuple):
@@ -94,31 +79,32 @@ def make_plan(
     Raises UserError if the time does not suffice for an update.
     """
     measured = (sides[0], sides[len(sides) // 4]) if len(sides) > 1 else (sides[0],)
-    update = Cost.through({side: update_seconds(side) for side in measured})
-    detect = Cost.through({side: detect_seconds(side) for side in measured})
+    update = cost_through({side: update_seconds(side) for side in measured})
+    detect = cost_through({side: detect_seconds(side) for side in measured})
     seconds = seconds_left()
 
     def updates(side: int) -> int:
-        testing = images_to_test * detect.at(side)
-        return int((seconds - testing) / (update.at(side) * MARGIN + (testing / eval_period if eval_period else 0)))
+        testing = images_to_test * detect(side)
+        return int((seconds - testing) / (update(side) * MARGIN + (testing / eval_period if eval_period else 0)))
 
     def small_object(side: int) -> float:
         sizes = object_sizes(dataset, side, round(aspect * side))
         return min(of_class.median().item() for of_class in by_class(dataset, sizes))
 
-    side = choose_side(sides, small_object, updates, least_updates)
-    steps, testing = updates(side), images_to_test * detect.at(side)
+    affordable = [*takewhile(lambda side: updates(side) >= least_updates, sides)] or [sides[0]]
+    side = next((side for side in affordable if small_object(side) >= ENOUGH), affordable[-1])
+    steps, testing = updates(side), images_to_test * detect(side)
     if steps < 1:
         raise UserError(
-            f"--minutes: too short; one update takes {update.at(side):.1f} s and evaluating {images_to_test} images "
+            f"--minutes: too short; one update takes {update(side):.1f} s and evaluating {images_to_test} images "
             f"{testing:.0f} s; give more minutes"
         )
     own = int(dataset.widths_heights.min(1).values.median())
     reasons = [
-        f"{steps} updates of {batch_size} images at {update.at(side):.2f} s, "
+        f"{steps} updates of {batch_size} images at {update(side):.2f} s, "
         f"{steps * batch_size / len(dataset):.1f} epochs; then {testing:.0f} s to evaluate {images_to_test} images",
-        f"images with a shorter side of {side} pixels (own: {own}); half of the objects of the class with the "
-        f"smallest ones are then under {small_object(side):.0f} pixels",
+        f"images with a shorter side of {side} pixels (own: {own}); in the class with the smallest objects, half are "
+        f"then under {small_object(side):.0f} pixels",
     ]
     scale = scales[0]
     if levels:
@@ -130,24 +116,7 @@ def make_plan(
 
 def about_share(share: float) -> str:
     """What the share of `choose_anchor_scale` says, in words."""
-    return f"none overlaps {100 * share:.1f} % of the boxes (mean over the classes) with an IoU of 0.5"
-
-
-def choose_side(
-    sides: Sequence[int], small_object: Callable[[int], float], updates: Callable[[int], int], least: int
-) -> int:
-    """The first of rising `sides` at which small objects are ENOUGH pixels large, or the last that has `least` updates.
-
-    The first side, if none has.
-    """
-    chosen = sides[0]
-    for side in sides:
-        if updates(side) < least:
-            break
-        chosen = side
-        if small_object(side) >= ENOUGH:
-            break
-    return chosen
+    return f"they miss {100 * share:.1f} % of the boxes (IoU under 0.5 with each; mean over the classes)"
 
 
 def choose_anchor_scale(

@@ -12,11 +12,12 @@ from detection.annotations import Annotations
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage
 
-SPLIT_NAMES = {  # CVAT's single split is "default", and the splits that it suggests have capitals
-    "train": ("train", "Train", "default"),
-    "val": ("val", "valid", "validation", "Validation"),
-    "test": ("test", "Test"),
+SPLIT_NAMES = {  # of folders and lists; CVAT's single split is "default"
+    "train": ("train", "Train", "TRAIN", "training", "Training", "default"),
+    "val": ("val", "Val", "VAL", "valid", "Valid", "validation", "Validation"),
+    "test": ("test", "Test", "TEST", "testing", "Testing"),
 }
+SPLIT_OF = {name: split for split, names in SPLIT_NAMES.items() for name in names}
 
 
 class Reader(Protocol):

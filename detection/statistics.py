@@ -10,6 +10,7 @@ from itertools import combinations
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_area
 
 from detection.anchors import ASPECT_RATIOS
 from detection.coco import SMALL_SET, CocoImages, box_faults, usable_boxes
@@ -132,7 +133,7 @@ def describe(splits: Mapping[str, CocoImages]) -> DataStatistics:
 
 def object_sizes(dataset: CocoImages, shorter_side: int, max_size: int) -> Tensor:
     """sqrt(width * height) of every box, float [boxes], in pixels of the images as a detector resizes them."""
-    return _sizes_of(_resized(dataset, shorter_side, max_size)[0])
+    return box_area(_resized(dataset, shorter_side, max_size)[0]).sqrt()
 
 
 def unreached(
@@ -140,22 +141,19 @@ def unreached(
     shorter_side: int,
     max_size: int,
     anchor_scale: float,
-    levels: Sequence[str] = LEVELS,
-    ratios: Sequence[float] = ASPECT_RATIOS,
+    levels: Sequence[str],
     iou: float = 0.5,
 ) -> Tensor:
     """Boxes that every anchor overlaps with an IoU below `iou`, bool [boxes], in the image resized as by a detector.
 
     The anchors of p_k lie around the multiples of 2^k pixels and are squares of `anchor_scale` * 2^k pixels a side,
-    stretched to each of `ratios` (height over width; Ren et al. 2015, Sec. 3.1.1). For a given shape the nearest anchor
-    overlaps most, so one per level and ratio is compared.
+    stretched to each of ASPECT_RATIOS (height over width; Ren et al. 2015, Sec. 3.1.1). For a given shape the nearest
+    anchor overlaps most, so one per level and ratio is compared.
     """
-    return _best_ious(*_resized(dataset, shorter_side, max_size), anchor_scale, levels, ratios) < iou
+    return _best_ious(*_resized(dataset, shorter_side, max_size), anchor_scale, levels) < iou
 
 
-def _best_ious(
-    boxes: Tensor, sizes: Tensor, anchor_scale: float, levels: Sequence[str], ratios: Sequence[float]
-) -> Tensor:
+def _best_ious(boxes: Tensor, sizes: Tensor, anchor_scale: float, levels: Sequence[str]) -> Tensor:
     x1, y1, x2, y2 = boxes.T.contiguous()
     padded = (sizes / DIVISIBLE).ceil() * DIVISIBLE
     across, down = ((x1 + x2) / 2, x2 - x1, padded[:, 0]), ((y1 + y2) / 2, y2 - y1, padded[:, 1])
@@ -166,7 +164,7 @@ def _best_ious(
             centre - (centre / stride).round().minimum((border / stride).ceil() - 1) * stride
             for centre, _, border in (across, down)
         ]
-        for ratio in ratios:
+        for ratio in ASPECT_RATIOS:
             anchor = anchor_scale * stride * ratio**-0.5, anchor_scale * stride * ratio**0.5  # width, height
             overlaps = [
                 ((side + own) / 2 - offset.abs()).minimum(side).clamp(min=0, max=own)
@@ -208,10 +206,6 @@ def odd_boxes(dataset: CocoImages) -> dict[str, OddBoxes]:
         kind: OddBoxes(int(mask.sum()), [shown(int(row)) for row in np.flatnonzero(mask)[:EXAMPLES]])
         for kind, mask in masks.items()
     }
-
-
-def _sizes_of(boxes: Tensor) -> Tensor:
-    return ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).sqrt()
 
 
 def _resized(dataset: CocoImages, shorter_side: int, max_size: int) -> tuple[Tensor, Tensor]:
@@ -311,9 +305,9 @@ def _split_statistics(dataset: CocoImages, files: Mapping[str, int]) -> SplitSta
 def _network_sizes(dataset: CocoImages, shorter_side: int) -> NetworkSizes:
     size = shorter_side, round(shorter_side * LONGEST)
     resized = _resized(dataset, *size)
-    sides = _sizes_of(resized[0]).numpy()
+    sides = box_area(resized[0]).sqrt().numpy()
     boxes, sizes = (x[:: -(-len(x) // COMPARED) or 1] for x in resized)
-    ious = {str(scale): _best_ious(boxes, sizes, scale, LEVELS, ASPECT_RATIOS) for scale in COMPARED_SCALES}
+    ious = {str(scale): _best_ious(boxes, sizes, scale, LEVELS) for scale in COMPARED_SCALES}
     shares = {scale: int((best < 0.5).sum()) / max(len(best), 1) for scale, best in ious.items()}
     return NetworkSizes(*size, _spread(sides), int((sides < SMALL).sum()) / max(len(sides), 1), shares)
 
@@ -325,8 +319,7 @@ def _spread(values: np.ndarray) -> Spread:
 
 
 def _histogram(values: np.ndarray, edges: Sequence[float]) -> list[int]:
-    bins = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    return np.bincount(bins, minlength=len(edges) - 1).tolist()
+    return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
 
 
 def _classes(splits: Mapping[str, CocoImages]) -> list[ClassCounts]:

@@ -7,6 +7,7 @@ set decides which is meant: edges, if a corner is 0 or most are written with a d
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from detection.annotations import Annotations, indexed, leaves_its_folder
-from detection.splits import SPLIT_NAMES, Found, Split, folders_in, read_lines, report_bad
+from detection.splits import SPLIT_NAMES, SPLIT_OF, Found, Split, folders_in, read_lines, report_bad
 from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES, BadImage, image_sizes
 
@@ -46,20 +47,19 @@ def find_voc(folder: Path, lists: Mapping[str, Sequence[str]] = LISTS) -> Found 
     `lists` names those of each split.
     """
     below = folders_in(folder)
-    deeper = (path for of in below for path in folders_in(of))
+    deeper = [path for of in below for path in folders_in(of)]
+    deepest = (path for of in deeper for path in folders_in(of))  # archives of VOC in one folder
     places: list[Place] = []
-    for path in (folder, *below, *deeper):
+    for path in (folder, *below, *deeper, *deepest):
         if not any(path.is_relative_to(of.folder) for of in places) and (place := _place(path)):
             places.append(place)
     if not places:
         return None
     images: dict[str, list[tuple[Place, str]]] = {split: [] for split in SPLIT_NAMES}
-    split_of = {name: split for split, names in SPLIT_NAMES.items() for name in names}
     empty: dict[str, str] = {}
     sources: dict[str, Path] = {}  # for messages
     for place in places:
-        folder_of_lists = place.folder / "ImageSets" / "Main"
-        if any(folder_of_lists.glob("*.txt")):
+        if folder_of_lists := _folder_of_lists(place.folder, lists):
             for split, names in lists.items():
                 file = next((file for name in names if (file := folder_of_lists / f"{name}.txt").is_file()), None)
                 of_list = _listed(file, place) if file else []
@@ -68,7 +68,9 @@ def find_voc(folder: Path, lists: Mapping[str, Sequence[str]] = LISTS) -> Found 
                 empty |= {split: f"no image in {file.name}"} if file and not of_list else {}
         else:
             name = "" if place.folder == folder else place.folder.name  # that of all the data is no split's
-            images[split_of.get(name, "train")] += [(place, of) for of in place.names()]
+            for of in place.names():
+                first = of.rpartition("/")[0].partition("/")[0]  # annotations/test/1.xml
+                images[SPLIT_OF.get(first) or SPLIT_OF.get(name, "train")].append((place, of))
     splits = {}
     for split, of_split in images.items():
         if of_split:
@@ -95,7 +97,7 @@ class VocImages(NamedTuple):
         every = dict.fromkeys([*self.images, *((place, name) for place in self.places for name in place.names())])
         files = {place: _image_files(place.images) for place in self.places}
         with ThreadPoolExecutor(THREADS) as pool:
-            parsed = dict(zip(every, pool.map(parse, every, chunksize=64), strict=True))
+            parsed = dict(zip(every, pool.map(parse, every), strict=True))
         usable = [objects for objects in parsed.values() if not isinstance(objects, BadImage)]
         classes = sorted({name for objects in usable for name in objects.names})
         if not classes:
@@ -143,7 +145,7 @@ class VocImages(NamedTuple):
         for place in {place for place, _ in self.images}:
             names = {*place.names()}
             if all((place, name) in listed for name in names):
-                unused = {image for name, image in files[place].items() if name not in names}
+                unused = {image for name, image in files[place].items() if names.isdisjoint((name, Path(name).name))}
                 count += len(unused - {self.root / name for name in used})
         return count
 
@@ -222,28 +224,41 @@ def _size(image: Path, objects: Objects) -> tuple[int, int]:
 
 def _image_of(at: tuple[Place, str], objects: Objects, files: Mapping[str, Path]) -> Path:
     place, name = at
-    for stem in (name, os.path.splitext(objects.file_name)[0], name.rpartition("/")[2]):
-        if stem in files:
-            return files[stem]
+    stems = (name, os.path.splitext(objects.file_name)[0], name.rpartition("/")[2], f"*/{name}")
+    if found := next((files[stem] for stem in stems if stem in files), None):
+        return found
     raise BadImage(f"image {_annotation(place, name)}: no image {name} in {place.images}")
 
 
 def _image_files(folder: Path) -> dict[str, Path]:
-    """{path below the folder without suffix: image}."""
+    """{path below the folder without suffix: image}; one in a folder below also as */NAME, if no other has its name."""
     found: dict[str, Path] = {}
     for path, _, files in os.walk(folder):
         for file in sorted(files):
             if file.lower().endswith(SUFFIXES):
                 image = Path(path, file)
                 found.setdefault(image.relative_to(folder).with_suffix("").as_posix(), image)
-    return found
+    last = {name: name.rpartition("/")[2] for name in found}
+    counts = Counter(last.values())
+    deep = {f"*/{last[name]}": image for name, image in found.items() if last[name] != name and counts[last[name]] == 1}
+    return found | deep
 
 
 def _place(folder: Path) -> Place | None:
     """The XML files and images of a folder, if it has both."""
-    annotations = [folder / name for name in XML_FOLDERS if _has(folder / name, (".xml",), below=bool(name))]
-    images = [folder / name for name in IMAGE_FOLDERS if _has(folder / name, SUFFIXES, below=bool(name))]
-    return Place(folder, annotations[0], images[0]) if annotations and images else None
+    annotations = _folder_with((".xml",), SUFFIXES, folder, XML_FOLDERS)
+    images = _folder_with(SUFFIXES, (".xml",), folder, IMAGE_FOLDERS)
+    return Place(folder, annotations, images) if annotations and images else None
+
+
+def _folder_with(suffixes: tuple[str, ...], others: tuple[str, ...], folder: Path, usual: Sequence[str]) -> Path | None:
+    """The first of the `usual` names in `folder` with such files, or its only folder with such and none of `others`."""
+    for name in usual:
+        if _has(folder / name, suffixes, below=bool(name)):
+            return folder / name
+    rest = [path for path in folders_in(folder) if _has(path, suffixes, below=True)]
+    rest = [path for path in rest if not _has(path, others, below=True)]
+    return rest[0] if len(rest) == 1 else None
 
 
 def _has(folder: Path, suffixes: tuple[str, ...], *, below: bool) -> bool:
@@ -256,12 +271,25 @@ def _has(folder: Path, suffixes: tuple[str, ...], *, below: bool) -> bool:
     )
 
 
+def _folder_of_lists(folder: Path, lists: Mapping[str, Sequence[str]]) -> Path | None:
+    """VOC's ImageSets/Main, or where else there is a list of the images to train on."""
+    if any((folder / "ImageSets/Main").glob("*.txt")):
+        return folder / "ImageSets/Main"
+    places = (folder / "ImageSets", folder)
+    return next((place for place in places if any((place / f"{name}.txt").is_file() for name in lists["train"])), None)
+
+
 def _listed(file: Path, place: Place) -> list[str]:
-    """The images in a list: each line may end in 1, 0 or -1, as in VOC's lists of a class, and in an image's suffix."""
+    """The images in a list: each line may end in 1, 0 or -1, as in VOC's lists of a class, and in an image's suffix.
+
+    PaddleDetection's lines are the paths of an image and its annotation.
+    """
     names = []
     for line in read_lines(file):
         word = re.sub(r"\s+-?[01]$", "", line)
-        stem = os.path.splitext(word)[0] if word.lower().endswith(SUFFIXES) else word
+        word = word.split()[-1] if word.endswith(".xml") else word
+        stem = os.path.splitext(word)[0] if word.lower().endswith((*SUFFIXES, ".xml")) else word
+        stem = re.sub(rf"^(\./)?({re.escape(place.annotations.name)}/|{re.escape(place.images.name)}/)?", "", stem)
         names.append(next((name for name in (line, word) if _annotation(place, name).is_file()), stem))
     return names
 

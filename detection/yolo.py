@@ -13,13 +13,15 @@ import yaml
 
 from detection.annotations import Annotations, indexed
 from detection.file_names import match_names
-from detection.splits import SPLIT_NAMES, Found, Split, read_lines, report_bad
+from detection.splits import SPLIT_NAMES, SPLIT_OF, Found, Split, folders_in, read_lines, report_bad
 from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES, BadImage, image_sizes
 
 TITLE = "YOLO's layout"
 CLASSES = "classes.txt"  # labelImg's and Label Studio's
 NAMES_FILES = (CLASSES, "obj.names", "_darknet.labels")  # the last is Roboflow's
+FOLDERS = ("images/{}", "{}/images", "{}", "images/{}2017")  # of a split's images, without a description
+CLASSES_IN = ("", "labels", "labels/train", "train/labels", "train", "images", "images/train")
 KEYS = {"train": ("train",), "val": ("val", "valid"), "test": ("test",)}
 EXCESS = 0.01  # of the image's side by which a coordinate may be out of it
 LINE = "a line is: class x_center y_center width height, in parts of the image from 0 to 1, or class x1 y1 x2 y2 x3 .."
@@ -39,36 +41,39 @@ def find_yolo(folder: Path, file: Path | None = None) -> Found | None:
         bases = [file.parent / content["path"]] if isinstance(content.get("path"), str) else []
         bases.append(file.parent)
     else:
-        file = next((path for path in _classes_files(folder) if path.is_file()), None)
+        files = (folder / at / name for at in CLASSES_IN for name in NAMES_FILES)
+        file = next(filter(Path.is_file, files), None)
         content = _folders(folder)
         if not _has_labels(folder / content["train"], folder):
+            if file and _label_files(folder / "labels"):
+                raise UserError("labels/ has label files, but no image of their names is beside them or in images/")
             return None
         if file is None:
-            raise UserError(f"labels but no {CLASSES} that names their classes: write one name a line, from class 0")
+            names_in = folder / CLASSES
+            raise UserError(f"no {names_in}: write the names of the labels' classes in it, one a line, from class 0")
         names, notes, bases = dict(enumerate(read_lines(file))), [], [folder]
     splits: dict[str, Split] = {}
     broken: dict[str, str] = {}
-    given: dict[str, list[tuple[str, Path | None, bool]]] = {}
+    given: list[tuple[str, str, Path | None, bool]] = []
     for split, keys in KEYS.items():
         value: Any = next((content[key] for key in keys if content.get(key)), [])
         values = [value] if isinstance(value, str) else value
         if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
             raise UserError(f"{file}: {split} is neither a path nor a list of paths")
-        given[split] = [(value, *_resolved(value, bases, folder)) for value in values]
-    taken = [(split, value, place) for split, of in given.items() for value, place, exact in of if place and exact]
-    for split, of_split in given.items():
-        places, missing = [], []
-        for value, place, exact in of_split:
-            if place is None or (not exact and _is_anothers(split, value, place, taken)):
-                missing.append(value)
-            else:
-                places.append(place)
-                taken.append((split, value, place))
-        if missing:
-            broken[split] = f"no {missing[0]}, its {split} in {file.name}: correct the path, or leave it out"
-        elif places:
+        given += [(split, value, *_resolved(value, bases, folder)) for value in values]
+    taken: list[tuple[str, str, Path]] = []
+    for split, value, place, exact in sorted(given, key=lambda each: not each[3]):  # exact ones first
+        if place is None or (not exact and _is_anothers(split, value, place, taken)):
+            broken.setdefault(split, f"no {value}, its {split} in {file.name}: correct the path, or leave it out")
+        else:
+            taken.append((split, value, place))
+    for split in KEYS:
+        places = tuple(place for of, _, place in taken if of == split)
+        if split == "test" and places and not any(not at.is_dir() or _has_labels(at, folder) for at in places):
+            broken["test"] = f"no image in {places[0]} has a label file"
+        elif places and split not in broken:
             pose = "kpt_shape" in content
-            reader = YoloImages(_root(places, folder), tuple(places), names, file, folder, pose, tuple(notes))
+            reader = YoloImages(_root(places, folder), places, names, file, folder, pose, tuple(notes))
             splits[split] = Split(TITLE, reader.root, file, reader)
     if "train" not in splits and "train" not in broken:
         broken["train"] = f"{file.name} has no train: write the folder of the images to train on"
@@ -99,8 +104,8 @@ class YoloImages(NamedTuple):
     def read(self, bad: list[str] | None) -> Annotations:
         """See `splits.Reader`. Missing and empty label files are images without objects; polygons become their boxes.
 
-        Raises UserError, with file and line, for a line that is neither, a class that has no name and a coordinate
-        outside 0..1 (by up to 1 % it is clipped), and if no image at all has a label file.
+        Images cannot be used whose label file has a line that is neither, a class that has no name or a coordinate
+        outside 0..1 (by up to 1 % it is clipped). Raises UserError if no image at all has a label file.
         """
         images = self.images()
         folders = [os.path.dirname(image) for image in images]
@@ -147,13 +152,17 @@ class YoloImages(NamedTuple):
             return Image((width, height), np.empty((0, 6)), 0, 0, True)
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{labels}: cannot be read ({error})") from None
-        lines = list(self._parsed(text, labels))
-        objects = np.array([(line.category, *line.box, 0) for line in lines]).reshape(-1, 6)
+        try:
+            objects, polygons = self._parsed(text, labels)
+        except BadImage as error:
+            return error
         objects[:, 1:5] *= width, height, width, height
-        longest = max((line.longest for line in lines), default=0)
-        return Image((width, height), objects, sum(line.polygon for line in lines), longest, False)
+        return Image((width, height), objects, polygons, max(map(len, text.split()), default=0), False)
 
-    def _parsed(self, text: str, path: str) -> "Iterator[Line]":
+    def _parsed(self, text: str, path: str) -> tuple[np.ndarray, int]:
+        """(float [n, 6]: class, x, y, width, height in parts of the image, 0; how many are polygons)."""
+        rows: list[tuple[float, ...]] = []
+        polygons = 0
         for number, line in enumerate(text.splitlines(), 1):
             words = line.split()
             if not words:
@@ -162,28 +171,28 @@ class YoloImages(NamedTuple):
             try:
                 category, *values = map(float, words)
             except ValueError:
-                raise UserError(f"{at}: {line[:80]!r} is not all numbers; {LINE}") from None
+                raise BadImage(f"{at}: {line[:80]!r} is not all numbers; {LINE}") from None
             if category not in self.names:
-                known = f"{min(self.names)} to {max(self.names)}"
-                raise UserError(f"{at}: class {words[0]} has no name; {self.file} names {known}")
+                known = f"{self.file} names {min(self.names)} to {max(self.names)}"
+                raise BadImage(f"{at}: class {words[0]} has no name; {known}: add its name, or correct the line")
             if self.pose:
                 values = values[:4]
             if len(values) == 5:
-                raise UserError(f"{at}: 6 numbers, as predictions have with a confidence; {LINE}")
+                raise BadImage(f"{at}: 6 numbers, as predictions have with a confidence; {LINE}")
             if len(values) != 4 and (len(values) < 6 or len(values) % 2):
-                raise UserError(f"{at}: {len(words)} numbers; {LINE}")
+                raise BadImage(f"{at}: {len(words)} numbers; {LINE}")
             if outside := [value for value in values if not -EXCESS <= value <= 1 + EXCESS]:
                 pixels = ", as pixels are" if abs(outside[0]) > 2 else ""
-                raise UserError(f"{at}: {outside[0]:g} is outside 0 to 1{pixels}; {LINE}")
+                raise BadImage(f"{at}: {outside[0]:g} is outside 0 to 1{pixels}; {LINE}")
             values = [min(max(value, 0.0), 1.0) for value in values]
-            longest = max(map(len, words[1:]))
             if len(values) == 4:
                 x, y, w, h = values
-                yield Line(int(category), (x - w / 2, y - h / 2, w, h), False, longest)
+                rows.append((category, x - w / 2, y - h / 2, w, h, 0))
             else:
                 left, top = min(values[::2]), min(values[1::2])
-                box = (left, top, max(values[::2]) - left, max(values[1::2]) - top)
-                yield Line(int(category), box, True, longest)
+                rows.append((category, left, top, max(values[::2]) - left, max(values[1::2]) - top, 0))
+                polygons += 1
+        return np.array(rows, float).reshape(-1, 6), polygons
 
 
 class Image(NamedTuple):
@@ -192,17 +201,8 @@ class Image(NamedTuple):
     size: tuple[int, int]  # width, height
     objects: np.ndarray  # float [n, 6]: class, x, y, width, height in pixels, 0
     polygons: int
-    longest: int
-    without: bool  # there is no label file
-
-
-class Line(NamedTuple):
-    """An object; its box is x, y, width, height in parts of the image."""
-
-    category: int
-    box: tuple[float, float, float, float]
-    polygon: bool
     longest: int  # characters of its longest number
+    without: bool  # there is no label file
 
 
 def images_in(place: Path, folder: Path) -> Iterator[str]:
@@ -221,9 +221,9 @@ def images_in(place: Path, folder: Path) -> Iterator[str]:
     if lost:
         there = {os.path.relpath(path, folder).replace(os.sep, "/"): path for path in images_in(folder, folder)}
         matched, _ = match_names(lost, there)
-        if missing := [line for line in lost if line not in matched]:
-            raise BadImage(f"{place}: {len(missing)} of its images are not there; the first is {missing[0]}")
-        yield from (there[matched[line]] for line in lost)
+        for line in lost:
+            nowhere = os.path.join(folder, line.replace("\\", "/").lstrip("./"))  # reported when it is read
+            yield there[matched[line]] if line in matched else nowhere
 
 
 def label_folder(images: Path, folder: Path) -> Path:
@@ -291,7 +291,7 @@ def _folders(folder: Path) -> dict[str, str]:
     """The splits of a folder without a description, by the names of its folders; one without splits is for training."""
     found = {}
     for split, names in SPLIT_NAMES.items():
-        for place in (path.format(name) for name in names for path in ("images/{}", "{}/images", "{}")):
+        for place in (path.format(name) for name in names for path in FOLDERS):
             if split not in found and (folder / place).is_dir():
                 found[split] = place
     if "train" not in found:
@@ -299,15 +299,16 @@ def _folders(folder: Path) -> dict[str, str]:
     return found
 
 
-def _classes_files(folder: Path) -> list[Path]:
-    return [
-        folder / at / name for at in ("", "labels", "labels/train", "train/labels", "train") for name in NAMES_FILES
-    ]
-
-
 def _has_labels(images: Path, folder: Path) -> bool:
-    stems = {_stem(file) for file in os.listdir(images) if file.lower().endswith(SUFFIXES)}
-    return any(_stem(file) in stems for file in _label_files(label_folder(images, folder)))
+    """Whether an image in a folder, or in one up to two levels below that is no split's, has a label file."""
+
+    def has(at: Path) -> bool:
+        stems = {_stem(file) for file in os.listdir(at) if file.lower().endswith(SUFFIXES)}
+        return any(_stem(file) in stems for file in _label_files(label_folder(at, folder)))
+
+    below = folders_in(images)
+    deeper = [path for at in below for path in folders_in(at)]
+    return has(images) or any(has(at) for at in (*below, *deeper) if at.name not in SPLIT_OF)
 
 
 def _resolved(value: str, bases: Sequence[Path], folder: Path) -> tuple[Path | None, bool]:

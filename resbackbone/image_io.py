@@ -1,9 +1,11 @@
 """Image files to uint8 RGB pixels, and what is wrong with unusable files. No other module opens images."""
 
 import io
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import BinaryIO
 
 import numpy as np
@@ -104,11 +106,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any mode to RGB. Scales 16 bits and more to 8, which PIL's conversion clips, and drops alpha."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        top = 65535.0 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255.0
+        largest = values.max(initial=0)
+        top = 65535.0 if image.mode.startswith("I;16") or largest > 255 else 255.0
+        if 0 < largest < top / 8:
+            _say_once("an image of over 8 bits uses under 1/8 of its range and becomes nearly black: scale such images")
         return Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8)).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+@cache
+def _say_once(message: str) -> None:
+    logging.getLogger("resbackbone").warning(message)
 
 
 @contextmanager

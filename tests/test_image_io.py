@@ -8,7 +8,7 @@ import torch
 from pictures import encoded
 from PIL import Image
 
-from resbackbone.image_io import BadImage, decode, image_sizes, open_rgb, read_image
+from resbackbone.image_io import BadImage, _say_once, decode, image_sizes, open_rgb, read_image
 
 EXIF_ORIENTATION = 0x0112
 STORED_OF = {  # how a camera stores an upright image [H, W, 3] under each EXIF orientation
@@ -100,6 +100,14 @@ def test_an_image_of_any_colour_mode_gives_its_colours_as_rgb_bytes(tmp_path, im
     assert np.array_equal(decode((tmp_path / "image.png").read_bytes(), "x"), found)
     wanted = np.broadcast_to(colours[..., None] if colours.ndim == 2 else colours, (21, 33, 3))
     assert np.abs(found - wanted.astype(float)).max() <= 0.51
+
+
+def test_an_image_of_12_bits_kept_in_16_is_dark_and_this_is_said_once(tmp_path, caplog):
+    _say_once.cache_clear()
+    for values, said in ((GREY * 94, 0), (GREY, 1), (GREY, 1)):
+        grey_16_bit(values)[0].save(tmp_path / "image.png")
+        read_image(tmp_path / "image.png")
+        assert caplog.text.count("uses under 1/8 of its range and becomes nearly black: scale such images") == said
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L", "RGB"])

@@ -106,6 +106,7 @@ DEFAULT_MINUTES = 10.0
 FITTED = ("scratch", "small")  # recipes whose image size --minutes chooses on a CPU
 OTHER_SECONDS = 20  # of a run, for what is not measured: imports, pictures and report
 Batch = tuple[list[Tensor], list[dict]]  # images, targets
+read_once = lru_cache(maxsize=1)(read_described_weights)  # for all that ask on the way from options to detector
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,11 @@ def train(rank: Rank, options: Options) -> None:
         session.info("nothing is evaluated: synthetic images show only the speed")
         session.finish({})
     else:
-        loop.evaluate(task, state, run, final=True)
+        try:
+            loop.evaluate(task, state, run, final=True)
+        except BadImage as error:
+            again = f"the training is complete; --resume --output {session.folder} evaluates it again"
+            raise BadImage(f"{error}; {again}") from None
         if rank.is_main:
             task.save(state.evaluated, session.folder)
             finish(session, task.evaluation, val_set)
@@ -403,7 +408,7 @@ def with_fitted_anchors(session: Session, train_set: CocoImages) -> Options:
 
 
 def built_to_plan(options: Options, recipe: Recipe, train_set: CocoImages) -> FasterRCNN:
-    """The detector that will be trained, to throw away; what there is to say about its weights is said for that one."""
+    """A throwaway copy of the detector to be trained; messages about weights are printed only for the real one."""
     with silenced("resbackbone"):
         return build(options, recipe, train_set.categories, lambda line: None)
 
@@ -653,16 +658,7 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
 def described_weights(options: Options) -> Weights | None:
     """What --weights holds; None without, and for those that `load_vgg16` and `from_timm` read."""
     others = options.variant == "vgg16" or options.backbone and not is_ours(Path(options.weights or ""))
-    if others or not options.weights:
-        return None
-    file = Path(options.weights)
-    return read_once(options.weights, file.stat().st_mtime_ns if file.is_file() else None)
-
-
-@lru_cache(maxsize=1)
-def read_once(source: str, changed: int | None) -> Weights:
-    """`read_described_weights`, for all that ask on the way from the options to the detector."""
-    return read_described_weights(source)
+    return None if others or not options.weights else read_once(options.weights)
 
 
 def check_backbone(options: Options, recipe: Recipe) -> None:
@@ -724,7 +720,8 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
             frozen = {}  # as the detector has it: timm does not show the order of every network's parts
         check_values_for(weights, options, recipe, say)
         return build_from_detector(options, weights, categories, say, backbone=frozen, **settings)
-    if weights is not None and (others := heads_of(weights)):
+    others = [key for key in weights.state if not key.startswith("backbone.")] if weights is not None else []
+    if weights is not None and 0 < len(others) < len(weights.state):  # a detector's
         some = f"{', '.join(others[:3])}, .. ({len(others)})"
         say(f"weights: only the backbone's, from {options.weights}; left out: {some}")
     if options.variant == "vgg16":
@@ -789,13 +786,6 @@ def check_values_for(weights: Weights, options: Options, recipe: Recipe, say: Ca
         )
     if differing:
         say(f"recipe: without its {', '.join(differing)}: the weights determine the architecture")
-
-
-def heads_of(weights: Weights) -> list[str]:
-    """The tensors of a detector that are not its backbone's; none if the weights are of no detector."""
-    if not any(key.startswith("backbone.") for key in weights.state):
-        return []
-    return [key for key in weights.state if not key.startswith("backbone.")]
 
 
 def build_with_detectron2(session: Session, recipe: Recipe, categories: dict[int, str]):

@@ -396,8 +396,10 @@ def test_a_file_without_usable_images_is_an_error(tmp_path, images, keep, says):
 
 
 def test_boxes_that_fit_their_images_only_as_corners_are_refused(tmp_path):
-    corners = content(boxes=[(i, 2, 30, 19) for i in range(12)])
-    with pytest.raises(ValueError, match="8 of 12 boxes reach out of their image as COCO's .*subtract the first two"):
+    corners = content(boxes=[*((i % 25, 2, 30, 19) for i in range(119)), (4, 2, 4, 19)])
+    with pytest.raises(
+        ValueError, match="[0-9]+ of 120 boxes reach out of their image as COCO's .*subtract the first two"
+    ):
         opened(tmp_path, corners)
     assert len(opened(tmp_path / "few", content(boxes=[(9, 2, 30, 19)] * 3)).boxes) == 3
 
@@ -420,7 +422,7 @@ def test_categories_are_matched_by_name_where_ids_differ_or_classes_are_missing(
 
 def test_a_class_with_boxes_that_the_detector_lacks_is_an_error_that_names_it(tmp_path):
     files = write(tmp_path, content(boxes=[(1, 2, 10, 8)] * 2))
-    with pytest.raises(ValueError, match="its classes 'toothbrush' are not among the 2 of .* .car, bus.$"):
+    with pytest.raises(ValueError, match="its classes 'toothbrush' are not among the 2 of .* .car, bus.: remove"):
         CocoImages(*files, categories={3: "car", 13: "bus"})
     left = CocoImages(*files, categories={3: "car", 90: "toothbrush"})
     assert left.summary().endswith("classes without a box left out: 1 (stop sign)")

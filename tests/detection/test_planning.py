@@ -1,7 +1,7 @@
 import pytest
 from test_statistics import drawn
 
-from detection.planning import ANCHOR_SCALES, ENOUGH, Cost, by_class, choose_anchor_scale, make_plan, sides_for
+from detection.planning import ANCHOR_SCALES, ENOUGH, by_class, choose_anchor_scale, cost_through, make_plan, sides_for
 from resbackbone.checks import UserError
 
 LEVELS = ("p2", "p3", "p4", "p5")
@@ -43,11 +43,11 @@ def test_evaluations_on_the_way_take_time_from_the_updates(two_sizes):
 
 
 def test_the_cost_of_a_side_follows_from_two_and_never_falls():
-    cost = Cost.through({100: 2.0, 200: 5.0})
-    assert [cost.at(side) for side in (100, 200, 300)] == [2, 5, 10]
-    noisy = Cost.through({100: 2.0, 200: 1.9})
-    assert noisy.at(400) == noisy.at(100) == 2.0
-    assert Cost.through({64: 3.0}).at(640) == 3.0
+    cost = cost_through({100: 2.0, 200: 5.0})
+    assert [cost(side) for side in (100, 200, 300)] == [2, 5, 10]
+    noisy = cost_through({100: 2.0, 200: 1.9})
+    assert noisy(400) == noisy(100) == 2.0
+    assert cost_through({64: 3.0})(640) == 3.0
 
 
 def test_a_time_too_short_for_one_update_is_refused(two_sizes):

@@ -5,7 +5,7 @@ from formats import SIZES, images, voc, voc_files
 from PIL import Image
 
 from detection.data import open_split
-from detection.layouts import describe_layout, find_split
+from detection.layouts import describe_layout, find_split, whole_splits
 
 OBJECT = """<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax>
 <ymax>{}</ymax></bndbox><part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>"""
@@ -50,11 +50,70 @@ def test_boxes_without_a_size_as_bccd_has_them_are_left_out_and_counted(folder):
     assert found.target(0)["boxes"].tolist() == [[0, 0, 4, 4]] and found.report["boxes of zero or negative size"] == 2
 
 
+def test_the_folders_of_xml_files_and_of_images_may_have_any_name(folder):
+    expected = boxes(folder)
+    without_lists(folder)
+    (folder / "Annotations").rename(folder / "annots")
+    (folder / "JPEGImages").rename(folder / "photos")
+    assert boxes(folder) == expected
+    (folder / "annots").rename(folder / "more")
+    voc_files(folder / "annots", ["a"])
+    with pytest.raises(ValueError, match="it should contain"):  # two folders of XML files
+        find_split(folder, "train")
+
+
+def without_lists(folder):
+    for file in (folder / "ImageSets/Main").iterdir():
+        file.unlink()
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("TRAIN", "TEST"), ("Training", "Validation")])
+@pytest.mark.parametrize("place", ["{0}/{1}", "{1}/{0}", "{1}"])
+def test_without_lists_splits_are_found_by_the_names_of_folders(tmp_path, names, place):
+    for split, name in zip(SIZES, names, strict=True):
+        images(tmp_path / place.format("images", name), SIZES[split])
+        voc_files(tmp_path / place.format("annotations", name), SIZES[split])
+    second = "test" if names[1] == "TEST" else "val"
+    found = {split: of.reader.count_images() for split, of in whole_splits(tmp_path).items()}
+    assert found == {"train": 3, second: 2}
+
+
+@pytest.mark.parametrize("line", ["{}", "{}.png", "JPEGImages/{}.png", "./JPEGImages/{0}.png ./Annotations/{0}.xml"])
+@pytest.mark.parametrize("place", ["ImageSets", "."])
+def test_lists_may_lie_outside_of_main_and_name_files(folder, place, line):
+    expected = open_split(folder, "val").boxes.tolist()
+    without_lists(folder)
+    for split, names in SIZES.items():
+        listed = "".join(line.format(name) + "\n" for name in names if " " not in name)
+        (folder / place / f"{split}.txt").write_text(listed)
+    assert open_split(folder, "val").boxes.tolist() == expected and len(open_split(folder, "train")) == 2
+
+
+def test_archives_unpacked_beside_each_other_are_one_set(folder, tmp_path):
+    for archive in ("trainval", "test"):
+        voc(tmp_path / "both" / archive / "VOCdevkit" / "VOC2007")
+    lists = tmp_path / "both/test/VOCdevkit/VOC2007/ImageSets/Main"
+    (lists / "train.txt").unlink()
+    (lists / "val.txt").rename(lists / "test.txt")
+    found = {split: of.reader.count_images() for split, of in whole_splits(tmp_path / "both").items()}
+    assert found == {"train": 3, "val": 2, "test": 2}
+
+
+def test_images_may_lie_in_folders_that_their_annotations_do_not(folder):
+    expected = sorted(open_split(folder, "train").boxes.tolist())
+    (folder / "JPEGImages/cats").mkdir()
+    (folder / "JPEGImages/a.png").rename(folder / "JPEGImages/cats/a.png")
+    assert sorted(open_split(folder, "train").boxes.tolist()) == expected
+    (folder / "JPEGImages/dogs").mkdir()
+    Image.new("RGB", (33, 21)).save(folder / "JPEGImages/dogs/a.png")
+    with pytest.raises(ValueError, match="no image a in"):  # two of the name
+        open_split(folder, "train")
+
+
 def test_images_without_an_annotation_are_counted_where_no_list_leaves_them_out(folder):
     Image.new("RGB", (9, 9)).save(folder / "JPEGImages/unlabelled.png")
     assert "without an XML file" not in open_split(folder, "train").summary()
-    for file in (folder / "ImageSets/Main").iterdir():
-        file.unlink()
+    without_lists(folder)
     assert "images without an XML file, not used: 1" in open_split(folder, "train").summary()
 
 

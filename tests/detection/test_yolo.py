@@ -5,7 +5,8 @@ from formats import FORMATS, NAMES, SIZES, images, ultralytics, yolo_labels
 from PIL import Image
 
 from detection.data import open_split
-from detection.layouts import describe_layout, find_split
+from detection.layouts import describe_layout, find_split, whole_splits
+from resbackbone.image_io import BadImage
 
 
 @pytest.fixture
@@ -109,6 +110,8 @@ def test_a_line_that_is_no_object_is_an_error_with_its_file_and_number(folder, l
     (folder / "labels/train/b.txt").write_text(f"1 0.5 0.5 0.5 0.5\n{line}\n")
     with pytest.raises(ValueError, match=f"labels/train/b.txt, line 2: {says}"):
         open_split(folder, "train")
+    train = open_split(folder, "train", skip_bad_images=True)
+    assert len(train) == 2 and "images that cannot be used: 1" in train.summary()
 
 
 def no_labels(folder):
@@ -142,7 +145,7 @@ def two_descriptions(folder):
         (lambda at: described(at, "train: images/train", "train: {a: b}"), "train is neither a path nor a list of"),
         (lambda at: described(at, "train: images/train", "train: [[a]]"), "train is neither a path nor a list of"),
         (lambda at: described(at, "train: images/train", ""), "has no train"),
-        (lambda at: (at / "data.yaml").unlink(), "labels but no classes.txt that names their classes: write one"),
+        (lambda at: (at / "data.yaml").unlink(), "no .*/classes.txt: write the names of the labels' classes in it"),
         (no_labels, "none of 3 images has a label file; the first would be .*/labels/train/a.txt"),
         (no_images, "images/train: no images in it"),
         (lambda at: (at / "images/train/b.png").write_bytes(b""), "b.png: empty file$"),
@@ -160,8 +163,55 @@ def test_a_list_with_an_image_that_is_nowhere_names_it(tmp_path):
     FORMATS["yolo_lists"](tmp_path)
     with open(tmp_path / "train.txt", "a") as file:
         file.write("data/obj_train_data/none.png\n")
-    with pytest.raises(ValueError, match="train.txt: 1 of its images are not there; the first is .*none.png"):
+    with pytest.raises(BadImage, match="obj_train_data/none.png: no such file"):
         open_split(tmp_path, "train")
+    assert len(open_split(tmp_path, "train", skip_bad_images=True)) == 3 and len(open_split(tmp_path, "val")) == 2
+
+
+@pytest.mark.parametrize(
+    "images, labels",
+    [
+        ("images/{}2017", "labels/{}2017"),
+        ("{}/images", "{}/labels"),
+        ("data/{}/images", "data/{}/labels"),
+    ],
+)
+def test_without_a_description_splits_are_found_by_the_names_of_folders(folder, images, labels):
+    expected = [open_split(folder, split).boxes.tolist() for split in SIZES]
+    (folder / "data.yaml").unlink()
+    for kind, place in (("images", images), ("labels", labels)):
+        for split in SIZES:
+            (folder / place.format(split)).parent.mkdir(parents=True, exist_ok=True)
+            (folder / kind / split).rename(folder / place.format(split))
+        (folder / kind).rmdir() if not any((folder / kind).iterdir()) else None
+    top = folder / images.partition("/")[0] if images.startswith("data") else folder
+    (top / "classes.txt").write_text("\n".join(NAMES))
+    assert [open_split(folder, split).boxes.tolist() for split in SIZES] == expected
+
+
+def test_without_splits_images_and_labels_may_lie_in_folders_by_class(tmp_path):
+    for place, name in (("zebra", "a"), ("lion", "b")):
+        images(tmp_path / place, {name: (33, 21)})
+        yolo_labels(tmp_path / place, [name])
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    assert len(find_split(tmp_path, "all").reader.read(None).image_ids) == 2
+
+
+def test_labels_without_their_images_are_an_error_that_says_so(folder):
+    (folder / "data.yaml").unlink()
+    (folder / "classes.txt").write_text("\n".join(NAMES))
+    (folder / "images").rename(folder / "elsewhere")
+    yolo_labels(folder / "labels", ["a"])
+    with pytest.raises(ValueError, match="labels/ has label files, but no image of their names is beside them or in"):
+        open_split(folder, "train")
+
+
+def test_a_split_to_test_on_without_labels_is_no_split(folder):
+    images(folder / "images/test", {"a": (33, 21)})
+    described(folder, "val: images/val", "val: images/val\ntest: images/test")
+    assert [*whole_splits(folder)] == ["train", "val"]
+    with pytest.raises(ValueError, match="no image in .*images/test has a label file"):
+        find_split(folder, "test")
 
 
 def test_a_broken_image_is_left_out_and_named_where_that_is_asked_for(folder):
