@@ -71,6 +71,8 @@ class CocoImages(Dataset):
         self.report: Counter[str] = Counter()
         self.broken: list[str] = []
         self.annotations = (reader or CocoFile(self.annotation_file)).read(self.broken if skip_bad_images else None)
+        if self.broken and not len(self.annotations.image_ids):
+            raise UserError(f"{annotations}: no image in it can be used; the first: {self.broken[0]}")
         names = self.annotations.file_names()
         matched, several, missing = self._find_files(names)
         if matched:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from detection.annotations import CocoFile, first_image, leaves_its_folder
-from detection.splits import SPLIT_NAMES, Found, Split, folders_in
+from detection.splits import SPLIT_NAMES, SPLIT_OF, Found, Split, folders_in
 from detection.voc import find_voc
 from detection.yolo import find_yolo
 from resbackbone.checks import UserError
@@ -208,8 +208,8 @@ def _find(data: Data) -> tuple[Found, Path]:
 
 
 def _about_tables(data: Data) -> str:
-    tables = sorted(Path(data).glob("*.csv")) if isinstance(data, Path) else []
-    return f"; {tables[0].name} cannot be read: export the boxes as COCO, YOLO or VOC" if tables else ""
+    tables = sorted({*data.glob("*.csv"), *data.glob("*/*.csv")}) if isinstance(data, Path) else []
+    return f"; {tables[0]} cannot be read: export the boxes as COCO, YOLO or VOC" if tables else ""
 
 
 def _best(folder: Path) -> Found:
@@ -240,9 +240,9 @@ def find_json(folder: Path) -> Found | None:
     for file in files:
         if first_image(file) is None:
             continue
-        words = {*re.findall("[a-z]+", file.relative_to(folder).with_suffix("").as_posix().lower())}
-        named = [split for split, names in SPLIT_NAMES.items() if words & {*names} - {"default"}]
-        (by_split[named[0]] if named else plain).append(file)
+        words = re.findall("[a-z]+", file.relative_to(folder).with_suffix("").as_posix().lower())
+        named = [SPLIT_OF[word] for word in words if word in SPLIT_OF and word != "default"]
+        (by_split[named[-1]] if named else plain).append(file)
     by_split["train"] = by_split["train"] or plain
     if not any(by_split.values()):
         return None

@@ -67,10 +67,10 @@ def find_voc(folder: Path, lists: Mapping[str, Sequence[str]] = LISTS) -> Found 
                 sources.setdefault(split, file or place.annotations)
                 empty |= {split: f"no image in {file.name}"} if file and not of_list else {}
         else:
-            name = "" if place.folder == folder else place.folder.name  # that of all the data is no split's
-            for of in place.names():
-                first = of.rpartition("/")[0].partition("/")[0]  # annotations/test/1.xml
-                images[SPLIT_OF.get(first) or SPLIT_OF.get(name, "train")].append((place, of))
+            around = place.folder.relative_to(folder).parts[::-1]
+            for name in place.names():
+                called = (SPLIT_OF[part] for part in (*name.split("/")[:-1], *around) if part in SPLIT_OF)
+                images[next(called, "train")].append((place, name))
     splits = {}
     for split, of_split in images.items():
         if of_split:
@@ -94,7 +94,8 @@ class VocImages(NamedTuple):
 
     def read(self, bad: list[str] | None) -> Annotations:
         """See `splits.Reader`. Categories count from 1 over the sorted names in all splits; `difficult` is a crowd."""
-        every = dict.fromkeys([*self.images, *((place, name) for place in self.places for name in place.names())])
+        names = {place: place.names() for place in self.places}
+        every = dict.fromkeys([*self.images, *((place, name) for place in self.places for name in names[place])])
         files = {place: _image_files(place.images) for place in self.places}
         with ThreadPoolExecutor(THREADS) as pool:
             parsed = dict(zip(every, pool.map(parse, every), strict=True))
@@ -132,21 +133,23 @@ class VocImages(NamedTuple):
         counts = {
             "images that cannot be used": len(broken),
             "images of another size than their annotation says": other_sizes,
-            "images without an XML file, not used": self._without(files, read),
+            "images without an XML file, not used": self._without(names, files, read),
         }
         notes = [f"{what}: {count}" for what, count in counts.items() if count]
         notes.append(f"corners {'are edges that count from 0' if edges else 'count from 1, and the last is inside'}")
         sizes, rows = zip(*read.values(), strict=True) if read else ((), ())
         return indexed(list(read), sizes, dict(enumerate(classes, 1)), rows, notes, digits=6)
 
-    def _without(self, files: Mapping[Place, Mapping[str, Path]], used: Iterable[str]) -> int:
+    def _without(
+        self, names: Mapping[Place, list[str]], files: Mapping[Place, Mapping[str, Path]], used: Iterable[str]
+    ) -> int:
         """The number of images without an XML file, in folders that have no list of images."""
-        listed, count = {*self.images}, 0
+        listed, found, count = {*self.images}, {self.root / name for name in used}, 0
         for place in {place for place, _ in self.images}:
-            names = {*place.names()}
-            if all((place, name) in listed for name in names):
-                unused = {image for name, image in files[place].items() if names.isdisjoint((name, Path(name).name))}
-                count += len(unused - {self.root / name for name in used})
+            own, flat = {*names[place]}, place.annotations == place.folder
+            if all((place, name) in listed for name in own):
+                rest = {image for name, image in files[place].items() if not (flat and "/" in name) and name not in own}
+                count += len({image for image in rest - found if image.stem not in own})
         return count
 
 
@@ -231,7 +234,8 @@ def _image_of(at: tuple[Place, str], objects: Objects, files: Mapping[str, Path]
 
 
 def _image_files(folder: Path) -> dict[str, Path]:
-    """{path below the folder without suffix: image}; one in a folder below also as */NAME, if no other has its name."""
+    """{path below the folder without suffix: image}; one in a folder below that is no split's also as */NAME, if no
+    other has its name."""
     found: dict[str, Path] = {}
     for path, _, files in os.walk(folder):
         for file in sorted(files):
@@ -240,8 +244,8 @@ def _image_files(folder: Path) -> dict[str, Path]:
                 found.setdefault(image.relative_to(folder).with_suffix("").as_posix(), image)
     last = {name: name.rpartition("/")[2] for name in found}
     counts = Counter(last.values())
-    deep = {f"*/{last[name]}": image for name, image in found.items() if last[name] != name and counts[last[name]] == 1}
-    return found | deep
+    single = (name for name in found if "/" in name and counts[last[name]] == 1)
+    return found | {f"*/{last[name]}": found[name] for name in single if SPLIT_OF.keys().isdisjoint(name.split("/"))}
 
 
 def _place(folder: Path) -> Place | None:
@@ -289,7 +293,7 @@ def _listed(file: Path, place: Place) -> list[str]:
         word = re.sub(r"\s+-?[01]$", "", line)
         word = word.split()[-1] if word.endswith(".xml") else word
         stem = os.path.splitext(word)[0] if word.lower().endswith((*SUFFIXES, ".xml")) else word
-        stem = re.sub(rf"^(\./)?({re.escape(place.annotations.name)}/|{re.escape(place.images.name)}/)?", "", stem)
+        stem = re.sub(rf"^((.*/)?({re.escape(place.annotations.name)}|{re.escape(place.images.name)})/|\./)", "", stem)
         names.append(next((name for name in (line, word) if _annotation(place, name).is_file()), stem))
     return names
 

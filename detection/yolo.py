@@ -13,7 +13,7 @@ import yaml
 
 from detection.annotations import Annotations, indexed
 from detection.file_names import match_names
-from detection.splits import SPLIT_NAMES, SPLIT_OF, Found, Split, folders_in, read_lines, report_bad
+from detection.splits import SPLIT_NAMES, Found, Split, folders_in, read_lines, report_bad
 from resbackbone.checks import UserError
 from resbackbone.image_io import SUFFIXES, BadImage, image_sizes
 
@@ -44,9 +44,12 @@ def find_yolo(folder: Path, file: Path | None = None) -> Found | None:
         files = (folder / at / name for at in CLASSES_IN for name in NAMES_FILES)
         file = next(filter(Path.is_file, files), None)
         content = _folders(folder)
-        if not _has_labels(folder / content["train"], folder):
+        train = folder / content.get("train", "")
+        if "train" not in content or not _has_labels(train, folder, below=file is not None and not _has_splits(train)):
             if file and _label_files(folder / "labels"):
-                raise UserError("labels/ has label files, but no image of their names is beside them or in images/")
+                raise UserError(
+                    f"no image in {train} has a label file: put the images in images/, or beside their labels"
+                )
             return None
         if file is None:
             names_in = folder / CLASSES
@@ -292,23 +295,28 @@ def _folders(folder: Path) -> dict[str, str]:
     found = {}
     for split, names in SPLIT_NAMES.items():
         for place in (path.format(name) for name in names for path in FOLDERS):
-            if split not in found and (folder / place).is_dir():
+            if split not in found and (folder / place).is_dir() and any(images_in(folder / place, folder)):
                 found[split] = place
-    if "train" not in found:
-        found["train"] = "images" if (folder / "images").is_dir() else "."
+    rest = "images" if (folder / "images").is_dir() else "."
+    if "train" not in found and not any(rest == "." or place.startswith(f"{rest}/") for place in found.values()):
+        found["train"] = rest
     return found
 
 
-def _has_labels(images: Path, folder: Path) -> bool:
-    """Whether an image in a folder, or in one up to two levels below that is no split's, has a label file."""
-
-    def has(at: Path) -> bool:
-        stems = {_stem(file) for file in os.listdir(at) if file.lower().endswith(SUFFIXES)}
-        return any(_stem(file) in stems for file in _label_files(label_folder(at, folder)))
-
+def _has_splits(images: Path) -> bool:
+    """Whether a folder up to two levels below is called as a split's are: its images would be trained on."""
     below = folders_in(images)
-    deeper = [path for at in below for path in folders_in(at)]
-    return has(images) or any(has(at) for at in (*below, *deeper) if at.name not in SPLIT_OF)
+    return any(at.name.lower().startswith(tuple(SPLIT_NAMES)) for of in below for at in (of, *folders_in(of)))
+
+
+def _has_labels(images: Path, folder: Path, *, below: bool = True) -> bool:
+    """Whether an image in a folder, or in one below it, has a label file."""
+    for path, folders, files in os.walk(images):
+        stems = {_stem(file) for file in files if file.lower().endswith(SUFFIXES)}
+        if stems and any(_stem(file) in stems for file in _label_files(label_folder(Path(path), folder))):
+            return True
+        folders[:] = folders if below else []
+    return False
 
 
 def _resolved(value: str, bases: Sequence[Path], folder: Path) -> tuple[Path | None, bool]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from formats import BOXES, FORMATS, NAMES, SIZES
+from formats import BOXES, FORMATS, NAMES, SIZES, coco_file, images
 from PIL import Image
 
 from detection import layouts
@@ -226,6 +226,23 @@ def test_images_of_the_same_name_in_two_splits_are_those_of_the_splits_folder(tm
     for split, name in (("train", "train"), ("val", "valid")):
         put(tmp_path, f"{split}_boxes.json", f"images/{name}")
         assert find_split(tmp_path, split).images == tmp_path / "images" / name
+
+
+@pytest.mark.parametrize("place", [".", "train"])
+def test_boxes_in_a_csv_file_are_refused_with_what_to_export(tmp_path, place):
+    images(tmp_path / "train", {"a": (33, 21)})
+    (tmp_path / place / "boxes.csv").write_text("file,x,y")
+    with pytest.raises(ValueError, match="boxes.csv cannot be read: export the boxes as COCO, YOLO or VOC"):
+        find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("names", [("training/train", "training/val"), ("my_train_set", "my_train_set_val")])
+def test_the_last_word_of_a_coco_files_path_that_names_a_split_counts(tmp_path, names):
+    (tmp_path / "training").mkdir()
+    for split, name in zip(SIZES, names, strict=True):
+        images(tmp_path / "images", SIZES[split])
+        coco_file(tmp_path / f"{name}.json", SIZES[split])
+    assert [len(open_split(tmp_path, split)) for split in SIZES] == [3, 2]
 
 
 def test_cvats_own_xml_is_refused_with_what_to_export(tmp_path):

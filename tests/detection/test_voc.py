@@ -68,7 +68,7 @@ def without_lists(folder):
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("TRAIN", "TEST"), ("Training", "Validation")])
-@pytest.mark.parametrize("place", ["{0}/{1}", "{1}/{0}", "{1}"])
+@pytest.mark.parametrize("place", ["{0}/{1}", "{1}/{0}", "{1}", "{1}/VOC2007/{0}"])
 def test_without_lists_splits_are_found_by_the_names_of_folders(tmp_path, names, place):
     for split, name in zip(SIZES, names, strict=True):
         images(tmp_path / place.format("images", name), SIZES[split])
@@ -78,7 +78,9 @@ def test_without_lists_splits_are_found_by_the_names_of_folders(tmp_path, names,
     assert found == {"train": 3, second: 2}
 
 
-@pytest.mark.parametrize("line", ["{}", "{}.png", "JPEGImages/{}.png", "./JPEGImages/{0}.png ./Annotations/{0}.xml"])
+@pytest.mark.parametrize(
+    "line", ["{}", "./{}.png", "/home/me/VOC/JPEGImages/{}.png", "./JPEGImages/{0}.png ./Annotations/{0}.xml"]
+)
 @pytest.mark.parametrize("place", ["ImageSets", "."])
 def test_lists_may_lie_outside_of_main_and_name_files(folder, place, line):
     expected = open_split(folder, "val").boxes.tolist()
@@ -107,6 +109,16 @@ def test_images_may_lie_in_folders_that_their_annotations_do_not(folder):
     (folder / "JPEGImages/dogs").mkdir()
     Image.new("RGB", (33, 21)).save(folder / "JPEGImages/dogs/a.png")
     with pytest.raises(ValueError, match="no image a in"):  # two of the name
+        open_split(folder, "train")
+
+
+def test_images_in_folders_of_splits_are_not_trained_on_by_annotations_that_are_not(folder):
+    without_lists(folder)
+    for split, names in SIZES.items():
+        (folder / "JPEGImages" / split).mkdir()
+        for name in names:
+            (folder / f"JPEGImages/{name}.png").rename(folder / f"JPEGImages/{split}/{name}.png")
+    with pytest.raises(ValueError, match="no image a in"):
         open_split(folder, "train")
 
 

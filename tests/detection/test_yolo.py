@@ -197,12 +197,31 @@ def test_without_splits_images_and_labels_may_lie_in_folders_by_class(tmp_path):
     assert len(find_split(tmp_path, "all").reader.read(None).image_ids) == 2
 
 
+@pytest.mark.parametrize("name", ["test", "val2014"])
+def test_folders_by_class_beside_one_of_a_split_are_not_trained_on_together(tmp_path, name):
+    for place in ("zebra", "lion", name):
+        images(tmp_path / place, {"a": (33, 21)})
+        yolo_labels(tmp_path / place, ["a"])
+    (tmp_path / "classes.txt").write_text("\n".join(NAMES))
+    with pytest.raises(ValueError, match="no known data layout"):
+        find_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("place", [".", "images"])
+def test_an_archive_of_one_folder_needs_no_folders_of_splits(tmp_path, place):
+    images(tmp_path / "archive" / place, {"a": (33, 21)})
+    yolo_labels(tmp_path / "archive" / ("labels" if place == "images" else place), ["a"])
+    (tmp_path / "archive/classes.txt").write_text("\n".join(NAMES))
+    (tmp_path / "archive/training").mkdir()  # of another tool
+    assert find_split(tmp_path, "all").images == tmp_path / "archive" / place
+
+
 def test_labels_without_their_images_are_an_error_that_says_so(folder):
     (folder / "data.yaml").unlink()
     (folder / "classes.txt").write_text("\n".join(NAMES))
     (folder / "images").rename(folder / "elsewhere")
     yolo_labels(folder / "labels", ["a"])
-    with pytest.raises(ValueError, match="labels/ has label files, but no image of their names is beside them or in"):
+    with pytest.raises(ValueError, match="no image in .* has a label file: put the images in images/, or beside their"):
         open_split(folder, "train")
 
 
@@ -249,7 +268,7 @@ def test_a_file_name_that_is_no_text_is_named(folder):
 def test_without_a_usable_image_there_is_one_line(folder):
     for file in (folder / "images/train").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(ValueError, match="data.yaml: no image in it"):
+    with pytest.raises(ValueError, match="data.yaml: no image in it can be used; the first: .*png: empty file"):
         open_split(folder, "train", skip_bad_images=True)
 
 
