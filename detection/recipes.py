@@ -13,7 +13,6 @@ _LARGEST = 1e9
 RANGES = {  # the values of a recipe: smallest, largest, in words
     "batch_size checkpoint_period": (1, _LARGEST, "at least 1"),
     "least_epochs weight_decay": (0, _LARGEST, "at least 0"),
-    "trunk_rate": (1e-6, 1.0, "from 1e-6 to 1"),
     "clip_grad": (1e-12, _LARGEST, "above 0"),
     "ema": (0, 1 - 1e-12, "from 0 to below 1"),
 }
@@ -63,8 +62,7 @@ class Recipe:
     The schedule is for `batch_size` images per update; if it covers less than `least_epochs`, it is made that long.
     Sizes are in pixels. Images are tested with a shorter side of `detector.min_size` and a longer one of at most
     `detector.max_size`. `decay_norms`: whether norms and biases have weight decay. `ema` is the decay of a moving
-    average of the weights, which is what is tested then; 0 for none. `trunk_rate`: the learning rate of a trunk with
-    trained weights, as a share of the others'.
+    average of the weights, which is what is tested then; 0 for none.
     """
 
     schedule: Schedule
@@ -75,7 +73,6 @@ class Recipe:
     decay_norms: bool = True
     clip_grad: float | None = None
     ema: float = 0.0
-    trunk_rate: float = 1.0
     checkpoint_period: int = 5000  # updates
     augmentation: Augmentation = field(default_factory=Augmentation)
     backbone: Trunk = field(default_factory=Trunk)

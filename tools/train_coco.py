@@ -278,10 +278,7 @@ def train(rank: Rank, options: Options) -> None:
     if options.recipe == "small" and not options.weights:
         session.info(f"weights: random; with so few images, start from a detector: --weights {A_DETECTOR}")
     rate, decay, norms = schedule.rate, recipe.weight_decay, recipe.decay_norms
-    scales = dict.fromkeys(trunk_parameters(detector), recipe.trunk_rate) if options.weights else {}
-    optimizer = build_optimizer(
-        detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms, rate_scales=scales
-    )
+    optimizer = build_optimizer(detector, recipe.optimizer, rate=rate, weight_decay=decay, decay_norms=norms)
     more: dict[str, Any] = {"clip_grad": recipe.clip_grad, "scaled": options.precision == "fp16"}
     average = build_average(detector, recipe.ema) if recipe.ema else None
     state = TrainState(distributed(detector, rank), optimizer, rank, average=average, **more)
@@ -302,12 +299,6 @@ def train(rank: Rank, options: Options) -> None:
             task.save(state.evaluated, session.folder)
             finish(session, task.evaluation, val_set)
     run.close()
-
-
-def trunk_parameters(detector: FasterRCNN) -> list[str]:
-    """The names of the parameters of the backbone below its pyramid."""
-    names = (name for name, _ in detector.named_parameters() if name.startswith("backbone."))
-    return [name for name in names if not name.startswith("backbone.fpn.")]
 
 
 def open_data(session: Session) -> tuple[Any, Any]:
@@ -702,8 +693,6 @@ def check_detectron2(options: Options, variant: str, recipe: Recipe) -> None:
         raise UserError("--val-loss: --engine detectron2 has losses in training only; leave the option out")
     if options.compile:
         raise UserError("--compile: --engine detectron2 cannot be compiled; leave the option out")
-    if options.weights and recipe.trunk_rate != 1:
-        raise UserError("--engine detectron2 trains all at one rate; add --recipe.trunk-rate 1")
     if options.precision not in (None, "fp32"):
         raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
     if find_spec("detectron2") is None:

@@ -95,7 +95,7 @@ class TrainState:
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         values = self._checked(terms, norm, stop)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+            group["lr"] = learning_rate
         if self.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_grad, norm)
         self.scaler.step(self.optimizer)

@@ -210,19 +210,6 @@ def test_frozen_parameters_go_to_no_group_and_norms_and_biases_are_decayed_or_no
     assert ([p.shape for p in rest["params"]], rest["weight_decay"]) == ([(4,), (4,), (2,)], 0.0)
 
 
-def test_named_parameters_are_trained_at_a_share_of_the_rate():
-    model, x = network(), torch.rand(2, 3, 5, 5, generator=torch.Generator().manual_seed(0))
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    scales = {"0.weight": 0.0, "3.weight": 0.5}
-    options = {"rate": 0.1, "weight_decay": 0.0, "decay_norms": True}
-    state = TrainState(model, build_optimizer(model, "sgd", **options, rate_scales=scales), ALONE)
-    state.update(lambda part: {"loss": model(part).square().mean()}, [x], learning_rate=0.2)
-    moved = {name: parameter - before[name] for name, parameter in model.named_parameters()}
-    torch.testing.assert_close(moved["3.weight"], -0.1 * model[3].weight.grad)
-    torch.testing.assert_close(moved["3.bias"], -0.2 * model[3].bias.grad)
-    assert not moved["0.weight"].any() and model[0].weight.grad.any()
-
-
 def test_a_steps_randomness_depends_on_seed_step_and_rank_alone():
     def draw(*key):
         seed_step(*key)
