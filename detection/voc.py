@@ -148,8 +148,8 @@ class VocImages(NamedTuple):
         for place in {place for place, _ in self.images}:
             own, flat = {*names[place]}, place.annotations == place.folder
             if all((place, name) in listed for name in own):
-                rest = {image for name, image in files[place].items() if not (flat and "/" in name) and name not in own}
-                count += len({image for image in rest - found if image.stem not in own})
+                here = ((name, image) for name, image in files[place].items() if not (flat and "/" in name))
+                count += len({image for name, image in here if own.isdisjoint((name, image.stem))} - found)
         return count
 
 
