@@ -242,8 +242,8 @@ SHORT = Recipe(
     ),
 )
 
-# For small data on a CPU, from random weights or those of a backbone: SHORT with three box heads, copy-paste and three
-# image sizes, which all help (docs/experiments/bccd.md).
+# For small data on a CPU, from random weights or those of a backbone: SHORT with three box heads and copy-paste, which
+# both help (docs/experiments/bccd.md), and three image sizes.
 SCRATCH = replace(
     SHORT,
     least_epochs=12,
