@@ -720,10 +720,11 @@ def build(options: Options, recipe: Recipe, categories: dict[int, str], say: Cal
             frozen = {}  # as the detector has it: timm does not show the order of every network's parts
         check_values_for(weights, options, recipe, say)
         return build_from_detector(options, weights, categories, say, backbone=frozen, **settings)
-    others = [key for key in weights.state if not key.startswith("backbone.")] if weights is not None else []
-    if weights is not None and 0 < len(others) < len(weights.state):  # a detector's
-        some = f"{', '.join(others[:3])}, .. ({len(others)})"
-        say(f"weights: only the backbone's, from {options.weights}; left out: {some}")
+    if weights is not None:
+        others = [key for key in weights.state if not key.startswith("backbone.")]
+        if 0 < len(others) < len(weights.state):  # a detector's
+            some = f"{', '.join(others[:3])}, .. ({len(others)})"
+            say(f"weights: only the backbone's, from {options.weights}; left out: {some}")
     if options.variant == "vgg16":
         if options.norm is not None:
             raise UserError(f"--norm {options.norm}: VGG-16 has no norms; leave the option out")

@@ -31,6 +31,11 @@ def boxes(folder):
     return found.boxes_xywh[found.image_indices == 0].tolist()
 
 
+def without_lists(folder):
+    for file in (folder / "ImageSets/Main").iterdir():
+        file.unlink()
+
+
 def test_corners_count_from_1_and_the_last_is_inside(folder):
     annotate(folder, ("dog", 0, 1, 1, 33, 21), ("dog", 0, 3, 4, 5, 9), ("dog", 0, 2.5, 1, 3.5, 2))
     assert boxes(folder) == [[0, 0, 33, 21], [2, 3, 3, 6], [1.5, 0, 2, 2]]
@@ -60,11 +65,6 @@ def test_the_folders_of_xml_files_and_of_images_may_have_any_name(folder):
     voc_files(folder / "annots", ["a"])
     with pytest.raises(ValueError, match="it should contain"):  # two folders of XML files
         find_split(folder, "train")
-
-
-def without_lists(folder):
-    for file in (folder / "ImageSets/Main").iterdir():
-        file.unlink()
 
 
 @pytest.mark.parametrize("names", [("train", "val"), ("TRAIN", "TEST"), ("Training", "Validation")])

@@ -183,7 +183,8 @@ def test_without_a_description_splits_are_found_by_the_names_of_folders(folder, 
         for split in SIZES:
             (folder / place.format(split)).parent.mkdir(parents=True, exist_ok=True)
             (folder / kind / split).rename(folder / place.format(split))
-        (folder / kind).rmdir() if not any((folder / kind).iterdir()) else None
+        if not any((folder / kind).iterdir()):
+            (folder / kind).rmdir()
     top = folder / images.partition("/")[0] if images.startswith("data") else folder
     (top / "classes.txt").write_text("\n".join(NAMES))
     assert [open_split(folder, split).boxes.tolist() for split in SIZES] == expected
