@@ -1,12 +1,16 @@
 """Device and precision: choice, autocast, TF32, deterministic algorithms."""
 
 import os
+import platform
+import re
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 import torch.utils.deterministic
 
 from resbackbone.checks import UserError, one_of
+from resbackbone.engine.provenance import commit
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INFERENCE = ("fp32", "bf16")  # precisions for detecting and classifying
@@ -85,11 +89,21 @@ def use_deterministic(on: bool) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # saves time
 
 
-def arithmetic(device: torch.device) -> dict[str, str | int]:
-    """What a run's last bits depend on: the version of torch, operations that use TF32, threads of a CPU."""
+def arithmetic(device: torch.device) -> dict[str, str | int | None]:
+    """What a run's last bits depend on: commit, hardware, version of torch, operations that use TF32, CPU threads."""
     used = []
     if device.type == "cuda" and _is_ampere_or_later(device) and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
         used += ["convolutions"] if torch.backends.cudnn.allow_tf32 else []
         used += ["matrix products"] if torch.get_float32_matmul_precision() != "highest" else []
     threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
-    return {"torch": str(torch.__version__), "tf32": " and ".join(used) or "not used", **threads}
+    made = {"commit": commit(), "hardware": hardware(device), "torch": str(torch.__version__)}
+    return {**made, "tf32": " and ".join(used) or "not used", **threads}
+
+
+def hardware(device: torch.device) -> str:
+    """The model of a GPU, or of the CPU: "NVIDIA H100 80GB HBM3", "AMD EPYC 9R14"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
+    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    return model[1] if model else platform.processor() or platform.machine()

@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from resbackbone.engine.device import arithmetic, autocast, choose_device, choose_precision, native_precision
+from resbackbone.engine.device import (
+    arithmetic,
+    autocast,
+    choose_device,
+    choose_precision,
+    hardware,
+    native_precision,
+)
+from resbackbone.engine.provenance import commit
 
 
 @pytest.fixture
@@ -12,6 +20,7 @@ def gpus(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0) if bf16 else (7, 5))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200" if bf16 else "Tesla T4")
 
     return have
 
@@ -59,8 +68,10 @@ def test_under_autocast_products_are_in_the_precision(precision, dtype):
 
 def test_what_a_result_depends_on_is_said(gpus, monkeypatch):
     on_cpu = arithmetic(torch.device("cpu"))
-    assert on_cpu == {"torch": torch.__version__, "tf32": "not used", "threads": torch.get_num_threads()}
+    usual = {"torch": torch.__version__, "tf32": "not used", "threads": torch.get_num_threads()}
+    assert on_cpu == {"commit": commit(), "hardware": hardware(torch.device("cpu")), **usual} and on_cpu["hardware"]
     gpus(1)
+    assert arithmetic(torch.device("cuda"))["hardware"] == "NVIDIA H200"
     assert arithmetic(torch.device("cuda"))["tf32"].startswith("convolutions")  # torch's default
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     assert arithmetic(torch.device("cuda"))["tf32"] == "not used"
