@@ -1,7 +1,9 @@
 """The pages: their Python runs, their commands and links are there, their figures are those that were measured."""
 
+import ast
 import importlib
 import json
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -101,6 +103,29 @@ def test_every_command_of_a_page_is_one_that_its_tool_understands(page, capsys):
             pytest.fail(f"tools/{tool}.py {shlex.join(words)}: {error}")
 
 
+def imported(page: Path) -> set[str]:
+    """The names of this package that a page imports in its Python."""
+    names = set()
+    for node in (node for block in python_blocks(page) for node in ast.walk(ast.parse(block))):
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name for name in names if name.startswith(("resbackbone.", "detection."))}
+
+
+def test_every_name_that_a_page_imports_is_on_the_page_of_the_api():
+    entry = r"^::: (\S+)\n(?:    options:\n      members: \[(.*)\])?"
+    entries = re.findall(entry, (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    public = {name for name, _ in entries}
+    public |= {f"{name}.{member}" for name, members in entries for member in members.split(", ") if member}
+    here = {name for name in public if not name.startswith("resbackbone.adapters.detectron2")}  # needs detectron2
+    objects = {id(pkgutil.resolve_name(name)) for name in here}
+    names = set().union(*(imported(page) for page in PAGES))
+    assert names
+    assert not {name for name in names - public if id(pkgutil.resolve_name(name)) not in objects}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_what_a_page_names_is_there(page):
     text = page.read_text(encoding="utf-8")
@@ -152,9 +177,12 @@ def test_the_site_builds_without_a_warning_and_asks_nothing_of_the_network(tmp_p
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
+    index = (tmp_path / "search/search_index.js").read_text()  # what the search reads where pages are from file://
+    assert index.startswith("var __index = ")
     pages = list(tmp_path.rglob("*.html"))
     assert len(pages) > 15 and (tmp_path / "examples/plain_pytorch.py").is_file()
     assert "<code>frozen_through</code>: " in (tmp_path / "api.html").read_text()  # from a docstring, as a list
     for page in pages:
         loaded = re.findall(r"<(?:link|script|img|iframe)\b[^>]*?\b(?:href|src)=\"?(https?:[^\" >]+)", page.read_text())
         assert not loaded, page
+        assert "assets/iframe-worker.js" in page.read_text()
