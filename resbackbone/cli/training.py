@@ -1,6 +1,7 @@
 """What all training commands share: the run's folder, the checkpoint to resume from, messages and the loop."""
 
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from resbackbone.analysis import count_parameters
 from resbackbone.checks import UserError
 from resbackbone.cli.command import Progress, be_quiet, console, progress_console, to_config, track
 from resbackbone.cli.errors import from_option
@@ -19,6 +21,7 @@ from resbackbone.engine.best import read_best
 from resbackbone.engine.checkpoints import resume_point
 from resbackbone.engine.device import arithmetic, use_deterministic
 from resbackbone.engine.distributed import Rank, from_main
+from resbackbone.engine.provenance import command, commit, hardware
 from resbackbone.engine.run import Run, claim_folder, read_yaml
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import TrainState
@@ -72,9 +75,12 @@ class Session:
         Raises ValueError if the checksum of the data in `effective` is not the one that the run was started with.
         """
         self.info(f"run:   {self.folder}")
-        if step and self.rank.is_main:
-            recorded = read_yaml(self.folder / "config.yaml").get("effective", {})
-            if any(recorded.get(name) != effective[name] for name in effective if name.endswith("sha256")):
+        if self.rank.is_main:
+            recorded = read_yaml(self.folder / "config.yaml").get("effective", {}) if step else None
+            effective = {**effective, **self._origin(step, recorded)}
+            if recorded is not None and any(
+                recorded.get(name) != effective[name] for name in effective if name.endswith("sha256")
+            ):
                 raise UserError(
                     f"the run in {self.folder} was trained on other data than {self.options.data or 'these'}; "
                     "give that data, or another --output"
@@ -85,6 +91,21 @@ class Session:
         more: dict[str, Any] = {"writes": writes, "tracker": self.options.track, "warn": self.warn}
         return Run(self.folder, content, resumed_step=step, evaluates_again=evaluates_again, **more)
 
+    def _origin(self, step: int, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The command, commit and hardware of the run's first start, and where it was resumed.
+
+        `recorded` is what config.yaml says of a run that is resumed after `step` updates.
+        """
+        tool = Path(sys.modules[type(self.options).__module__].__file__ or "").stem
+        machine = hardware(self.rank.device, self.rank.ranks)
+        origin: dict[str, Any] = {"command": command(tool), "commit": commit(), "hardware": machine}
+        if recorded is not None:
+            changed = [value for name, value in origin.items() if name != "command" and value != recorded.get(name)]
+            resumed = ", ".join([f"after update {step}", *filter(None, changed)])
+            origin = {name: recorded.get(name) for name in origin}
+            origin["resumed"] = [*recorded.get("resumed", []), resumed]
+        return {name: value for name, value in origin.items() if value}
+
     def train(
         self,
         task: Task,
@@ -93,7 +114,7 @@ class Session:
         *,
         parts: int = 1,
         early_stop: int = 0,
-        **effective: str,
+        **effective: str | int,
     ) -> Run:
         """Load the checkpoint, open the run, and train to the end of the schedule, to --max-steps or to an early stop.
 
@@ -119,6 +140,7 @@ class Session:
             early_stop=early_stop,
         )
         recorded = {**asdict(schedule), "milestones": list(schedule.milestones), **effective}
+        recorded["parameters"] = count_parameters(state.model)
         again = state.step >= plan.steps or plan.evaluates(state.step)
         run = self.open_run(state.step, recorded | arithmetic(self.rank.device), evaluates_again=again)
         self.info(

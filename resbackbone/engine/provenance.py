@@ -1,8 +1,13 @@
-"""The commit that measurements record."""
+"""Where a figure comes from: the commit, the hardware and the command that made it."""
 
 import os
+import platform
+import shlex
 import subprocess
+import sys
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,3 +24,32 @@ def commit() -> str | None:
         return run.stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return os.environ.get("RESBACKBONE_COMMIT")
+
+
+def cpu() -> tuple[str, int]:
+    """The processor's name, as Linux knows it or else as Python does, and the number of cores that this process has."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return (names or [platform.processor() or platform.machine()])[0], cores
+
+
+def hardware(device: torch.device, processes: int) -> str:
+    """What `processes` compute on, in words: "AMD EPYC 9B14, 2 cores", on a GPU "2 x NVIDIA H200; " and that."""
+    name, cores = cpu()
+    gpus = f"{processes} x {torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
+    return f"{gpus}{name}, {cores} core{'s' if cores > 1 else ''}"
+
+
+def command(tool: str) -> str | None:
+    """The shell command that started this process; None if that was not `tool` ("train_coco") but a program that
+    called it. The options of torchrun, which a process does not know, are "..".
+    """
+    script = Path(sys.argv[0])
+    if script.stem.replace("-", "_") not in (tool, f"resbackbone_{tool}"):
+        return None
+    words = [script.name] if script.stem.startswith("resbackbone-") else ["python", sys.argv[0]]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        words = ["torchrun", "..", sys.argv[0]]
+    return shlex.join([*words, *sys.argv[1:]])

@@ -1,6 +1,7 @@
 import subprocess
 
 import pytest
+import torch
 
 from resbackbone.engine import provenance
 
@@ -37,3 +38,21 @@ def test_without_git_the_environment_names_the_commit(monkeypatch):
     assert provenance.commit() is None
     monkeypatch.setenv("RESBACKBONE_COMMIT", "0123456789ab")
     assert provenance.commit() == "0123456789ab"
+
+
+@pytest.mark.parametrize(
+    "argv, shown",
+    [
+        (["tools/train_coco.py", "--data", "my data"], "python tools/train_coco.py --data 'my data'"),
+        (["/usr/bin/resbackbone-train-coco", "--steps", "3"], "resbackbone-train-coco --steps 3"),
+        (["/usr/lib/pytest/__main__.py", "--steps", "3"], None),  # a program that calls main(argv)
+    ],
+)
+def test_the_command_is_the_one_that_was_typed(monkeypatch, argv, shown):
+    monkeypatch.setattr("sys.argv", argv)
+    assert provenance.command("train_coco") == shown
+
+
+def test_the_hardware_names_the_processor_and_its_cores():
+    name, cores = provenance.cpu()
+    assert provenance.hardware(torch.device("cpu"), 1).startswith(f"{name}, {cores} core") and name and cores > 0

@@ -159,11 +159,17 @@ def test_validation_tests_on_a_tenth_of_the_training_images_and_says_so(capsys):
 # Interrupted and resumed
 
 
-def test_three_steps_and_three_resumed_are_six_steps(straight, capsys):
-    train_cifar10.main([*SIX_STEPS, "--output", "run", "--max-steps", "3", "--eval-period", "0"])
-    train_cifar10.main(["--output", "run", "--resume", "--max-steps", "6", "--eval-period", "3"])
+def test_three_steps_and_three_resumed_are_six_steps_of_the_first_command(straight, capsys, monkeypatch):
+    first = ["tools/train_cifar10.py", *SIX_STEPS, "--output", "run", "--max-steps", "3", "--eval-period", "0"]
+    second = ["tools/train_cifar10.py", "--output", "run", "--resume", "--max-steps", "6", "--eval-period", "3"]
+    for argv in (first, second, second):
+        monkeypatch.setattr("sys.argv", argv)
+        train_cifar10.main()
     assert "resumed from step 3 to 6" in capsys.readouterr().out
     assert_ended_alike(Path("run"), straight)
+    origin = yaml.safe_load(Path("run/config.yaml").read_text())["effective"]
+    assert origin["command"] == " ".join(["python", *first])
+    assert origin["resumed"] == ["after update 3", "after update 6"] and origin["parameters"] == 269_722
 
 
 def test_a_run_that_dies_while_it_writes_a_checkpoint_resumes_from_the_one_before(straight):

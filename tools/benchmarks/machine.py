@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from resbackbone.engine.provenance import commit
+from resbackbone.engine.provenance import commit, cpu
 from resbackbone.memory import keep_freed_memory
 
 VERSIONS = (
@@ -32,9 +32,10 @@ def describe(device: str, threads: int) -> dict:
             versions[name] = importlib.metadata.version(name)
     fields = fields_of(CPUINFO)
     flags = (fields.get("flags") or fields.get("Features") or "").split()
+    name, cores = cpu()
     hardware = {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu": name,
+        "cores": cores,
         "instructions": [name for name in INSTRUCTIONS if name in flags],
         "memory_gib": None,
         "system": platform.platform(terse=True),
