@@ -21,7 +21,7 @@ from resbackbone.engine.best import read_best
 from resbackbone.engine.checkpoints import resume_point
 from resbackbone.engine.device import arithmetic, use_deterministic
 from resbackbone.engine.distributed import Rank, from_main
-from resbackbone.engine.provenance import command, commit, hardware
+from resbackbone.engine.provenance import command
 from resbackbone.engine.run import Run, claim_folder, read_yaml
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import TrainState
@@ -77,7 +77,7 @@ class Session:
         self.info(f"run:   {self.folder}")
         if self.rank.is_main:
             recorded = read_yaml(self.folder / "config.yaml").get("effective", {}) if step else None
-            effective = {**effective, **self._origin(step, recorded)}
+            effective = {**effective, **self._origin(step, effective, recorded)}
             if recorded is not None and any(
                 recorded.get(name) != effective[name] for name in effective if name.endswith("sha256")
             ):
@@ -91,20 +91,18 @@ class Session:
         more: dict[str, Any] = {"writes": writes, "tracker": self.options.track, "warn": self.warn}
         return Run(self.folder, content, resumed_step=step, evaluates_again=evaluates_again, **more)
 
-    def _origin(self, step: int, recorded: Mapping[str, Any] | None) -> dict[str, Any]:
+    def _origin(self, step: int, effective: Mapping[str, Any], recorded: Mapping[str, Any] | None) -> dict[str, Any]:
         """The command, commit and hardware of the run's first start, and where it was resumed.
 
-        `recorded` is what config.yaml says of a run that is resumed after `step` updates.
+        `effective` is of this start, `recorded` of the first if it is resumed after `step` updates.
         """
         tool = Path(sys.modules[type(self.options).__module__].__file__ or "").stem
-        machine = hardware(self.rank.device, self.rank.ranks)
-        origin: dict[str, Any] = {"command": command(tool), "commit": commit(), "hardware": machine}
-        if recorded is not None:
-            changed = [value for name, value in origin.items() if name != "command" and value != recorded.get(name)]
-            resumed = ", ".join([f"after update {step}", *filter(None, changed)])
-            origin = {name: recorded.get(name) for name in origin}
-            origin["resumed"] = [*recorded.get("resumed", []), resumed]
-        return {name: value for name, value in origin.items() if value}
+        if recorded is None:
+            return {"command": command(tool), "processes": self.rank.ranks}
+        changed = [effective[name] for name in ("commit", "hardware") if effective[name] != recorded.get(name)]
+        resumed = ", ".join([f"after update {step}", *filter(None, changed)])
+        first = {name: recorded.get(name) for name in ("command", "commit", "hardware", "processes")}
+        return {**first, "resumed": [*recorded.get("resumed", []), resumed]}
 
     def train(
         self,

@@ -1,16 +1,13 @@
 """Device and precision: choice, autocast, TF32, deterministic algorithms."""
 
 import os
-import platform
-import re
 from collections.abc import Collection
-from pathlib import Path
 
 import torch
 import torch.utils.deterministic
 
 from resbackbone.checks import UserError, one_of
-from resbackbone.engine.provenance import commit
+from resbackbone.engine.provenance import commit, hardware
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INFERENCE = ("fp32", "bf16")  # precisions for detecting and classifying
@@ -98,12 +95,3 @@ def arithmetic(device: torch.device) -> dict[str, str | int | None]:
     threads = {"threads": torch.get_num_threads()} if device.type == "cpu" else {}
     made = {"commit": commit(), "hardware": hardware(device), "torch": str(torch.__version__)}
     return {**made, "tf32": " and ".join(used) or "not used", **threads}
-
-
-def hardware(device: torch.device) -> str:
-    """The model of a GPU, or of the CPU: "NVIDIA H100 80GB HBM3", "AMD EPYC 9R14"."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")  # platform.processor() is empty on most Linux systems
-    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return model[1] if model else platform.processor() or platform.machine()

@@ -35,11 +35,11 @@ def cpu() -> tuple[str, int]:
     return (names or [platform.processor() or platform.machine()])[0], cores
 
 
-def hardware(device: torch.device, processes: int) -> str:
-    """What `processes` compute on, in words: "AMD EPYC 9B14, 2 cores", on a GPU "2 x NVIDIA H200; " and that."""
+def hardware(device: torch.device) -> str:
+    """The models of a GPU and of the CPU, with its cores: "NVIDIA H200; AMD EPYC 9R14, 16 cores"."""
     name, cores = cpu()
-    gpus = f"{processes} x {torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
-    return f"{gpus}{name}, {cores} core{'s' if cores > 1 else ''}"
+    gpu = f"{torch.cuda.get_device_name(device)}; " if device.type == "cuda" else ""
+    return f"{gpu}{name}, {cores} core{'s' if cores > 1 else ''}"
 
 
 def command(tool: str) -> str | None:

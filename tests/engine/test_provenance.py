@@ -55,4 +55,4 @@ def test_the_command_is_the_one_that_was_typed(monkeypatch, argv, shown):
 
 def test_the_hardware_names_the_processor_and_its_cores():
     name, cores = provenance.cpu()
-    assert provenance.hardware(torch.device("cpu"), 1).startswith(f"{name}, {cores} core") and name and cores > 0
+    assert provenance.hardware(torch.device("cpu")).startswith(f"{name}, {cores} core") and name and cores > 0
