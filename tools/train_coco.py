@@ -87,6 +87,7 @@ from resbackbone.resnet import DEPTHS
 from resbackbone.weights import Weights
 from resbackbone.weights.file import is_ours
 from resbackbone.weights.fit import architecture_of, backbone_part, resolve_architecture
+from resbackbone.weights.sources import locate
 
 ENGINES = ("torchvision", "detectron2")
 OPTION_OF = {  # values of a recipe that are options of the command
@@ -658,8 +659,12 @@ def architecture_of_weights(options: Options, recipe: Recipe) -> dict:
 
 def described_weights(options: Options) -> Weights | None:
     """What --weights holds; None without, and for those that `load_vgg16` and `from_timm` read."""
-    others = options.variant == "vgg16" or options.backbone and not is_ours(Path(options.weights or ""))
-    return None if others or not options.weights else read_once(options.weights)
+    if not options.weights or options.variant == "vgg16":
+        return None
+    file = Path(options.weights)
+    if options.backbone and (file.is_dir() or options.weights.startswith("hf:")):
+        file = locate(options.weights)[0]
+    return None if options.backbone and not is_ours(file) else read_once(options.weights)
 
 
 def check_backbone(options: Options, recipe: Recipe) -> None:

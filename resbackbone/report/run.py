@@ -84,7 +84,7 @@ class RunLog:
         return facts
 
     def data_name(self) -> str:
-        path = Path(str(self.config.get("data", "unknown data")))
+        path = Path(self.config.get("data") or self.config.get("train_json") or "unknown data")
         return short((path.parent if ".tar" in path.name else path).name or path)
 
 

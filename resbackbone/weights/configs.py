@@ -97,6 +97,8 @@ def stated_by_config(folder: Path, *, required: bool = True) -> dict[str, Any]:
     if not config:
         stated = _stated_by_processor(folder)
         return {**stated, "stated_by": "the preprocessor's config"} if stated else {}
+    if config.get("format") == "resbackbone":  # tools/publish.py: of the file of ours beside it
+        return {}
     if kind == "resbackbone":  # `adapters.transformers`
         return {"backbone": {"depth": config.get("depth", 50), **(config.get("trunk") or {})}, "input": INPUT}
     if kind == "resnet" and (required or len(config.keys() & TRANSFORMERS.keys()) > 1):

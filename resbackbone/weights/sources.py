@@ -80,7 +80,8 @@ def locate(source: str) -> Located:
 
     torchvision:ENUM.MEMBER                 torchvision.models.get_weight, in torch.hub's folder
     timm:ARCHITECTURE[.TAG]                 timm's registry of pretrained models, in the Hugging Face cache
-    hf:OWNER/REPO[@REVISION][:FILE]         Hugging Face; FILE is model.safetensors, else pytorch_model.bin
+    hf:OWNER/REPO[@REVISION][:FILE]         Hugging Face; FILE is model.safetensors, else pytorch_model.bin. What
+                                            tools/publish.py wrote, or transformers or timm
     detectron2:PATH.pkl or CONFIG.yaml      detectron2's model zoo, in the folder detectron2 itself uses
     http(s)://HOST/PATH[#sha256=HEX]        anything else, in torch.hub's folder
     FOLDER                                  as transformers and timm write them, with a config.json
@@ -217,7 +218,7 @@ def _hugging_face(name: str) -> Located:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     licence = re.match(r"---\n(?:(?!---).*\n)*?license:[ \t]*[\"']?([\w.+-]+)", text)  # in the YAML at its head
     stated = {"source": f"hf:{name}", "licence": licence[1] if licence else "unknown"}
-    return path, {**stated, **stated_by_config(folder)}
+    return path, {**stated, **({} if is_ours(path) else stated_by_config(folder))}
 
 
 def _on_hub(repository: str, revision: str | None, files: Sequence[str]) -> tuple[Path, Path]:

@@ -574,7 +574,7 @@ def test_a_run_on_a_network_of_timm_resumes_exactly_and_is_loaded_as_a_resnets_i
 def test_a_run_starts_from_a_detector_on_a_network_of_timm(own_shapes, on_timm, capsys):
     path = on_timm / "model.safetensors"
     argv = [*QUICK[:2], *QUICK[4:], "--data", str(own_shapes), "--weights", str(path), "--max-steps", "1"]
-    train_coco.main([*argv, "--pictures", "0"])
+    train_coco.main([*argv, "--weights", str(on_timm), "--pictures", "0"])  # its folder does as well
     assert "weights: a detector of 10 classes" in capsys.readouterr().out
     (run,) = Path("runs").iterdir()
     assert run.name == "own-tf_mobilenetv3_small_minimal_100-fpn-short"
