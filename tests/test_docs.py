@@ -8,14 +8,18 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from detection import build_faster_rcnn, save_detector
+from detection.recipes import RECIPES
 from resbackbone import build_resnet_backbone
 from resbackbone.cli.command import parse
+from resbackbone.tools import train_coco
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ROOT / "tools"
@@ -124,6 +128,49 @@ def test_every_name_that_a_page_imports_is_on_the_page_of_the_api():
     names = set().union(*(imported(page) for page in PAGES))
     assert names
     assert not {name for name in names - public if id(pkgutil.resolve_name(name)) not in objects}
+
+
+def table_rows(page: Path) -> list[list[str]]:
+    """The cells of each row of a page's tables, headers included."""
+    rows = re.findall(r"^\| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return [[cell.strip() for cell in row.split(" | ")] for row in rows if not row.startswith("---")]
+
+
+def code_in(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", text)
+
+
+def test_our_commands_and_options_beside_those_of_other_packages_are_there():
+    options = {f"--{name.replace('_', '-')}" for name in train_coco.Options.__dataclass_fields__}
+    options |= {f"--no-{name.removeprefix('--')}" for name in options}
+    ours = [code for _, *cells in table_rows(ROOT / "docs/migrating.md") for code in code_in(cells[-1])]
+    commands, flags = ([x for x in ours if re.match(start, x)] for start in (r"\w+\.py ", "--"))
+    assert len(commands) > 20 and len(flags) > 60
+    for command in commands:
+        tool, *words = shlex.split(command)
+        parse(importlib.import_module(f"resbackbone.tools.{tool.removesuffix('.py')}").Options, words)
+    for name, values in re.findall(r"(--[a-z][\w.-]*)((?: [\w.]+)*)", " ".join(flags)):
+        if name.startswith("--recipe."):
+            reduce(getattr, name[len("--recipe.") :].replace("-", "_").split("."), RECIPES["1x"])
+            words = [name, *values.split()] if values else []
+            train_coco.recipe_of(replace(parse(train_coco.Options, words), recipe="1x"))
+        else:
+            assert name in options
+
+
+def test_messages_on_the_page_of_troubles_are_those_of_the_code():
+    of_others = {"CUDA out of memory", "operator torchvision::nms does not exist"}
+    literals = []  # a message's values are ".." in it
+    for path in (path for folder in ("resbackbone", "detection", "tools") for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            literals.append("..".join(str(part.value) for part in parts if isinstance(part, ast.Constant)))
+    rows = table_rows(ROOT / "docs/troubleshooting.md")
+    messages = {code for first, *_ in rows for code in code_in(first) if len(code.split()) > 2} - of_others
+    assert len(messages) > 25
+    for message in messages:
+        pieces = [piece.strip() for piece in message.split("..")]
+        assert any(all(piece in literal for piece in pieces) for literal in literals), message
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
