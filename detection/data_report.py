@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from detection.coco import CocoImages
 from detection.gallery import contact_sheet
-from detection.statistics import EDGES, LEVELS, SMALL, DataStatistics, describe
+from detection.statistics import EDGES, LEVELS, SMALL, DataStatistics, SplitStatistics, describe
 from resbackbone.report.charts import bar, histogram
 from resbackbone.report.numbers import number
 from resbackbone.report.page import Cell, Section, fraction, macros, short
@@ -43,10 +43,19 @@ def data_sections(splits: Mapping[str, CocoImages], data: DataStatistics) -> lis
     ]
 
 
-def data_section(splits: Mapping[str, CocoImages]) -> Section:
-    """All of them as one section; what follows the first folds away."""
-    first, *others = data_sections(splits, describe(splits))
-    return Section(first.title, macros("data.html").folded(first.content, others))
+def data_section(splits: Mapping[str, CocoImages]) -> tuple[Section, dict[str, str]]:
+    """All of them as one section, in which what follows the first folds away; and facts for the top of a report."""
+    data = describe(splits)
+    first, *others = data_sections(splits, data)
+    facts = {"image sizes": ", ".join({_sides(of): None for of in data.splits.values()})}
+    facts["boxes"] = ", ".join(f"{number(of.boxes)} in {name}" for name, of in data.splits.items())
+    return Section(first.title, macros("data.html").folded(first.content, others)), facts
+
+
+def _sides(split: SplitStatistics) -> str:
+    """ "640 × 480", or "300 to 640 × 220 to 640"."""
+    sides = ((of.min, of.max) for of in (split.widths, split.heights))
+    return " × ".join(f"{least:g}" if least == most else f"{least:g} to {most:g}" for least, most in sides)
 
 
 def _classes(data: DataStatistics) -> tuple[list[str], list[list]]:

@@ -27,7 +27,7 @@ COMPARED = 100_000  # boxes with anchors, spread over the data set
 HASHED = 2_000_000_000  # bytes: of more, equal files are not looked for
 HASHED_AT_START = 250_000_000  # the same before a training, which a slow disk must not delay
 EXAMPLES = 5
-EDGES = {  # of the histograms; values beyond lie in the first or last bin
+EDGES = {  # of the histograms
     "box_sides": [round(2 ** (k / 2), 2) for k in range(25)],
     "aspect_ratios": [round(2 ** (k / 2), 3) for k in range(-8, 9)],
     "boxes_per_image": [0, *(2**k for k in range(12))],
@@ -294,7 +294,7 @@ def _split_statistics(dataset: CocoImages, files: Mapping[str, int]) -> SplitSta
         heights=_spread(sizes[:, 1]),
         image_sizes=[(*usual[i].tolist(), int(counts[i])) for i in most],
         **{name: _spread(values) for name, values in measured.items()},
-        histograms={name: _histogram(values, EDGES[name]) for name, values in measured.items()},
+        histograms={name: binned(values, EDGES[name]) for name, values in measured.items()},
         odd_boxes=odd_boxes(dataset),
         unusable_images=list(dataset.broken),
         decoded=sum(files.values()) <= SMALL_SET,
@@ -318,7 +318,8 @@ def _spread(values: np.ndarray) -> Spread:
     return Spread(*(round(value, 3) for value in np.quantile(values, (0, 0.05, 0.5, 0.95, 1)).tolist()))
 
 
-def _histogram(values: np.ndarray, edges: Sequence[float]) -> list[int]:
+def binned(values: np.ndarray, edges: Sequence[float]) -> list[int]:
+    """The number of values in each bin, from an edge up to the next; those beyond lie in the first or last."""
     return np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0].tolist()
 
 

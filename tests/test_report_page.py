@@ -2,17 +2,19 @@ import base64
 import io
 import json
 import math
+import platform
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import yaml
 from markupsafe import Markup, escape
 from PIL import Image
 
 from resbackbone.report import page as page_module
 from resbackbone.report.charts import MAX_POINTS, histogram, line_chart, ticks
-from resbackbone.report.numbers import number, percent
+from resbackbone.report.numbers import duration, number, percent
 from resbackbone.report.page import (
     ENVIRONMENT,
     LIMIT,
@@ -29,6 +31,7 @@ from resbackbone.report.page import (
 from resbackbone.report.run import (
     RunLog,
     configuration_section,
+    facts_section,
     summary,
     timing_section,
     training_section,
@@ -179,6 +182,18 @@ def test_a_value_that_is_not_finite_is_a_gap_in_the_curve(gap):
     assert [len(curve) for curve in curves_of(html)] == [2, 2] and "nan" not in html and "inf" not in html
 
 
+def points_of(html):
+    """{curve: {x: y}} that the pointer shows, in words."""
+    found = re.findall(r"""data-name="([^"]*)" data-points='([^']*)'""", html)
+    return {name: {x: y for _, x, y in json.loads(points)} for name, points in found}
+
+
+def test_each_curve_carries_its_values_for_the_pointer():
+    html = line_chart("t", {"a": [(0, 1 / 3), (10, None), (1500, 2e6)], "it's": [(5, 1.0)]}, x="updates")
+    assert points_of(html) == {"a": {"0": "0.3333", "1,500": "2,000,000"}, "it&#39;s": {"5": "1"}}
+    assert points_of(histogram("t", [1, 2, 4], {"a": [3, 1]}, x="x")) == {"a": {"1 to 2": "75.0", "2 to 4": "25.0"}}
+
+
 def test_a_single_point_is_a_dot_and_no_point_a_sentence():
     html = line_chart("t", {"a": [(7, 3.0)]}, x="x")
     assert html.count("<circle") == 1 and not curves_of(html)
@@ -258,7 +273,7 @@ def trained(step, loss=1.0, seconds=2.0, **more):
 
 
 def value_of(html, name):
-    return float(re.search(rf'<tr><td>{name}</td><td[^>]*data-value="([^"]*)"', html)[1])
+    return float(re.search(rf"<dt>{name}</dt><dd>([^<]*)</dd>", html)[1])
 
 
 @pytest.mark.parametrize("high, shown", [(2e-4, {"0", "5e-5", "1.5e-4", "2e-4"}), (0.02, {"0.005", "0.02"})])
@@ -351,9 +366,48 @@ def test_undefined_losses_leave_the_rest_of_the_curve(tmp_path):
 def test_the_configuration_is_complete(tmp_path):
     log = run_of(tmp_path, config="depth: 18\nweights: <b>\neffective:\n  rate: 0.02\n")
     html = configuration_section(log).content
-    for row in ("<td>depth</td><td>18</td>", "<td>weights</td><td>&lt;b&gt;</td>", "<td>rate</td><td>0.02</td>"):
-        assert row in html
-    assert "<td>torch</td>" in html and "<td>Python</td>" in html
+    for name, value in (("depth", "18"), ("weights", "&lt;b&gt;"), ("rate", "0.02")):
+        assert f"<dt>{name}</dt><dd>{value}</dd>" in html
+    assert "<dt>torch</dt>" in html and "<dt>Python</dt>" in html
+
+
+def test_the_facts_say_what_was_trained_on_what_and_how_long(tmp_path):
+    effective = {"command": "python tools/train.py --data 'a <b>'", "hardware": "CPU, 2 cores", "commit": "0123abcd"}
+    effective |= {"processes": 2, "parameters": 41_500_000, "training_images": 205, "classes": 3, "torch": "2.14.1"}
+    config = {"data": "a/photos", "batch_size": 8, "effective": {**effective, "resumed": ["after update 20"]}}
+    evaluation = {"kind": "eval", "step": 60, "AP": 0.5, "seconds": 5.0}
+    log = run_of(tmp_path, trained(60, seconds=61.0, memory_mib=1536.0), evaluation, config=yaml.safe_dump(config))
+    html = facts_section(log, {"image sizes": "640 × 480"}).content
+    assert "<pre>python tools/train.py --data &#39;a &lt;b&gt;&#39;</pre>" in html
+    assert dict(re.findall("<dt>(.*?)</dt><dd>(.*?)</dd>", html)) == {
+        "data": "a/photos",
+        "training images": "205",
+        "classes": "3",
+        "image sizes": "640 × 480",
+        "parameters": "41.5 million",
+        "updates": "60 of 8 images",
+        "time of updates": "1 h 1 min",
+        "time of evaluations": "5 s",
+        "hardware": "CPU, 2 cores; 2 processes",
+        "commit": "0123abcd",
+        "resumed": "after update 20",
+        "software": f"Python {platform.python_version()}, torch 2.14.1",
+    }
+    assert log.cost() == {
+        "training images": "205",
+        "classes": "3",
+        "training and evaluation": "1 h 1 min",
+        "images per second": "0.131",
+        "peak memory": "1.5 GiB",
+    }
+
+
+@pytest.mark.parametrize(
+    "seconds, shown",
+    [(0, "0 s"), (41.4, "41 s"), (60, "1 min 0 s"), (863.8, "14 min 23 s"), (7500, "2 h 5 min"), (273600, "3 d 4 h")],
+)
+def test_a_duration_has_its_two_largest_units(seconds, shown):
+    assert duration(seconds) == shown
 
 
 def test_a_report_that_fails_is_one_line_and_keeps_the_previous_one(tmp_path):
@@ -372,6 +426,18 @@ def test_a_report_that_fails_is_one_line_and_keeps_the_previous_one(tmp_path):
 
 def column(shown, number):
     return shown.locator(f"tbody tr td:nth-child({number})").all_inner_texts()
+
+
+def test_the_pointer_over_a_chart_shows_the_values_there(opened):
+    curves = {"<b>": [(0, 1.0), (100, 2.0), (200, 4.5)], "seldom": [(200, 3.0)], "hidden": [(0, None)]}
+    shown = opened(page("t", "", [Section("S", line_chart("t", curves, x="updates"))]))
+    box, note = shown.locator("figure svg").bounding_box(), shown.locator(".note")
+    assert not note.is_visible()
+    for share, lines in ((0.5, ["updates: 100", "<b>: 2"]), (0.9, ["updates: 200", "<b>: 4.5", "seldom: 3"])):
+        shown.mouse.move(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+        assert note.inner_text().splitlines() == lines
+    shown.mouse.move(0, 0)
+    assert not note.is_visible() and shown.said == []
 
 
 def test_a_click_on_a_heading_sorts_and_a_second_reverses(opened):

@@ -193,7 +193,7 @@ def train(rank: Rank, options: Options) -> None:
     state = TrainState(distributed(model, rank), optimizer, rank, **more)
     task = Classification(session, metadata, train_set, val_set)
     more = {"parts": options.accumulate, "early_stop": options.early_stop}
-    more |= {"train_images": len(train_set), "val_images": len(val_set), "classes": len(train_set.classes)}
+    more |= {"training_images": len(train_set), "validation_images": len(val_set), "classes": len(train_set.classes)}
     run = session.train(task, state, schedule, **more, train_set_sha256=train_set.fingerprint)
 
     if options.data == SYNTHETIC:

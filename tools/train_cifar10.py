@@ -135,7 +135,11 @@ def train(rank: Rank, options: Options) -> None:
     optimizer = build_optimizer(model, "sgd", rate=schedule.rate, weight_decay=WEIGHT_DECAY, decay_norms=True)
     state = TrainState(distributed(model, rank), optimizer, rank, scaled=options.precision == "fp16")
     task = Cifar10Task(options, data, rank)
-    counts = {"train_images": len(data.train[1]), "val_images": len(data.test[1]), "classes": len(data.classes)}
+    counts = {
+        "training_images": len(data.train[1]),
+        "validation_images": len(data.test[1]),
+        "classes": len(data.classes),
+    }
     run = session.train(task, state, schedule, **counts, train_set_sha256=data.fingerprint())
 
     results = loop.evaluate(task, state, run, final=True)

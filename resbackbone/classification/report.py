@@ -9,14 +9,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from resbackbone.image_io import BadImage
-from resbackbone.report.numbers import number
+from resbackbone.report.confusions import confusions
+from resbackbone.report.numbers import number, percent
 from resbackbone.report.page import Section, absent, fraction, jpeg, macros, short, table
 from resbackbone.report.run import RunLog, report_page
 from resbackbone.report.run import write_report as write_page
 
-WHOLE_MATRIX = 20  # classes; with more, only the most confused pairs are shown
-PAIRS = 30
-WORST = 24  # images
+BEST, WORST = 5, 24  # images
 SIDE, PICTURE_LIMIT = 224, 40_000  # pixels, and characters of a picture
 SMALL = 64  # pixels; a picture no larger than that is shown pixel by pixel
 
@@ -51,14 +50,19 @@ def write_report(
         curves = {title: log.curve(name, evaluations=True, scale=100) for name, title in names.items()}
         curves["training batches"] = log.curve("train_error", scale=100)
         results = log.evaluations[-1] if log.evaluations else None
-        parts = [absent(why_not)] * 3
+        parts, best = [absent(why_not)] * 3, Markup()
         if predictions is not None:
             parts = [_classes(predictions), _confusions(predictions), _worst(predictions)]
+            best = _most_certain(predictions)
+        shown = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "error": "error"}
         return report_page(
             log,
             network,
             results,
-            summary=absent(why_not) if results is None else words.summary(results),
+            tiles={
+                title: f"{percent(results[name])} %" for name, title in shown.items() if results and name in results
+            },
+            summary=(absent(why_not) if results is None else words.summary(results)) + best,
             over_time=words.over_time({name: curve for name, curve in curves.items() if curve}, bool(log.evaluations)),
             sections=list(map(Section, ("Classes", "Confusions", "Worst images"), parts)),
         )
@@ -83,29 +87,30 @@ def _classes(predictions: Predictions) -> Markup:
 def _confusions(predictions: Predictions) -> Markup:
     first, n = predictions.best[:, 0], len(predictions.classes)
     read = first >= 0
-    names, images = [short(name) for name in predictions.classes], np.bincount(predictions.labels, minlength=n)
+    if not (first[read] != predictions.labels[read]).any():
+        return absent("No image was classified wrongly.")
     pairs, counts = np.unique(predictions.labels[read] * n + first[read], return_counts=True)
-    true, taken = np.divmod(pairs, n)
-    wrong = np.flatnonzero(true != taken)
-    most = [
-        (names[true[i]], names[taken[i]], int(counts[i]), fraction(counts[i] / images[true[i]]))
-        for i in wrong[np.argsort(-counts[wrong], kind="stable")[:PAIRS]]
-    ]
-    matrix = []
-    if n <= WHOLE_MATRIX:
-        table = np.zeros((n, n), int)
-        table[true, taken] = counts
-        shades = 1 + np.searchsorted([0.05, 0.2, 0.5], table / images.clip(1)[:, None])
-        matrix = [list(zip(*row, strict=True)) for row in zip(table.tolist(), shades.tolist(), strict=True)]
-    return macros("classification.html").confusions(names, matrix, most)
+    totals = np.bincount(predictions.labels, minlength=n)
+    return confusions(predictions.classes, *np.divmod(pairs, n), counts, totals, things="images")
+
+
+def _most_certain(predictions: Predictions) -> Markup:
+    right = np.flatnonzero(predictions.best[:, 0] == predictions.labels)
+    figures = _figures(predictions, right[np.argsort(predictions.losses[right], kind="stable")], BEST)
+    return macros("classification.html").thumbs(figures)
 
 
 def _worst(predictions: Predictions) -> Markup:
     wrong = np.flatnonzero((predictions.best[:, 0] != predictions.labels) & (predictions.best[:, 0] >= 0))
-    ranked = wrong[np.argsort(-predictions.losses[wrong], kind="stable")]
+    figures = _figures(predictions, wrong[np.argsort(-predictions.losses[wrong], kind="stable")], WORST)
+    return macros("classification.html").worst(figures, bool(len(wrong)))
+
+
+def _figures(predictions: Predictions, ranked: np.ndarray, most: int) -> list[dict]:
+    """What the template shows of the first images that can be read."""
     figures: list[dict] = []
     for index in ranked.tolist():
-        if len(figures) == WORST:
+        if len(figures) == most:
             break
         try:
             image = predictions.image(index)
@@ -116,4 +121,4 @@ def _worst(predictions: Predictions) -> Markup:
         loss = number(float(predictions.losses[index]), 3)
         file = short(Path(predictions.name(index)).name)
         figures.append({"uri": uri, "small": small, "true": true, "taken": taken, "loss": loss, "file": file})
-    return macros("classification.html").worst(figures, bool(len(wrong)))
+    return figures

@@ -1,4 +1,7 @@
-"""Charts as SVG: lines over a number, and bars. Their colours are the page's, so they follow light and dark."""
+"""Charts as SVG: lines over a number, and bars. Their colours are the page's, so they follow light and dark.
+
+Each curve carries its points, as [place, x, y] with the last two in words, which page.js shows under the pointer.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -6,22 +9,33 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
+from resbackbone.report.numbers import number
 from resbackbone.report.page import ENVIRONMENT, macros
 
 WIDTH, HEIGHT = 420, 230  # units, which on a phone are a little less than pixels
 LEFT, RIGHT, TOP, BOTTOM = 48, WIDTH - 22, 10, HEIGHT - 38  # edges of the plot
-FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "bottom": BOTTOM}
+FRAME = {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
 MAX_LABELS = 7  # of a histogram's edges
 MAX_POINTS = 250  # of a curve; of more, each stands for several
 
 Points = Sequence[tuple[float, float | None]]
 
 
-def line_chart(title: str, curves: Mapping[str, Points], *, x: str, x_range=None, y_range=None) -> Markup:
+def line_chart(
+    title: str,
+    curves: Mapping[str, Points],
+    *,
+    x: str,
+    x_range=None,
+    y_range=None,
+    show: Callable[[float], str] = number,
+    mark: float | None = None,
+) -> Markup:
     """Curves of (x, y) points in one chart, with a legend; a value that is not finite is a gap, a single point a dot.
 
     A curve of more than MAX_POINTS is thinned: neighbours become their mean, in a band from their minimum to their
-    maximum. The ranges (minimum, maximum) are by default those of the points, including 0.
+    maximum. The ranges (minimum, maximum) are by default those of the points, including 0. `show` words a value under
+    the pointer; a dashed line stands at x = `mark`.
     """
     thinned = {name: _thinned(points) for name, points in curves.items()}
     shown = {name: points for name, points in thinned.items() if np.isfinite(points[:, 1]).any()}
@@ -48,7 +62,14 @@ def line_chart(title: str, curves: Mapping[str, Points], *, x: str, x_range=None
         FRAME,
         [(across(value), _label(value)) for value in x_ticks],
         [(up(value), _label(value)) for value in y_ticks],
-        {name: [_drawn(part, across, up) for part in _unbroken(points)] for name, points in shown.items()},
+        {
+            name: {
+                "parts": [_drawn(part, across, up) for part in _unbroken(points)],
+                "points": [[across(a), number(a), show(b)] for a, b in points[:, :2].tolist() if math.isfinite(b)],
+            }
+            for name, points in shown.items()
+        },
+        None if mark is None else across(mark),
     )
 
 
@@ -62,7 +83,7 @@ def histogram(title: str, edges: Sequence[float], counts: Mapping[str, Sequence[
     y_ticks = ticks(0, _widened(0, max(map(max, shares.values())))[1], 5)
     y_ticks.append(2 * y_ticks[-1] - y_ticks[-2])
 
-    def across(edge: int) -> float:
+    def across(edge: float) -> float:
         return round(LEFT + edge / bins * (RIGHT - LEFT), 1)
 
     def up(value: float) -> float:
@@ -73,9 +94,18 @@ def histogram(title: str, edges: Sequence[float], counts: Mapping[str, Sequence[
     for name, values in shares.items():
         steps = "".join(f"V{up(y)}H{across(i + 1)}" for i, y in enumerate(values[first : first + bins].tolist()))
         outline = f"M{LEFT} {BOTTOM}{steps}V{BOTTOM}"
-        curves[name] = [{"band": f"{outline}Z", "curve": outline, "dot": None}]
+        bars = enumerate(values[first : first + bins].tolist())
+        spans = [f"{_label(edges[first + i])} to {_label(edges[first + i + 1])}" for i in range(bins)]
+        curves[name] = {
+            "parts": [{"band": f"{outline}Z", "curve": outline, "dot": None}],
+            "points": [[across(i + 0.5), spans[i], one_decimal(share)] for i, share in bars],
+        }
     labels = [(across(i), _label(edges[first + i])) for i in range(bins + 1) if (first + i) % every == 0]
     return macros("chart.html").line_chart(title, x, FRAME, labels, [(up(y), _label(y)) for y in y_ticks], curves)
+
+
+def one_decimal(value: float) -> str:
+    return f"{value:.1f}"
 
 
 def bar(share: float) -> Markup:
@@ -133,4 +163,4 @@ def _drawn(part: np.ndarray, across: Callable, up: Callable) -> dict:
     return {"band": band, "curve": "M" + "L".join(mean), "dot": mean[0].split() if len(part) == 1 else None}
 
 
-ENVIRONMENT.globals |= {"line_chart": line_chart, "histogram": histogram}
+ENVIRONMENT.globals |= {"line_chart": line_chart, "one_decimal": one_decimal}

@@ -22,3 +22,11 @@ def finite(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     return value if math.isfinite(value) else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the two largest units that they fill: 41 s, 14 min 21 s, 2 h 5 min, 3 d 4 h."""
+    for unit, length, smaller, part in (("d", 86400, "h", 3600), ("h", 3600, "min", 60), ("min", 60, "s", 1)):
+        if seconds >= length:
+            return f"{seconds // length:.0f} {unit} {seconds % length // part:.0f} {smaller}"
+    return f"{seconds:.0f} s"

@@ -27,10 +27,11 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 class Section(NamedTuple):
-    """A heading and what stands below it."""
+    """A heading and what stands below it; on a wide screen a `half` one shares the width with the next."""
 
     title: str
     content: Markup
+    half: bool = False
 
 
 class Cell(NamedTuple):
@@ -88,7 +89,7 @@ def jpeg(image: Image.Image, *, side: int, limit: int = LIMIT) -> str:
 def page(title: str, subtitle: str, sections: Sequence[Section]) -> str:
     """The page. Over LIMIT bytes its largest sections are left out, and a sentence in their place says so."""
     sections = list(sections)
-    style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("style.css", "sort.js"))
+    style, script = (Markup((TEMPLATES / name).read_text(encoding="utf-8")) for name in ("style.css", "page.js"))
     policy = f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}"
     template = ENVIRONMENT.get_template("page.html")
     for _ in range(len(sections) + 1):

@@ -15,10 +15,11 @@ from resbackbone.engine.best import read_best
 from resbackbone.engine.metrics import read_metrics
 from resbackbone.engine.run import read_yaml
 from resbackbone.report.charts import bar
-from resbackbone.report.numbers import finite, number
+from resbackbone.report.numbers import duration, finite, number
 from resbackbone.report.page import Cell, Section, fraction, macros, page, short
 
 FILE = "report.html"
+MEMORY = "peak memory of the main process or its GPU, MiB"
 PACKAGES = (  # those that are installed
     *("resbackbone", "torch", "torchvision", "timm", "numpy", "pillow", "safetensors"),
     *("pycocotools", "hotcoco", "detectron2"),
@@ -32,7 +33,8 @@ PARTS = {  # of an update, as metrics.jsonl and the page call them
 
 
 class RunLog:
-    """What a run's folder has recorded: `config`, lines of metrics.jsonl as `train` and `evaluations`, and `best`."""
+    """What a run's folder has recorded: `config`, what came of it (`effective`), lines of metrics.jsonl as `train` and
+    `evaluations`, and `best`."""
 
     def __init__(self, folder: Path):
         try:
@@ -40,6 +42,8 @@ class RunLog:
         except UserError:
             self.config = {}
         self.best = read_best(folder)
+        effective = self.config.get("effective")
+        self.effective = effective if isinstance(effective, dict) else {}
         started = (folder / "metrics.jsonl").exists()
         self.train, self.evaluations = (read_metrics(folder, kind) if started else [] for kind in ("train", "eval"))
 
@@ -73,15 +77,37 @@ class RunLog:
             "seconds of updates": round(seconds, 1),
             "seconds per update": seconds / updates,
             "images per second": images / seconds,
-            "percent of the time waiting for data": 100 * self.total("data_seconds") / seconds,
+            "percent of the time waiting for data": round(100 * self.total("data_seconds") / seconds, 1),
             "seconds of evaluation": round(self.evaluation_seconds(), 1),
         }
         if memory := [value for _, value in self.curve("memory_mib") if value]:  # not on Windows
-            facts["peak memory of the main process or its GPU, MiB"] = round(max(memory))
+            facts[MEMORY] = round(max(memory))
         if (loss := finite(self.train[-1].get("loss"))) is not None:
             count = spans[-1][0]
             facts[f"loss in the last {f'{count} updates' if count > 1 else 'update'}"] = loss
         return facts
+
+    def seconds(self) -> float:
+        """Of all updates and evaluations."""
+        return self.total("seconds") + self.evaluation_seconds()
+
+    def images(self) -> dict[str, int]:
+        """The numbers of images and classes, where they are recorded and images are loaded."""
+        counts = {} if self.config.get("data") == "synthetic" else self.effective
+        names = ("training_images", "validation_images", "classes")
+        return {name.replace("_", " "): counts[name] for name in names if name in counts}
+
+    def cost(self) -> dict[str, str]:
+        """What the training took, for the summary."""
+        facts, images = self.facts(), self.images()
+        tiles = {name: number(count) for name, count in images.items() if name != "validation images"}
+        if self.train:
+            tiles["training and evaluation"] = duration(self.seconds())
+        if "images per second" in facts:
+            tiles["images per second"] = number(facts["images per second"], 3)
+        if MEMORY in facts:
+            tiles["peak memory"] = f"{facts[MEMORY] / 1024:.1f} GiB"
+        return tiles
 
     def data_name(self) -> str:
         path = Path(self.config.get("data") or self.config.get("train_json") or "unknown data")
@@ -93,18 +119,23 @@ def report_page(
     network: str,
     results: Mapping | None,
     *,
+    tiles: Mapping[str, str],
     summary: Markup,
     over_time: Markup,
     sections: list[Section],
-    before: Sequence[Section] = (),
+    facts: Mapping[str, str] | None = None,
+    data: Sequence[Section] = (),
 ) -> str:
-    """The page of a run; `before` comes first, `sections` after the training; `over_time` charts its evaluations."""
+    """The page of a run: its results as `tiles`, {what: number}, and in words; `facts` about its data; `data` and,
+    after the training, `sections`. `over_time` charts the evaluations.
+    """
     subtitle = [f"recipe {log.config['recipe']}"] if "recipe" in log.config else []
     subtitle += [f"{number(log.train[-1]['step'])} updates"] if log.train else []
     subtitle += [f"{number(results['images'])} images evaluated" if results else "no evaluation"]
-    first = [Section("Summary", summary), training_section(log, over_time)]
+    top = macros("run.html").summary({**tiles, **log.cost()}, len(tiles), log.effective.get("hardware"), summary)
+    first = [Section("Summary", top), facts_section(log, facts or {}), *data, training_section(log, over_time)]
     last = [timing_section(log), configuration_section(log)]
-    return page(f"{network} on {log.data_name()}", ", ".join(subtitle), [*before, *first, *sections, *last])
+    return page(f"{network} on {log.data_name()}", ", ".join(subtitle), [*first, *sections, *last])
 
 
 def summary(folder: Path, results: Mapping[str, str], files: Mapping[str, str]) -> str:
@@ -132,6 +163,24 @@ def write_report(folder: Path, make_page: Callable[[], str], say: Callable[[str]
         return None
 
 
+def facts_section(log: RunLog, more: Mapping[str, str]) -> Section:
+    """What was trained, on what, with which command; `more` are facts about the data."""
+    effective, processes = log.effective, log.effective.get("processes", 1)
+    facts = {"data": log.config.get("data"), **{name: number(count) for name, count in log.images().items()}, **more}
+    if "parameters" in effective:
+        facts["parameters"] = f"{effective['parameters'] / 1e6:.1f} million"
+    if log.train:
+        facts["updates"] = f"{number(log.train[-1]['step'])} of {log.config.get('batch_size', '?')} images"
+        facts["time of updates"] = duration(log.total("seconds"))
+        facts["time of evaluations"] = duration(log.evaluation_seconds())
+    if "hardware" in effective:
+        facts["hardware"] = effective["hardware"] + (f"; {processes} processes" if processes > 1 else "")
+    facts |= {name: effective[name] for name in ("commit", "resumed") if name in effective}
+    facts["software"] = f"Python {platform.python_version()}, torch {effective.get('torch', torch.__version__)}"
+    shown = {name: in_words(value) for name, value in facts.items()}
+    return Section("Facts", macros("run.html").facts(effective.get("command"), shown))
+
+
 def training_section(log: RunLog, over_time: Markup) -> Section:
     """Losses, learning rate and gradient norm over updates, and the chart of the evaluations."""
     names = dict.fromkeys(name for line in log.train for name in line if name.startswith("loss_"))
@@ -143,7 +192,8 @@ def training_section(log: RunLog, over_time: Markup) -> Section:
 def timing_section(log: RunLog) -> Section:
     """Where the time went: parts of the updates, and evaluations; images per second and memory."""
     spans, evaluations = log.spans(), len(log.evaluations)
-    facts = [*(log.facts().items() if spans else ()), *([("evaluations", evaluations)] if evaluations else ())]
+    known = {**(log.facts() if spans else {}), **({"evaluations": evaluations} if evaluations else {})}
+    facts = {name: number(value) for name, value in known.items()}
     recorded = [name for name in PARTS if any(name in line for _, line in spans)]
     spent = {PARTS[name]: log.total(name) for name in recorded}
     if spans:
@@ -165,15 +215,18 @@ def timing_section(log: RunLog) -> Section:
 
 def configuration_section(log: RunLog) -> Section:
     """Every option and what came of it, as in config.yaml, and the versions of the software."""
-    config = dict(log.config)
-    effective = config.pop("effective", None)
-    rows = [*config.items(), *(effective.items() if isinstance(effective, Mapping) else ())]
-    options = [(short(name), "–" if value is None else str(value)[:500]) for name, value in rows]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    versions = [("Python", platform.python_version()), ("system", platform.platform()), ("device", device)]
-    versions += [(name, version) for name in PACKAGES if (version := _version(name))]
+    rows = [(name, value) for name, value in log.config.items() if name != "effective"] + [*log.effective.items()]
+    options = {short(name): in_words(value) for name, value in rows}
+    versions = {"Python": platform.python_version(), "system": platform.platform()}
+    versions |= {name: version for name in PACKAGES if (version := _version(name))}
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     return Section("Configuration", macros("run.html").configuration(options, versions, written))
+
+
+def in_words(value: object) -> str:
+    """A value of config.yaml as a page shows it."""
+    value = "; ".join(map(str, value)) if isinstance(value, list) else value
+    return "–" if value in (None, "") else str(value)[:500]
 
 
 def _version(name: str) -> str | None:
