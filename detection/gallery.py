@@ -26,13 +26,14 @@ DRAWN, LABEL_HEIGHT = 300, 14  # SVG units of a picture's longer side, and of a 
 MOST_BOXES = 100  # in a picture
 MIN_SIDE = 480  # pixels; smaller pictures are enlarged so that labels can be read
 GAP = 12
+QUALITY = 90  # of JPEG; Pillow's 75 smears thin lines and labels
 
 
 def save_pictures(folder: Path, dataset: CocoImages, detections: np.ndarray, *, count: int = 12) -> list[Path]:
-    """Write `count` images, evenly spread over the data set, as PNG: ground truth left, detections right.
+    """Write `count` images, evenly spread over the data set, as JPEG: ground truth left, detections right.
 
-    Detections, DETECTION [n], that score below SCORE are not drawn. Returns the files, named by image id; unreadable
-    images are skipped.
+    Detections, DETECTION [n], that score below SCORE are not drawn. Returns the files, which have the images' names;
+    unreadable images are skipped.
     """
     folder.mkdir(parents=True, exist_ok=True)
     confident = detections[detections["score"] >= SCORE]
@@ -53,8 +54,11 @@ def save_pictures(folder: Path, dataset: CocoImages, detections: np.ndarray, *, 
         both = Image.new("RGB", (left.width + GAP + right.width, left.height), "white")
         both.paste(left, (0, 0))
         both.paste(right, (left.width + GAP, 0))
-        path = folder / f"{target['image_id']:012d}.png"
-        both.save(path)
+        stem = dataset.path(index).stem
+        path = folder / f"{stem}.jpg"
+        if path in written:
+            path = folder / f"{stem}-{target['image_id']}.jpg"
+        both.save(path, quality=QUALITY)
         written.append(path)
     return written
 

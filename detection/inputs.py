@@ -63,12 +63,14 @@ def frames_file(video_file: Path) -> Path:
     return video_file.with_name(f"{video_file.stem}-frames.json")
 
 
-def output_files(inputs: Inputs, folder: Path) -> dict[Path | int, Path]:
+def output_files(inputs: Inputs, folder: Path, picture: str = "jpg") -> dict[Path | int, Path]:
     """The output file in `folder` for each input, under the input's name; a name that is taken gets a number.
+
+    `picture` is the suffix of pictures; videos are .mp4.
 
     Raises ValueError if an output would overwrite an input.
     """
-    sources = [(source, ".png") for source in inputs.images] + [(source, ".mp4") for source in inputs.videos]
+    sources = [(source, f".{picture}") for source in inputs.images] + [(source, ".mp4") for source in inputs.videos]
     names: dict[str, Path | int] = {}
     for number, (source, suffix) in enumerate(sources, 1):
         stem = f"camera-{source}" if isinstance(source, int) else source.stem

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from detection import video
 from detection.faster_rcnn import FasterRCNN, fuse_detector
 from detection.foreign import NOT_A_CLASS
-from detection.gallery import draw_boxes
+from detection.gallery import QUALITY, draw_boxes
 from detection.inputs import images_in
 from detection.transforms import MOST_NORMALIZED, SLACK, InputTransform, to_model_input
 from resbackbone.checks import MissingPackage, UserError, brief
@@ -96,7 +96,7 @@ class Prediction:
             raise UserError(f"{path}: is the image itself, which boxes would replace; choose another name")
         picture = self.picture()
         try:
-            picture.save(path)
+            picture.save(path, quality=QUALITY)  # which only JPEG and WebP have
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be written ({error})") from None
 

@@ -27,9 +27,10 @@ from detection.inputs import find_inputs, frames_file, image_ids_of, output_file
 from detection.predict import Prediction, batches, predictions
 from detection.saved import load_detector, run_folder
 from detection.video import Video, video_file
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, one_of
 from resbackbone.engine.best import is_best
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
+from resbackbone.engine.termination import termination
 from resbackbone.image_io import BadImage, read_image
 
 Find = Callable[[Sequence[Tensor]], list[Prediction]]
@@ -53,6 +54,8 @@ class Options:
     """Lowest score of the boxes that are drawn; the JSON has all boxes."""
     pictures: bool = True
     """Draw the boxes: a picture of each image, a video of each video."""
+    format: str = "jpg"
+    """Of the pictures: jpg or png."""
     annotations: Auto[Path] = None
     """COCO annotation file with the ids of the images by file name. Default: numbers from 1, in order."""
     batch_size: int = 1
@@ -64,7 +67,7 @@ class Options:
     precision: Auto[str] = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
     skip_bad_images: bool = False
-    """Skip images that cannot be read; their names are printed."""
+    """Images that cannot be read are no error. They are skipped and named in any case."""
     quiet: bool = False
     """Print only warnings, errors and the paths of the results."""
 
@@ -86,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.output or beside
     images, videos = inputs = find_inputs(options.inputs, folder, recursive=options.recursive)
     with from_option("--output"):
-        pictures = output_files(inputs, folder)
+        pictures = output_files(inputs, folder, one_of("format", options.format, ("jpg", "png")))
 
     detector = load_detector(options.run).to(device, memory_format=torch.channels_last)
     with from_option("--annotations"):
@@ -94,17 +97,27 @@ def main(argv: list[str] | None = None) -> None:
     prepare_for_detection(detector, bf16=bf16)
     find = partial(predictions, detector, bf16=bf16)
     folder.mkdir(parents=True, exist_ok=True)
-    if images:
-        detect_images(find, images, image_ids, pictures, folder / "detections.json", options)
-    for source in videos:
-        detect_video(find, source, pictures[source], options)
+    bad: list[BadImage] = []
+    with termination.handled(), termination.deferred():
+        if images:
+            bad = detect_images(find, images, image_ids, pictures, folder / "detections.json", options)
+        for source in videos:
+            detect_video(find, source, pictures[source], options)
+    if bad and not options.skip_bad_images:
+        some = f"{len(bad)} of {len(images)} images, named above, cannot be read"
+        raise bad[0] if len(images) == 1 else UserError(f"{some}; --skip-bad-images makes that no error")
 
 
 def detect_images(
     find: Find, images: list[Path], image_ids: list[int], pictures: dict, out: Path, options: Options
-) -> None:
-    """Image files -> pictures, and the list `out` of detections, each with the file's name."""
-    readable = read_images(track(images, len(images), "detect"), image_ids, skip_bad=options.skip_bad_images)
+) -> list[BadImage]:
+    """Image files -> pictures, and the list `out` of detections, each with the file's name. Returns what is wrong.
+
+    Ctrl-C ends it after the images at hand.
+    """
+    bad: list[BadImage] = []
+    readable = read_images(track(images, len(images), "detect"), image_ids, bad)
+    done = 0
     with json_list(out) as add:
         for batch in batches(readable, options.batch_size):
             paths, tensors, ids = zip(*batch, strict=True)
@@ -113,23 +126,28 @@ def detect_images(
                     add({"image": str(path), **entry})
                 sure = found.at_least(options.threshold)
                 if options.pictures:
-                    sure.picture().save(pictures[path])
+                    sure.save(pictures[path])
                 where = f", {pictures[path]}" if options.pictures else ""
                 progress_console.print(f"{path}: {len(sure)} found{where}")
+            done += len(batch)
+            if termination.requested:
+                break
     console.print(f"all detections: {out}")
+    if termination.requested:
+        termination.stop(f"after {done} of {len(images)} images")
+    return bad
 
 
 def read_images(
-    paths: Iterable[Path], image_ids: Iterable[int], *, skip_bad: bool
+    paths: Iterable[Path], image_ids: Iterable[int], bad: list[BadImage]
 ) -> Iterator[tuple[Path, Tensor, int]]:
-    """Yield (file, uint8 [3, H, W], id). Raises BadImage for an unreadable image, or prints and skips it."""
+    """Yield (file, uint8 [3, H, W], id). What is wrong with an unreadable image is printed and added to `bad`."""
     for path, image_id in zip(paths, image_ids, strict=True):
         try:
             yield path, read_image(path), image_id
         except BadImage as error:
-            if not skip_bad:
-                raise
             console.print(f"skipped {error}")
+            bad.append(error)
 
 
 def named_entries(found: Prediction, image_id: int) -> list[dict]:
@@ -138,31 +156,31 @@ def named_entries(found: Prediction, image_id: int) -> list[dict]:
 
 
 def detect_video(find: Find, source: Path | int, out: Path, options: Options) -> None:
-    """Video -> video with boxes, and a list of {"frame", "seconds", "detections"}. Ctrl-C ends a camera."""
+    """Video -> video with boxes, and a list of {"frame", "seconds", "detections"}. Ctrl-C ends both where they are."""
     video = Video(source)
     total = min(filter(None, (video.count, options.max_frames)), default=None)
     frames = track(islice(video, options.max_frames), total, f"detect {video.name}")
     number = boxes = 0
     pictures = video_file(out, video.rate) if options.pictures else nullcontext()
     with json_list(frames_file(out)) as add, pictures as add_picture:
-        try:
-            for batch in batches(frames, options.batch_size):
-                for found in find(batch):
-                    sure = found.at_least(options.threshold)
-                    if options.pictures:
-                        add_picture(sure.picture())
-                    detections = named_entries(found, number)
-                    for entry in detections:
-                        del entry["image_id"]
-                    add({"frame": number, "seconds": round(number / video.rate, 3), "detections": detections})
-                    number, boxes = number + 1, boxes + len(sure)
-        except KeyboardInterrupt:
-            if isinstance(source, Path):
-                raise
+        for batch in batches(frames, options.batch_size):
+            for found in find(batch):
+                sure = found.at_least(options.threshold)
+                if options.pictures:
+                    add_picture(sure.picture())
+                detections = named_entries(found, number)
+                for entry in detections:
+                    del entry["image_id"]
+                add({"frame": number, "seconds": round(number / video.rate, 3), "detections": detections})
+                number, boxes = number + 1, boxes + len(sure)
+            if termination.requested:
+                break
         if not number:
             raise UserError(f"{video.name}: no frame can be read")
     progress_console.print(f"{video.name}: {boxes} found in {number} frames{f', {out}' if options.pictures else ''}")
     console.print(f"all detections: {frames_file(out)}")
+    if termination.requested and isinstance(source, Path):  # a camera has no other end
+        termination.stop(f"after {number} of {video.count or 'unknown'} frames")
 
 
 def run() -> None:

@@ -104,7 +104,7 @@ def score(rank: Rank, options: Options) -> None:
 
     detector = load_detector(file).to(rank.device, memory_format=torch.channels_last)
     given = {"categories": detector.real_categories, "skip_bad_images": options.skip_bad_images}
-    with from_option("--data"):
+    with from_option("--data" if options.data else "--data (from config.yaml)"):
         if options.data:
             session.info(f"data:  {from_main(lambda: describe_layout(data), rank)}")
         dataset = from_main(lambda: open_split(data, options.split, **given), rank)

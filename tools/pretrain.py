@@ -399,6 +399,7 @@ def write_results(path: Path, results: dict) -> None:
 def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     data = str(options.data or usual_folder(*IMAGENET) or EMBEDDED)
+    data = str(EMBEDDED) if Path(data) == EMBEDDED.absolute() else data  # as a run that is resumed has it
     default = "demo" if Path(data) == EMBEDDED else "torchvision-v1"
     recipe_name = one_of("recipe", options.recipe or default, RECIPES)
     recipe = with_values(RECIPES[recipe_name], options.recipe_values, OPTION_OF)

@@ -516,6 +516,7 @@ def complete(options: Options) -> Options:
     """Fill in every option except the folder. Raises ValueError for an option that is not accepted."""
     check_training(options)
     data = data_of(vars(options)) or find_coco() or EMBEDDED
+    data = EMBEDDED if data == EMBEDDED.absolute() else data  # as a run that is resumed has it
     own_engine = one_of("engine", options.engine, ENGINES) == "torchvision"
     device, processes, precision = choose_machine(options if own_engine else replace(options, precision="fp32"))
     kind = torch.device(device).type

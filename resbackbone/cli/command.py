@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import io
+import math
+import os
 import re
 import shlex
 import sys
@@ -200,18 +202,17 @@ class Progress:
 
     def __init__(self, label: str, total: int | None, *, start: int = 0, shown: bool = True):
         self.label, self.shown, self.printed = label, shown and not progress_console.quiet, time.monotonic()
-        left = rich.progress.TextColumn("left"), rich.progress.TimeRemainingColumn()
         self.bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=20),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
-            *([] if total is None else left),
+            rich.progress.TextColumn("{task.fields[left]}"),
             console=progress_console,
             speed_estimate_period=600,
             disable=not (self.shown and progress_console.is_terminal),
         )
-        self.bar.add_task(label, total=total, completed=start)
+        self.bar.add_task(label, total=total, completed=start, left="")
         [self.task] = self.bar.tasks
 
     def __enter__(self) -> "Progress":
@@ -221,16 +222,34 @@ class Progress:
     def __exit__(self, *_) -> None:
         self.bar.stop()
 
-    def update(self, done: int, note: str | None = None) -> None:
-        """Show that `done` of the total are done; `note` describes the latest."""
+    def update(self, done: int, note: str | None = None, seconds_left: float | None = None) -> None:
+        """Show that `done` of the total are done; `note` describes the latest.
+
+        Without `seconds_left`, which is infinite if unknown, the mean speed so far gives the time that is left.
+        """
         self.bar.update(self.task.id, completed=done)
+        seconds = self.task.time_remaining if seconds_left is None else seconds_left
+        left = "" if seconds in (None, math.inf) else f"{timedelta(seconds=round(seconds))} left"
+        self.bar.update(self.task.id, left=left)
         due = self.bar.disable and time.monotonic() - self.printed > SECONDS_BETWEEN_LINES
         if self.shown and (note is not None or due):
             self.printed = time.monotonic()
             parts = [f"{self.label} {done}" if self.task.total is None else f"{self.label} {done}/{self.task.total}"]
-            if self.task.time_remaining is not None:
-                parts.append(f"{timedelta(seconds=self.task.time_remaining)} left")
-            progress_console.print(", ".join([*parts, *([] if note is None else [note])]))
+            progress_console.print(", ".join([*parts, *filter(None, (left, note))]))
+
+
+def resume_command(folder: Path) -> str:
+    """The shell command that continues the run in `folder` from any directory."""
+    if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ:
+        return f"the same command with --output {shlex.quote(str(folder.absolute()))} --resume"
+    return shlex.join([*program(), "--output", str(folder.absolute()), "--resume"])
+
+
+def program() -> list[str]:
+    """The words with which this command was started, without its options: python and a script, or an installed name."""
+    if Path(sys.argv[0]).name.startswith("resbackbone-"):
+        return [Path(sys.argv[0]).name]
+    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
 
 
 def from_config(options: type[T], path: str | Path) -> T:
@@ -277,6 +296,8 @@ def values_in(config: Mapping[str, Any]) -> tuple[str, ...]:
 def to_config(options) -> dict:
     """The options as values for YAML, without empty lists and what does not belong to a run (--quiet).
 
+    Paths of files and folders that exist are absolute, so that a run can be used from any directory.
+
     Each of `recipe_values` is a line: "recipe.schedule.milestones: [60000, 80000]".
     """
     values = _values(options, option_names(type(options)))
@@ -286,4 +307,8 @@ def to_config(options) -> dict:
         name, _, text = item.partition("=")
         words = [yaml.safe_load(word) for word in shlex.split(text)]
         values[f"recipe.{name}"] = words[0] if len(words) == 1 else words
-    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items() if v != ()}
+    for name, value in values.items():
+        if isinstance(value, Path) or (name in ("data", "weights") and value is not None):
+            is_path = Path(value).exists() and str(value) != "synthetic"  # which is no folder
+            values[name] = str(Path(value).absolute() if is_path else value)
+    return {name: value for name, value in values.items() if value != ()}

@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 
 from resbackbone.checks import UserError
+from resbackbone.engine.termination import INTERRUPTED, Terminated
 from resbackbone.image_io import BadImage
 
 HEAD_START = 5.0  # seconds for rank 0, because all ranks find most mistakes at once, and one line is enough
@@ -17,7 +18,9 @@ HEAD_START = 5.0  # seconds for rank 0, because all ranks find most mistakes at 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a UserError, an OSError, a full GPU or Ctrl-C in the block into one line on stderr and exit status 1.
+    """Turn a UserError, an OSError or a full GPU in the block into one line on stderr and exit status 1.
+
+    Ctrl-C and SIGTERM get a line too, and the statuses of `Terminated`.
 
     Ranks other than 0 wait a moment, in which they are stopped if rank 0 has failed too. A rank raises a RuntimeError
     when its peer has exited; it waits longer, so that the peer reports the cause first. RESBACKBONE_DEBUG=1 shows
@@ -25,8 +28,12 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
+    except Terminated as stop:
+        _print(stop.message)
+        raise
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        _print("interrupted")
+        sys.exit(INTERRUPTED)
     except (UserError, OSError, torch.OutOfMemoryError) as error:
         if os.environ.get("RESBACKBONE_DEBUG"):
             raise
@@ -51,6 +58,11 @@ def from_option(name: str) -> Iterator[None]:
     except UserError as error:
         message = str(error).removeprefix(f"{name.removeprefix('--')} ")
         raise UserError(message if message.startswith("unknown ") else f"{name} {message}") from None
+
+
+def _print(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def _exit(error: Exception) -> NoReturn:

@@ -13,7 +13,7 @@ import torch
 
 from resbackbone.analysis import count_parameters
 from resbackbone.checks import UserError
-from resbackbone.cli.command import Progress, be_quiet, console, progress_console, to_config, track
+from resbackbone.cli.command import Progress, be_quiet, console, progress_console, resume_command, to_config, track
 from resbackbone.cli.errors import from_option
 from resbackbone.engine import loop
 from resbackbone.engine.best import FOLDER as BEST
@@ -26,7 +26,7 @@ from resbackbone.engine.run import Run, claim_folder, read_yaml
 from resbackbone.engine.schedule import Schedule
 from resbackbone.engine.state import TrainState
 from resbackbone.engine.task import Task
-from resbackbone.engine.termination import Terminated
+from resbackbone.engine.termination import termination
 from resbackbone.engine.tracking import check_tracker
 from resbackbone.report.run import summary
 
@@ -146,12 +146,7 @@ class Session:
             f"on {ranks} {self.rank.device.type}, {plan.precision}, learning rate {schedule.rate:g}"
         )
         with Progress("train", plan.steps, start=state.step, shown=self.rank.is_main) as progress:
-            try:
-                loop.train(task, state, plan, run, progress.update, self.info)
-            except Terminated:
-                if self.rank.is_main:
-                    self.warn(f"terminated at step {state.step} and saved; continue with --resume")
-                raise
+            loop.train(task, state, plan, run, progress.update, self.info)
         return run
 
     def finish(self, results: Mapping[str, str]) -> None:
@@ -179,6 +174,7 @@ def prepare_run(rank: Rank, options, *, default: Path) -> Session:
         session.folder = from_main(claim, rank)
         if options.resume:
             session.checkpoint = from_main(partial(resume_point, session.folder, session.warn), rank)
+    termination.resume_command = resume_command(session.folder)
     if session.checkpoint is not None and rank.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         recorded = read_yaml(session.folder / "config.yaml").get("effective", {}).get("threads", 0)
         if 1 <= recorded <= (os.cpu_count() or 1) and recorded != torch.get_num_threads():

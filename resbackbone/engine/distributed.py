@@ -21,7 +21,7 @@ from resbackbone.checks import UserError
 from resbackbone.engine.device import choose_device, use
 from resbackbone.engine.lock import release_all_folders
 from resbackbone.engine.rendezvous import store_of_this_start
-from resbackbone.engine.termination import EXIT_STATUS, Terminated, quick_exit, termination
+from resbackbone.engine.termination import EXIT_STATUS, INTERRUPTED, Terminated, quick_exit, termination
 
 T = TypeVar("T")
 Guard = Callable[[], AbstractContextManager]  # wraps the work of a process and turns errors into messages
@@ -109,14 +109,26 @@ def _spawn(function: Callable[..., None], arguments: tuple, *, device: str, proc
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # else it logs every process it stops
     call = partial(launch, function, arguments, device=device, processes=processes)
     started = mp.spawn(_spawned, (get_free_port(), guard, call), nprocs=processes, join=False)
-    before = signal.signal(signal.SIGTERM, lambda *_: [process.terminate() for process in started.processes])
+    signals: list[int] = []
+
+    def forward(number: int, _) -> None:
+        again = signal.SIGINT in signals and number == signal.SIGINT
+        signals.append(number)
+        for process in started.processes:
+            process.kill() if again else process.terminate()
+
+    before = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         while not started.join():
             pass
-    except mp.ProcessExitedException as error:
-        sys.exit(EXIT_STATUS if error.exit_code == EXIT_STATUS else 1)  # the guard has reported it
+    except mp.ProcessExitedException as error:  # the guard has reported it
+        status = error.exit_code if error.exit_code in (EXIT_STATUS, INTERRUPTED) else 1
+        sys.exit(INTERRUPTED if signal.SIGINT in signals else status)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if signal.SIGINT in signals:
+        sys.exit(INTERRUPTED)
 
 
 def _spawned(rank: int, port: int, guard: Guard, call: Callable[[], None]) -> None:

@@ -1,7 +1,10 @@
 """The training loop: updates from batches, with metrics, checkpoints and evaluations."""
 
+import math
+import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +50,10 @@ class Plan:
         """Whether `train` evaluates at this step; the last one is for the final evaluation."""
         return step not in (0, self.steps) and self._is_due(step)
 
+    def evaluations_from(self, step: int) -> int:
+        """How many evaluations `train` makes from this step, which is above 0, to the last one before the end."""
+        return max(0, (self.steps - 1) // self.eval_period - (step - 1) // self.eval_period) if self.eval_period else 0
+
     def logs(self, step: int) -> bool:
         """Whether `train` records a line of metrics at this step; before an evaluation too, as that may end it."""
         return step % self.log_period == 0 or step == self.steps or self.evaluates(step)
@@ -59,21 +66,42 @@ class Plan:
         return bool(self.eval_period) and step % self.eval_period == 0
 
 
+class Pace:
+    """How fast a training is, for the time that is left: seconds of the latest updates, and of the last evaluation."""
+
+    LEAST, MOST = 5, 200  # updates to judge by
+
+    def __init__(self, plan: Plan):
+        self.plan, self.evaluation = plan, 0.0
+        self.updates: deque[float] = deque(maxlen=self.MOST)
+
+    def seconds_left(self, step: int) -> float:
+        """Of the updates after `step`, and of the evaluations from it on; infinity until there were LEAST updates.
+
+        The first updates take much longer than the rest, so the median counts until there are MOST for a mean.
+        """
+        if len(self.updates) < self.LEAST:
+            return math.inf
+        update = statistics.fmean(self.updates) if len(self.updates) == self.MOST else statistics.median(self.updates)
+        return (self.plan.steps - step) * update + (self.plan.evaluations_from(step) + 1) * self.evaluation
+
+
 def train(
     task: Task,
     state: TrainState,
     plan: Plan,
     run: Run,
-    progress: Callable[[int, str | None], None],
+    progress: Callable[[int, str | None, float], None],
     info: Callable[[str], None],
 ) -> None:
     """Update `state` from its step to the plan's last, with one batch of the task for each update, or stop early.
 
-    `progress` gets every step, with a line of metrics or None, and `info` each evaluation's result.
+    `progress` gets every step, a line of metrics or None, and the seconds that are left, infinity if unknown; `info`
+    gets each evaluation's result.
 
     Randomness depends on the seed, the step and the rank alone, so resumed runs repeat it. If a loss or gradient is not
-    finite, raises UserError on every rank before any weight changes. After SIGTERM on any rank, all save a checkpoint
-    after the same update and raise Terminated.
+    finite, raises UserError on every rank before any weight changes. After SIGTERM or Ctrl-C on any rank, all save a
+    checkpoint after the same update and raise Terminated.
     """
     rank, result, saved = state.rank, None, state.step
     run.keeps_best = bool(plan.eval_period) or read_best(run.folder) is not None
@@ -84,7 +112,7 @@ def train(
         saved = state.step
         if rank.is_main and not plan.eval_period:  # otherwise evaluations write it
             task.write_report(run.folder)
-        termination.saved = True
+        termination.saved = state.step
 
     def evaluate_if_due() -> bool:
         """Evaluate if the plan says so; whether training ends with it."""
@@ -113,7 +141,7 @@ def train(
             checkpoint()
         return True
 
-    batches = task.batches(state.step)
+    batches, pace = task.batches(state.step), Pace(plan)
     with termination.deferred():
         ended = evaluate_if_due() or stops_early()  # a resumed run: it was saved before it was evaluated, or had ended
         recent, began = [], time.monotonic()
@@ -138,6 +166,7 @@ def train(
             values |= task.after_update(batch, state.step)
             now = time.monotonic()
             recent.append({**values, "seconds": now - began, "data_seconds": loaded - asked})
+            pace.updates.append(now - began)
             began, line = now, None
             if plan.logs(state.step):
                 parts = state.stopwatch.take(len(recent))
@@ -145,15 +174,17 @@ def train(
                 record["images_per_second"] = plan.batch_size / record["seconds"]
                 run.record(state.step, record)
                 line, recent = describe(record, result), []
-            progress(state.step, line)
+            progress(state.step, line, pace.seconds_left(state.step))
             stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks agree in an update
             if state.step % plan.checkpoint_period == 0 or state.step == plan.steps or stopping:
                 checkpoint()
             if stopping:
                 termination.stop(together=True)
-            evaluated = time.monotonic()
+            asked = time.monotonic()
             ended = evaluate_if_due()
-            began += time.monotonic() - evaluated
+            if plan.evaluates(state.step):
+                pace.evaluation = time.monotonic() - asked
+                began += pace.evaluation
     run.is_cut = plan.cuts(state.step)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM, which schedulers send to end a job: training stops after an update and saves, and the command exits 0."""
+"""Ctrl-C, and SIGTERM, which schedulers send to end a job: training stops after an update and saves."""
 
 import multiprocessing
 import os
@@ -10,34 +10,42 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 EXIT_STATUS = 128 + signal.SIGTERM  # as shells report it
+INTERRUPTED = 128 + signal.SIGINT
 
 
 class Terminated(SystemExit):
-    """SIGTERM stops this process; `together` if all ranks agreed to stop here."""
+    """A signal stops this process; `together` if all ranks agreed to stop here. `message` is for the user."""
 
-    def __init__(self, status: int, *, together: bool = False):
+    def __init__(self, status: int, message: str, *, together: bool = False):
         super().__init__(status)
-        self.together = together
+        self.message, self.together = message, together
 
 
 class Termination:
-    """Handles SIGTERM: stops at once or, while `deferred`, sets `requested`.
+    """Handles SIGTERM and the first Ctrl-C: stops at once or, while `deferred`, sets `requested`.
 
-    Once `saved` is set, because the run can be resumed, the exit status is 0.
+    A second Ctrl-C raises KeyboardInterrupt wherever the process is. `saved` is the update after which the run can be
+    resumed, if there is one, and `resume_command` does that. After SIGTERM the exit status is 0 if there is one.
     """
 
     def __init__(self):
-        self.requested = self.saved = self._deferred = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.requested = self.interrupted = self._deferred = False
+        self.saved: int | None = None
+        self.resume_command = ""
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signal in the block."""
-        self.requested = self.saved = self._deferred = False
-        before = signal.signal(signal.SIGTERM, self._received)
+        """Handle the signals in the block."""
+        self._reset()
+        before = {number: signal.signal(number, self._received) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @contextmanager
     def deferred(self, deferred: bool = True) -> Iterator[None]:
@@ -48,13 +56,24 @@ class Termination:
         finally:
             self._deferred = before
 
-    def stop(self, *, together: bool = False) -> NoReturn:
-        raise Terminated(0 if self.saved else EXIT_STATUS, together=together)
+    def stop(self, where: str = "", *, together: bool = False) -> NoReturn:
+        """Raise Terminated, whose message says `where`; a training's step is known here."""
+        how, status = ("interrupted", INTERRUPTED) if self.interrupted else ("terminated", EXIT_STATUS)
+        if self.saved is not None:
+            where = f"at step {self.saved}, which is saved; continue with: {self.resume_command}"
+            status = status if self.interrupted else 0
+        message = f"{how} {where or 'before the first update; there was nothing to save'}"
+        raise Terminated(status, message, together=together)
 
-    def _received(self, *_) -> None:
+    def _received(self, number: int, _) -> None:
         self.requested = True
+        if number == signal.SIGINT:
+            self.interrupted = True
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self._deferred:
             self.stop()
+        if self.interrupted and os.environ.get("RANK", "0") == "0":  # print() may be in use where the signal arrives
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Tests of options, one-line errors and progress."""
 
 import io
+import math
 import os
 import re
 import subprocess
@@ -158,7 +159,6 @@ def test_a_config_with_an_unknown_option_or_a_wrong_type_is_refused_by_name(text
     [
         (UserError("two\n  lines"), "error: two lines"),
         (FileNotFoundError(2, "No such file", "x.json"), "error: x.json: No such file"),
-        (KeyboardInterrupt(), "interrupted"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity .."),
             "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch-size or raise --accumulate",
@@ -174,8 +174,14 @@ def test_a_users_mistake_ends_the_command_with_one_line(error, line, monkeypatch
         main_of(command)
     assert exit.value.code == line  # Python prints it on stderr, status 1
     monkeypatch.setenv("RESBACKBONE_DEBUG", "1")
-    with pytest.raises(SystemExit if line == "interrupted" else type(error)):
+    with pytest.raises(type(error)):
         main_of(command)
+
+
+def test_ctrl_c_ends_a_command_with_a_word_and_the_status_of_shells(capsys):
+    with pytest.raises(SystemExit) as exit, errors.one_line_errors():
+        raise KeyboardInterrupt
+    assert exit.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_a_rank_that_is_not_the_first_says_which_it_is(monkeypatch):
@@ -252,8 +258,12 @@ def test_a_terminal_shows_notes_and_below_them_a_bar_with_the_time_left(terminal
         progress.update(5)
         progress.update(7, note)
     lines = screen(terminal)
-    assert re.match(r"train .* 7/10 0:00:0\d left \S+$", lines[-1])
+    assert re.match(r"train .* 7/10 0:00:0\d 0:00:0\d left$", lines[-1])
     assert f"train 7/10, 0:00:01 left, {note}" in lines
+    with Progress("train", 10) as progress:
+        progress.update(3, note, math.inf)
+        progress.update(4, note, 83.4)
+    assert {f"train 3/10, {note}", f"train 4/10, 0:01:23 left, {note}"} <= set(screen(terminal))
     assert list(track("ab", None, "frames")) == ["a", "b"]
     assert re.match(r"frames .* 2/\? 0:00:0\d$", [line for line in screen(terminal) if line][-1])
 

@@ -41,6 +41,11 @@ def colours(picture):
     return {colour for _, colour in picture.getcolors(picture.width * picture.height)}
 
 
+def distance(picture):
+    """Of the pixel that is nearest to the first class's colour; JPEG changes colours a little."""
+    return np.abs(np.asarray(picture, int) - class_colour(0)).max(2).min()
+
+
 def grey(height, width):
     return torch.full((3, height, width), 100, dtype=torch.uint8)
 
@@ -49,12 +54,12 @@ def test_a_picture_shows_truth_beside_detections_even_for_a_tiny_image(tmp_path)
     dataset = boxed(tmp_path, [[(0, 1, 1, 5, 4)]], size=(9, 7))
     found = np.array([(1, 5, (2, 2, 6, 4), 0.9)], DETECTION)
     [path] = save_pictures(tmp_path / "pictures", dataset, found)
-    assert path == tmp_path / "pictures" / "000000000001.png"
+    assert path == tmp_path / "pictures" / "1.jpg"
     picture = Image.open(path)
     zoom = -(-MIN_SIDE // 7)
     assert picture.size == (2 * 9 * zoom + GAP, 7 * zoom + 26)
     left, right = (picture.crop((x, 26, x + 9 * zoom, picture.height)) for x in (0, 9 * zoom + GAP))
-    assert class_colour(0) in colours(left) and class_colour(0) in colours(right)
+    assert distance(left) < 20 and distance(right) < 20
     assert left.tobytes() != right.tobytes()
 
 
@@ -62,7 +67,7 @@ def test_detections_with_low_scores_or_of_other_images_are_not_drawn(tmp_path):
     dataset = boxed(tmp_path, [[]])
     found = np.array([(1, 5, (2, 2, 6, 4), 0.49), (2, 5, (2, 2, 6, 4), 0.9)], DETECTION)
     [nothing] = save_pictures(tmp_path / "pictures", dataset, found)
-    assert class_colour(0) not in colours(Image.open(nothing))
+    assert distance(Image.open(nothing)) > 50
 
 
 @pytest.mark.parametrize("count, names", [(0, []), (1, [1]), (3, [1, 3, 5]), (12, [1, 3, 4, 5])])

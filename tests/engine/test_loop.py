@@ -245,3 +245,15 @@ def test_a_run_is_not_resumed_with_an_average_it_never_had_or_without_its_own(tm
     train(tmp_path, decay=before)
     with pytest.raises(ValueError, match=f"step_0000008: is of a run {says}"):
         train(tmp_path, decay=after)
+
+
+def test_the_time_left_forgets_the_slow_first_updates_and_counts_the_evaluations_to_come():
+    pace = loop.Pace(loop.Plan(Schedule(0.01, 1000), 1000, 8, 0, "fp32", 20, 100, 100))
+    assert pace.seconds_left(1) == math.inf
+    pace.updates.extend([60.0, 5.0, *[0.5] * 7])
+    assert pace.seconds_left(10) == 990 * 0.5
+    pace.evaluation = 20.0
+    assert pace.seconds_left(100) == 900 * 0.5 + (9 + 1) * 20  # those at 100, 200, .. 900, and the final one
+    assert pace.seconds_left(999) == 0.5 + 20
+    pace.updates.extend([0.5, 1.5] * 100)
+    assert pace.seconds_left(999) == 1.0 + 20

@@ -15,13 +15,31 @@ def send_sigterm():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("saved, status", [(False, 143), (True, 0)])
-def test_the_signal_stops_at_once_with_the_status_a_shell_reports_or_0_once_all_is_saved(saved, status):
+@pytest.mark.parametrize(
+    "number, saved, status, message",
+    [
+        (signal.SIGTERM, None, 143, "terminated before the first update; there was nothing to save"),
+        (signal.SIGTERM, 7, 0, "terminated at step 7, which is saved; continue with: again --resume"),
+        (signal.SIGINT, None, 130, "interrupted before the first update; there was nothing to save"),
+        (signal.SIGINT, 7, 130, "interrupted at step 7, which is saved; continue with: again --resume"),
+    ],
+)
+def test_a_signal_stops_at_once_and_says_what_is_saved(number, saved, status, message):
     with pytest.raises(Terminated) as stopped, termination.handled():
-        termination.saved = saved
-        send_sigterm()
+        termination.saved, termination.resume_command = saved, "again --resume"
+        os.kill(os.getpid(), number)
         raise AssertionError("not stopped")
-    assert stopped.value.code == status
+    assert (stopped.value.code, stopped.value.message) == (status, message)
+
+
+def test_a_second_ctrl_c_stops_wherever_the_process_is(capfd):
+    with termination.handled(), termination.deferred():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert termination.requested
+        assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("not stopped")
 
 
 def test_a_deferred_signal_is_noted_and_one_in_a_part_that_is_not_stops():
@@ -39,12 +57,12 @@ def test_a_deferred_signal_is_noted_and_one_in_a_part_that_is_not_stops():
 
 
 def test_afterwards_the_signal_does_what_it_did_before_and_nothing_is_remembered():
-    before = signal.getsignal(signal.SIGTERM)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with termination.handled(), termination.deferred():
-        send_sigterm()
-    assert signal.getsignal(signal.SIGTERM) is before
+        os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     with termination.handled():
-        assert not termination.requested and not termination.saved
+        assert not termination.requested and not termination.interrupted and termination.saved is None
 
 
 class Pids:

@@ -1,7 +1,8 @@
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from detection.faster_rcnn import build_faster_rcnn
+from detection.predict import predictions
 from detection.saved import save_detector
 from detection.video import Video, video_file
 from resbackbone import build_resnet_backbone
+from resbackbone.cli.command import main_of
 from resbackbone.engine.checkpoints import save_checkpoint
 from resbackbone.tools import detect
 
@@ -50,7 +53,8 @@ def error_of(*argv):
 
 def test_every_image_gets_a_picture_and_all_detections_are_written(run, capsys):
     detected(run, "a.png", "b.jpg", "--output", "found")
-    assert sorted(path.name for path in Path("found").iterdir()) == ["a.png", "b.png", "detections.json"]
+    assert sorted(path.name for path in Path("found").iterdir()) == ["a.jpg", "b.jpg", "detections.json"]
+    assert Image.open("found/a.jpg").format == "JPEG"
     detections = json.loads(Path("found/detections.json").read_text())
     assert {entry["image"] for entry in detections} == {"a.png", "b.jpg"}
     for entry in detections:
@@ -76,14 +80,14 @@ def test_what_the_best_weights_of_a_run_find_is_beside_them_as_the_run_replaces_
     detected(best, "a.png")
     monkeypatch.chdir(best)
     detected("model.safetensors", "../../b.jpg", "--no-pictures")
-    assert sorted(path.name for path in Path("../detected-best").iterdir()) == ["a.png", "detections.json"]
+    assert sorted(path.name for path in Path("../detected-best").iterdir()) == ["a.jpg", "detections.json"]
     assert [path.name for path in Path().iterdir()] == [path.name for path in kept]
 
 
 def test_the_threshold_decides_what_is_drawn_and_not_what_is_written(run, capsys):
     written, drawn = [], []
     for threshold in ("0", "1"):
-        detected(run, "a.png", "--threshold", threshold, "--output", threshold)
+        detected(run, "a.png", "--threshold", threshold, "--output", threshold, "--format", "png")
         written.append(json.loads(Path(threshold, "detections.json").read_text()))
         drawn.append(np.asarray(Image.open(Path(threshold, "a.png"))))
     assert written[0] == written[1] and len(written[0]) > 0
@@ -95,26 +99,41 @@ def test_the_threshold_decides_what_is_drawn_and_not_what_is_written(run, capsys
 def test_images_of_one_name_get_pictures_of_their_own(run):
     detected(run / "model.safetensors", "a.png", "other/a.png", "b.jpg")  # by default beside the detector
     found = run / "detected"
-    assert sorted(path.name for path in found.glob("*.png")) == ["a-2.png", "a.png", "b.png"]
+    assert sorted(path.name for path in found.glob("*.jpg")) == ["a-2.jpg", "a.jpg", "b.jpg"]
     detections = json.loads((found / "detections.json").read_text())
     assert {entry["image"] for entry in detections} == {"a.png", "other/a.png", "b.jpg"}
 
 
-@pytest.mark.parametrize("argv", [("other/a.png", "--output", "other"), ("a.png", "b.jpg", "--output", ".")])
+@pytest.mark.parametrize(
+    "argv", [("other/a.png", "--output", "other", "--format", "png"), ("a.png", "b.jpg", "--output", ".")]
+)
 def test_the_images_themselves_are_never_written_over(run, argv):
     before = {path: path.read_bytes() for path in Path().rglob("*.*g")}
     assert "an output would replace the input" in error_of(run, *argv)
     assert {path: path.read_bytes() for path in Path().rglob("*.*g")} == before
 
 
-def test_a_broken_image_is_one_line_that_names_it_or_is_skipped(run, capsys):
+def test_a_broken_image_is_named_and_the_others_are_done(run, capsys):
     Path("b.jpg").write_bytes(Path("b.jpg").read_bytes()[:200])
-    said = error_of(run, "a.png", "b.jpg", "--output", "found")
-    assert said.startswith("error: image b.jpg: cannot be decoded")
-    assert not Path("found/detections.json").exists()
+    assert error_of(run, "b.jpg", "--output", "found").startswith("error: image b.jpg: cannot be decoded")
+    said = error_of(run, "b.jpg", "a.png", "--output", "found")
+    assert said == "error: 1 of 2 images, named above, cannot be read; --skip-bad-images makes that no error"
+    assert "skipped image b.jpg: cannot be decoded" in capsys.readouterr().out
+    assert images_in() == ["a.png"] and Path("found/a.jpg").is_file()
     detected(run, "b.jpg", "a.png", "--output", "found", "--skip-bad-images")
     assert "skipped image b.jpg: cannot be decoded" in capsys.readouterr().out
-    assert {entry["image"] for entry in json.loads(Path("found/detections.json").read_text())} == {"a.png"}
+
+
+def test_ctrl_c_keeps_what_is_done(run, monkeypatch, capsys):
+    def interrupted(detector, images, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return predictions(detector, images, **options)
+
+    monkeypatch.setattr(detect, "predictions", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        main_of(lambda: detected(run, "a.png", "b.jpg", "other/a.png", "--output", "found"))
+    assert exit.value.code == 130 and capsys.readouterr().err == "interrupted after 1 of 3 images\n"
+    assert images_in() == ["a.png"] and Path("found/a.jpg").is_file()
 
 
 def test_wrong_input_is_one_line_that_names_it(run):
@@ -124,9 +143,10 @@ def test_wrong_input_is_one_line_that_names_it(run):
     assert "image nowhere.png: no such file" in error_of(run, "nowhere.png", "--output", "found")
     assert "--threshold 1.5: must be between 0 and 1" in error_of(run, "a.png", "--threshold", "1.5")
     assert "--threshold" in error_of(run, "a.png", "--threshold", "high")
+    assert "unknown format 'gif'; choose from jpg, png" in error_of(run, "a.png", "--format", "gif")
     assert "unknown precision 'fp8'" in error_of(run, "a.png", "--precision", "fp8")
     assert "--output a.png: is a file; give a folder" in error_of(run, "b.jpg", "--output", "a.png")
-    assert not Path("found/detections.json").exists()
+    assert json.loads(Path("found/detections.json").read_text()) == []
     assert "RUN is missing: A run's folder, " in error_line(detect.main, [])
 
 
@@ -223,7 +243,7 @@ def clip():
 def test_a_video_becomes_a_video_with_boxes_and_a_list_of_its_frames(run, clip):
     detected(run, clip, "a.png", "--output", "found", "--batch-size", "2")
     assert sorted(p.name for p in Path("found").iterdir()) == [
-        "a.png",
+        "a.jpg",
         "clip-frames.json",
         "clip.mp4",
         "detections.json",
@@ -247,8 +267,9 @@ def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monke
 
         def __iter__(self):
             yield torch.zeros(3, 48, 64, dtype=torch.uint8)
+            os.kill(os.getpid(), signal.SIGINT)
             yield torch.full((3, 48, 64), 9, dtype=torch.uint8)
-            raise KeyboardInterrupt
+            raise AssertionError("not stopped")
 
     monkeypatch.setattr(detect, "Video", Camera)
     detected(run, "3", "--output", "found", "--no-pictures")
@@ -257,9 +278,6 @@ def test_a_camera_is_a_number_and_ctrl_c_ends_it_with_all_that_it_saw(run, monke
     assert "camera 3: " in capsys.readouterr().out
     detected(run, "3", "--output", "found", "--no-pictures", "--max-frames", "1")
     assert len(json.loads(Path("found/camera-3-frames.json").read_text())) == 1
-    monkeypatch.setattr("detection.evaluate.json.dumps", Mock(side_effect=['{"frame": 0}', KeyboardInterrupt]))
-    detected(run, "3", "--output", "found", "--no-pictures")  # interrupted while it writes the second frame
-    assert json.loads(Path("found/camera-3-frames.json").read_text()) == [{"frame": 0}]
 
 
 def test_a_video_is_not_written_over(run, clip):

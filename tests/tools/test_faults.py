@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from commands import CIFAR, SIX_STEPS, TOOLS
 from safetensors.torch import load_file, save_file
 
 from detection.shapes import make_shapes
-from resbackbone.cli.command import main_of
+from resbackbone.cli.command import main_of, resume_command
 from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.engine.lock import LOCK
 from resbackbone.engine.state import TrainState
@@ -38,15 +39,15 @@ def run(tmp_path):
 
 @pytest.fixture
 def signalled(monkeypatch):
-    """Lets SIGTERM arrive in the middle of update or evaluation number `at`, counted from 1."""
+    """Lets SIGTERM, or another signal, arrive in the middle of update or evaluation number `at`, counted from 1."""
 
-    def arrange(owner, name, at):
+    def arrange(owner, name, at, number=signal.SIGTERM):
         original, calls = getattr(owner, name), []
 
         def called(*arguments, **options):
             calls.append(1)
             if len(calls) == at:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), number)
             return original(*arguments, **options)
 
         monkeypatch.setattr(owner, name, called)
@@ -63,22 +64,38 @@ def differences(alone):
 
 
 @pytest.mark.parametrize(
+    "number, status, word", [(signal.SIGTERM, 0, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+@pytest.mark.parametrize(
     "owner, name, at, step",
     [(TrainState, "update", 1, 1), (TrainState, "update", 5, 5), (train_cifar10, "test", 1, 3)],
     ids=["in the first update", "in a later one", "in an evaluation"],
 )
-def test_sigterm_saves_and_exits_with_0_and_the_run_goes_on_as_if_left_alone(
-    run, differences, signalled, monkeypatch, capsys, owner, name, at, step
+def test_sigterm_and_ctrl_c_save_and_the_command_they_print_goes_on_as_if_left_alone(
+    run, differences, signalled, monkeypatch, capsys, owner, name, at, step, number, status, word
 ):
-    signalled(owner, name, at)
-    with pytest.raises(Terminated) as stopped:
-        train_cifar10.main([*SIX_STEPS, "--output", str(run)])
+    signalled(owner, name, at, number)
+    monkeypatch.setattr("sys.argv", ["resbackbone-train-cifar10"])
+    with pytest.raises(SystemExit) as stopped:
+        main_of(lambda: train_cifar10.main([*SIX_STEPS, "--output", str(run)]))
     monkeypatch.undo()
-    assert stopped.value.code == 0
-    assert f"terminated at step {step} and saved; continue with --resume" in capsys.readouterr().out
+    assert stopped.value.code == status
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"{word} at step {step}, which is saved; continue with: resbackbone-train-cifar10 --output ")
     assert checkpoints(run)[-1].name == f"step_{step:07d}"
-    train_cifar10.main([*SIX_STEPS, "--output", str(run), "--resume"])
+    monkeypatch.chdir(run)
+    train_cifar10.main(shlex.split(said.partition("resbackbone-train-cifar10 ")[2]))
     assert differences(run) == []
+
+
+def test_a_command_starts_again_as_it_was_started(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.orig_argv", [".venv/bin/python", "tools/train_coco.py", "--depth", "18"])
+    monkeypatch.setattr("sys.argv", ["tools/train_coco.py", "--depth", "18"])
+    assert resume_command(tmp_path / "a b") == (
+        f".venv/bin/python tools/train_coco.py --output '{tmp_path}/a b' --resume"
+    )
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert resume_command(tmp_path) == f"the same command with --output {tmp_path} --resume"
 
 
 def test_sigterm_in_the_last_evaluation_exits_with_0_for_all_is_saved_and_before_training_with_143(run, signalled):

@@ -91,7 +91,7 @@ def test_a_run_leaves_everything_in_its_folder(straight):
     assert len(names - wanted) == 1 and any(name.startswith("events.out.tfevents") for name in names)
     steps = sorted(path.name for path in (straight / "checkpoints").iterdir())
     assert steps == ["step_0000002", "step_0000004", "step_0000006"]
-    assert len(list((straight / "pictures").glob("*.png"))) == 3
+    assert len(list((straight / "pictures").glob("*.jpg"))) == 3
     assert not [path for path in straight.rglob("*") if path.name.endswith((".tmp", ".partial"))]
 
 
@@ -144,13 +144,23 @@ def test_real_images_train_and_evaluate(data, capsys):
     assert "crowds (6)" in said and "AP " in said
 
 
-def test_without_data_it_draws_the_embedded_set_and_says_first_how_to_give_ones_own(monkeypatch, capsys):
+def test_without_data_it_draws_the_embedded_set_and_the_run_can_be_used_from_anywhere(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(data_module, "EMBEDDED_SET", {"train_images": 4, "val_images": 2, "size": 64})
     train_coco.main(["--device", "cpu", "--batch-size", "2", "--max-steps", "1"])
     first, second, *others = capsys.readouterr().out.splitlines()
     assert "built-in data set in datasets/shapes; to train on yours, give --data DIR, which should hold" in first
     assert "drawing it" in second and "run:   runs/shapes-r18-fpn-short" in others
-    assert Path("runs/shapes-r18-fpn-short/results.json").is_file()
+    run = Path("runs/shapes-r18-fpn-short").absolute()
+    before = (run / "results.json").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate_coco.main([str(run), "--device", "cpu"])
+    assert json.loads((run / "results.json").read_text())["bbox"] == json.loads(before)["bbox"]
+    train_coco.main(["--output", str(run), "--resume"])
+    assert not list(Path().iterdir())
+    (run.parents[1] / "datasets").rename("moved")
+    said = error_line(evaluate_coco.main, [str(run), "--device", "cpu"])
+    assert said.startswith(f"error: --data (from config.yaml) {run.parents[1]}/datasets/shapes: no such folder")
 
 
 def test_synthetic_images_show_the_speed_and_are_not_evaluated(capsys):
