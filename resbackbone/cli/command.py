@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import io
 import math
-import os
 import re
 import shlex
 import sys
@@ -22,6 +21,7 @@ from rich.console import Console
 
 from resbackbone.checks import UserError
 from resbackbone.cli.errors import from_option, one_line_errors
+from resbackbone.engine.provenance import program
 from resbackbone.engine.run import read_yaml
 from resbackbone.engine.termination import quick_exit
 
@@ -240,16 +240,7 @@ class Progress:
 
 def resume_command(folder: Path) -> str:
     """The shell command that continues the run in `folder` from any directory."""
-    if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_JOB_ID" in os.environ:
-        return f"the same command with --output {shlex.quote(str(folder.absolute()))} --resume"
     return shlex.join([*program(), "--output", str(folder.absolute()), "--resume"])
-
-
-def program() -> list[str]:
-    """The words with which this command was started, without its options: python and a script, or an installed name."""
-    if Path(sys.argv[0]).name.startswith("resbackbone-"):
-        return [Path(sys.argv[0]).name]
-    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
 
 
 def from_config(options: type[T], path: str | Path) -> T:

@@ -42,14 +42,23 @@ def hardware(device: torch.device) -> str:
     return f"{gpu}{name}, {cores} core{'s' if cores > 1 else ''}"
 
 
-def command(tool: str) -> str | None:
-    """The shell command that started this process; None if that was not `tool` ("train_coco") but a program that
-    called it. The options of torchrun, which a process does not know, are "..".
+def program() -> list[str]:
+    """The words that started this process, without its options: python and a script, or an installed command.
+
+    The options of torchrun, which a process does not know, are "..".
     """
     script = Path(sys.argv[0])
-    if script.stem.replace("-", "_") not in (tool, f"resbackbone_{tool}"):
-        return None
-    words = [script.name] if script.stem.startswith("resbackbone-") else ["python", sys.argv[0]]
+    if script.stem.startswith("resbackbone-"):
+        return [script.name]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        words = ["torchrun", "..", sys.argv[0]]
-    return shlex.join([*words, *sys.argv[1:]])
+        return ["torchrun", "..", sys.argv[0]]
+    return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+
+
+def command(tool: str) -> str | None:
+    """The shell command that started this process; None if that was not `tool` ("train_coco") but a program that
+    called it.
+    """
+    if Path(sys.argv[0]).stem.replace("-", "_") not in (tool, f"resbackbone_{tool}"):
+        return None
+    return shlex.join([*program(), *sys.argv[1:]])

@@ -43,13 +43,14 @@ def test_without_git_the_environment_names_the_commit(monkeypatch):
 @pytest.mark.parametrize(
     "argv, shown",
     [
-        (["tools/train_coco.py", "--data", "my data"], "python tools/train_coco.py --data 'my data'"),
+        (["tools/train_coco.py", "--data", "my data"], ".venv/bin/python tools/train_coco.py --data 'my data'"),
         (["/usr/bin/resbackbone-train-coco", "--steps", "3"], "resbackbone-train-coco --steps 3"),
         (["/usr/lib/pytest/__main__.py", "--steps", "3"], None),  # a program that calls main(argv)
     ],
 )
 def test_the_command_is_the_one_that_was_typed(monkeypatch, argv, shown):
     monkeypatch.setattr("sys.argv", argv)
+    monkeypatch.setattr("sys.orig_argv", [".venv/bin/python", *argv])
     assert provenance.command("train_coco") == shown
 
 

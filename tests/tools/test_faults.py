@@ -95,7 +95,7 @@ def test_a_command_starts_again_as_it_was_started(monkeypatch, tmp_path):
         f".venv/bin/python tools/train_coco.py --output '{tmp_path}/a b' --resume"
     )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert resume_command(tmp_path) == f"the same command with --output {tmp_path} --resume"
+    assert resume_command(tmp_path) == f"torchrun .. tools/train_coco.py --output {tmp_path} --resume"
 
 
 def test_sigterm_in_the_last_evaluation_exits_with_0_for_all_is_saved_and_before_training_with_143(run, signalled):
