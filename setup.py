@@ -28,7 +28,7 @@ DEV = [
 
 COMMANDS = (
     *("train_coco", "pretrain", "detect", "evaluate_coco", "export", "convert_weights", "convert_data", "inspect_data"),
-    *("publish", "doctor"),
+    *("compare_runs", "publish", "doctor"),
 )
 
 setup(
