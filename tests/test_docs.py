@@ -130,9 +130,9 @@ def test_every_name_that_a_page_imports_is_on_the_page_of_the_api():
     assert not {name for name in names - public if id(pkgutil.resolve_name(name)) not in objects}
 
 
-def table_rows(page: Path) -> list[list[str]]:
+def table_rows(text: str) -> list[list[str]]:
     """The cells of each row of a page's tables, headers included."""
-    rows = re.findall(r"^\| (.*) \|$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    rows = re.findall(r"^\| (.*) \|$", text, re.MULTILINE)
     return [[cell.strip() for cell in row.split(" | ")] for row in rows if not row.startswith("---")]
 
 
@@ -143,7 +143,7 @@ def code_in(text: str) -> list[str]:
 def test_our_commands_and_options_beside_those_of_other_packages_are_there():
     options = {f"--{name.replace('_', '-')}" for name in train_coco.Options.__dataclass_fields__}
     options |= {f"--no-{name.removeprefix('--')}" for name in options}
-    ours = [code for _, *cells in table_rows(ROOT / "docs/migrating.md") for code in code_in(cells[-1])]
+    ours = [code for _, *cells in table_rows((ROOT / "docs/migrating.md").read_text()) for code in code_in(cells[-1])]
     commands, flags = ([x for x in ours if re.match(start, x)] for start in (r"\w+\.py ", "--"))
     assert len(commands) > 20 and len(flags) > 60
     for command in commands:
@@ -165,7 +165,7 @@ def test_messages_on_the_page_of_troubles_are_those_of_the_code():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             literals.append("..".join(str(part.value) for part in parts if isinstance(part, ast.Constant)))
-    rows = table_rows(ROOT / "docs/troubleshooting.md")
+    rows = table_rows((ROOT / "docs/troubleshooting.md").read_text())
     messages = {code for first, *_ in rows for code in code_in(first) if len(code.split()) > 2} - of_others
     assert len(messages) > 25
     for message in messages:
