@@ -1,11 +1,11 @@
 """Make a trained run a model for the Hugging Face Hub: a folder with weights, results and a model card; or upload it.
 
-python tools/publish.py runs/mine --repo owner/name --licence apache-2.0
-python tools/publish.py runs/mine/best --repo owner/name --licence cc-by-4.0 --upload
+python tools/publish.py runs/mine --repo owner/name --licence apache-2.0      writes runs/mine/hub; read its README.md
+python tools/publish.py runs/mine/hub --repo owner/name --upload              uploads it, with what you changed
+python tools/publish.py runs/mine/best --repo owner/name --licence cc-by-4.0 --upload         both at once
 
-Look at README.md in the folder, the model card, before you upload it. `weights="hf:owner/name"` and
-`load_detector("hf:owner/name")` read the repository, and so do all commands. Folders and user names of this machine are
-not published.
+`weights="hf:owner/name"` and `load_detector("hf:owner/name")` read the repository, and so do all commands. Of paths of
+this machine only the last name is published.
 """
 
 import json
@@ -52,7 +52,8 @@ class Options:
     """Make a trained run a model for the Hugging Face Hub."""
 
     run: tyro.conf.Positional[Path]
-    """Folder of a finished run of tools/train_coco.py or tools/pretrain.py, or best/ in it."""
+    """Folder of a finished run of tools/train_coco.py or tools/pretrain.py, or best/ in it; or to upload, what this
+    command wrote."""
     repo: str
     """The repository's name on the Hub: owner/name."""
     licence: Auto[str] = None
@@ -64,7 +65,7 @@ class Options:
     picture: bool = True
     """Publish one of the run's pictures, which shows an image of the validation data."""
     upload: bool = False
-    """Upload the files too, with the token of `hf auth login` or $HF_TOKEN."""
+    """Upload the files, with the token of `hf auth login` or $HF_TOKEN."""
     private: bool = True
     """Create a private repository; one that exists stays as it is."""
     quiet: bool = False
@@ -75,6 +76,24 @@ def main(argv: list[str] | None = None) -> None:
     """A finished run -> a folder in the Hub's layout, and with --upload a repository."""
     options = parse(Options, argv)
     check_repo(options.repo)
+    is_written = (options.run / "config.json").is_file()
+    folder = written_folder(options) if is_written else write_folder(options)
+    if options.upload:
+        upload(folder, options)
+        console.print(f"uploaded: https://huggingface.co/{options.repo}")
+
+
+def written_folder(options: Options) -> Path:
+    """The folder that an earlier command wrote, to upload it with what was changed since."""
+    if not options.upload:
+        raise UserError(f"{options.run}: is written already; add --upload, or give the run's folder to write it again")
+    if f"hf:{options.repo}" not in (options.run / "README.md").read_text(encoding="utf-8"):
+        raise UserError(f"--repo {options.repo}: the card in {options.run} is of another; give the run's folder again")
+    return options.run
+
+
+def write_folder(options: Options) -> Path:
+    """Write FILES of a run or its best/, and return their folder. Raises UserError if something is not known."""
     best = is_best(options.run)
     run = options.run.resolve().parent if best else options.run
     output = options.output or run / ("hub-best" if best else "hub")
@@ -97,28 +116,24 @@ def main(argv: list[str] | None = None) -> None:
     facts = training_facts(log, config, read_best(run)["step"] if best else None)
     started = f"{config['weights']}, {start_licence or 'of unknown licence'}" if start else "none; they were random"
     pictures = sorted(run.glob("pictures/*.*")) if options.picture else []
-
+    card = model_card(options, metadata, results, facts=facts, started=started, picture=bool(pictures))
+    texts = {
+        "README.md": str(card),
+        "config.json": json.dumps({"format": "resbackbone", **metadata}, indent=2) + "\n",
+        "config.yaml": yaml.safe_dump(config, sort_keys=False),
+        "results.json": json.dumps(results, indent=2) + "\n",
+    }
     output.parent.mkdir(parents=True, exist_ok=True)
     with folder_atomically(output) as folder:
         write_weights(folder / "model.safetensors", state, metadata)
-        if pictures:
-            Image.open(pictures[0]).convert("RGB").save(folder / "example.jpg", quality=90)
-        card = model_card(options, metadata, results, facts=facts, started=started, picture=bool(pictures))
-        texts = {
-            "README.md": str(card),
-            "config.json": json.dumps({"format": "resbackbone", **metadata}, indent=2) + "\n",
-            "config.yaml": yaml.safe_dump(config, sort_keys=False),
-            "results.json": json.dumps(results, indent=2) + "\n",
-        }
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
-    if pictures:
-        progress_console.print("example.jpg shows an image of the validation data; --no-picture leaves it out")
+        if pictures:
+            Image.open(pictures[0]).convert("RGB").save(folder / "example.jpg", quality=90)
+            progress_console.print("example.jpg shows an image of the validation data; --no-picture leaves it out")
     progress_console.print(f"licence: {licence}")
     console.print(f"folder: {output}")
-    if options.upload:
-        upload(output, options)
-        console.print(f"uploaded: https://huggingface.co/{options.repo}")
+    return output
 
 
 def check_repo(repo: str) -> None:
@@ -196,7 +211,7 @@ def training_facts(log: RunLog, config: Mapping[str, Any], best_step: int | None
         "hardware": made.get("hardware"),
         "resumed": "; ".join(made.get("resumed", [])) or None,
         "data": log.data_name(),
-        "training images": made.get("train_images"),
+        "training images": made.get("training_images"),
         "SHA-256 of their list": next((value for name, value in made.items() if name.endswith("sha256")), None),
         "recipe": config.get("recipe"),
         "updates": f"{best_step}, the best of {steps}" if best_step else steps,
@@ -253,7 +268,9 @@ def model_card(options: Options, metadata: Mapping[str, Any], results: Mapping[s
         shown=CLASSES_SHOWN,
         measured=list(measured.items()),
         images=f"{results['images']:,} validation images" if "images" in results else "the validation images",
-        per_class=sorted(results.get("per_class", {}).items(), key=lambda item: -(item[1]["AP"] or 0)),
+        per_class=sorted(
+            results.get("per_class", {}).items(), key=lambda item: 1 if item[1]["AP"] is None else -item[1]["AP"]
+        ),
         percent=percent,
         licence=metadata["licence"],
         **said,

@@ -276,12 +276,17 @@ def api(monkeypatch):
 def test_an_upload_makes_a_private_repository_of_these_files(classifier, api, capsys):
     published(classifier, "--repo", "me/pets", "--upload")
     created, uploaded = api.calls
+    card = (classifier / "hub/README.md").read_text()
     assert created == ("me/pets", {"private": True, "exist_ok": True})
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/pets", classifier / "hub")
     assert uploaded["allow_patterns"] == [*publish.FILES]
     assert capsys.readouterr().out.endswith("uploaded: https://huggingface.co/me/pets\n")
-    published(classifier, "--repo", "me/pets", "--upload", "--no-private")
-    assert api.calls[2][1]["private"] is False
+    (classifier / "hub/README.md").write_text(card + "\nThese are pets.\n")
+    published(classifier / "hub", "--repo", "me/pets", "--upload", "--no-private")
+    assert api.calls[2][1]["private"] is False and api.calls[3]["folder_path"] == classifier / "hub"
+    assert (classifier / "hub/README.md").read_text() == card + "\nThese are pets.\n"
+    assert "add --upload" in error_line(publish.main, [classifier / "hub", "--repo", "me/pets"])
+    assert "is of another" in error_line(publish.main, [classifier / "hub", "--repo", "me/cats", "--upload"])
 
 
 def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(classifier, api):
