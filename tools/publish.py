@@ -13,7 +13,6 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from detection.evaluate import CLASSES_SHOWN
 from resbackbone.atomic import folder_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.best import is_best, read_best
-from resbackbone.report.numbers import percent
+from resbackbone.report.numbers import duration, percent
 from resbackbone.report.page import TEMPLATES
 from resbackbone.report.run import RunLog
 from resbackbone.weights import read_weights, write_weights
@@ -204,19 +203,18 @@ def licence_of(weights: str) -> str | None:
 def training_facts(log: RunLog, config: Mapping[str, Any], best_step: int | None) -> dict[str, Any]:
     """The card's table about the training; None is unknown."""
     made, steps = config.get("effective") or {}, log.train[-1]["step"] if log.train else None
-    command = made.get("command")
     return {
-        "command": command and f"`{command}`",
+        "command": f"`{made['command']}`" if made.get("command") else None,
         "commit of resbackbone": made.get("commit"),
         "hardware": made.get("hardware"),
         "resumed": "; ".join(made.get("resumed", [])) or None,
         "data": log.data_name(),
-        "training images": made.get("training_images"),
-        "SHA-256 of their list": next((value for name, value in made.items() if name.endswith("sha256")), None),
+        **log.images(),
+        "SHA-256 of the annotations or files": next((made[name] for name in made if name.endswith("sha256")), None),
         "recipe": config.get("recipe"),
         "updates": f"{best_step}, the best of {steps}" if best_step else steps,
         "images per update": config.get("batch_size"),
-        "time of all updates": timedelta(seconds=round(log.total("seconds"))),
+        "time of all updates": duration(log.total("seconds")),
     }
 
 
