@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from detection.coco import CocoImages
 from detection.gallery import contact_sheet
-from detection.statistics import EDGES, LEVELS, SMALL, DataStatistics, SplitStatistics, describe
+from detection.statistics import EDGES, LEVELS, SMALL, DataStatistics, describe
 from resbackbone.report.charts import bar, histogram
 from resbackbone.report.numbers import number
 from resbackbone.report.page import Cell, Section, fraction, macros, short
@@ -47,15 +47,14 @@ def data_section(splits: Mapping[str, CocoImages]) -> tuple[Section, dict[str, s
     """All of them as one section, in which what follows the first folds away; and facts for the top of a report."""
     data = describe(splits)
     first, *others = data_sections(splits, data)
-    facts = {"image sizes": ", ".join({_sides(of): None for of in data.splits.values()})}
-    facts["boxes"] = ", ".join(f"{number(of.boxes)} in {name}" for name, of in data.splits.items())
+    sides = []
+    for name in ("widths", "heights"):
+        spreads = [getattr(of, name) for of in data.splits.values()]
+        least, most = min(spread.min for spread in spreads), max(spread.max for spread in spreads)
+        sides.append(f"{least:g}" if least == most else f"{least:g} to {most:g}")
+    boxes = ", ".join(f"{number(of.boxes)} in {name}" for name, of in data.splits.items())
+    facts = {"image sizes": f"{' × '.join(sides)} pixels", "boxes": boxes}
     return Section(first.title, macros("data.html").folded(first.content, others)), facts
-
-
-def _sides(split: SplitStatistics) -> str:
-    """ "640 × 480", or "300 to 640 × 220 to 640"."""
-    sides = ((of.min, of.max) for of in (split.widths, split.heights))
-    return " × ".join(f"{least:g}" if least == most else f"{least:g} to {most:g}" for least, most in sides)
 
 
 def _classes(data: DataStatistics) -> tuple[list[str], list[list]]:

@@ -122,8 +122,8 @@ def _of_evaluation(dataset: CocoImages, evaluation: Evaluation) -> tuple[Markup,
         Section("Classes", words.classes(classes), half=True),
         Section("Precision and recall", words.scores(charts, at, score)),
         Section("Confusions", confused, half=len(names) <= WIDE),
-        Section("Errors", errors, half=len(names) <= WIDE),
-        Section("Boxes", _boxes(dataset, shown, score)),
+        Section("Errors", errors, half=True),
+        Section("Boxes", _boxes(dataset, shown, score), half=len(names) > WIDE),
         Section("Worst images", worst_images(dataset, shown, score)),
     ]
     return words.summary(results, at, score) + best_images(dataset, shown), sections
@@ -188,7 +188,7 @@ def _by_hotcoco(dataset: CocoImages, detections: np.ndarray, score: float) -> tu
         )
         for title, curves in (
             (f"Precision over recall, percent, mean of {len(defined)} classes", means),
-            ("Precision over recall, percent, of the classes with the most objects, IoU 0.50", of_classes),
+            ("Precision over recall, percent, IoU 0.50, largest classes", of_classes),
         )
     ]
     matrix = scorer.confusion_matrix(min_score=score)["matrix"].astype(int)

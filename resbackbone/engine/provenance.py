@@ -1,5 +1,6 @@
 """Where a figure comes from: the commit, the hardware and the command that made it."""
 
+import multiprocessing
 import os
 import platform
 import shlex
@@ -52,6 +53,8 @@ def program() -> list[str]:
         return [script.name]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return ["torchrun", "..", sys.argv[0]]
+    if multiprocessing.parent_process() is not None:  # spawned for a GPU: its orig_argv is multiprocessing's
+        return ["python", sys.argv[0]]
     return sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
 
 

@@ -170,9 +170,9 @@ def facts_section(log: RunLog, more: Mapping[str, str]) -> Section:
     if "parameters" in effective:
         facts["parameters"] = f"{effective['parameters'] / 1e6:.1f} million"
     if log.train:
-        facts["updates"] = f"{number(log.train[-1]['step'])} of {log.config.get('batch_size', '?')} images"
-        facts["time of updates"] = duration(log.total("seconds"))
-        facts["time of evaluations"] = duration(log.evaluation_seconds())
+        updates = f"{number(log.train[-1]['step'])} of {log.config.get('batch_size', '?')} images"
+        facts["updates"] = f"{updates} in {duration(log.total('seconds'))}"
+        facts["evaluations"] = f"{len(log.evaluations)} in {duration(log.evaluation_seconds())}"
     if "hardware" in effective:
         facts["hardware"] = effective["hardware"] + (f"; {processes} processes" if processes > 1 else "")
     facts |= {name: effective[name] for name in ("commit", "resumed") if name in effective}
@@ -191,14 +191,12 @@ def training_section(log: RunLog, over_time: Markup) -> Section:
 
 def timing_section(log: RunLog) -> Section:
     """Where the time went: parts of the updates, and evaluations; images per second and memory."""
-    spans, evaluations = log.spans(), len(log.evaluations)
-    known = {**(log.facts() if spans else {}), **({"evaluations": evaluations} if evaluations else {})}
-    facts = {name: number(value) for name, value in known.items()}
+    spans = log.spans()
     recorded = [name for name in PARTS if any(name in line for _, line in spans)]
     spent = {PARTS[name]: log.total(name) for name in recorded}
     if spans:
         spent["rest of the updates"] = max(log.total("seconds") - sum(spent.values()), 0)
-    if evaluations:
+    if log.evaluations:
         spent["evaluations"] = log.evaluation_seconds()
     whole = sum(spent.values())
     shares = [
@@ -210,7 +208,7 @@ def timing_section(log: RunLog) -> Section:
         PARTS[name]: [(line["step"], 100 * (finite(line.get(name)) or 0) / line["seconds"]) for _, line in spans]
         for name in recorded
     }
-    return Section("Timing", macros("run.html").timing(log, facts, shares, curves, "forward_seconds" in recorded))
+    return Section("Timing", macros("run.html").timing(log, shares, curves, "forward_seconds" in recorded))
 
 
 def configuration_section(log: RunLog) -> Section:

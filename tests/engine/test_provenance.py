@@ -52,6 +52,9 @@ def test_the_command_is_the_one_that_was_typed(monkeypatch, argv, shown):
     monkeypatch.setattr("sys.argv", argv)
     monkeypatch.setattr("sys.orig_argv", [".venv/bin/python", *argv])
     assert provenance.command("train_coco") == shown
+    monkeypatch.setattr("multiprocessing.parent_process", object)  # as in a process that was spawned for a GPU
+    monkeypatch.setattr("sys.orig_argv", ["python", "-c", "spawn_main()", "--multiprocessing-fork"])
+    assert provenance.command("train_coco") == (shown and shown.removeprefix(".venv/bin/"))
 
 
 def test_the_hardware_names_the_processor_and_its_cores():

@@ -27,38 +27,29 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
-// Over a chart, a line follows the pointer, and a note beside it names the values of the curves there.
+// Over a chart, a line follows the pointer, and a note beside it has the values of the curves there.
 for (const chart of document.querySelectorAll("figure.chart")) {
-  const curves = [...chart.querySelectorAll("g[data-points]")];
+  const svg = chart.querySelector("svg"), note = document.createElement("div");
+  const curves = [...chart.querySelectorAll("g[data-points]")].map((g) => [g.dataset.name, JSON.parse(g.dataset.points)]);
   if (!curves.length) continue;
-  const svg = chart.querySelector("svg"), cursor = svg.querySelector(".cursor"), note = document.createElement("div");
-  const points = curves.map((curve) => JSON.parse(curve.dataset.points));
   note.className = "note";
-  note.hidden = true;
   chart.append(note);
-  const line = (text, curve) => {
-    const row = document.createElement("div"), key = document.createElement("i");
-    if (curve) key.className = curve.getAttribute("class");
-    row.append(...(curve ? [key] : []), text);
-    return row;
+  const show = (hidden, at = 0, text = "") => {
+    note.hidden = hidden;
+    note.textContent = text;
+    svg.querySelector(".cursor").setAttribute("transform", `translate(${at} 0)`);
+    svg.classList.toggle("pointed", !hidden);
   };
+  show(true);
+  svg.addEventListener("pointerleave", () => show(true));
   svg.addEventListener("pointermove", (event) => {
     const box = svg.getBoundingClientRect(), scale = svg.viewBox.baseVal.width / box.width;
-    const x = (event.clientX - box.left) * scale, distance = (point) => Math.abs(point[0] - x);
-    const nearest = points.map((of) => of.reduce((a, b) => (distance(b) < distance(a) ? b : a)));
-    const [at, place] = nearest.reduce((a, b) => (distance(b) < distance(a) ? b : a));
-    const rows = curves.map((curve, i) => [curve, nearest[i]]).filter(([, point]) => Math.abs(point[0] - at) < 3);
-    note.replaceChildren(
-      line(`${svg.dataset.x}: ${place}`),
-      ...rows.map(([curve, point]) => line(`${curve.dataset.name}: ${point[2]}`, curve)),
-    );
-    note.hidden = false;
-    cursor.setAttribute("d", `M${at} 10V${svg.dataset.bottom}`);
-    const room = chart.clientWidth - note.offsetWidth;
-    note.style.left = `${Math.max(0, Math.min(at / scale + 12, room))}px`;
-  });
-  svg.addEventListener("pointerleave", () => {
-    note.hidden = true;
-    cursor.setAttribute("d", "");
+    const distance = ([place]) => Math.abs(place - (event.clientX - box.left) * scale);
+    const nearest = (points) => points.reduce((a, b) => (distance(b) < distance(a) ? b : a));
+    const found = curves.map(([name, points]) => [name, nearest(points)]);
+    const [at, x] = nearest(found.map(([, point]) => point));
+    const there = found.filter(([, [place]]) => Math.abs(place - at) < 3).map(([name, [, , y]]) => `${name}: ${y}`);
+    show(false, at, [`${svg.dataset.x}: ${x}`, ...there].join("\n"));
+    note.style.left = `${Math.max(0, Math.min(at / scale + 12, chart.clientWidth - note.offsetWidth))}px`;
   });
 }
