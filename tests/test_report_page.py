@@ -316,7 +316,7 @@ def test_the_parts_of_an_update_and_the_rest_are_shown(tmp_path):
         "optimizer": [1, pytest.approx(0.05)],
         "rest of the updates": [pytest.approx(8), pytest.approx(0.4)],
     }
-    assert "not listed" not in html and "<figcaption>Percent of an update</figcaption>" in html
+    assert "not listed" not in html and "<figcaption>Images per second</figcaption>" in html
 
 
 def test_a_summary_has_the_facts_the_results_and_the_files_that_exist(tmp_path):

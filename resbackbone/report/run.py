@@ -204,11 +204,7 @@ def timing_section(log: RunLog) -> Section:
         for name, value in spent.items()
         if whole
     ]
-    curves = {
-        PARTS[name]: [(line["step"], 100 * (finite(line.get(name)) or 0) / line["seconds"]) for _, line in spans]
-        for name in recorded
-    }
-    return Section("Timing", macros("run.html").timing(log, shares, curves, "forward_seconds" in recorded))
+    return Section("Timing", macros("run.html").timing(log, shares, "forward_seconds" in recorded))
 
 
 def configuration_section(log: RunLog) -> Section:
