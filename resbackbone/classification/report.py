@@ -64,7 +64,11 @@ def write_report(
             },
             summary=(absent(why_not) if results is None else words.summary(results)) + best,
             over_time=words.over_time({name: curve for name, curve in curves.items() if curve}, bool(log.evaluations)),
-            sections=list(map(Section, ("Classes", "Confusions", "Worst images"), parts)),
+            sections=[
+                Section("Classes", parts[0], half=True),
+                Section("Confusions", parts[1], half=True),
+                Section("Worst images", parts[2]),
+            ],
         )
 
     return write_page(folder, page)
@@ -97,7 +101,7 @@ def _confusions(predictions: Predictions) -> Markup:
 def _most_certain(predictions: Predictions) -> Markup:
     right = np.flatnonzero(predictions.best[:, 0] == predictions.labels)
     figures = _figures(predictions, right[np.argsort(predictions.losses[right], kind="stable")], BEST)
-    return macros("classification.html").thumbs(figures)
+    return macros("classification.html").surest(figures) if figures else Markup()
 
 
 def _worst(predictions: Predictions) -> Markup:
