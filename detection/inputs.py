@@ -33,6 +33,8 @@ def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) 
         if word.isdecimal() and not path.exists():
             videos[int(word)] = None
             continue
+        if "://" in word:
+            raise UserError(f"{word}: is a URL; download it, and give the file")
         if path.is_dir():
             files = _images_not_below(output, path, recursive=recursive)
         elif glob.has_magic(word) and not path.exists():  # a name may contain brackets

@@ -13,7 +13,7 @@ from detection.annotations import CocoFile, first_image, leaves_its_folder
 from detection.splits import SPLIT_NAMES, SPLIT_OF, Found, Split, folders_in
 from detection.voc import find_voc
 from detection.yolo import find_yolo
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, sibling
 
 LAYOUT = (
     "annotations/instances_{train,val}2017.json with train2017/ and val2017/ (COCO's layout), "
@@ -196,8 +196,10 @@ def _find(data: Data) -> tuple[Found, Path]:
         return find_yolo(folder.parent, folder) or Found("", {}, {}), folder.parent
     if folder.is_file() and folder.suffix == ".json":
         return Files(folder).find(), folder.parent
+    if folder.is_file():
+        raise UserError(f"{data}: a file, but no .json of COCO and no data.yaml; give one, or a folder with {LAYOUT}")
     if not folder.is_dir():
-        raise UserError(f"{data}: no such folder; it should contain {LAYOUT}")
+        raise UserError(f"{data}: no such folder{sibling(data)}; it should contain {LAYOUT}")
     for _ in range(DEPTH + 1):
         if any((best := _best(folder)).fit):
             return best, folder

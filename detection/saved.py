@@ -21,7 +21,7 @@ from detection.roi_heads import FP32Predictor
 from detection.rpn import FP32RPNHead
 from detection.transforms import InputTransform
 from resbackbone import BackboneConfig, ResNetBackbone
-from resbackbone.checks import UserError, require
+from resbackbone.checks import UserError, require, sibling
 from resbackbone.engine.checkpoints import last_whole_checkpoint
 from resbackbone.layers import ConvBlocks, same_kind
 from resbackbone.weights import Weights, WeightSource, read_weights, write_weights
@@ -260,7 +260,9 @@ def detector_file(run: str | os.PathLike) -> str | os.PathLike:
     if run.is_file():
         return run
     if not run.is_dir():
-        raise UserError(f"{run}: no such run folder or file; give one, or a named source (torchvision:..)")
+        raise UserError(
+            f"{run}: no such run folder or file{sibling(run)}; give one, or a named source (torchvision:..)"
+        )
     folder = run if (run / "model.safetensors").is_file() else last_whole_checkpoint(run)
     if folder is None or not (folder / "model.safetensors").is_file():  # --engine detectron2 writes model_final.pth
         raise UserError(f"{run} holds no detector: neither model.safetensors nor a complete checkpoint of one")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,23 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
         return value
     listed = ", ".join(str(choice) for choice in choices)
     raise UserError(f"unknown {kind} {brief(value)}; choose from {listed}{note}")
+
+
+def nearest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that `word` begins or that it may be a slip of, None if there is none."""
+    choices = list(choices)
+    begun = (choice for choice in choices if len(word) > 2 and choice.startswith(word))
+    return next(begun, None) or next(iter(get_close_matches(word, choices, n=1, cutoff=0.65)), None)
+
+
+def sibling(path: str | os.PathLike) -> str:
+    """ "; did you mean runs/mine?" if that is beside a path that does not exist and is named much like it, else ""."""
+    folder, name = os.path.split(path)
+    try:
+        near = nearest(name, os.listdir(folder or "."))
+    except OSError:
+        near = None
+    return f"; did you mean {os.path.join(folder, near)}?" if near else ""
 
 
 def check_ranges(values: object, ranges: Mapping[str, tuple[float, float, str]]) -> None:

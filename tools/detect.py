@@ -75,10 +75,6 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """Images and videos -> pictures with boxes, and what was found as JSON."""
     options = parse(Options, argv)
-    if not options.inputs:
-        raise UserError("no image given: python tools/detect.py RUN IMAGE...")
-    if not 0 <= options.threshold <= 1:
-        raise UserError(f"--threshold {options.threshold}: must be between 0 and 1")
     with from_option("--device"):
         device = torch.device(choose_device(options.device))
     with from_option("--precision"):

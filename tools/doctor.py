@@ -3,10 +3,10 @@
 python tools/doctor.py
 """
 
-import argparse
 import importlib.metadata
 import platform
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -16,8 +16,12 @@ TOGETHER = "install torch and torchvision together, of one build: pip install --
 
 def main(argv: list[str] | None = None) -> int:
     """Print one line for each check. Returns 0 if everything installed works, else 1, and prints a fix per failure."""
-    lines = (__doc__ or "").splitlines()
-    argparse.ArgumentParser(prog="doctor.py", description=lines[0]).parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(words):
+        print(__doc__)
+        return 0
+    if words:
+        sys.exit(f"error: {words[0]!r}: the doctor takes no options and no words; it always makes every check")
     print(f"python {platform.python_version()} on {platform.platform()}")
     core = [
         check("packages", lambda: versions(None), "pip install resbackbone"),
@@ -107,6 +111,8 @@ def devices() -> list[str]:
 
 
 def run() -> None:
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends it quietly
     sys.exit(main())
 
 

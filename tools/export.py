@@ -10,11 +10,10 @@ inside.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from resbackbone.cli.command import Auto, Several, console, main_of, parse, progress_console
-from resbackbone.cli.errors import from_option
 
 import torch
 import tyro
@@ -57,9 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     images = read_images(options.check)
     detector = load_detector(options.run)
     if options.score_thresh is not None:
-        with from_option("--score-thresh"):
-            checked = replace(detector.config, box_score_thresh=options.score_thresh)
-        detector.roi_heads.score_thresh = checked.box_score_thresh
+        detector.roi_heads.score_thresh = options.score_thresh
     detector.export(options.file, input_type=options.input_type)
     console.print(f"exported: {options.file}")
     if not images:

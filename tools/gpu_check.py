@@ -12,7 +12,9 @@ The output folder gets gpu_check.json, written after every part, and gpu_check.m
 import argparse
 import contextlib
 import json
+import math
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -23,6 +25,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -33,7 +36,7 @@ import resbackbone  # noqa: E402
 resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
 
 from resbackbone.atomic import write_atomically  # noqa: E402
-from resbackbone.checks import UserError  # noqa: E402
+from resbackbone.checks import UserError, nearest, one_of  # noqa: E402
 from resbackbone.engine.device import choose_device  # noqa: E402
 from resbackbone.tools import gpu_checks  # noqa: E402
 from resbackbone.tools.benchmarks.machine import describe  # noqa: E402
@@ -90,24 +93,41 @@ def main(argv: list[str] | None = None) -> int:
     return int(any(found["status"] in BAD for found in content["parts"].values()))
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Exit with one line, as other commands do."""
+        message = re.sub("expected (one|at least one) argument", "needs a value", message.removeprefix("argument "))
+        sys.exit("error: " + message.replace("ignored explicit argument", "takes no value, not"))
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options. argparse, not tyro: the machine may have torch and little else."""
     lines = (__doc__ or "").splitlines()
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gpu_check.py",
+        allow_abbrev=False,
         description=lines[0],
         epilog="\n".join(lines[1:]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}, in 4 minutes")
-    parser.add_argument("--parts", nargs="+", choices=tuple(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", nargs="+", metavar="PART", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--device", default="cuda:0", metavar="NAME", help="cuda, cuda:N or cpu (default: cuda:0)")
-    parser.add_argument("--minutes", type=float, metavar="N", help="time limit (default: 15; 4 with --quick)")
+    parser.add_argument("--minutes", metavar="N", help="time limit (default: 15; 4 with --quick)")
     parser.add_argument("--output", type=Path, default=Path("runs/gpu-check"), metavar="DIR", help="folder for results")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # starts a part's own process
-    options = parser.parse_args(argv)
+    options, others = parser.parse_known_args(argv)
+    if others:
+        near = nearest(others[0], ("--quick", "--parts", "--device", "--minutes", "--output"))
+        wrong = f"no option {others[0]}" if others[0].startswith("-") else f"{others[0]}: stands without an option"
+        parser.error(f"{wrong}; {f'did you mean {near}?' if near else '--help lists the options'}")
     if sys.platform == "win32":
         sys.exit("error: gpu_check.py needs Linux or macOS")
+    try:
+        for name in options.parts or ():
+            one_of("part", name, PARTS)
+    except UserError as error:
+        parser.error(str(error))
     try:
         choose_device(options.device)
     except UserError as error:
@@ -115,10 +135,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         sys.exit(f"error: {flag}{error}; --device cpu runs the parts that need no GPU")
     if options.device == "cuda":
         options.device = "cuda:0"  # commands would use all GPUs
-    if options.minutes is None:
-        options.minutes = 4 if options.quick else 15
-    if not options.minutes > 0:
-        parser.error(f"--minutes {options.minutes}: must be more than 0")
+    minutes = options.minutes or (4 if options.quick else 15)
+    try:
+        options.minutes = float(minutes)
+    except ValueError:
+        options.minutes = 0
+    if not 0 < options.minutes < math.inf:
+        parser.error(f"--minutes {minutes}: must be a number above 0")
+    if options.output.is_file():
+        parser.error(f"--output {options.output}: is a file; give a folder")
     return options
 
 
@@ -262,4 +287,6 @@ def shown(value: object) -> str:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends it quietly
     sys.exit(main())

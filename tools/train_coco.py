@@ -11,6 +11,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache, partial
 from importlib.util import find_spec
@@ -303,6 +304,11 @@ def train(rank: Rank, options: Options) -> None:
     run.close()
 
 
+def about(data: Data) -> AbstractContextManager[None]:
+    """Put --data in front of a UserError, unless other options name the files."""
+    return nullcontext() if isinstance(data, Files) else from_option("--data")
+
+
 def open_data(session: Session) -> tuple[Any, Any]:
     """The images to train on and to evaluate on, checked, without augmentation."""
     options, rank = session.options, session.rank
@@ -313,10 +319,10 @@ def open_data(session: Session) -> tuple[Any, Any]:
         session.info(about_built_in_data(EMBEDDED, LAYOUT))
         from_main(embedded_data, rank)
     else:
-        with from_option("--data"):
+        with about(data):
             session.info(f"data:  {describe_layout(data)}")
     opened = partial(open_checked, data, skip_bad_images=options.skip_bad_images)
-    with from_option("--data"):
+    with about(data):
         train_set = from_main(partial(opened, "train", keep_empty=options.keep_empty), rank)
         val_set = from_main(partial(opened, "val", keep_empty=True, categories=train_set.categories), rank)
     session.info(f"train: {train_set.summary()}\nval:   {val_set.summary()}")
@@ -626,7 +632,7 @@ def recipe_for(options: Options, data: Data, kind: str) -> str:
     own_fpn = options.engine == "torchvision" and options.variant in (None, "fpn")
     if kind == "cpu" and own_fpn and detector_in(options) is None:
         return "scratch"
-    with from_option("--data"):
+    with about(data):
         return default_recipe(find_split(data, "train").reader.count_images())
 
 

@@ -1,14 +1,12 @@
 """What every command shares: options from a dataclass, one line for a user's mistake, progress on the terminal."""
 
-import contextlib
 import dataclasses
-import io
 import math
 import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -19,8 +17,9 @@ import tyro
 import yaml
 from rich.console import Console
 
-from resbackbone.checks import UserError
-from resbackbone.cli.errors import from_option, one_line_errors
+from resbackbone.checks import UserError, one_of
+from resbackbone.cli.errors import from_option, one_line_errors, readers_may_leave
+from resbackbone.cli.words import read, texts
 from resbackbone.engine.provenance import program
 from resbackbone.engine.run import read_yaml
 from resbackbone.engine.termination import quick_exit
@@ -36,11 +35,12 @@ console = Console(**PLAIN)  # for warnings and results
 progress_console = Console(**PLAIN)  # for what --quiet leaves out: progress messages and paths
 # Flags without their group's name; no "None" among the values; RUN, not STR, for a positional argument `run`.
 MARKERS = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-QUOTED = "'(.*?)'"
+COMPLETION = {"--tyro-print-completion": "SHELL", "--tyro-write-completion": "SHELL FILE"}  # options of tyro
 SECONDS_BETWEEN_LINES = 20  # of progress in a log
-# The lowest values of options that are whole numbers; 1 of the others.
+# The lowest values of options that are numbers; 1 of other whole numbers.
 LEAST = dict.fromkeys(("early_stop", "eval_period", "gpus", "pictures", "seed", "shorter_side", "workers"), 0)
-LEAST |= {"warmup_steps": 0, "size": 32}
+LEAST |= {"warmup_steps": 0, "size": 32, "weight_decay": 0, "eps": 0, "budget": 1, "threshold": 0, "score_thresh": 0}
+MOST = {"threshold": 1, "score_thresh": 1}
 
 
 def parse(options: type[T], argv: list[str] | None, *, default: T | None = None) -> T:
@@ -51,86 +51,46 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
     Raises ValueError, in one line, for an unknown flag or a value that does not fit, such as a whole number below LEAST
     or a file as --output.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    values: dict[str, str] = {}
-    if "recipe_values" in option_names(options):
-        argv, values = _take_values(argv)
-    parsed = _parse(options, argv, default)
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv) or COMPLETION.keys() & set(argv[:1]):
+        _help(options, argv)
+    parsed = read(options, argv, default)
     if getattr(parsed, "config", None) is not None:
         with from_option("--config"):
             saved = from_config(options, parsed.config)
-        parsed = _parse(options, argv, saved)
-    if values:
-        values = dict(item.split("=", 1) for item in parsed.recipe_values) | values
-        parsed = dataclasses.replace(parsed, recipe_values=tuple(f"{name}={text}" for name, text in values.items()))
+        parsed = read(options, argv, saved)
     be_quiet(parsed)
     for name, value in vars(parsed).items():
-        if type(value) is int and value < (least := LEAST.get(name, 1)):
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least {least}")
+        if type(value) in (int, float):
+            least, most = LEAST.get(name, 1 if type(value) is int else -math.inf), MOST.get(name, math.inf)
+            if not least <= value <= most:
+                accepted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {accepted}")
     output = getattr(parsed, "output", None)
-    if output is not None and output.is_file():
-        raise UserError(f"--output {output}: is a file; give a folder")
+    for path in () if output is None else (output, *output.parents):
+        if path.is_file():
+            raise UserError(f"--output {output}: {'' if path == output else f'{path} '}is a file; give a folder")
     return parsed
 
 
-def _parse(options: type[T], argv: list[str], default: T | None = None) -> T:
+def _help(options: type, argv: Sequence[str]) -> None:
+    """Print the help, or what completes the options in a shell, and exit."""
     groups = {group.__name__.removesuffix("Options"): group for group in _groups(options)}
-    nested: Any = dataclasses.make_dataclass("Options", groups.items()) if groups else options
-    if groups and default is not None:
-        default = nested(*(group(**_values(default, option_names(group))) for group in groups.values()))
-    if {"-h", "--help"} & set(argv):
-        for group in groups.values() or [options]:
-            _unwrap_texts(group)
+    for group in groups.values() or [options]:
+        described = texts(group)  # as one line each, because tyro would keep the breaks of indented text
+        for field in dataclasses.fields(group):
+            if text := described.get(field.name):
+                field.metadata = MappingProxyType({"help": text})
     doc = sys.modules[options.__module__].__doc__ or ""
     doc = re.sub("\n\n(?=(python|pip) )", "\n\nExamples:\n", doc, count=1)
     description = re.sub("^(?=(python|pip) )", "  ", doc, flags=re.M)  # tyro does not wrap indented lines
-    with one_line_of_tyro("--help lists the options"):
-        parsed = tyro.cli(
-            nested, prog=Path(sys.argv[0]).stem, args=argv, default=default, description=description, config=MARKERS
-        )
-    if groups:
-        parsed = options(**{name: value for group in vars(parsed).values() for name, value in vars(group).items()})
-    return parsed
-
-
-@contextlib.contextmanager
-def one_line_of_tyro(hint: str) -> Iterator[None]:
-    """Raise what tyro prints about a mistake as UserError, with a hint."""
-    stderr = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(stderr):
-            yield
-    except SystemExit as exit:
-        if exit.code in (0, None):  # of --help and --tyro-print-completion
-            raise
-        raise UserError(f"{_message_in(stderr.getvalue())} ({hint})") from None
-
-
-def _take_values(argv: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The command line without --recipe.NAME VALUE .., and {NAME: its values as text}."""
-    others: list[str] = []
-    taken: dict[str, list[str]] = {}
-    words = others
-    for word in argv:
-        if word.startswith("--recipe."):
-            flag, equals, value = word.partition("=")
-            words = taken[flag.removeprefix("--recipe.").replace("-", "_")] = [value] if equals else []
-        elif word.startswith("--"):
-            words = others
-            words.append(word)
-        else:
-            words.append(word)
-    return others, {name: shlex.join(words) for name, words in taken.items()}
-
-
-def _unwrap_texts(options: type) -> None:
-    """Give tyro the text below each option as one line, because it would keep the line breaks of indented text."""
-    import docstring_parser  # tyro's, which imports it for --help alone too
-
-    texts = {option.arg_name: option.description for option in docstring_parser.parse_from_object(options).params}
-    for field in dataclasses.fields(options):
-        if text := texts.get(field.name):
-            field.metadata = MappingProxyType({"help": " ".join(text.split())})
+    nested: Any = dataclasses.make_dataclass("Options", groups.items()) if groups else options
+    if needed := COMPLETION.get(argv[0]):
+        if len(argv) != 1 + len(needed.split()):
+            raise UserError(f"{argv[0]}: give {needed} after it, and nothing else")
+        one_of("shell", argv[1], ("bash", "zsh", "fish"))
+    words = argv if needed else ["--help"]
+    tyro.cli(nested, prog=Path(sys.argv[0]).stem, args=words, description=description, config=MARKERS)
 
 
 def _groups(options: type) -> list[type]:
@@ -146,35 +106,6 @@ def _values(options, names: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
 
 
-def _message_in(box: str) -> str:
-    """The message in the box that tyro prints for an error. tyro has no public way to get it without the box."""
-    title, *sections = re.split("[─-]{3,}", box)
-    message = " ".join(word for word in (sections or [title])[0].split() if word not in "╮│|+")
-    message = re.sub(r"^Missing from \S+: (\S+) (.*?)\.? \(required\).*", r"\1 is missing: \2", message)
-    message = re.sub(r"^Unrecognized options: (--recipe\.[^,]+).*", r"unknown value \1", message)
-    message = re.sub(r"^Error parsing (recipe\S*): ", r"--\1: ", message)
-    for said, kind in (("could not convert string to float", "FLOAT"), ("invalid literal for int.*", "INT")):
-        message = re.sub(rf"^Error parsing (\S+): {said}: ('.*?').*", rf"\1 [\2] {kind}", message)
-    message = re.sub(r"^Error parsing (\S+): no type matching (.*?) could be .* from (\[.*?\]).*", r"\1 \3 \2", message)
-    if several := re.match(r"Error parsing (\S+): Could not find valid parse for arguments: (\[.*\])", message):
-        kinds = re.search(rf"{several[1]} (\[\w+)", " ".join(box.split()))
-        message = f"{several[1]} {several[2]} {kinds[1] if kinds else 'values of another kind'}"
-    if wrong := re.match(r"(--\S+) (\['.*'\]) (.+)", message):
-        words = " or ".join(map(_in_words, wrong[3].split("|")))
-        message = f"{wrong[1]} {' '.join(re.findall(QUOTED, wrong[2]))}: must be {words}"
-    return message
-
-
-def _in_words(kind: str) -> str:
-    """tyro's INT, {INT INT} or [INT [INT ...]] in words."""
-    nouns = {"INT": "whole number", "FLOAT": "number", "STR": "word"}
-    names = re.findall("[A-Z]+", kind)
-    if not names or names[0] not in nouns:
-        return kind.strip("{}")
-    noun = nouns[names[0]]
-    return f"{noun}s" if "[" in kind else f"a {noun}" if len(names) == 1 else f"{len(names)} {noun}s"
-
-
 def be_quiet(options) -> None:
     """Silence `progress_console` in this process if the options have --quiet."""
     progress_console.quiet = getattr(options, "quiet", False)
@@ -182,7 +113,7 @@ def be_quiet(options) -> None:
 
 def main_of(command: Callable[[], object]) -> None:
     """Run a command to its exit status: 0, or 1 with one line on stderr."""
-    with quick_exit(), one_line_errors():
+    with quick_exit(), one_line_errors(), readers_may_leave():
         command()
 
 
@@ -253,16 +184,16 @@ def from_config(options: type[T], path: str | Path) -> T:
         flag = f"--{name}".replace("_", "-")
         if str(name).startswith("recipe."):
             continue
-        if isinstance(value, list):
+        if isinstance(value, list) and value:
             flags += [flag, *map(str, value)]
         elif value is False and name not in option_names(options):
             continue  # a run of an earlier version without an option that is removed
         elif isinstance(value, bool):
             flags.append(flag if value else flag.replace("--", "--no-", 1))
-        elif value is not None and name != "effective":
+        elif value not in (None, []) and name != "effective":
             flags.append(f"{flag}={value}")
     try:
-        parsed = _parse(options, flags)
+        parsed = read(options, flags)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     values = values_in(content)

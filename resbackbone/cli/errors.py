@@ -1,5 +1,6 @@
 """A user's mistake ends a command with one line and exit status 1."""
 
+import io
 import os
 import sys
 import time
@@ -78,3 +79,25 @@ def _exit(error: Exception) -> NoReturn:
         sys.exit(f"error: {line}")
     time.sleep(HEAD_START)
     sys.exit(f"error on rank {rank}: {line}")
+
+
+@contextmanager
+def readers_may_leave() -> Iterator[None]:
+    """End quietly, with status 1, when what reads the block's output has left, such as `| head -1`.
+
+    Characters that the output's encoding has not are printed as their numbers.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        broken = isinstance(sys.exc_info()[1], BrokenPipeError)  # of the output, if it breaks once more
+        try:
+            print(end="\n" if broken else "", flush=True)
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
+            if not isinstance(error, BrokenPipeError):
+                raise
+            sys.exit(1)

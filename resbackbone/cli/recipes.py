@@ -7,13 +7,12 @@ import dataclasses
 import math
 import shlex
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_type_hints
 
-import tyro
 import yaml
 
-from resbackbone.checks import UserError
-from resbackbone.cli.command import one_line_of_tyro
+from resbackbone.checks import UserError, nearest
+from resbackbone.cli.words import RECIPE, value_of
 
 T = TypeVar("T", bound=Any)  # a dataclass
 LENGTHS = ("epochs", "image_size")  # options that set several values
@@ -35,18 +34,32 @@ def with_values(recipe: T, values: Iterable[str], option_of: Mapping[str, str]) 
     `option_of` are values that an option of the command sets. Raises ValueError for those, for a name that the recipe
     does not have, and for a value that does not fit.
     """
-    flags = []
+    kinds = _kinds_of(recipe)
+    changed: dict[str, dict[str, Any]] = {}  # of the recipe itself, "", and of the dataclasses in it
     for item in values:
         name, _, text = item.partition("=")
+        flag = f"{RECIPE}{name}".replace("_", "-")
         if name in option_of:
-            raise UserError(f"--recipe.{name}: give --{option_of[name].replace('_', '-')} instead")
+            raise UserError(f"{flag}: give --{option_of[name].replace('_', '-')} instead")
         if name.rpartition(".")[2] in ABOUT:
-            raise UserError(f"--recipe.{name}: cannot be set")
-        flags += [f"--recipe.{name}".replace("_", "-"), *shlex.split(text)]
-    field = ("recipe", type(recipe), dataclasses.field(default_factory=lambda: recipe))
-    with one_line_of_tyro("--print-recipe lists the values"):
-        holder = dataclasses.make_dataclass("Recipe", [field])
-        return tyro.cli(holder, args=flags, config=(tyro.conf.FlagConversionOff,)).recipe
+            raise UserError(f"{flag}: cannot be set")
+        if name not in kinds:
+            near = next((kind for kind in kinds if kind.endswith(f".{name}")), None) or nearest(name, kinds)
+            instead = f"; did you mean {RECIPE}{near.replace('_', '-')}?" if near else " nor one like it"
+            raise UserError(f"no option {flag}{instead}{'' if near else '; --print-recipe lists the values'}")
+        outer, _, inner = name.rpartition(".")
+        changed.setdefault(outer, {})[inner] = value_of(kinds[name], shlex.split(text), flag)
+    parts = {outer: dataclasses.replace(getattr(recipe, outer), **those) for outer, those in changed.items() if outer}
+    return dataclasses.replace(recipe, **changed.get("", {}), **parts)
+
+
+def _kinds_of(recipe: Any) -> dict[str, Any]:
+    """The type of every value by its name."""
+    kinds: dict[str, Any] = {}
+    for name in values_of(recipe):
+        outer, _, inner = name.rpartition(".")
+        kinds[name] = get_type_hints(type(getattr(recipe, outer) if outer else recipe))[inner]
+    return kinds
 
 
 def check_rate(named: Any, used: Any, name: str, lr: float | None) -> None:

@@ -87,11 +87,11 @@ def test_options_are_the_defaults_and_over_them_the_flags():
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--no-such-option", "1"], "Unrecognized options: --no-such-option"),
+        (["--no-such-option", "1"], "no option --no-such-option nor one like it"),
         (["--depth", "fifty"], "--depth fifty: must be a whole number"),
         (["--max-steps", "many"], "--max-steps many: must be a whole number"),
-        (["--depth"], "Missing value for argument '--depth'"),
-        (["stray"], "stray"),
+        (["--depth"], "--depth: needs a value, a whole number"),
+        (["stray"], "stray: stands without an option"),
         (["--config", "no.yaml"], "--config no.yaml: cannot be read (No such file or directory)"),
     ],
 )
@@ -137,19 +137,19 @@ def test_what_a_run_wrote_comes_back(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("depht: 18", "Unrecognized options: --depht=18"),
+        ("depht: 18", "no option --depht; did you mean --depth?"),
         ("depth: fifty", "--depth fifty: must be a whole number"),
         ("depth: 18.5", "--depth 18.5: must be a whole number"),
-        ("depth: true", "Missing value for argument '--depth'"),
-        ("resume: 1", "Unrecognized options: 1"),
+        ("depth: true", "--depth: needs a value, a whole number"),
+        ("resume: 1", "--resume=1: takes no value"),
         ("max_steps: many", "--max-steps many: must be a whole number"),
-        ("rate: [1, 2]", "Unrecognized options: 2"),
+        ("rate: [1, 2]", "2: one word too many after --rate 1"),
     ],
 )
 def test_a_config_with_an_unknown_option_or_a_wrong_type_is_refused_by_name(text, message, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         from_config(Options, path)
     assert str(path) in one_line(["--config", str(path)])
 

@@ -139,9 +139,9 @@ def test_ctrl_c_keeps_what_is_done(run, monkeypatch, capsys):
 def test_wrong_input_is_one_line_that_names_it(run):
     assert "no-run: no such run folder or file" in error_of("no-run", "a.png")
     assert "other holds no detector" in error_of("other", "a.png")
-    assert "no image given: python tools/detect.py RUN IMAGE..." in error_of(run)
+    assert "INPUTS is missing: Images, folders of images" in error_of(run)
     assert "image nowhere.png: no such file" in error_of(run, "nowhere.png", "--output", "found")
-    assert "--threshold 1.5: must be between 0 and 1" in error_of(run, "a.png", "--threshold", "1.5")
+    assert "--threshold 1.5: must be from 0 to 1" in error_of(run, "a.png", "--threshold", "1.5")
     assert "--threshold" in error_of(run, "a.png", "--threshold", "high")
     assert "unknown format 'gif'; choose from jpg, png" in error_of(run, "a.png", "--format", "gif")
     assert "unknown precision 'fp8'" in error_of(run, "a.png", "--precision", "fp8")

@@ -72,13 +72,10 @@ def test_from_the_shell_its_status_is_that_of_the_checks():
     assert process.returncode == 0 and "everything installed works" in process.stdout
 
 
-@pytest.mark.parametrize("word, status", [("--help", 0), ("--gpus", 2)])
-def test_help_and_an_unknown_option_check_nothing(capsys, word, status):
-    with pytest.raises(SystemExit) as exit:
-        doctor.main([word])
-    said = capsys.readouterr()
-    assert exit.value.code == status and "ok  " not in said.out
-    assert "Check this machine" in said.out or "unrecognized arguments: --gpus" in said.err
+def test_its_help_checks_nothing(capsys):
+    assert doctor.main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("Check this machine") and "ok  " not in said
 
 
 @pytest.mark.parametrize("words", [[f"{name}.py", "--help"] for name in ("train_coco", "pretrain")])
