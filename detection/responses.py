@@ -28,11 +28,15 @@ class Response(NamedTuple):
 
 
 class Look(NamedTuple):
-    """An image, uint8 [3, H, W], its detections, DETECTION [n] of every score, and the response of each level."""
+    """An image, uint8 [3, H, W], its detections, DETECTION [n] of every score, and the response of each level.
+
+    `size` is the height and width in pixels to which the network resized the image.
+    """
 
     image: Tensor
     detections: np.ndarray
     responses: dict[str, Response]
+    size: tuple[int, int]
 
 
 def look(detector: FasterRCNN, image: Tensor, device: torch.device, *, bf16: bool = False) -> Look:
@@ -59,7 +63,7 @@ def look(detector: FasterRCNN, image: Tensor, device: torch.device, *, bf16: boo
         stride = features[level].stride
         values = x[0, :, : -(-height // stride), : -(-width // stride)].float().abs().mean(0)
         responses[level] = Response(values.cpu().numpy(), x.shape[1], stride)
-    return Look(image, detections, responses)
+    return Look(image, detections, responses, (height, width))
 
 
 def heat_map(image: Tensor, response: Response) -> Image.Image:

@@ -1,36 +1,42 @@
-"""A page in the browser: drop an image, see boxes, move the score threshold, see what every level responds to.
+"""A page in the browser: choose or drop an image, see boxes by score and class, see what every level responds to.
 
 pip install -e '.[demo]'                                              gradio, which serves the page
 python tools/demo.py runs/shapes-r18-fpn-short
-python tools/demo.py torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1 --port 8000
+python tools/demo.py torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1 --images photos --port 8000
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resbackbone.cli.command import Auto, console, main_of, parse
+from resbackbone.cli.command import Auto, Several, console, main_of, parse
 from resbackbone.cli.errors import from_option
 
+import numpy as np
 import torch
 import tyro
 from markupsafe import Markup
 from PIL import Image
 
+from detection.data import open_split
 from detection.faster_rcnn import FasterRCNN, prepare_for_detection
 from detection.gallery import draw_boxes
+from detection.inputs import find_inputs
+from detection.layouts import data_of
 from detection.responses import Look, heat_map, look
-from detection.saved import detector_file, load_detector
+from detection.saved import detector_file, load_detector, run_folder
 from detection.scoring import entries
 from resbackbone.checks import UserError, require
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
+from resbackbone.engine.run import read_yaml
 from resbackbone.image_io import BadImage, read_image
 from resbackbone.report.page import jpeg, macros, short
 
 LOCAL = "127.0.0.1"
 MOST_ROWS = 100
+MOST_SAMPLES = 6
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Options:
     run: tyro.conf.Positional[str]
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
     source: torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1."""
+    images: Several[str] = ()
+    """Images, folders or quoted patterns to choose from on the page. Default: of the run's validation set."""
     port: int = 7860
     """Port of the page: http://127.0.0.1:PORT."""
     device: Auto[str] = None
@@ -59,8 +67,9 @@ def main(argv: list[str] | None = None) -> None:
     file = detector_file(options.run)
     detector = prepare_for_detection(load_detector(file).to(device, memory_format=torch.channels_last), bf16=bf16)
     title = f"{Path(options.run).name}: {len(detector.real_categories)} classes"
-    page = build_page(detector, device, bf16=bf16, title=title)
-    serve(page, options.port)
+    shown = samples(options)
+    page = build_page(detector, device, bf16=bf16, title=title, samples=shown)
+    serve(page, options.port, shown)
     console.print(f"{file} on http://{LOCAL}:{options.port}, this machine only; Ctrl-C ends it")
     try:
         page.block_thread()
@@ -77,11 +86,34 @@ def gradio() -> Any:
     return gradio
 
 
-def boxes(seen: Look, threshold: float, names: Mapping[int, str]) -> tuple[Image.Image, Markup]:
-    """The image with the boxes that score at least `threshold`, and a table of them; `names` are the categories'."""
-    found = [e for e in entries(seen.detections) if e["category_id"] in names and e["score"] >= threshold]
+def samples(options: Options) -> list[Path]:
+    """The images to choose from: those of --images, or a few of the run's validation set, spread over it."""
+    if options.images:
+        with from_option("--images"):
+            return find_inputs(options.images, Path("detected")).images[:MOST_SAMPLES]
+    config = run_folder(options.run) / "config.yaml"
+    try:
+        data = data_of(read_yaml(config)) if config.is_file() else None
+        if data is None:
+            return []
+        dataset = open_split(data, "val", skip_bad_images=True)
+    except (UserError, OSError):  # the data are no longer there
+        return []
+    spread = np.linspace(0, len(dataset) - 1, min(MOST_SAMPLES, len(dataset)), dtype=int)
+    return [dataset.path(index) for index in spread.tolist()]
+
+
+def boxes(
+    seen: Look, threshold: float, names: Mapping[int, str], chosen: Collection[int] = ()
+) -> tuple[Image.Image, Markup]:
+    """The image with the boxes that score at least `threshold`, and a table of them.
+
+    `names` are the categories'; boxes of all of them are shown, or of the `chosen` ones.
+    """
+    every = [e for e in entries(seen.detections) if e["category_id"] in (chosen or names)]
+    found = [e for e in every if e["score"] >= threshold]
     rows = [(names[e["category_id"]], e["score"], e["bbox"]) for e in found[:MOST_ROWS]]
-    listed = macros("demo.html").found(rows, len(found), len(seen.detections), threshold)
+    listed = macros("demo.html").found(rows, len(found), len(every), threshold, seen.image.shape[1:], seen.size)
     return draw_boxes(seen.image, found, names), listed
 
 
@@ -94,18 +126,21 @@ def levels(seen: Look) -> Markup:
 
 
 def build_page(
-    detector: FasterRCNN, device: torch.device, *, title: str, bf16: bool = False, threshold: float = 0.5
+    detector: FasterRCNN,
+    device: torch.device,
+    *,
+    title: str,
+    bf16: bool = False,
+    threshold: float = 0.5,
+    samples: Sequence[Path] = (),
 ) -> Any:
-    """The page as gradio Blocks: an image and a threshold in, boxes and levels out."""
+    """The page as gradio Blocks: an image, a threshold and classes in, boxes and levels out.
+
+    It starts with the first of the `samples`. The browser remembers the threshold by the title.
+    """
     gr, names = gradio(), detector.real_categories
 
-    class AnyFile(gr.Image):  # type: ignore[name-defined]  # gr.Image would open the file itself, with no helpful error
-        is_template = True
-
-        def preprocess(self, payload):
-            return None if payload is None else payload.path
-
-    def show(path: str | None, threshold: float):
+    def show(path: str | None, threshold: float, chosen: list[int]):
         if path is None:
             return None, None, "", ""
         try:
@@ -113,32 +148,47 @@ def build_page(
         except BadImage as error:
             reason = str(error).replace(path, Path(path).name)  # without the folder of uploads
             return None, None, macros("demo.html").unreadable(reason), ""
-        return seen, *boxes(seen, threshold, names), levels(seen)
+        return seen, *boxes(seen, threshold, names, chosen), levels(seen)
 
-    def move(seen: Look | None, threshold: float):
-        return (None, "") if seen is None else boxes(seen, threshold, names)
+    def choose(seen: Look | None, threshold: float, chosen: list[int]):
+        return (None, "") if seen is None else boxes(seen, threshold, names, chosen)
 
     with gr.Blocks(title=short(title), analytics_enabled=False) as page:
         gr.HTML(Markup("<h1>{}</h1>").format(short(title)))
         seen = gr.State()
         with gr.Row():
             with gr.Column():
-                image = AnyFile(label="Image", sources=["upload", "clipboard"], height=360, elem_id="image")
+                image = gr.Image(label="Image", sources=["upload", "clipboard"], height=360, elem_id="image")
+                # Its own method would open the file, with no helpful error.
+                image.preprocess = lambda payload: None if payload is None else payload.path
+                if samples:
+                    gr.Examples([[str(path)] for path in samples], image, label="Images to choose from")
                 score = gr.Slider(0, 1, threshold, step=0.01, label="Score threshold", elem_id="threshold")
+                choices = [(short(name), category) for category, name in names.items()]
+                classes = gr.Dropdown(choices, value=[], multiselect=True, label="Classes (none chosen: all)")
             with gr.Column():  # without gradio's button that shares on the internet
                 options = {"format": "png", "buttons": ["download", "fullscreen"], "elem_id": "picture"}
                 picture = gr.Image(label="Boxes", interactive=False, **options)
         found = gr.HTML(elem_id="found")
         gr.HTML("<h2>What the levels respond to</h2>")
         responses = gr.HTML(elem_id="levels")
-        image.change(show, [image, score], [seen, picture, found, responses], api_visibility="private")
+        image.change(show, [image, score, classes], [seen, picture, found, responses], api_visibility="private")
         quietly = {"show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private"}
-        score.change(move, [seen, score], [picture, found], **quietly)
+        gr.on([score.change, classes.change], choose, [seen, score, classes], [picture, found], **quietly)
+        # Without a secret of its own, gradio could not read what it stored before a restart.
+        remembered = gr.BrowserState(threshold, storage_key=f"threshold {title}", secret="resbackbone")  # noqa: S106
+        score.change(lambda value: value, score, remembered, **quietly)
+        restored = page.load(lambda value: value, remembered, score, **quietly)
+        if samples:
+            restored.then(lambda: str(samples[0]), None, image, show_progress="hidden", api_visibility="private")
     return page
 
 
-def serve(page: Any, port: int) -> None:
-    """Start to serve the page on this machine only, in the background. Raises UserError for a port that is taken."""
+def serve(page: Any, port: int, samples: Sequence[Path] = ()) -> None:
+    """Start to serve the page on this machine only, in the background. Raises UserError for a port that is taken.
+
+    gradio reads no files outside the working and the temporary directory but these `samples`.
+    """
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}  # no font is fetched
     try:
         page.launch(
@@ -153,6 +203,7 @@ def serve(page: Any, port: int) -> None:
             css=macros("demo.html").style,
             ssr_mode=False,
             mcp_server=False,
+            allowed_paths=[str(path.absolute()) for path in samples],
         )
     except OSError:
         raise UserError(f"--port {port}: is taken or not permitted; choose another") from None

@@ -143,7 +143,8 @@ class Session:
         run = self.open_run(state.step, recorded | arithmetic(self.rank.device), evaluates_again=again)
         self.info(
             f"{start} to {plan.steps}: {plan.batch_size} images per update{f' in {parts} parts' if parts > 1 else ''} "
-            f"on {ranks} {self.rank.device.type}, {plan.precision}, learning rate {schedule.rate:g}"
+            f"on {ranks} {self.rank.device.type}, {plan.precision}, learning rate {schedule.rate:g}; saved every "
+            f"{plan.checkpoint_period} updates{f', evaluated every {plan.eval_period}' if plan.eval_period else ''}"
         )
         with Progress("train", plan.steps, start=state.step, shown=self.rank.is_main) as progress:
             loop.train(task, state, plan, run, progress.update, self.info)

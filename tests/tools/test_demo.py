@@ -1,5 +1,7 @@
+import shutil
 import socket
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from detection.faster_rcnn import build_faster_rcnn
 from detection.responses import look
 from detection.saved import save_detector
+from detection.shapes import make_shapes
 from resbackbone import build_resnet_backbone
 from resbackbone.image_io import read_image
 from resbackbone.tools import demo
@@ -48,9 +51,25 @@ def test_the_threshold_changes_boxes_and_table(detector, photo):
         picture, listed = demo.boxes(seen, threshold, detector.real_categories)
         pictures.append(np.asarray(picture))
         assert listed.count("<tr>") == (count and count + 1)
-        assert listed.startswith(f"<p>{count} of {len(scores)} boxes score at least {threshold:g}")
+        assert f"\n{count} of {len(scores)} boxes score at least {threshold:g}" in listed
     assert not np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[1], pictures[2])
     assert "&lt;img src=x onerror=alert(1)&gt;" in listed and "<img" not in listed
+    of_class = int((seen.detections["category_id"] == 13).sum())
+    _, listed = demo.boxes(seen, 0.0, detector.real_categories, chosen=[13])
+    assert f"{of_class} of {of_class} boxes" in listed and "onerror" not in listed and 0 < of_class < len(scores)
+
+
+def test_the_samples_are_those_given_or_some_of_the_runs_validation_set(tmp_path, detector, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = make_shapes(tmp_path / "shapes", train_images=1, val_images=9, size=64)
+    save_detector(detector, tmp_path / "model.safetensors")
+    assert demo.samples(demo.Options(str(tmp_path))) == []
+    (tmp_path / "config.yaml").write_text(f"data: {data}\n")
+    names = [path.name for path in demo.samples(demo.Options(str(tmp_path)))]
+    assert len(names) == 6 and (names[0], names[-1]) == ("000001000001.jpg", "000001000009.jpg")
+    assert demo.samples(demo.Options(str(tmp_path), images=(f"{data}/train2017",))) == [*data.glob("train2017/*")]
+    shutil.rmtree(data)
+    assert demo.samples(demo.Options(str(tmp_path))) == []
 
 
 def test_every_level_has_a_heat_map_with_a_caption(detector, photo):
@@ -78,10 +97,17 @@ def free_port():
 
 
 @pytest.fixture(scope="module")
-def address(detector):
+def samples():
+    """A photo that is neither in the working nor in the temporary directory."""
+    return sorted(Path(__file__).parents[2].glob("docs/results/*/example.jpg"))
+
+
+@pytest.fixture(scope="module")
+def address(detector, samples):
     pytest.importorskip("gradio", reason="gradio is not installed: pip install gradio")
-    page, port = demo.build_page(detector, CPU, title="<b>run</b>: 2 classes", threshold=0.0), free_port()
-    demo.serve(page, port)
+    options = {"title": "<b>run</b>: 2 classes", "threshold": 0.0, "samples": samples}
+    page, port = demo.build_page(detector, CPU, **options), free_port()
+    demo.serve(page, port, samples)
     yield f"http://127.0.0.1:{port}"
     page.close(verbose=False)
 
@@ -98,14 +124,20 @@ def page(address, chromium):
     own = (address, "data:", f"blob:{address}")
     page.on("request", lambda request: request.url.startswith(own) or page.said.append(request.url))
     page.goto(address)
-    page.wait_for_selector(INPUT, state="attached", timeout=60_000)
     yield page
     context.close()
 
 
+def upload(page, file):
+    """Replace the sample that the page starts with."""
+    page.get_by_text("The image has 1292 x 506 pixels; the network sees 97 x 37.").wait_for(timeout=60_000)
+    page.get_by_role("button", name="Remove").first.click()
+    page.set_input_files(INPUT, file)
+
+
 def test_a_dropped_image_gets_boxes_and_heat_maps_and_the_threshold_filters_the_boxes(page, photo):
-    page.set_input_files(INPUT, photo)
-    page.wait_for_selector("#levels img", timeout=60_000)
+    upload(page, photo)
+    page.get_by_text("The image has 61 x 50 pixels; the network sees 78 x 64.").wait_for(timeout=60_000)
     assert page.locator("#levels img").count() == 9
     page.wait_for_selector("#picture img", timeout=60_000)
     first = page.locator("#picture img").get_attribute("src")
@@ -117,6 +149,8 @@ def test_a_dropped_image_gets_boxes_and_heat_maps_and_the_threshold_filters_the_
     number.press("Enter")
     page.get_by_text("boxes score at least 0.99").wait_for(timeout=60_000)
     assert "0 of 100" in page.inner_text("#found") and HOSTILE[3] not in page.inner_text("#found")
+    page.reload()
+    page.get_by_text("boxes score at least 0.99").wait_for(timeout=60_000)  # remembered
     page.wait_for_function(f"document.querySelector('#picture img').src !== {first!r}", timeout=60_000)
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     assert page.said == []
@@ -124,7 +158,7 @@ def test_a_dropped_image_gets_boxes_and_heat_maps_and_the_threshold_filters_the_
 
 def test_the_page_reports_a_file_that_is_no_image(page, tmp_path):
     (tmp_path / "notes.png").write_text("no image")
-    page.set_input_files(INPUT, tmp_path / "notes.png")
+    upload(page, tmp_path / "notes.png")
     page.get_by_text("image notes.png: not an image").wait_for(timeout=60_000)
     assert page.locator("#levels img").count() == 0
 
