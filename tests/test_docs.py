@@ -218,18 +218,32 @@ def test_every_measured_row_of_the_model_zoo_is_what_its_metrics_say():
         assert (f"{100 * first:.1f}", f"{100 * second:.1f}") == (ap, ap50)
 
 
-def test_the_site_builds_without_a_warning_and_asks_nothing_of_the_network(tmp_path):
+@pytest.fixture(scope="module")
+def site(module_path):
+    """The folder of the site, built without a warning."""
     pytest.importorskip("material", reason="mkdocs-material is not installed: pip install -e '.[docs]'")
     pytest.importorskip("mkdocstrings", reason="mkdocstrings is not installed: pip install -e '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(module_path)]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
-    index = (tmp_path / "search/search_index.js").read_text()  # what the search reads where pages are from file://
-    assert index.startswith("var __index = ")
-    pages = list(tmp_path.rglob("*.html"))
-    assert len(pages) > 15 and (tmp_path / "examples/plain_pytorch.py").is_file()
-    assert "<code>frozen_through</code>: " in (tmp_path / "api.html").read_text()  # from a docstring, as a list
+    return module_path
+
+
+def test_the_site_asks_nothing_of_the_network(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 15 and (site / "examples/plain_pytorch.py").is_file()
+    assert "<code>frozen_through</code>: " in (site / "api.html").read_text()  # from a docstring, as a list
     for page in pages:
         loaded = re.findall(r"<(?:link|script|img|iframe)\b[^>]*?\b(?:href|src)=\"?(https?:[^\" >]+)", page.read_text())
         assert not loaded, page
-        assert "assets/iframe-worker.js" in page.read_text()
+        assert "assets/iframe-worker.js" in page.read_text()  # without it, pages of file:// cannot search
+
+
+def test_the_search_finds_words_in_pages_that_are_opened_from_files(site, chromium):
+    page = chromium.new_page()
+    page.goto((site / "experiments/bccd.html").as_uri())
+    page.get_by_role("textbox", name="Search").click()
+    page.keyboard.type("microscope")
+    results = page.locator(".md-search-result__item")
+    results.first.wait_for()
+    assert "BCCD" in " ".join(results.all_inner_texts())
