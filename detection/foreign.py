@@ -117,15 +117,18 @@ def describe_detector(weights: Weights) -> dict[str, dict]:
 
 def with_settings(weights: Weights, settings: Mapping[str, object]) -> Weights:
     """The weights, stating these settings of their detector. Raises ValueError if they state others or show them."""
-    shown = {"num_classes", "categories", "variant", "rpn_conv_depth"}
+    shown = {"num_classes", "variant", "rpn_conv_depth"}
     shown |= {"representation_size", "box_conv_layers", "box_norm"}
     accepted = sorted(DetectorConfig.__dataclass_fields__.keys() - shown)
     for name in settings:
         one_of("setting of a detector in a foreign file", name, accepted)
     stated = weights.metadata.get("settings", {})
     anchors = {"anchor_scale", "anchor_sides"} if "anchors" in weights.metadata else set()
-    if known := sorted((stated.keys() | anchors) & settings.keys()):
+    names = {"categories"} if "classes" in weights.metadata else set()
+    if known := sorted((stated.keys() | anchors | names) & settings.keys()):
         raise UserError(f"weights from {weights.source} state {', '.join(known)}; leave it out to use theirs")
+    if isinstance(categories := settings.get("categories"), Mapping):
+        settings = {**settings, "categories": list(categories.items())}
     return replace(weights, metadata={**weights.metadata, "settings": {**stated, **settings}})
 
 

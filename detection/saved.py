@@ -162,8 +162,8 @@ def load_detector(path: WeightSource, *, eps: float | None = None, **settings: A
 
     eps: of the norms, where the file does not state it. Of a torchvision detector's file the default is 1e-5, which a
         message says; those that torchvision publishes, and what was trained from them, have 0.
-    settings: fields of `DetectorConfig` that a foreign file does not state: anchor_scale, geometry, box_nms_thresh, ..
-        A message names what is assumed of them.
+    settings: fields of `DetectorConfig` that a foreign file does not state: anchor_scale, geometry, box_nms_thresh, ..,
+        and categories as {id: name}, in the order of the labels. A message names what is assumed of them.
 
     Raises ValueError if there is no such folder or file, and if the weights are not of a Faster R-CNN that this package
     builds, or state what is given.

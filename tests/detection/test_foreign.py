@@ -595,6 +595,10 @@ def test_detector_settings_that_no_file_states_are_announced_and_can_be_given(sm
     found = load_detector(path, anchor_scale=4.0, geometry="detectron2", box_nms_thresh=0.3).config
     assert (found.anchor_scale, found.geometry, found.box_nms_thresh) == (4.0, "detectron2", 0.3)
     assert "how their detector was built" not in caplog.text
+    names = {label: f"thing {label}" for label in range(1, small.num_classes + 1)}
+    assert load_detector(path, categories=names).categories == names
+    with pytest.raises(ValueError, match=f"num_classes is {small.num_classes}, but there are 1 categories"):
+        load_detector(path, categories={1: "thing"})
     with pytest.raises(ValueError, match="unknown setting of a detector in a foreign file 'anchors'; choose from"):
         load_detector(path, anchors=4)
     save_detector(small, tmp_path / "ours.safetensors")
