@@ -166,7 +166,8 @@ def write_report(folder: Path, make_page: Callable[[], str], say: Callable[[str]
 def facts_section(log: RunLog, more: Mapping[str, str]) -> Section:
     """What was trained, on what, with which command; `more` are facts about the data."""
     effective, processes = log.effective, log.effective.get("processes", 1)
-    facts = {"data": log.config.get("data"), **{name: number(count) for name, count in log.images().items()}, **more}
+    facts = {"data": log.config.get("data") or log.config.get("train_json")}
+    facts |= {name: number(count) for name, count in log.images().items()} | dict(more)
     if "parameters" in effective:
         facts["parameters"] = f"{effective['parameters'] / 1e6:.1f} million"
     if log.train:
