@@ -43,11 +43,12 @@ def with_values(recipe: T, values: Iterable[str], option_of: Mapping[str, str]) 
             raise UserError(f"{flag}: give --{option_of[name].replace('_', '-')} instead")
         if name.rpartition(".")[2] in ABOUT:
             raise UserError(f"{flag}: cannot be set")
+        outer, _, inner = name.rpartition(".")
         if name not in kinds:
-            near = next((kind for kind in kinds if kind.endswith(f".{name}")), None) or nearest(name, kinds)
+            whole = {kind.rpartition(".")[2]: kind for kind in sorted(kinds, key=lambda kind: kind.startswith(outer))}
+            near = whole.get(nearest(inner, whole) or "")
             instead = f"; did you mean {RECIPE}{near.replace('_', '-')}?" if near else " nor one like it"
             raise UserError(f"no option {flag}{instead}{'' if near else '; --print-recipe lists the values'}")
-        outer, _, inner = name.rpartition(".")
         changed.setdefault(outer, {})[inner] = value_of(kinds[name], shlex.split(text), flag)
     parts = {outer: dataclasses.replace(getattr(recipe, outer), **those) for outer, those in changed.items() if outer}
     return dataclasses.replace(recipe, **changed.get("", {}), **parts)

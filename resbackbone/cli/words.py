@@ -146,6 +146,8 @@ def read(options: type[T], argv: Sequence[str], default: T | None = None) -> T:
         else:
             missing = len([name for name in syntax.positional if name in syntax.needed]) - len(loose)
             before = [flag, *([attached] if equals else _take(left, _count(syntax.hints[name]), missing))]
+            if not before[1:]:
+                raise UserError(f"{flag}: needs a value, {_in_words(syntax.hints[name])}")
             values[name] = value_of(syntax.hints[name], before[1:], flag)
     for name in syntax.positional:
         count = _count(syntax.hints[name])
@@ -166,8 +168,6 @@ def read(options: type[T], argv: Sequence[str], default: T | None = None) -> T:
 def value_of(hint: Any, words: Sequence[str], shown: str) -> Any:
     """The words as a value of this type. Raises ValueError, about the option `shown`, if they are none."""
     given = " ".join([shown, *(word or "''" for word in words)])
-    if not words:
-        raise UserError(f"{shown}: needs a value, {_in_words(hint)}")
     if "" in words:
         otherwise = ", or leave the option out" if shown.startswith("--") else ""
         raise UserError(f"{given}: is empty; give {_in_words(hint)}{otherwise}")
