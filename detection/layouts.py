@@ -196,10 +196,10 @@ def _find(data: Data) -> tuple[Found, Path]:
         return find_yolo(folder.parent, folder) or Found("", {}, {}), folder.parent
     if folder.is_file() and folder.suffix == ".json":
         return Files(folder).find(), folder.parent
-    if folder.is_file():
-        raise UserError(f"{data}: a file, but no .json of COCO and no data.yaml; give one, or a folder with {LAYOUT}")
+    if not folder.exists():
+        raise UserError(f"{data}: no such folder{sibling(data)}; give the data's folder, its data.yaml or a COCO .json")
     if not folder.is_dir():
-        raise UserError(f"{data}: no such folder{sibling(data)}; it should contain {LAYOUT}")
+        raise UserError(f"{data}: a file, but neither data.yaml nor a COCO .json; give one, or a folder with {LAYOUT}")
     for _ in range(DEPTH + 1):
         if any((best := _best(folder)).fit):
             return best, folder

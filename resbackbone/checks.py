@@ -24,14 +24,14 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     """The choice that `word` begins or that it may be a slip of, None if there is none."""
     choices = list(choices)
     begun = (choice for choice in choices if len(word) > 2 and choice.startswith(word))
-    return next(begun, None) or next(iter(get_close_matches(word, choices, n=1, cutoff=0.65)), None)
+    return next(begun, None) or next(iter(get_close_matches(word, choices, n=1, cutoff=0.75)), None)
 
 
 def sibling(path: str | os.PathLike) -> str:
     """ "; did you mean runs/mine?" if that is beside a path that does not exist and is named much like it, else ""."""
     folder, name = os.path.split(path)
     try:
-        near = nearest(name, os.listdir(folder or "."))
+        near = nearest(name, set(os.listdir(folder or ".")) - {name})
     except OSError:
         near = None
     return f"; did you mean {os.path.join(folder, near)}?" if near else ""

@@ -461,6 +461,8 @@ def complete_for_evaluation(options: Options) -> Options:
         if len(options.eval_only) == 1:  # the results of several belong to none of their folders
             output = output or (folder.resolve().with_name("eval-best") if is_best(folder) else folder)
         config = read_yaml(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+        if config and config.get("recipe") not in RECIPES:
+            raise UserError(f"--eval-only {first}: a run of another command; give one of pretrain.py")
     given = {name: getattr(options, name) or config.get(name) for name in ("data", "recipe", "size", "precision")}
     if given["precision"] not in INFERENCE and not options.precision:
         given["precision"] = "fp32"  # publishers of weights evaluate in fp32

@@ -68,7 +68,7 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be {accepted}")
     output = getattr(parsed, "output", None)
     for path in () if output is None else (output, *output.parents):
-        if path.is_file():
+        if path.exists() and not path.is_dir():
             raise UserError(f"--output {output}: {'' if path == output else f'{path} '}is a file; give a folder")
     return parsed
 

@@ -46,6 +46,8 @@ SYNONYMS = {  # what other packages say: what it may be here, the best first
     "log-interval print-freq": "log-period",
     "save-period save-freq": "checkpoint-period",
     "wd": "weight-decay",
+    "lr-steps": "milestones",
+    "auto-resume continue": "resume",
     "arch": "backbone depth",
     "gpu": "device",
     "h usage options": "help",
@@ -145,8 +147,9 @@ def read(options: type[T], argv: Sequence[str], default: T | None = None) -> T:
             values[name], before = flag == _flag(name), [word]
         else:
             missing = len([name for name in syntax.positional if name in syntax.needed]) - len(loose)
-            before = [flag, *([attached] if equals else _take(left, _count(syntax.hints[name]), missing))]
-            if not before[1:]:
+            count = _count(syntax.hints[name])
+            before = [flag, *([attached] if equals else _take(left, count, missing))]
+            if not before[1:] and (count or not getattr(options, name, ())):  # no values, in place of several, are none
                 raise UserError(f"{flag}: needs a value, {_in_words(syntax.hints[name])}")
             values[name] = value_of(syntax.hints[name], before[1:], flag)
     for name in syntax.positional:

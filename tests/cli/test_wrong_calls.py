@@ -163,11 +163,11 @@ inspect_data -
 detect - photo.jpg
     RUN -: neither stdin nor stdout is used; give a name
 train_coco --data nowhere
-    --data nowhere: no such folder; it should contain annotations/instances_{train,val}2017.json ..
+    --data nowhere: no such folder; give the data's folder, its data.yaml or a COCO .json
 inspect_data emtpy
-    emtpy: no such folder; did you mean empty?; it should contain ..
+    emtpy: no such folder; did you mean empty?; give the data's folder, its data.yaml or a COCO .json
 train_coco --data notes.txt
-    --data notes.txt: a file, but no .json of COCO and no data.yaml; give one, or a folder with ..
+    --data notes.txt: a file, but neither data.yaml nor a COCO .json; give one, or a folder with ..
 train_coco --train-json nowhere.json
     nowhere.json: cannot be read (No such file or directory)
 train_coco --output notes.txt
