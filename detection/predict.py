@@ -96,7 +96,7 @@ class Prediction:
             raise UserError(f"{path}: is the image itself, which boxes would replace; choose another name")
         picture = self.picture()
         try:
-            picture.save(path, quality=QUALITY)  # which only JPEG and WebP have
+            picture.save(path, quality=QUALITY)  # other formats ignore it
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be written ({error})") from None
 

@@ -7,6 +7,7 @@ python tools/demo.py torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1 --im
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class Options:
     """A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, detectron2's, mmdetection's), or a named
     source: torchvision:FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1."""
     images: Several[str] = ()
-    """Images, folders or quoted patterns to choose from on the page. Default: of the run's validation set."""
+    """Images, folders or quoted patterns, of which the page offers six. Default: of the run's validation set."""
     port: int = 7860
     """Port of the page: http://127.0.0.1:PORT."""
     device: Auto[str] = None
@@ -64,10 +65,9 @@ def main(argv: list[str] | None = None) -> None:
     bf16 = choose_precision(None, str(device), INFERENCE) == "bf16"
     use(device)
     gradio()
-    file = detector_file(options.run)
+    file, shown = detector_file(options.run), samples(options)
     detector = prepare_for_detection(load_detector(file).to(device, memory_format=torch.channels_last), bf16=bf16)
     title = f"{Path(options.run).name}: {len(detector.real_categories)} classes"
-    shown = samples(options)
     page = build_page(detector, device, bf16=bf16, title=title, samples=shown)
     serve(page, options.port, shown)
     console.print(f"{file} on http://{LOCAL}:{options.port}, this machine only; Ctrl-C ends it")
@@ -87,20 +87,20 @@ def gradio() -> Any:
 
 
 def samples(options: Options) -> list[Path]:
-    """The images to choose from: those of --images, or a few of the run's validation set, spread over it."""
+    """A few images to choose from, spread over those of --images or over the run's validation set."""
+    config, images = run_folder(options.run) / "config.yaml", []
     if options.images:
         with from_option("--images"):
-            return find_inputs(options.images, Path("detected")).images[:MOST_SAMPLES]
-    config = run_folder(options.run) / "config.yaml"
-    try:
-        data = data_of(read_yaml(config)) if config.is_file() else None
-        if data is None:
-            return []
-        dataset = open_split(data, "val", skip_bad_images=True)
-    except (UserError, OSError):  # the data are no longer there
-        return []
-    spread = np.linspace(0, len(dataset) - 1, min(MOST_SAMPLES, len(dataset)), dtype=int)
-    return [dataset.path(index) for index in spread.tolist()]
+            images = find_inputs(options.images, Path("detected")).images
+            if not images:
+                raise UserError(f"{' '.join(options.images)}: no images")
+    elif config.is_file():
+        with suppress(UserError, OSError):  # the data may be gone
+            if (data := data_of(read_yaml(config))) is not None:
+                dataset = open_split(data, "val", skip_bad_images=True)
+                images = [dataset.path(index) for index in range(len(dataset))]
+    spread = np.linspace(0, len(images) - 1, min(MOST_SAMPLES, len(images)), dtype=int)
+    return [images[index] for index in spread.tolist()]
 
 
 def boxes(

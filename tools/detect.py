@@ -34,6 +34,7 @@ from resbackbone.engine.termination import termination
 from resbackbone.image_io import BadImage, read_image
 
 Find = Callable[[Sequence[Tensor]], list[Prediction]]
+ACCEPT_BAD = "with --skip-bad-images the exit status is 0 all the same"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Options:
     precision: Auto[str] = None
     """fp32 or bf16 (autocast). Default: bf16 where the device computes in it."""
     skip_bad_images: bool = False
-    """Images that cannot be read are no error. They are skipped and named in any case."""
+    """Exit with status 0 even if images cannot be read. They are skipped and named in any case."""
     quiet: bool = False
     """Print only warnings, errors and the paths of the results."""
 
@@ -99,20 +100,23 @@ def main(argv: list[str] | None = None) -> None:
             bad = detect_images(find, images, image_ids, pictures, folder / "detections.json", options)
         for source in videos:
             detect_video(find, source, pictures[source], options)
-    if bad and not options.skip_bad_images:
-        some = f"{len(bad)} of {len(images)} images, named above, cannot be read"
-        raise bad[0] if len(images) == 1 else UserError(f"{some}; --skip-bad-images makes that no error")
+            if termination.requested:
+                break
+    if bad:
+        raise UserError(f"{len(bad)} of {len(images)} images, named above, cannot be read; {ACCEPT_BAD}")
 
 
 def detect_images(
     find: Find, images: list[Path], image_ids: list[int], pictures: dict, out: Path, options: Options
 ) -> list[BadImage]:
-    """Image files -> pictures, and the list `out` of detections, each with the file's name. Returns what is wrong.
+    """Image files -> pictures, and the list `out` of detections, each with the file's name.
 
-    Ctrl-C ends it after the images at hand.
+    Ctrl-C ends it after the images at hand. Returns what is wrong with unreadable images, unless --skip-bad-images is
+    given. Raises the BadImage of a single one, and leaves `out` as it was if none of several can be read.
     """
     bad: list[BadImage] = []
-    readable = read_images(track(images, len(images), "detect"), image_ids, bad)
+    one_of_many = len(images) > 1 or options.skip_bad_images
+    readable = read_images(track(images, len(images), "detect"), image_ids, bad if one_of_many else None)
     done = 0
     with json_list(out) as add:
         for batch in batches(readable, options.batch_size):
@@ -128,20 +132,24 @@ def detect_images(
             done += len(batch)
             if termination.requested:
                 break
+        if bad and not done and not options.skip_bad_images:
+            raise UserError(f"none of these {len(images)} images can be read; {ACCEPT_BAD}")
     console.print(f"all detections: {out}")
     if termination.requested:
         termination.stop(f"after {done} of {len(images)} images")
-    return bad
+    return [] if options.skip_bad_images else bad
 
 
 def read_images(
-    paths: Iterable[Path], image_ids: Iterable[int], bad: list[BadImage]
+    paths: Iterable[Path], image_ids: Iterable[int], bad: list[BadImage] | None
 ) -> Iterator[tuple[Path, Tensor, int]]:
-    """Yield (file, uint8 [3, H, W], id). What is wrong with an unreadable image is printed and added to `bad`."""
+    """Yield (file, uint8 [3, H, W], id). BadImage of an unreadable image is raised, or printed and added to `bad`."""
     for path, image_id in zip(paths, image_ids, strict=True):
         try:
             yield path, read_image(path), image_id
         except BadImage as error:
+            if bad is None:
+                raise
             console.print(f"skipped {error}")
             bad.append(error)
 

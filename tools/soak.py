@@ -26,7 +26,7 @@ import torch
 
 from resbackbone.atomic import write_atomically
 from resbackbone.checks import one_of
-from resbackbone.engine.checkpoints import checkpoints
+from resbackbone.engine.checkpoints import checkpoints, step_of
 from resbackbone.tools.benchmarks.machine import describe
 from resbackbone.tools.soaking.subject import (
     COMMANDS,
@@ -148,7 +148,7 @@ def terminate(subject: Subject, times: int, moments: random.Random) -> Found:
         step, began = last_step(run), time.monotonic()
         status = stop(process, signal.SIGTERM)
         seconds.append(time.monotonic() - began)
-        saved = int(checkpoints(run)[-1].name[5:])
+        saved = step_of(checkpoints(run)[-1])
         if status != 0 or saved < step:
             lost.append(f"exit status {status}, step {step} done, step {saved} saved")
     return f"{len(seconds)} times exit status 0 within {max(seconds):.1f} s, saved", lost + lost_by(subject, run)

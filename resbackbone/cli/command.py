@@ -20,7 +20,7 @@ from rich.console import Console
 from resbackbone.checks import UserError, one_of
 from resbackbone.cli.errors import from_option, one_line_errors, readers_may_leave
 from resbackbone.cli.words import read, texts
-from resbackbone.engine.provenance import program
+from resbackbone.engine.provenance import in_shell, program
 from resbackbone.engine.run import read_yaml
 from resbackbone.engine.termination import quick_exit
 
@@ -65,7 +65,7 @@ def parse(options: type[T], argv: list[str] | None, *, default: T | None = None)
             least, most = LEAST.get(name, 1 if type(value) is int else -math.inf), MOST.get(name, math.inf)
             if not least <= value <= most:
                 accepted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be {accepted}")
+                raise UserError(f"--{name.replace('_', '-')} {value:g}: must be {accepted}")
     output = getattr(parsed, "output", None)
     for path in () if output is None else (output, *output.parents):
         if path.exists() and not path.is_dir():
@@ -170,8 +170,9 @@ class Progress:
 
 
 def resume_command(folder: Path) -> str:
-    """The shell command that continues the run in `folder` from any directory."""
-    return shlex.join([*program(), "--output", str(folder.absolute()), "--resume"])
+    """The shell command that continues the run in `folder`."""
+    started, words = program(), ["--output", str(folder), "--resume"]
+    return in_shell([*started, *words]) if started else f"the same with {in_shell(words)}"
 
 
 def from_config(options: type[T], path: str | Path) -> T:

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 import torch
@@ -63,7 +63,8 @@ def from_option(name: str) -> Iterator[None]:
 
 def _print(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr, flush=True)
+        with suppress(OSError):  # what reads it may have been interrupted too
+            print(line, file=sys.stderr, flush=True)
 
 
 def _exit(error: Exception) -> NoReturn:
@@ -85,7 +86,7 @@ def _exit(error: Exception) -> NoReturn:
 def readers_may_leave() -> Iterator[None]:
     """End quietly, with status 1, when what reads the block's output has left, such as `| head -1`.
 
-    Characters that the output's encoding has not are printed as their numbers.
+    A signal's own status remains. Characters that the output cannot encode are printed as escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -93,11 +94,13 @@ def readers_may_leave() -> Iterator[None]:
     try:
         yield
     finally:
-        broken = isinstance(sys.exc_info()[1], BrokenPipeError)  # of the output, if it breaks once more
+        ending = sys.exc_info()[1]
+        broken = isinstance(ending, BrokenPipeError)  # of the output, if it breaks once more
         try:
             print(end="\n" if broken else "", flush=True)
         except OSError as error:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
             if not isinstance(error, BrokenPipeError):
                 raise
-            sys.exit(1)
+            if not isinstance(ending, Terminated):
+                sys.exit(1)

@@ -18,7 +18,7 @@ from resbackbone.cli.errors import from_option
 from resbackbone.engine import loop
 from resbackbone.engine.best import FOLDER as BEST
 from resbackbone.engine.best import read_best
-from resbackbone.engine.checkpoints import resume_point
+from resbackbone.engine.checkpoints import resume_point, step_of
 from resbackbone.engine.device import arithmetic, use_deterministic
 from resbackbone.engine.distributed import Rank, from_main
 from resbackbone.engine.provenance import command
@@ -101,7 +101,7 @@ class Session:
             return {"command": command(tool), "processes": self.rank.ranks}
         changed = [effective[name] for name in ("commit", "hardware") if effective[name] != recorded.get(name)]
         resumed = ", ".join([f"after update {step}", *filter(None, changed)])
-        first = {name: recorded.get(name) for name in ("command", "commit", "hardware", "processes")}
+        first = {name: recorded[name] for name in ("command", "commit", "hardware", "processes") if name in recorded}
         return {**first, "resumed": [*recorded.get("resumed", []), resumed]}
 
     def train(
@@ -176,6 +176,8 @@ def prepare_run(rank: Rank, options, *, default: Path) -> Session:
         if options.resume:
             session.checkpoint = from_main(partial(resume_point, session.folder, session.warn), rank)
     termination.resume_command = resume_command(session.folder)
+    if session.checkpoint is not None:
+        termination.saved = step_of(session.checkpoint)
     if session.checkpoint is not None and rank.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         recorded = read_yaml(session.folder / "config.yaml").get("effective", {}).get("threads", 0)
         if 1 <= recorded <= (os.cpu_count() or 1) and recorded != torch.get_num_threads():

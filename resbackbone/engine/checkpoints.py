@@ -19,7 +19,12 @@ def checkpoints(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     found = Path(run).glob("checkpoints/step_*")
     finished = [path for path in found if re.fullmatch(r"step_\d{7,}", path.name) and path.is_dir()]
-    return sorted(finished, key=lambda path: int(path.name.removeprefix("step_")))  # by number: 9999999 before 10000000
+    return sorted(finished, key=step_of)  # by number: 9999999 before 10000000
+
+
+def step_of(checkpoint: Path) -> int:
+    """The number of updates after which a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def save_checkpoint(run: Path, step: int, write: Callable[[Path], None], *, nbytes: int) -> None:

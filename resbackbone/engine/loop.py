@@ -174,7 +174,8 @@ def train(
                 record["images_per_second"] = plan.batch_size / record["seconds"]
                 run.record(state.step, record)
                 line, recent = describe(record, result), []
-            progress(state.step, line, pace.seconds_left(state.step))
+            if not termination.requested:  # what reads it may have been interrupted too, and a save comes first
+                progress(state.step, line, pace.seconds_left(state.step))
             stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks agree in an update
             if state.step % plan.checkpoint_period == 0 or state.step == plan.steps or stopping:
                 checkpoint()

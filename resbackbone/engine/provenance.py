@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -46,11 +47,13 @@ def hardware(device: torch.device) -> str:
 def program() -> list[str]:
     """The words that started this process, without its options: python and a script, or an installed command.
 
-    The options of torchrun, which a process does not know, are "..".
+    The options of torchrun, which a process does not know, are "..". Of a program that calls a command: no words.
     """
     script = Path(sys.argv[0])
     if script.stem.startswith("resbackbone-"):
         return [script.name]
+    if script.absolute().parent.name != "tools":
+        return []
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return ["torchrun", "..", sys.argv[0]]
     if multiprocessing.parent_process() is not None:  # spawned for a GPU: its orig_argv is multiprocessing's
@@ -64,4 +67,9 @@ def command(tool: str) -> str | None:
     """
     if Path(sys.argv[0]).stem.replace("-", "_") not in (tool, f"resbackbone_{tool}"):
         return None
-    return shlex.join([*program(), *sys.argv[1:]])
+    return in_shell([*program(), *sys.argv[1:]])
+
+
+def in_shell(words: Sequence[str]) -> str:
+    """The words as a line of a shell."""
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

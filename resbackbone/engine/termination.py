@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 EXIT_STATUS = 128 + signal.SIGTERM  # as shells report it
@@ -14,18 +14,21 @@ INTERRUPTED = 128 + signal.SIGINT
 
 
 class Terminated(SystemExit):
-    """A signal stops this process; `together` if all ranks agreed to stop here. `message` is for the user."""
+    """A signal stops this process; `together` if all ranks agreed to stop here. Its text is for the user."""
 
     def __init__(self, status: int, message: str, *, together: bool = False):
         super().__init__(status)
         self.message, self.together = message, together
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class Termination:
     """Handles SIGTERM and the first Ctrl-C: stops at once or, while `deferred`, sets `requested`.
 
-    A second Ctrl-C raises KeyboardInterrupt wherever the process is. `saved` is the update after which the run can be
-    resumed, if there is one, and `resume_command` does that. After SIGTERM the exit status is 0 if there is one.
+    A second Ctrl-C raises KeyboardInterrupt wherever the process is. In a training, `resume_command` continues the run
+    from the update that is `saved`; if one is, the exit status after SIGTERM is 0.
     """
 
     def __init__(self):
@@ -38,9 +41,12 @@ class Termination:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signals in the block."""
+        """Handle the signals in the block; one that is ignored, as Ctrl-C by a shell's background jobs, stays so."""
         self._reset()
-        before = {number: signal.signal(number, self._received) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._received)
         try:
             yield
         finally:
@@ -62,8 +68,9 @@ class Termination:
         if self.saved is not None:
             where = f"at step {self.saved}, which is saved; continue with: {self.resume_command}"
             status = status if self.interrupted else 0
-        message = f"{how} {where or 'before the first update; there was nothing to save'}"
-        raise Terminated(status, message, together=together)
+        elif self.resume_command:
+            where = "before the first update; there was nothing to save"
+        raise Terminated(status, f"{how} {where}".rstrip(), together=together)
 
     def _received(self, number: int, _) -> None:
         self.requested = True
@@ -72,8 +79,9 @@ class Termination:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if not self._deferred:
             self.stop()
-        if self.interrupted and os.environ.get("RANK", "0") == "0":  # print() may be in use where the signal arrives
-            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # what reads it may have been interrupted too; print() may be in use here
+                os.write(2, b"\nstopping soon; Ctrl-C again stops at once\n")
 
 
 @contextmanager

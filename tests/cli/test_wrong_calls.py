@@ -102,7 +102,7 @@ train_coco --milestones 5 late
 convert_weights a.pth b.pth --mean 0.5 0.5
     --mean 0.5 0.5: must be 3 numbers
 detect runs/mine photo.jpg --threshold 50
-    --threshold 50.0: must be from 0 to 1
+    --threshold 50: must be from 0 to 1
 train_coco --device tpu
     unknown device 'tpu'; choose from cuda, cpu, mps (cuda:1 is the second GPU)
 train_coco --tyro-print-completion csh

@@ -16,27 +16,40 @@ def send_sigterm():
 
 
 @pytest.mark.parametrize(
-    "number, saved, status, message",
+    "number, command, saved, status, message",
     [
-        (signal.SIGTERM, None, 143, "terminated before the first update; there was nothing to save"),
-        (signal.SIGTERM, 7, 0, "terminated at step 7, which is saved; continue with: again --resume"),
-        (signal.SIGINT, None, 130, "interrupted before the first update; there was nothing to save"),
-        (signal.SIGINT, 7, 130, "interrupted at step 7, which is saved; continue with: again --resume"),
+        (signal.SIGTERM, "", None, 143, "terminated"),
+        (signal.SIGTERM, "again", None, 143, "terminated before the first update; there was nothing to save"),
+        (signal.SIGTERM, "again", 7, 0, "terminated at step 7, which is saved; continue with: again"),
+        (signal.SIGINT, "", None, 130, "interrupted"),
+        (signal.SIGINT, "again", None, 130, "interrupted before the first update; there was nothing to save"),
+        (signal.SIGINT, "again", 7, 130, "interrupted at step 7, which is saved; continue with: again"),
     ],
 )
-def test_a_signal_stops_at_once_and_says_what_is_saved(number, saved, status, message):
+def test_a_signal_stops_at_once_and_says_what_is_saved(number, command, saved, status, message):
     with pytest.raises(Terminated) as stopped, termination.handled():
-        termination.saved, termination.resume_command = saved, "again --resume"
+        termination.saved, termination.resume_command = saved, command
         os.kill(os.getpid(), number)
         raise AssertionError("not stopped")
-    assert (stopped.value.code, stopped.value.message) == (status, message)
+    assert (stopped.value.code, str(stopped.value)) == (status, message)
+
+
+def test_ctrl_c_that_a_shell_ignores_for_background_jobs_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with termination.handled():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not termination.requested
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_second_ctrl_c_stops_wherever_the_process_is(capfd):
     with termination.handled(), termination.deferred():
         os.kill(os.getpid(), signal.SIGINT)
         assert termination.requested
-        assert "stopping after this step; Ctrl-C again stops at once" in capfd.readouterr().err
+        send_sigterm()  # as a parent that was interrupted too forwards it
+        assert capfd.readouterr().err.count("stopping soon; Ctrl-C again stops at once") == 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             raise AssertionError("not stopped")

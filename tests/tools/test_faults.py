@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from detection.shapes import make_shapes
 from resbackbone.cli.command import main_of, resume_command
-from resbackbone.engine.checkpoints import checkpoints
+from resbackbone.engine.checkpoints import checkpoints, step_of
 from resbackbone.engine.lock import LOCK
 from resbackbone.engine.state import TrainState
 from resbackbone.engine.termination import EXIT_STATUS, Terminated
@@ -81,21 +81,42 @@ def test_sigterm_and_ctrl_c_save_and_the_command_they_print_goes_on_as_if_left_a
     monkeypatch.undo()
     assert stopped.value.code == status
     said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"{word} at step {step}, which is saved; continue with: resbackbone-train-cifar10 --output ")
+    command = f"resbackbone-train-cifar10 --output {run} --resume"
+    assert said == f"{word} at step {step}, which is saved; continue with: {command}"
     assert checkpoints(run)[-1].name == f"step_{step:07d}"
-    monkeypatch.chdir(run)
-    train_cifar10.main(shlex.split(said.partition("resbackbone-train-cifar10 ")[2]))
+    signalled(train_cifar10, "open_cifar10", 1, number)  # a resumed run, before it trains
+    with pytest.raises(Terminated) as stopped:
+        train_cifar10.main(shlex.split(command)[1:])
+    assert stopped.value.code == status and f"{word} at step {step}, which is saved" in str(stopped.value)
+    monkeypatch.undo()
+    train_cifar10.main(shlex.split(command)[1:])
     assert differences(run) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a terminal's Ctrl-C goes to a process group")
+@pytest.mark.parametrize("pipe", ["| cat", "2>&1 | cat"])
+def test_ctrl_c_saves_a_training_whose_output_goes_to_a_command_that_it_ends(run, pipe):
+    argv = [sys.executable, str(TOOLS / "train_cifar10.py"), *CIFAR, "--steps", "5000", "--log-period", "1"]
+    line = f"{shlex.join([*argv, '--output', str(run)])} {pipe}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(["bash", "-c", f"trap : INT; {line}"], start_new_session=True, env=environment, **quiet)
+    subject.wait_for(lambda: subject.last_step(run) >= 2, process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) == 130
+    assert step_of(checkpoints(run)[-1]) >= 2
 
 
 def test_a_command_starts_again_as_it_was_started(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.orig_argv", [".venv/bin/python", "tools/train_coco.py", "--depth", "18"])
     monkeypatch.setattr("sys.argv", ["tools/train_coco.py", "--depth", "18"])
-    assert resume_command(tmp_path / "a b") == (
-        f".venv/bin/python tools/train_coco.py --output '{tmp_path}/a b' --resume"
-    )
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tools").mkdir()
+    assert resume_command(Path("a b")) == ".venv/bin/python tools/train_coco.py --output 'a b' --resume"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert resume_command(tmp_path) == f"torchrun .. tools/train_coco.py --output {tmp_path} --resume"
+    assert resume_command(Path("a")) == "torchrun .. tools/train_coco.py --output a --resume"
+    monkeypatch.setattr("sys.argv", ["/usr/lib/ipykernel_launcher.py", "-f", "kernel.json"])
+    assert resume_command(Path("a")) == "the same with --output a --resume"
 
 
 def test_sigterm_in_the_last_evaluation_exits_with_0_for_all_is_saved_and_before_training_with_143(run, signalled):
