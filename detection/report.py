@@ -97,7 +97,7 @@ def _of_evaluation(dataset: CocoImages, evaluation: Evaluation) -> tuple[Markup,
     words, results, names = macros("detection.html"), evaluation.results, list(dataset.categories.values())
     matched = outcomes(dataset, evaluation.detections, 0.0)
     found, right = (np.concatenate([getattr(o, name) for o in matched]) for name in ("found", "right"))
-    boxes = [entry["boxes"] for entry in results["per_class"].values()]
+    boxes = np.bincount(dataset.labels.numpy(), minlength=len(names) + 1)[1:].tolist()  # that the outcomes are about
     whole = over_scores(found["score"], right, sum(boxes))
     of_classes = []
     for category, count in zip(dataset.categories, boxes, strict=True):

@@ -49,21 +49,24 @@ def main(argv: list[str] | None = None) -> None:
     for folder in options.runs:
         if not (folder / "metrics.jsonl").is_file():
             raise UserError(f"{folder}: holds no run (no metrics.jsonl); give the folders of runs")
-    common = os.path.commonpath(folders)
-    logs = {short(os.path.relpath(folder, common)): RunLog(folder) for folder in folders}
+    try:
+        common = os.path.commonpath(folders)
+        logs = {os.path.relpath(folder, common): RunLog(folder) for folder in folders}
+    except ValueError:  # on several drives of Windows
+        logs = {str(folder): RunLog(folder) for folder in folders}
     header, rows = results_of(logs)
     if not options.quiet:
         shown = [[cell.shown if isinstance(cell, Cell) else str(cell) for cell in row] for row in [header, *rows]]
         widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
         for row in shown:
-            console.print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]), soft_wrap=True)
+            console.print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
     notes, words = differences_in_data(logs), macros("compare.html")
     for note in notes:
         console.print(f"note: {note}")
     sections = [
         Section("Results", words.results(table(header, rows, sortable=True), notes)),
         Section("Curves", words.curves(charts(logs))),
-        Section("Options that differ", words.settings(["option", *logs], settings_that_differ(logs))),
+        Section("Options that differ", words.settings(["option", *map(short, logs)], settings_that_differ(logs))),
     ]
     target = (options.output or options.runs[0].absolute().parent) / "compare.html"
     with from_option("--output"):
@@ -86,7 +89,7 @@ def results_of(logs: dict[str, RunLog]) -> tuple[list[str], list[list]]:
         cells.append(Cell(number(facts.get("images per second"), 3), facts.get("images per second")))
         cells.append(Cell("n/a" if parameters is None else f"{parameters / 1e6:.1f} M", parameters))
         cells.append(Cell("n/a" if memory is None else f"{memory / 1024:.1f}", memory))
-        rows.append([name, *cells])
+        rows.append([short(name), *cells])
     return header, rows
 
 
@@ -94,7 +97,7 @@ def differences_in_data(logs: dict[str, RunLog]) -> list[str]:
     """What forbids comparing the results."""
     notes = []
     trained = {tuple(v for k, v in log.effective.items() if k.endswith("sha256")) for log in logs.values()}
-    if len(trained) > 1:
+    if len(trained - {()}) > 1:
         notes.append("the runs were trained on different data")
     tested = {log.effective["validation_images"] for log in logs.values() if "validation_images" in log.effective}
     if len(tested) > 1:

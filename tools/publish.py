@@ -4,8 +4,8 @@ python tools/publish.py runs/mine --repo owner/name --licence apache-2.0      wr
 python tools/publish.py runs/mine/hub --repo owner/name --upload              uploads it, with what you changed
 python tools/publish.py runs/mine/best --repo owner/name --licence cc-by-4.0 --upload         both at once
 
-`weights="hf:owner/name"` and `load_detector("hf:owner/name")` read the repository, and so do all commands. Of paths of
-this machine only the last name is published.
+`weights="hf:owner/name"` and `load_detector("hf:owner/name")` read the repository, and so do all commands. Of local
+paths, only the last component is published.
 """
 
 import json
@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 from resbackbone.cli.command import Auto, console, main_of, parse, progress_console
 
@@ -26,6 +27,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
 from detection.evaluate import CLASSES_SHOWN
+from detection.layouts import FILES as FILES_OF_DATA
 from resbackbone.atomic import folder_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.best import is_best, read_best
@@ -42,7 +44,8 @@ FILES = ("README.md", "config.json", "config.yaml", "example.jpg", "model.safete
 METRIC_OF = {"top1": "accuracy", "top5": "accuracy"}  # the Hub's names; it has none for COCO's
 # Licences that the Hub has names for; any other is "other" there, with a name of its own.
 HUB_LICENCES = re.compile(
-    r"apache-2\.0|mit|bsd(-[23]-clause)?|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[34]\.0|[al]?gpl-[23]\.[01]|mpl-2\.0|unlicense"
+    r"apache-2\.0|mit|isc|bsd(-[23]-clause)?|gpl-[23]\.0|lgpl-(2\.1|3\.0)|agpl-3\.0|mpl-2\.0|unlicense|"
+    r"cc0-1\.0|cc-by-((nc-)?(sa-)?|nc-nd-)[34]\.0|cc-by-nd-4\.0"
 )
 
 
@@ -86,8 +89,9 @@ def written_folder(options: Options) -> Path:
     """The folder that an earlier command wrote, to upload it with what was changed since."""
     if not options.upload:
         raise UserError(f"{options.run}: is written already; add --upload, or give the run's folder to write it again")
-    if f"hf:{options.repo}" not in (options.run / "README.md").read_text(encoding="utf-8"):
-        raise UserError(f"--repo {options.repo}: the card in {options.run} is of another; give the run's folder again")
+    written = json.loads((options.run / "config.json").read_bytes()).get("repo")
+    if written != options.repo:
+        raise UserError(f"--repo {options.repo}: {options.run} was written for {written}; give the run's folder again")
     return options.run
 
 
@@ -112,13 +116,16 @@ def write_folder(options: Options) -> Path:
         raise UserError(f"the licence of {options.run} is not known; give it, for example --licence apache-2.0")
     metadata = {"source": f"hf:{options.repo}", **metadata, "licence": licence}
     config = without_folders(log.config)
+    for name in FILES_OF_DATA:  # the card repeats the training with --data, which excludes them
+        config.pop(name, None)
     facts = training_facts(log, config, read_best(run)["step"] if best else None)
     started = f"{config['weights']}, {start_licence or 'of unknown licence'}" if start else "none; they were random"
-    pictures = sorted(run.glob("pictures/*.*")) if options.picture else []
+    last = not best or read_best(run)["step"] == log.train[-1]["step"]  # the pictures are of the last weights
+    pictures = sorted(run.glob("pictures/*.*")) if options.picture and last else []
     card = model_card(options, metadata, results, facts=facts, started=started, picture=bool(pictures))
     texts = {
         "README.md": str(card),
-        "config.json": json.dumps({"format": "resbackbone", **metadata}, indent=2) + "\n",
+        "config.json": json.dumps({"format": "resbackbone", "repo": options.repo, **metadata}, indent=2) + "\n",
         "config.yaml": yaml.safe_dump(config, sort_keys=False),
         "results.json": json.dumps(results, indent=2) + "\n",
     }
@@ -180,7 +187,10 @@ def without_folders(value: Any, name: str = "") -> Any:
     if name == "command":
         parts = [re.split(r"(^--[\w.-]+=|tools/\w+\.py$)", word) for word in shlex.split(value)]
         return shlex.join("".join([*part[1:2], without_folders(part[-1])]) for part in parts)
-    return value.partition("?")[0] if is_named(value) else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
+    if "://" in value:  # without a user's name and password, and without a query, which may be a key
+        url = urlsplit(value)
+        return urlunsplit((url.scheme, url.netloc.rpartition("@")[2], url.path, "", ""))
+    return value if is_named(value) else re.split(r"[/\\]", value.rstrip("/\\"))[-1]
 
 
 def licence_of(weights: str) -> str | None:
@@ -256,7 +266,10 @@ def model_card(options: Options, metadata: Mapping[str, Any], results: Mapping[s
         if value is not None
     ]
     source = (TEMPLATES / "model_card.md").read_text(encoding="utf-8")
-    template = jinja2.Template(source, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    markdown = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=in_markdown
+    )
+    template = markdown.from_string(source)
     text = template.render(
         repo=options.repo,
         name=name,
@@ -274,6 +287,14 @@ def model_card(options: Options, metadata: Mapping[str, Any], results: Mapping[s
         **said,
     )
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}")
+
+
+def in_markdown(value: Any) -> Any:
+    """Text, in which names of classes and files come, as a cell of a table shows it; code in backticks as it is."""
+    if not isinstance(value, str):
+        return value
+    line = " ".join(value.split()).replace("|", "\\|")
+    return line if line.startswith("`") else re.sub(r"([<*`\[])", r"\\\1", line)
 
 
 def upload(folder: Path, options: Options) -> None:

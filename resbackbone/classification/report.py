@@ -53,7 +53,7 @@ def write_report(
         parts, best = [absent(why_not)] * 3, Markup()
         if predictions is not None:
             parts = [_classes(predictions), _confusions(predictions), _worst(predictions)]
-            best = _most_certain(predictions)
+            best = _best_images(predictions)
         shown = {"top1": "top-1 accuracy", "top5": "top-5 accuracy", "error": "error"}
         return report_page(
             log,
@@ -98,10 +98,10 @@ def _confusions(predictions: Predictions) -> Markup:
     return confusions(predictions.classes, *np.divmod(pairs, n), counts, totals, things="images")
 
 
-def _most_certain(predictions: Predictions) -> Markup:
+def _best_images(predictions: Predictions) -> Markup:
     right = np.flatnonzero(predictions.best[:, 0] == predictions.labels)
     figures = _figures(predictions, right[np.argsort(predictions.losses[right], kind="stable")], BEST)
-    return macros("classification.html").surest(figures) if figures else Markup()
+    return macros("classification.html").best_images(figures) if figures else Markup()
 
 
 def _worst(predictions: Predictions) -> Markup:

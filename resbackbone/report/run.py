@@ -171,8 +171,8 @@ def facts_section(log: RunLog, more: Mapping[str, str]) -> Section:
     if "parameters" in effective:
         facts["parameters"] = f"{effective['parameters'] / 1e6:.1f} million"
     if log.train:
-        updates = f"{number(log.train[-1]['step'])} of {log.config.get('batch_size', '?')} images"
-        facts["updates"] = f"{updates} in {duration(log.total('seconds'))}"
+        facts["updates"] = f"{number(log.train[-1]['step'])} in {duration(log.total('seconds'))}"
+        facts["images per update"] = log.config.get("batch_size", "?")
         facts["evaluations"] = f"{len(log.evaluations)} in {duration(log.evaluation_seconds())}"
     if "hardware" in effective:
         facts["hardware"] = effective["hardware"] + (f"; {processes} processes" if processes > 1 else "")

@@ -107,7 +107,7 @@ def test_the_worst_images_are_wrong_ones_with_the_largest_loss(tmp_path):
     losses = [9.0, 1.0, 3.0, 0.1, 2.0, 0.5]
     html = report_of(tmp_path, predictions(LABELS, BEST, losses=losses, bad=[4]))
     assert shown_images(html) == [2, 1, 5]  # 0 and 3 are right, 4 cannot be read
-    assert re.findall(r"(\d+)\.png", part(html, "Summary")) == ["3", "0"]  # the surest first
+    assert re.findall(r"(\d+)\.png", part(html, "Summary")) == ["3", "0"]  # the smallest loss first
     assert "<b>cat</b>, predicted as dog, loss 3. 2.png" in html
 
 

@@ -1,6 +1,7 @@
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import yaml
@@ -84,7 +85,17 @@ def test_unfinished_runs_and_other_kinds_of_results_are_n_a(tmp_path, capsys):
         ["c", "n/a", "n/a", "8.8", "5"],
     ]
     html = (tmp_path / "compare.html").read_text()
-    assert "the runs have the same options" in html and "Error" not in html
+    assert "the runs have the same options" in html
+    titles = re.findall(r"<figcaption>([^<]*)</figcaption>", part(html, "Curves"))
+    assert titles == ["AP, percent", "AP50, percent", "error, percent", "Loss", "Learning rate"]
+
+
+def test_long_names_and_missing_checksums_confuse_no_runs(tmp_path, capsys):
+    first, second = (run_of(tmp_path / ("x" * 85 + end)) for end in "ab")
+    (Path(second) / "config.yaml").write_text("depth: 18\n")
+    compare_runs.main([first, second])
+    said = capsys.readouterr().out
+    assert "note:" not in said and len(said.splitlines()) == 4
 
 
 @pytest.mark.parametrize(

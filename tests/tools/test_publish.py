@@ -112,7 +112,8 @@ def test_a_detectors_card_has_what_the_hub_reads_and_the_results_of_the_run(run,
 def test_nothing_of_the_machine_is_published(run):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["effective"]["hardware"] = "AMD w/ Radeon"
-    config |= {"weights": "https://host/net.pth?key=secret", "train_images": r"C:\Users\jane\images"}
+    weights = "https://jane:secret@host/net.pth?key=secret"
+    config |= {"weights": weights, "bn_file": r"C:\Users\jane\images", "train_json": "/home/jane/a.json"}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     results = json.loads((run / "results.json").read_text())
     name = "/home/jane/my data/a.jpg"
@@ -126,7 +127,8 @@ def test_nothing_of_the_machine_is_published(run):
     for name, text in texts.items():
         assert not re.findall("|".join(rf"(?<!\w){re.escape(secret)}(?!\w)" for secret in secrets), text), name
     kept = yaml.safe_load((run / "hub/config.yaml").read_text())
-    assert (kept["data"], kept["weights"], kept["train_images"]) == ("shapes", "https://host/net.pth", "images")
+    assert (kept["data"], kept["weights"], kept["bn_file"]) == ("shapes", "https://host/net.pth", "images")
+    assert "train_json" not in kept
     assert kept["effective"] == {**config["effective"], "command": PUBLISHED_COMMAND}
     assert json.loads((run / "hub/results.json").read_text())["skipped_images"] == ["a.jpg"]
 
@@ -143,6 +145,7 @@ def test_best_is_published_with_its_own_results(run):
     (run / "eval-best").mkdir()
     (run / "eval-best/results.json").write_text(json.dumps(evaluated))
     published(run / "best", *LICENSED)
+    assert not (run / "hub-best/example.jpg").exists()  # the run's pictures are of its last weights
     assert "| disk\\|ring | 50.0 | 75.0 | 7 |" in (run / "hub-best/README.md").read_text()
 
 
@@ -286,7 +289,9 @@ def test_an_upload_makes_a_private_repository_of_these_files(classifier, api, ca
     assert api.calls[2][1]["private"] is False and api.calls[3]["folder_path"] == classifier / "hub"
     assert (classifier / "hub/README.md").read_text() == card + "\nThese are pets.\n"
     assert "add --upload" in error_line(publish.main, [classifier / "hub", "--repo", "me/pets"])
-    assert "is of another" in error_line(publish.main, [classifier / "hub", "--repo", "me/cats", "--upload"])
+    for repo in ("me/cats", "me/pet"):
+        said = error_line(publish.main, [classifier / "hub", "--repo", repo, "--upload"])
+        assert f"--repo {repo}: {classifier / 'hub'} was written for me/pets" in said
 
 
 def test_what_the_hub_refuses_is_one_line_that_says_what_to_do(classifier, api):
