@@ -30,11 +30,15 @@ def commit() -> str | None:
 
 def cpu() -> tuple[str, int]:
     """The processor's name, as Linux knows it or else as Python does, and the number of cores that this process has."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = fields_of(Path("/proc/cpuinfo")).get("model name")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return (names or [platform.processor() or platform.machine()])[0], cores
+    return name or platform.processor() or platform.machine(), cores
+
+
+def fields_of(path: Path) -> dict[str, str]:
+    """A file of /proc with lines such as "VmRSS:  1024 kB"; empty where there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def hardware(device: torch.device) -> str:

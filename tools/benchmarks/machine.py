@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from resbackbone.engine.provenance import commit, cpu
+from resbackbone.engine.provenance import commit, cpu, fields_of
 from resbackbone.memory import keep_freed_memory
 
 VERSIONS = (
@@ -48,12 +48,6 @@ def describe(device: str, threads: int) -> dict:
         hardware["cudnn"] = torch.backends.cudnn.version()
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return {"date": date, "commit": commit(), "versions": versions, "hardware": hardware}
-
-
-def fields_of(path: Path) -> dict[str, str]:
-    """A file of /proc with lines such as "VmRSS:  1024 kB"; empty where there is none."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
 def peak_in_fresh_process(build: Callable) -> int | None:
