@@ -178,7 +178,9 @@ def packed(names: Sequence[str]) -> Tensor:
     try:
         return torch.from_numpy(np.array([name.encode() for name in names], bytes)[:, None].view(np.uint8))
     except UnicodeEncodeError as error:
-        raise UserError(f"{error.object!r}: this file's name is not in UTF-8; rename it") from None
+        raise UserError(
+            f"{error.object!r}: this file's name is not in UTF-8; rename it, or set PYTHONUTF8=1 if it is"
+        ) from None
 
 
 def leaves_its_folder(name: str) -> bool:

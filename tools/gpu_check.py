@@ -289,4 +289,7 @@ def shown(value: object) -> str:
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head -1` ends it quietly
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except OSError as error:  # of the files that are written here
+        sys.exit(f"error: {error.filename or 'output'}: {error.strerror}")

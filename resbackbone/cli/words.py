@@ -181,7 +181,7 @@ def value_of(hint: Any, words: Sequence[str], shown: str) -> Any:
     for kind in sorted(_kinds(hint), key=lambda kind: kind is not NoneType):
         with contextlib.suppress(ValueError, KeyError):
             return _converted(kind, words)
-    raise UserError(f"{given}: must be {_in_words(hint)}")
+    raise UserError(f"{given}: must be {_in_words(hint)}{' below 1e18' if any(map(_is_huge, words)) else ''}")
 
 
 def texts(options: type) -> dict[str, str]:
@@ -240,6 +240,14 @@ def _in_words(hint: Any) -> str:
     return {NoneType: "None", bool: "True or False"}.get(hint) or f"a {NOUNS[hint]}"
 
 
+def _is_huge(word: str) -> bool:
+    """Whether a word is a number that torch may not hold, or nan."""
+    try:
+        return not abs(float(word)) < 1e18
+    except ValueError:
+        return False
+
+
 def _converted(kind: Any, words: Sequence[str]) -> Any:
     """The words as a value of a type that is no union. Raises ValueError or KeyError if they are none."""
     if get_origin(kind) is tuple:
@@ -247,10 +255,9 @@ def _converted(kind: Any, words: Sequence[str]) -> Any:
         items = items[:1] * len(words) if Ellipsis in items else items
         return tuple(_converted(item, [word]) for item, word in zip(items, words, strict=True))
     [word] = words
+    if kind in (int, float) and _is_huge(word):
+        raise ValueError(word)
     if kind in NOUNS:
-        found = kind(word)
-        if kind is float and not math.isfinite(found):
-            raise ValueError(word)
-        return found
+        return kind(word)
     choices: dict[Any, dict[str, Any]] = {NoneType: {"None": None}, bool: {"True": True, "False": False}}
     return choices.get(kind, {choice: choice for choice in get_args(kind)})[word]

@@ -86,7 +86,9 @@ train_coco --depth -5
 train_coco --max-steps 1e5
     --max-steps 1e5: must be a whole number
 train_coco --lr nan
-    --lr nan: must be a number
+    --lr nan: must be a number below 1e18
+train_coco --seed 99999999999999999999
+    --seed 99999999999999999999: must be a whole number below 1e18
 train_coco --lr 0,01
     --lr 0,01: must be a number
 train_coco --ema true
