@@ -757,7 +757,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(shapes
         (["--steps", "4", "--warmup-steps", "9"], "a warm-up of 9 steps: must be at most the schedule's 4"),
         (["--recipe.schedule.warmup-factor", "-3"], "a warm-up factor from 0 to 1, not 1100, 0.002 and -3"),
         (["--recipe.least-epochs", "-3"], "least_epochs is -3.0; it must be at least 0"),
-        (["--weight-decay", "-1"], "--weight-decay -1.0: must be at least 0"),
+        (["--weight-decay", "-1"], "--weight-decay -1: must be at least 0"),
         (["--recipe.detector.bbox-reg-weights", "1", "2"], "weights 1 2: must be 4 numbers or None"),
         (["--recipe", "v2", "--variant", "c4"], "--variant c4 does not fit recipe v2: box_conv_layers are for fpn"),
         (["--epochs", "2", "--steps", "9"], "--epochs 2 and --steps 9 are both a length; give one"),
@@ -774,7 +774,7 @@ def test_an_error_in_processes_that_were_spawned_for_gpus_is_one_line_too(shapes
         (["--data", "."], "no known data layout; it should contain"),
         (
             ["--data", "nowhere"],
-            "--data nowhere: no such folder; it should contain annotations/instances_{train,val}2017.js",
+            "--data nowhere: no such folder; give the data's folder, its data.yaml or a COCO .json",
         ),
     ],
 )
