@@ -80,7 +80,7 @@ def test_a_file_that_finds_something_else_fails_the_check_in_one_line(changes, m
         (("net.pth",), "unknown suffix '.pth'; choose from .onnx, .pt2"),
         (("no/net.onnx",), "no/net.onnx: no folder no to export to"),
         (("net.onnx", "--input-type", "int8"), "unknown input type 'int8'; choose from uint8, float32"),
-        (("net.onnx", "--score-thresh", "2"), "--score-thresh 2.0: must be from 0 to 1"),
+        (("net.onnx", "--score-thresh", "2"), "--score-thresh 2: must be from 0 to 1"),
         (("net.onnx", "--check", "c.png"), "--check image c.png: no such file"),
     ],
 )
