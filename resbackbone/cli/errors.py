@@ -35,7 +35,7 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         _print("interrupted")
         sys.exit(INTERRUPTED)
-    except (UserError, OSError, torch.OutOfMemoryError) as error:
+    except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if os.environ.get("RESBACKBONE_DEBUG"):
             raise
         _exit(error)

@@ -164,6 +164,7 @@ def test_three_steps_and_three_resumed_are_six_steps_of_the_first_command(straig
     second = ["tools/train_cifar10.py", "--output", "run", "--resume", "--max-steps", "6", "--eval-period", "3"]
     for argv in (first, second, second):
         monkeypatch.setattr("sys.argv", argv)
+        monkeypatch.setattr("sys.orig_argv", ["python", *argv])
         train_cifar10.main()
     assert "resumed from step 3 to 6" in capsys.readouterr().out
     assert_ended_alike(Path("run"), straight)
