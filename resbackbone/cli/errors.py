@@ -71,8 +71,8 @@ def _exit(error: Exception) -> NoReturn:
     message, rank = str(error), os.environ.get("RANK", "0")
     if isinstance(error, OSError) and error.filename and error.strerror:
         message = f"{error.filename}: {error.strerror}"
-    if isinstance(error, torch.OutOfMemoryError):
-        message = ". ".join(message.split(". ")[:2]) + "; lower --batch-size or raise --accumulate"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        message = (". ".join(message.split(". ")[:2]) or "out of memory") + "; lower --batch-size or raise --accumulate"
     elif isinstance(error, BadImage):
         message += "; --skip-bad-images skips it"
     line = " ".join(message.split()) or type(error).__name__

@@ -159,6 +159,7 @@ def test_a_config_with_an_unknown_option_or_a_wrong_type_is_refused_by_name(text
     [
         (UserError("two\n  lines"), "error: two lines"),
         (FileNotFoundError(2, "No such file", "x.json"), "error: x.json: No such file"),
+        (MemoryError(), "error: out of memory; lower --batch-size or raise --accumulate"),
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a capacity .."),
             "error: CUDA out of memory. Tried to allocate 2.00 GiB; lower --batch-size or raise --accumulate",
