@@ -9,7 +9,7 @@ from typing import NamedTuple
 from detection import video
 from detection.annotations import read_annotations
 from detection.file_names import match_names, unclear
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, is_url
 from resbackbone.image_io import SUFFIXES
 
 
@@ -33,7 +33,7 @@ def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) 
         if word.isdecimal() and not path.exists():
             videos[int(word)] = None
             continue
-        if "://" in word:
+        if is_url(word):
             raise UserError(f"{word}: is a URL; download it, and give the file")
         if path.is_dir():
             files = _images_not_below(output, path, recursive=recursive)

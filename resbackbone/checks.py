@@ -1,6 +1,7 @@
 """What a caller or a file did wrong, in one sentence: what was given, what is accepted, what to do."""
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from importlib.util import find_spec
@@ -25,6 +26,11 @@ def nearest(word: str, choices: Iterable[str]) -> str | None:
     choices = list(choices)
     begun = (choice for choice in choices if len(word) > 2 and choice.startswith(word))
     return next(begun, None) or next(iter(get_close_matches(word, choices, n=1, cutoff=0.75)), None)
+
+
+def is_url(word: str) -> bool:
+    """Whether it begins with a scheme, which is longer than the letter of a drive."""
+    return re.match("[a-z][a-z0-9+.-]+://", word, re.IGNORECASE) is not None
 
 
 def sibling(path: str | os.PathLike) -> str:

@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         print(__doc__)
         return 0
     if words:
-        sys.exit(f"error: {words[0]!r}: the doctor takes no options and no words; it always makes every check")
+        sys.exit(f"error: {words[0]!r}: the doctor takes no options and no words; it runs every check")
     print(f"python {platform.python_version()} on {platform.platform()}")
     core = [
         check("packages", lambda: versions(None), "pip install resbackbone"),

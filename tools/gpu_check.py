@@ -119,7 +119,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options, others = parser.parse_known_args(argv)
     if others:
         near = nearest(others[0], ("--quick", "--parts", "--device", "--minutes", "--output"))
-        wrong = f"no option {others[0]}" if others[0].startswith("-") else f"{others[0]}: stands without an option"
+        wrong = f"no option {others[0]}" if others[0].startswith("-") else f"{others[0]}: belongs to no option"
         parser.error(f"{wrong}; {f'did you mean {near}?' if near else '--help lists the options'}")
     if sys.platform == "win32":
         sys.exit("error: gpu_check.py needs Linux or macOS")

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import tyro
 
-from resbackbone.checks import UserError, nearest
+from resbackbone.checks import UserError, is_url, nearest
 
 T = TypeVar("T", bound=Any)  # a dataclass of options
 NOUNS = {int: "whole number", float: "number", str: "name", Path: "path"}
@@ -107,7 +107,7 @@ class Syntax:
         if self.positional:
             return f"one word too many{self.example()}"
         is_data = "--data" in self.flags and Path(word).exists()
-        return f"stands without an option; {f'did you mean --data {word}?' if is_data else SEE_HELP}"
+        return f"belongs to no option; {f'did you mean --data {word}?' if is_data else SEE_HELP}"
 
     def example(self) -> str:
         """The first command with positional arguments in the docstring of the options' module."""
@@ -176,7 +176,7 @@ def value_of(hint: Any, words: Sequence[str], shown: str) -> Any:
         raise UserError(f"{given}: is empty; give {_in_words(hint)}{otherwise}")
     if "-" in words:
         raise UserError(f"{given}: neither stdin nor stdout is used; give {_in_words(hint)}")
-    if Path in (hint, *get_args(hint)) and any("://" in word for word in words):
+    if Path in (hint, *get_args(hint)) and any(map(is_url, words)):
         raise UserError(f"{given}: is a URL; download it, and give the path of the file")
     for kind in sorted(_kinds(hint), key=lambda kind: kind is not NoneType):
         with contextlib.suppress(ValueError, KeyError):

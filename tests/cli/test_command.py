@@ -91,7 +91,7 @@ def test_options_are_the_defaults_and_over_them_the_flags():
         (["--depth", "fifty"], "--depth fifty: must be a whole number"),
         (["--max-steps", "many"], "--max-steps many: must be a whole number"),
         (["--depth"], "--depth: needs a value, a whole number"),
-        (["stray"], "stray: stands without an option"),
+        (["stray"], "stray: belongs to no option"),
         (["--config", "no.yaml"], "--config no.yaml: cannot be read (No such file or directory)"),
     ],
 )

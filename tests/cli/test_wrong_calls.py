@@ -67,7 +67,7 @@ train_coco --frobnicate 3
 detect --recipe.schedule.rate 3
     no option --recipe.schedule.rate nor one like it; --help lists the options
 doctor --gpus
-    '--gpus': the doctor takes no options and no words; it always makes every check
+    '--gpus': the doctor takes no options and no words; it runs every check
 gpu_check --quik
     no option --quik; did you mean --quick?
 
@@ -144,13 +144,13 @@ train_coco --data my photos
 train_coco --resume runs/mine
     runs/mine: one word too many after --resume, which takes no value
 train_coco empty
-    empty: stands without an option; did you mean --data empty?
+    empty: belongs to no option; did you mean --data empty?
 train_coco everything
-    everything: stands without an option; --help lists the options
+    everything: belongs to no option; --help lists the options
 train_coco epochs=3
     epochs=3: is not an option; did you mean --epochs?
 doctor all
-    'all': the doctor takes no options and no words; it always makes every check
+    'all': the doctor takes no options and no words; it runs every check
 
 # Files and folders
 
@@ -272,7 +272,7 @@ def test_characters_that_the_output_lacks_are_printed_as_their_numbers():
     program = "main_of(lambda: (console.print('\U0001f600: cat'), parse(RunOptions, ['\U0001f600'])))"
     run = ran(program, env=environment, stdout=subprocess.PIPE)
     assert run.returncode == 1 and run.stdout == rb"\U0001f600: cat" + os.linesep.encode()
-    assert run.stderr.startswith(rb"error: \U0001f600: stands without an option")
+    assert run.stderr.startswith(rb"error: \U0001f600: belongs to no option")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="where names of files are bytes")
