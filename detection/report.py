@@ -81,7 +81,7 @@ def _report(
         summary, sections = _of_evaluation(dataset, evaluation)
     return report_page(
         log,
-        f"Faster R-CNN {network}",
+        f"{'Cascade' if log.curve('loss_classifier_1') else 'Faster'} R-CNN {network}",
         results,
         tiles=tiles,
         summary=summary,

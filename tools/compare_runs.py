@@ -1,13 +1,14 @@
 """Compare runs: their results and cost, the options that differ, and their curves in common charts.
 
 python tools/compare_runs.py runs/mine runs/mine-2
-python tools/compare_runs.py runs/bccd-* --output compared
+python tools/compare_runs.py runs --output compared               all runs in a folder
 
 Prints a table and writes compare.html, one page that works without a network. Runs of train_coco.py, pretrain.py and
 train_cifar10.py can be compared while they are being trained, too.
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ class Options:
     """Compare runs of training commands."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """The folders of two runs or more."""
+    """The folders of two runs or more, or folders that hold them."""
     output: Auto[Path] = None
     """Folder for compare.html; an existing one is replaced. Default: the folder that holds the first run."""
     quiet: bool = False
@@ -43,12 +44,7 @@ class Options:
 def main(argv: list[str] | None = None) -> None:
     """The folders of runs -> a table, and a page with it and with charts."""
     options = parse(Options, argv)
-    folders = list(dict.fromkeys(folder.resolve() for folder in options.runs))
-    if len(folders) < 2:
-        raise UserError(f"{options.runs[0]}: is one run; give the folders of two or more")
-    for folder in options.runs:
-        if not (folder / "metrics.jsonl").is_file():
-            raise UserError(f"{folder}: holds no run (no metrics.jsonl); give the folders of runs")
+    folders = runs_in(options.runs)
     try:
         common = os.path.commonpath(folders)
         logs = {os.path.relpath(folder, common): RunLog(folder) for folder in folders}
@@ -73,6 +69,23 @@ def main(argv: list[str] | None = None) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page(f"{len(logs)} runs", ", ".join(logs), sections))
     console.print(f"written: {target}")
+
+
+def runs_in(given: Iterable[Path]) -> list[Path]:
+    """The folders of runs that are given, or that are in folders that are given. Raises ValueError for fewer than two.
+
+    Among several, files and folders without a run are passed over, as `runs/*` has them.
+    """
+    found: dict[Path, None] = {}
+    for folder in given:
+        runs = [path.parent for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl")))]
+        found |= dict.fromkeys(run.resolve() for run in runs[:1] if (run / "metrics.jsonl").is_file())
+        if folder.resolve() not in found:
+            found |= dict.fromkeys(run.resolve() for run in runs[1:])
+    if len(found) < 2:
+        few = f"only {list(found)[0]} is a run" if found else "there is no run (no metrics.jsonl)"
+        raise UserError(f"{' '.join(map(str, given))}: {few}; give the folders of two runs or more")
+    return list(found)
 
 
 def results_of(logs: dict[str, RunLog]) -> tuple[list[str], list[list]]:

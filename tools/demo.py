@@ -91,9 +91,10 @@ def samples(options: Options) -> list[Path]:
     config, images = run_folder(options.run) / "config.yaml", []
     if options.images:
         with from_option("--images"):
-            images = find_inputs(options.images, Path("detected")).images
-            if not images:
-                raise UserError(f"{' '.join(options.images)}: no images")
+            images = find_inputs(options.images, Path("detected"), recursive=True).images
+            wrong = [str(path) for path in images if not path.is_file()]
+            if wrong or not images:
+                raise UserError(f"{(wrong or options.images)[0]}: no such image")
     elif config.is_file():
         with suppress(UserError, OSError):  # the data may be gone
             if (data := data_of(read_yaml(config))) is not None:

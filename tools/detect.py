@@ -27,11 +27,12 @@ from detection.inputs import find_inputs, frames_file, image_ids_of, output_file
 from detection.predict import Prediction, batches, predictions
 from detection.saved import load_detector, run_folder
 from detection.video import Video, video_file
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, one_of, sibling
 from resbackbone.engine.best import is_best
 from resbackbone.engine.device import INFERENCE, choose_device, choose_precision, use
 from resbackbone.engine.termination import termination
 from resbackbone.image_io import BadImage, read_image
+from resbackbone.weights.sources import is_named
 
 Find = Callable[[Sequence[Tensor]], list[Prediction]]
 ACCEPT_BAD = "with --skip-bad-images the exit status is 0 all the same"
@@ -88,6 +89,8 @@ def main(argv: list[str] | None = None) -> None:
     with from_option("--output"):
         pictures = output_files(inputs, folder, one_of("format", options.format, ("jpg", "png")))
 
+    if is_named(options.run) and images and not any(path.exists() for path in images):  # before a download
+        raise BadImage(f"image {images[0]}: no such file{sibling(images[0])}")
     detector = load_detector(options.run).to(device, memory_format=torch.channels_last)
     with from_option("--annotations"):
         image_ids = image_ids_of(images, options.annotations, detector.real_categories)
@@ -128,7 +131,8 @@ def detect_images(
                 if options.pictures:
                     sure.save(pictures[path])
                 where = f", {pictures[path]}" if options.pictures else ""
-                progress_console.print(f"{path}: {len(sure)} found{where}")
+                most = f" at --threshold {options.threshold:g}, the highest score is {max(found.scores, default=0):.2f}"
+                progress_console.print(f"{path}: {len(sure)} found{'' if len(sure) else most}{where}")
             done += len(batch)
             if termination.requested:
                 break

@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     detector = load_detector(options.run)
     if options.score_thresh is not None:
         detector.roi_heads.score_thresh = options.score_thresh
+    progress_console.print(f"exporting {options.run}, which takes about half a minute")
     detector.export(options.file, input_type=options.input_type)
     console.print(f"exported: {options.file}")
     if not images:

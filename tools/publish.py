@@ -143,7 +143,7 @@ def write_folder(options: Options) -> Path:
 
 
 def check_repo(repo: str) -> None:
-    if "/" not in repo:
+    if repo.count("/") != 1:
         raise UserError(f"--repo {repo}: give owner/name; the owner is you or an organization on the Hub")
     try:
         validate_repo_id(repo)

@@ -51,7 +51,7 @@ from detection.evaluate import (
 from detection.faster_rcnn import FasterRCNN, build_faster_rcnn, prepare_for_detection
 from detection.foreign import NOT_A_CLASS
 from detection.gallery import save_pictures
-from detection.layouts import FILES, LAYOUT, Data, Files, data_of, describe_layout, find_split
+from detection.layouts import FILES, Data, Files, data_of, describe_layout, find_split
 from detection.paper import VGG16_DEPTH, build_vgg16_backbone, load_vgg16
 from detection.planning import (
     ANCHOR_SCALES,
@@ -316,7 +316,7 @@ def open_data(session: Session) -> tuple[Any, Any]:
     if options.data == SYNTHETIC:
         return SyntheticImages(), SyntheticImages()
     if options.data == EMBEDDED:
-        session.info(about_built_in_data(EMBEDDED, LAYOUT))
+        session.info(about_built_in_data(EMBEDDED, "files in COCO's, YOLO's or Pascal VOC's format"))
         from_main(embedded_data, rank)
     else:
         with about(data):
@@ -337,6 +337,7 @@ def open_data(session: Session) -> tuple[Any, Any]:
 def planned(session: Session, train_set: CocoImages, val_set: CocoImages) -> Options:
     """The options with what --minutes leaves open: image size, anchors and number of updates. Prints the plan."""
     options, recipe = session.options, recipe_of(session.options)
+    session.info(f"plan:  timing updates, to plan for {options.minutes:g} minutes")
     detector, update_seconds, detect_seconds = timers(session, recipe, train_set, val_set)
     size_by_name = any(item.startswith("detector.min_size=") for item in options.recipe_values)
     fpn, fitted = options.variant == "fpn", options.recipe in FITTED and session.rank.device.type == "cpu"

@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 
 from resbackbone.checks import UserError
-from resbackbone.engine.termination import INTERRUPTED, Terminated
+from resbackbone.engine.termination import INTERRUPTED, Terminated, termination
 from resbackbone.image_io import BadImage
 
 HEAD_START = 5.0  # seconds for rank 0, because all ranks find most mistakes at once, and one line is enough
@@ -33,7 +33,8 @@ def one_line_errors() -> Iterator[None]:
         _print(stop.message)
         raise
     except KeyboardInterrupt:
-        _print("interrupted")
+        saved = f"; step {termination.saved} is saved; continue with: {termination.resume_command}"
+        _print(f"interrupted{'' if termination.saved is None else saved}")
         sys.exit(INTERRUPTED)
     except (UserError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         if os.environ.get("RESBACKBONE_DEBUG"):

@@ -29,7 +29,9 @@ RECIPE = "--recipe."  # before the name of one of `recipe_values`
 SYNONYMS = {  # what other packages say: what it may be here, the best first
     "imgsz image-size img-size img-scale input-size resolution crop-size min-size size": "image-size size",
     "conf conf-thres confidence score-thr score-thresh score-threshold threshold": "threshold score-thresh",
+    "confidence-threshold": "threshold score-thresh",
     "learning-rate lr0 base-lr": "lr",
+    "lr-steps lr-step step-size decay-epochs": "milestones",
     "epochs epoch e num-epochs max-epochs": "epochs steps max-steps",
     "iters iterations max-iter max-iters num-steps": "steps max-steps",
     "batch bs b batch-size images-per-batch": "batch-size batch-sizes",

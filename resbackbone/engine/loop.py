@@ -175,7 +175,11 @@ def train(
                 run.record(state.step, record)
                 line, recent = describe(record, result), []
             if not termination.requested:  # what reads it may have been interrupted too, and a save comes first
-                progress(state.step, line, pace.seconds_left(state.step))
+                try:
+                    progress(state.step, line, pace.seconds_left(state.step))
+                except SystemExit:  # what reads it has left, such as `| head`
+                    checkpoint()
+                    raise
             stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks agree in an update
             if state.step % plan.checkpoint_period == 0 or state.step == plan.steps or stopping:
                 checkpoint()

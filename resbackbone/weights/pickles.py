@@ -27,6 +27,7 @@ OTHER_KINDS = {  # how files begin that others save weights in
     b"\xfd7zXZ": "a file compressed with xz; unpack it",
     b"\xff\xd8\xff": "a JPEG image; give a file with weights",
     b"\x89PNG": "a PNG image; give a file with weights",
+    b"\x08": "an ONNX file; run it with ONNX Runtime, or give the run or the weights that it was exported from",
     b"\x93NUMPY": "a single array of numpy; save a dict of tensors by name with torch.save",
 }
 LEGACY_STARTS = tuple(pickle.dumps(0x1950A86A20F9469CFC6C, protocol) for protocol in range(1, 6))  # of torch < 1.6

@@ -90,6 +90,16 @@ def test_unfinished_runs_and_other_kinds_of_results_are_n_a(tmp_path, capsys):
     assert titles == ["AP, percent", "AP50, percent", "error, percent", "Loss", "Learning rate"]
 
 
+def test_a_folder_of_runs_is_all_of_them_and_what_is_no_run_is_passed_over(tmp_path, capsys):
+    runs = [run_of(tmp_path / "runs" / name) for name in "ab"]
+    (tmp_path / "runs" / "data").mkdir()
+    compare_runs.main([str(tmp_path / "runs")])
+    wanted = capsys.readouterr().out
+    assert [line.split()[0] for line in wanted.splitlines()[1:3]] == ["a", "b"]
+    compare_runs.main([*runs, str(tmp_path / "runs" / "data"), str(tmp_path / "runs" / "compare.html")])
+    assert capsys.readouterr().out == wanted.replace(f"{tmp_path}/compare.html", f"{tmp_path}/runs/compare.html")
+
+
 def test_long_names_and_missing_checksums_confuse_no_runs(tmp_path, capsys):
     first, second = (run_of(tmp_path / ("x" * 85 + end)) for end in "ab")
     (Path(second) / "config.yaml").write_text("depth: 18\n")
@@ -99,7 +109,12 @@ def test_long_names_and_missing_checksums_confuse_no_runs(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "names, says", [(["a"], "is one run; give"), (["a", "none"], "holds no run (no metrics.jsonl)")]
+    "names, says",
+    [
+        (["a"], "a is a run; give"),
+        (["a", "none"], "a is a run; give"),
+        (["none"], "is no run (no metrics"),
+    ],
 )
 def test_what_is_no_pair_of_runs_is_one_line(tmp_path, capsys, names, says):
     run_of(tmp_path / "a")
