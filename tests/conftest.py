@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,9 @@ from torch import nn
 
 # Commands would follow the load of the machine, and runs with other numbers of threads differ in their last bits.
 os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+# Shells start background jobs, as which tests may run, with Ctrl-C ignored, and then so would the commands.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -62,7 +62,7 @@ def test_outputs_are_named_after_their_inputs_and_are_distinct():
     images = [Path("x/a.jpg"), Path("y/a.png"), Path("a-1.png"), Path("b.tif")]
     videos = [Path("a.avi"), Path("z/a.mp4"), 2]
     names = [file.name for file in output_files(Inputs(images, videos), Path("found")).values()]
-    assert names == ["a.png", "a-2.png", "a-1.png", "b.png", "a.mp4", "a-6.mp4", "camera-2.mp4"]
+    assert names == ["a.jpg", "a-2.jpg", "a-1.jpg", "b.jpg", "a.mp4", "a-6.mp4", "camera-2.mp4"]
     images = [Path(f"{folder}/{name}.png") for folder in "xyz" for name in ("a", "a-3", "a-3-4")]
     assert len(set(output_files(Inputs(images, []), Path("found")).values())) == 9
     assert frames_file(Path("found/a-2.mp4")) == Path("found/a-2-frames.json")
@@ -70,7 +70,7 @@ def test_outputs_are_named_after_their_inputs_and_are_distinct():
 
 def test_no_input_is_overwritten():
     with pytest.raises(ValueError, match="^deep: an output would replace the input deep/a.png; choose another folder$"):
-        output_files(Inputs([Path("deep/../deep/a.png")], []), Path("deep"))
+        output_files(Inputs([Path("deep/../deep/a.png")], []), Path("deep"), "png")
     with pytest.raises(ValueError, match="an output would replace the input clip.mp4"):
         output_files(Inputs([], [Path("clip.mp4")]), Path("."))
 

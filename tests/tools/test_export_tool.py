@@ -45,8 +45,8 @@ def error_of(*argv):
 def test_a_run_becomes_a_file_that_finds_what_the_detector_finds(run, capsys):
     words = ["--input-type", "float32", "--score-thresh", "0.1", "--check", "a.png", "b.png"]
     export.main([str(run), "net.pt2", *words])
-    exported, *checked = capsys.readouterr().out.splitlines()
-    assert exported == "exported: net.pt2"
+    announced, exported, *checked = capsys.readouterr().out.splitlines()
+    assert announced.startswith(f"exporting {run}") and exported == "exported: net.pt2"
     for line, name in zip(checked, ("a.png", "b.png"), strict=True):
         assert re.fullmatch(rf"{name}: \d+ objects, boxes within [\d.e-]+ pixels, scores within [\d.e-]+", line)
 
