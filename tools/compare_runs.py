@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> None:
         Section("Curves", words.curves(charts(logs))),
         Section("Options that differ", words.settings(["option", *map(short, logs)], settings_that_differ(logs))),
     ]
-    target = (options.output or options.runs[0].absolute().parent) / "compare.html"
+    target = (options.output or folders[0].parent) / "compare.html"
     with from_option("--output"):
         target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(target, page(f"{len(logs)} runs", ", ".join(logs), sections))
@@ -78,10 +78,8 @@ def runs_in(given: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for folder in given:
-        runs = [path.parent for path in (folder / "metrics.jsonl", *sorted(folder.glob("*/metrics.jsonl")))]
-        found |= dict.fromkeys(run.resolve() for run in runs[:1] if (run / "metrics.jsonl").is_file())
-        if folder.resolve() not in found:
-            found |= dict.fromkeys(run.resolve() for run in runs[1:])
+        own = [folder / "metrics.jsonl"] if (folder / "metrics.jsonl").is_file() else folder.glob("*/metrics.jsonl")
+        found |= dict.fromkeys(file.parent.resolve() for file in sorted(own))
     if len(found) < 2:
         few = f"only {list(found)[0]} is a run" if found else "there is no run (no metrics.jsonl)"
         raise UserError(f"{' '.join(map(str, given))}: {few}; give the folders of two runs or more")

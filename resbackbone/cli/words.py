@@ -183,7 +183,9 @@ def value_of(hint: Any, words: Sequence[str], shown: str) -> Any:
     for kind in sorted(_kinds(hint), key=lambda kind: kind is not NoneType):
         with contextlib.suppress(ValueError, KeyError):
             return _converted(kind, words)
-    raise UserError(f"{given}: must be {_in_words(hint)}{' below 1e18' if any(map(_is_huge, words)) else ''}")
+    note = " below 1e18" if any(map(_is_huge, words)) else ""
+    note += ", with spaces between them" if "," in given and _count(hint) != 1 else ""
+    raise UserError(f"{given}: must be {_in_words(hint)}{note}")
 
 
 def texts(options: type) -> dict[str, str]:
@@ -199,7 +201,7 @@ def _flag(name: str) -> str:
 
 
 def _readable(word: str) -> str:
-    """Raise ValueError for a word with bytes that the system's encoding has not."""
+    """Raise ValueError for a word that the system's encoding cannot represent."""
     try:
         word.encode()
     except UnicodeEncodeError:

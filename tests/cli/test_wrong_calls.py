@@ -101,6 +101,10 @@ train_coco --anchor-scale large
     --anchor-scale large: must be a number or auto
 train_coco --milestones 5 late
     --milestones 5 late: must be whole numbers
+train_coco --milestones 8,11
+    --milestones 8,11: must be whole numbers, with spaces between them
+train_coco --lr-steps 8 11
+    no option --lr-steps; did you mean --milestones?
 convert_weights a.pth b.pth --mean 0.5 0.5
     --mean 0.5 0.5: must be 3 numbers
 detect runs/mine photo.jpg --threshold 50

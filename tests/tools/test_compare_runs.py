@@ -97,7 +97,7 @@ def test_a_folder_of_runs_is_all_of_them_and_what_is_no_run_is_passed_over(tmp_p
     wanted = capsys.readouterr().out
     assert [line.split()[0] for line in wanted.splitlines()[1:3]] == ["a", "b"]
     compare_runs.main([*runs, str(tmp_path / "runs" / "data"), str(tmp_path / "runs" / "compare.html")])
-    assert capsys.readouterr().out == wanted.replace(f"{tmp_path}/compare.html", f"{tmp_path}/runs/compare.html")
+    assert capsys.readouterr().out == wanted
 
 
 def test_long_names_and_missing_checksums_confuse_no_runs(tmp_path, capsys):
