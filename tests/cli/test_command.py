@@ -179,10 +179,15 @@ def test_a_users_mistake_ends_the_command_with_one_line(error, line, monkeypatch
         main_of(command)
 
 
-def test_ctrl_c_ends_a_command_with_a_word_and_the_status_of_shells(capsys):
+@pytest.mark.parametrize(
+    "saved, said", [(None, "interrupted"), (7, "interrupted; step 7 is saved; continue with: again --resume")]
+)
+def test_ctrl_c_at_once_ends_a_command_with_what_is_saved_and_the_status_of_shells(saved, said, capsys, monkeypatch):
+    monkeypatch.setattr(errors.termination, "saved", saved)
+    monkeypatch.setattr(errors.termination, "resume_command", "again --resume")
     with pytest.raises(SystemExit) as exit, errors.one_line_errors():
         raise KeyboardInterrupt
-    assert exit.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+    assert exit.value.code == 130 and capsys.readouterr().err == f"{said}\n"
 
 
 def test_a_rank_that_is_not_the_first_says_which_it_is(monkeypatch):
