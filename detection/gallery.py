@@ -29,6 +29,11 @@ GAP = 12
 QUALITY = 90  # of JPEG; Pillow's 75 smears thin lines and labels
 
 
+def spread(total: int, count: int) -> list[int]:
+    """At most `count` indices of `total` items, evenly spread from the first to the last."""
+    return np.linspace(0, total - 1, min(count, total), dtype=int).tolist()
+
+
 def save_pictures(folder: Path, dataset: CocoImages, detections: np.ndarray, *, count: int = 12) -> list[Path]:
     """Write `count` images, evenly spread over the data set, as JPEG: ground truth left, detections right.
 
@@ -38,7 +43,7 @@ def save_pictures(folder: Path, dataset: CocoImages, detections: np.ndarray, *, 
     folder.mkdir(parents=True, exist_ok=True)
     confident = detections[detections["score"] >= SCORE]
     ids, written = list(dataset.categories), []
-    for index in sorted(set(np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int).tolist())):
+    for index in spread(len(dataset), count):
         sample = dataset[index]
         if isinstance(sample, BadImage):
             continue
@@ -112,8 +117,7 @@ def contact_sheet(splits: Mapping[str, CocoImages]) -> Markup:
     out."""
     figures = []
     for split, dataset in splits.items():
-        count = min(SHEET // len(splits), len(dataset))
-        for index in sorted(set(np.linspace(0, len(dataset) - 1, count, dtype=int).tolist())):
+        for index in spread(len(dataset), SHEET // len(splits)):
             if isinstance(sample := dataset[index], BadImage):
                 continue
             image, target = sample

@@ -15,7 +15,6 @@ from typing import Any
 from resbackbone.cli.command import Auto, Several, console, main_of, parse
 from resbackbone.cli.errors import from_option
 
-import numpy as np
 import torch
 import tyro
 from markupsafe import Markup
@@ -23,7 +22,7 @@ from PIL import Image
 
 from detection.data import open_split
 from detection.faster_rcnn import FasterRCNN, prepare_for_detection
-from detection.gallery import draw_boxes
+from detection.gallery import draw_boxes, spread
 from detection.inputs import find_inputs
 from detection.layouts import data_of
 from detection.responses import Look, heat_map, look
@@ -100,8 +99,7 @@ def samples(options: Options) -> list[Path]:
             if (data := data_of(read_yaml(config))) is not None:
                 dataset = open_split(data, "val", skip_bad_images=True)
                 images = [dataset.path(index) for index in range(len(dataset))]
-    spread = np.linspace(0, len(images) - 1, min(MOST_SAMPLES, len(images)), dtype=int)
-    return [images[index] for index in spread.tolist()]
+    return [images[index] for index in spread(len(images), MOST_SAMPLES)]
 
 
 def boxes(

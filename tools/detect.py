@@ -131,8 +131,10 @@ def detect_images(
                 if options.pictures:
                     sure.save(pictures[path])
                 where = f", {pictures[path]}" if options.pictures else ""
-                most = f" at --threshold {options.threshold:g}, the highest score is {max(found.scores, default=0):.2f}"
-                progress_console.print(f"{path}: {len(sure)} found{'' if len(sure) else most}{where}")
+                why = (
+                    "" if sure else f" at --threshold {options.threshold:g}, the highest score is {highest(found):.2f}"
+                )
+                progress_console.print(f"{path}: {len(sure)} found{why}{where}")
             done += len(batch)
             if termination.requested:
                 break
@@ -142,6 +144,11 @@ def detect_images(
     if termination.requested:
         termination.stop(f"after {done} of {len(images)} images")
     return [] if options.skip_bad_images else bad
+
+
+def highest(found: Prediction) -> float:
+    """The highest score; 0 without detections."""
+    return float(found.scores.max()) if len(found) else 0.0
 
 
 def read_images(
