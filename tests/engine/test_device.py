@@ -49,8 +49,23 @@ def test_a_device_that_is_not_here_is_refused(device, message, gpus):
         choose_device(device)
 
 
+@pytest.mark.parametrize(
+    "processor, precision",
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, "bf16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, "bf16"),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": False}, "fp32"),  # AMX hidden by the hypervisor
+        ({"cpu_name": "Intel Core", "avx2": True}, "fp32"),
+        ({"avx512_bf16": True}, "bf16"),
+        ({}, "fp32"),
+    ],
+)
+def test_a_processor_computes_in_bf16_where_that_is_faster(processor, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor, raising=False)
+    assert native_precision("cpu") == precision
+
+
 def test_the_precision_is_one_that_the_device_computes_in(gpus):
-    assert native_precision("cpu") in ("bf16", "fp32")
     gpus(1)
     assert choose_precision(None, "cuda") == "bf16"
     gpus(1, bf16=False)  # V100, T4
