@@ -1,6 +1,7 @@
 """The inputs of tools/detect.py: images, folders, patterns, videos and cameras, and where their outputs go."""
 
 import glob
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,7 +29,9 @@ def find_inputs(words: Sequence[str], output: Path, *, recursive: bool = False) 
     """
     images: dict[Path, None] = {}
     videos: dict[Path | int, None] = {}
-    for word in words:
+    if len(words) > 1 and Path(together := " ".join(words)).exists():
+        raise UserError(f"{together}: put quotes around a name with spaces")
+    for word in map(os.path.expanduser, words):  # shells leave the ~ of quoted patterns
         path, files = Path(word), [Path(word)]
         if word.isdecimal() and not path.exists():
             videos[int(word)] = None
@@ -56,7 +59,8 @@ def _images_not_below(output: Path, folder: Path, *, recursive: bool) -> list[Pa
     if folder.resolve() != output.resolve():
         files = [file for file in files if output.resolve() not in file.resolve().parents]
     if not files:
-        raise UserError(f"{folder}: holds no image ({', '.join(SUFFIXES)}){'' if recursive else '; try --recursive'}")
+        deeper = not recursive and images_in(folder, recursive=True)
+        raise UserError(f"{folder}: holds no image ({', '.join(SUFFIXES)}){'; try --recursive' if deeper else ''}")
     return files
 
 

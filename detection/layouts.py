@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from detection.annotations import CocoFile, first_image, leaves_its_folder
+from detection.annotations import CocoFile, first_image, leaves_its_folder, read_annotations
 from detection.splits import SPLIT_NAMES, SPLIT_OF, Found, Split, folders_in
 from detection.voc import find_voc
 from detection.yolo import find_yolo
 from resbackbone.checks import UserError, sibling
+from resbackbone.image_io import SUFFIXES
 
 LAYOUT = (
     "annotations/instances_{train,val}2017.json with train2017/ and val2017/ (COCO's layout), "
@@ -206,7 +207,27 @@ def _find(data: Data) -> tuple[Found, Path]:
         if len(below := folders_in(folder)) != 1:
             break
         [folder] = below
-    raise UserError(f"{data}: no known data layout; it should contain {LAYOUT}{_about_tables(data)}")
+    says = _lacking(folder) or f"no known data layout; it should contain {LAYOUT}"
+    raise UserError(f"{data}: {says}{_about_tables(data)}")
+
+
+def _lacking(folder: Path) -> str:
+    """What a folder without a known layout lacks, as far as its files tell, or ""."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(path for pattern in ("*", "*/*", "*/*/*") for path in folder.glob(pattern)):
+        suffix = path.suffix.lower()
+        files.setdefault("images" if suffix in SUFFIXES else suffix, []).append(path)
+    for file in files.get(".json", [])[:1]:
+        try:
+            read_annotations(file)
+        except UserError as error:
+            return f"its .json is not a COCO annotation file ({error})"
+    notes = [suffix for suffix in (".xml", ".txt") if suffix in files]
+    if "images" in files and not notes:
+        return f"{len(files['images'])} images without annotations; add a COCO .json, YOLO's .txt or Pascal VOC's .xml"
+    if notes and "images" not in files:
+        return f"{len(files[notes[0]])} {notes[0]} files without images; add the images that they describe"
+    return ""
 
 
 def _about_tables(data: Data) -> str:

@@ -23,6 +23,7 @@ from detection.transforms import InputTransform
 from resbackbone import BackboneConfig, ResNetBackbone
 from resbackbone.checks import UserError, require, sibling
 from resbackbone.engine.checkpoints import last_whole_checkpoint
+from resbackbone.image_io import SUFFIXES
 from resbackbone.layers import ConvBlocks, same_kind
 from resbackbone.weights import Weights, WeightSource, read_weights, write_weights
 from resbackbone.weights.fit import fit, with_eps
@@ -270,6 +271,11 @@ def detector_file(run: str | os.PathLike) -> str | os.PathLike:
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder of a run or of a weight file; for a named source or URL the current one."""
+    """The folder of a run or of a weight file; for a named source or URL the current one.
+
+    Raises UserError for the file of an image.
+    """
+    if Path(run).suffix.lower() in SUFFIXES:
+        raise UserError(f"{run}: is an image; the run's folder or weight file comes first, as in: runs/mine {run}")
     path = Path() if is_named(str(run)) else Path(run)
     return path if path.is_dir() else path.parent

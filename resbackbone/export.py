@@ -52,12 +52,16 @@ def export_network(
 
 
 def check_destination(path: str | os.PathLike) -> Path:
-    """Raise UserError unless `path` ends in .onnx or .pt2, is in a folder, and what writes it is installed."""
+    """Raise UserError unless `path` ends in .onnx or .pt2, its folder is writable, and what writes it is installed."""
     path = Path(path)
+    if not path.suffix:
+        raise UserError(f"{path}: no file name that ends in {' or '.join(SUFFIXES)}")
     if one_of("suffix", path.suffix, SUFFIXES) == ".onnx":
         require("export", "onnx", "onnxscript", user="export to ONNX")
     if not path.parent.is_dir():
         raise UserError(f"{path}: no folder {path.parent} to export to")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: no permission to write in {path.parent}; choose another folder")
     return path
 
 

@@ -168,7 +168,7 @@ def test_whatever_its_precision_and_memory_format_a_backbone_exports_in_fp32(tmp
     "path, message",
     [
         ("net.pth", r"unknown suffix '\.pth'; choose from \.onnx, \.pt2"),
-        ("net", "unknown suffix ''"),
+        ("net", r"net: no file name that ends in \.onnx or \.pt2"),
         ("nowhere/net.onnx", "no folder .*nowhere to export to"),
     ],
 )

@@ -14,7 +14,10 @@ TRAIN = ("huggingface_hub", "jinja2", "matplotlib", "rich", "simplejpeg", "tenso
 
 
 def import_error_in_one_line(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """The `sys.excepthook` of commands: most imports are done before a command can catch their errors."""
+    """The `sys.excepthook` of commands: most imports are done before a command can catch their errors or Ctrl-C."""
+    if isinstance(error, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)  # Python exits as shells expect
+        return
     line = None
     if isinstance(error, ImportError):
         name = (error.name or "").partition(".")[0]

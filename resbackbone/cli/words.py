@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import os
 import re
 import shlex
 import sys
@@ -129,6 +130,7 @@ def read(options: type[T], argv: Sequence[str], default: T | None = None) -> T:
     while left:
         word = left.pop(0)
         flag, equals, attached = word.partition("=")
+        attached = os.path.expanduser(attached)  # shells expand ~ only at the beginning of a word
         flag = flag.replace("_", "-")
         name = syntax.flags.get(flag)
         if word == "--":

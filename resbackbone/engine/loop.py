@@ -161,7 +161,8 @@ def train(
             except NonFinite as error:
                 clause = _keep_bad_batch(task, batch, run.folder, error, state) if error.terms else None
                 clauses = gather(clause, rank) or [clause or "on another rank"]
-                raise UserError(f"step {error.step} is not finite: {'; '.join(filter(None, clauses))}") from None
+                says = "; ".join([*filter(None, clauses), "if they are fine, lower the learning rate"])
+                raise UserError(f"step {error.step} is not finite: {says}") from None
             values = {"loss": sum(values.values()), **values, "gradient_norm": state.gradient_norm}
             values |= task.after_update(batch, state.step)
             now = time.monotonic()

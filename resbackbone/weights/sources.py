@@ -4,7 +4,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from resbackbone.atomic import file_digest
-from resbackbone.checks import UserError, require
+from resbackbone.checks import UserError, nearest, require
 from resbackbone.compat import check_torchvision
 from resbackbone.weights.arguments import refuse_blurring_names
 from resbackbone.weights.configs import stated_by_config, stated_by_timm
@@ -108,6 +108,8 @@ def locate(source: str) -> Located:
             path, stated = files[0], _stated_beside(files[0])
         elif path.is_file():
             stated = _stated_beside(path)
+        elif source.lower() in ("none", "random", "scratch", "false"):
+            raise UserError("leave the weights out to start from random ones")
         else:
             raise UserError(
                 f"no such file; {_meant(source)}give a weight file (.safetensors, .pth, .pkl, ..), a named source such "
@@ -128,6 +130,7 @@ def _meant(source: str) -> str:
     for pattern, meant in (
         (r"(\w+_Weights\.\w+)", r"torchvision:\1"),
         (r"((?:IMAGENET1K|COCO)_\w+|DEFAULT)", r"torchvision:ResNet50_Weights.\1, or another network's"),
+        (r"imagenet\w*|pretrained|true", "torchvision:ResNet50_Weights.IMAGENET1K_V1, or another network's"),
         (r"((?:wide_)?resne[tx]t?\d\w*(?:\.\w+)?)", r"timm:\1"),
         (r"([\w-]+/[\w-]*resne[tx][\w.-]*)", r"hf:\1"),
     ):
@@ -156,9 +159,13 @@ def _torchvision_publishes(file: str) -> bool:
     if not published_sha256(file) or find_spec("torchvision") is None:
         return False
     check_torchvision()
+    return any(member.url.endswith(f"/{file}") for member in _published_by_torchvision())
+
+
+def _published_by_torchvision() -> Iterator[Any]:
     from torchvision.models import get_model_weights, list_models
 
-    return any(member.url.endswith(f"/{file}") for name in list_models() for member in get_model_weights(name))
+    return (member for name in list_models() for member in get_model_weights(name))
 
 
 def recognised(path: Path) -> dict[str, Any]:
@@ -173,7 +180,9 @@ def _torchvision(name: str) -> Located:
     try:
         weights = torchvision.models.get_weight(name)
     except (ValueError, AttributeError, KeyError):
-        raise UserError(f"torchvision has no such weights; {LISTED}") from None
+        every = [f"{type(member).__name__}.{member.name}" for member in _published_by_torchvision()]
+        meant = nearest(name, every)
+        raise UserError(f"torchvision has no such weights; {f'did you mean {meant}?' if meant else LISTED}") from None
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     download(weights.url, path, sha256=published_sha256(path.name))
     stated: dict[str, Any] = {"source": f"torchvision:{weights}", "licence": TORCHVISION_LICENCE}

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -82,6 +83,7 @@ def test_options_are_the_defaults_and_over_them_the_flags():
         data=Path("a/b"), max_steps=3, rate=0.5, resume=True
     )
     assert parse(Options, ["--depth", "18"], default=Options(depth=34, norm="GN")) == Options(depth=18, norm="GN")
+    assert parse(Options, ["--data=~/photos"]).data == Path.home() / "photos"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +190,12 @@ def test_ctrl_c_at_once_ends_a_command_with_what_is_saved_and_the_status_of_shel
     with pytest.raises(SystemExit) as exit, errors.one_line_errors():
         raise KeyboardInterrupt
     assert exit.value.code == 130 and capsys.readouterr().err == f"{said}\n"
+
+
+def test_ctrl_c_while_a_command_imports_is_one_line_and_a_signal():
+    program = "import resbackbone.cli; raise KeyboardInterrupt"  # as an import raises it
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stderr == "interrupted\n" and run.returncode == -signal.SIGINT
 
 
 def test_a_rank_that_is_not_the_first_says_which_it_is(monkeypatch):

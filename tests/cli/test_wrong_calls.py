@@ -16,7 +16,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
 COMMANDS = sorted(path.stem for path in TOOLS.glob("[!_]*.py"))
 
 # The folder of the calls has an empty folder `empty`, a run's folder `runs/mine` without a run, a text `notes.txt`, an
-# empty file `nothing`, and YAML files. `..` at the end of an answer stands for more of it.
+# empty file `nothing`, `my photo.jpg`, YAML files, and folders of data that lack something. `..` at the end of an
+# answer stands for more of it.
 CALLS = """
 # Options that there are not
 
@@ -184,8 +185,18 @@ detect runs/mien photo.jpg
     runs/mien: no such run folder or file; did you mean runs/mine?; give one, or a named source (torchvision:..)
 detect empty https://example.com/photo.jpg
     https://example.com/photo.jpg: is a URL; download it, and give the file
+detect photo.jpg runs/mine
+    photo.jpg: is an image; the run's folder or weight file comes first, as in: runs/mine photo.jpg
+detect runs/mine my photo.jpg
+    my photo.jpg: put quotes around a name with spaces
 detect notes.txt photo.jpg
     weights 'notes.txt': a damaged file, or not a PyTorch or pickle file; download it again, or save it with torch.save
+train_coco --weights none
+    weights 'none': leave the weights out to start from random ones
+train_coco --weights imagenet
+    weights 'imagenet': no such file; if a published network is meant: torchvision:ResNet50_Weights.IMAGENET1K_V1, ..
+train_coco --weights torchvision:ResNet18_Weights.IMAGENET1K_V2
+    weights 'torchvision:ResNet18_Weights.IMAGENET1K_V2': torchvision has no such weights; did you mean ..
 train_coco --weights nothing
     weights 'nothing': an empty file; download or save it again
 train_coco --config empty
@@ -196,6 +207,14 @@ train_coco --config list.yaml
     --config list.yaml: must hold options as lines `name: value`
 train_coco --config typo.yaml
     --config typo.yaml: no option --detph; did you mean --depth?
+train_coco --data photos
+    --data photos: 2 images without annotations; add a COCO .json, YOLO's .txt or Pascal VOC's .xml
+inspect_data labels
+    labels: 1 .txt files without images; add the images that they describe
+inspect_data labelled
+    labelled: its .json is not a COCO annotation file (labelled/boxes.json: not JSON (..
+export detector.onnx runs/mine
+    runs/mine: no file name that ends in .onnx or .pt2
 export runs/mine detector.xml
     unknown suffix '.xml'; choose from .onnx, .pt2
 """
@@ -217,10 +236,13 @@ def here(tmp_path_factory):
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("here"))
     os.environ.pop("RESBACKBONE_DEBUG", None)
-    for name in ("empty", "runs/mine"):
+    for name in ("empty", "runs/mine", "photos", "labels", "labelled"):
         Path(name).mkdir(parents=True)
     for name, text in {"notes.txt": "hello", "nothing": "", "list.yaml": "- a\n", "typo.yaml": "detph: 18\n"}.items():
         Path(name).write_text(text)
+    for name in ("my photo.jpg", "photos/a.jpg", "photos/b.PNG", "labelled/a.jpg", "labels/a.txt"):
+        Path(name).touch()
+    Path("labelled/boxes.json").write_text('{"images": [')
     yield
     os.chdir(before)
 

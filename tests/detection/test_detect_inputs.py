@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,12 @@ def test_a_folder_without_images_and_a_pattern_without_files_are_rejected():
         found("above")
     with pytest.raises(ValueError, match=r"\*.gif: no file matches this pattern"):
         found("*.gif")
+
+
+def test_a_quoted_pattern_may_begin_at_home(monkeypatch):
+    monkeypatch.setenv("HOME", os.getcwd())
+    Path("mine.png").touch()
+    assert found("~/mine.*") == ([f"{os.getcwd()}/mine.png"], [])
 
 
 def test_outputs_are_named_after_their_inputs_and_are_distinct():
