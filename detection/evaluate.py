@@ -1,7 +1,7 @@
 """Evaluate a detector: detect on every image once, on any number of ranks, score on rank 0, write the results."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from detection.faster_rcnn import FasterRCNN
 from detection.predict import boxes_of
 from detection.scoring import DETECTION, METRICS, entries, score
 from detection.transforms import to_model_input
-from resbackbone.atomic import open_atomically, write_atomically
+from resbackbone.atomic import open_atomically, write_json
 from resbackbone.engine.distributed import Rank, broadcast, gather
 from resbackbone.engine.state import mean_of
 from resbackbone.engine.termination import worker_processes
@@ -139,7 +139,7 @@ def write_results(folder: Path, results: dict, detections: np.ndarray) -> None:
     with json_list(folder / "detections.json") as add:
         for entry in entries(detections):
             add(entry)
-    write_atomically(folder / "results.json", json.dumps(results, indent=2) + "\n")
+    write_json(folder / "results.json", results)
 
 
 @contextmanager
@@ -157,10 +157,14 @@ def json_list(path: Path) -> Iterator[Callable[[dict], None]]:
         file.write(b"[]\n" if start == "[\n" else b"\n]\n")
 
 
+def by_falling_ap(per_class: Mapping[str, dict]) -> list[tuple[str, dict]]:
+    """Classes and their numbers, those without an AP last."""
+    return sorted(per_class.items(), key=lambda item: 1 if item[1]["AP"] is None else -item[1]["AP"])
+
+
 def results_table(results: dict) -> str:
     """The 12 numbers, and the AP of up to CLASSES_SHOWN classes by falling AP, those without boxes last."""
-    per_class = results["per_class"]
-    classes = sorted(per_class.items(), key=lambda item: 1 if item[1]["AP"] is None else -item[1]["AP"])
+    classes = by_falling_ap(results["per_class"])
     shown = [(name, percent(e["AP"]), percent(e["AP50"]), str(e["boxes"])) for name, e in classes[:CLASSES_SHOWN]]
     rows = [
         ("COCO box AP, %", *METRICS[:6]),

@@ -1,6 +1,7 @@
 """Write files and folders atomically: under a temporary name, then fsync, then rename."""
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +16,10 @@ def write_atomically(path: str | os.PathLike, data: str | bytes) -> None:
     """Write `data` to `path`. Readers see the old file or the new one, even after a crash."""
     with open_atomically(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: str | os.PathLike, content: object, *, indent: int = 2) -> None:
+    write_atomically(path, json.dumps(content, indent=indent) + "\n")
 
 
 @contextmanager

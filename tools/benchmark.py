@@ -13,7 +13,6 @@ rest is measured. docs/benchmarks.md describes the jobs.
 """
 
 import importlib.util
-import json
 import math
 import shlex
 import sys
@@ -27,7 +26,7 @@ from resbackbone.cli.errors import from_option
 
 import torch
 
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import write_atomically, write_json
 from resbackbone.checks import UserError, one_of
 from resbackbone.engine.device import choose_device
 from resbackbone.resnet import DEPTHS
@@ -150,7 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
                 contest.measure(JOBS[name], work, result, rounds=options.rounds, deadline=deadline)
                 progress_console.print("\n".join([f"{label_of(result)}: done", *failures_of(result)]))
         finally:  # an interrupted contest keeps its rounds
-            write_atomically(options.output / "benchmark.json", json.dumps(content, indent=1) + "\n")
+            write_json(options.output / "benchmark.json", content, indent=1)
             write_atomically(options.output / "benchmark.md", markdown(content))
         torch.compiler.reset()  # otherwise torch.compile gives up on a class of which it compiled eight networks
     console.print(markdown(content))

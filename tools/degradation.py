@@ -23,10 +23,11 @@ import matplotlib
 import numpy as np
 
 from resbackbone.analysis import count_parameters
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import write_atomically, write_json
 from resbackbone.checks import UserError
 from resbackbone.cifar import build_cifar_resnet
 from resbackbone.engine.run import read_yaml
+from resbackbone.report.numbers import markdown_table
 from resbackbone.report.run import RunLog
 from resbackbone.tools import train_cifar10
 from resbackbone.tools.train_cifar10 import name_of
@@ -103,8 +104,7 @@ def main(argv: list[str] | None = None) -> None:
         panels.setdefault(f"ResNet-{c.network['depth']}" if options.shortcuts else kind, []).append(c)
     draw(panels, options.output / f"{name}.png")
     rows = [c.row() for c in curves]
-    content = {"recipe": recipe, "runs": rows}
-    write_atomically(options.output / f"{name}.json", json.dumps(content, indent=2) + "\n")
+    write_json(options.output / f"{name}.json", {"recipe": recipe, "runs": rows})
     write_atomically(options.output / f"{name}.md", table(rows))
     console.print(table(rows), f"figure: {options.output / name}.png", sep="\n")
 
@@ -155,16 +155,13 @@ def read_run(folder: Path) -> Curves:
 
 def table(rows: Sequence[dict]) -> str:
     """A Markdown table with a row per net."""
-    lines = [
-        "| network | shortcut | parameters | updates | training error, % | test error, % | minutes |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ("network", "shortcut", "parameters", "updates", "training error, %", "test error, %", "minutes")
+    lines = []
     for row in rows:
         test = "" if row["test_error"] is None else f"{100 * row['test_error']:.2f}"
-        cells = [row["network"], row["shortcut"], f"{row['parameters'] / 1e6:.2f} M", str(row["updates"])]
-        cells += [f"{100 * row['train_error']:.2f}", test, f"{row['minutes']:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        cells = [row["network"], row["shortcut"], f"{row['parameters'] / 1e6:.2f} M", row["updates"]]
+        lines.append([*cells, f"{100 * row['train_error']:.2f}", test, f"{row['minutes']:.1f}"])
+    return markdown_table(header, lines)
 
 
 def draw(panels: Mapping[str, Sequence[Curves]], path: Path) -> None:

@@ -35,7 +35,7 @@ import resbackbone  # noqa: E402
 
 resbackbone.__path__.append(str(ROOT))  # resbackbone.tools, where this package is not installed
 
-from resbackbone.atomic import write_atomically  # noqa: E402
+from resbackbone.atomic import write_atomically, write_json  # noqa: E402
 from resbackbone.checks import UserError, nearest, one_of  # noqa: E402
 from resbackbone.engine.device import choose_device  # noqa: E402
 from resbackbone.tools import gpu_checks  # noqa: E402
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             content["machine"] = found.pop("machine", {}) or content["machine"]
             content["parts"][name] = found
             content["seconds"] = round(time.monotonic() - began, 1)
-            write_atomically(options.output / "gpu_check.json", json.dumps(content, indent=1) + "\n")
+            write_json(options.output / "gpu_check.json", content, indent=1)
             print(line_of(name, found), flush=True)
     write_atomically(options.output / "gpu_check.md", markdown(content))
     print(summary(content))

@@ -8,7 +8,6 @@ numbers; `detection.statistics.DataStatistics` documents its keys. Files of equa
 sets where these are under 2 GB, and images decoded in splits of up to 64 MB; the report says where that was left out.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from detection.data import open_checked
 from detection.data_report import data_sections
 from detection.layouts import describe_layout, whole_splits
 from detection.statistics import describe
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import write_atomically, write_json
 from resbackbone.report.page import page
 
 
@@ -51,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = options.output or Path("runs") / f"data-{name}"
     with from_option("--output"):
         folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "data.json", json.dumps({"data": str(options.data), **asdict(data)}, indent=1))
+    write_json(folder / "data.json", {"data": str(options.data), **asdict(data)}, indent=1)
     subtitle = f"{', '.join(splits)} in {options.data}"
     write_atomically(folder / "data.html", page(f"Data set {name}", subtitle, data_sections(splits, data)))
     for line in data.findings:

@@ -4,7 +4,6 @@ python tools/layer_responses.py                                    plain-20/56 a
 python tools/layer_responses.py --data cifar10 --runs runs/cifar10-plain-20 runs/cifar10-resnet-20  trained ones as well
 """
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor
 
 from resbackbone.analysis import gradient_norms, layer_responses
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import write_atomically, write_json
 from resbackbone.checks import UserError, one_of, usual_folder
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet
 from resbackbone.classification.cifar10 import SYNTHETIC, mean_image_of, open_cifar10, to_model_input
 from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.engine.run import read_yaml
+from resbackbone.report.numbers import markdown_table
 from resbackbone.tools.train_cifar10 import CIFAR10_FOLDERS, network_name
 
 NETWORKS = {network_name(depth, shortcut): (depth, shortcut) for shortcut in ("none", "A") for depth in CIFAR_DEPTHS}
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     options.output.mkdir(parents=True, exist_ok=True)
     content = {"looked_at": looked_at, "torch": str(torch.__version__), "measured": [asdict(m) for m in measured]}
-    write_atomically(options.output / "layer_responses.json", json.dumps(content, indent=1) + "\n")
+    write_json(options.output / "layer_responses.json", content, indent=1)
     write_atomically(options.output / "layer_responses.md", table(measured))
     draw(measured, options.output / "layer_responses.png")
     console.print(table(measured), f"figure: {options.output / 'layer_responses.png'}", sep="\n")
@@ -134,16 +134,13 @@ def when(step: int) -> str:
 
 def table(measured: Sequence[Measured]) -> str:
     """A Markdown table with a row per network and time."""
-    lines = [
-        "| network | when | response: median | smallest | largest | gradient: first/last layer | largest/smallest |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    header = ("network", "when", "response: median", "smallest", "largest")
+    rows = []
     for m in measured:
         stds, norms = ([layer[key] for layer in m.layers] for key in ("std", "norm"))
         ratios = [f"{a / b:.3g}" if b else "n/a" for a, b in ((norms[0], norms[-1]), (max(norms), min(norms)))]
-        cells = [m.network, when(m.step), *(f"{f(stds):.3f}" for f in (np.median, min, max)), *ratios]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([m.network, when(m.step), *(f"{f(stds):.3f}" for f in (np.median, min, max)), *ratios])
+    return markdown_table([*header, "gradient: first/last layer", "largest/smallest"], rows)
 
 
 def draw(measured: Sequence[Measured], path: Path) -> None:

@@ -7,7 +7,6 @@ python tools/pretrain.py --depth 50 --output runs/mine --resume       resumes wh
 python tools/pretrain.py --eval-only runs/r101 runs/r152 --eval multiscale      an ensemble of two
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from detection.crops import make_shape_crops
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import write_json
 from resbackbone.checks import UserError, one_of, usual_folder
 from resbackbone.classification.data import LAYOUT, SYNTHETIC, open_images, train_batches
 from resbackbone.classification.evaluate import PROTOCOLS, Ensemble, Predicted, evaluate
@@ -192,8 +191,7 @@ def train(rank: Rank, options: Options) -> None:
     more: dict[str, Any] = {"clip_grad": recipe.clip_grad, "scaled": options.precision == "fp16", "average": average}
     state = TrainState(distributed(model, rank), optimizer, rank, **more)
     task = Classification(session, metadata, train_set, val_set)
-    more = {"parts": options.accumulate, "early_stop": options.early_stop}
-    more |= {"training_images": len(train_set), "validation_images": len(val_set), "classes": len(train_set.classes)}
+    more = {"training_images": len(train_set), "validation_images": len(val_set), "classes": len(train_set.classes)}
     run = session.train(task, state, schedule, **more, train_set_sha256=train_set.fingerprint)
 
     if options.data == SYNTHETIC:
@@ -293,7 +291,7 @@ class Classification(Task):
 def finish(session: Session, task: Classification, model: nn.Module, results: dict) -> None:
     """Write the classifier and results.json; print the results."""
     task.save(model, session.folder)
-    write_results(session.folder / "results.json", results)
+    write_json(session.folder / "results.json", results)
     session.finish({"top-1, top-5": f"{100 * results['top1']:.2f}%, {100 * results['top5']:.2f}%"})
     console.print(described(results))
 
@@ -360,8 +358,7 @@ def evaluate_only(rank: Rank, options: Options) -> None:
     if rank.is_main and options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)
         path = options.output / f"results-{options.eval}.json"
-        recorded = {"models": options.eval_only, "skipped_images": sorted(val_set.skipped)}
-        write_results(path, {**results, **recorded})
+        write_json(path, {**results, "models": options.eval_only, "skipped_images": sorted(val_set.skipped)})
         session.info(f"results: {path}")
 
 
@@ -390,10 +387,6 @@ def described(results: Mapping) -> str:
         f"top-1 {100 * results['top1']:.2f}%, top-5 {100 * results['top5']:.2f}% on {results['images']} images, "
         f"{results['protocol']}"
     )
-
-
-def write_results(path: Path, results: dict) -> None:
-    write_atomically(path, json.dumps(results, indent=2) + "\n")
 
 
 def complete(options: Options) -> Options:

@@ -6,7 +6,6 @@ python tools/soak.py --faults kill full-disk --kills 10 --output runs/soak
 The subjects are a small Faster R-CNN (train_coco.py) and a small ResNet-18 (pretrain.py) on drawn images, on a CPU.
 """
 
-import json
 import os
 import random
 import re
@@ -24,9 +23,10 @@ from resbackbone.cli.command import Several, main_of, parse
 
 import torch
 
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import write_atomically, write_json
 from resbackbone.checks import one_of
 from resbackbone.engine.checkpoints import checkpoints, step_of
+from resbackbone.report.numbers import markdown_table
 from resbackbone.tools.benchmarks.machine import describe
 from resbackbone.tools.soaking.subject import (
     COMMANDS,
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{name}, {subject.name}: {outcome}; lost: {lost or 'nothing'}", flush=True)
             machine = describe("cpu", torch.get_num_threads())
             content = {**machine, "kills": options.kills, "rows": rows}
-            write_atomically(options.output / "reliability.json", json.dumps(content, indent=2) + "\n")
+            write_json(options.output / "reliability.json", content)
             write_atomically(options.output / "reliability.md", table(rows))
     print(table(rows))
     if any(row["lost"] for row in rows):
@@ -87,11 +87,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def table(rows: Sequence[dict]) -> str:
     """A Markdown table, a row for each fault and subject."""
-    lines = ["| injected | into | times | what happened | lost |", "| --- | --- | --- | --- | --- |"]
-    for row in rows:
-        cells = [str(row[name]) for name in ("fault", "subject", "times", "outcome")]
-        lines.append(f"| {' | '.join(cells)} | {'; '.join(row['lost']) or 'nothing'} |")
-    return "\n".join(lines) + "\n"
+    names = ("fault", "subject", "times", "outcome")
+    cells = ([*(row[name] for name in names), "; ".join(row["lost"]) or "nothing"] for row in rows)
+    return markdown_table(["injected", "into", "times", "what happened", "lost"], cells)
 
 
 # The faults. Each is injected several times; the training is resumed and compared with an undisturbed run. A fault

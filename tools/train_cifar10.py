@@ -6,7 +6,6 @@ python tools/train_cifar10.py --depth 20 --data cifar10 --output runs/mine --res
 python tools/train_cifar10.py --data synthetic --steps 100                          no data at hand, seconds
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from resbackbone.analysis import count_parameters
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import write_json
 from resbackbone.checks import UserError, one_of, usual_folder
 from resbackbone.cifar import CIFAR_DEPTHS, CifarResNet, build_cifar_resnet, save_cifar_resnet
 from resbackbone.classification.cifar10 import (
@@ -146,7 +145,7 @@ def train(rank: Rank, options: Options) -> None:
     if rank.is_main:
         task.save(state.evaluated, session.folder)
         content = {**results, **network, "parameters": parameters, "steps": state.step}
-        write_atomically(session.folder / "results.json", json.dumps(content, indent=2) + "\n")
+        write_json(session.folder / "results.json", content)
         session.finish({f"{split_name(options)} error": f"{100 * results['error']:.2f}%"})
         console.print(task.summary(results))
     run.close()

@@ -285,8 +285,7 @@ def train(rank: Rank, options: Options) -> None:
     average = build_average(detector, recipe.ema) if recipe.ema else None
     state = TrainState(distributed(detector, rank), optimizer, rank, average=average, **more)
     task = Detection(session, train_set, val_set)
-    more = {"parts": options.accumulate, "early_stop": options.early_stop}
-    more |= {"training_images": len(train_set), "validation_images": len(val_set), "classes": len(train_set.categories)}
+    more = {"training_images": len(train_set), "validation_images": len(val_set), "classes": len(train_set.categories)}
     run = session.train(task, state, schedule, **more, train_annotations_sha256=train_set.fingerprint)
 
     if options.data == SYNTHETIC:

@@ -104,21 +104,13 @@ class Session:
         first = {name: recorded[name] for name in ("command", "commit", "hardware", "processes") if name in recorded}
         return {**first, "resumed": [*recorded.get("resumed", []), resumed]}
 
-    def train(
-        self,
-        task: Task,
-        state: TrainState,
-        schedule: Schedule,
-        *,
-        parts: int = 1,
-        early_stop: int = 0,
-        **effective: str | int,
-    ) -> Run:
+    def train(self, task: Task, state: TrainState, schedule: Schedule, **effective: str | int) -> Run:
         """Load the checkpoint, open the run, and train to the end of the schedule, to --max-steps or to an early stop.
 
-        A batch goes through the network in `parts`; `effective` is recorded in config.yaml.
+        `effective` is recorded in config.yaml.
         """
         options, ranks, start = self.options, self.rank.ranks, "from step 0"
+        parts = getattr(options, "accumulate", 1)
         if self.checkpoint is not None:
             state.load(self.checkpoint)
             start = f"resumed from step {state.step}"
@@ -135,7 +127,7 @@ class Session:
             log_period=options.log_period,
             checkpoint_period=options.checkpoint_period,
             eval_period=options.eval_period,
-            early_stop=early_stop,
+            early_stop=getattr(options, "early_stop", 0),
         )
         recorded = {**asdict(schedule), "milestones": list(schedule.milestones), **effective}
         recorded["parameters"] = count_parameters(state.model)

@@ -1,6 +1,7 @@
-"""Numbers as tables and progress lines show them; n/a for what is undefined."""
+"""Numbers as tables and progress lines show them, n/a for what is undefined; and tables in Markdown."""
 
 import math
+from collections.abc import Iterable, Sequence
 
 
 def number(value: float | None, digits: int = 4) -> str:
@@ -30,3 +31,8 @@ def duration(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {unit} {seconds % length // part:.0f} {smaller}"
     return f"{seconds:.0f} s"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(map(str, cells))} |\n" for cells in lines)

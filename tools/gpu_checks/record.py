@@ -1,13 +1,12 @@
 """A part's input (`Setting`) and output (`Record`), which is saved after every row."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resbackbone.atomic import write_atomically
+from resbackbone.atomic import write_json
 
 ENOUGH = 70e9  # bytes of a GPU's memory with which no batch is made smaller
 
@@ -55,7 +54,7 @@ class Record:
         self.write()
 
     def write(self) -> None:
-        write_atomically(self.path, json.dumps(self.content, indent=1) + "\n")
+        write_json(self.path, self.content, indent=1)
 
     @property
     def differs(self) -> bool:
