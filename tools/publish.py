@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,19 @@ from urllib.parse import urlsplit, urlunsplit
 
 from resbackbone.cli.command import Auto, console, main_of, parse, progress_console
 
-import jinja2
 import tyro
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
-from detection.evaluate import CLASSES_SHOWN
+from detection.evaluate import CLASSES_SHOWN, by_falling_ap
 from detection.layouts import FILES as FILES_OF_DATA
 from resbackbone.atomic import folder_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.best import is_best, read_best
-from resbackbone.report.numbers import duration, percent
-from resbackbone.report.page import TEMPLATES
+from resbackbone.report.numbers import duration
+from resbackbone.report.page import ENVIRONMENT
 from resbackbone.report.run import RunLog
 from resbackbone.weights import read_weights, write_weights
 from resbackbone.weights.file import read_safetensors
@@ -107,7 +107,8 @@ def write_folder(options: Options) -> Path:
     if "detector" not in metadata and "num_classes" not in metadata:
         raise UserError(f"{options.run} holds neither a detector nor a classifier of tools/pretrain.py")
     log = RunLog(run)
-    if not best and log.train and log.train[-1]["step"] > max((line["step"] for line in log.evaluations), default=0):
+    last_step = log.train[-1]["step"] if log.train else 0
+    if not best and last_step > max((line["step"] for line in log.evaluations), default=0):
         raise UserError(f"{run}: its training went on after its results; finish it with --resume, or give best/")
     start = log.config.get("weights")
     start_licence = start and licence_of(start)
@@ -118,10 +119,10 @@ def write_folder(options: Options) -> Path:
     config = without_folders(log.config)
     for name in FILES_OF_DATA:  # the card repeats the training with --data, which excludes them
         config.pop(name, None)
-    facts = training_facts(log, config, read_best(run)["step"] if best else None)
     started = f"{config['weights']}, {start_licence or 'of unknown licence'}" if start else "none; they were random"
-    last = not best or read_best(run)["step"] == log.train[-1]["step"]  # the pictures are of the last weights
-    pictures = sorted(run.glob("pictures/*.*")) if options.picture and last else []
+    shows_these = not best or log.best["step"] == last_step  # the pictures are of the last weights
+    pictures = sorted(run.glob("pictures/*.*")) if options.picture and shows_these else []
+    facts = training_facts(log, config, f"{log.best['step']}, the best of {last_step}" if best else last_step or None)
     card = model_card(options, metadata, results, facts=facts, started=started, picture=bool(pictures))
     texts = {
         "README.md": str(card),
@@ -158,11 +159,11 @@ def read_results(run: Path) -> dict[str, Any]:
     """
     if not (run / "model.safetensors").is_file():
         raise UserError(f"{run} holds no model.safetensors: give the folder of a run that has ended, or its best/")
-    home, best = run.resolve().parent, is_best(run)
+    home, best = run.resolve().parent, read_best(run.resolve().parent) if is_best(run) else None
     places = [home / "eval-best/results.json", home / "results.json"] if best else [run / "results.json"]
     found = [json.loads(path.read_bytes()) for path in places if path.is_file()]
     if best:  # the others may be of other weights
-        kept = read_best(home)["result"]
+        kept = best["result"]
         found = [one for one in found if kept.items() <= one.get("bbox", one).items()]
         found.append({"bbox": kept} if "AP" in kept else kept)
     if not found:
@@ -200,19 +201,17 @@ def licence_of(weights: str) -> str | None:
         from timm.models import get_pretrained_cfg  # slow
 
         return getattr(get_pretrained_cfg(name), "license", None)
-    if scheme in ("torchvision", "detectron2"):
-        return TORCHVISION_LICENCE if scheme == "torchvision" else DETECTRON2_LICENCE
-    if scheme in ("http", "https"):  # not worth a download: an address states none
-        return None
-    try:
+    stated = {"torchvision": TORCHVISION_LICENCE, "detectron2": DETECTRON2_LICENCE, "http": None, "https": None}
+    if scheme in stated:
+        return stated[scheme]
+    with suppress(UserError):
         return read_weights(weights).metadata.get("licence")
-    except UserError:
-        return None
+    return None
 
 
-def training_facts(log: RunLog, config: Mapping[str, Any], best_step: int | None) -> dict[str, Any]:
+def training_facts(log: RunLog, config: Mapping[str, Any], updates: str | int | None) -> dict[str, Any]:
     """The card's table about the training; None is unknown."""
-    made, steps = config.get("effective") or {}, log.train[-1]["step"] if log.train else None
+    made = config.get("effective") or {}
     return {
         "command": f"`{made['command']}`" if made.get("command") else None,
         "commit of resbackbone": made.get("commit"),
@@ -222,7 +221,7 @@ def training_facts(log: RunLog, config: Mapping[str, Any], best_step: int | None
         **log.images(),
         "SHA-256 of the annotations or files": next((made[name] for name in made if name.endswith("sha256")), None),
         "recipe": config.get("recipe"),
-        "updates": f"{best_step}, the best of {steps}" if best_step else steps,
+        "updates": updates,
         "images per update": config.get("batch_size"),
         "time of all updates": duration(log.total("seconds")),
     }
@@ -239,38 +238,35 @@ def model_card(options: Options, metadata: Mapping[str, Any], results: Mapping[s
     else:
         kind, what, classes = "classifier", f"{network} classifier", metadata["classes"]
         measured = {name: results[name] for name in METRIC_OF}
-    licence = metadata["licence"].lower()
-    known = HUB_LICENCES.fullmatch(licence)
+    task, licence = "object-detection" if detector else "image-classification", metadata["licence"]
+    known = HUB_LICENCES.fullmatch(licence.lower())
     base = re.match(r"hf:([\w.-]+/[\w.-]+)", said["started"])
     header = ModelCardData(
         model_name=name,
-        license=licence if known else "other",
-        license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", licence),
+        license=licence.lower() if known else "other",
+        license_name=None if known else re.sub(r"[^a-z0-9.-]+", "-", licence.lower()),
         library_name="resbackbone",
-        pipeline_tag="object-detection" if detector else "image-classification",
+        pipeline_tag=task,
         tags=["resbackbone", kind.lower().replace(" r-cnn", "-rcnn"), network],
         datasets=options.dataset and [options.dataset],
         base_model=base[1] if base else None,
+        eval_results=[
+            EvalResult(
+                task_type=task,
+                dataset_type=options.dataset or data,
+                dataset_name=data,
+                dataset_split="val",
+                metric_type=METRIC_OF.get(metric, metric),
+                metric_name=metric,
+                metric_value=round(value, 4),
+            )
+            for metric, value in measured.items()
+            if value is not None
+        ],
     )
-    header.eval_results = [
-        EvalResult(
-            task_type=str(header.pipeline_tag),
-            dataset_type=options.dataset or data,
-            dataset_name=data,
-            dataset_split="val",
-            metric_type=METRIC_OF.get(metric, metric),
-            metric_name=metric,
-            metric_value=round(value, 4),
-        )
-        for metric, value in measured.items()
-        if value is not None
-    ]
-    source = (TEMPLATES / "model_card.md").read_text(encoding="utf-8")
-    markdown = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=in_markdown
-    )
-    template = markdown.from_string(source)
-    text = template.render(
+    markdown = ENVIRONMENT.overlay(autoescape=False, finalize=in_markdown, keep_trailing_newline=True)
+    text = markdown.get_template("model_card.md").render(
+        said,
         repo=options.repo,
         name=name,
         what=what,
@@ -279,12 +275,8 @@ def model_card(options: Options, metadata: Mapping[str, Any], results: Mapping[s
         shown=CLASSES_SHOWN,
         measured=list(measured.items()),
         images=f"{results['images']:,} validation images" if "images" in results else "the validation images",
-        per_class=sorted(
-            results.get("per_class", {}).items(), key=lambda item: 1 if item[1]["AP"] is None else -item[1]["AP"]
-        ),
-        percent=percent,
-        licence=metadata["licence"],
-        **said,
+        per_class=by_falling_ap(results.get("per_class", {})),
+        licence=licence,
     )
     return ModelCard(f"---\n{header.to_yaml()}\n---\n\n{text}")
 
