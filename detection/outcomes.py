@@ -1,7 +1,7 @@
 """Which detections are right and which objects are missed, and the score that separates right from wrong best."""
 
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,7 +18,12 @@ class Outcome(NamedTuple):
     image_index: int
     found: np.ndarray  # DETECTION [d], by falling score
     right: np.ndarray  # bool [d]
-    seen: np.ndarray  # bool [objects]
+    taken_at: np.ndarray  # float [objects]: the score of the detection that took each, -inf for a missed one
+
+    @property
+    def seen(self) -> np.ndarray:
+        """bool [objects]"""
+        return np.isfinite(self.taken_at)
 
     @property
     def f1(self) -> float:
@@ -31,31 +36,37 @@ class Outcome(NamedTuple):
         """Wrong detections and missed objects."""
         return int((~self.right).sum() + (~self.seen).sum())
 
+    def above(self, score: float) -> "Outcome":
+        """That of the detections from `score` on, as a detection takes its object from none with a higher score."""
+        kept = self.found["score"] >= score
+        taken_at = np.where(self.taken_at >= score, self.taken_at, -np.inf)
+        return self._replace(found=self.found[kept], right=self.right[kept], taken_at=taken_at)
 
-def outcomes(dataset: CocoImages, detections: np.ndarray, score: float) -> list[Outcome]:
-    """Match the detections from `score` on of every image with its objects, as COCO's evaluation does.
+
+def match(dataset: CocoImages, detections: np.ndarray) -> tuple[Any, list[Outcome]]:
+    """Match the detections of every image with its objects, as COCO's evaluation does: (hotcoco's COCOeval, outcomes).
 
     By falling score, each detection takes the free object of its class with the largest IoU of at least IOU.
     """
-    annotations, crowds = dataset.annotations, dataset.annotations.crowds.numpy()
+    annotations = dataset.annotations
     known = np.isin(detections["category_id"], list(dataset.categories)) & np.isfinite(detections["bbox"]).all(1)
-    known &= np.isin(detections["image_id"], dataset.image_ids.numpy()) & (detections["score"] >= score)
+    known &= np.isin(detections["image_id"], dataset.image_ids.numpy()) & np.isfinite(detections["score"])
     found = detections[known]
     found = found[np.lexsort((-found["score"], found["image_id"]))]
-    rows = usable_boxes(annotations, Counter())[1]  # of the annotations, in the order of the data set's boxes
-    truth = crowds & np.isfinite(annotations.boxes_xywh.numpy()).all(1)
-    truth[rows] = True
+    truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)
     scorer = evaluated(annotations, truth, found)
-    status = scorer.image_diagnostics(IOU)  # by number from 1, without crowds and what is detected in them
-    of_objects = np.array([status["gt_status"].get(number, "") for number in truth.cumsum()[rows].tolist()], str)
-    of_found = np.array([status["dt_status"].get(number, "") for number in range(1, len(found) + 1)], str)
-    found, of_found = found[of_found != ""], of_found[of_found != ""]
+    matched = scorer.image_diagnostics(IOU)  # by number from 1, without crowds and what is detected in them
+    status = np.array([matched["dt_status"].get(number, "") for number in range(1, len(found) + 1)], str)
+    rows = usable_boxes(annotations, Counter())[1]  # of the annotations, in the order of the data set's boxes
+    by = [matched["gt_match"].get(number) for number in truth.cumsum()[rows].tolist()]
+    taken_at = np.array([-np.inf if number is None else found["score"][number - 1] for number in by])
+    found, status = found[status != ""], status[status != ""]
     result = []
     for index, image_id in enumerate(dataset.image_ids.tolist()):
         objects = slice(*dataset.offsets[index : index + 2].tolist())
         detected = slice(*np.searchsorted(found["image_id"], [image_id, image_id + 1]))
-        result.append(Outcome(index, found[detected], of_found[detected] == "tp", of_objects[objects] == "matched"))
-    return result
+        result.append(Outcome(index, found[detected], status[detected] == "tp", taken_at[objects]))
+    return scorer, result
 
 
 class OverScores(NamedTuple):
@@ -75,10 +86,7 @@ class OverScores(NamedTuple):
 
 
 def over_scores(scores: np.ndarray, right: np.ndarray, objects: int) -> OverScores:
-    """Precision, recall and F1 of detections, of which some are `right`, over the lowest score that counts.
-
-    A detection takes its object from none with a higher score, so one matching holds for every threshold.
-    """
+    """Precision, recall and F1 of detections, of which some are `right`, over the lowest score that counts."""
     found, hits = (len(of) - np.searchsorted(np.sort(of), SCORES) for of in (scores, scores[right]))
     with np.errstate(invalid="ignore"):
         return OverScores(hits / found, hits / np.float64(objects), 2 * hits / np.float64(found + objects))

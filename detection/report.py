@@ -10,8 +10,8 @@ from markupsafe import Markup
 from detection.coco import CocoImages
 from detection.evaluate import Evaluation
 from detection.gallery import SCORE, best_images, worst_images
-from detection.outcomes import SCORES, Outcome, OverScores, outcomes, over_scores
-from detection.scoring import METRICS, evaluated
+from detection.outcomes import SCORES, Outcome, OverScores, match, over_scores
+from detection.scoring import METRICS
 from detection.statistics import EDGES, binned
 from resbackbone.report.charts import bar, histogram, line_chart, one_decimal
 from resbackbone.report.confusions import confusions
@@ -95,7 +95,7 @@ def _report(
 def _of_evaluation(dataset: CocoImages, evaluation: Evaluation) -> tuple[Markup, list[Section]]:
     """What stands at the top, and the sections."""
     words, results, names = macros("detection.html"), evaluation.results, list(dataset.categories.values())
-    matched = outcomes(dataset, evaluation.detections, 0.0)
+    scorer, matched = match(dataset, evaluation.detections)
     found, right = (np.concatenate([getattr(o, name) for o in matched]) for name in ("found", "right"))
     boxes = np.bincount(dataset.labels.numpy(), minlength=len(names) + 1)[1:].tolist()  # that the outcomes are about
     whole = over_scores(found["score"], right, sum(boxes))
@@ -110,8 +110,12 @@ def _of_evaluation(dataset: CocoImages, evaluation: Evaluation) -> tuple[Markup,
         (short(name), fraction(entry["AP"]), fraction(entry["AP50"]), entry["boxes"], *_best(curves))
         for (name, entry), curves in zip(results["per_class"].items(), of_classes, strict=True)
     ]
-    shown = outcomes(dataset, evaluation.detections, score)
-    charts, confused, errors = _by_hotcoco(dataset, evaluation.detections, score)
+    shown = [outcome.above(score) for outcome in matched]
+    if len(found) and sum(boxes):
+        charts, confused, errors = _by_hotcoco(scorer, names, boxes, score)
+    else:
+        confused = errors = absent(f"There are no {'objects to find' if len(found) else 'detections'}.")
+        charts = [errors]
     over = {name: list(zip(SCORES, 100 * values, strict=True)) for name, values in whole._asdict().items()}
     over["F1"] = over.pop("f1")
     title = "Precision, recall and F1 over the lowest score, percent"
@@ -158,22 +162,18 @@ def _boxes(dataset: CocoImages, shown: Sequence[Outcome], score: float) -> Marku
     return macros("detection.html").boxes_found(charts, rows, score)
 
 
-def _by_hotcoco(dataset: CocoImages, detections: np.ndarray, score: float) -> tuple[list[Markup], Markup, Markup]:
-    """Charts of precision against recall, the confusions from `score` on, and the errors by kind."""
-    annotations, words, names = dataset.annotations, macros("detection.html"), list(dataset.categories.values())
-    truth = np.isfinite(annotations.boxes_xywh.numpy()).all(1)
-    objects = truth & ~annotations.crowds.numpy()
-    finite = np.isfinite(detections["bbox"]).all(1) & np.isfinite(detections["score"])
-    found = detections[finite & np.isin(detections["category_id"], list(dataset.categories))]
-    if not len(found) or not objects.any():
-        why = absent(f"There are no {'objects to find' if len(found) else 'detections'}.")
-        return [why], why, why
-    scorer = evaluated(annotations, truth, found)
+def _by_hotcoco(
+    scorer: Any, names: Sequence[str], boxes: Sequence[int], score: float
+) -> tuple[list[Markup], Markup, Markup]:
+    """Charts of precision against recall, the confusions from `score` on, and the errors by kind.
+
+    `boxes` are the numbers of objects by class.
+    """
+    words = macros("detection.html")
     scorer.accumulate()
     precision = 100 * scorer.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, class], < 0 for a class without boxes
     defined = [k for k in range(len(names)) if (precision[0, :, k] >= 0).all()]
-    boxes = np.bincount(annotations.labels.numpy()[objects], minlength=len(names) + 1)
-    most = sorted(defined, key=lambda k: -boxes[k + 1])[:CURVES]
+    most = sorted(defined, key=lambda k: -boxes[k])[:CURVES]
     means = {f"IoU {iou:.2f}": precision[i][:, defined].mean(1) for i, iou in ((0, 0.5), (5, 0.75))}
     of_classes = {f"{short(names[k])} (AP50 {precision[0, :, k].mean():.1f})": precision[0, :, k] for k in most}
     recall = np.linspace(0, 100, precision.shape[1])

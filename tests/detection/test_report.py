@@ -13,7 +13,7 @@ from detection.coco import CocoImages
 from detection.data_report import data_section
 from detection.evaluate import Evaluation
 from detection.gallery import GAP, MIN_SIDE, class_colour, draw_boxes, save_pictures
-from detection.outcomes import outcomes
+from detection.outcomes import match
 from detection.report import write_report
 from detection.scoring import DETECTION, METRICS, evaluated, score
 from resbackbone.report.page import LIMIT
@@ -246,7 +246,8 @@ def test_each_kind_of_error_is_counted(tmp_path, kind, row):
 
 
 def outcome(tmp_path, boxes, *rows):
-    [only] = outcomes(boxed(tmp_path, [boxes]), found(*rows), 0.5)
+    _, [whole] = match(boxed(tmp_path, [boxes]), found(*rows))
+    only = whole.above(0.5)
     return only.right.tolist(), only.seen.tolist()
 
 
