@@ -13,7 +13,7 @@ from detection.annotations import CocoFile, first_image, leaves_its_folder, read
 from detection.splits import SPLIT_NAMES, SPLIT_OF, Found, Split, folders_in
 from detection.voc import find_voc
 from detection.yolo import find_yolo
-from resbackbone.checks import UserError, sibling
+from resbackbone.checks import UserError, sibling, some
 from resbackbone.image_io import SUFFIXES
 
 LAYOUT = (
@@ -183,8 +183,7 @@ def describe_layout(data: Data) -> str:
     for other in (_attempt(title, find, folder) for title, find in FINDERS.items() if title != found.title):
         unread.update(split.annotations for split in (other.splits if other else {}).values())
     if others := sorted(unread - {*read, folder / DRAWN}):
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        line += f"; not read: {', '.join(_below(folder, others[:3]))}{more}"
+        line += f"; not read: {some(_below(folder, others))}"
     return line
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -15,6 +15,7 @@ from torchvision.ops import box_area
 from detection.anchors import ASPECT_RATIOS
 from detection.coco import SMALL_SET, CocoImages, box_faults, usable_boxes
 from resbackbone.atomic import file_digest
+from resbackbone.checks import some
 
 DIVISIBLE = 32  # pixels: a detector pads an image to multiples of this
 CROWDED = 100  # boxes, the most that a detector returns by default
@@ -126,8 +127,11 @@ def describe(splits: Mapping[str, CocoImages]) -> DataStatistics:
         f"{other} in {one}": sum(len(group[other]) for group in groups if one in group and other in group)
         for one, other in combinations(splits, 2)
     }
-    findings = [*_about_images(of_splits, copies, leaks, not_compared), *_about_classes(classes, list(splits))]
-    findings += [line for name, split in of_splits.items() for line in _about_boxes(name, split)]
+    findings = [
+        *_about_images(of_splits, copies, leaks, not_compared),
+        *_about_classes(classes, splits),
+        *_about_boxes(of_splits),
+    ]
     return DataStatistics(of_splits, classes, groups, copies, leaks, not_compared, findings)
 
 
@@ -339,57 +343,48 @@ def _classes(splits: Mapping[str, CocoImages]) -> list[ClassCounts]:
     return list(counts.values())
 
 
-def _about_images(splits: Mapping[str, SplitStatistics], copies, leaks, not_compared: int) -> list[str]:
-    lines = []
+def _about_images(splits: Mapping[str, SplitStatistics], copies, leaks, not_compared: int) -> Iterator[str]:
     for name, split in splits.items():
         if bad := split.unusable_images:
-            lines.append(f"{name}: {_number(len(bad), 'image')} cannot be used; the first: {bad[0]}")
+            yield f"{name}: {_number(len(bad), 'image')} cannot be used; the first: {bad[0]}"
     for pair, count in leaks.items():
         if count:
             other, _, one = pair.partition(" in ")
-            total = splits[other].images
-            lines.append(
-                f"{other}: {count} of {_number(total, 'image')} {_verb(count)} in {one} too, with the same bytes, so "
-                f"an AP measured on {other} is too high: remove them from one of the two"
+            yield (
+                f"{other}: {count} of {_number(splits[other].images, 'image')} {_verb(count)} in {one} too, with the "
+                f"same bytes, so an AP measured on {other} is too high: remove them from one of the two"
             )
     for name, count in copies.items():
         if count:
-            lines.append(f"{name}: {_number(count, 'image')} {_verb(count)} equal to an earlier one in {name}")
+            yield f"{name}: {_number(count, 'image')} {_verb(count)} equal to an earlier one in {name}"
     if not_compared:
-        lines.append(f"equal images were not looked for: {not_compared / 1e9:.1f} GB of files have equal sizes")
+        yield f"equal images were not looked for: {not_compared / 1e9:.1f} GB of files have equal sizes"
     for name, split in splits.items():
         if split.empty_images:
-            lines.append(f"{name}: {split.empty_images} of {_number(split.images, 'image')} without a usable box")
-        if split.crowded_images:
-            lines.append(
-                f"{name}: {_number(split.crowded_images, 'image')} with over {CROWDED} boxes, the most that a detector "
-                "returns by default"
-            )
+            yield f"{name}: {split.empty_images} of {_number(split.images, 'image')} without a usable box"
+        if crowded := split.crowded_images:
+            most = f"{CROWDED} boxes, the most that a detector returns by default"
+            yield f"{name}: {_number(crowded, 'image')} with over {most}"
         if not split.decoded:
-            lines.append(f"{name}: over {SMALL_SET / 1e6:.0f} MB, so images were not decoded: broken ones may be left")
-    return lines
+            yield f"{name}: over {SMALL_SET / 1e6:.0f} MB, so images were not decoded: broken ones may be left"
 
 
-def _about_classes(classes: Sequence[ClassCounts], splits: Sequence[str]) -> list[str]:
-    lines = []
+def _about_classes(classes: Sequence[ClassCounts], splits: Iterable[str]) -> Iterator[str]:
     for split in splits:
         for what, names in {
             f"classes that {split} does not list": [c.name for c in classes if split not in c.boxes],
             "classes without a box": [c.name for c in classes if c.boxes.get(split) == 0],
         }.items():
             if names:
-                more = f" and {len(names) - EXAMPLES} more" if len(names) > EXAMPLES else ""
-                lines.append(f"{split}: {what}: {', '.join(map(str, names[:EXAMPLES]))}{more}")
-    return lines
+                yield f"{split}: {what}: {some(names, EXAMPLES)}"
 
 
-def _about_boxes(name: str, split: SplitStatistics) -> list[str]:
-    lines = []
-    for kind, odd in split.odd_boxes.items():
-        if odd.boxes:
-            first = odd.examples[0]
-            lines.append(f"{name}: {kind}: {odd.boxes}; the first: {first['class']} in {first['file']}")
-    return lines
+def _about_boxes(splits: Mapping[str, SplitStatistics]) -> Iterator[str]:
+    for name, split in splits.items():
+        for kind, odd in split.odd_boxes.items():
+            if odd.boxes:
+                first = odd.examples[0]
+                yield f"{name}: {kind}: {odd.boxes}; the first: {first['class']} in {first['file']}"
 
 
 def _number(count: int, thing: str) -> str:

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -54,6 +54,11 @@ def check_ranges(values: object, ranges: Mapping[str, tuple[float, float, str]])
             numbers = value if isinstance(value, tuple) else (low if value is None else value,)
             if not all(low <= number <= high for number in numbers):
                 raise UserError(f"{name} is {value}; it must be {words}")
+
+
+def some(names: Sequence[object], count: int = 3) -> str:
+    """The first names and the number of the others."""
+    return ", ".join(map(str, names[:count])) + (f" and {len(names) - count} more" if len(names) > count else "")
 
 
 def brief(value: object) -> str:

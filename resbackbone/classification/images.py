@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, some
 from resbackbone.image_io import SUFFIXES, BadImage, open_rgb, read_file
 
 SPLIT_FOLDERS = {"train": ("train",), "val": ("val", "test")}
@@ -136,11 +136,6 @@ def find_split(data: str | os.PathLike, split: str, layout: str) -> Path:
 def class_folders(folder: Path) -> list[str]:
     """The names of the folders in `folder`, sorted, without hidden ones."""
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != ".")
-
-
-def some(names: list[str]) -> str:
-    """The first three names and the number of the others."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _files_below(folder: Path) -> list[str]:
