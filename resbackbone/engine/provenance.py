@@ -6,7 +6,9 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -33,6 +35,15 @@ def cpu() -> tuple[str, int]:
     name = fields_of(Path("/proc/cpuinfo")).get("model name")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return name or platform.processor() or platform.machine(), cores
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Those of the packages that are installed."""
+    found = {}
+    for name in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def fields_of(path: Path) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -13,6 +12,7 @@ from resbackbone.atomic import write_atomically
 from resbackbone.checks import UserError
 from resbackbone.engine.best import read_best
 from resbackbone.engine.metrics import read_metrics
+from resbackbone.engine.provenance import versions
 from resbackbone.engine.run import read_yaml
 from resbackbone.report.charts import bar
 from resbackbone.report.numbers import duration, finite, number
@@ -42,8 +42,7 @@ class RunLog:
         except UserError:
             self.config = {}
         self.best = read_best(folder)
-        effective = self.config.get("effective")
-        self.effective = effective if isinstance(effective, dict) else {}
+        self.effective = self.config.get("effective") or {}
         started = (folder / "metrics.jsonl").exists()
         self.train, self.evaluations = (read_metrics(folder, kind) if started else [] for kind in ("train", "eval"))
 
@@ -212,20 +211,12 @@ def configuration_section(log: RunLog) -> Section:
     """Every option and what came of it, as in config.yaml, and the versions of the software."""
     rows = [(name, value) for name, value in log.config.items() if name != "effective"] + [*log.effective.items()]
     options = {short(name): in_words(value) for name, value in rows}
-    versions = {"Python": platform.python_version(), "system": platform.platform()}
-    versions |= {name: version for name in PACKAGES if (version := _version(name))}
+    software = {"Python": platform.python_version(), "system": platform.platform(), **versions(PACKAGES)}
     written = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    return Section("Configuration", macros("run.html").configuration(options, versions, written))
+    return Section("Configuration", macros("run.html").configuration(options, software, written))
 
 
 def in_words(value: object) -> str:
     """A value of config.yaml as a page shows it."""
     value = "; ".join(map(str, value)) if isinstance(value, list) else value
     return "–" if value in (None, "") else str(value)[:500]
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None

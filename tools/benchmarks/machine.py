@@ -1,7 +1,6 @@
 """What a figure depends on besides the code: hardware, versions, commit and date; and the memory that a run takes."""
 
 import gc
-import importlib.metadata
 import multiprocessing
 import os
 import platform
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from resbackbone.engine.provenance import commit, cpu, fields_of
+from resbackbone.engine.provenance import commit, cpu, fields_of, versions
 from resbackbone.memory import keep_freed_memory
 
 VERSIONS = (
@@ -26,10 +25,6 @@ CPUINFO, STATUS, CLEAR = Path("/proc/cpuinfo"), Path("/proc/self/status"), Path(
 
 def describe(device: str, threads: int) -> dict:
     """Date, commit, versions and hardware, for JSON."""
-    versions = {"python": platform.python_version()}
-    for name in VERSIONS:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
     fields = fields_of(CPUINFO)
     flags = (fields.get("flags") or fields.get("Features") or "").split()
     name, cores = cpu()
@@ -46,8 +41,9 @@ def describe(device: str, threads: int) -> dict:
     if torch.device(device).type == "cuda":
         hardware |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
         hardware["cudnn"] = torch.backends.cudnn.version()
+    packages = {"python": platform.python_version(), **versions(VERSIONS)}
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return {"date": date, "commit": commit(), "versions": versions, "hardware": hardware}
+    return {"date": date, "commit": commit(), "versions": packages, "hardware": hardware}
 
 
 def peak_in_fresh_process(build: Callable) -> int | None:
