@@ -109,7 +109,7 @@ def read_annotations(path: str | os.PathLike) -> Annotations:
 def count_images(path: str | os.PathLike) -> int:
     """The number of images in an instances file, without parsing the rest. Raises as `read_annotations` does."""
     try:
-        return len(msgspec.json.decode(_mapped(path), type=_Count).images)
+        return len(msgspec.json.decode(_mapped(path), type=_Sections).images)
     except (msgspec.DecodeError, UnicodeDecodeError, OSError):
         return len(read_annotations(path).image_ids)
 
@@ -119,11 +119,9 @@ def first_image(path: str | os.PathLike) -> str | None:
     try:
         text = _mapped(path)
         try:
-            images = msgspec.json.decode(text, type=_Sections).images[:1]
-            records = [json.loads(bytes(image)) for image in images]
+            records = [json.loads(bytes(image)) for image in msgspec.json.decode(text, type=_Sections).images[:1]]
         except (msgspec.DecodeError, UnicodeDecodeError):  # NaN, Infinity or UTF-16, or no instances file
-            content = msgspec.convert(json.loads(bytes(text)), type=_Sections)
-            records = content.images[:1]
+            records = msgspec.convert(json.loads(bytes(text)), type=_Sections).images[:1]
         return str(records[0]["file_name"]) if records else ""
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return None
@@ -214,10 +212,6 @@ class _Category(msgspec.Struct, gc=False):
     id: _Id
     name: str | int
     supercategory: object = None
-
-
-class _Count(msgspec.Struct):
-    images: list[msgspec.Raw]
 
 
 class _Sections(msgspec.Struct):

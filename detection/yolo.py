@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -247,14 +248,17 @@ def _described(folder: Path) -> Path | None:
     """The file that describes the data: data.yaml, another .yaml that names classes, or obj.data."""
     files = sorted({*folder.glob("*.yaml"), *folder.glob("*.yml")})
     usual = [file for file in files if file.stem in ("data", "dataset")]
-    usual = usual or [file for file in files if {"names", "nc"} & _content(file, strict=False).keys()]
+    if not usual:
+        for file in files:
+            with suppress(UserError):  # it is of something else
+                usual += [file] if {"names", "nc"} & _content(file).keys() else []
     if len(usual) > 1:
         raise UserError(f"{' and '.join(file.name for file in usual)} describe data; give one of them as --data FILE")
     return usual[0] if usual else next((file for file in [folder / "obj.data"] if file.is_file()), None)
 
 
-def _content(file: Path, *, strict: bool = True) -> dict:
-    """The keys of a .yaml file, all values as text, or of darknet's obj.data. Unless `strict`, {} for another file."""
+def _content(file: Path) -> dict:
+    """The keys of a .yaml file, all values as text, or of darknet's obj.data."""
     try:
         text = file.read_text("utf-8-sig")
         if file.suffix == ".data":
@@ -262,14 +266,10 @@ def _content(file: Path, *, strict: bool = True) -> dict:
             return {key.strip(): value.strip() for key, _, value in pairs}
         content = yaml.BaseLoader(text).get_single_data()  # text, lists and keys only: "no" is a name, not False
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        if not strict:
-            return {}
         raise UserError(f"{file}: cannot be read ({' '.join(str(error).split())})") from None
-    if isinstance(content, dict):
-        return content
-    if strict:
+    if not isinstance(content, dict):
         raise UserError(f"{file}: no keys in it; it should have names, train and val")
-    return {}
+    return content
 
 
 def _names(content: Mapping, file: Path) -> tuple[dict[int, str], list[str]]:
