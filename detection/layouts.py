@@ -221,11 +221,11 @@ def _lacking(folder: Path) -> str:
             read_annotations(file)
         except UserError as error:
             return f"its .json is not a COCO annotation file ({error})"
-    notes = [suffix for suffix in (".xml", ".txt") if suffix in files]
-    if "images" in files and not notes:
+    boxes = files.get(".xml") or [path for path in files.get(".txt", []) if "labels" in path.parts]
+    if "images" in files and not boxes and ".txt" not in files:
         return f"{len(files['images'])} images without annotations; add a COCO .json, YOLO's .txt or Pascal VOC's .xml"
-    if notes and "images" not in files:
-        return f"{len(files[notes[0]])} {notes[0]} files without images; add the images that they describe"
+    if boxes and "images" not in files:
+        return f"{len(boxes)} {boxes[0].suffix} files without images; add the images that they describe"
     return ""
 
 

@@ -19,7 +19,7 @@ from resbackbone.cli.errors import from_option
 import tyro
 
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, sibling
 from resbackbone.report.charts import line_chart, one_decimal
 from resbackbone.report.numbers import duration, finite, number
 from resbackbone.report.page import Cell, Section, fraction, macros, page, short, table
@@ -78,6 +78,8 @@ def runs_in(given: Iterable[Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for folder in given:
+        if not folder.exists():
+            raise UserError(f"{folder}: no such folder{sibling(folder)}; give the folders of runs")
         own = [folder / "metrics.jsonl"] if (folder / "metrics.jsonl").is_file() else folder.glob("*/metrics.jsonl")
         found |= dict.fromkeys(file.parent.resolve() for file in sorted(own))
     if len(found) < 2:

@@ -39,7 +39,8 @@ COMPLETION = {"--tyro-print-completion": "SHELL", "--tyro-write-completion": "SH
 SECONDS_BETWEEN_LINES = 20  # of progress in a log
 # The lowest values of options that are numbers; 1 of other whole numbers.
 LEAST = dict.fromkeys(("early_stop", "eval_period", "gpus", "pictures", "seed", "shorter_side", "workers"), 0)
-LEAST |= {"warmup_steps": 0, "size": 32, "weight_decay": 0, "eps": 0, "budget": 1, "threshold": 0, "score_thresh": 0}
+LEAST |= dict.fromkeys(("warmup_steps", "weight_decay", "eps", "threshold", "score_thresh"), 0)
+LEAST |= {"size": 32, "image_size": 32, "budget": 1}
 MOST = {"threshold": 1, "score_thresh": 1}
 
 

@@ -118,6 +118,12 @@ class Session:
             raise UserError(
                 f"--batch-size {options.batch_size}: must be a multiple of {ranks}, the number of processes"
             )
+        if (options.max_steps or 0) > schedule.steps and self.rank.is_main:
+            self.warn(
+                f"warning: --max-steps {options.max_steps} is beyond the schedule, which ends after {schedule.steps} "
+                f"updates at a learning rate of {schedule.learning_rate(schedule.steps):g}; --epochs or --steps of a "
+                "new run lengthens it"
+            )
         plan = loop.Plan(
             schedule,
             steps=schedule.steps if options.max_steps is None else options.max_steps,

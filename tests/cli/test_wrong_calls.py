@@ -100,6 +100,8 @@ train_coco --quiet=0
     --quiet=0: takes no value; --quiet is on, --no-quiet is off
 train_coco --anchor-scale large
     --anchor-scale large: must be a number or auto
+train_coco --image-size 1
+    --image-size 1: must be at least 32
 train_coco --milestones 5 late
     --milestones 5 late: must be whole numbers
 train_coco --milestones 8,11
@@ -140,6 +142,8 @@ detect
     RUN is missing: A run's folder, a weight file of a Faster R-CNN (ours, torchvision's, ..
 detect runs/mine
     INPUTS is missing: Images, folders of images, quoted patterns such as 'photos/**/*.jpg', video files, or a ..
+compare_runs runs/mien runs/mine
+    runs/mien: no such folder; did you mean runs/mine?; give the folders of runs
 convert_data my_folder other
     --to is missing: coco, yolo or voc; for example: python tools/convert_data.py my_folder my_folder_yolo --to yolo
 evaluate_coco runs/mine photos
@@ -209,8 +213,8 @@ train_coco --config typo.yaml
     --config typo.yaml: no option --detph; did you mean --depth?
 train_coco --data photos
     --data photos: 2 images without annotations; add a COCO .json, YOLO's .txt or Pascal VOC's .xml
-inspect_data labels
-    labels: 1 .txt files without images; add the images that they describe
+inspect_data yolo
+    yolo: 2 .txt files without images; add the images that they describe
 inspect_data labelled
     labelled: its .json is not a COCO annotation file (labelled/boxes.json: not JSON (..
 export detector.onnx runs/mine
@@ -236,11 +240,18 @@ def here(tmp_path_factory):
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("here"))
     os.environ.pop("RESBACKBONE_DEBUG", None)
-    for name in ("empty", "runs/mine", "photos", "labels", "labelled"):
+    for name in ("empty", "runs/mine", "photos", "yolo/labels", "labelled"):
         Path(name).mkdir(parents=True)
     for name, text in {"notes.txt": "hello", "nothing": "", "list.yaml": "- a\n", "typo.yaml": "detph: 18\n"}.items():
         Path(name).write_text(text)
-    for name in ("my photo.jpg", "photos/a.jpg", "photos/b.PNG", "labelled/a.jpg", "labels/a.txt"):
+    for name in (
+        "my photo.jpg",
+        "photos/a.jpg",
+        "photos/b.PNG",
+        "labelled/a.jpg",
+        "yolo/labels/a.txt",
+        "yolo/labels/b.txt",
+    ):
         Path(name).touch()
     Path("labelled/boxes.json").write_text('{"images": [')
     yield

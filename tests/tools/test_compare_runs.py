@@ -112,10 +112,12 @@ def test_long_names_and_missing_checksums_confuse_no_runs(tmp_path, capsys):
     "names, says",
     [
         (["a"], "a is a run; give"),
-        (["a", "none"], "a is a run; give"),
-        (["none"], "is no run (no metrics"),
+        (["a", "empty"], "a is a run; give"),
+        (["empty"], "is no run (no metrics"),
+        (["a", "none"], "none: no such folder"),
     ],
 )
 def test_what_is_no_pair_of_runs_is_one_line(tmp_path, capsys, names, says):
     run_of(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
     assert says in error_of([str(tmp_path / name) for name in names], capsys)

@@ -196,7 +196,14 @@ def test_a_run_is_not_resumed_with_another_configuration(straight, capsys, argv,
 def test_a_run_is_not_resumed_on_other_images(straight, capsys, monkeypatch):
     shutil.copytree(straight, "run")
     monkeypatch.setattr(cifar10, "SYNTHETIC_IMAGES", {"train": 30, "test": 10})
-    assert "was trained on other data" in error_of(["--resume", "--output", "run", "--max-steps", "7"], capsys)
+    assert "was trained on other data" in error_of(["--resume", "--output", "run"], capsys)
+
+
+def test_updates_beyond_the_schedule_are_warned_of(straight, capsys):
+    shutil.copytree(straight, "run")
+    train_cifar10.main(["--resume", "--output", "run", "--max-steps", "7", "--quiet"])
+    said = capsys.readouterr().out
+    assert "--max-steps 7 is beyond the schedule, which ends after 6 updates at a learning rate of 6.25e-05" in said
 
 
 def test_two_ranks_that_srun_starts_train_one_network_and_test_every_image_once(tmp_path):
