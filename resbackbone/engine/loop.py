@@ -180,6 +180,8 @@ def train(
                     progress(state.step, line, pace.seconds_left(state.step))
                 except SystemExit:  # what reads it has left, such as `| head`
                     checkpoint()
+                    if termination.requested:  # by Ctrl-C, which has ended that first
+                        termination.stop()
                     raise
             stopping = state.stopping or (rank.ranks == 1 and termination.requested)  # several ranks agree in an update
             if state.step % plan.checkpoint_period == 0 or state.step == plan.steps or stopping:

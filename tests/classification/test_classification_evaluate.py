@@ -237,6 +237,7 @@ def test_several_ranks_share_the_images_and_end_with_the_results_of_one(monkeypa
     images, model = Drawn(), Watched()
     images.labels = images.labels[:13]
     results, alone = evaluate(model, images, ALONE, **options)
+    results["loss"] = pytest.approx(results["loss"])  # rounding depends on the sizes of batches
     monkeypatch.setattr("resbackbone.classification.evaluate.gather", gather)
     monkeypatch.setattr("resbackbone.classification.evaluate.broadcast", lambda value, rank: (value, rank.rank))
     looked_at = []
@@ -244,6 +245,6 @@ def test_several_ranks_share_the_images_and_end_with_the_results_of_one(monkeypa
         model.seen.clear()
         shared, predicted = evaluate(model, images, Rank(rank, 3, torch.device("cpu")), **options)
         assert shared == (None if rank else results, rank)  # what is broadcast from here
-        assert predicted is None if rank else all(map(torch.equal, predicted, alone))
+        assert predicted is None if rank else all(map(torch.allclose, predicted, alone))
         looked_at.append(sum(map(len, model.seen)))
     assert looked_at == [4, 4, 5]

@@ -111,9 +111,17 @@ def test_torchvision_detectors_state_the_eps_that_torchvision_loads_them_with(do
     assert builder(weights=weights).backbone.body.bn1.eps == eps
 
 
-@pytest.mark.parametrize("name", ["ResNet50_Weights", "ResNet50_Weights.IMAGENET1K_V3", "ResNet50.IMAGENET1K_V2"])
-def test_a_name_torchvision_does_not_know_is_answered_with_the_list(name):
-    assert "torchvision has no such weights; resbackbone.weights.list_sources()" in refusal(f"torchvision:{name}")
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("ResNet50_Weights", "did you mean ResNet50_Weights.IMAGENET1K_V1?"),
+        ("ResNet50_Weights.IMAGENET1K_V3", "did you mean ResNet50_Weights.IMAGENET1K_V2?"),
+        ("ResNet50.IMAGENET1K_V2", "did you mean ResNet50_Weights.IMAGENET1K_V2?"),
+        ("resnet", "resbackbone.weights.list_sources() names those that fit"),
+    ],
+)
+def test_a_name_torchvision_does_not_know_is_answered_with_the_nearest_or_the_list(name, says):
+    assert f"torchvision has no such weights; {says}" in refusal(f"torchvision:{name}")
 
 
 # timm
