@@ -18,14 +18,18 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
     if any(value == choice and type(value) is type(choice) for choice in choices):
         return value
     listed = ", ".join(str(choice) for choice in choices)
-    raise UserError(f"unknown {kind} {brief(value)}; choose from {listed}{note}")
+    near = nearest(str(value), [choice for choice in choices if isinstance(choice, str)])
+    meant = f"; did you mean {near}?" if near else ""
+    raise UserError(f"unknown {kind} {brief(value)}; choose from {listed}{note}{meant}")
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` begins or that it may be a slip of, None if there is none."""
-    choices = list(choices)
-    begun = (choice for choice in choices if len(word) > 2 and choice.startswith(word))
-    return next(begun, None) or next(iter(get_close_matches(word, choices, n=1, cutoff=0.75)), None)
+    """The choice that `word` begins or that it may be a slip of, in any case; None if there is none."""
+    small = {choice.lower(): choice for choice in choices}
+    word = word.lower()
+    begun = (choice for choice in small if len(word) > 2 and choice.startswith(word))
+    near = next(begun, None) or next(iter(get_close_matches(word, small, n=1, cutoff=0.75)), None)
+    return small[near] if near else None
 
 
 def is_url(word: str) -> bool:

@@ -73,6 +73,7 @@ from detection.synthetic import SYNTHETIC, SyntheticImages, synthetic_batches
 from detection.transforms import TrainTransform
 from resbackbone import build_resnet_backbone
 from resbackbone.checks import UserError, one_of, require
+from resbackbone.config import FREEZABLE
 from resbackbone.engine import loop
 from resbackbone.engine.average import build_average
 from resbackbone.engine.device import autocast
@@ -81,6 +82,7 @@ from resbackbone.engine.optimizers import OPTIMIZERS, build_optimizer
 from resbackbone.engine.state import TrainState, seed_step
 from resbackbone.engine.task import Task
 from resbackbone.image_io import BadImage
+from resbackbone.layers import NORMS
 from resbackbone.logs import silenced
 from resbackbone.memory import keep_freed_memory
 from resbackbone.report.numbers import percent
@@ -532,6 +534,8 @@ def complete(options: Options) -> Options:
     given = architecture_of_weights(options, recipe)
     variant = one_of("variant", options.variant or given.get("variant", recipe.detector.variant), VARIANTS)
     one_of("COCO backend", options.coco_backend, BACKENDS)
+    one_of("norm", options.norm or "BN", NORMS)
+    one_of("frozen_through", options.frozen_through or "none", ("none", *FREEZABLE[1:]))
     if not 0 <= options.repeat_factor <= 1:
         raise UserError(f"--repeat-factor {options.repeat_factor:g}: must be a share of the images, from 0 to 1")
     try:

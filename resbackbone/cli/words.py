@@ -27,7 +27,7 @@ NOUNS = {int: "whole number", float: "number", str: "name", Path: "path"}
 OPTION = re.compile(r"[-–—](?!$|[\d.])")  # -5 and - are values; word processors make dashes of hyphens
 SEE_HELP = "--help lists the options"
 RECIPE = "--recipe."  # before the name of one of `recipe_values`
-SYNONYMS = {  # what other packages say: what it may be here, the best first
+SYNONYMS = {  # what other packages say: what it may be here, the best first; what to say where it is none of these
     "imgsz image-size img-size img-scale input-size resolution crop-size min-size size": "image-size size",
     "conf conf-thres confidence score-thr score-thresh score-threshold threshold": "threshold score-thresh",
     "confidence-threshold": "threshold score-thresh",
@@ -41,7 +41,7 @@ SYNONYMS = {  # what other packages say: what it may be here, the best first
     "num-workers nw j": "workers",
     "num-gpus nproc-per-node": "gpus",
     "config-file cfg c": "config",
-    "amp fp16 bf16 half": "precision",
+    "amp fp16 bf16 half int8": "precision; exported files compute in fp32",
     "weights model checkpoint ckpt pretrained": "weights run source",
     "source images image img input": "inputs data",
     "patience": "early-stop",
@@ -49,12 +49,30 @@ SYNONYMS = {  # what other packages say: what it may be here, the best first
     "log-interval print-freq": "log-period",
     "save-period save-freq": "checkpoint-period",
     "wd": "weight-decay",
-    "lr-steps": "milestones",
     "auto-resume continue": "resume",
     "arch": "backbone depth",
     "gpu": "device",
     "h usage options": "help",
     "format": "to file",
+    "sync-bn sync-batchnorm": "norm=SyncBN",
+    "public": "no-private",
+    "eval evaluate test test-only val validate eval-only": "eval-only split; evaluate_coco.py evaluates a detector, "
+    "pretrain.py --eval-only a classifier",
+    "freeze freeze-at freeze-layers frozen-stages trainable-layers": "frozen-through; train_coco.py --frozen-through "
+    "freezes stages",
+    "num-classes classes class-names names nc": "; the classes are those of the data",
+    "no-pretrained from-scratch scratch": "; without --weights, a training starts from random ones",
+    "momentum": "; it is 0.9, as in the papers",
+    "cos-lr cosine lr-scheduler cfg-options opts set": "; in train_coco.py and pretrain.py, --recipe.NAME VALUE sets "
+    "what has no option; --print-recipe lists the names",
+    "iou iou-thres nms nms-thres": "; a detector is trained with it: train_coco.py --recipe.detector.box-nms-thresh",
+    "local-rank rank world-size nnodes launcher dist-url": "; torchrun sets the ranks, as in docs/scaling.md",
+    "save-txt save-json save-conf": "; detections.json in --output has every box",
+    "show view-img": "; no window opens; --output has the pictures",
+    "dynamic dynamic-axes": "; exported files take images of any size and number",
+    "simplify opset": "; PyTorch simplifies the file and chooses its opset",
+    "token hf-token": "; log in with `hf auth login`, or set HF_TOKEN",
+    "version v": "; `pip show resbackbone` prints it",
 }
 
 
@@ -92,8 +110,12 @@ class Syntax:
         """What to give instead of an option that there is not."""
         word = word.strip("-–—").replace("_", "-").lower()
         ours = [flag[2:] for flag in (*self.flags, "--help")] + self.positional
-        meant = [name for theirs, names in SYNONYMS.items() if word in theirs.split() for name in names.split()]
-        found = next((name for name in meant if name in ours), None) or nearest(word, ours)
+        meant = next((meant for theirs, meant in SYNONYMS.items() if word in theirs.split()), "")
+        names, _, otherwise = meant.partition("; ")
+        found = next((name for name in names.split() if name.partition("=")[0] in ours), None)
+        if otherwise and not found:
+            return f"; {otherwise}"
+        found = found or nearest(word, ours)
         if found in self.positional:
             return f"; {found.upper()} is given without a name{self.example()}"
         return f"; did you mean --{found}?" if found else f" nor one like it; {SEE_HELP}"
@@ -187,6 +209,8 @@ def value_of(hint: Any, words: Sequence[str], shown: str) -> Any:
             return _converted(kind, words)
     note = " below 1e18" if any(map(_is_huge, words)) else ""
     note += ", with spaces between them" if "," in given and _count(hint) != 1 else ""
+    if int in _kinds(hint) and (named := re.fullmatch(r"[a-zA-Z_-]+(\d+)", words[0])):  # resnet50
+        note = f"; did you mean {named[1]}?"
     raise UserError(f"{given}: must be {_in_words(hint)}{note}")
 
 

@@ -24,7 +24,7 @@ def choose_device(asked: str | None) -> str:
         place = torch.device(asked)
     except RuntimeError:
         place = None
-    kind = one_of("device", place.type if place else asked, ("cuda", "cpu", "mps"), " (cuda:1 is the second GPU)")
+    kind = one_of("device", place.type if place else asked, ("cuda", "cpu", "mps"), " (cuda:0 is the first GPU)")
     if kind == "cuda":
         count = torch.cuda.device_count()
         if count == 0:
@@ -41,6 +41,8 @@ def choose_precision(asked: str | None, device: str, among: Collection[str] = tu
     precision = one_of("precision", asked or native_precision(device), among)
     if torch.device(device).type == "mps" and precision != "fp32":
         raise UserError(f"{precision}: mps computes in fp32 only; leave the precision out")
+    if torch.device(device).type == "cpu" and precision == "fp16":
+        raise UserError(f"{precision}: is for GPUs, and dozens of times slower on a CPU; give fp32 or bf16")
     return precision
 
 

@@ -72,10 +72,53 @@ doctor --gpus
 gpu_check --quik
     no option --quik; did you mean --quick?
 
+# Options that other packages have
+
+train_coco --num-classes 3
+    no option --num-classes; the classes are those of the data
+train_coco --val
+    no option --val; evaluate_coco.py evaluates a detector, pretrain.py --eval-only a classifier
+pretrain --test-only
+    no option --test-only; did you mean --eval-only?
+train_coco --freeze-at 2
+    no option --freeze-at; did you mean --frozen-through?
+pretrain --freeze 2
+    no option --freeze; train_coco.py --frozen-through freezes stages
+train_coco --sync-bn
+    no option --sync-bn; did you mean --norm=SyncBN?
+train_coco --from-scratch
+    no option --from-scratch; without --weights, a training starts from random ones
+train_coco --momentum 0.9
+    no option --momentum; it is 0.9, as in the papers
+train_coco --cfg-options lr=3
+    no option --cfg-options; in train_coco.py and pretrain.py, --recipe.NAME VALUE sets what has no option; ..
+train_coco --launcher pytorch
+    no option --launcher; torchrun sets the ranks, as in docs/scaling.md
+detect runs/mine photo.jpg --iou 0.5
+    no option --iou; a detector is trained with it: train_coco.py --recipe.detector.box-nms-thresh
+detect runs/mine photo.jpg --save-txt
+    no option --save-txt; detections.json in --output has every box
+detect runs/mine photo.jpg --show
+    no option --show; no window opens; --output has the pictures
+export runs/mine detector.onnx --half
+    no option --half; exported files compute in fp32
+export runs/mine detector.onnx --dynamic
+    no option --dynamic; exported files take images of any size and number
+export runs/mine detector.onnx --opset 17
+    no option --opset; PyTorch simplifies the file and chooses its opset
+publish runs/mine --public
+    no option --public; did you mean --no-private?
+publish runs/mine --token abc
+    no option --token; log in with `hf auth login`, or set HF_TOKEN
+detect --version
+    no option --version; `pip show resbackbone` prints it
+
 # Values that do not fit
 
 train_coco --depth eighteen
     --depth eighteen: must be a whole number
+train_coco --depth resnet50
+    --depth resnet50: must be a whole number; did you mean 50?
 train_coco --depth 19
     unknown depth 19; choose from 18, 34, 50, 101, 152
 train_coco --depth
@@ -113,7 +156,17 @@ convert_weights a.pth b.pth --mean 0.5 0.5
 detect runs/mine photo.jpg --threshold 50
     --threshold 50: must be from 0 to 1
 train_coco --device tpu
-    unknown device 'tpu'; choose from cuda, cpu, mps (cuda:1 is the second GPU)
+    unknown device 'tpu'; choose from cuda, cpu, mps (cuda:0 is the first GPU)
+train_coco --optimizer SGD
+    unknown optimizer 'SGD'; choose from sgd, adamw, lamb; did you mean sgd?
+train_coco --norm bn --data photos
+    unknown norm 'bn'; choose from BN, FrozenBN, SyncBN, GN; did you mean BN?
+train_coco --frozen-through C3 --data photos
+    unknown frozen_through 'C3'; choose from none, stem, c2, c3, c4, c5; did you mean c3?
+evaluate_coco runs/mine --split valid
+    unknown split 'valid'; choose from train, val, test, all; did you mean val?
+train_coco --precision fp16 --device cpu
+    --precision fp16: is for GPUs, and dozens of times slower on a CPU; give fp32 or bf16
 train_coco --tyro-print-completion csh
     unknown shell 'csh'; choose from bash, zsh, fish
 gpu_check --minutes ten --device cpu

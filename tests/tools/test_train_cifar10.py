@@ -57,7 +57,8 @@ def test_a_run_leaves_everything_in_its_folder(straight):
     assert [line["step"] for line in metrics(straight, "eval")] == [3, 6]
 
 
-def test_a_run_in_fp16_whose_loss_is_scaled_resumes_to_the_same_weights():
+def test_a_run_in_fp16_whose_loss_is_scaled_resumes_to_the_same_weights(monkeypatch):
+    monkeypatch.setattr("resbackbone.cli.options.choose_precision", lambda asked, *_: asked)  # refused on a CPU
     half = ["fp16" if word == "fp32" else word for word in SIX_STEPS]
     train_cifar10.main([*half, "--output", "whole"])
     train_cifar10.main([*half, "--output", "broken", "--max-steps", "4"])
