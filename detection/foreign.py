@@ -11,7 +11,7 @@ from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
 from detection.anchors import ASPECT_RATIOS
 from detection.config import BACKBONE_OF, SINGLE_MAP_ANCHORS, DetectorConfig
-from resbackbone.checks import UserError, one_of
+from resbackbone.checks import UserError, brief, one_of
 from resbackbone.config import BackboneConfig
 from resbackbone.weights import Weights
 from resbackbone.weights.fit import check_pyramid, resolve_architecture, resolve_dilation, resolve_pyramid
@@ -127,7 +127,14 @@ def with_settings(weights: Weights, settings: Mapping[str, object]) -> Weights:
     names = {"categories"} if "classes" in weights.metadata else set()
     if known := sorted((stated.keys() | anchors | names) & settings.keys()):
         raise UserError(f"weights from {weights.source} state {', '.join(known)}; leave it out to use theirs")
-    if isinstance(categories := settings.get("categories"), Mapping):
+    if "categories" in settings:
+        categories, outputs = settings["categories"], (k for k in weights.state if k.endswith("cls_score.weight"))
+        count = _rows(weights.state.get(next(outputs, ""))) - 1
+        if not isinstance(categories, Mapping) or len(categories) != count:
+            raise UserError(
+                f"categories={brief(categories)}: give {{id: name}} for each of the {count} classes of "
+                f"{weights.source}, in the order of the labels"
+            )
         settings = {**settings, "categories": list(categories.items())}
     return replace(weights, metadata={**weights.metadata, "settings": {**stated, **settings}})
 

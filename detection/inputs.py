@@ -1,6 +1,7 @@
 """The inputs of tools/detect.py: images, folders, patterns, videos and cameras, and where their outputs go."""
 
 import glob
+import logging
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ from detection import video
 from detection.annotations import read_annotations
 from detection.file_names import match_names, unclear
 from resbackbone.checks import UserError, is_url
-from resbackbone.image_io import SUFFIXES
+from resbackbone.image_io import NOT_READ, SUFFIXES
 
 
 class Inputs(NamedTuple):
@@ -56,11 +57,16 @@ def images_in(folder: Path, *, recursive: bool = False) -> list[Path]:
 
 def _images_not_below(output: Path, folder: Path, *, recursive: bool) -> list[Path]:
     files = images_in(folder, recursive=recursive)
+    others = Counter(f.suffix.lower() for f in (folder.rglob("*") if recursive else folder.iterdir()))
+    counts = [f"{others[suffix]} {suffix}" for suffix in NOT_READ if suffix in others]
+    left_out = f": left out {', '.join(counts)}; convert them to JPEG or PNG" if counts else ""
     if folder.resolve() != output.resolve():
         files = [file for file in files if output.resolve() not in file.resolve().parents]
     if not files:
-        deeper = not recursive and images_in(folder, recursive=True)
-        raise UserError(f"{folder}: holds no image ({', '.join(SUFFIXES)}){'; try --recursive' if deeper else ''}")
+        deeper = "; try --recursive" if not recursive and images_in(folder, recursive=True) else ""
+        raise UserError(f"{folder}: holds no image ({', '.join(SUFFIXES)}){deeper or left_out}")
+    if left_out:
+        logging.getLogger("resbackbone").warning("%s%s", folder, left_out)
     return files
 
 

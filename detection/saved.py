@@ -169,6 +169,8 @@ def load_detector(path: WeightSource, *, eps: float | None = None, **settings: A
     Raises ValueError if there is no such folder or file, and if the weights are not of a Faster R-CNN that this package
     builds, or state what is given.
     """
+    if place := settings.keys() & {"device", "map_location"}:
+        raise UserError(f"load_detector takes no {min(place)}: give the device to .to() of its result, as .to('cuda')")
     weights = read_weights(detector_file(path) if isinstance(path, str | os.PathLike) else path)
     if eps is not None:
         weights = with_eps(weights, eps)

@@ -7,6 +7,8 @@ from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 
+LFS_POINTER = b"version https://git-lfs"  # how the file begins that Git leaves in the place of a large one
+
 
 class UserError(ValueError):
     """A mistake of a caller or in a file. Commands print it as one line; every other exception keeps its traceback."""

@@ -13,9 +13,11 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from resbackbone.checks import UserError
+from resbackbone.checks import LFS_POINTER, UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff")
+RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")  # some are TIFFs of a thumbnail, to PIL
+NOT_READ = (".avif", ".gif", ".heic", ".heif", ".pdf", ".svg", *RAW)  # of these, PIL may read some
 EXIF_ORIENTATION = 0x0112
 MAX_ASPECT = 200  # longer side over shorter; a narrower image would have no width left after resizing to max_size
 
@@ -125,11 +127,20 @@ def _say_once(message: str) -> None:
 def _opened(file: bytes | BinaryIO, name: str | os.PathLike) -> Iterator[Image.Image]:
     """Open an image with PIL. Errors in the block, where PIL decodes, become BadImage."""
     stream = io.BytesIO(file) if isinstance(file, bytes) else file
+    suffix = os.path.splitext(name)[1].lower()
     try:
+        if suffix in RAW:
+            raise UnidentifiedImageError
         with Image.open(stream) as image:
             yield image
     except UnidentifiedImageError:
-        empty = stream.seek(0, os.SEEK_END) == 0
-        raise BadImage(f"image {name}: {'empty file' if empty else 'not an image'}") from None
+        stream.seek(0)
+        start = stream.read(len(LFS_POINTER))
+        what = "not an image" if start else "empty file"
+        if start == LFS_POINTER:
+            what = "a Git LFS pointer, not the file itself; run git lfs pull"
+        elif start and suffix in NOT_READ:
+            what = f"{suffix[1:].upper()} is not read; convert it to JPEG or PNG"
+        raise BadImage(f"image {name}: {what}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, struct.error, ..
         raise BadImage(f"image {name}: cannot be decoded ({error})") from None

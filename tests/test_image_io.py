@@ -126,6 +126,9 @@ BROKEN = {
     "cannot be read": lambda path: (path.unlink(), path.mkdir()),
     "empty file": lambda path: path.write_bytes(b""),
     "cannot be decoded": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "a Git LFS pointer, not the file itself; run git lfs pull": lambda path: path.write_text(
+        "version https://git-lfs.github.com/spec/v1"
+    ),
     "not an image": lambda path: path.write_text("<html>404 Not Found</html>"),
     "is 20 x 33, annotations say 33 x 21": lambda path: Image.fromarray(noise(33, 20)).save(path),
     "1 x 3000 is too narrow": lambda path: Image.new("RGB", (1, 3000)).save(path),
@@ -140,6 +143,17 @@ def test_a_broken_image_is_an_error_that_names_the_file_and_what_is_wrong(tmp_pa
     harm(path)
     with pytest.raises(BadImage, match=f"photo.{suffix}: .*{says}"):
         read_image(path, (33, 21))
+
+
+@pytest.mark.parametrize("suffix, begins", [("heic", "TIFF"), ("pdf", "%PDF"), ("dng", None)])
+def test_a_format_that_is_not_read_is_named(tmp_path, suffix, begins):
+    path = tmp_path / f"photo.{suffix}"
+    if begins is None:  # a raw image, which begins as the TIFF of its thumbnail
+        Image.fromarray(noise(21, 33)).save(path, "TIFF")
+    else:
+        path.write_text(begins)
+    with pytest.raises(BadImage, match=f"photo.{suffix}: {suffix.upper()} is not read; convert it to JPEG or PNG"):
+        read_image(path)
 
 
 def test_whatever_a_decoder_raises_becomes_a_bad_image(tmp_path, monkeypatch):

@@ -246,10 +246,17 @@ def print_found(weights: Weights, kind: str) -> None:
             f"eps     {trunk['eps']:g}, assumed (--eps 0 if it was trained from torchvision's published detector)"
         )
     given = weights.metadata.get("converted_from", {}).get("input", INPUT)
-    said = ", assumed" if "input" in weights.assumed else ""
+    said = ", assumed" if "input" in weights.assumed and trunk["in_channels"] == 3 else ""
     converted = "" if given == INPUT else f"; converted to {describe_input(INPUT)}"
-    console.print(f"input   {describe_input(given)}{said}{converted}")
+    console.print(f"input   {input_in_words(weights)}{said}{converted}")
     print_left_out(weights)
+
+
+def input_in_words(weights: Weights) -> str:
+    """The input that the network was trained with."""
+    if (channels := weights.metadata["backbone"]["in_channels"]) != 3:
+        return f"{channels} channel{'s' * (channels > 1)}, as in its training"
+    return describe_input(weights.metadata.get("converted_from", {}).get("input", INPUT))
 
 
 def print_left_out(weights: Weights) -> None:
@@ -370,8 +377,7 @@ def explain(weights: Weights, options: Options) -> None:
         elif origins[name].startswith(("assumed", "default")) and name not in shown:
             origins[name] += f"; --{name.replace('_', '-')} changes it"
     facts = {name: (value, origins[name]) for name, value in trunk.items() if name != "version"}
-    given = weights.metadata.get("converted_from", {}).get("input", INPUT)
-    facts["input"] = describe_input(given), origins.get("input", "the file")
+    facts["input"] = input_in_words(weights), origins.get("input", "the file")
     if "detector" in weights.metadata:
         detector, foreign = weights.metadata["detector"], weights.format != OURS
         by = f"the tensors, and what is usual for {FORMATS[weights.format or ''].title}" if foreign else "the file"

@@ -89,8 +89,9 @@ def main(argv: list[str] | None = None) -> None:
     with from_option("--output"):
         pictures = output_files(inputs, folder, one_of("format", options.format, ("jpg", "png")))
 
-    if is_named(options.run) and images and not any(path.exists() for path in images):  # before a download
-        raise BadImage(f"image {images[0]}: no such file{sibling(images[0])}")
+    one = is_named(options.run) or len(images) == 1 and not options.skip_bad_images
+    if one and images and not any(path.exists() for path in images):  # before a download
+        raise UserError(f"image {images[0]}: no such file{sibling(images[0])}")
     detector = load_detector(options.run).to(device, memory_format=torch.channels_last)
     with from_option("--annotations"):
         image_ids = image_ids_of(images, options.annotations, detector.real_categories)

@@ -9,6 +9,7 @@ python tools/evaluate_coco.py runs/mine --tta     at nine sizes, each mirrored t
 
 import contextlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,16 @@ def score(rank: Rank, options: Options) -> None:
     with from_option("--data" if options.data else "--data (from config.yaml)"):
         if options.data:
             session.info(f"data:  {from_main(lambda: describe_layout(data), rank)}")
-        dataset = from_main(lambda: open_split(data, options.split, **given), rank)
+        try:
+            dataset = from_main(lambda: open_split(data, options.split, **given), rank)
+        except UserError as error:
+            names = detector.real_categories.values()
+            if "of the detector" not in str(error) or any(not re.fullmatch(r"class \d+", name) for name in names):
+                raise
+            raise UserError(
+                f"{data}: {file} names no classes to match these with; save_detector(load_detector(FILE, "
+                "categories={id: name, ..}), NEW) writes a file that does"
+            ) from None
     session.info(f"{file} on {dataset.summary()}, {precision}")
     bf16 = precision == "bf16"
     prepare_for_detection(detector, bf16=bf16)

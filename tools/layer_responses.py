@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from resbackbone.cli.command import Auto, Several, console, main_of, parse, progress_console
+from resbackbone.cli.command import Auto, Several, config_of, console, main_of, parse, progress_console
 from resbackbone.cli.errors import from_option
 
 import matplotlib
@@ -26,6 +26,7 @@ from resbackbone.engine.checkpoints import checkpoints
 from resbackbone.engine.run import read_yaml
 from resbackbone.report.numbers import markdown_table
 from resbackbone.tools.train_cifar10 import CIFAR10_FOLDERS, network_name
+from resbackbone.tools.train_cifar10 import Options as TrainOptions
 
 NETWORKS = {network_name(depth, shortcut): (depth, shortcut) for shortcut in ("none", "A") for depth in CIFAR_DEPTHS}
 FILE = "model.safetensors"  # in each checkpoint of a run
@@ -102,6 +103,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def files_of(folder: Path) -> list[Path]:
     """The weight files of a run's checkpoints, oldest first, or the one in a checkpoint's folder."""
+    if (folder / "config.yaml").is_file():
+        with from_option("--runs"):
+            config_of(TrainOptions, folder / "config.yaml")
     is_checkpoint = re.fullmatch(r"step_\d+", folder.resolve().name)
     files = [path / FILE for path in ([folder] if is_checkpoint else checkpoints(folder))]
     if not files or not all(file.is_file() for file in files):

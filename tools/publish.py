@@ -29,7 +29,7 @@ from PIL import Image
 from detection.evaluate import CLASSES_SHOWN, by_falling_ap
 from detection.layouts import FILES as FILES_OF_DATA
 from resbackbone.atomic import folder_atomically
-from resbackbone.checks import UserError
+from resbackbone.checks import UserError, nearest, sibling, some
 from resbackbone.engine.best import is_best, read_best
 from resbackbone.report.numbers import duration
 from resbackbone.report.page import ENVIRONMENT
@@ -43,9 +43,10 @@ from resbackbone.weights.zoo import DETECTRON2_LICENCE, TORCHVISION_LICENCE
 FILES = ("README.md", "config.json", "config.yaml", "example.jpg", "model.safetensors", "results.json")
 METRIC_OF = {"top1": "accuracy", "top5": "accuracy"}  # the Hub's names; it has none for COCO's
 # Licences that the Hub has names for; any other is "other" there, with a name of its own.
-HUB_LICENCES = re.compile(
-    r"apache-2\.0|mit|isc|bsd(-[23]-clause)?|gpl-[23]\.0|lgpl-(2\.1|3\.0)|agpl-3\.0|mpl-2\.0|unlicense|"
-    r"cc0-1\.0|cc-by-((nc-)?(sa-)?|nc-nd-)[34]\.0|cc-by-nd-4\.0"
+HUB_LICENCES = (
+    *("apache-2.0", "mit", "isc", "bsd", "bsd-2-clause", "bsd-3-clause", "gpl-2.0", "gpl-3.0", "lgpl-2.1", "lgpl-3.0"),
+    *("agpl-3.0", "mpl-2.0", "unlicense", "cc0-1.0", "cc-by-nd-4.0"),
+    *(f"cc-by{kind}-{version}.0" for version in (4, 3) for kind in ("", "-sa", "-nc", "-nc-sa", "-nc-nd")),
 )
 
 
@@ -78,6 +79,9 @@ def main(argv: list[str] | None = None) -> None:
     """A finished run -> a folder in the Hub's layout, and with --upload a repository."""
     options = parse(Options, argv)
     check_repo(options.repo)
+    if not options.run.is_dir():
+        what = "is a file" if options.run.is_file() else f"no such folder{sibling(options.run)}"
+        raise UserError(f"{options.run}: {what}; give the folder of a finished run, or best/ in it")
     is_written = (options.run / "config.json").is_file()
     folder = written_folder(options) if is_written else write_folder(options)
     if options.upload:
@@ -115,6 +119,8 @@ def write_folder(options: Options) -> Path:
     licence = options.licence or metadata.get("licence") or start_licence
     if licence in (None, "unknown"):
         raise UserError(f"the licence of {options.run} is not known; give it, for example --licence apache-2.0")
+    if options.licence and licence.lower() not in HUB_LICENCES and (near := nearest(licence, HUB_LICENCES)):
+        raise UserError(f"--licence {licence}: the Hub has no licence of this name; did you mean {near}?")
     metadata = {"source": f"hf:{options.repo}", **metadata, "licence": licence}
     config = without_folders(log.config)
     for name in FILES_OF_DATA:  # the card repeats the training with --data, which excludes them
@@ -138,7 +144,8 @@ def write_folder(options: Options) -> Path:
         if pictures:
             Image.open(pictures[0]).convert("RGB").save(folder / "example.jpg", quality=90)
             progress_console.print("example.jpg shows an image of the validation data; --no-picture leaves it out")
-    progress_console.print(f"licence: {licence}")
+    note = "" if licence.lower() in HUB_LICENCES else f"; not one of the Hub's: {some(HUB_LICENCES)}"
+    progress_console.print(f"licence: {licence}{note}")
     console.print(f"folder: {output}")
     return output
 
@@ -239,7 +246,7 @@ def model_card(options: Options, metadata: Mapping[str, Any], results: Mapping[s
         kind, what, classes = "classifier", f"{network} classifier", metadata["classes"]
         measured = {name: results[name] for name in METRIC_OF}
     task, licence = "object-detection" if detector else "image-classification", metadata["licence"]
-    known = HUB_LICENCES.fullmatch(licence.lower())
+    known = licence.lower() in HUB_LICENCES
     base = re.match(r"hf:([\w.-]+/[\w.-]+)", said["started"])
     header = ModelCardData(
         model_name=name,

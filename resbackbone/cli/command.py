@@ -20,7 +20,7 @@ from rich.console import Console
 from resbackbone.checks import UserError, one_of
 from resbackbone.cli.errors import from_option, one_line_errors, readers_may_leave
 from resbackbone.cli.words import read, texts
-from resbackbone.engine.provenance import in_shell, program
+from resbackbone.engine.provenance import in_shell, program, tool_of
 from resbackbone.engine.run import read_yaml
 from resbackbone.engine.termination import quick_exit
 
@@ -176,12 +176,26 @@ def resume_command(folder: Path) -> str:
     return in_shell([*started, *words]) if started else f"the same with {in_shell(words)}"
 
 
+def config_of(options: type, path: str | Path) -> dict[str, Any]:
+    """What a YAML file of options holds. Raises ValueError if it is of another command's run or of another program."""
+    content, own = read_yaml(path), Path(getattr(sys.modules[options.__module__], "__file__", "")).stem
+    effective = content.get("effective")
+    made = tool_of(str(effective.get("command"))) if isinstance(effective, dict) else None
+    if made not in (None, own):
+        raise UserError(f"{path}: is of a run of {made}.py; give one of {own}.py")
+    if {"_BASE_", "MODEL"} & content.keys():
+        raise UserError(f"{path}: is detectron2's; adapters.detectron2 builds its backbone (docs/frameworks.md)")
+    if "names" in content and {"train", "val", "path"} & content.keys():
+        raise UserError(f"{path}: is YOLO's data.yaml, which train_coco.py takes as --data")
+    return content
+
+
 def from_config(options: type[T], path: str | Path) -> T:
     """Read options from a YAML file, such as a run's config.yaml; its section `effective` is ignored.
 
-    Raises ValueError if an option is unknown, unless it is off, or if its value does not fit.
+    Raises ValueError as `config_of` does, if an option is unknown, unless it is off, or if its value does not fit.
     """
-    flags, content = [], read_yaml(path)
+    flags, content = [], config_of(options, path)
     for name, value in content.items():
         flag = f"--{name}".replace("_", "-")
         if str(name).startswith("recipe."):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -83,6 +84,12 @@ def command(tool: str) -> str | None:
     if Path(sys.argv[0]).stem.replace("-", "_") not in (tool, f"resbackbone_{tool}"):
         return None
     return in_shell([*program(), *sys.argv[1:]])
+
+
+def tool_of(command: str) -> str | None:
+    """The tool that a `command` starts: "train_coco"."""
+    found = re.search(r"(?:^|[/\\\s])(?:tools[/\\](\w+)\.py|resbackbone-([a-z0-9-]+)(?=\s|\.exe|$))", command)
+    return (found[1] or found[2].replace("-", "_")) if found else None
 
 
 def in_shell(words: Sequence[str]) -> str:

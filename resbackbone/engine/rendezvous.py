@@ -1,6 +1,7 @@
-"""How the ranks that torchrun starts find each other, after a restart too."""
+"""How ranks find each other, after a restart by torchrun too."""
 
 import hashlib
+import logging
 import os
 import time
 import uuid
@@ -8,18 +9,36 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from resbackbone.checks import some
+
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, whose store outlives the ranks
 PAUSE = 0.1  # seconds between reads of the store
+PATIENCE = timedelta(seconds=30)  # before rank 0 says whom it waits for
 
 
 def store_of_this_start(rank: int, ranks: int, timeout: timedelta) -> dist.Store | None:
-    """torchrun's store under a prefix that only these ranks use; None if torchrun did not start them.
+    """The store at MASTER_ADDR, once all ranks are there; under torchrun its own, below a prefix of these ranks alone.
+    None if nothing says where it is.
 
     After a restart (--max-restarts) torchrun's store still holds the addresses of the previous ranks, and a fast rank
     would connect to those. The restart count cannot serve as a prefix, because every node counts its own.
     """
     if os.environ.get(AGENT) != "True":
-        return None
+        if "MASTER_ADDR" not in os.environ:
+            return None
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(host, port, ranks, rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
+        store.set(f"here/{rank}", "")
+        everyone = [f"here/{r}" for r in range(ranks)]
+        try:
+            store.wait(everyone, min(PATIENCE, timeout))
+        except dist.DistStoreError:
+            absent = [str(r) for r in range(ranks) if not store.check([f"here/{r}"])]
+            if rank == 0:
+                who = f"{len(absent)} of {ranks} processes (RANK {some(absent)})"
+                logging.getLogger("resbackbone").warning("waiting for %s at %s:%d", who, host, port)
+            store.wait(everyone, timeout)
+        return store
     store, *_ = next(dist.rendezvous("env://", rank=rank, world_size=ranks, timeout=timeout))
     return dist.PrefixStore(agree(store, rank, ranks, timeout), store)
 

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from resbackbone.atomic import write_atomically
-from resbackbone.checks import UserError
+from resbackbone.checks import LFS_POINTER, UserError
 from resbackbone.weights.arguments import stated_by_arguments
 from resbackbone.weights.inputs import INPUT, describe_input
 from resbackbone.weights.pickles import read_pickle
@@ -103,7 +103,7 @@ def is_safetensors(path: Path) -> bool:
     header = int.from_bytes(start[:8], "little")
     if start[8:] == b"{" and header + 8 <= path.stat().st_size:
         return True
-    return path.suffix == ".safetensors" and not start.startswith((b"PK\x03\x04", b"\x80"))
+    return path.suffix == ".safetensors" and not start.startswith((b"PK\x03\x04", b"\x80", LFS_POINTER[:9]))
 
 
 def is_index(path: Path) -> bool:

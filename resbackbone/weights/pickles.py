@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resbackbone.checks import UserError
+from resbackbone.checks import LFS_POINTER, UserError
 
 OTHER_KINDS = {  # how files begin that others save weights in
     b"\x89HDF": "an HDF5 file; load it where its code is, and save a state_dict() with torch.save",
@@ -28,6 +28,7 @@ OTHER_KINDS = {  # how files begin that others save weights in
     b"\xff\xd8\xff": "a JPEG image; give a file with weights",
     b"\x89PNG": "a PNG image; give a file with weights",
     b"\x08": "an ONNX file; run it with ONNX Runtime, or give the run or the weights that it was exported from",
+    LFS_POINTER: "a Git LFS pointer, not the file itself; run git lfs pull",
     b"\x93NUMPY": "a single array of numpy; save a dict of tensors by name with torch.save",
 }
 LEGACY_STARTS = tuple(pickle.dumps(0x1950A86A20F9469CFC6C, protocol) for protocol in range(1, 6))  # of torch < 1.6
@@ -58,8 +59,8 @@ def _read(file: BinaryIO) -> object:
     file.seek(0)
     if not start:
         raise UserError("an empty file; download or save it again")
-    if start.lstrip().startswith((b"<", b"version https://git-lfs")):
-        raise UserError("a web page or a Git LFS pointer, not the file itself; download it again")
+    if start.lstrip().startswith(b"<"):
+        raise UserError("a web page, not the file itself; download it again")
     if kind := next((kind for begin, kind in OTHER_KINDS.items() if start.startswith(begin)), None):
         raise UserError(kind)
     try:

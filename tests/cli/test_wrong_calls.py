@@ -15,8 +15,8 @@ from resbackbone.cli.command import main_of
 TOOLS = Path(__file__).parents[2] / "tools"
 COMMANDS = sorted(path.stem for path in TOOLS.glob("[!_]*.py"))
 
-# The folder of the calls has an empty folder `empty`, a run's folder `runs/mine` without a run, a text `notes.txt`, an
-# empty file `nothing`, `my photo.jpg`, YAML files, and folders of data that lack something. `..` at the end of an
+# The folder of the calls has an empty folder `empty`, a run's folder `runs/mine` without a run, `my photo.jpg`, the
+# files in FILES, and folders of data that lack something. `..` at the end of an
 # answer stands for more of it.
 CALLS = """
 # Options that there are not
@@ -264,6 +264,22 @@ train_coco --config list.yaml
     --config list.yaml: must hold options as lines `name: value`
 train_coco --config typo.yaml
     --config typo.yaml: no option --detph; did you mean --depth?
+train_coco --config d2.yaml
+    --config d2.yaml: is detectron2's; adapters.detectron2 builds its backbone (docs/frameworks.md)
+train_coco --config data.yaml
+    --config data.yaml: is YOLO's data.yaml, which train_coco.py takes as --data
+train_coco --output runs/cifar --resume
+    runs/cifar/config.yaml: is of a run of train_cifar10.py; give one of train_coco.py
+layer_responses --runs runs/coco
+    --runs runs/coco/config.yaml: is of a run of train_coco.py; give one of train_cifar10.py
+train_coco --weights pointer.safetensors
+    weights 'pointer.safetensors': a Git LFS pointer, not the file itself; run git lfs pull
+detect runs/mine my-photo.jpg
+    image my-photo.jpg: no such file; did you mean my photo.jpg?
+publish runs/mien --repo me/mine
+    runs/mien: no such folder; did you mean runs/mine?; give the folder of a finished run, or best/ in it
+publish notes.txt --repo me/mine
+    notes.txt: is a file; give the folder of a finished run, or best/ in it
 train_coco --data photos
     --data photos: 2 images without annotations; add a COCO .json, YOLO's .txt or Pascal VOC's .xml
 inspect_data yolo
@@ -275,6 +291,17 @@ export detector.onnx runs/mine
 export runs/mine detector.xml
     unknown suffix '.xml'; choose from .onnx, .pt2
 """
+FILES = {
+    "notes.txt": "hello",
+    "nothing": "",
+    "list.yaml": "- a\n",
+    "typo.yaml": "detph: 18\n",
+    "d2.yaml": "_BASE_: Base-RCNN-FPN.yaml\n",
+    "data.yaml": "train: images/train\nnames: [cat]\n",
+    "pointer.safetensors": "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    "runs/cifar/config.yaml": "effective:\n  command: python tools/train_cifar10.py --depth 20\n",
+    "runs/coco/config.yaml": "effective:\n  command: resbackbone-train-coco --output runs/coco\n",
+}
 PAIRS = re.findall(r"^(\w.*)\n    (.+)$", CALLS, re.M)
 RAW = (
     "Error parsing",
@@ -293,9 +320,9 @@ def here(tmp_path_factory):
     before = os.getcwd()
     os.chdir(tmp_path_factory.mktemp("here"))
     os.environ.pop("RESBACKBONE_DEBUG", None)
-    for name in ("empty", "runs/mine", "photos", "yolo/labels", "labelled"):
+    for name in ("empty", "runs/mine", "runs/cifar", "runs/coco", "photos", "yolo/labels", "labelled"):
         Path(name).mkdir(parents=True)
-    for name, text in {"notes.txt": "hello", "nothing": "", "list.yaml": "- a\n", "typo.yaml": "detph: 18\n"}.items():
+    for name, text in FILES.items():
         Path(name).write_text(text)
     for name in (
         "my photo.jpg",

@@ -59,6 +59,17 @@ def test_a_folder_without_images_and_a_pattern_without_files_are_rejected():
         found("*.gif")
 
 
+def test_images_in_a_folder_that_are_not_read_are_counted(caplog):
+    for name in ("photos/a.HEIC", "photos/b.heic", "photos/c.pdf"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    with pytest.raises(ValueError, match=r"^photos: holds no image .*: left out 2 .heic, 1 .pdf; convert them to"):
+        found("photos")
+    Path("photos/d.jpg").touch()
+    assert found("photos") == (["photos/d.jpg"], [])
+    assert caplog.messages == ["photos: left out 2 .heic, 1 .pdf; convert them to JPEG or PNG"]
+
+
 def test_a_quoted_pattern_may_begin_at_home(monkeypatch):
     monkeypatch.setenv("HOME", os.getcwd())
     Path("mine.png").touch()

@@ -597,8 +597,13 @@ def test_detector_settings_that_no_file_states_are_announced_and_can_be_given(sm
     assert "how their detector was built" not in caplog.text
     names = {label: f"thing {label}" for label in range(1, small.num_classes + 1)}
     assert load_detector(path, categories=names).categories == names
-    with pytest.raises(ValueError, match=f"num_classes is {small.num_classes}, but there are 1 categories"):
-        load_detector(path, categories={1: "thing"})
+    for wrong in ({1: "thing"}, ["thing"] * small.num_classes):
+        with pytest.raises(
+            ValueError, match=rf"categories=.*: give {{id: name}} for each of the {small.num_classes} cl"
+        ):
+            load_detector(path, categories=wrong)
+    with pytest.raises(ValueError, match="takes no device: give the device to .to"):
+        load_detector(path, device="gpu")
     with pytest.raises(ValueError, match="unknown setting of a detector in a foreign file 'anchors'; choose from"):
         load_detector(path, anchors=4)
     save_detector(small, tmp_path / "ours.safetensors")

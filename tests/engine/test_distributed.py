@@ -187,7 +187,15 @@ def test_gradients_have_the_memory_layout_of_ddps_buckets(tmp_path):
 
 @pytest.fixture
 def no_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_LOCALID", "CUDA_VISIBLE_DEVICES"):
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "LOCAL_RANK",
+        "SLURM_LOCALID",
+        "CUDA_VISIBLE_DEVICES",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -256,9 +264,12 @@ def test_one_process_makes_its_device_the_current_one_and_calls_the_function(no_
 def test_a_launcher_must_set_the_number_of_ranks_which_then_counts(no_torchrun, monkeypatch):
     with_gpus(monkeypatch, 8)
     monkeypatch.setenv("RANK", "3")
-    with pytest.raises(UserError, match="RANK is set and WORLD_SIZE is not"):
+    with pytest.raises(
+        UserError, match="RANK is set and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun"
+    ):
         count_processes("cpu", None)
-    monkeypatch.setenv("WORLD_SIZE", "16")
+    for name, value in {"WORLD_SIZE": "16", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     assert count_processes("cpu", None) == count_processes("cuda", None) == 16
 
 

@@ -530,3 +530,10 @@ def test_anchors_that_a_format_does_not_state_are_refused_or_said(randomised, ca
     assert "do not state anchor_scale 4.0 (usual: 8.0), canonical_scale 112 (usual: 224)" in said
     assert "set there anchor_scale 4.0" in said_by(capsys, "model.safetensors", "a.pkl", "--to", "detectron2")
     assert load_detector("a.pkl").config.anchor_scale == 4.0
+
+
+def test_the_input_of_a_network_of_one_channel_is_not_three_means(tmp_path, capsys):
+    torch.save(build_resnet_backbone(18, in_channels=1).state_dict(), tmp_path / "gray.pth")
+    convert_weights.main(["--explain", str(tmp_path / "gray.pth")])
+    said = capsys.readouterr().out
+    assert "1 channel, as in its training" in said and "mean" not in said

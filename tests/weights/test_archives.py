@@ -92,8 +92,8 @@ REFUSED = {
     "JPEG": (lambda: b"\xff\xd8\xff\xe0" + bytes(99), "a JPEG image; give a file with weights"),
     "gzip": (lambda: b"\x1f\x8b\x08" + bytes(99), "gzip; unpack it"),
     ".npy": (lambda: b"\x93NUMPY" + bytes(99), "a single array of numpy"),
-    "a page of HTML": (lambda: b"\n<!DOCTYPE html><p>404", "a web page or a Git LFS pointer"),
-    "an LFS pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "a web page or a Git LFS pointer"),
+    "a page of HTML": (lambda: b"\n<!DOCTYPE html><p>404", "a web page"),
+    "an LFS pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer, not the file"),
 }
 
 
