@@ -94,7 +94,7 @@ def _form(value: Any) -> str:
 
 
 def check_targets(targets: Sequence[Mapping[str, Tensor]], names: Sequence[str]) -> None:
-    """Raise UserError unless labels are of the classes `names` and boxes finite, with a width and height.
+    """Raise UserError unless labels are of the classes `names` and boxes in pixels, finite, with a width and height.
 
     Waits once for a GPU.
     """
@@ -106,7 +106,8 @@ def check_targets(targets: Sequence[Mapping[str, Tensor]], names: Sequence[str])
         return boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2]).all()
 
     labels, boxes = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
-    if numbers_of(labels_fit(labels) & boxes_fit(boxes)):
+    in_pixels = (boxes > 1).any() if len(boxes) else labels_fit(labels)
+    if numbers_of(labels_fit(labels) & boxes_fit(boxes) & in_pixels):
         return
     for target in targets:
         name = f"image {target['image_id']}: " if "image_id" in target else ""
@@ -119,6 +120,7 @@ def check_targets(targets: Sequence[Mapping[str, Tensor]], names: Sequence[str])
             raise UserError(
                 f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
             )
+    raise UserError(f"all boxes lie in 0 to 1, as in parts of the image; give pixels: {boxes[0].tolist()}, ..")
 
 
 def numbers_of(tensor: Tensor) -> np.ndarray:

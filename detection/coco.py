@@ -70,6 +70,7 @@ class CocoImages(Dataset):
         self.transform, self.skip_bad_images = transform, skip_bad_images
         self.report: Counter[str] = Counter()
         self.broken: list[str] = []
+        self.undecodable: set[str] = set()  # names of images that `check_files` found
         self.annotations = (reader or CocoFile(self.annotation_file)).read(self.broken if skip_bad_images else None)
         if self.broken and not len(self.annotations.image_ids):
             raise UserError(f"{annotations}: no image in it can be used; the first: {self.broken[0]}")
@@ -81,6 +82,11 @@ class CocoImages(Dataset):
         if part is not None:
             for_validation = held_out(self.annotations.file_names())
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
+        classes = Counter(self.annotations.categories.values())
+        if any(not name.strip() for name in classes):
+            raise UserError(f"{annotations}: a class has an empty name; give it one")
+        shared = [f"classes that share the name {name!r}: {n}" for name, n in classes.items() if n > 1]
+        self.annotations = self.annotations._replace(notes=(*self.annotations.notes, *shared))
         for name in self.annotations.grouping.values():
             self.report[f"category without boxes that only groups the others, {name!r}"] += 1
         if categories is not None:
@@ -167,8 +173,9 @@ class CocoImages(Dataset):
         sizes = {i: self.path(i).stat().st_size for i in range(len(self)) if self.path(i).is_file()}
         small = sum(sizes.values()) <= SMALL_SET
         suspects = [i for i, size in sizes.items() if small or size == 0]  # missing files were counted before
-        bad = [sample for i in suspects if isinstance(sample := self._load(i), BadImage)]
-        report_bad(bad, self.broken if self.skip_bad_images else None)
+        bad = {i: sample for i in suspects if isinstance(sample := self._load(i), BadImage)}
+        report_bad([*bad.values()], self.broken if self.skip_bad_images else None)
+        self.undecodable = {self.annotations.file_name(int(self.kept[i])) for i in bad}
         self.report["images that cannot be used"] = len(bad)
         lost = [f"{self.path(i)}: no such file" for i in range(len(self)) if small and i not in sizes]
         self.broken = sorted({*self.broken, *lost})
@@ -232,16 +239,20 @@ class CocoImages(Dataset):
 
 
 def _refuse_corners(path: str | Path, annotations: Annotations) -> None:
-    """Raise UserError if boxes are x1, y1, x2, y2: 99 % fit their images so, and as COCO's many reach out of them."""
+    """Raise UserError if boxes are x1, y1, x2, y2: 99 % fit their images so, and as they are read many reach out."""
     boxes, sizes = annotations.boxes_xywh, annotations.widths_heights[annotations.image_indices.long()]
-    as_corners = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= sizes + 0.5).all(1)
-    outside = ((boxes[:, :2] + boxes[:, 2:]) > sizes + 0.5).any(1)
-    if len(boxes) >= 10 and as_corners.sum() >= 0.99 * len(boxes) and outside.sum() * 10 > len(boxes):
-        raise UserError(
-            f"{path}: {int(outside.sum())} of {len(boxes)} boxes reach out of their image as COCO's x, y, width, "
-            f"height, and {int(as_corners.sum())} lie in it as x1, y1, x2, y2: subtract the first two numbers from the "
-            "last two"
-        )
+    first, sides = boxes[:, :2], boxes[:, 2:]
+    outside = int(((first < -0.5) | (first + sides > sizes + 0.5)).any(1).sum())
+    for given, start, correct in (
+        ("YOLO's x_center, y_center, width, height", first + sides / 2, "write centers and sides"),
+        ("COCO's x, y, width, height", first, "subtract the first two numbers from the last two"),
+    ):
+        corners = int(((sides > start) & (sides <= sizes + 0.5)).all(1).sum())
+        if len(boxes) >= 10 and corners >= 0.99 * len(boxes) and outside * 10 > len(boxes):
+            raise UserError(
+                f"{path}: {outside} of {len(boxes)} boxes reach out of their image as {given}, and {corners} lie in it "
+                f"as x1, y1, x2, y2: {correct}"
+            )
 
 
 def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray, np.ndarray]:

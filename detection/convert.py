@@ -83,6 +83,9 @@ def write_voc(folder: Path, splits: dict[str, CocoImages]) -> None:
     Corners are VOC's, which count from 1, if all boxes are of whole pixels and none is one wide, which is read as of no
     size; else they are edges that count from 0, written with a decimal point, by which `detection.voc` tells them.
     """
+    names = list(next(iter(splits.values())).categories.values())
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"two classes have the name {twice!r}, by which VOC tells them apart; rename one of them")
     found = {split: list(_images(images)) for split, images in splits.items()}
     boxes = {split: _clipped(images.annotations, crowds=True) for split, images in splits.items()}
     used = np.concatenate([of_split[kept] for of_split, kept in boxes.values()])
@@ -90,7 +93,7 @@ def write_voc(folder: Path, splits: dict[str, CocoImages]) -> None:
     stems = [stem for of_split in found.values() for stem in _stems(of_split)]
     apart = len({*stems}) < len(stems)  # splits have images of the same name
     for split, images in splits.items():
-        below, names = split if apart else "", list(images.categories.values())
+        below = split if apart else ""
         of_split, kept = boxes[split]
         listed = [os.path.join(below, stem) for stem in _stems(found[split])]
         for image, stem in zip(found[split], listed, strict=True):
@@ -116,12 +119,12 @@ FORMATS: dict[str, Callable[[Path, dict[str, CocoImages]], None]] = {
 
 
 def _images(images: CocoImages) -> Iterator[Image]:
-    """The images of a split whose files are there."""
+    """The images of a split whose files are there and not known to be broken."""
     index = images.annotations
     ends = np.searchsorted(index.image_indices.numpy(), np.arange(len(index.image_ids) + 1)).tolist()
     ids, sizes, names = index.image_ids.tolist(), index.widths_heights.tolist(), index.file_names()
     for i, name in enumerate(names):
-        if (images.folder / name).is_file():
+        if name not in images.undecodable and (images.folder / name).is_file():
             yield Image(ids[i], name, tuple(sizes[i]), slice(ends[i], ends[i + 1]))
 
 

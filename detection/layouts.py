@@ -146,6 +146,8 @@ def _split(data: Data, split: str, found: Found) -> Split:
         raise UserError(f"{data}: has splits; name one of them: {', '.join(held)}")
     if split in found.splits:
         return found.splits[split]
+    if not found.annotated and isinstance(data, Path) and (lacks := _lacking(data)):
+        raise UserError(f"{data}: {lacks}{_about_tables(data)}")
     says = found.broken.get(split, f"there is no folder, list or data.yaml key named {split}")
     layouts = f"; it should contain {LAYOUT}" if any(found.title == layout.title for layout in LAYOUTS) else ""
     layouts += "" if found.annotated else _about_tables(data)
@@ -202,12 +204,22 @@ def _find(data: Data) -> tuple[Found, Path]:
         raise UserError(f"{data}: a file, but neither data.yaml nor a COCO .json; give one, or a folder with {LAYOUT}")
     for _ in range(DEPTH + 1):
         if any((best := _best(folder)).fit):
+            if not best.splits:
+                _refuse_part(folder)
             return best, folder
         if len(below := folders_in(folder)) != 1:
             break
         [folder] = below
+    _refuse_part(Path(data))
     says = _lacking(folder) or f"no known data layout; it should contain {LAYOUT}"
     raise UserError(f"{data}: {says}{_about_tables(data)}")
+
+
+def _refuse_part(folder: Path) -> None:
+    """Raise UserError if a folder around this one has a known layout."""
+    for around in folder.resolve().parents[:2]:
+        if (found := _best(around)).splits and found.title in FINDERS:
+            raise UserError(f"{folder}: a part of data in {found.title}; give the whole, {around}")
 
 
 def _lacking(folder: Path) -> str:
@@ -223,7 +235,9 @@ def _lacking(folder: Path) -> str:
             return f"its .json is not a COCO annotation file ({error})"
     boxes = files.get(".xml") or [path for path in files.get(".txt", []) if "labels" in path.parts]
     if "images" in files and not boxes and ".txt" not in files:
-        return f"{len(files['images'])} images without annotations; add a COCO .json, YOLO's .txt or Pascal VOC's .xml"
+        says = f"{len(files['images'])} images without annotations; add a COCO .json, YOLO's .txt or Pascal VOC's .xml"
+        by_class = len({path.parent for path in files["images"]} - {folder}) > 1
+        return says + ("; to classify whole images, use tools/pretrain.py" if by_class else "")
     if boxes and "images" not in files:
         return f"{len(boxes)} {boxes[0].suffix} files without images; add the images that they describe"
     return ""
@@ -283,8 +297,9 @@ def _of_files(files: dict[str, tuple[Path, Path | None]], folder: Path) -> Found
     title, splits = "the layout of a COCO file", {}
     for split, (file, images) in files.items():
         name = first_image(file) if images is None else None
-        below = (at / of for at in (folder, folder / "images") for of in SPLIT_NAMES[split])
-        places = [file.parent, file.parent / "images", *below, folder, folder / "images"]
+        tops = (folder, folder / "images", file.parent.parent, file.parent.parent / "images")
+        below = (top / of for top in tops for of in (*SPLIT_NAMES[split], f"{split}2017"))
+        places = [file.parent, file.parent / "images", *below, *tops]
         found = (place for place in places if name and not leaves_its_folder(name) and (place / name).is_file())
         splits[split] = Split(title, images or next(found, folder), file, CocoFile(file))
     return Found(title, splits, {})

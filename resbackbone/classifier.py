@@ -41,11 +41,13 @@ def build_resnet_classifier(
     in_channels: int | None = None,
     zero_init_residual: bool = False,
     checkpoint_activations: bool = False,
+    new_classes: bool = False,
 ) -> ResNetClassifier:
     """Build the paper's classifier; arguments as in `build_resnet_backbone`.
 
     What is None comes from the weights, or is the default: 1000 classes, norm "BN", and so on. Raises ValueError for
-    an unknown name, and for weights that are of another network than is asked or do not fit, their `fc` included.
+    an unknown name, and for weights that are of another network than is asked or do not fit, their `fc` included. With
+    `new_classes`, an `fc` for another number of classes, or none, is no error: it starts from random weights.
     """
     loaded = None if weights is None else read_weights(weights)
     trunk = resolve_architecture(
@@ -68,14 +70,17 @@ def build_resnet_classifier(
     )
     if loaded is None:
         return ResNetClassifier(config, 1000 if num_classes is None else num_classes)
-    if "fc.weight" not in loaded.state:
+    classes = len(loaded.state["fc.weight"]) if "fc.weight" in loaded.state else None
+    if new_classes and num_classes not in (None, classes):
+        loaded = replace(loaded, state={key: loaded.state[key] for key in loaded.state if not key.startswith("fc.")})
+        classes = num_classes
+    if classes is None:
         raise UserError(f"weights from {loaded.source} hold no classifier: fc.weight is missing")
-    classes = len(loaded.state["fc.weight"])
     if num_classes not in (None, classes):
         raise UserError(
             f"weights from {loaded.source} are for num_classes={classes}, but you asked for num_classes={num_classes}"
         )
     loaded.announce_assumptions(stride_in_1x1=stride_in_1x1)
     model = ResNetClassifier(config, classes)
-    fit(model, loaded)
+    fit(model, loaded, fresh=("fc.",) if new_classes else ())
     return model

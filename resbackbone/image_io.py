@@ -47,7 +47,8 @@ def read_image(path: str | os.PathLike, size: tuple[int, int] | None = None) -> 
     if max(rgb.size) > MAX_ASPECT * min(rgb.size):
         raise BadImage(f"image {path}: {width} x {height} is too narrow to be resized")
     if size is not None and rgb.size != tuple(size):
-        raise BadImage(f"image {path}: is {width} x {height}, annotations say {size[0]} x {size[1]}")
+        hint = ": they have width and height swapped" if rgb.size == tuple(size)[::-1] else ""
+        raise BadImage(f"image {path}: is {width} x {height}, annotations say {size[0]} x {size[1]}{hint}")
     return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 

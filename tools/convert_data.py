@@ -57,6 +57,7 @@ def convert(splits: Mapping[str, Split], output: Path, form: str, *, skip_bad_im
         categories = next(iter(opened.values())).categories if opened else None
         more: dict[str, Any] = {"categories": categories, "skip_bad_images": skip_bad_images}
         opened[name] = images = CocoImages(split.images, split.annotations, reader=split.reader, **more)
+        images.check_files()
         for message in images.broken:
             console.print(f"left out: {message}")
         progress_console.print(f"{name}: {images.summary()}")

@@ -55,7 +55,8 @@ from resbackbone.engine.task import Task
 from resbackbone.layers import STEMS
 from resbackbone.resnet import DEPTHS
 from resbackbone.weights import read_weights, write_weights
-from resbackbone.weights.fit import resolve_architecture
+from resbackbone.weights.fit import architecture_of, resolve_architecture
+from resbackbone.weights.read import backbone_part
 from resbackbone.weights.sources import is_named
 from resbackbone.weights.write import architecture_name
 
@@ -85,7 +86,7 @@ class DataOptions:
 @dataclass(frozen=True)
 class NetworkOptions:
     depth: Auto[int] = None
-    """18, 34, 50, 101 or 152. Default: the recipe's (50; demo: 18)."""
+    """18, 34, 50, 101 or 152. Default: that of the weights, else the recipe's (50; demo: 18)."""
     norm: Auto[str] = None
     """BN, SyncBN or GN. Default: that of the weights, else BN."""
     shortcut: Auto[str] = None
@@ -97,7 +98,8 @@ class NetworkOptions:
     plain: bool = False
     """Without shortcuts: the paper's plain nets."""
     weights: Auto[str] = None
-    """Start from these instead of random ones: a file or a named source (see convert_weights.py --list)."""
+    """Start from these instead of random ones: a file or a named source (see convert_weights.py --list). For other
+    classes than theirs, the last layer starts from random ones."""
     stride_in_1x1: bool = False
     """Stride in a bottleneck's first 1x1, as in the paper, instead of its 3x3, as in torchvision."""
 
@@ -322,7 +324,8 @@ def build(
     if checkpoint and weights.metadata.get("classes") != classes:
         raise UserError(f"{checkpoint}: was trained on other classes than those of {options.data}; give its data")
     zero_init = recipe.zero_init_residual and not options.plain
-    model = build_resnet_classifier(num_classes=len(classes), weights=weights, zero_init_residual=zero_init, **asked)
+    more = {**asked, "zero_init_residual": zero_init, "new_classes": not checkpoint}
+    model = build_resnet_classifier(num_classes=len(classes), weights=weights, **more)
     trunk = resolve_architecture(weights, **asked)
     return model, {
         "architecture": architecture_name(trunk),
@@ -426,11 +429,12 @@ def complete(options: Options) -> Options:
         raise UserError(
             f"--batch-size {batch_size}: recipe {recipe_name} mixes pairs: must be a multiple of {2 * shares}"
         )
+    depth = (depth_of_weights(options) or recipe.depth) if options.depth is None else options.depth
     return replace(
         options,
         data=data,
         recipe=recipe_name,
-        depth=one_of("depth", recipe.depth if options.depth is None else options.depth, DEPTHS),
+        depth=one_of("depth", depth, DEPTHS),
         batch_size=batch_size,
         epochs=options.epochs or recipe.epochs,
         size=size,
@@ -438,6 +442,13 @@ def complete(options: Options) -> Options:
         workers=(12 if on_gpu else 0) if options.workers is None else options.workers,
         precision=precision,
     )
+
+
+def depth_of_weights(options: Options) -> int | None:
+    """The depth of the weights to start from, if there are any and it shows."""
+    if options.weights is None:
+        return None
+    return architecture_of(backbone_part(read_weights(options.weights).state)).get("depth")
 
 
 def complete_for_evaluation(options: Options) -> Options:

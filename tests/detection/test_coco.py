@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from made import content
+from made import CATEGORIES, content
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -151,6 +151,7 @@ broken_files = pytest.mark.parametrize(
     [
         (lambda path: path.unlink(), "no such file"),
         (lambda path: Image.fromarray(noise(33, 20)).save(path), "is 20 x 33, annotations say 33 x 21"),
+        (lambda path: Image.fromarray(noise(33, 21)).save(path), "they have width and height swapped"),
     ],
 )
 
@@ -402,6 +403,15 @@ def test_boxes_that_fit_their_images_only_as_corners_are_refused(tmp_path):
     ):
         opened(tmp_path, corners)
     assert len(opened(tmp_path / "few", content(boxes=[(9, 2, 30, 19)] * 3)).boxes) == 3
+
+
+def test_classes_of_one_name_are_counted_and_one_without_a_name_is_refused(tmp_path):
+    def named(*names):
+        return content(categories=[{**of, "name": name} for of, name in zip(CATEGORIES, names, strict=True)])
+
+    assert "classes that share the name 'cat': 2" in opened(tmp_path / "a", named("cat", "cat", "dog")).summary()
+    with pytest.raises(ValueError, match="json: a class has an empty name; give it one"):
+        opened(tmp_path / "b", named(" ", "cat", "dog"))
 
 
 def test_boxes_in_parts_of_the_image_are_counted_as_under_a_pixel(tmp_path):

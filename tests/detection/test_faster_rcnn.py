@@ -262,6 +262,11 @@ def test_a_box_that_is_none_is_refused_in_words(box):
         small_detector().train()(two_images(), [{**target(box), "image_id": 7}, target()])
 
 
+def test_boxes_in_parts_of_the_image_are_refused():
+    with pytest.raises(ValueError, match="all boxes lie in 0 to 1, .* give pixels: .0.25, 0.5, 0.75, 1.0.,"):
+        small_detector().train()(two_images(), [target((0.25, 0.5, 0.75, 1)), target()])
+
+
 # Images
 
 

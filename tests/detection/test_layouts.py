@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from formats import BOXES, FORMATS, NAMES, SIZES, coco_file, images
@@ -305,6 +306,27 @@ def test_a_given_file_that_is_not_there_is_named():
     for split in ("train", "val"):
         with pytest.raises(ValueError, match="none.json: cannot be read .No such file or directory."):
             open_split(data_of({"train_json": "none.json"}), split)
+
+
+@pytest.mark.parametrize("part", ["images", "images/train", "labels"])
+def test_for_a_part_of_data_the_folder_of_the_whole_is_named(tmp_path, part):
+    FORMATS["ultralytics"](tmp_path)
+    with pytest.raises(ValueError, match=f"{part}: a part of data in YOLO's layout; give the whole, {tmp_path}$"):
+        find_split(tmp_path / part, "train")
+
+
+def test_a_file_in_cocos_folder_of_annotations_finds_its_images_beside_it(tmp_path):
+    FORMATS["coco"](tmp_path)
+    file = next((tmp_path / "annotations").glob("*train*.json"))
+    assert find_split(file, "train").images == next(tmp_path.glob("train*"))
+
+
+def test_folders_of_classes_are_told_the_command_that_classifies(tmp_path):
+    for name in ("train/cat/a.png", "train/dog/b.png", "val/cat/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((3, 5, 3), np.uint8)).save(tmp_path / name)
+    with pytest.raises(ValueError, match="3 images without annotations; .* classify whole images, use tools/pretrain"):
+        find_split(tmp_path, "train")
 
 
 @pytest.mark.parametrize("look", [describe_layout, whole_splits])

@@ -66,6 +66,15 @@ def test_coordinates_are_clipped_where_they_are_rounded_and_boxes_that_leave_the
     assert train.boxes.tolist()[0] == [0, 0, 33, 21] and train.report["boxes clipped to their image"] == 1
 
 
+def test_corners_in_place_of_centers_are_refused_where_most_boxes_leave_the_image_so(folder):
+    lines = [f"{i % 2} 0.{i} 0.{i % 5} 0.{i + 1}5 0.{i % 5 + 4}5\n" for i in range(9)]
+    (folder / "labels/train/a.txt").write_text("".join(lines) + "0 0.1 0.2 0.3 0.8\n")
+    for other in "bc":
+        (folder / f"labels/train/{other}.txt").write_text("")
+    with pytest.raises(ValueError, match="of 10 boxes reach out .* as YOLO's x_center, .*: write centers and sides"):
+        open_split(folder, "train")
+
+
 def test_key_points_after_the_box_are_passed_over_where_the_yaml_has_their_shape(folder):
     described(folder, "names:", "kpt_shape: [2, 3]\nnames:")
     (folder / "labels/train/a.txt").write_text("0 0.5 0.5 1 1 0.1 0.1 2 0.9 0.9 0\n")

@@ -1,5 +1,6 @@
 """One command converts between the formats, all splits or nothing."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -35,15 +36,28 @@ def test_coco_becomes_yolo_becomes_voc_becomes_coco_with_every_split(shapes, cap
         assert one.annotations.file_names() == other.annotations.file_names()
 
 
-def test_nothing_is_written_where_an_image_is_broken_and_the_others_if_that_is_asked_for(shapes, capsys):
+@pytest.mark.parametrize("left, says", [(0, "empty file"), (600, "cannot be decoded")])
+def test_nothing_is_written_where_an_image_is_broken_and_the_others_if_that_is_asked_for(shapes, capsys, left, says):
     convert_data.main(["shapes", "yolo", "--to", "yolo"])
-    (Path("yolo/images/train/000000000002.jpg")).unlink()
-    (Path("yolo/images/train/000000000002.jpg")).write_bytes(b"")
-    assert "000000000002.jpg: empty file; --skip-bad-images skips it" in error_of(["yolo", "coco", "--to", "coco"])
+    image = Path("yolo/images/train/000000000002.jpg")
+    content = image.read_bytes()[:left]
+    image.unlink()
+    image.write_bytes(content)
+    assert f"000000000002.jpg: {says}" in error_of(["yolo", "coco", "--to", "coco"])
     assert not Path("coco").exists()
     convert_data.main(["yolo", "coco", "--to", "coco", "--skip-bad-images"])
-    assert "left out: image yolo/images/train/000000000002.jpg: empty file" in capsys.readouterr().out
+    assert f"left out: image {image}: {says}" in capsys.readouterr().out
     assert len(open_split(Path("coco"), "train")) == 2
+
+
+def test_two_classes_of_one_name_are_not_merged_into_one_of_vocs(shapes):
+    file = shapes / "annotations/instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["categories"][1]["name"] = content["categories"][0]["name"]
+    file.write_text(json.dumps(content))
+    (shapes / "annotations/instances_val2017.json").unlink()
+    (shapes / "val2017").rename("elsewhere")
+    assert "two classes have the name" in error_of(["shapes", "b", "--to", "voc"])
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,16 @@ def test_a_run_starts_from_weights_it_is_given(straight, photos):
     assert start < far / 10
 
 
+def test_weights_give_the_depth_and_all_but_the_last_layer_for_other_classes(straight):
+    path = straight / "a2" / "model.safetensors"
+    argv = ["--data", "synthetic", "--device", "cpu", "--weights", str(path)]
+    options = pretrain.complete(pretrain.parse(pretrain.Options, argv))
+    model, _ = pretrain.build(options, pretrain.recipe_of(options), list("abcde"), None)
+    given, found = load_file(path), model.state_dict()
+    assert options.depth == 18 != pretrain.RECIPES[options.recipe].depth and found["fc.weight"].shape == (5, 512)
+    assert all(found[key].equal(given[key]) for key in given if not key.startswith("fc."))
+
+
 def test_a_smaller_size_shrinks_all_that_is_seen_in_proportion(photos):
     argv = ["--data", str(photos), "--device", "cpu", "--recipe", "paper", "--size", "112"]
     recipe = pretrain.recipe_of(pretrain.complete(pretrain.parse(pretrain.Options, argv)))
