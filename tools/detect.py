@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     with from_option("--output"):
         pictures = output_files(inputs, folder, one_of("format", options.format, ("jpg", "png")))
 
-    one = is_named(options.run) or len(images) == 1 and not options.skip_bad_images
+    one = len(images) == 1 and not options.skip_bad_images and Path(options.run).exists() or is_named(options.run)
     if one and images and not any(path.exists() for path in images):  # before a download
         raise UserError(f"image {images[0]}: no such file{sibling(images[0])}")
     detector = load_detector(options.run).to(device, memory_format=torch.channels_last)

@@ -246,7 +246,7 @@ detect photo.jpg runs/mine
     photo.jpg: is an image; the run's folder or weight file comes first, as in: runs/mine photo.jpg
 detect runs/mine my photo.jpg
     my photo.jpg: put quotes around a name with spaces
-detect notes.txt photo.jpg
+detect notes.txt 'my photo.jpg'
     weights 'notes.txt': a damaged file, or not a PyTorch or pickle file; download it again, or save it with torch.save
 train_coco --weights none
     weights 'none': leave the weights out to start from random ones
