@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -216,10 +217,15 @@ def _find(data: Data) -> tuple[Found, Path]:
 
 
 def _refuse_part(folder: Path) -> None:
-    """Raise UserError if a folder around this one has a known layout."""
+    """Raise UserError if a folder is a part of data in a known layout."""
     for around in folder.resolve().parents[:2]:
-        if (found := _best(around)).splits and found.title in FINDERS:
-            raise UserError(f"{folder}: a part of data in {found.title}; give the whole, {around}")
+        for title, find in FINDERS.items():
+            with suppress(OSError):  # a folder that may not be read
+                found = None if find is find_voc else _attempt(title, find, around)  # which looks into all below
+                for split in found.splits.values() if found else ():
+                    places = split.images.resolve(), split.annotations.resolve().parent
+                    if around in places or any(folder.resolve() in (at, *at.parents) for at in places):
+                        raise UserError(f"{folder}: a part of data in {title}; give the whole, {around}")
 
 
 def _lacking(folder: Path) -> str:
