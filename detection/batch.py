@@ -106,7 +106,7 @@ def check_targets(targets: Sequence[Mapping[str, Tensor]], names: Sequence[str])
         return boxes.isfinite().all() & (boxes[:, 2:] > boxes[:, :2]).all()
 
     labels, boxes = (torch.cat([t[name] for t in targets]) for name in ("labels", "boxes"))
-    in_pixels = (boxes > 1).any() if len(boxes) else labels_fit(labels)
+    in_pixels = (boxes > 1).any() | (boxes[:, 2:] - boxes[:, :2] >= 1).all()
     if numbers_of(labels_fit(labels) & boxes_fit(boxes) & in_pixels):
         return
     for target in targets:
@@ -120,7 +120,7 @@ def check_targets(targets: Sequence[Mapping[str, Tensor]], names: Sequence[str])
             raise UserError(
                 f"{name}a box x1 y1 x2 y2 is not finite, or has no width or height: {target['boxes'].tolist()}"
             )
-    raise UserError(f"all boxes lie in 0 to 1, as in parts of the image; give pixels: {boxes[0].tolist()}, ..")
+    raise UserError(f"all boxes lie in 0 to 1, as in parts of the image; give pixels: {boxes[0].tolist()}")
 
 
 def numbers_of(tensor: Tensor) -> np.ndarray:

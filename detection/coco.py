@@ -17,11 +17,16 @@ from detection.copy_paste import paste_objects
 from detection.file_names import match_names, unclear
 from detection.layouts import held_out
 from detection.splits import Reader, report_bad
+from detection.yolo import YoloImages
 from resbackbone.checks import UserError
 from resbackbone.image_io import BadImage, read_image
 
 SMALL_SET = 64_000_000  # bytes
 CLIPPED = "boxes clipped to their image"
+
+
+class OtherClasses(UserError):
+    """Data whose classes are not those of the detector or the training set."""
 
 
 class ImageRequest(NamedTuple):
@@ -83,8 +88,10 @@ class CocoImages(Dataset):
             for_validation = held_out(self.annotations.file_names())
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
         classes = Counter(self.annotations.categories.values())
-        if any(not name.strip() for name in classes):
-            raise UserError(f"{annotations}: a class has an empty name; give it one")
+        used = {*self.annotations.labels.tolist()}
+        for label, (i, name) in enumerate(self.annotations.categories.items(), 1):
+            if not name.strip() and label in used:
+                raise UserError(f"{annotations}: the class {i}, which boxes have, has an empty name; give it one")
         shared = [f"classes that share the name {name!r}: {n}" for name, n in classes.items() if n > 1]
         self.annotations = self.annotations._replace(notes=(*self.annotations.notes, *shared))
         for name in self.annotations.grouping.values():
@@ -93,7 +100,8 @@ class CocoImages(Dataset):
             self.annotations = with_categories(self.annotations, categories, annotations)
         self.categories = self.annotations.categories
 
-        _refuse_corners(annotations, self.annotations)
+        if reader is None or isinstance(reader, CocoFile | YoloImages):  # VOC's are corners
+            _refuse_corners(annotations, self.annotations, centers=isinstance(reader, YoloImages))
         boxes, rows = usable_boxes(self.annotations, self.report)  # rows of the annotations, by image
         total = len(self.annotations.image_ids)
         counts = np.bincount(self.annotations.image_indices.numpy()[rows], minlength=total)
@@ -238,21 +246,23 @@ class CocoImages(Dataset):
         self.report["images missing"] = len(missing)
 
 
-def _refuse_corners(path: str | Path, annotations: Annotations) -> None:
-    """Raise UserError if boxes are x1, y1, x2, y2: 99 % fit their images so, and as they are read many reach out."""
+def _refuse_corners(path: str | Path, annotations: Annotations, *, centers: bool) -> None:
+    """Raise UserError if boxes are x1, y1, x2, y2: 99 % fit their images so, and as they are read many reach out.
+
+    They are read as COCO's x, y, width, height, or as YOLO's `centers` and sides.
+    """
     boxes, sizes = annotations.boxes_xywh, annotations.widths_heights[annotations.image_indices.long()]
     first, sides = boxes[:, :2], boxes[:, 2:]
-    outside = int(((first < -0.5) | (first + sides > sizes + 0.5)).any(1).sum())
-    for given, start, correct in (
-        ("YOLO's x_center, y_center, width, height", first + sides / 2, "write centers and sides"),
-        ("COCO's x, y, width, height", first, "subtract the first two numbers from the last two"),
-    ):
-        corners = int(((sides > start) & (sides <= sizes + 0.5)).all(1).sum())
-        if len(boxes) >= 10 and corners >= 0.99 * len(boxes) and outside * 10 > len(boxes):
-            raise UserError(
-                f"{path}: {outside} of {len(boxes)} boxes reach out of their image as {given}, and {corners} lie in it "
-                f"as x1, y1, x2, y2: {correct}"
-            )
+    start = first + sides / 2 if centers else first  # as the file has it
+    corners = int(((start >= -0.5) & (sides > start) & (sides <= sizes + 0.5)).all(1).sum())
+    outside = int(((first + sides > 1.05 * sizes) | centers & (first < -0.05 * sizes)).any(1).sum())
+    if len(boxes) >= 10 and corners >= 0.99 * len(boxes) and outside * 10 > len(boxes):
+        given = "YOLO's x_center, y_center, width, height" if centers else "COCO's x, y, width, height"
+        correct = "write centers and sides" if centers else "subtract the first two numbers from the last two"
+        raise UserError(
+            f"{path}: {outside} of {len(boxes)} boxes reach out of their image as {given}, and {corners} lie in it as "
+            f"x1, y1, x2, y2: {correct}"
+        )
 
 
 def usable_boxes(annotations: Annotations, report: Counter) -> tuple[np.ndarray, np.ndarray]:
@@ -305,7 +315,7 @@ def with_categories(annotations: Annotations, wanted: Mapping[int, str], path: s
     if unknown or len(by_name) < len(wanted) or len({*found.values()}) < len(found):
         what = f"its classes {', '.join(map(repr, unknown[:5]))} are not among" if unknown else "its ids differ from"
         why = ": remove their boxes, or train with them" if unknown else ", and repeated names are ambiguous"
-        raise UserError(
+        raise OtherClasses(
             f"{path}: {what} the {len(wanted)} of the detector or the training set "
             f"({', '.join(list(by_name)[:5])}{', ..' if len(by_name) > 5 else ''}){why}"
         )

@@ -127,9 +127,9 @@ def with_settings(weights: Weights, settings: Mapping[str, object]) -> Weights:
     names = {"categories"} if "classes" in weights.metadata else set()
     if known := sorted((stated.keys() | anchors | names) & settings.keys()):
         raise UserError(f"weights from {weights.source} state {', '.join(known)}; leave it out to use theirs")
-    if "categories" in settings:
-        categories, outputs = settings["categories"], (k for k in weights.state if k.endswith("cls_score.weight"))
-        count = _rows(weights.state.get(next(outputs, ""))) - 1
+    outputs = (k for k in weights.state if k.endswith("cls_score.weight"))
+    count = _rows(weights.state.get(next(outputs, ""))) - 1
+    if (categories := settings.get("categories")) is not None and count > 0:
         if not isinstance(categories, Mapping) or len(categories) != count:
             raise UserError(
                 f"categories={brief(categories)}: give {{id: name}} for each of the {count} classes of "

@@ -13,7 +13,7 @@ import numpy as np
 from detection.annotations import CocoFile, first_image, leaves_its_folder, read_annotations
 from detection.splits import SPLIT_NAMES, SPLIT_OF, Found, Split, folders_in
 from detection.voc import find_voc
-from detection.yolo import find_yolo
+from detection.yolo import find_yolo, usual_label_folder
 from resbackbone.checks import UserError, sibling, some
 from resbackbone.image_io import SUFFIXES
 
@@ -223,8 +223,8 @@ def _refuse_part(folder: Path) -> None:
             with suppress(OSError):  # a folder that may not be read
                 found = None if find is find_voc else _attempt(title, find, around)  # which looks into all below
                 for split in found.splits.values() if found else ():
-                    places = split.images.resolve(), split.annotations.resolve().parent
-                    if around in places or any(folder.resolve() in (at, *at.parents) for at in places):
+                    places = split.images, usual_label_folder(split.images), split.annotations.parent
+                    if any(folder.resolve() in (at.resolve(), *at.resolve().parents) for at in places):
                         raise UserError(f"{folder}: a part of data in {title}; give the whole, {around}")
 
 
@@ -242,7 +242,7 @@ def _lacking(folder: Path) -> str:
     boxes = files.get(".xml") or [path for path in files.get(".txt", []) if "labels" in path.parts]
     if "images" in files and not boxes and ".txt" not in files:
         says = f"{len(files['images'])} images without annotations; add a COCO .json, YOLO's .txt or Pascal VOC's .xml"
-        by_class = len({path.parent for path in files["images"]} - {folder}) > 1
+        by_class = len({path.parent.name for path in files["images"]} - {folder.name, "images", *SPLIT_OF}) > 1
         return says + ("; to classify whole images, use tools/pretrain.py" if by_class else "")
     if boxes and "images" not in files:
         return f"{len(boxes)} {boxes[0].suffix} files without images; add the images that they describe"

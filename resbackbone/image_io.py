@@ -141,7 +141,7 @@ def _opened(file: bytes | BinaryIO, name: str | os.PathLike) -> Iterator[Image.I
         if start == LFS_POINTER:
             what = "a Git LFS pointer, not the file itself; run git lfs pull"
         elif start and suffix in NOT_READ:
-            what = f"{suffix[1:].upper()} is not read; convert it to JPEG or PNG"
+            what = f"{suffix[1:].upper()} cannot be read as such; convert it to JPEG or PNG"
         raise BadImage(f"image {name}: {what}") from None
     except Exception as error:  # decoders raise OSError, SyntaxError, RuntimeError, struct.error, ..
         raise BadImage(f"image {name}: cannot be decoded ({error})") from None

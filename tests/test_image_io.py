@@ -152,7 +152,9 @@ def test_a_format_that_is_not_read_is_named(tmp_path, suffix, begins):
         Image.fromarray(noise(21, 33)).save(path, "TIFF")
     else:
         path.write_text(begins)
-    with pytest.raises(BadImage, match=f"photo.{suffix}: {suffix.upper()} is not read; convert it to JPEG or PNG"):
+    with pytest.raises(
+        BadImage, match=f"photo.{suffix}: {suffix.upper()} cannot be read as such; convert it to JPEG or PNG"
+    ):
         read_image(path)
 
 

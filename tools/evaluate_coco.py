@@ -21,6 +21,7 @@ from resbackbone.cli.training import Session
 import torch
 import tyro
 
+from detection.coco import OtherClasses
 from detection.data import open_split
 from detection.evaluate import evaluate, results_summary, results_table, write_results
 from detection.faster_rcnn import prepare_for_detection
@@ -110,9 +111,8 @@ def score(rank: Rank, options: Options) -> None:
             session.info(f"data:  {from_main(lambda: describe_layout(data), rank)}")
         try:
             dataset = from_main(lambda: open_split(data, options.split, **given), rank)
-        except UserError as error:
-            names = detector.real_categories.values()
-            if "of the detector" not in str(error) or any(not re.fullmatch(r"class \d+", name) for name in names):
+        except OtherClasses:
+            if any(not re.fullmatch(r"class \d+", name) for name in detector.real_categories.values()):
                 raise
             raise UserError(
                 f"{data}: {file} names no classes to match these with; save_detector(load_detector(FILE, "

@@ -98,8 +98,8 @@ class NetworkOptions:
     plain: bool = False
     """Without shortcuts: the paper's plain nets."""
     weights: Auto[str] = None
-    """Start from these instead of random ones: a file or a named source (see convert_weights.py --list). For other
-    classes than theirs, the last layer starts from random ones."""
+    """Start from these instead of random ones: a file or a named source (see convert_weights.py --list). For another
+    number of classes than theirs, the last layer starts from random ones."""
     stride_in_1x1: bool = False
     """Stride in a bottleneck's first 1x1, as in the paper, instead of its 3x3, as in torchvision."""
 

@@ -29,7 +29,7 @@ from PIL import Image
 from detection.evaluate import CLASSES_SHOWN, by_falling_ap
 from detection.layouts import FILES as FILES_OF_DATA
 from resbackbone.atomic import folder_atomically
-from resbackbone.checks import UserError, nearest, sibling, some
+from resbackbone.checks import UserError, nearest, sibling
 from resbackbone.engine.best import is_best, read_best
 from resbackbone.report.numbers import duration
 from resbackbone.report.page import ENVIRONMENT
@@ -119,8 +119,6 @@ def write_folder(options: Options) -> Path:
     licence = options.licence or metadata.get("licence") or start_licence
     if licence in (None, "unknown"):
         raise UserError(f"the licence of {options.run} is not known; give it, for example --licence apache-2.0")
-    if options.licence and licence.lower() not in HUB_LICENCES and (near := nearest(licence, HUB_LICENCES)):
-        raise UserError(f"--licence {licence}: the Hub has no licence of this name; did you mean {near}?")
     metadata = {"source": f"hf:{options.repo}", **metadata, "licence": licence}
     config = without_folders(log.config)
     for name in FILES_OF_DATA:  # the card repeats the training with --data, which excludes them
@@ -144,7 +142,9 @@ def write_folder(options: Options) -> Path:
         if pictures:
             Image.open(pictures[0]).convert("RGB").save(folder / "example.jpg", quality=90)
             progress_console.print("example.jpg shows an image of the validation data; --no-picture leaves it out")
-    note = "" if licence.lower() in HUB_LICENCES else f"; not one of the Hub's: {some(HUB_LICENCES)}"
+    near = nearest(licence, HUB_LICENCES)
+    known = licence.lower() in HUB_LICENCES
+    note = "" if known else f"; none of the common ones{f'; did you mean {near}?' if near else ''}"
     progress_console.print(f"licence: {licence}{note}")
     console.print(f"folder: {output}")
     return output

@@ -535,7 +535,7 @@ def complete(options: Options) -> Options:
     variant = one_of("variant", options.variant or given.get("variant", recipe.detector.variant), VARIANTS)
     one_of("COCO backend", options.coco_backend, BACKENDS)
     one_of("norm", options.norm or "BN", NORMS)
-    one_of("frozen_through", options.frozen_through or "none", ("none", *FREEZABLE[1:]))
+    one_of("frozen_through", options.frozen_through or "none", ("none", "auto", *FREEZABLE[1:]))
     if not 0 <= options.repeat_factor <= 1:
         raise UserError(f"--repeat-factor {options.repeat_factor:g}: must be a share of the images, from 0 to 1")
     try:

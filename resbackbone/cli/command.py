@@ -182,7 +182,7 @@ def config_of(options: type, path: str | Path) -> dict[str, Any]:
     effective = content.get("effective")
     made = tool_of(str(effective.get("command"))) if isinstance(effective, dict) else None
     if made not in (None, own):
-        raise UserError(f"{path}: is of a run of {made}.py; give one of {own}.py")
+        raise UserError(f"{path}: belongs to a run of {made}.py; give one of {own}.py")
     if {"_BASE_", "MODEL"} & content.keys():
         raise UserError(f"{path}: is detectron2's; adapters.detectron2 builds its backbone (docs/frameworks.md)")
     if "names" in content and {"train", "val", "path"} & content.keys():

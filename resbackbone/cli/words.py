@@ -41,7 +41,7 @@ SYNONYMS = {  # what other packages say: what it may be here, the best first; wh
     "num-workers nw j": "workers",
     "num-gpus nproc-per-node": "gpus",
     "config-file cfg c": "config",
-    "amp fp16 bf16 half int8": "precision; exported files compute in fp32",
+    "amp fp16 bf16 half": "precision; exported files compute in fp32",
     "weights model checkpoint ckpt pretrained": "weights run source",
     "source images image img input": "inputs data",
     "patience": "early-stop",
@@ -56,13 +56,15 @@ SYNONYMS = {  # what other packages say: what it may be here, the best first; wh
     "format": "to file",
     "sync-bn sync-batchnorm": "norm=SyncBN",
     "public": "no-private",
-    "eval evaluate test test-only val validate eval-only": "eval-only split; evaluate_coco.py evaluates a detector, "
+    "int8": "; networks compute in fp32, bf16 or fp16",
+    "val": "val-json eval-only split",
+    "eval evaluate test test-only validate eval-only": "eval-only split; evaluate_coco.py evaluates a detector, "
     "pretrain.py --eval-only a classifier",
     "freeze freeze-at freeze-layers frozen-stages trainable-layers": "frozen-through; train_coco.py --frozen-through "
     "freezes stages",
     "num-classes classes class-names names nc": "; the classes are those of the data",
     "no-pretrained from-scratch scratch": "; without --weights, a training starts from random ones",
-    "momentum": "; it is 0.9, as in the papers",
+    "momentum": "; SGD's momentum is 0.9",
     "cos-lr cosine lr-scheduler cfg-options opts set": "; in train_coco.py and pretrain.py, --recipe.NAME VALUE sets "
     "what has no option; --print-recipe lists the names",
     "iou iou-thres nms nms-thres": "; a detector is trained with it: train_coco.py --recipe.detector.box-nms-thresh",

@@ -42,7 +42,7 @@ def choose_precision(asked: str | None, device: str, among: Collection[str] = tu
     if torch.device(device).type == "mps" and precision != "fp32":
         raise UserError(f"{precision}: mps computes in fp32 only; leave the precision out")
     if torch.device(device).type == "cpu" and precision == "fp16":
-        raise UserError(f"{precision}: is for GPUs, and dozens of times slower on a CPU; give fp32 or bf16")
+        raise UserError(f"{precision}: needs a GPU, as a CPU is dozens of times slower with it; give fp32 or bf16")
     return precision
 
 

@@ -58,7 +58,7 @@ def count_processes(device: str, gpus: int | None) -> int:
         raise UserError(f"{gpus}: the device is {device}; leave it out, or start several CPU processes with torchrun")
     together = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     if "RANK" in os.environ and (missing := [name for name in together if name not in os.environ]):
-        raise UserError(f"RANK is set and {', '.join(missing)} not: start with torchrun, which sets all, or unset RANK")
+        raise UserError(f"RANK is set without {', '.join(missing)}: start with torchrun, which sets all, or unset RANK")
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
     if place.type != "cuda" or place.index is not None:

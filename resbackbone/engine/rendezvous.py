@@ -13,7 +13,7 @@ from resbackbone.checks import some
 
 AGENT = "TORCHELASTIC_USE_AGENT_STORE"  # set by torchrun, whose store outlives the ranks
 PAUSE = 0.1  # seconds between reads of the store
-PATIENCE = timedelta(seconds=30)  # before rank 0 says whom it waits for
+PATIENCE = 30.0  # seconds before rank 0 says whom it waits for
 
 
 def store_of_this_start(rank: int, ranks: int, timeout: timedelta) -> dist.Store | None:
@@ -27,20 +27,25 @@ def store_of_this_start(rank: int, ranks: int, timeout: timedelta) -> dist.Store
         if "MASTER_ADDR" not in os.environ:
             return None
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = dist.TCPStore(host, port, ranks, rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
+        more = {"multi_tenant": True, "use_libuv": os.environ.get("USE_LIBUV", "01"[os.name != "nt"]) == "1"}
+        store = dist.TCPStore(host, port, ranks, rank == 0, timeout, wait_for_workers=False, **more)
         store.set(f"here/{rank}", "")
-        everyone = [f"here/{r}" for r in range(ranks)]
-        try:
-            store.wait(everyone, min(PATIENCE, timeout))
-        except dist.DistStoreError:
-            absent = [str(r) for r in range(ranks) if not store.check([f"here/{r}"])]
-            if rank == 0:
-                who = f"{len(absent)} of {ranks} processes (RANK {some(absent)})"
+        start, said = time.monotonic(), False
+        while absent := [str(r) for r in range(ranks) if not store.check([f"here/{r}"])]:
+            if time.monotonic() > start + timeout.total_seconds():
+                raise TimeoutError(f"{_processes(absent, ranks)} did not come within {timeout.total_seconds():.0f} s")
+            if rank == 0 and not said and time.monotonic() > start + PATIENCE:
+                said = True
+                who = _processes(absent, ranks)
                 logging.getLogger("resbackbone").warning("waiting for %s at %s:%d", who, host, port)
-            store.wait(everyone, timeout)
+            time.sleep(PAUSE)
         return store
     store, *_ = next(dist.rendezvous("env://", rank=rank, world_size=ranks, timeout=timeout))
     return dist.PrefixStore(agree(store, rank, ranks, timeout), store)
+
+
+def _processes(absent: list[str], ranks: int) -> str:
+    return f"{len(absent)} of {ranks} processes (RANK {some(absent)})"
 
 
 def agree(store: dist.Store, rank: int, ranks: int, timeout: timedelta) -> str:

@@ -77,7 +77,7 @@ gpu_check --quik
 train_coco --num-classes 3
     no option --num-classes; the classes are those of the data
 train_coco --val
-    no option --val; evaluate_coco.py evaluates a detector, pretrain.py --eval-only a classifier
+    no option --val; did you mean --val-json?
 pretrain --test-only
     no option --test-only; did you mean --eval-only?
 train_coco --freeze-at 2
@@ -89,7 +89,7 @@ train_coco --sync-bn
 train_coco --from-scratch
     no option --from-scratch; without --weights, a training starts from random ones
 train_coco --momentum 0.9
-    no option --momentum; it is 0.9, as in the papers
+    no option --momentum; SGD's momentum is 0.9
 train_coco --cfg-options lr=3
     no option --cfg-options; in train_coco.py and pretrain.py, --recipe.NAME VALUE sets what has no option; ..
 train_coco --launcher pytorch
@@ -162,11 +162,11 @@ train_coco --optimizer SGD
 train_coco --norm bn --data photos
     unknown norm 'bn'; choose from BN, FrozenBN, SyncBN, GN; did you mean BN?
 train_coco --frozen-through C3 --data photos
-    unknown frozen_through 'C3'; choose from none, stem, c2, c3, c4, c5; did you mean c3?
+    unknown frozen_through 'C3'; choose from none, auto, stem, c2, c3, c4, c5; did you mean c3?
 evaluate_coco runs/mine --split valid
     unknown split 'valid'; choose from train, val, test, all; did you mean val?
 train_coco --precision fp16 --device cpu
-    --precision fp16: is for GPUs, and dozens of times slower on a CPU; give fp32 or bf16
+    --precision fp16: needs a GPU, as a CPU is dozens of times slower with it; give fp32 or bf16
 train_coco --tyro-print-completion csh
     unknown shell 'csh'; choose from bash, zsh, fish
 gpu_check --minutes ten --device cpu
@@ -269,9 +269,9 @@ train_coco --config d2.yaml
 train_coco --config data.yaml
     --config data.yaml: is YOLO's data.yaml, which train_coco.py takes as --data
 train_coco --output runs/cifar --resume
-    runs/cifar/config.yaml: is of a run of train_cifar10.py; give one of train_coco.py
+    runs/cifar/config.yaml: belongs to a run of train_cifar10.py; give one of train_coco.py
 layer_responses --runs runs/coco
-    --runs runs/coco/config.yaml: is of a run of train_coco.py; give one of train_cifar10.py
+    --runs runs/coco/config.yaml: belongs to a run of train_coco.py; give one of train_cifar10.py
 train_coco --weights pointer.safetensors
     weights 'pointer.safetensors': a Git LFS pointer, not the file itself; run git lfs pull
 detect runs/mine my-photo.jpg

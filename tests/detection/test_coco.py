@@ -410,8 +410,14 @@ def test_classes_of_one_name_are_counted_and_one_without_a_name_is_refused(tmp_p
         return content(categories=[{**of, "name": name} for of, name in zip(CATEGORIES, names, strict=True)])
 
     assert "classes that share the name 'cat': 2" in opened(tmp_path / "a", named("cat", "cat", "dog")).summary()
-    with pytest.raises(ValueError, match="json: a class has an empty name; give it one"):
+    with pytest.raises(ValueError, match="json: the class 90, which boxes have, has an empty name; give it one"):
         opened(tmp_path / "b", named(" ", "cat", "dog"))
+    assert len(opened(tmp_path / "c", named("cat", "", "dog"))) == 1  # no box has it
+
+
+@pytest.mark.parametrize("box", [(-1, 2, 31, 19), (-1, -1, 33, 21), (0, 0, 34, 22)])
+def test_boxes_of_nearly_the_whole_image_are_no_corners(tmp_path, box):
+    assert len(opened(tmp_path, content(boxes=[box] * 12)).boxes) == 12
 
 
 def test_boxes_in_parts_of_the_image_are_counted_as_under_a_pixel(tmp_path):

@@ -263,7 +263,7 @@ def test_a_box_that_is_none_is_refused_in_words(box):
 
 
 def test_boxes_in_parts_of_the_image_are_refused():
-    with pytest.raises(ValueError, match="all boxes lie in 0 to 1, .* give pixels: .0.25, 0.5, 0.75, 1.0.,"):
+    with pytest.raises(ValueError, match="all boxes lie in 0 to 1, .* give pixels: .0.25, 0.5, 0.75, 1.0."):
         small_detector().train()(two_images(), [target((0.25, 0.5, 0.75, 1)), target()])
 
 

@@ -72,7 +72,9 @@ def test_the_precision_is_one_that_the_device_computes_in(gpus):
     assert choose_precision(None, "cuda") == "fp32" and choose_precision("fp16", "cuda:0") == "fp16"
     with pytest.raises(ValueError, match="unknown precision 'fp8'; choose from fp32, bf16, fp16"):
         choose_precision("fp8", "cuda")
-    with pytest.raises(ValueError, match="fp16: is for GPUs, and dozens of times slower on a CPU; give fp32 or bf16"):
+    with pytest.raises(
+        ValueError, match="fp16: needs a GPU, as a CPU is dozens of times slower with it; give fp32 or bf16"
+    ):
         choose_precision("fp16", "cpu")
 
 

@@ -265,7 +265,7 @@ def test_a_launcher_must_set_the_number_of_ranks_which_then_counts(no_torchrun, 
     with_gpus(monkeypatch, 8)
     monkeypatch.setenv("RANK", "3")
     with pytest.raises(
-        UserError, match="RANK is set and WORLD_SIZE, MASTER_ADDR, MASTER_PORT not: start with torchrun"
+        UserError, match="RANK is set without WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with torchrun"
     ):
         count_processes("cpu", None)
     for name, value in {"WORLD_SIZE": "16", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():

@@ -44,7 +44,7 @@ def test_a_rank_alone_agrees_with_itself_and_without_torchrun_there_is_no_store(
 
 
 def test_rank_0_says_whom_it_waits_for(monkeypatch, caplog):
-    monkeypatch.setattr(rendezvous, "PATIENCE", timedelta(seconds=0.2))
+    monkeypatch.setattr(rendezvous, "PATIENCE", 0.2)
     monkeypatch.delenv(rendezvous.AGENT, raising=False)
     port = get_free_port()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")

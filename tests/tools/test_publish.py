@@ -223,10 +223,6 @@ def test_our_config_says_nothing_about_another_file_beside_it(classifier, tmp_pa
     [
         (["--repo", "shapes"], "--repo shapes: give owner/name"),
         (["--repo", "me/a b"], "--repo Repo id must use alphanumeric chars"),
-        (
-            ["--repo", "me/shapes", "--licence", "Apache-2"],
-            "the Hub has no licence of this name; did you mean apache-2.0",
-        ),
         (["--repo", "me/shapes"], "the licence of run is not known; give it, for example --licence apache-2.0"),
         ([*LICENSED, "--output", "."], "--output .: holds other files (here, ..); give a new folder"),
         ([*LICENSED, "--upload"], "no token for the Hugging Face Hub; run `hf auth login`, or set HF_TOKEN"),
