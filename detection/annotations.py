@@ -100,7 +100,7 @@ def read_annotations(path: str | os.PathLike) -> Annotations:
         return _flat(*_decoded(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, msgspec.DecodeError) as error:
         raise UserError(f"{path}: not JSON in UTF-8 ({error}); save it in UTF-8") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None

@@ -26,12 +26,11 @@ def one_of(kind: str, value, choices: Iterable, note: str = ""):
 
 
 def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that `word` begins or that it may be a slip of, in any case; None if there is none."""
+    """The choice that `word` begins or that it may be a slip of in any case; None if there is none."""
     small = {choice.lower(): choice for choice in choices}
-    word = word.lower()
-    begun = (choice for choice in small if len(word) > 2 and choice.startswith(word))
-    near = next(begun, None) or next(iter(get_close_matches(word, small, n=1, cutoff=0.75)), None)
-    return small[near] if near else None
+    begun = (choice for choice in small.values() if len(word) > 2 and choice.startswith(word))
+    slips = (small[near] for near in get_close_matches(word.lower(), small, n=1, cutoff=0.75))
+    return next(begun, None) or next(slips, None)
 
 
 def is_url(word: str) -> bool:
