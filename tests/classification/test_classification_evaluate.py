@@ -219,7 +219,7 @@ def test_an_image_that_cannot_be_read_is_named_and_ends_it_or_counts_as_wrong(pr
         (
             Says(0.0, 0.0),
             {"protocol": "5crop"},
-            "unknown protocol '5crop'; choose from 1crop, 10crop, multiscale; did you mean 1crop?",
+            r"unknown protocol '5crop'; choose from 1crop, 10crop, multiscale; did you mean 1crop\?",
         ),
         (Says(0.0, 0.0), {"crop": 33, "resize": 32}, "a crop of 33 does not fit into a shorter side of 32"),
         (Says(0.0, 0.0, 0.0), SMALL, "the network has 3 classes, the images have 2"),
