@@ -88,9 +88,8 @@ class CocoImages(Dataset):
             for_validation = held_out(self.annotations.file_names())
             self.annotations = select_images(self.annotations, for_validation == (part == "val"))
         classes = Counter(self.annotations.categories.values())
-        used = {*self.annotations.labels.tolist()}
         for label, (i, name) in enumerate(self.annotations.categories.items(), 1):
-            if not name.strip() and label in used:
+            if not name.strip() and (self.annotations.labels == label).any():
                 raise UserError(f"{annotations}: the class {i}, which boxes have, has an empty name; give it one")
         shared = [f"classes that share the name {name!r}: {n}" for name, n in classes.items() if n > 1]
         self.annotations = self.annotations._replace(notes=(*self.annotations.notes, *shared))
