@@ -45,7 +45,7 @@ class Anchors(AnchorGenerator):
         if torch.compiler.is_compiling():
             return self._made(cells, image_size, device)
         made_from = cells, image_size, device, tuple(self.strides), self.as_torchvision, self.shapes()
-        if self.last[0] != made_from or not keeps(self, GRID):  # with these, `_made` makes the same again
+        if self.last[0] != made_from or not self.is_as_built():  # if so, `_made` would make the same again
             with torch.inference_mode(False):  # a training step may reuse them after a call under inference_mode
                 self.last = made_from, self._made(cells, image_size, device)
         return self.last[1]
@@ -55,21 +55,24 @@ class Anchors(AnchorGenerator):
         """The boxes of a cell on each level, as numbers: the tensors stay on the CPU, and nothing waits for a GPU."""
         return [x.tolist() for x in self.cell_anchors]
 
-    def _made(self, cells: list[torch.Size], image_size: torch.Size, device: torch.device) -> Tensor:
-        def constant(value: float, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.full((), value, dtype=dtype, device=device)  # a copy of numbers would wait for a GPU
+    @torch.compiler.assume_constant_result
+    def is_as_built(self) -> bool:
+        """Whether torchvision's methods that `_made` stands for are unchanged."""
+        return keeps(self, GRID)
 
+    def _made(self, cells: list[torch.Size], image_size: torch.Size, device: torch.device) -> Tensor:
         strides = [(stride, stride) for stride in self.strides]
         if self.as_torchvision:
             strides = [(image_size[0] // rows, image_size[1] // columns) for rows, columns in cells]
-        steps = [[constant(step) for step in pair] for pair in strides]
-        cell_anchors = self.cell_anchors
-        self.set_cell_anchors(torch.float32, torch.device("cpu"))
-        self.cell_anchors = [
-            torch.stack([constant(side, torch.float32) for box in shapes for side in box]).view(-1, 4)
-            for shapes in self.shapes()
-        ]
-        try:
+        if not self.is_as_built():
+            self.set_cell_anchors(torch.float32, device)
+            steps = [[torch.tensor(step, device=device) for step in pair] for pair in strides]
             return torch.cat(self.grid_anchors(cells, steps))
-        finally:
-            self.cell_anchors = cell_anchors
+        made = []
+        for size, pair, shapes in zip(cells, strides, self.shapes(), strict=True):
+            y, x = (torch.arange(n, device=device) * step for n, step in zip(size, pair, strict=True))
+            centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2)  # [rows, columns, 2]
+            # A number at a time: a copy of all would wait for a GPU.
+            boxes = torch.stack([torch.full((), side, device=device) for box in shapes for side in box])
+            made.append((centres[:, :, None, None] + boxes.view(-1, 2, 2)).view(-1, 4))
+        return torch.cat(made)

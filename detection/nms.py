@@ -12,8 +12,8 @@ def nms_sorted(boxes: Tensor, real: Tensor, iou_threshold: float) -> Tensor:
 
     Of two boxes whose IoU is above `iou_threshold`, the first one suppresses the second unless it is suppressed itself.
     Boxes that are not `real`, [P, N], neither suppress nor survive. Each list is as with torchvision.ops.nms; on a GPU
-    one kernel goes through all lists of fp32 boxes side by side. Without Triton, of fp64 boxes and of lists beyond
-    `nms_kernel.MOST_BOXES`, torchvision's kernel goes through one list after the other, and the host waits for each.
+    one kernel goes through all lists side by side. Without Triton and for lists beyond `nms_kernel.MOST_BOXES`,
+    torchvision's kernel goes through one list after the other, and the host waits for each.
     """
     return torch.ops.resbackbone.nms_sorted(boxes.detach().contiguous(), real.contiguous(), iou_threshold)
 
@@ -42,5 +42,5 @@ def _nms_on_gpu(boxes: Tensor, real: Tensor, iou_threshold: float) -> Tensor:
         return _one_by_one(boxes, real, iou_threshold)
     from detection import nms_kernel  # only here: Triton comes with torch for GPUs alone
 
-    at_once = boxes.dtype == torch.float32 and real.shape[1] <= nms_kernel.MOST_BOXES
+    at_once = boxes.dtype in (torch.float32, torch.float64) and real.shape[1] <= nms_kernel.MOST_BOXES
     return (nms_kernel.greedy if at_once else _one_by_one)(boxes, real, iou_threshold)

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.ops import MultiScaleRoIAlign, roi_align
-from torchvision.ops.poolers import initLevelMapper
+from torchvision.ops import MultiScaleRoIAlign, box_area, roi_align
+from torchvision.ops.poolers import LevelMapper
 
 from detection.cells import at_least_fp32, pick, sum_cells
 from detection.patches import is_patched
@@ -17,6 +17,16 @@ from resbackbone import Feature
 def image_of_each(boxes: Sequence[Tensor]) -> Tensor:
     """The number of its image for each of the boxes [n, 4] of some images, [sum of n]."""
     return torch.cat([torch.full((len(b),), i, device=b.device) for i, b in enumerate(boxes)])
+
+
+class Levels(LevelMapper):
+    """torchvision's, without a tensor on the CPU, which would cut a CUDA graph in two."""
+
+    def __call__(self, boxlists: Sequence[Tensor]) -> Tensor:
+        """Each image's boxes [n, 4] -> their levels, 0 the finest, [sum of n] (Lin et al. 2017, eq. 1)."""
+        sides = torch.cat([box_area(boxes) for boxes in boxlists]).sqrt()
+        level = (self.lvl0 + torch.log2(sides / self.s0) + self.eps).floor()
+        return level.clamp(self.k_min, self.k_max).long() - self.k_min
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
@@ -72,12 +82,12 @@ class PyramidRoIAlign(MultiScaleRoIAlign):
         return sum_cells(maps, level, cells, weights).unflatten(1, self.output_size).permute(0, 3, 1, 2)
 
     def level_mapper(self) -> Any:
-        """A function of each image's boxes to their levels, 0 the finest, [sum of n] (Lin et al. 2017, eq. 1)."""
+        """`Levels`, or what has been set in its place."""
         if self.map_levels is not None:
             return self.map_levels
         finest = int(math.log2(self.strides[0]))
         coarsest = finest + len(self.featmap_names) - 1
-        return initLevelMapper(finest, coarsest, self.canonical_scale, self.canonical_level)
+        return Levels(finest, coarsest, self.canonical_scale, self.canonical_level)
 
     def _aligned(self, maps: list[Tensor], regions: Tensor, image: Tensor, level: Tensor) -> Tensor:
         """torchvision's kernel on every map; of regions without a size, as those of other levels become, it reads none.

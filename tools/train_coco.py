@@ -212,6 +212,8 @@ class TrainingOptions:
     """Updates between checkpoints. Default: the recipe's (5000; small: 500; scratch, short: 200)."""
     compile: bool = False
     """Compile the detector and its losses as one graph (torch.compile): minutes at the start for faster updates."""
+    cuda_graphs: bool = False
+    """Compile, and replay updates as CUDA graphs, one for each size of a batch: for few images a GPU, of few sizes."""
 
 
 @dataclass(frozen=True)
@@ -242,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
         options = replace(options, recipe=complete(options).recipe)
         console.print(as_config(options, recipe_of(options), OPTION_OF))
         return
-    may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile", "minutes", *FILES}
+    may_differ = MAY_DIFFER | {"pictures", "coco_backend", "compile", "cuda_graphs", "minutes", *FILES}
     launch_command(train, training_options(options, argv, complete, default_folder, may_differ))
 
 
@@ -274,7 +276,9 @@ def train(rank: Rank, options: Options) -> None:
     read_once.cache_clear()
     detector.to(rank.device, memory_format=torch.channels_last).train()
     session.info(detector.backbone.summary())
-    if options.compile:
+    if options.cuda_graphs:
+        detector.compile(mode="reduce-overhead")
+    elif options.compile:
         detector.compile()
 
     given = {name: getattr(options, name) for name in SCHEDULE}
@@ -542,6 +546,8 @@ def complete(options: Options) -> Options:
         replace(recipe.detector, variant=variant)
     except UserError as error:
         raise UserError(f"--variant {variant} does not fit recipe {recipe_name}: {error}") from None
+    if options.cuda_graphs and kind != "cuda":
+        raise UserError("--cuda-graphs: needs an NVIDIA GPU; on other devices use --compile")
     if data == SYNTHETIC and options.eval_period:
         raise UserError(f"--eval-period {options.eval_period}: synthetic images are not evaluated; leave it out")
     backbone = options.backbone or given.get("backbone")
@@ -581,7 +587,7 @@ def complete(options: Options) -> Options:
 def minutes_for(options: Options, data: Data, kind: str) -> float | None:
     """The time that the training is planned for, if it is, on this kind of device."""
     length = next((name for name in ("epochs", "steps") if getattr(options, name) is not None), None)
-    unplanned = data == SYNTHETIC or options.engine != "torchvision" or options.compile
+    unplanned = data == SYNTHETIC or options.engine != "torchvision" or options.compile or options.cuda_graphs
     if options.minutes is None:
         default = kind == "cpu" and options.recipe is None and length is None
         return DEFAULT_MINUTES if default and not unplanned and data != EMBEDDED else None
@@ -594,7 +600,7 @@ def minutes_for(options: Options, data: Data, kind: str) -> float | None:
     if not 0 < options.minutes < math.inf:
         raise UserError(f"{given}: must be a finite number above 0")
     if unplanned:
-        raise UserError(f"{given}: give --steps for synthetic data, for --engine detectron2 and with --compile")
+        raise UserError(f"{given}: give --steps for synthetic data, --engine detectron2, --compile and --cuda-graphs")
     return options.minutes
 
 
@@ -708,8 +714,8 @@ def check_detectron2(options: Options, variant: str, recipe: Recipe) -> None:
         raise UserError(f"--engine detectron2 cannot train {variant} with anchor_sides; leave --engine out")
     if options.val_loss:
         raise UserError("--val-loss: --engine detectron2 has losses in training only; leave the option out")
-    if options.compile:
-        raise UserError("--compile: --engine detectron2 cannot be compiled; leave the option out")
+    if options.compile or options.cuda_graphs:
+        raise UserError("--compile, --cuda-graphs: --engine detectron2 cannot be compiled; leave them out")
     if options.precision not in (None, "fp32"):
         raise UserError(f"--precision {options.precision}: --engine detectron2 trains in fp32; leave the option out")
     if find_spec("detectron2") is None:

@@ -89,6 +89,8 @@ class TrainState:
                 total = cast(Tensor, sum(losses.values()) / len(parts))
                 self.stopwatch.lap("forward")
                 self.scaler.scale(total).backward()
+                if i == 0 and len(parts) > 1:
+                    own_gradients(self.model)
                 self.stopwatch.lap("backward")
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
@@ -185,6 +187,16 @@ class TrainState:
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(scaler)
         self.step = step
+
+
+def own_gradients(network: nn.Module) -> None:
+    """Copy the gradients to memory of their own, so that the next backward adds to them.
+
+    A CUDA graph's (`torch.compile(mode="reduce-overhead")`) lie in its memory, which the next replay writes over.
+    """
+    for parameter in network.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad.clone()
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -9,7 +9,9 @@ import pickle
 import pytest
 import torch
 import torch._inductor.config
+from functorch.compile import make_boxed_func
 from made import FEW, lively
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from detection.config import BACKBONE_OF
@@ -87,6 +89,29 @@ def test_every_variant_is_one_graph(options):
     torch._dynamo.reset()
     detector.compile(backend="eager")
     assert_same(results(detector, *BATCHES[0]), wanted)
+
+
+@pytest.mark.parametrize("options", [{}, {"geometry": "detectron2"}, {"variant": "c4"}], ids=str)
+@pytest.mark.filterwarnings("ignore:aten")  # of running the graphs on no device
+def test_the_graphs_of_a_detector_on_a_device_hold_nothing_on_the_cpu(options):
+    """CUDA graphs would end there."""
+    detector = trained(**options).float().to("meta")
+    found = []
+
+    def look(graph, inputs):
+        found.append({value.device.type for node in graph.graph.nodes for value in tensors_of(node)})
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    detector.compile(backend=aot_autograd(fw_compiler=look, bw_compiler=look))
+    batch = torch.empty(2, 3, 128, 192), torch.empty(2, 2), torch.empty(2, 16, 4), torch.empty(2, 16).long()
+    sum(detector._compiled(detector, *(x.to("meta") for x in batch)).values()).backward()
+    assert found == [{"meta"}, {"meta"}]  # forward and backward
+
+
+def tensors_of(node):
+    values = node.meta.get("val")
+    return [x for x in (values if isinstance(values, list | tuple) else [values]) if isinstance(x, torch.Tensor)]
 
 
 def test_a_list_of_images_and_targets_goes_into_one_graph_too():

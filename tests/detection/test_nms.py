@@ -1,3 +1,4 @@
+import itertools
 import os
 import subprocess
 import sys
@@ -71,9 +72,8 @@ def check_the_kernel():
     from detection import nms_kernel
 
     torch.cuda.current_device = lambda: None  # the index of a CPU
-    boxes, real = lists_of(torch.float32)
-    boxes, real = boxes[:, :60].contiguous(), real[:, :60].contiguous()  # the interpreter takes long
-    for threshold in (0.3, 0.7):  # fp32 rounds one up and one down
+    for dtype, threshold in itertools.product((torch.float32, torch.float64), (0.3, 0.7)):  # fp32 rounds up and down
+        boxes, real = (x[:, :60].contiguous() for x in lists_of(dtype))  # the interpreter takes long
         assert torch.equal(nms_kernel.greedy(boxes, real, threshold), one_by_one(boxes, real, threshold))
     print("the same")
 

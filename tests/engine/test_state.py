@@ -77,6 +77,27 @@ def test_several_parts_make_the_update_of_their_mean_and_earlier_gradients_do_no
         assert torch.allclose(got, expected, atol=1e-6)
 
 
+def test_parts_add_up_where_each_backward_writes_its_gradients_over_the_last_ones():
+    """As the replays of a CUDA graph do."""
+
+    class Replayed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight, x):
+            ctx.save_for_backward(x)
+            return (weight * x).sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return memory.copy_(gradient * ctx.saved_tensors[0]).view(3), None
+
+    memory = torch.empty(3)
+    network = nn.ParameterList([torch.zeros(3)])
+    state = TrainState(network, torch.optim.SGD(network.parameters(), lr=1.0), ALONE)
+    parts = [torch.tensor([1.0, 2, 3]), torch.tensor([3.0, 0, 5]), torch.tensor([2.0, 1, 1])]
+    state.update(lambda x: {"loss": Replayed.apply(network[0], x)}, parts, learning_rate=1.0)
+    assert network[0].tolist() == [-2, -1, -3]
+
+
 def test_forward_backward_and_optimizer_are_timed_apart_and_over_all_parts(monkeypatch):
     state = train_state()
     clock = {"now": 0.0}

@@ -360,6 +360,7 @@ def test_anchors_are_fitted_to_the_boxes_without_a_time_too(shapes, capsys):
         (["--minutes", "0.001"], "--minutes: too short; one update takes"),
         (["--minutes", "5", "--data", "synthetic"], "--minutes 5: give --steps for synthetic data"),
         (["--minutes", "5", "--compile"], "--minutes 5: give --steps for synthetic data"),
+        (["--cuda-graphs"], "--cuda-graphs: needs an NVIDIA GPU; on other devices use --compile"),
         (["--anchor-scale", "none"], "--anchor-scale"),
         (["--anchor-scale", "auto", "--variant", "c4"], "--anchor-scale auto: is for fpn and real data"),
     ],

@@ -14,6 +14,7 @@ from torch.utils.benchmark import timer
 
 from detection import build_faster_rcnn
 from detection.data import open_split, train_batches
+from detection.faster_rcnn import BUCKET
 from detection.sampler import TrainBatches
 from detection.shapes import CLASSES, make_shapes
 from detection.transforms import TrainTransform
@@ -21,7 +22,7 @@ from resbackbone import build_resnet_backbone
 from resbackbone.engine.device import autocast, choose_precision, use
 from resbackbone.engine.distributed import Rank, distributed
 from resbackbone.engine.optimizers import build_optimizer
-from resbackbone.engine.state import TrainState
+from resbackbone.engine.state import TrainState, own_gradients
 from resbackbone.tools.benchmarks.contest import relative_difference
 from resbackbone.tools.benchmarks.networks import backbone_weights
 from resbackbone.tools.gpu_checks.record import Record, Setting
@@ -33,10 +34,10 @@ WARM_UP, STEPS = 3, 5
 class Training:
     """A Faster R-CNN with FPN that trains as in tools/train_coco.py, on synthetic images."""
 
-    def __init__(self, setting: Setting, batch_size: int, *, ranks: int = 1):
+    def __init__(self, setting: Setting, batch_size: int, *, ranks: int = 1, side: int = 800):
         device = torch.device(setting.device)
         use(device)
-        depth, sides = (50, (800,)) if setting.on_gpu else (18, (64,))
+        depth, sides = (50, (side,)) if setting.on_gpu else (18, (64,))
         weights = dict(backbone_weights(depth))
         torch.manual_seed(0)
         detector = build_faster_rcnn(
@@ -90,16 +91,19 @@ def waits_of(run: Callable[[], object]) -> Counter[str]:
 
 def compiled(setting: Setting, record: Record) -> None:
     """Compare steps of 2 images by one graph, on a GPU replayed as CUDA graphs, with eager ones, in fp64; time them."""
-    training = Training(setting, 2)
+    training = Training(setting, 2, side=13 * BUCKET)  # images of other sides are padded, and have other samples
     detector, device = training.detector, training.rank.device
     images, targets = next(training.batches)
 
-    def step(seed: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def step(seed: int, dtype: torch.dtype, parts: int = 1) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
         detector.zero_grad()
-        with autocast(device, "fp32" if dtype == torch.float64 else training.precision):
-            losses = detector([image.to(dtype) for image in images], targets)
-        sum(losses.values()).backward()
+        for _ in range(parts):  # gradients are accumulated, as in `TrainState.update`
+            with autocast(device, "fp32" if dtype == torch.float64 else training.precision):
+                losses = detector([image.to(dtype) for image in images], targets)
+            sum(losses.values()).backward()
+            if parts > 1:
+                own_gradients(detector)
         return losses | {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
 
     def milliseconds() -> float:
@@ -112,13 +116,16 @@ def compiled(setting: Setting, record: Record) -> None:
         step(seed, torch.float32)
     record.row("eager: a step", f"{milliseconds():.1f} ms")
     detector.double()
-    wanted = [step(seed, torch.float64) for seed in range(WARM_UP)]
+    # A graph is compiled in the first call, recorded in the second, replayed in the third; then by both parts.
+    calls = {"first call": 1, "second call": 1, "third call": 1, "two parts": 2}
+    wanted = [step(0, torch.float64, parts) for parts in calls.values()]
     detector.compile(**({"mode": "reduce-overhead"} if setting.on_gpu else {"backend": "aot_eager"}))
     as_built = detector._is_as_built()  # otherwise the graph would not be used
     record.row("the parts are those that are compiled", str(as_built), "True", as_built)
-    with torch._inductor.config.patch(fallback_random=True):  # the same samples as without
-        found = [step(seed, torch.float64) for seed in range(WARM_UP)]  # compiled, recorded, replayed
-    for what, ours, eager in zip(("first call", "second call", "third call"), found, wanted, strict=True):
+    # The same samples as without compiling, and an error where no CUDA graph can be recorded.
+    with torch._inductor.config.patch({"fallback_random": True, "triton.cudagraph_or_error": True}):
+        found = [step(0, torch.float64, parts) for parts in calls.values()]
+    for what, ours, eager in zip(calls, found, wanted, strict=True):
         record.at_most(f"compiled, {what}", relative_difference(ours, eager), 1e-6)
     detector.float()
     for seed in range(WARM_UP):
