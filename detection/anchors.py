@@ -72,7 +72,10 @@ class Anchors(AnchorGenerator):
         for size, pair, shapes in zip(cells, strides, self.shapes(), strict=True):
             y, x = (torch.arange(n, device=device) * step for n, step in zip(size, pair, strict=True))
             centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2)  # [rows, columns, 2]
-            # A number at a time: a copy of all would wait for a GPU.
-            boxes = torch.stack([torch.full((), side, device=device) for box in shapes for side in box])
+            numbers = [side for box in shapes for side in box]
+            if torch.compiler.is_compiling():  # one at a time: all together would be a tensor on the CPU
+                boxes = torch.stack([torch.full((), number, device=device) for number in numbers])
+            else:
+                boxes = torch.tensor(numbers).to(device, non_blocking=True)
             made.append((centres[:, :, None, None] + boxes.view(-1, 2, 2)).view(-1, 4))
         return torch.cat(made)

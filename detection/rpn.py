@@ -123,7 +123,7 @@ class SampledRPN(RegionProposalNetwork):
 
         By falling objectness: the best on each level that are large enough, score enough and survive NMS there.
         """
-        boxes, scores, real = [], [], []
+        offsets, around, scores, real = [], [], [], []
         count, after = self.pre_nms_top_n(), 0
         for objectness, deltas in zip(*self.head(maps), strict=True):
             objectness = objectness.permute(0, 2, 3, 1).flatten(1)  # [B, H * W * A]
@@ -132,13 +132,13 @@ class SampledRPN(RegionProposalNetwork):
             best, index = best_of(objectness, count)
             exists = index < objectness.shape[1]
             index = index.where(exists, 0)
-            boxes.append(
-                self.box_coder.decode_single(gather_boxes(deltas, index).flatten(0, 1), here[index].flatten(0, 1))
-            )
-            scores.append(best.sigmoid())
+            offsets.append(gather_boxes(deltas, index))
+            around.append(here[index])
+            scores.append(best)
             real.append(exists)
-        lists = torch.stack([x.view(-1, count, 4) for x in boxes], 1)  # [B, levels, count, 4]
-        lists, of_lists = clip(lists, sizes[:, None, None]), torch.stack(scores, 1)
+        of_lists, reference = torch.stack(scores, 1).sigmoid(), torch.stack(around, 1)  # [B, levels, count], [.., 4]
+        lists = self.box_coder.decode_single(torch.stack(offsets, 1).flatten(0, 2), reference.flatten(0, 2))
+        lists = clip(lists.view_as(reference), sizes[:, None, None])
         kept = torch.stack(real, 1) & is_large(lists, self.min_size) & (of_lists >= self.score_thresh)
         kept = nms_sorted(lists.flatten(0, 1), kept.flatten(0, 1), self.nms_thresh).view_as(kept)
         most = min(self.post_nms_top_n(), len(maps) * count)
