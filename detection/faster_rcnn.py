@@ -128,7 +128,8 @@ class FasterRCNN(GeneralizedRCNN):
         batch, resized = self.transform(images, targets)
         padded = None if resized is None else Targets.of(resized)
         if self.training and self._compiled is not None and self._is_as_built():
-            losses = self._compiled(self, *_in_buckets(batch, cast(Targets, padded)))
+            shapes = str(self.rpn.anchor_generator.shapes())
+            losses = self._compiled(self, shapes, *_in_buckets(batch, cast(Targets, padded)))
             return {name: loss.clone() for name, loss in losses.items()}  # the next replay writes over the graph's own
         detections, losses = self._of_batch(batch, padded)
         return losses if self.training else self.transform.postprocess(detections, batch.image_sizes, sizes)
@@ -197,7 +198,8 @@ class FasterRCNN(GeneralizedRCNN):
 
     def _is_as_built(self) -> bool:
         ours = isinstance(self.rpn, SampledRPN) and isinstance(self.roi_heads, BatchedRoIHeads)
-        return ours and self.rpn.is_as_built() and self.roi_heads.is_as_built()
+        parts = (self.rpn, self.rpn.anchor_generator, self.roi_heads) if ours else ()
+        return ours and all(part.is_as_built() for part in parts)
 
     def export(self, path: str | os.PathLike, *, input_type: str = "uint8") -> None:
         """Write images -> boxes to `path`, a file for ONNX (.onnx) or for `torch.export.load` (.pt2).
@@ -245,7 +247,12 @@ class FasterRCNN(GeneralizedRCNN):
             )
 
 
-def _losses_of_batch(detector: FasterRCNN, images: Tensor, sizes: Tensor, boxes: Tensor, labels: Tensor) -> dict:
+def _losses_of_batch(
+    detector: FasterRCNN, shapes: str, images: Tensor, sizes: Tensor, boxes: Tensor, labels: Tensor
+) -> dict:
+    """The losses. Other `shapes` of anchors, which are constants of a graph, make another one."""
+    if not shapes:  # only what is looked at is compared before the next call
+        raise ValueError("no anchors")
     batch = ImageList(images, sizes)  # a tensor: numbers would each need a graph
     return detector._of_batch(batch, Targets(boxes, labels))[1]
 

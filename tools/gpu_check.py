@@ -161,7 +161,7 @@ def isolated(name: str, device: str, folder: Path, left: float, signals: Sequenc
     if left < SHORTEST:
         return found | {"status": "out of time", "reason": "not started"}
     folder.mkdir()
-    times = (1 if on_gpu else 4) * (2 if name == "compiled" else 1)  # a compiler takes long
+    times = (1 if on_gpu else 4) * (3 if name == "compiled" else 1)  # a compiler takes long
     limit = min(LIMIT * times, left)
     began = time.monotonic()
     with open(folder / "log", "wb") as log:

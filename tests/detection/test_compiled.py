@@ -5,6 +5,7 @@ All but the slow test use backends that leave the operations as they are.
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_every_variant_is_one_graph(options):
     assert_same(results(detector, *BATCHES[0]), wanted)
 
 
-@pytest.mark.parametrize("options", [{}, {"geometry": "detectron2"}, {"variant": "c4"}], ids=str)
+@pytest.mark.parametrize("options", [{}, pytest.param({"geometry": "detectron2"}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.filterwarnings("ignore:aten")  # of running the graphs on no device
 def test_the_graphs_of_a_detector_on_a_device_hold_nothing_on_the_cpu(options):
     """CUDA graphs would end there."""
@@ -105,7 +106,7 @@ def test_the_graphs_of_a_detector_on_a_device_hold_nothing_on_the_cpu(options):
     torch._dynamo.reset()
     detector.compile(backend=aot_autograd(fw_compiler=look, bw_compiler=look))
     batch = torch.empty(2, 3, 128, 192), torch.empty(2, 2), torch.empty(2, 16, 4), torch.empty(2, 16).long()
-    sum(detector._compiled(detector, *(x.to("meta") for x in batch)).values()).backward()
+    sum(detector._compiled(detector, "any", *(x.to("meta") for x in batch)).values()).backward()
     assert found == [{"meta"}, {"meta"}]  # forward and backward
 
 
@@ -136,6 +137,30 @@ def test_a_part_that_is_hooked_after_compile_counts():
     detector.rpn.head.register_forward_hook(lambda module, given, output: ([x * 0 for x in output[0]], output[1]))
     losses = detector(*BATCHES[0])
     assert losses["loss_objectness"].item() == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda anchors: anchors.cell_anchors[0].mul_(2),
+        lambda anchors: setattr(anchors, "grid_anchors", partial(shifted, anchors.grid_anchors)),
+    ],
+    ids=["other shapes", "patched"],
+)
+def test_anchors_that_change_after_compile_count(change):
+    detector = trained()
+    torch._dynamo.reset()
+    detector.compile(backend="eager")
+    before = results(detector, *BATCHES[0])["loss_rpn_box_reg"]
+    change(detector.rpn.anchor_generator)
+    found = results(detector, *BATCHES[0])
+    detector._compiled = None
+    assert_same(found, results(detector, *BATCHES[0]))
+    assert found["loss_rpn_box_reg"] != before
+
+
+def shifted(grid_anchors, *given):
+    return [boxes + 4 for boxes in grid_anchors(*given)]
 
 
 def test_copies_and_pickles_of_a_compiled_detector_are_as_before():
