@@ -136,7 +136,7 @@ class VocImages(NamedTuple):
             "images without an XML file, not used": self._without(names, files, read),
         }
         notes = [f"{what}: {count}" for what, count in counts.items() if count]
-        notes.append(f"corners {'are edges that count from 0' if edges else 'count from 1, and the last is inside'}")
+        notes.append(f"corners are {'edges, counted from 0' if edges else 'pixels, counted from 1'}")
         sizes, rows = zip(*read.values(), strict=True) if read else ((), ())
         return indexed(list(read), sizes, dict(enumerate(classes, 1)), rows, notes, digits=6)
 

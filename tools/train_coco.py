@@ -275,7 +275,7 @@ def train(rank: Rank, options: Options) -> None:
             )
     read_once.cache_clear()
     detector.to(rank.device, memory_format=torch.channels_last).train()
-    session.info(detector.backbone.summary())
+    session.info(f"backbone: {detector.backbone.summary()}")
     if options.cuda_graphs:
         detector.compile(mode="reduce-overhead")
     elif options.compile:

@@ -39,14 +39,14 @@ def without_lists(folder):
 def test_corners_count_from_1_and_the_last_is_inside(folder):
     annotate(folder, ("dog", 0, 1, 1, 33, 21), ("dog", 0, 3, 4, 5, 9), ("dog", 0, 2.5, 1, 3.5, 2))
     assert boxes(folder) == [[0, 0, 33, 21], [2, 3, 3, 6], [1.5, 0, 2, 2]]
-    assert "corners count from 1, and the last is inside" in open_split(folder, "val").summary()
+    assert "corners are pixels, counted from 1" in open_split(folder, "val").summary()
 
 
 @pytest.mark.parametrize("corner", [0, "0.0"])
 def test_a_corner_of_0_anywhere_makes_them_edges_in_all_splits(folder, corner):
     annotate(folder, ("dog", 0, 3, 4, 5, 9))
     annotate(folder, ("dog", 0, corner, 4, 5, 9), name="e")
-    assert boxes(folder) == [[3, 4, 2, 5]] and "are edges that count from 0" in open_split(folder, "train").summary()
+    assert boxes(folder) == [[3, 4, 2, 5]] and "are edges, counted from 0" in open_split(folder, "train").summary()
 
 
 def test_boxes_without_a_size_as_bccd_has_them_are_left_out_and_counted(folder):

@@ -146,7 +146,9 @@ def test_best_is_published_with_its_own_results(run):
     (run / "eval-best/results.json").write_text(json.dumps(evaluated))
     published(run / "best", *LICENSED)
     assert not (run / "hub-best/example.jpg").exists()  # the run's pictures are of its last weights
-    assert "| disk\\|ring | 50.0 | 75.0 | 7 |" in (run / "hub-best/README.md").read_text()
+    text = (run / "hub-best/README.md").read_text()
+    assert "| AP | AP50 | AP75 | APs | APm | APl |\n| --- | --- | --- | --- | --- | --- |\n| 50.0 |" in text
+    assert "to detect, train a detector" in text and "| disk\\|ring | 50.0 | 75.0 | 7 |" in text
 
 
 def test_a_classifiers_card_has_its_accuracy_and_the_licence_of_the_weights_it_started_from(classifier):
