@@ -5,6 +5,7 @@ from torch import Tensor
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from detection.cells import pick
 from detection.patches import keeps
 
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -45,7 +46,7 @@ class Anchors(AnchorGenerator):
         if torch.compiler.is_compiling():
             return self._made(cells, image_size, device)
         made_from = cells, image_size, device, tuple(self.strides), self.as_torchvision, self.shapes()
-        if self.last[0] != made_from or not self.is_as_built():  # if so, `_made` would make the same again
+        if self.last[0] != made_from or not self.is_as_built():  # unpatched, `_made` gives the same again
             with torch.inference_mode(False):  # a training step may reuse them after a call under inference_mode
                 self.last = made_from, self._made(cells, image_size, device)
         return self.last[1]
@@ -73,8 +74,8 @@ class Anchors(AnchorGenerator):
             y, x = (torch.arange(n, device=device) * step for n, step in zip(size, pair, strict=True))
             centres = torch.stack(torch.meshgrid(x, y, indexing="xy"), 2)  # [rows, columns, 2]
             numbers = [side for box in shapes for side in box]
-            if torch.compiler.is_compiling():  # one at a time: all together would be a tensor on the CPU
-                boxes = torch.stack([torch.full((), number, device=device) for number in numbers])
+            if torch.compiler.is_compiling():  # a copy would begin with a tensor on the CPU
+                boxes = pick(numbers, torch.arange(len(numbers), dtype=torch.float32, device=device))
             else:
                 boxes = torch.tensor(numbers).to(device, non_blocking=True)
             made.append((centres[:, :, None, None] + boxes.view(-1, 2, 2)).view(-1, 4))

@@ -1,6 +1,7 @@
 """Weighted sums over cells of feature maps: what RoIAlign computes, and what the RPN reads around sampled anchors."""
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +100,8 @@ def _by_level(level: Tensor, levels: int) -> tuple[Tensor, list[int]]:
     return level.argsort(stable=True), torch.bincount(level, minlength=levels).tolist()
 
 
-def pick(values: list[int], level: Tensor) -> Tensor:
-    """values[level], without sending a table to the GPU."""
+def pick(values: Sequence[float], level: Tensor) -> Tensor:
+    """values[level] in the type of `level`, without sending a table to the GPU."""
     picked = torch.full_like(level, values[0])
     for i, value in enumerate(values[1:], 1):
         picked.masked_fill_(level == i, value)

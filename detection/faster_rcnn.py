@@ -127,7 +127,8 @@ class FasterRCNN(GeneralizedRCNN):
         sizes = [tuple(image.shape[-2:]) for image in images]
         batch, resized = self.transform(images, targets)
         padded = None if resized is None else Targets.of(resized)
-        if self.training and self._compiled is not None and self._is_as_built():
+        trains = self.training and torch.is_grad_enabled()  # a validation loss is not worth a graph of its own
+        if trains and self._compiled is not None and self._is_as_built():
             shapes = str(self.rpn.anchor_generator.shapes())
             losses = self._compiled(self, shapes, *_in_buckets(batch, cast(Targets, padded)))
             return {name: loss.clone() for name, loss in losses.items()}  # the next replay writes over the graph's own
@@ -199,7 +200,8 @@ class FasterRCNN(GeneralizedRCNN):
     def _is_as_built(self) -> bool:
         ours = isinstance(self.rpn, SampledRPN) and isinstance(self.roi_heads, BatchedRoIHeads)
         parts = (self.rpn, self.rpn.anchor_generator, self.roi_heads) if ours else ()
-        return ours and all(part.is_as_built() for part in parts)
+        hooked = is_observed(*self.backbone.modules(), *self.roi_heads.modules())  # a graph does not see later hooks
+        return ours and not hooked and all(part.is_as_built() for part in parts)
 
     def export(self, path: str | os.PathLike, *, input_type: str = "uint8") -> None:
         """Write images -> boxes to `path`, a file for ONNX (.onnx) or for `torch.export.load` (.pt2).
@@ -250,10 +252,14 @@ class FasterRCNN(GeneralizedRCNN):
 def _losses_of_batch(
     detector: FasterRCNN, shapes: str, images: Tensor, sizes: Tensor, boxes: Tensor, labels: Tensor
 ) -> dict:
-    """The losses. Other `shapes` of anchors, which are constants of a graph, make another one."""
+    """The losses of images [B, 3, H / BUCKET, BUCKET, W / BUCKET, BUCKET].
+
+    Compiling takes twice as long where the compiler cannot see that the sides are multiples. Other `shapes` of anchors,
+    which are constants of a graph, make another graph.
+    """
     if not shapes:  # only what is looked at is compared before the next call
         raise ValueError("no anchors")
-    batch = ImageList(images, sizes)  # a tensor: numbers would each need a graph
+    batch = ImageList(images.flatten(4).flatten(2, 3), sizes)  # a tensor: numbers would each need a graph
     return detector._of_batch(batch, Targets(boxes, labels))[1]
 
 
@@ -261,8 +267,9 @@ def _in_buckets(batch: ImageList, targets: Targets) -> tuple[Tensor, Tensor, Ten
     """What `_losses_of_batch` takes, padded so that few graphs serve all batches."""
     height, width = batch.tensors.shape[-2:]
     images = F.pad(batch.tensors, (0, -width % BUCKET, 0, -height % BUCKET))
+    images = images.unflatten(3, (-1, BUCKET)).unflatten(2, (-1, BUCKET))
     boxes, labels, _ = targets
-    for tensor, dimensions in ((images, (2, 3)), (boxes, (1,)), (labels, (1,))):
+    for tensor, dimensions in ((images, (2, 4)), (boxes, (1,)), (labels, (1,))):
         any_size_in_graphs(tensor, dimensions)
     return images, sizes_of(batch.image_sizes, boxes), boxes, labels
 

@@ -32,7 +32,7 @@ def _greedy(boxes, real, kept, count, threshold: tl.float64, BLOCK: tl.constexpr
             height = tl.maximum(tl.minimum(y2, bottom) - tl.maximum(y1, top), 0)
             overlap = width * height
             union = (x2 - x1) * (y2 - y1) + areas - overlap
-            # Of fp32, `/` is rounded otherwise than on a CPU.
+            # In fp32 only `div_rn` rounds correctly, as a CPU does.
             iou = tl.div_rn(overlap, union) if areas.dtype == tl.float32 else overlap / union
             alive = tl.where((at > i) & (iou > limit), 0, alive)
     tl.store(kept + first + at, alive != 0, inside)

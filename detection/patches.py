@@ -36,6 +36,7 @@ BYPASSED = {
     utils.BalancedPositiveNegativeSampler: ("__call__",),
     boxes: ("batched_nms", "box_iou", "clip_boxes_to_image", "nms", "remove_small_boxes"),
     poolers: ("roi_align",),
+    poolers.LevelMapper: ("__call__",),
     MultiScaleRoIAlign: ("forward",),
     GeneralizedRCNNTransform: ("forward", "batch_images", "normalize"),
 }

@@ -30,7 +30,7 @@ def capability(request):
 @pytest.mark.parametrize("boxes", [2048, nms_kernel.MOST_BOXES])
 def test_nms_divides_and_rounds_as_a_cpu(dtype, divided, boxes, capability, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    types = {"boxes": f"*{dtype}", "real": "*i1", "kept": "*i1", "count": "i32", "threshold": "fp64"}
+    types = {"boxes": f"*{dtype}", "real": "*u1", "kept": "*u1", "count": "i32", "threshold": "fp64"}
     options = nms_kernel.options_of(boxes)
     ptx = ptx_of(nms_kernel._greedy, types, {"BLOCK": boxes}, capability=capability, **options)
     assert divided in ptx and "fma." not in ptx and "div.full" not in ptx

@@ -213,7 +213,7 @@ class TrainingOptions:
     compile: bool = False
     """Compile the detector and its losses as one graph (torch.compile): minutes at the start for faster updates."""
     cuda_graphs: bool = False
-    """Compile, and replay updates as CUDA graphs, one for each size of a batch: for few images a GPU, of few sizes."""
+    """Compile, and replay forward and backward as CUDA graphs, one for each size of a batch: for few images a GPU."""
 
 
 @dataclass(frozen=True)

@@ -192,7 +192,7 @@ class TrainState:
 def own_gradients(network: nn.Module) -> None:
     """Copy the gradients to memory of their own, so that the next backward adds to them.
 
-    A CUDA graph's (`torch.compile(mode="reduce-overhead")`) lie in its memory, which the next replay writes over.
+    Those of a CUDA graph (`mode="reduce-overhead"`) lie in the graph's memory, which the next replay overwrites.
     """
     for parameter in network.parameters():
         if parameter.grad is not None:

@@ -95,7 +95,7 @@ def test_every_variant_is_one_graph(options):
 @pytest.mark.parametrize("options", [{}, pytest.param({"geometry": "detectron2"}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.filterwarnings("ignore:aten")  # of running the graphs on no device
 def test_the_graphs_of_a_detector_on_a_device_hold_nothing_on_the_cpu(options):
-    """CUDA graphs would end there."""
+    """CUDA graphs would end there. Of backward it shows what lies below the losses, where autograd ends on meta."""
     detector = trained(**options).float().to("meta")
     found = []
 
@@ -105,7 +105,7 @@ def test_the_graphs_of_a_detector_on_a_device_hold_nothing_on_the_cpu(options):
 
     torch._dynamo.reset()
     detector.compile(backend=aot_autograd(fw_compiler=look, bw_compiler=look))
-    batch = torch.empty(2, 3, 128, 192), torch.empty(2, 2), torch.empty(2, 16, 4), torch.empty(2, 16).long()
+    batch = torch.empty(2, 3, 2, 64, 3, 64), torch.empty(2, 2), torch.empty(2, 16, 4), torch.empty(2, 16).long()
     sum(detector._compiled(detector, "any", *(x.to("meta") for x in batch)).values()).backward()
     assert found == [{"meta"}, {"meta"}]  # forward and backward
 
@@ -161,6 +161,18 @@ def test_anchors_that_change_after_compile_count(change):
 
 def shifted(grid_anchors, *given):
     return [boxes + 4 for boxes in grid_anchors(*given)]
+
+
+def test_a_hook_on_the_backbone_after_the_first_call_counts():
+    detector = trained()
+    torch._dynamo.reset()
+    detector.compile(backend="eager")
+    before = results(detector, *BATCHES[0])
+    detector.backbone.layer3.register_forward_hook(lambda module, given, output: output * 2)
+    found = results(detector, *BATCHES[0])
+    detector._compiled = None
+    assert_same(found, results(detector, *BATCHES[0]))
+    assert found["loss_objectness"] != before["loss_objectness"]
 
 
 def test_copies_and_pickles_of_a_compiled_detector_are_as_before():

@@ -104,6 +104,10 @@ def compiled(setting: Setting, record: Record) -> None:
             sum(losses.values()).backward()
             if parts > 1:
                 own_gradients(detector)
+        return losses
+
+    def compared(parts: int) -> dict[str, torch.Tensor]:
+        losses = step(0, torch.float64, parts)
         return losses | {name: p.grad.clone() for name, p in detector.named_parameters() if p.grad is not None}
 
     def milliseconds() -> float:
@@ -118,19 +122,20 @@ def compiled(setting: Setting, record: Record) -> None:
     detector.double()
     # A graph is compiled in the first call, recorded in the second, replayed in the third; then by both parts.
     calls = {"first call": 1, "second call": 1, "third call": 1, "two parts": 2}
-    wanted = [step(0, torch.float64, parts) for parts in calls.values()]
+    wanted = [compared(parts) for parts in calls.values()]
     detector.compile(**({"mode": "reduce-overhead"} if setting.on_gpu else {"backend": "aot_eager"}))
     as_built = detector._is_as_built()  # otherwise the graph would not be used
     record.row("the parts are those that are compiled", str(as_built), "True", as_built)
-    # The same samples as without compiling, and an error where no CUDA graph can be recorded.
-    with torch._inductor.config.patch({"fallback_random": True, "triton.cudagraph_or_error": True}):
-        found = [step(0, torch.float64, parts) for parts in calls.values()]
+    whole = {"triton.cudagraph_or_error": True, "graph_partition": False}  # an error where no CUDA graph is recorded
+    with torch._inductor.config.patch({"fallback_random": True, **whole}):  # and the same samples as in eager mode
+        found = [compared(parts) for parts in calls.values()]
     for what, ours, eager in zip(calls, found, wanted, strict=True):
         record.at_most(f"compiled, {what}", relative_difference(ours, eager), 1e-6)
     detector.float()
-    for seed in range(WARM_UP):
-        step(seed, torch.float32)
-    record.row("compiled: a step", f"{milliseconds():.1f} ms")
+    with torch._inductor.config.patch(whole):
+        for seed in range(WARM_UP):
+            step(seed, torch.float32)
+        record.row("compiled: a step", f"{milliseconds():.1f} ms")
 
 
 def profiled(setting: Setting, record: Record) -> None:
