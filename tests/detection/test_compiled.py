@@ -175,6 +175,16 @@ def test_a_hook_on_the_backbone_after_the_first_call_counts():
     assert found["loss_objectness"] != before["loss_objectness"]
 
 
+def test_validation_losses_make_no_graph():
+    detector = trained()
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    detector.compile(backend=counter)
+    with torch.no_grad():
+        assert detector.eval().losses(*BATCHES[0]).keys() == detector.train()(*BATCHES[0]).keys()
+    assert counter.frame_count == 0
+
+
 def test_copies_and_pickles_of_a_compiled_detector_are_as_before():
     detector = trained()
     detector.compile(backend="eager")
