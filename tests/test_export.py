@@ -63,6 +63,7 @@ def exported(request, module_path, randomised):
     path = module_path / f"{'-'.join(backbone.features)}.{suffix}"
     with open(module_path / "said.txt", "w+") as said, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
+        warnings.simplefilter("ignore", ResourceWarning)  # of what other tests left, collected meanwhile
         with prints_into(said):
             backbone.export(path)
     return SimpleNamespace(backbone=backbone, path=path, said=(module_path / "said.txt").read_text(), warned=warned)
