@@ -1,5 +1,6 @@
 """Exported files, run by onnxruntime and by torch.export's loader, against the backbone they were made from."""
 
+import gc
 import json
 import sys
 import warnings
@@ -61,12 +62,13 @@ def exported(request, module_path, randomised):
     torch.manual_seed(0)
     backbone = randomised(build_resnet_backbone(18, fpn_channels=32, **network))
     path = module_path / f"{'-'.join(backbone.features)}.{suffix}"
+    gc.collect()  # what other tests left open warns here
     with open(module_path / "said.txt", "w+") as said, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
-        warnings.simplefilter("ignore", ResourceWarning)  # of what other tests left, collected meanwhile
         with prints_into(said):
             backbone.export(path)
-    return SimpleNamespace(backbone=backbone, path=path, said=(module_path / "said.txt").read_text(), warned=warned)
+    said, warned = (module_path / "said.txt").read_text(), [str(warning.message) for warning in warned]
+    return SimpleNamespace(backbone=backbone, path=path, said=said, warned=warned)
 
 
 def test_an_exported_file_computes_what_the_backbone_does_at_any_batch_and_size(exported):
